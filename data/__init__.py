@@ -1,0 +1,1 @@
+"""Text to tokenizer to MDS shards to packed, resumable, order-stable batches."""

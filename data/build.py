@@ -1,0 +1,257 @@
+"""`headway data build`: a corpus in; tokenizer, MDS shards and manifest out.
+
+The corpus is read once. Its text lies in a temporary file while the tokenizer is trained and applied, so memory holds
+one batch of documents and a few bytes per document. Everything is made in a folder beside the target, which takes its
+place when it is complete: a build that is interrupted changes nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from headway.data import corpora, tokenizer
+from headway.data.config import CorpusConfig, DataError, MdsSource, StdlibCorpus, TrainTokenizer
+from headway.data.manifest import (
+    LENGTHS_NAME,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    SPLITS,
+    TOKENIZER_NAME,
+    LeftOut,
+    Manifest,
+    Split,
+    SplitCounts,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from headway.data.scan import Scan, scan
+from headway.data.streaming_import import import_streaming
+from headway.data.verify import verify
+
+# Encodings take some 100 bytes a token, so this is what bounds memory.
+_BATCH_BYTES = 2 << 20
+
+
+def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) -> Manifest:
+    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there already, whole and current.
+
+    Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
+    another process builds the same dataset.
+    """
+    target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock", timeout=0):
+            _tidy_up(target)
+            source = corpora.source_fingerprint(cfg)
+            current = _current(cfg, target, source)
+            if current is not None:
+                _say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
+                return current
+            manifest = _build_beside(cfg, target, source, progress)
+    except Timeout:
+        raise DataError(
+            f"{target}: another process is building it; wait for it, or give this build another `out`"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
+            "permissions and run the same command again, or give another `out`"
+        ) from error
+    _say(
+        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens, "
+        f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
+    )
+    return manifest
+
+
+def _tidy_up(target: Path) -> None:
+    """Clear away what an interrupted build left; if it stopped between its two renames, undo the first."""
+    for old in sorted(target.parent.glob(f"{target.name}.replaced-*")):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    for staging in target.parent.glob(f"{target.name}.building-*"):
+        shutil.rmtree(staging)
+
+
+def _settings(cfg: CorpusConfig) -> dict[str, Any]:
+    return cfg.model_dump(mode="json", exclude={"out"})
+
+
+def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
+    """The dataset in `target` if `cfg` would build the same again; None when it has to be built."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"{target}: exists and is not a dataset (no {MANIFEST_NAME}); give another `out`, or remove it by hand"
+        )
+    try:
+        manifest = read_manifest(target)
+        if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
+            _say(f"{target}: settings or corpus changed; building it anew")
+            return None
+        verify(MdsSource(type="mds", path=str(target)))
+    except DataError as error:
+        _say(f"{error}\n{target}: building it anew")
+        return None
+    return manifest
+
+
+def _build_beside(cfg: CorpusConfig, target: Path, source: str, progress: bool) -> Manifest:
+    staging = target.with_name(f"{target.name}.building-{os.getpid()}")
+    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    staging.mkdir()
+    try:
+        manifest = _fill(cfg, staging, source, progress)
+        if target.exists():
+            target.rename(replaced)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    return manifest
+
+
+def _fill(cfg: CorpusConfig, folder: Path, source: str, progress: bool) -> Manifest:
+    spool = folder / "text.spool"
+    found = scan(cfg, spool, progress=progress)
+    with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, progress)
+        written = {split: _write_split(cfg, split, found, text, chosen, folder, progress) for split in SPLITS}
+    spool.unlink()
+    train, validation = written["train"], written["validation"]
+    share = (train.token_counts + 1.0) / (train.token_counts.sum() + chosen.vocab_size)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=cfg.name,
+        settings=_settings(cfg),
+        source_fingerprint=source,
+        python=platform.python_version() if isinstance(cfg.corpus, StdlibCorpus) else None,
+        train=train.counts,
+        validation=validation.counts,
+        left_out=LeftOut(**found.left_out),
+        tokenizer_sha256=tokenizer.sha256_of(folder / TOKENIZER_NAME),
+        vocab_size=chosen.vocab_size,
+        eos_id=chosen.eos_id,
+        dtype=_dtype(chosen.vocab_size),
+        unigram_entropy_nats=float(-(validation.token_counts * np.log(share)).sum() / validation.counts.tokens),
+        validation_bytes_per_token=validation.counts.text_bytes / validation.counts.tokens,
+        files={name: hash_file(folder / name) for name in names},
+        fingerprint="0" * 64,
+    )
+    manifest = manifest.model_copy(update={"fingerprint": manifest.expected_fingerprint()})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _dtype(vocab_size: int) -> Any:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def _tokenizer(
+    cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progress: bool
+) -> tokenizer.CorpusTokenizer:
+    if not isinstance(cfg.tokenizer, TrainTokenizer):
+        return tokenizer.take_file(cfg.tokenizer, out=out)
+    limit = cfg.tokenizer.max_train_bytes
+
+    def training_texts() -> Iterator[str]:
+        # In hash order, so that a limit takes a sample of the corpus and not its beginning.
+        taken = 0
+        for document in found.order["train"]:
+            if taken >= limit:
+                return
+            data = found.text(text, document)
+            taken += len(data)
+            yield data.decode("utf-8")
+
+    chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=progress)
+    if chosen.vocab_size < cfg.tokenizer.vocab_size:
+        _say(
+            f"tokenizer: the corpus offers {chosen.vocab_size:,} tokens, fewer than vocab_size "
+            f"{cfg.tokenizer.vocab_size:,}; the dataset has {chosen.vocab_size:,}"
+        )
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    counts: SplitCounts
+    token_counts: np.ndarray  # [vocabulary] occurrences of each token
+
+
+def _write_split(
+    cfg: CorpusConfig,
+    split: Split,
+    found: Scan,
+    text: mmap.mmap,
+    chosen: tokenizer.CorpusTokenizer,
+    folder: Path,
+    progress: bool,
+) -> _Written:
+    """Encode a split and write its shards: one sample a document, in the order of the hashes."""
+    order = found.order[split]
+    dtype = np.dtype(_dtype(chosen.vocab_size))
+    lengths = np.empty(len(order), dtype="<u4")
+    token_counts = np.zeros(chosen.vocab_size, dtype=np.int64)
+    text_bytes = int(found.lengths[order].sum())
+    writer = import_streaming().MDSWriter(
+        columns={"id": "str", "tokens": f"ndarray:{dtype.name}"},
+        out=str(folder / split),
+        compression=cfg.compression,
+        hashes=["sha1", "xxh64"],
+        size_limit=cfg.shard_bytes,
+    )
+    row = 0
+    with writer, _bar(progress, split, text_bytes) as bar:
+        for batch in _batches(found, order):
+            encoded = chosen.encode([found.text(text, document).decode("utf-8") for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                tokens = np.array([*ids, chosen.eos_id], dtype=dtype)
+                token_counts += np.bincount(tokens, minlength=chosen.vocab_size)
+                writer.write({"id": found.ids[document], "tokens": tokens})
+                lengths[row] = len(tokens)
+                row += 1
+            bar.update(int(found.lengths[batch].sum()))
+    np.save(folder / split / LENGTHS_NAME, lengths, allow_pickle=False)
+    counts = SplitCounts(documents=len(order), tokens=int(lengths.sum(dtype=np.int64)), text_bytes=text_bytes)
+    return _Written(counts=counts, token_counts=token_counts)
+
+
+def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
+    """Documents of at most _BATCH_BYTES of text together, or one that is longer alone."""
+    begin = size = 0
+    for place, length in enumerate(found.lengths[order]):
+        if place > begin and size + length > _BATCH_BYTES:
+            yield order[begin:place]
+            begin, size = place, 0
+        size += int(length)
+    if begin < len(order):
+        yield order[begin:]
+
+
+def _bar(progress: bool, what: str, total: int) -> Any:
+    return tqdm(total=total, desc=f"encode {what}", unit="B", unit_scale=True, file=sys.stderr, disable=not progress)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,140 @@
+"""Documents of a corpus, in an order that depends on the corpus alone.
+
+Nothing is held in memory beyond the document at hand. Rows of JSONL, Parquet and hub datasets: `headway.data.rows`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from headway.data import rows
+from headway.data.config import (
+    CorpusConfig,
+    DataError,
+    HuggingFaceCorpus,
+    JsonlCorpus,
+    ParquetCorpus,
+    StdlibCorpus,
+    TextCorpus,
+)
+from headway.data.document import Document
+from headway.data.manifest import canonical_json
+
+# Tests are left out because slim installations delete them: with them the corpus would differ between machines.
+_STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_FOLDER_SUFFIXES = {
+    "text": None,
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"),
+    "parquet": (".parquet",),
+}
+
+AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
+
+
+def documents(corpus: AnyCorpus) -> Iterator[Document]:
+    """Every document of `corpus`, unusable ones included (their `problem` is set).
+
+    Raises DataError for a path that matches nothing, a file that cannot be read, a missing field.
+    """
+    match corpus:
+        case StdlibCorpus():
+            yield from _stdlib_documents()
+        case TextCorpus():
+            for id, path in corpus_files(corpus):
+                yield Document.make(id, str(path), _read(path))
+        case JsonlCorpus():
+            for id, path in corpus_files(corpus):
+                yield from rows.jsonl_documents(path, id, corpus.field)
+        case ParquetCorpus():
+            for id, path in corpus_files(corpus):
+                yield from rows.parquet_documents(path, id, corpus.field)
+        case HuggingFaceCorpus():
+            yield from rows.hub_documents(corpus)
+
+
+def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
+    """(id, path) of every file of a corpus, sorted within each given path; a file given twice is read once.
+
+    A folder means the files below it (hidden ones left out; for JSONL and Parquet, those with the usual endings).
+    """
+    if isinstance(corpus, StdlibCorpus):
+        return _stdlib_files()
+    found: dict[Path, str] = {}
+    for given in corpus.paths:
+        matches = list(_matches(given, _FOLDER_SUFFIXES[corpus.type]))
+        if not matches:
+            raise DataError(
+                f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
+                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}' (relative to {Path.cwd()})"
+            )
+        for id, path in matches:
+            found.setdefault(path, id)
+    return [(id, path) for path, id in found.items()]
+
+
+def source_fingerprint(cfg: CorpusConfig) -> str:
+    """Changes when the corpus may have: names, sizes and modification times of its files, the Python version.
+
+    A hub dataset is told apart by its settings alone (set `revision` to pin it).
+    """
+    facts: list[object] = []
+    if not isinstance(cfg.corpus, HuggingFaceCorpus):
+        for _id, path in corpus_files(cfg.corpus):
+            stat = path.stat()
+            facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+    if isinstance(cfg.corpus, StdlibCorpus):
+        facts.append(platform.python_version())
+    if cfg.tokenizer.type == "file":
+        facts.append(hashlib.sha256(_read(Path(cfg.tokenizer.path).expanduser())).hexdigest())
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def _matches(given: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
+    path = Path(given).expanduser()
+    if path.is_file():
+        yield path.name, path.absolute()
+        return
+    if path.is_dir():
+        base, names = path, sorted(path.rglob("*"), key=lambda p: p.as_posix())
+        if suffixes is not None:
+            names = [name for name in names if name.name.endswith(suffixes)]
+    else:
+        fixed = Path(str(path).split("*")[0].split("?")[0].split("[")[0])
+        base = fixed if fixed.is_dir() else fixed.parent
+        names = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    for name in names:
+        relative = name.relative_to(base) if name.is_relative_to(base) else Path(name.name)
+        if name.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix(), name.absolute()
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        relative = path.relative_to(root)
+        # _sysconfigdata is written by the machine that built Python.
+        skipped = _STDLIB_SKIPPED.intersection(relative.parts) or path.name.startswith("_sysconfigdata")
+        if not skipped and path.is_file():
+            found.append((relative.as_posix(), path))
+    if not found:
+        raise DataError(f"{root}: no Python source here; use a Python with its library, or a `text` corpus")
+    return found
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    for id, path in _stdlib_files():
+        data = _read(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield Document.make(id, str(path), data)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error

@@ -1,0 +1,193 @@
+"""MANIFEST.json: what a built dataset is made of, and the hashes that prove it is still that.
+
+A dataset folder holds MANIFEST.json, tokenizer.json, and for each split (`train/`, `validation/`) index.json and the
+MDS shards of mosaicml-streaming and lengths.npy, the tokens of each document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import xxhash
+from pydantic import Field, StringConstraints, ValidationError
+
+from headway.data.config import DataError, StrictModel
+
+MANIFEST_NAME = "MANIFEST.json"
+TOKENIZER_NAME = "tokenizer.json"
+LENGTHS_NAME = "lengths.npy"
+INDEX_NAME = "index.json"
+VERIFIED_NAME = ".verified.json"
+SPLITS = ("train", "validation")
+SCHEMA_VERSION = 1
+
+Split = Literal["train", "validation"]
+
+# A name from a manifest or an index becomes a path: one optional known folder, then a basename. `..`, an absolute
+# path, a backslash, a NUL or a hidden file cannot be written in it.
+BASENAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+FileName = Annotated[str, StringConstraints(pattern=rf"^(?:(?:train|validation)/)?{BASENAME}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 56)]
+
+_MAX_MANIFEST_BYTES = 64 << 20
+_CHUNK_BYTES = 4 << 20
+
+
+class FileEntry(StrictModel):
+    """Size and content hash of one file of the dataset."""
+
+    bytes: Count
+    xxh3_64: str = Field(pattern=r"^[0-9a-f]{16}$")
+
+
+class SplitCounts(StrictModel):
+    """What one split holds; `tokens` counts the end-of-document token of each document."""
+
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+
+
+class LeftOut(StrictModel):
+    """Documents of the corpus that are in neither split, by reason."""
+
+    empty: Count = 0
+    not_utf8: Count = 0
+    too_short: Count = 0
+    duplicate: Count = 0
+
+
+class Manifest(StrictModel):
+    """The whole description of a dataset. `fingerprint` covers what a run reads, not where it was built from."""
+
+    schema_version: Literal[1]
+    name: str
+    settings: dict[str, Any]
+    source_fingerprint: str
+    python: str | None = Field(description="version of Python whose library was read, for the built-in corpus")
+    train: SplitCounts
+    validation: SplitCounts
+    left_out: LeftOut
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    eos_id: int = Field(ge=0, lt=1 << 24)
+    dtype: Literal["uint16", "uint32"]
+    unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
+    validation_bytes_per_token: float
+    files: dict[FileName, FileEntry] = Field(max_length=1_000_000)
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def counts(self, split: Split) -> SplitCounts:
+        return self.train if split == "train" else self.validation
+
+    def expected_fingerprint(self) -> str:
+        """sha256 of what a run reads: token counts, tokenizer, and the hash of every file."""
+        keys = {"schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files"}
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for one value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def rebuild_hint(root: Path) -> str:
+    """What a user does about a damaged dataset."""
+    return f"build it again with `headway data build SPEC` (its settings are in {root / MANIFEST_NAME}), or restore it"
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write it in one piece: a reader sees the whole manifest or none."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    replace_bytes(root / MANIFEST_NAME, text.encode() + b"\n")
+
+
+def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
+    """Read and check MANIFEST.json of `root`.
+
+    Raises DataError when it is missing, not a manifest, or does not match its own fingerprint.
+    """
+    path = root / name
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes, so not a manifest; {rebuild_hint(root)}")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"{root}: no dataset here ({MANIFEST_NAME} is missing); make it with `headway data build SPEC`, "
+            "or set data.source.path to the folder of a built dataset"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {rebuild_hint(root)}") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: not a manifest of this version ({where}: {first['msg']}); build it again") from None
+    if manifest.expected_fingerprint() != manifest.fingerprint:
+        raise DataError(f"{path}: content does not match its own fingerprint; {rebuild_hint(root)}")
+    return manifest
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all (a temporary file beside it, synced, then renamed)."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staging.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and xxh3_64 of a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(bytes=size, xxh3_64=digest.hexdigest())
+
+
+class VerifiedFiles:
+    """Remembers, beside the dataset, which files were already hashed, so that a run does not hash them again.
+
+    A file counts as unchanged while its inode, size, modification and change times are: writing to it changes the
+    last one, whatever is done to the others.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / VERIFIED_NAME
+        self._known: dict[str, list[Any]] = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            if isinstance(known, dict):
+                self._known = known
+        self._changed = False
+
+    def hash(self, path: Path, name: str) -> str:
+        """xxh3_64 of `path`, from memory where its state is the one remembered under `name`."""
+        stat = path.stat()
+        state = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        known = self._known.get(name)
+        if isinstance(known, list) and len(known) == 5 and known[:4] == state and isinstance(known[4], str):
+            return known[4]
+        digest = hash_file(path).xxh3_64
+        self._known[name] = [*state, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Remember what was hashed. A folder that cannot be written to is hashed anew each time."""
+        if self._changed:
+            with contextlib.suppress(OSError):
+                replace_bytes(self._path, json.dumps(self._known).encode())

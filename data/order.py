@@ -1,0 +1,81 @@
+"""The global order of training sequences: a function of (seed, position) alone.
+
+Two levels, so that shards are read (and fetched) one window after the other: each epoch permutes the shards, then the
+sequences of each window of neighbouring shards are permuted among themselves. Ranks, workers and resumes look up
+positions in it; nobody holds a state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+_CACHED_WINDOWS = 4
+
+
+def random_bits(count: int, *key: int | str) -> np.ndarray:
+    """`count` uniform uint64 values that depend on `key` alone.
+
+    Raw output of Philox-4x64: numpy promises it stays the same between versions, which it does not of its
+    distributions and shuffles.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+
+
+def permutation(count: int, *key: int | str) -> np.ndarray:
+    """A uniform permutation of 0..count-1 that depends on `key` alone, [count] int64."""
+    return np.argsort(random_bits(count, *key), kind="stable")
+
+
+class GlobalOrder:
+    """Which sequence stands at a position. Sequence numbers run through the shards in stored order.
+
+    Work is O(sequences of a window), once a window: windows in use are remembered. Safe to use from several threads.
+    """
+
+    def __init__(self, sequences_per_shard: Sequence[int], *, seed: int, window: int) -> None:
+        counts = np.asarray(sequences_per_shard, dtype=np.int64)
+        first = np.concatenate([[0], np.cumsum(counts)])
+        self.num_sequences = int(first[-1])
+        self._counts, self._first = counts[counts > 0], first[:-1][counts > 0]
+        self._seed, self._window = seed, window
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def index(self, position: int) -> int:
+        """Sequence at `position` >= 0; every sequence stands exactly once in each epoch."""
+        epoch, place = divmod(position, self.num_sequences)
+        with self._lock:
+            shards, starts = self._epoch(epoch)
+            window = int(np.searchsorted(starts, place, "right")) - 1
+            return int(self._sequences(epoch, window, shards)[place - starts[window]])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the shards, and the position within the epoch at which each window starts."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            shards = permutation(len(self._counts), "shards", self._seed, epoch)
+            ends = np.cumsum(self._counts[shards])
+            starts = np.concatenate([[0], ends[self._window - 1 : -1 : self._window]])
+            found = self._epochs[epoch] = (shards, starts)
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return found
+
+    def _sequences(self, epoch: int, window: int, shards: np.ndarray) -> np.ndarray:
+        found = self._windows.get((epoch, window))
+        if found is None:
+            members = shards[window * self._window : (window + 1) * self._window]
+            stored = np.concatenate([np.arange(self._first[s], self._first[s] + self._counts[s]) for s in members])
+            found = stored[permutation(len(stored), "window", self._seed, epoch, window)]
+            self._windows[epoch, window] = found
+            if len(self._windows) > _CACHED_WINDOWS:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end((epoch, window))
+        return found

@@ -1,0 +1,71 @@
+"""Text: sequences packed across documents.
+
+The documents of a split, each with its end-of-document token, form one stream of T tokens in stored order. Sequence i
+of length S is tokens i*S .. i*S + S of it: S inputs, and the token after each. Neighbours share one token, as input of
+one and label of the other, so each token but the first is predicted exactly once an epoch. There are
+N = (T - 1) // S sequences; the rest at the end is `dropped_tokens`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from headway.data.config import DataError
+from headway.data.manifest import Split
+from headway.data.mds import MdsSplit
+from headway.data.order import GlobalOrder
+from headway.data.source import Sample
+
+
+class PackedText:
+    """Sequences of a split of an MDS dataset. Validation keeps the stored order; training is shuffled by `seed`.
+
+    Raises DataError when the split is shorter than one sequence.
+    """
+
+    def __init__(
+        self, path: str, *, split: Split, seq_len: int, seed: int, shuffle_window: int, remote: str | None = None
+    ) -> None:
+        self._documents = MdsSplit(Path(path).expanduser(), split, remote=remote)
+        self._ends = np.cumsum(self._documents.lengths)
+        tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.seq_len = seq_len
+        self.vocab_size = self._documents.manifest.vocab_size
+        self.num_sequences = max(0, (tokens - 1) // seq_len)
+        if self.num_sequences == 0:
+            raise DataError(
+                f"data.seq_len: {seq_len:,} (and the token after it) is longer than the {split} split of {path}, which "
+                f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
+            )
+        self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
+        self._order = None
+        if split == "train":
+            self._order = GlobalOrder(self.sequences_per_shard(), seed=seed, window=shuffle_window)
+
+    def sequences_per_shard(self) -> list[int]:
+        """Sequences of each shard; one that runs over the end of a shard belongs to the one with its first token."""
+        ends = np.concatenate([[0], self._ends])[self._documents.first_document]
+        first_sequence = np.minimum(-(-ends // self.seq_len), self.num_sequences)
+        return np.diff(first_sequence).tolist()
+
+    def index(self, position: int) -> int:
+        return position % self.num_sequences if self._order is None else self._order.index(position)
+
+    def sample(self, index: int) -> Sample:
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        begin, need = index * self.seq_len, self.seq_len + 1
+        tokens = np.empty(need, dtype=self._documents.dtype)
+        segments = np.empty(need, dtype=np.int32)
+        document = int(np.searchsorted(self._ends, begin, "right"))
+        skip = begin - (int(self._ends[document - 1]) if document else 0)
+        filled = segment = 0
+        while filled < need:
+            piece = self._documents.tokens(document)[skip : skip + need - filled]
+            tokens[filled : filled + len(piece)] = piece
+            segments[filled : filled + len(piece)] = segment
+            filled += len(piece)
+            document, segment, skip = document + 1, segment + 1, 0
+        return Sample(tokens, segments)

@@ -1,0 +1,123 @@
+"""Is a dataset what its manifest says? Asked before any process group exists, so that a bad shard costs seconds.
+
+A missing or damaged shard is an error, never a shorter epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headway.data import fetch
+from headway.data.config import DataError, MdsSource
+from headway.data.manifest import (
+    INDEX_NAME,
+    LENGTHS_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    VerifiedFiles,
+    read_manifest,
+    rebuild_hint,
+)
+from headway.data.mds import read_index, read_lengths
+from headway.data.tokenizer import sha256_of, vocab_size_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What a run records about its data. Entropy in nats per token; lengths in tokens."""
+
+    path: Path
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    train_tokens: int
+    validation_tokens: int
+    tokenizer_sha256: str
+    unigram_entropy_nats: float
+    validation_bytes_per_token: float
+    manifest: dict[str, Any]
+
+
+def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
+    """Check every file of a dataset (presence, size, hash), its tokenizer and, if given, that `seq_len` fits.
+
+    With `remote` the manifest is fetched first and shards not fetched yet are left out: each is checked on arrival.
+    Files hashed before and unchanged since are not hashed again. Raises DataError naming the file and what to do.
+    """
+    root = Path(source.path).expanduser()
+    if source.remote is not None:
+        manifest = fetch.fetch_metadata(root, source.remote)
+    else:
+        manifest = read_manifest(root)
+    _check_files(root, manifest, shards_may_be_missing=source.remote is not None)
+    for split in SPLITS:
+        read_index(root, split, manifest)
+        read_lengths(root, split, manifest)
+    _check_tokenizer(root, manifest)
+    if seq_len is not None:
+        _check_length(root, manifest, seq_len)
+    return DatasetInfo(
+        path=root,
+        fingerprint=manifest.fingerprint,
+        vocab_size=manifest.vocab_size,
+        eos_id=manifest.eos_id,
+        train_tokens=manifest.train.tokens,
+        validation_tokens=manifest.validation.tokens,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        unigram_entropy_nats=manifest.unigram_entropy_nats,
+        validation_bytes_per_token=manifest.validation_bytes_per_token,
+        manifest=manifest.model_dump(mode="json"),
+    )
+
+
+def _check_files(root: Path, manifest: Manifest, *, shards_may_be_missing: bool) -> None:
+    metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
+    if unnamed := sorted(metadata - manifest.files.keys()):
+        raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
+    home = root.resolve()
+    verified = VerifiedFiles(root)
+    for name, expected in manifest.files.items():
+        path = root / name
+        if not path.is_file():
+            if shards_may_be_missing and name not in metadata:
+                continue
+            raise DataError(f"{path}: missing; {rebuild_hint(root)}")
+        if not path.resolve().is_relative_to(home):
+            raise DataError(f"{path}: a link out of the dataset's folder; replace it by the file itself")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise DataError(
+                f"{path}: {size:,} bytes, but the manifest says {expected.bytes:,}: cut short or replaced; "
+                f"{rebuild_hint(root)}"
+            )
+        digest = verified.hash(path, name)
+        if digest != expected.xxh3_64:
+            raise DataError(
+                f"{path}: content changed since the dataset was built (hash {digest}, manifest {expected.xxh3_64}); "
+                f"{rebuild_hint(root)}"
+            )
+    verified.save()
+
+
+def _check_tokenizer(root: Path, manifest: Manifest) -> None:
+    path = root / TOKENIZER_NAME
+    if (digest := sha256_of(path)) != manifest.tokenizer_sha256:
+        raise DataError(
+            f"{path}: not the tokenizer the shards were made with (sha256 {digest[:12]}, manifest "
+            f"{manifest.tokenizer_sha256[:12]}); {rebuild_hint(root)}"
+        )
+    if (size := vocab_size_of(path)) != manifest.vocab_size:
+        raise DataError(f"{path}: {size} tokens, but the shards have {manifest.vocab_size}; {rebuild_hint(root)}")
+
+
+def _check_length(root: Path, manifest: Manifest, seq_len: int) -> None:
+    for split in SPLITS:
+        tokens = manifest.counts(split).tokens
+        if tokens < seq_len + 1:
+            raise DataError(
+                f"data.seq_len: {seq_len:,} (and the token after it) is longer than the {split} split of {root}, which "
+                f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
+            )

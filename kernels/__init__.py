@@ -1,0 +1,1 @@
+"""Operations with a PyTorch reference each; imports torch only."""

@@ -1,0 +1,133 @@
+"""The `headway` command. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DESCRIPTION = """Headway pretrains language models to find out which attention mechanism is worth its cost.
+
+  headway doctor                        what this machine has and what will be used
+  headway data build yaml/data/x.yaml   text to tokenizer and shards
+  headway plan  spec.yaml               parameters, FLOPs and KV bytes, without training
+  headway train spec.yaml               train one spec; start the same command again to continue
+  headway study run study.yaml          train variants and seeds, then write the report
+
+Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+
+    def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help_text, description=help_text)
+        if spec:
+            _spec_arguments(p)
+        return p
+
+    doctor = verb("doctor", "what this machine has and what will be used", spec=False)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    data = verb("data", "build a dataset", spec=False)
+    actions = data.add_subparsers(dest="action", metavar="build|verify", required=True)
+    for name, text in (("build", "text to tokenizer, shards and manifest"), ("verify", "check every file's hash")):
+        _spec_arguments(actions.add_parser(name, help=text, description=text))
+    plan = verb("plan", "parameters, FLOPs and KV bytes of a spec, without training")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    train = verb("train", "train one spec; the same command again continues it")
+    train.add_argument("--dry-run", action="store_true", help="print the command that would be executed, and stop")
+    train.add_argument("--print-config", action="store_true", help="print every value and where it comes from, and stop")
+    study = verb("study", "train and compare variants", spec=False)
+    steps = study.add_subparsers(dest="action", metavar="run|status|report", required=True)
+    for name, text in (("run", "train what is missing, then report"), ("status", "what is done"), ("report", "write the report")):
+        _spec_arguments(steps.add_parser(name, help=text, description=text), what="study")
+    bench = verb("bench", "measure speed", spec=False)
+    kinds = bench.add_subparsers(dest="action", metavar="step|data", required=True)
+    for name, text in (
+        ("step", "a training step: tokens/s, share of each part, cost over a bare PyTorch loop"),
+        ("data", "the loader alone: tokens/s and time per batch"),
+    ):
+        p = kinds.add_parser(name, help=text, description=text)
+        _spec_arguments(p)
+        p.add_argument("--steps", type=int, default=30, help="measured steps")
+        p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
+    schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
+    schema.add_argument("out", type=Path, nargs="?", default=None, help="file; default: standard output")
+    return parser
+
+
+def _spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
+    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, override the file")
+
+
+def _run(args: argparse.Namespace) -> int:
+    match args.verb, getattr(args, "action", None):
+        case "doctor", _:
+            from headway.launcher.doctor import doctor
+
+            return doctor(as_json=args.json)
+        case "data", action:
+            from headway.launcher.corpus import build_corpus, verify_corpus
+
+            return (build_corpus if action == "build" else verify_corpus)(args.spec, args.overrides)
+        case "plan", _:
+            from headway.launcher.plan import plan
+
+            return plan(args.spec, args.overrides, as_json=args.json)
+        case "train", _ if args.print_config:
+            from headway.launcher.load import format_config, load_spec
+
+            print(format_config(load_spec(args.spec, args.overrides)))
+            return 0
+        case "train", _:
+            from headway.launcher.launch import train
+
+            return train(args.spec, args.overrides, dry_run=args.dry_run)
+        case "study", action:
+            from headway.launcher import study
+
+            return getattr(study, f"{action}_study")(args.spec, args.overrides)
+        case "bench", action:
+            from headway.launcher import bench
+
+            return getattr(bench, f"bench_{action}")(args.spec, args.overrides, steps=args.steps, out=args.out)
+        case "schema", _:
+            from headway.launcher.schema import write_schema
+
+            return write_schema(args.out)
+    raise AssertionError(args.verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Mistakes of the user end with one message and their exit status, never a traceback."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as e:  # argparse says what is wrong; 2 is its own status, ours is 64
+        return 64 if e.code else 0
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `headway plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        from headway.launcher.errors import exit_code, format_error
+
+        code = exit_code(e)
+        if code is None:
+            raise
+        print(format_error(e), file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

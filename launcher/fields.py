@@ -1,0 +1,135 @@
+"""What a pydantic model allows at each place of a spec: read from its annotations, before any value is there.
+
+The loader needs this for what validation alone cannot say: which keys belong to which `type`, where else in the spec a
+misplaced key lives, which default a missing key takes, whether `1e6` may stand for an integer.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+_MAX_DEPTH = 8  # of the paths that are listed; a mechanism may hold mechanisms
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What may stand at one place. An empty Shape allows anything."""
+
+    scalars: frozenset[type] = frozenset()
+    literals: tuple[Any, ...] = ()
+    model: type[BaseModel] | None = None
+    variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by the value of `discriminator`
+    discriminator: str = "type"
+    items: Shape | None = None  # of a list, or of a tuple whose places are all alike
+    places: tuple[Shape, ...] = ()  # of a tuple of fixed length
+    is_tuple: bool = False
+    values: Shape | None = None  # of a mapping with free keys
+    nullable: bool = False
+
+    @property
+    def has_keys(self) -> bool:
+        return self.model is not None or bool(self.variants)
+
+    def known_model(self, tag: Any) -> type[BaseModel] | None:
+        """The model that describes a mapping whose discriminator has the value `tag`."""
+        return self.variants.get(tag) if self.variants and isinstance(tag, str) else self.model
+
+    def child(self, key: str, tag: Any = None) -> Shape:
+        """Shape of `key`; with an unknown `tag`, of that key in whichever variant has it."""
+        if self.values is not None:
+            return self.values
+        known = self.known_model(tag)
+        for model in [known] if known else self.variants.values():
+            if model is not None and key in model.model_fields:
+                return field_shape(model.model_fields[key])
+        return Shape()
+
+    def keys(self, tag: Any = None) -> list[str]:
+        """Legal keys; with an unknown `tag`, those of every variant."""
+        known = self.known_model(tag)
+        models = [known] if known else list(self.variants.values())
+        return list(dict.fromkeys(key for model in models for key in model.model_fields))
+
+
+def root_shape(root: type[BaseModel]) -> Shape:
+    return Shape(model=root)
+
+
+def field_shape(info: FieldInfo) -> Shape:
+    discriminator = info.discriminator if isinstance(info.discriminator, str) else None
+    return _shape(info.annotation, discriminator)
+
+
+def paths(shape: Shape, tag_at: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """Every dotted key of a spec; `tag_at` names the variant chosen at a dotted key, else all variants are listed."""
+    if depth > _MAX_DEPTH or not shape.has_keys:
+        return
+    tag = tag_at.get(prefix.removesuffix("."))
+    for key in shape.keys(tag):
+        yield prefix + key
+        yield from paths(shape.child(key, tag), tag_at, f"{prefix}{key}.", depth + 1)
+
+
+def _shape(annotation: Any, discriminator: str | None = None) -> Shape:
+    origin = get_origin(annotation)
+    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
+        return _shape(annotation.__value__, discriminator)
+    if origin is Annotated:
+        inner, *metadata = get_args(annotation)
+        found = [m.discriminator for m in metadata if isinstance(getattr(m, "discriminator", None), str)]
+        return _shape(inner, found[0] if found else discriminator)
+    if origin in (Union, types.UnionType):
+        return _union([_shape(arm, discriminator) for arm in get_args(annotation)], discriminator)
+    if origin is Literal:
+        return Shape(literals=get_args(annotation), scalars=frozenset(type(v) for v in get_args(annotation)))
+    if annotation is None or annotation is type(None):
+        return Shape(nullable=True)
+    if origin is list or annotation is list:
+        return Shape(items=_shape(*get_args(annotation)) if get_args(annotation) else Shape())
+    if origin is tuple or annotation is tuple:
+        return _tuple(get_args(annotation))
+    if origin in (dict, Mapping) or annotation is dict:
+        return Shape(values=_shape(get_args(annotation)[1]) if get_args(annotation) else Shape())
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return Shape(model=annotation)
+    if annotation in (int, float, bool, str):
+        return Shape(scalars=frozenset([annotation]))
+    return Shape()
+
+
+def _tuple(arguments: tuple[Any, ...]) -> Shape:
+    if not arguments:
+        return Shape(items=Shape(), is_tuple=True)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return Shape(items=_shape(arguments[0]), is_tuple=True)
+    return Shape(places=tuple(_shape(argument) for argument in arguments), is_tuple=True)
+
+
+def _union(arms: list[Shape], discriminator: str | None) -> Shape:
+    """The arms seen as one place. Several models need a discriminator to be told apart; without one, the first counts."""
+    models = [arm.model for arm in arms if arm.model is not None]
+    variants = {tag: model for arm in arms for tag, model in arm.variants.items()}
+    discriminator = discriminator or next((arm.discriminator for arm in arms if arm.variants), "type")
+    if len(models) > 1 or variants:
+        for model in models:
+            info = model.model_fields.get(discriminator)
+            variants |= {str(tag): model for tag in (_shape(info.annotation).literals if info else ())}
+    return Shape(
+        scalars=frozenset(kind for arm in arms for kind in arm.scalars),
+        literals=tuple(value for arm in arms for value in arm.literals),
+        model=models[0] if models and not variants else None,
+        variants=variants,
+        discriminator=discriminator,
+        items=next((arm.items for arm in arms if arm.items is not None), None),
+        places=next((arm.places for arm in arms if arm.places), ()),
+        is_tuple=any(arm.is_tuple for arm in arms),
+        values=next((arm.values for arm in arms if arm.values is not None), None),
+        nullable=any(arm.nullable for arm in arms),
+    )

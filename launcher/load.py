@@ -1,0 +1,142 @@
+"""From a YAML file and arguments to a validated spec that knows where each of its values came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from headway.launcher.check import validate
+from headway.launcher.fields import Shape, root_shape
+from headway.launcher.merge import extra_layer, format_value, merge, override_layer, read_layers
+from headway.launcher.yamlio import Node
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from headway.launcher.spec import Spec
+
+__all__ = ["Loaded", "Origin", "format_config", "load_mapping", "load_spec", "validate"]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: `yaml/base/tiny.yaml:12`, `argument 'train.tokens=1e6'` or `default`."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+DEFAULT = Origin("default")
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[M]):
+    """A validated model and its provenance. `origins` has every dotted key of `format_config`."""
+
+    spec: M
+    origins: dict[str, Origin]
+    notes: list[str]  # inherited keys that a change of `type` dropped
+    tree: Node
+
+
+Layer = tuple[Mapping[str, Any] | Node, str]  # values (keys may be dotted), and where they come from
+
+
+@overload
+def load_spec(path: Path | str, overrides: Sequence[str] = (), *, extra: Sequence[Layer] = ()) -> Loaded[Spec]: ...
+@overload
+def load_spec(
+    path: Path | str, overrides: Sequence[str] = (), *, root: type[M], extra: Sequence[Layer] = ()
+) -> Loaded[M]: ...
+def load_spec(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    root: type[BaseModel] | None = None,
+    extra: Sequence[Layer] = (),
+) -> Loaded[Any]:
+    """Read, merge and validate. `root` is the model to fill (default: `headway.launcher.spec.Spec`).
+
+    Layers, lowest first: the chain of `base:` files, the file, each `(values, origin)` of `extra`, all `overrides`
+    together. A root model that has a field `base` of its own keeps it: then nothing is inherited.
+    Raises NoInputError (66) if the file cannot be read, SpecError (64) with file:line:column for everything else.
+    """
+    if root is None:
+        from headway.launcher.spec import Spec  # imports torch: only when a spec is wanted
+
+        root = Spec
+    shape = root_shape(root)
+    layers = read_layers(Path(path), shape, inherit="base" not in root.model_fields)
+    layers += [extra_layer(values, source, shape) for values, source in extra]
+    if overrides:
+        layers.append(override_layer(overrides, shape))
+    tree, notes = _merge_all(layers, shape)
+    spec = validate(tree, root)
+    return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree)
+
+
+def load_mapping(path: Path | str, *, inherit: bool = False) -> Node:
+    """The located tree of a file, keys as written, nothing validated. `inherit` merges it over its `base:` files."""
+    free = Shape(values=Shape())
+    tree, _ = _merge_all(read_layers(Path(path), None if inherit else free, inherit=inherit), free)
+    return tree
+
+
+def format_config(loaded: Loaded[Any]) -> str:
+    """Every resolved value as `dotted.key = value   # origin`, defaults included; what was dropped stands below."""
+    rows = [(key, format_value(value), loaded.origins[key].text) for key, value in _leaves(loaded.spec)]
+    wide = max((len(key) for key, _, _ in rows), default=0)
+    # one very long value (a list of paths) must not push every origin off the screen
+    value_wide = min(max((len(value) for _, value, _ in rows), default=0), 40)
+    lines = [f"{key:<{wide}} = {value:<{value_wide}}  # {origin}" for key, value, origin in rows]
+    return "\n".join([*lines, *(f"# {note}" for note in loaded.notes)])
+
+
+def _merge_all(layers: Sequence[Node], shape: Shape) -> tuple[Node, list[str]]:
+    notes: list[str] = []
+    tree = layers[0]
+    for layer in layers[1:]:
+        tree = merge(tree, layer, shape, notes)
+    # the name of the file that was asked for, for messages about what is nowhere
+    top = next((layer for layer in reversed(layers) if layer.place.line), tree)
+    tree.place = top.place
+    return tree, notes
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, BaseModel):
+        items = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict) and value:
+        items = list(value.items())
+    else:
+        return [(prefix, _plain(value))]
+    return [leaf for name, item in items for leaf in _leaves(item, f"{prefix}.{name}" if prefix else str(name))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.model_dump() if isinstance(value, BaseModel) else value
+
+
+def _origins(spec: BaseModel, tree: Node) -> list[tuple[str, Origin]]:
+    return [(key, _origin(tree, key)) for key, _ in _leaves(spec)]
+
+
+def _origin(tree: Node, key: str) -> Origin:
+    node, rest = tree, key
+    while node.is_mapping:
+        # free names may hold dots themselves, so the longest key that fits is taken
+        names = [name for name in node.value if rest == name or rest.startswith(f"{name}.")]
+        if not names:
+            return DEFAULT
+        name = max(names, key=len)
+        node, rest = node.value[name], rest[len(name) + 1 :]
+        if not rest:
+            return Origin(node.at.short)
+    return Origin(node.at.short)

@@ -1,0 +1,153 @@
+"""The run folder: resolved spec, metrics, checkpoints, logs, and the lock that keeps a second run out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.errors import SpecError
+from headway.launcher.spec import Spec
+
+# What may differ between the spec of a run folder and the spec it is continued with: where things lie, what is recorded
+# and how the work is divided. Everything else changes the result and makes another run.
+FREE_KEYS = (
+    "name",
+    "run_dir",
+    "tracking",
+    "checkpoint",
+    "launch",
+    "parallel.zero",
+    "data.workers",
+    "data.prefetch",
+    "data.source.path",
+    "data.source.remote",
+)
+
+
+class RunDir:
+    """Paths of one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = path / "spec.json"
+        self.card = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+
+    @classmethod
+    def of(cls, spec: Spec) -> RunDir:
+        return cls(Path(spec.run_dir or f"runs/{spec.name}"))
+
+    def is_complete(self) -> bool:
+        """True when the run trained all its tokens."""
+        return bool(read_json(self.summary, {}).get("complete"))
+
+    @contextlib.contextmanager
+    def locked(self, name: str = "run.lock") -> Iterator[None]:
+        """Hold the folder; raises SpecError when a live process holds it. The kernel frees it when the holder dies."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
+                raise SpecError(
+                    f"{self.path}: a live run holds this folder (process {holder or 'unknown'}); wait for it, stop it, "
+                    f"or give another run_dir=..."
+                ) from e
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    def adopt(self, spec: Spec) -> None:
+        """Write `spec` into the folder, or check that the folder is that of the same run.
+
+        Raises SpecError with the keys that differ.
+        """
+        new = spec.model_dump(mode="json")
+        if self.spec.exists():
+            differing = difference(identity(read_json(self.spec, {})), identity(new))
+            if differing:
+                shown = "\n".join(f"  {key}: {a!r} in the folder, {b!r} now" for key, a, b in differing[:10])
+                raise SpecError(
+                    f"{self.path}: this folder is a run of another spec:\n{shown}\n"
+                    f"give another run_dir=..., or delete the folder to train anew"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.spec, new)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole record; a line that a crash cut off is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        with self.metrics.open(encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+        return records
+
+    def truncate_metrics(self, *, last_step: int) -> list[dict[str, Any]]:
+        """Drop records after `last_step` (they are trained again) and return the ones kept."""
+        kept = [r for r in self.read_metrics() if r.get("step", 0) <= last_step]
+        tmp = self.metrics.with_suffix(".tmp")
+        with tmp.open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(r) + "\n" for r in kept)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(self.metrics)
+        return kept
+
+
+def identity(spec: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a resolved spec that decide its result."""
+    flat = flatten(spec)
+    return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
+
+
+def spec_hash(spec: dict[str, Any]) -> str:
+    """sha256 (16 hex digits) over `identity`."""
+    return hashlib.sha256(json.dumps(identity(spec), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) where they differ; a key that is absent counts as None."""
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """The JSON in `path`, or `default` when it is not there or cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    tmp.replace(path)

@@ -1,0 +1,254 @@
+"""Everything one training process holds: model, engine, loader, tracker, and where the run stands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from headway.data.loader import Loader, StepBatch, validation_batches
+from headway.launcher.router import RouterMonitor
+from headway.launcher.run_dir import RunDir, read_json, write_json
+from headway.launcher.spec import Spec
+from headway.launcher.tracking import Tracker
+from headway.model.decoder import Decoder
+from headway.parallel import checkpoint
+from headway.parallel.config import CheckpointError
+from headway.parallel.engine import Engine, StepStats
+from headway.parallel.layout import Layout, init_layout
+from headway.parallel.schedule import learning_rate
+
+
+class Session:
+    """State of a training process. `step` counts finished optimizer steps; made by `Session.open`."""
+
+    def __init__(self, run: RunDir, spec: Spec, layout: Layout) -> None:
+        self.run, self.spec, self.layout = run, spec, layout
+        train, data = spec.train, spec.data
+        assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
+        self._seed_everything(0)
+        model = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
+        self.engine = Engine(
+            model,
+            parallel=spec.parallel,
+            optimizer=spec.optimizer,
+            layout=layout,
+            micro_batch=train.micro_batch,
+            accumulation=train.global_batch // (train.micro_batch * layout.dp_size),
+        )
+        self.router = RouterMonitor(model.attention_layers(), layout)
+        self.validation = validation_batches(
+            data,
+            tokens=train.validation_tokens,
+            micro_batch=train.micro_batch,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        self.step, self.saved_step, self.train_s, self.resumes, self.failed_saves = 0, 0, 0.0, 0, 0
+        self._last_validation: float | None = None
+        self._step_times: list[float] = []
+        self._resume()
+        self.loader = Loader(
+            data,
+            split="train",
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+            start_step=self.step,
+        )
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, run: RunDir) -> Iterator[Session]:
+        """Join the process group, build or resume everything, and close it in the right order."""
+        spec = Spec.model_validate_json(run.spec.read_text())
+        layout = init_layout(device=spec.launch.device, timeout_s=spec.launch.timeout_s)
+        # The launcher's lock dies with the launcher; this one tells a new launcher that a rank is still alive.
+        lock = run.locked("worker.lock") if layout.is_main else contextlib.nullcontext()
+        with lock:
+            session = cls(run, spec, layout)
+            try:
+                yield session
+            finally:
+                session.loader.close()
+                session.tracker.close()
+        layout.barrier()
+        torch.distributed.destroy_process_group()
+
+    # ------------------------------------------------------------ one step
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.spec.tokens_per_step
+
+    def lr(self) -> float:
+        """Learning rate of the step about to be taken."""
+        total = self.spec.steps * self.spec.tokens_per_step
+        after = self.tokens + self.spec.tokens_per_step
+        return learning_rate(
+            self.spec.optimizer, self.spec.schedule, tokens_before=self.tokens, tokens_after=after, total_tokens=total
+        )
+
+    def agree(self, batch: StepBatch, stop: bool) -> tuple[int, str, bool]:
+        """(targets of the global batch, its hash, whether any rank wants to stop): one small all-reduce.
+
+        The hash is the sum of the ranks' parts modulo 2^64, added in two halves that cannot overflow.
+        """
+        self._seed_everything(self.step + 1)
+        low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
+        mine = torch.tensor([batch.targets, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
+        targets, low, high, stops = self.layout.sum(mine).tolist()
+        return targets, f"{(low + (high << 32)) & (2**64 - 1):016x}", stops > 0
+
+    def record(self, stats: StepStats, *, digest: str, data_s: float, step_s: float) -> None:
+        """Count the step, update router biases, write its record."""
+        router = self.router.after_step()
+        lr = self.lr()
+        self.step += 1
+        self.train_s += step_s
+        self._step_times.append(step_s)
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": stats.loss,
+            "aux_loss": stats.aux_loss,
+            "grad_norm": stats.grad_norm,
+            "lr": lr,
+            "targets": stats.targets,
+            "batch_hash": digest,
+            "step_s": step_s,
+            "data_s": data_s,
+            "forward_s": stats.forward_s,
+            "backward_s": stats.backward_s,
+            "optimizer_s": stats.optimizer_s,
+            "train_s": self.train_s,
+            "tokens_per_s": self.spec.tokens_per_step / step_s,
+            "mfu": "-",
+        }
+        if router and (self.step % self.spec.tracking.router_every_steps == 0 or self.step in (1, self.spec.steps)):
+            record["router"] = router
+        recent = sorted(self._step_times[-50:])
+        left = (self.spec.steps - self.step) * recent[len(recent) // 2]
+        self.tracker.train(record, seconds_left=left)
+
+    def due(self, what: str) -> bool:
+        """Whether the step just taken crossed the interval of "validation" or "checkpoint", or was the last."""
+        every = self.spec.train.validate_every_tokens if what == "validation" else self.spec.checkpoint.every_tokens
+        if self.step == self.spec.steps:
+            return True
+        return every is not None and self.tokens // every > (self.tokens - self.spec.tokens_per_step) // every
+
+    def validate(self) -> None:
+        """Loss on the fixed validation tokens."""
+        t0 = time.perf_counter()
+        self.router.pause()
+        loss, targets = self.engine.evaluate(self.validation)
+        self._last_validation = loss
+        self.tracker.validation(
+            {
+                "kind": "validation",
+                "step": self.step,
+                "tokens": self.tokens,
+                "loss": loss,
+                "targets": targets,
+                "train_s": self.train_s,
+                "seconds": time.perf_counter() - t0,
+            }
+        )
+
+    # ------------------------------------------------------------ saving, resuming, ending
+
+    def checkpoint(self) -> None:
+        """Save; a failed save is reported and training goes on, up to `checkpoint.max_failures` in a row."""
+        t0 = time.perf_counter()
+        self.tracker.flush()
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "train_s": self.train_s,
+            "applied_steps": self.engine.applied_steps,
+            "resumes": self.resumes,
+        }
+        config = self.spec.checkpoint
+        error = checkpoint.save(
+            self.run.checkpoints, self.engine, self.layout, step=self.step, state=state, keep=config.keep
+        )
+        if error is None:
+            self.saved_step, self.failed_saves = self.step, 0
+            record = {"kind": "checkpoint", "step": self.step, "seconds": time.perf_counter() - t0}
+            self.tracker.event(record, f"checkpoint of step {self.step} written in {record['seconds']:.2f} s")
+            return
+        self.failed_saves += 1
+        self.tracker.event(
+            {"kind": "checkpoint_failed", "step": self.step, "error": error},
+            f"CHECKPOINT OF STEP {self.step} FAILED ({self.failed_saves} in a row): {error}; "
+            f"the last whole one is of step {self.saved_step}",
+        )
+        if self.failed_saves >= config.max_failures or self.step == self.spec.steps:
+            raise CheckpointError(
+                f"checkpoint of step {self.step} cannot be written: {error}. Free space or mend the disk, then start the "
+                f"same command again: it continues from step {self.saved_step}"
+            )
+
+    def _resume(self) -> None:
+        found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=lambda text: print(text, flush=True))
+        if found is not None:
+            checkpoint.load(found, self.engine)
+            self.step = self.saved_step = found.step
+            self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
+        kept: list[dict[str, Any]] = []
+        if self.layout.is_main:
+            kept = self.run.truncate_metrics(last_step=self.step)
+        self.tracker = Tracker(
+            self.run,
+            main=self.layout.is_main,
+            tensorboard=self.spec.tracking.tensorboard,
+            log_every_steps=self.spec.tracking.log_every_steps,
+            total_steps=self.spec.steps,
+            start_step=self.step,
+        )
+        validations = [r["loss"] for r in kept if r.get("kind") == "validation"]
+        self._last_validation = validations[-1] if validations else None
+        if found is not None:
+            self.tracker.event(
+                {"kind": "resume", "step": self.step, "dp_size": self.layout.dp_size, "zero": self.spec.parallel.zero},
+                f"resumed from {found.path} (step {self.step}/{self.spec.steps})",
+            )
+
+    def finish(self) -> None:
+        """Write summary.json: the run is complete."""
+        if not self.layout.is_main:
+            return
+        steady = sorted(r["step_s"] for r in self.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
+        median = steady[len(steady) // 2] if steady else None
+        summary = {
+            "complete": True,
+            "exit": "complete",
+            "steps": self.step,
+            "tokens": self.tokens,
+            "final_validation_loss": self._last_validation,
+            "train_s": self.train_s,
+            "tokens_per_s_median": self.spec.tokens_per_step / median if median else None,
+            "resumes": self.resumes,
+        }
+        write_json(self.run.summary, summary)
+        print(
+            f"done: {self.tokens:,} tokens in {self.train_s:.1f} s of training, validation loss "
+            f"{self._last_validation:.4f}; records in {self.run.path}",
+            flush=True,
+        )
+
+    def _seed_everything(self, step: int) -> None:
+        """Random numbers of a step depend on (seed, step, rank) alone, so a resumed run draws the same ones."""
+        key = f"{self.spec.seed}/{step}/{self.layout.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+
+def card_of(run: RunDir) -> dict[str, Any]:
+    """run.json of a run folder, or an empty mapping."""
+    return read_json(run.card, {})

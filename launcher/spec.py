@@ -1,0 +1,64 @@
+"""The Spec: one run, fully resolved. YAML names these fields and nothing else."""
+
+from __future__ import annotations
+
+from headway.data.config import DataConfig, StrictModel
+from headway.model.attention.registry import AnyAttention
+from headway.model.config import ModelConfig
+from headway.parallel.config import CheckpointConfig, LaunchConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from pydantic import Field, model_validator
+
+
+class TrainConfig(StrictModel):
+    """How long to train and in what portions."""
+
+    tokens: int = Field(gt=0, description="training tokens; rounded up to whole steps")
+    global_batch: int = Field(ge=1, description="sequences per optimizer step, over all processes")
+    micro_batch: int = Field(ge=1, description="sequences per forward pass of one process")
+    validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
+    validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
+
+
+class TrackingConfig(StrictModel):
+    """What is recorded besides metrics.jsonl."""
+
+    log_every_steps: int = Field(default=1, ge=1, description="console lines; metrics.jsonl has every step")
+    router_every_steps: int = Field(default=10, ge=1, description="records with router load, entropy and dead heads")
+    tensorboard: bool = True
+
+
+class Spec(StrictModel):
+    """One run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str | None = Field(default=None, description="folder of the run; default runs/NAME")
+    seed: int = Field(default=1, ge=0, lt=1 << 63, description="initial parameters (data.seed orders the data)")
+    model: ModelConfig
+    attention: AnyAttention
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Spec:
+        per_pass = self.train.micro_batch * self.launch.processes
+        if self.train.global_batch % per_pass:
+            raise ValueError(
+                f"train.global_batch: {self.train.global_batch} sequences do not divide into micro_batch x processes = "
+                f"{self.train.micro_batch} x {self.launch.processes}; use global_batch {per_pass} or "
+                f"{max(1, round(self.train.global_batch / per_pass)) * per_pass + per_pass}"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.data.seq_len
+
+    @property
+    def steps(self) -> int:
+        return -(-self.train.tokens // self.tokens_per_step)

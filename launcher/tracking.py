@@ -1,0 +1,138 @@
+"""What a run records: the console line, metrics.jsonl (the truth), TensorBoard (a view of it)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+from headway.launcher.run_dir import RunDir
+
+
+class Tracker:
+    """Writes records on the main process; elsewhere every method does nothing.
+
+    `total_steps` and `total_tokens` are those of the whole run; `start_step` is the step it is resumed after.
+    """
+
+    def __init__(
+        self, run: RunDir, *, main: bool, tensorboard: bool, log_every_steps: int, total_steps: int, start_step: int
+    ) -> None:
+        self._main, self._every, self._total, self._start = main, log_every_steps, total_steps, start_step
+        self._file, self._board, self._validation = None, None, None
+        if not main:
+            return
+        self._file = run.metrics.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+
+    def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
+        """One optimizer step."""
+        self._write(record)
+        step = record["step"]
+        if not self._main:
+            return
+        self._scalars(
+            step,
+            {
+                "train/loss": record["loss"],
+                "train/perplexity": math.exp(min(50.0, record["loss"])),
+                "train/aux_loss": record["aux_loss"],
+                "train/grad_norm": record["grad_norm"],
+                "train/lr": record["lr"],
+                "train/tokens": record["tokens"],
+                "perf/tokens_per_s": record["tokens_per_s"],
+                "perf/data_wait_share": record["data_s"] / max(1e-9, record["step_s"]),
+            },
+        )
+        for layer, routers in record.get("router", {}).items():
+            for name, stats in routers.items():
+                peak = max(max(group) for group in stats["load"])
+                values = {"entropy": stats["entropy"], "margin": stats["margin"], "dead": stats["dead"], "peak": peak}
+                self._scalars(step, {f"router/{layer}/{name}_{k}": v for k, v in values.items()})
+        if step % self._every == 0 or step in (self._start + 1, self._total):
+            print(self._line(record, seconds_left), flush=True)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """One validation."""
+        self._write(record)
+        self._validation = record["loss"]
+        self._scalars(
+            record["step"], {"val/loss": record["loss"], "val/perplexity": math.exp(min(50.0, record["loss"]))}
+        )
+        if self._main:
+            print(
+                f"validation after step {record['step']}: loss {record['loss']:.4f} over {record['targets']:,} tokens",
+                flush=True,
+            )
+
+    def event(self, record: dict[str, Any], text: str) -> None:
+        """Something that happened (resume, failed save): one record and one console line."""
+        self._write(record)
+        if self._main:
+            print(text, flush=True)
+
+    def flush(self) -> None:
+        """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def _line(self, r: dict[str, Any], seconds_left: float | None) -> str:
+        width = len(str(self._total))
+        validation = "-" if self._validation is None else f"{self._validation:.4f}"
+        data = 100 * r["data_s"] / max(1e-9, r["step_s"])
+        router = ""
+        if r.get("router"):
+            stats = [s for layer in r["router"].values() for s in layer.values()]
+            router = (
+                f" router H {sum(s['entropy'] for s in stats) / len(stats):.2f} dead {sum(s['dead'] for s in stats)}"
+            )
+        return (
+            f"step {r['step']:>{width}}/{self._total} {100 * r['step'] / self._total:5.1f}% loss {r['loss']:.4f} "
+            f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
+            f"mfu {r['mfu']} mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
+        )
+
+
+def memory() -> str:
+    """Peak memory of this process: device memory on CUDA, resident set elsewhere."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f}/{total / 2**30:.0f} GiB"
+    import resource
+
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """1h02m, 3m07s, 12s; a dash when unknown."""
+    if seconds is None:
+        return "-"
+    s = max(0, round(seconds))
+    if s >= 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"

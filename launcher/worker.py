@@ -1,0 +1,124 @@
+"""One training process: `python -m headway.launcher.worker RUN_DIR`, started by `headway train`, one per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+PREEMPTED, NUMERIC, STORAGE = 75, 70, 74
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT came; the state is saved and the same command continues."""
+
+    exit_code = PREEMPTED
+
+
+class NumericError(Exception):
+    """The loss is no number any more."""
+
+    exit_code = NUMERIC
+
+
+def main() -> int:
+    """Train the run in the folder named by the first argument; the exit status tells the launcher how it ended."""
+    run_path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    logs = run_path / "logs"
+    error_file = logs / f"rank-{rank}.error.json"
+    error_file.unlink(missing_ok=True)
+    _die_with_parent()
+    _own_log(logs / f"rank-{rank}.log", main=rank == 0)
+    (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
+    try:
+        train(run_path)
+        return 0
+    except BaseException as e:
+        code = getattr(e, "exit_code", None)
+        report = {"rank": rank, "exit_code": code, "type": type(e).__name__, "message": str(e)}
+        if not isinstance(e, Preempted):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # a full disk must not hide the error it caused
+            error_file.write_text(json.dumps(report))
+        sys.stderr.flush()
+        # Peers may be inside a collective with this rank; leaving at once closes the connection and ends them too.
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def train(run_path: Path) -> None:
+    """The training loop."""
+    import torch
+    from headway.launcher.run_dir import RunDir
+    from headway.launcher.session import Session
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
+    run = RunDir(run_path)
+    stop = _StopFlag()
+    with contextlib.ExitStack() as stack:
+        s = stack.enter_context(Session.open(run))
+        spec = s.spec
+        while s.step < spec.steps:
+            t0 = time.perf_counter()
+            batch = next(s.loader)
+            data_s = time.perf_counter() - t0
+            targets, digest, stopping = s.agree(batch, stop.raised)
+            stats = s.engine.train_step(batch.micro, targets=targets, lr=s.lr())
+            if not math.isfinite(stats.loss) or stats.skipped:
+                raise NumericError(
+                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is of step "
+                    f"{s.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
+                )
+            s.record(stats, digest=digest, data_s=data_s, step_s=time.perf_counter() - t0)
+            if s.due("validation"):
+                s.validate()
+            if s.due("checkpoint") or stopping:
+                s.checkpoint()
+            if stopping and s.step < spec.steps:
+                raise Preempted(f"stopped after step {s.step} by a signal; the same command continues from there")
+        s.finish()
+
+
+class _StopFlag:
+    """Raised by SIGTERM or SIGINT; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        signal.signal(signal.SIGTERM, self._raise)
+        signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, signum: int, frame: Any) -> None:
+        if self.raised and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, so that no orphan goes on writing into the folder."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    expected = os.environ.get("HEADWAY_PARENT_PID")
+    if expected is not None and os.getppid() != int(expected):
+        os._exit(1)
+
+
+def _own_log(path: Path, *, main: bool) -> None:
+    """Send stderr of every rank, and stdout of all but rank 0, to the rank's log file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 2)
+    if not main:
+        os.dup2(fd, 1)
+    os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

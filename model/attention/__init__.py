@@ -1,0 +1,1 @@
+"""One file per attention mechanism; `headway.model.attention.registry` lists them."""

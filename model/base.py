@@ -1,0 +1,159 @@
+"""What every layer shares: strict configs, the attention interface, cost and sharding records.
+
+Legend: B batch, S sequence, T=B*S tokens, d width, H query heads in the pool, G KV heads (= groups), M=H/G query heads
+per group, k slots (query heads active per group and token), D head size, E experts, F FFN width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+
+class StrictConfig(BaseModel, frozen=True):
+    """Frozen, keyword-only, refuses unknown keys and silent type changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Forward FLOPs per token (2 per multiply-accumulate); training costs three times as much.
+
+    `useful` counts what the mathematics needs (only selected heads, causal half of the scores); `executed` what this
+    implementation computes (a dense projection of all heads, say). Norms, RoPE, softmax and top-k are not counted.
+    """
+
+    useful: float
+    executed: float
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(useful=self.useful + other.useful, executed=self.executed + other.executed)
+
+
+class Shard(NamedTuple):
+    """How one parameter is cut over tensor-parallel ranks: along `dim`, in `units` equal whole pieces."""
+
+    dim: int
+    units: int
+
+
+@dataclass
+class RouterStats:
+    """Sums over the tokens a router saw in training since the last reset; fp32 tensors, detached.
+
+    `load` [G, N]: times each of the group's N routed experts was selected. `tokens`: tokens seen. `entropy`: sum over
+    tokens and groups of the entropy (nats) of the router's softmax. `margin`: sum over tokens and groups of (lowest
+    selected logit - highest other one): how far the choice was from another; 0 where all N are selected, negative
+    where a balancing bias overrode the logits. `slots`: k, experts selected per token and group.
+    """
+
+    load: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    slots: int
+
+
+class AttentionOutput(NamedTuple):
+    y: Tensor  # [B, S, d]
+    aux_loss: Tensor | None  # scalar fp32, already multiplied by its coefficient; mean over the sequences of the batch
+
+
+class AttentionConfig(StrictConfig):
+    """Interface of a mechanism's config. `type` is the name under which the registry knows it."""
+
+    type: str
+    head_dim: int = Field(ge=1, description="D, channels per head")
+    rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
+    rope_fraction: float = Field(default=1.0, ge=0, le=1, description="share of head_dim that is rotated")
+    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys over head_dim, before RoPE")
+
+    @model_validator(mode="after")
+    def _rotated_channels_are_pairs(self) -> Self:
+        rotated = self.head_dim * self.rope_fraction
+        if rotated % 2:
+            pairs = max(1, round(rotated / 2)) * 2
+            if pairs <= self.head_dim:
+                other = f"rope_fraction {pairs / self.head_dim!r} ({pairs} channels)"
+            else:
+                other = "rope_fraction 0.0 (no rotation)"
+            raise ValueError(
+                f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} rotates {rotated:g} channels, and RoPE "
+                f"turns pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
+            )
+        return self
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a head that RoPE turns (even)."""
+        return int(self.head_dim * self.rope_fraction)
+
+    @property
+    @abstractmethod
+    def score_maps(self) -> int:
+        """Softmax rows computed per token: query heads (or slots) that enter the attention core."""
+        raise NotImplementedError
+
+    def core_flops_per_token(self, *, seq_len: int) -> float:
+        """Q K^T and P V of one layer: 2 x 2 D per visible key and score map, (S+1)/2 visible keys on average."""
+        return 4 * self.head_dim * self.score_maps * (seq_len + 1) / 2
+
+    @abstractmethod
+    def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
+        """The module of one layer. `layers` scales the output projection's init: std / sqrt(2 layers)."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def num_params(self, *, width: int) -> int:
+        """Parameters of one layer's attention."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
+        """Forward FLOPs of one layer per token at `seq_len`, causal: (S+1)/2 visible keys on average."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def kv_bytes_per_token(self, *, bytes_per_element: int) -> int:
+        """KV cache of one layer per token, in bytes."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def shards(self) -> dict[str, Shard]:
+        """Sharding declaration: parameter name (as in the module) -> how it is cut. Not named: replicated."""
+        raise NotImplementedError
+
+
+class Attention(nn.Module):
+    """Interface of a mechanism's module.
+
+    A routed mechanism keeps `router_stats()`; dense ones return an empty dict. `init_stds` gives the standard deviation
+    of each of the module's own matrices at the start (`headway.model.init` draws them).
+    """
+
+    init_stds: dict[str, float]
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
+        """x [B, S, d] is already normed. `rope` is what `kernels.rope.rope_tables` returns for S positions.
+
+        `mask` is None (plain causal) or [B, 1, S, S]: bool, True where a query (row) may see a key (column), or
+        additive in x's dtype, 0 and -inf. It already includes causality, and the same tensor serves every layer and
+        mechanism. The decoder passes the additive form: PyTorch turns a bool one into a copy per layer, kept for
+        the backward pass.
+        """
+        raise NotImplementedError
+
+    def router_stats(self) -> dict[str, RouterStats]:
+        """Name of the router -> sums since the last `reset_router_stats`."""
+        return {}
+
+    def reset_router_stats(self) -> None:
+        return None
+
+    def after_step(self, global_load: dict[str, Tensor]) -> None:
+        """Called once per optimizer step with each router's load [G, M] summed over all ranks (loss-free bias)."""
+        return None

@@ -1,0 +1,1 @@
+"""Process layout, DeepSpeed engines and checkpoints."""

@@ -1,0 +1,283 @@
+"""Checkpoints: logical tensors as safetensors, a manifest with the hash of every file, and a rename that commits them.
+
+A checkpoint is the folder `step-NNNNNNNNNN`. It exists only whole: files are written into a hidden staging folder, the
+manifest last, then the folder is renamed. The newest folder whose manifest and hashes are right is the truth; there is
+no pointer file that could be wrong. Tensors are full (logical) fp32 tensors under their single-device names, each
+written once by one rank, so any ZeRO stage and any number of ranks reads them. Nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headway.parallel.config import CheckpointError
+from headway.parallel.engine import Engine
+from headway.parallel.layout import Layout
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+_STEP = re.compile(r"step-(\d{10})")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One committed checkpoint. `state` is what the trainer asked to keep (step, tokens, seconds, hashes)."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.manifest["state"]
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save(root: Path, engine: Engine, layout: Layout, *, step: int, state: Mapping[str, Any], keep: int) -> str | None:
+    """Write `root/step-NNNNNNNNNN`; collective. Returns None, or why it could not be written (the same on all ranks).
+
+    A failed save (a full disk, say) leaves earlier checkpoints as they were and training may go on.
+    """
+    staging, final = root / f".staging-{step:010d}", root / f"step-{step:010d}"
+    error: str | None = None
+    mine: dict[str, Any] = {}
+    try:
+        if layout.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir()
+    except OSError as e:
+        error = f"{staging}: {e}"
+    layout.barrier()
+    tensors = _my_share(engine, layout)
+    if error is None:
+        try:
+            mine = _write_share(staging, tensors, layout)
+        except (OSError, SafetensorError) as e:
+            error = f"rank {layout.rank}: {e}"
+    reports = _gather_json(layout, {"files": mine, "error": error})
+    error = next((r["error"] for r in reports if r["error"]), None)
+    if error is None and layout.is_main:
+        try:
+            _commit(staging, final, reports, step=step, state=state, layout=layout)
+        except OSError as e:
+            error = f"{final}: {e}"
+    error = next((r["error"] for r in _gather_json(layout, {"error": error}) if r["error"]), None)
+    if layout.is_main:
+        if error is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            _retain(root, keep)
+    return error
+
+
+def _my_share(engine: Engine, layout: Layout) -> dict[str, Tensor]:
+    """Reading a logical tensor is collective, so every rank reads all and keeps every dp_size-th."""
+    share: dict[str, Tensor] = {}
+    for i, (key, tensor) in enumerate(engine.read_logical()):
+        if i % layout.dp_size == layout.dp_rank:
+            share[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    if layout.is_main:
+        for name, buffer in persistent_buffers(engine.module):
+            share[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+    return share
+
+
+def _write_share(staging: Path, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Any]:
+    name = f"tensors-{layout.rank:05d}-of-{layout.dp_size:05d}.safetensors"
+    path = staging / name
+    save_file(tensors, path)
+    _fsync(path)
+    return {name: {"bytes": path.stat().st_size, "xxh3_128": file_hash(path), "tensors": sorted(tensors)}}
+
+
+def _commit(staging: Path, final: Path, reports: list[Any], *, step: int, state: Mapping[str, Any], layout: Layout) -> None:
+    files = {name: entry for report in reports for name, entry in report["files"].items()}
+    manifest = {"format": FORMAT, "step": step, "dp_size": layout.dp_size, "state": dict(state), "files": files}
+    path = staging / MANIFEST
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    path.write_text(json.dumps({"xxh3_128": xxhash.xxh3_128(body.encode()).hexdigest(), "manifest": manifest}, indent=1, sort_keys=True))
+    _fsync(path)
+    _fsync(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    _fsync(final.parent)
+
+
+def _retain(root: Path, keep: int) -> None:
+    for path in steps_on_disk(root)[keep:]:
+        # The manifest goes first: a half-deleted checkpoint must not look whole.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def steps_on_disk(root: Path) -> list[Path]:
+    """Checkpoint folders, newest step first, valid or not."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, its own hash and every file's presence and size checked.
+
+    Raises CheckpointError naming the file that is wrong.
+    """
+    try:
+        outer = json.loads((path / MANIFEST).read_text())
+        manifest = outer["manifest"]
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+        if outer["xxh3_128"] != xxhash.xxh3_128(body.encode()).hexdigest():
+            raise CheckpointError(f"{path / MANIFEST}: its own hash does not match")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']} is not {FORMAT}; use the release that wrote it")
+        match = _STEP.fullmatch(path.name)
+        if match is None or int(match[1]) != manifest["step"]:
+            raise CheckpointError(f"{path}: the manifest is that of step {manifest['step']}")
+        for name, entry in manifest["files"].items():
+            if not _SAFE_NAME.fullmatch(name):
+                raise CheckpointError(f"{path}: illegal file name {name!r} in the manifest")
+            size = (path / name).lstat().st_size
+            if (path / name).is_symlink() or size != entry["bytes"]:
+                raise CheckpointError(f"{path / name}: {size} bytes, the manifest says {entry['bytes']}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({type(e).__name__}: {e})") from e
+
+
+def verify_hashes(path: Path, manifest: Mapping[str, Any], *, rank: int = 0, size: int = 1) -> None:
+    """Check the hash of every `size`-th file, beginning with `rank`. Raises CheckpointError naming the file."""
+    for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        if i % size == rank and file_hash(path / name) != entry["xxh3_128"]:
+            raise CheckpointError(f"{path / name}: its contents changed after it was written (hash differs)")
+
+
+def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, agreed by all ranks; damaged ones are reported and passed over.
+
+    Raises CheckpointError when there are checkpoints but none of them is whole.
+    """
+    candidates = steps_on_disk(root)
+    for path in candidates:
+        error, manifest = None, None
+        try:
+            manifest = read_manifest(path)
+            verify_hashes(path, manifest, rank=layout.dp_rank, size=layout.dp_size)
+        except CheckpointError as e:
+            error = str(e)
+        error = next((r["error"] for r in _gather_json(layout, {"error": error}) if r["error"]), None)
+        if error is None:
+            assert manifest is not None
+            return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
+        warn(f"checkpoint passed over: {error}")
+    if candidates:
+        raise CheckpointError(
+            f"{root}: none of {len(candidates)} checkpoints is whole; restore one from a copy, or delete the run folder "
+            f"to start anew"
+        )
+    return None
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by key, read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._where = {
+            key: checkpoint.path / name
+            for name, entry in checkpoint.manifest["files"].items()
+            for key in entry["tensors"]
+        }
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        path = self._where[key]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt", device="cpu")
+        return self._open[path].get_tensor(key)
+
+    def __iter__(self):
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def load(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Set parameters, masters, moments, Adam's counter and persistent buffers. Collective.
+
+    Raises CheckpointError when the checkpoint's tensors are not the model's (names or shapes).
+    """
+    tensors = _Tensors(checkpoint)
+    wanted = {f"{part}/{name}" for name, _ in engine.named_parameters() for part in ("param", "exp_avg", "exp_avg_sq")}
+    buffers = dict(persistent_buffers(engine.module))
+    wanted |= {f"buffer/{name}" for name in buffers}
+    if wanted != set(tensors):
+        missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+        raise CheckpointError(
+            f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); use "
+            f"the spec it was trained with, or another run_dir"
+        )
+    applied = int(checkpoint.state["applied_steps"])
+    engine.write_logical(tensors, applied_steps=applied)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"buffer/{name}"])
+    counters = engine.adam_steps()
+    if counters != {applied}:
+        raise CheckpointError(f"{checkpoint.path}: Adam's step counters are {sorted(counters)}, not {applied}")
+
+
+def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the state of the model (router biases), by name."""
+    names = set(module.state_dict(keep_vars=True)) if module is not None else set()
+    return [(n, b) for n, b in module.named_buffers() if n in names]
+
+
+def _gather_json(layout: Layout, value: Any) -> list[Any]:
+    """Every rank's value, in rank order. Bytes of JSON, not pickles."""
+    if layout.dp_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(layout.device)
+    length = torch.tensor([payload.numel()], device=layout.device)
+    lengths = [torch.zeros_like(length) for _ in range(layout.dp_size)]
+    dist.all_gather(lengths, length)
+    longest = int(max(n.item() for n in lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=layout.device)
+    padded[: payload.numel()] = payload
+    parts = [torch.zeros_like(padded) for _ in range(layout.dp_size)]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]

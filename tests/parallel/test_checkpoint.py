@@ -1,0 +1,139 @@
+"""A checkpoint is whole, or it is not there; a changed byte is an error that names the file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from headway.parallel import checkpoint
+from headway.parallel.config import CheckpointError
+from headway.parallel.layout import Layout
+
+ALONE = Layout(rank=0, local_rank=0, dp_rank=0, dp_size=1, device=torch.device("cpu"))
+
+
+class Model:
+    """What `save` and `load` need of an engine, with two tensors."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.module = torch.nn.Linear(3, 2)
+        self.module.register_buffer("bias_of_router", torch.full((2,), value))
+        self.values = {n: torch.full_like(p, value).detach() for n, p in self.module.named_parameters()}
+        self.applied_steps = 0
+
+    def named_parameters(self):
+        return iter(self.module.named_parameters())
+
+    def read_logical(self):
+        for name, value in self.values.items():
+            for part in ("param", "exp_avg", "exp_avg_sq"):
+                yield f"{part}/{name}", value
+
+    def write_logical(self, tensors, *, applied_steps):
+        self.values = {n: tensors[f"param/{n}"] for n in self.values}
+        self.applied_steps = applied_steps
+
+    def adam_steps(self):
+        return {self.applied_steps}
+
+
+def write(root: Path, step: int, keep: int = 2, value: float | None = None) -> str | None:
+    model = Model(float(step) if value is None else value)
+    return checkpoint.save(root, model, ALONE, step=step, state={"applied_steps": step}, keep=keep)  # type: ignore[arg-type]
+
+
+def newest(root: Path, said: list[str] | None = None):
+    return checkpoint.newest_valid(root, ALONE, warn=(said if said is not None else []).append)
+
+
+def test_what_is_saved_is_loaded_buffers_included(tmp_path):
+    assert write(tmp_path, 7) is None
+    found, model = newest(tmp_path), Model()
+    checkpoint.load(found, model)  # type: ignore[arg-type]
+    assert found.step == 7 and model.applied_steps == 7
+    assert all((v == 7).all() for v in model.values.values())
+    assert (model.module.bias_of_router == 7).all()
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert newest(tmp_path) is None and newest(tmp_path / "absent") is None
+
+
+def test_only_the_newest_stay(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, keep=2)
+    assert [p.name for p in checkpoint.steps_on_disk(tmp_path)] == ["step-0000000004", "step-0000000003"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest", "renamed"])
+def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, damage):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    folder = tmp_path / "step-0000000002"
+    tensors = next(folder.glob("*.safetensors"))
+    if damage == "flip":
+        data = bytearray(tensors.read_bytes())
+        data[-5] ^= 1
+        tensors.write_bytes(data)
+    elif damage == "truncate":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif damage == "remove":
+        tensors.unlink()
+    elif damage == "manifest":
+        path = folder / "MANIFEST.json"
+        path.write_text(path.read_text().replace('"applied_steps": 2', '"applied_steps": 3'))
+    elif damage == "no manifest":
+        (folder / "MANIFEST.json").unlink()
+    else:
+        folder.rename(tmp_path / "step-0000000009")
+    said: list[str] = []
+    assert newest(tmp_path, said).step == 1
+    assert len(said) == 1 and "step-000000000" in said[0]
+
+
+def test_when_every_checkpoint_is_damaged_training_does_not_silently_start_anew(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step-0000000001" / "MANIFEST.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        newest(tmp_path)
+
+
+def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path):
+    write(tmp_path, 1)
+    path = tmp_path / "step-0000000001" / "MANIFEST.json"
+    outer = json.loads(path.read_text())
+    name, entry = next(iter(outer["manifest"]["files"].items()))
+    outer["manifest"]["files"] = {f"../{name}": entry}
+    body = json.dumps(outer["manifest"], indent=1, sort_keys=True)
+    outer["xxh3_128"] = checkpoint.xxhash.xxh3_128(body.encode()).hexdigest()
+    path.write_text(json.dumps(outer, indent=1, sort_keys=True))
+    with pytest.raises(CheckpointError, match="illegal file name"):
+        checkpoint.read_manifest(path.parent)
+
+
+def test_a_save_that_fails_says_why_and_leaves_the_older_one(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    error = write(tmp_path, 2)
+    assert error is not None and "No space left" in error
+    assert newest(tmp_path).step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
+
+
+def test_a_folder_left_by_a_killed_save_is_not_a_checkpoint(tmp_path):
+    (tmp_path / ".staging-0000000003").mkdir()
+    assert newest(tmp_path) is None
+    assert write(tmp_path, 3) is None and newest(tmp_path).step == 3
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path):
+    write(tmp_path, 1)
+    other = Model()
+    other.module = torch.nn.Linear(3, 2, bias=False)
+    other.values = {n: p.detach() for n, p in other.module.named_parameters()}
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.load(newest(tmp_path), other)  # type: ignore[arg-type]
