@@ -109,9 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Mistakes of the user end with one message and their exit status, never a traceback."""
     parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        # argparse does not collect key=value arguments that stand behind an option; they are overrides all the same.
+        args, rest = parser.parse_known_args(argv)
+        if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in args):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as e:  # argparse says what is wrong; 2 is its own status, ours is 64
         return 64 if e.code else 0
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     try:
         return _run(args)
     except KeyboardInterrupt:

@@ -24,6 +24,9 @@ from headway.launcher.spec import Spec
 
 PREEMPTED = 75
 
+# What a rank says when another one went away: a consequence, not a cause.
+_PEER_LOST = re.compile(r"onnection (reset|closed|refused)|Broken pipe|gloo/transport|NCCL.*remote", re.IGNORECASE)
+
 
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool = False) -> int:
     """Run the spec to its end, resuming what its folder holds; returns the exit status.
@@ -265,12 +268,13 @@ def _explain(spec: Spec, run: RunDir, status: int, *, signalled: bool) -> int:
         raise _Ended(f"rank {first['rank']}: {first['message']}", first["exit_code"])
     if signalled:
         raise _Ended("stopped by a signal before the first step ended; the same command starts again", PREEMPTED)
-    killed = _killed_ranks(spec, run, status, reports)
+    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", ""))]
+    killed = [] if causes else _killed_ranks(spec, run, status, reports)
     lines = []
     for rank, pid, how in killed:
         lines.append(f"rank {rank} (process {pid}) on {socket.gethostname()} {how}")
         lines += [f"  | {line}" for line in _tail(run.logs / f"rank-{rank}.log")]
-    for r in [] if killed else reports[:1]:
+    for r in [] if killed else (causes or reports)[:1]:
         lines.append(f"rank {r['rank']} on {socket.gethostname()} failed: {r['type']}: {r['message']}")
         lines += [f"  | {line}" for line in _tail(run.logs / f"rank-{r['rank']}.log")]
     if not lines:
@@ -292,8 +296,11 @@ def _killed_ranks(spec: Spec, run: RunDir, status: int, reports: list[Any]) -> l
         pid = _read_pid(run, 0)
         return [] if 0 in told else [(0, pid, _how(status))]
     text = (run.logs / "launcher.log").read_text(errors="replace")
-    found = re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)", text)
-    return [(int(rank), pid, _how(int(code))) for code, rank, pid in found if int(rank) not in told]
+    pattern = r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)"
+    found = [(int(rank), pid, int(code)) for rank, code, pid in re.findall(pattern, text) if int(rank) not in told]
+    # torchrun ends the survivors with SIGTERM: they did not cause anything.
+    first = [f for f in found if f[2] != -signal.SIGTERM] or found
+    return [(rank, pid, _how(code)) for rank, pid, code in first]
 
 
 def _how(code: int) -> str:

@@ -15,7 +15,6 @@ class RouterMonitor:
 
     def __init__(self, layers: Sequence[Attention], layout: Layout) -> None:
         self._layers, self._layout = layers, layout
-        self._routed = any(layer.router_stats() for layer in layers)
 
     def after_step(self) -> dict[str, Any]:
         """{"layer_00": {"q": {"load", "entropy", "margin", "dead"}}}; `load` [G][M] sums to 1 per group.
@@ -23,9 +22,9 @@ class RouterMonitor:
         `entropy` is the mean over tokens and groups in nats, `margin` that of the top logit over the next; `dead` counts
         heads chosen by less than 1 in 1000 selections of their group in this step. Biases are updated on the way.
         """
-        if not self._routed:
-            return {}
         entries = [(i, name, s) for i, layer in enumerate(self._layers) for name, s in layer.router_stats().items()]
+        if not entries:
+            return {}
         # One vector and one all-reduce for all layers.
         flat = torch.cat(
             [

@@ -1,0 +1,73 @@
+"""Runs of the real command in real processes, on a synthetic source that needs no files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = """
+name: tiny
+model: {width: 32, layers: 2, ffn_width: 48, init_std: 0.05}
+attention: {type: rgqa, heads: 4, kv_heads: 2, head_dim: 8, top_k: 1, balance: loss_free}
+data:
+  seq_len: 32
+  source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
+optimizer: {lr: 3.0e-3}
+schedule: {warmup_tokens: 512}
+train: {tokens: 10240, global_batch: 8, micro_batch: 2, validation_tokens: 512, validate_every_tokens: 2560}
+checkpoint: {every_tokens: 1280}
+launch: {processes: 1, threads: 1}
+"""
+
+
+class Headway:
+    """Starts `headway` in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = folder / "tiny.yaml"
+        self.spec.write_text(TINY)
+        self.started: list[subprocess.Popen] = []
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-P", "-m", "headway.launcher.cli", *args]
+
+    def run(self, *args: str, **kwargs) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*args), cwd=self.folder, capture_output=True, text=True, timeout=240, **kwargs
+        )
+
+    def train(self, *overrides: str, **kwargs) -> subprocess.CompletedProcess:
+        return self.run("train", str(self.spec), *overrides, **kwargs)
+
+    def start(self, *overrides: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            self.command("train", str(self.spec), *overrides),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def wait_for(self, condition, process: subprocess.Popen, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, "the run did not get there in time"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def headway(tmp_path):
+    h = Headway(tmp_path)
+    yield h
+    for process in h.started:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()

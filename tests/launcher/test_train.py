@@ -1,0 +1,179 @@
+"""`headway train`, end to end in real processes: resume, signals, locks, and mistakes that get a clear message."""
+
+import json
+import os
+import resource
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+
+def records(run: Path, kind: str = "train") -> list[dict]:
+    return [r for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
+
+
+def trajectory(run: Path) -> list[tuple]:
+    """What must be the same, bit for bit, in two runs of one spec."""
+    train = [(r["step"], r["loss"], r["grad_norm"], r["aux_loss"], r["lr"], r["batch_hash"]) for r in records(run)]
+    return train + [(r["step"], r["loss"], r["targets"]) for r in records(run, "validation")]
+
+
+def steps_done(run: Path) -> int:
+    try:
+        return len(records(run))
+    except (OSError, ValueError):  # not there yet, or a line being written
+        return 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_continues_bit_for_bit(headway, processes, precision):
+    common = (f"launch.processes={processes}", f"parallel.precision={precision}")
+    whole = headway.train(*common, "run_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    run = headway.folder / "killed"
+    process = headway.start(*common, "run_dir=killed")
+    headway.wait_for(lambda: steps_done(run) >= 13, process)
+    os.kill(int((run / "logs" / f"rank-{processes - 1}.pid").read_text()), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode not in (0, 64)
+    assert f"rank {processes - 1}" in stderr and "SIGKILL" in stderr
+    assert "Traceback" not in stderr.split("|")[0]
+    again = headway.train(*common, "run_dir=killed")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert trajectory(run) == trajectory(headway.folder / "whole")
+    assert len(records(run)) == 40
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["complete"] and summary["resumes"] == 1
+
+
+def test_sigterm_saves_and_the_same_command_continues(headway):
+    run = headway.folder / "stopped"
+    process = headway.start("run_dir=stopped", "checkpoint.every_tokens=null")
+    headway.wait_for(lambda: steps_done(run) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "same command continues" in stderr
+    stopped_at = records(run)[-1]["step"]
+    assert list((run / "checkpoints").iterdir()) == [run / "checkpoints" / f"step-{stopped_at:010d}"]
+    again = headway.train("run_dir=stopped", "checkpoint.every_tokens=null")
+    assert again.returncode == 0 and f"(step {stopped_at}/40)" in again.stdout
+    whole = headway.train("run_dir=whole")
+    assert whole.returncode == 0
+    assert trajectory(run) == trajectory(headway.folder / "whole")
+
+
+def test_killing_the_launcher_leaves_no_rank_behind(headway):
+    run = headway.folder / "orphan"
+    process = headway.start("run_dir=orphan", "launch.processes=2", "train.tokens=2560000")
+    headway.wait_for(lambda: steps_done(run) >= 1, process)
+    pids = [int((run / "logs" / f"rank-{r}.pid").read_text()) for r in (0, 1)]
+    process.kill()
+    process.wait()
+
+    def gone() -> bool:
+        return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+    end = __import__("time").monotonic() + 5
+    while not gone() and __import__("time").monotonic() < end:
+        pass
+    assert gone()
+
+
+def test_a_second_launch_on_a_live_folder_is_refused(headway):
+    run = headway.folder / "held"
+    process = headway.start("run_dir=held", "train.tokens=2560000")
+    headway.wait_for(lambda: steps_done(run) >= 1, process)
+    second = headway.train("run_dir=held", "train.tokens=2560000")
+    assert second.returncode == 64
+    assert "a live run holds this folder" in second.stderr and str(process.pid) in second.stderr
+    before = steps_done(run)
+    headway.wait_for(lambda: steps_done(run) > before, process)
+
+
+def test_a_finished_run_is_not_trained_again_and_a_folder_of_another_spec_is_refused(headway):
+    assert headway.train("train.tokens=512").returncode == 0
+    again = headway.train("train.tokens=512")
+    assert again.returncode == 0 and "already complete" in again.stdout
+    other = headway.train("train.tokens=512", "optimizer.lr=0.004")
+    assert other.returncode == 64
+    assert "run of another spec" in other.stderr and "optimizer.lr: 0.003 in the folder, 0.004 now" in other.stderr
+    assert headway.train("train.tokens=512", "tracking.log_every_steps=2").returncode == 0
+
+
+def test_a_rank_that_dies_at_start_is_named_with_its_log(headway):
+    done = headway.train("launch.processes=2", "launch.device=cuda")
+    assert done.returncode not in (0, 64)
+    assert "rank " in done.stderr and "cuda" in done.stderr.lower()
+    assert socket.gethostname() in done.stderr
+
+
+def test_a_taken_port_is_said_before_anything_starts(headway):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = headway.train(f"launch.port={port}")
+    assert done.returncode == 64
+    assert f"launch.port: {port} is taken" in done.stderr and "leave launch.port out" in done.stderr
+    assert not (headway.folder / "runs").exists()
+
+
+def test_a_save_that_does_not_fit_on_disk_is_said_and_the_run_stops_in_the_end(headway):
+    run = headway.folder / "runs" / "tiny"
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = headway.train("checkpoint.max_failures=2", "tracking.tensorboard=false", preexec_fn=small_files)
+    assert done.returncode == 74, done.stderr
+    assert "CHECKPOINT OF STEP 5 FAILED (1 in a row)" in done.stdout
+    assert "CHECKPOINT OF STEP 10 FAILED (2 in a row)" in done.stdout
+    assert "Free space" in done.stderr
+    assert list((run / "checkpoints").iterdir()) == []
+    again = headway.train("checkpoint.max_failures=2", "tracking.tensorboard=false")
+    assert again.returncode == 0 and steps_done(run) == 40
+
+
+def test_more_processes_give_the_same_batches_and_losses(headway):
+    for processes in (1, 2, 4):
+        done = headway.train(f"launch.processes={processes}", f"run_dir=p{processes}", "train.tokens=2560")
+        assert done.returncode == 0, done.stderr
+    one, two, four = (records(headway.folder / f"p{n}") for n in (1, 2, 4))
+    for a, b, c in zip(one, two, four, strict=True):
+        assert a["batch_hash"] == b["batch_hash"] == c["batch_hash"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and c["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_tensorboard_holds_every_step_once_after_a_resume(headway):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    process = headway.start()
+    run = headway.folder / "runs" / "tiny"
+    headway.wait_for(lambda: steps_done(run) >= 8, process)
+    os.kill(int((run / "logs" / "rank-0.pid").read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert headway.train().returncode == 0
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == list(range(1, 41))
+    assert {t.split("/")[0] for t in board.Tags()["scalars"]} == {"train", "val", "perf", "router"}
+
+
+def test_dry_run_prints_the_command_and_starts_nothing(headway):
+    done = headway.train("--dry-run", "launch.processes=2")
+    assert done.returncode == 0
+    assert "torch.distributed.run" in done.stdout and "--nproc-per-node 2" in done.stdout
+    assert "OMP_NUM_THREADS=1" in done.stdout
+    assert not (headway.folder / "runs").exists()
+
+
+def test_the_console_line_says_what_a_person_looks_for(headway):
+    done = headway.train("train.tokens=512")
+    line = next(text for text in done.stdout.splitlines() if text.startswith("step 2/2"))
+    for word in ("100.0%", "loss ", "val ", "gnorm ", "lr ", "tok/s ", "mem ", "data ", "dead ", "eta "):
+        assert word in line
