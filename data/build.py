@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
 
-# Encodings take some 100 bytes a token, so this is what bounds memory.
+# Encoding takes about 125 bytes of memory a byte of text, so this is what bounds memory.
 _BATCH_BYTES = 2 << 20
 
 
@@ -80,13 +81,15 @@ def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) 
 
 def _tidy_up(target: Path) -> None:
     """Clear away what an interrupted build left; if it stopped between its two renames, undo the first."""
-    for old in sorted(target.parent.glob(f"{target.name}.replaced-*")):
-        if target.exists():
-            shutil.rmtree(old)
+    left = re.compile(re.escape(target.name) + r"\.(replaced|building)-[0-9]+")
+    for path in sorted(target.parent.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] == "replaced" and not target.exists():
+            path.rename(target)
         else:
-            old.rename(target)
-    for staging in target.parent.glob(f"{target.name}.building-*"):
-        shutil.rmtree(staging)
+            shutil.rmtree(path)
 
 
 def _settings(cfg: CorpusConfig) -> dict[str, Any]:
@@ -103,6 +106,14 @@ def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
         )
     try:
         manifest = read_manifest(target)
+    except DataError as error:
+        _say(f"{error}\n{target}: building it anew")
+        return None
+    if manifest.name != cfg.name:
+        raise DataError(
+            f"{target}: holds the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by hand"
+        )
+    try:
         if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
             _say(f"{target}: settings or corpus changed; building it anew")
             return None
@@ -167,9 +178,7 @@ def _dtype(vocab_size: int) -> Any:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _tokenizer(
-    cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progress: bool
-) -> tokenizer.CorpusTokenizer:
+def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progress: bool) -> tokenizer.CorpusTokenizer:
     if not isinstance(cfg.tokenizer, TrainTokenizer):
         return tokenizer.take_file(cfg.tokenizer, out=out)
     limit = cfg.tokenizer.max_train_bytes

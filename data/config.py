@@ -144,7 +144,9 @@ class HuggingFaceCorpus(StrictModel):
     type: Literal["huggingface"]
     dataset: str
     subset: str | None = None
-    revision: str | None = Field(default=None, description="commit or tag of the dataset; set it to build the same twice")
+    revision: str | None = Field(
+        default=None, description="commit or tag of the dataset; set it to build the same twice"
+    )
     split: str = "train"
     field: str = "text"
 

@@ -5,7 +5,6 @@ Nothing is held in memory beyond the document at hand. Rows of JSONL, Parquet an
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import platform
 import sysconfig
@@ -104,11 +103,18 @@ def _matches(given: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str
         if suffixes is not None:
             names = [name for name in names if name.name.endswith(suffixes)]
     else:
-        fixed = Path(str(path).split("*")[0].split("?")[0].split("[")[0])
-        base = fixed if fixed.is_dir() else fixed.parent
-        names = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        wild = next((place for place, part in enumerate(path.parts) if set(part) & set("*?[")), None)
+        if wild is None:
+            return
+        base, pattern = Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
+        try:
+            names = sorted(base.glob(pattern), key=lambda p: p.as_posix())
+        except ValueError as error:
+            raise DataError(
+                f"corpus.paths: {given!r} is not a pattern ({error}); `**` stands for any folders"
+            ) from None
     for name in names:
-        relative = name.relative_to(base) if name.is_relative_to(base) else Path(name.name)
+        relative = name.relative_to(base)
         if name.is_file() and not any(part.startswith(".") for part in relative.parts):
             yield relative.as_posix(), name.absolute()
 

@@ -64,7 +64,7 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
                 if cached != manifest.fingerprint:
                     raise DataError(
                         f"{root}: caches dataset {cached[:12]}, but {remote} now holds {manifest.fingerprint[:12]}; "
-                        "use another data.source.path for the new one, or drop data.source.remote to keep the cached one"
+                        "use another data.source.path for the new one, or drop data.source.remote to keep the old one"
                     )
             replace_bytes(root / MANIFEST_NAME, arrived.read_bytes())
         finally:

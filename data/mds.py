@@ -191,6 +191,7 @@ def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
         or (counts.documents and int(lengths.min()) < 1)
     ):
         raise DataError(
-            f"{path}: does not describe {counts.documents:,} documents of {counts.tokens:,} tokens; {rebuild_hint(root)}"
+            f"{path}: does not describe {counts.documents:,} documents of {counts.tokens:,} tokens; "
+            f"{rebuild_hint(root)}"
         )
     return lengths.astype(np.int64)

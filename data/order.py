@@ -42,7 +42,8 @@ class GlobalOrder:
         counts = np.asarray(sequences_per_shard, dtype=np.int64)
         first = np.concatenate([[0], np.cumsum(counts)])
         self.num_sequences = int(first[-1])
-        self._counts, self._first = counts[counts > 0], first[:-1][counts > 0]
+        self._shards = np.flatnonzero(counts)
+        self._counts, self._first = counts[self._shards], first[self._shards]
         self._seed, self._window = seed, window
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -55,6 +56,17 @@ class GlobalOrder:
             shards, starts = self._epoch(epoch)
             window = int(np.searchsorted(starts, place, "right")) - 1
             return int(self._sequences(epoch, window, shards)[place - starts[window]])
+
+    def shards_after(self, position: int) -> tuple[int, ...]:
+        """Shards of the window after the one that `position` is in, in no order that matters: what to fetch next."""
+        epoch, place = divmod(position, self.num_sequences)
+        with self._lock:
+            shards, starts = self._epoch(epoch)
+            window = int(np.searchsorted(starts, place, "right"))
+            if window == len(starts):
+                shards, window = self._epoch(epoch + 1)[0], 0
+            members = shards[window * self._window : (window + 1) * self._window]
+            return tuple(self._shards[members].tolist())
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the shards, and the position within the epoch at which each window starts."""

@@ -8,6 +8,8 @@ N = (T - 1) // S sequences; the rest at the end is `dropped_tokens`.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ class PackedText:
             )
         self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
         self._order = None
+        self._fetched_ahead: tuple[int, ...] = ()
         if split == "train":
             self._order = GlobalOrder(self.sequences_per_shard(), seed=seed, window=shuffle_window)
 
@@ -51,7 +54,25 @@ class PackedText:
         return np.diff(first_sequence).tolist()
 
     def index(self, position: int) -> int:
-        return position % self.num_sequences if self._order is None else self._order.index(position)
+        if self._order is None:
+            return position % self.num_sequences
+        if self._documents.remote is not None:
+            self._fetch_ahead(self._order.shards_after(position))
+        return self._order.index(position)
+
+    def _fetch_ahead(self, shards: tuple[int, ...]) -> None:
+        """Fetch the shards of the next window while this one is read."""
+        if shards == self._fetched_ahead:
+            return
+        self._fetched_ahead = shards
+
+        def fetch() -> None:
+            for shard in shards:
+                # An error here is no news yet: reading the shard meets it again and raises it where it is seen.
+                with contextlib.suppress(DataError, OSError):
+                    self._documents.local_path(shard)
+
+        threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
 
     def sample(self, index: int) -> Sample:
         if not 0 <= index < self.num_sequences:

@@ -46,9 +46,11 @@ def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
 
     Raises DataError for a file that is not Parquet, lacks the column, or has another type in it.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or use jsonl") from None
     try:
         with pq.ParquetFile(path) as table:
             schema = table.schema_arrow
@@ -142,17 +144,11 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _chunks(path: Path) -> Iterator[bytes]:
     """The content of a file, uncompressed by its ending. Raises DataError when it is damaged or cut short."""
     try:
-        match path.suffix:
-            case ".zst":
-                yield from _zst_chunks(path)
-                return
-            case ".gz":
-                stream: Any = gzip.open(path, "rb")
-            case ".xz":
-                stream = lzma.open(path, "rb")
-            case _:
-                stream = path.open("rb")
-        with stream:
+        if path.suffix == ".zst":
+            yield from _zst_chunks(path)
+            return
+        opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, Path.open)
+        with opener(path, "rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -46,9 +46,7 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
     lengths: list[int] = []
     digests: dict[bytes, None] = {}
     left_out: Counter[str] = Counter()
-    found = tqdm(
-        corpora.documents(cfg.corpus), desc="read", unit=" documents", file=sys.stderr, disable=not progress
-    )
+    found = tqdm(corpora.documents(cfg.corpus), desc="read", unit=" documents", file=sys.stderr, disable=not progress)
     with spool.open("wb") as stream:
         for document in _usable(found, cfg, left_out):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""A located tree against a pydantic model: the validated model, or one message that names every problem and its place."""
+"""A located tree against a pydantic model: the validated model, or one message that names every problem."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def validate(tree: Node, root: type[M]) -> M:
     """The model that `tree` describes. Lists become tuples and `1e6` becomes an integer where the field is one.
 
     A float stands for an integer only if it is one exactly (`1.5e3` does, `1.5` does not).
-    Raises SpecError with one line per problem (the first ten): file:line:column, dotted key, what is wrong, what is legal.
+    Raises SpecError with one line per problem (ten at most): file:line:column, dotted key, the mistake, what is legal.
     """
     shape = root_shape(root)
+    # what concerns the whole spec is said of the file, not of its first line
+    tree = Node(tree.value, tree.place, Place(tree.place.source))
     try:
         return root.model_validate(_data(tree, shape))
     except ValidationError as error:
@@ -59,7 +61,7 @@ class _Spot:
 
     @property
     def place(self) -> Place:
-        return self.node.at if self.exists or self.node.key_place else Place(self.node.place.source)
+        return self.node.at
 
 
 def _data(node: Node, shape: Shape) -> Any:
@@ -70,8 +72,11 @@ def _data(node: Node, shape: Shape) -> Any:
         shapes = shape.places or (shape.items or Shape(),) * len(node.value)
         items = [_data(item, shapes[i] if i < len(shapes) else Shape()) for i, item in enumerate(node.value)]
         return tuple(items) if shape.is_tuple else items
-    wants_int = int in shape.scalars and float not in shape.scalars and not shape.literals
-    return _whole(node) if wants_int and isinstance(node.value, float) else node.value
+    if isinstance(node.value, float) and int in shape.scalars and float not in shape.scalars:
+        return _whole(node)
+    if isinstance(node.value, bool) and shape.literals and bool not in shape.scalars:
+        return [node.value]  # Literal[1] would take True, which equals 1; it takes no list
+    return node.value
 
 
 def _whole(node: Node) -> int | float:
@@ -94,7 +99,10 @@ def _problems(error: ValidationError, tree: Node, root: Shape) -> list[_Problem]
 
 
 def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
-    kind, spot = details["type"], _spot(details["loc"], tree, root)
+    kind, location = details["type"], details["loc"]
+    if kind == "missing" and isinstance(location[-1], int):
+        kind, location = "too_short", location[:-1]  # a place of a tuple
+    spot = _spot(location, tree, root)
     context = details.get("ctx", {})
     missing = False
     if kind in ("value_error", "assertion_error"):

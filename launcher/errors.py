@@ -38,6 +38,6 @@ def format_error(error: BaseException) -> str:
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """`text` for a message: no control characters (a spec must not steer the terminal), no more than `limit` letters."""
+    """`text` for a message: no control characters (a spec must not steer the terminal), at most `limit` letters."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

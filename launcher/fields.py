@@ -113,7 +113,7 @@ def _tuple(arguments: tuple[Any, ...]) -> Shape:
 
 
 def _union(arms: list[Shape], discriminator: str | None) -> Shape:
-    """The arms seen as one place. Several models need a discriminator to be told apart; without one, the first counts."""
+    """The arms seen as one place. Several models are told apart by a discriminator; without one, the first counts."""
     models = [arm.model for arm in arms if arm.model is not None]
     variants = {tag: model for arm in arms for tag, model in arm.variants.items()}
     discriminator = discriminator or next((arm.discriminator for arm in arms if arm.variants), "type")

@@ -6,7 +6,6 @@ the old type only: those keys mean nothing for the new one. What the same layer 
 
 from __future__ import annotations
 
-import json
 import os.path
 import re
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ from headway.launcher.fields import Shape
 from headway.launcher.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
 
 MAX_BASES = 16
-_PLAIN = re.compile(r"[A-Za-z0-9_./~+-]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
+_PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
 
 
 def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
     """The file and the files it is based on, lowest first, dotted keys nested.
 
-    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Raises NoInputError if `path`
-    itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
+    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Raises NoInputError if
+    `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
     """
     label, layers, seen = str(path), [], []
     while True:
@@ -46,8 +45,8 @@ def _check_base(path: Path, label: str, base: Node, seen: list[tuple[Path, str]]
     try:
         if not path.is_file():
             raise SpecError(
-                f"{base.place}: base: no such file: {printable(base.value)} (looked for {printable(str(path.absolute()), 300)}); "
-                "the name is relative to the file it stands in"
+                f"{base.place}: base: no such file: {printable(base.value)} (looked for "
+                f"{printable(str(path.absolute()), 300)}); the name is relative to the file it stands in"
             )
         known = [resolved for resolved, _ in seen]
         if path.resolve() in known:
@@ -197,8 +196,22 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(format_value(item) for item in value) + "]"
     if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) and _stays_text(value) else json.dumps(value)
+        return value if _PLAIN.fullmatch(value) and _stays_text(value) else _quote(value)
     return repr(value)
+
+
+def _quote(text: str) -> str:
+    """Double quotes, and the escapes of YAML for what is not printable (JSON's surrogate pairs are not YAML)."""
+    return '"' + "".join(_escape(letter) for letter in text) + '"'
+
+
+def _escape(letter: str) -> str:
+    if letter in '"\\':
+        return "\\" + letter
+    if letter.isprintable():
+        return letter
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 1 << 8 else f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
 
 def _stays_text(text: str) -> bool:

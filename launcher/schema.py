@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from headway.launcher.errors import SpecError
+from pydantic import BaseModel
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,7 +21,7 @@ KINDS = {
 
 
 def schema_of(kind: str = "spec") -> dict[str, Any]:
-    """Schema of one kind of file, looser than the loader where one file cannot know: `base:` may supply what is missing.
+    """Schema of one kind of file. Looser than the loader: `base:` may supply what is missing.
 
     Dotted keys (`attention.type: rgqa`) are accepted, and their values left to the loader.
     Raises SpecError for an unknown kind.
@@ -44,14 +43,14 @@ def model_schema(root: type[BaseModel], *, title: str) -> dict[str, Any]:
     return {"$schema": DRAFT, **schema, "title": title}
 
 
-def write_schema(path: Path | None = None, kind: str = "spec") -> None:
+def write_schema(path: Path | None = None, kind: str = "spec") -> int:
     """Write one schema to a file, all of them (`KIND.schema.json`) into a folder, or one to stdout when `path` is None.
 
-    Raises SpecError if the place cannot be written.
+    Returns 0, the exit status. Raises SpecError if the place cannot be written.
     """
     if path is None:
         sys.stdout.write(_text(schema_of(kind)))
-        return
+        return 0
     files = {path / f"{each}.schema.json": each for each in KINDS} if path.is_dir() else {path: kind}
     for file, each in files.items():
         text = _text(schema_of(each))
@@ -60,6 +59,7 @@ def write_schema(path: Path | None = None, kind: str = "spec") -> None:
         except OSError as error:
             reason = error.strerror or error
             raise SpecError(f"{file}: cannot be written: {reason}; name a file in a folder that exists") from None
+    return 0
 
 
 def _text(schema: dict[str, Any]) -> str:
@@ -71,7 +71,7 @@ def _loosen(schema: Any, definitions: dict[str, Any], inherits: bool) -> None:
         for item in schema:
             _loosen(item, definitions, inherits)
     if not isinstance(schema, dict):
-        return
+        return 0
     for item in schema.values():
         _loosen(item, definitions, inherits)
     if "oneOf" in schema and "discriminator" in schema:

@@ -6,11 +6,11 @@ schema of YAML 1.2.2 chapter 10.3, narrowed where two readers could disagree:
 - `true`, `false`, `null`, `~` (also `True`, `TRUE`, ...): as written; `yes`, `no`, `on`, `off` stay text.
 - integers: decimal without leading zeros, `0o17`, `0x1F`; underscores between digits are accepted (`1_000_000`).
 - floats: `1e-4`, `.5`, `5.`, `1.5E+3`; a float that would overflow to infinity or vanish to zero stays text.
-- everything else stays text: `017`, `12:30:45`, `2024-01-01`, `.inf`, `.nan`. Where a number is expected, the check that
-  follows says what to write instead.
+- everything else stays text: `017`, `12:30:45`, `2024-01-01`, `.inf`, `.nan`. Where a number is expected, the check
+  that follows says what to write instead.
 
-Refused with file:line:column: tags, anchors, aliases, merge keys, duplicate keys, keys that are not text, more than one
-document, an empty file, more than `MAX_BYTES` bytes, `MAX_DEPTH` levels or `MAX_VALUES` values, bytes that are not UTF-8.
+Refused with file:line:column: tags, anchors, aliases, merge keys, duplicate keys, keys that are not text, a second
+document, an empty file, bytes that are not UTF-8, more than `MAX_BYTES`, `MAX_DEPTH` levels or `MAX_VALUES` values.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parse_scalar(text: str) -> Scalar:
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text) or _BASED.fullmatch(text):
-        # 70 characters hold any 64-bit integer in any notation; int() itself refuses, or takes long over, very long ones
+        # 70 characters hold any 64-bit integer in any notation; int() refuses very long ones in its own words
         value = int(text.replace("_", ""), 0) if len(text) <= 70 else MAX_INT
         if not -MAX_INT < value < MAX_INT:
             raise ValueError(

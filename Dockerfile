@@ -1,0 +1,55 @@
+# syntax=docker/dockerfile:1
+# Headway on GPU clusters:   docker build -t headway .   then   docker run --rm --gpus all headway doctor
+# Not covered by CI, which has neither a Docker daemon nor a GPU: expect to adjust it to your cluster's driver and network.
+#
+# The CUDA of the image must be the one torch's wheel is built with (13.0 for torch 2.13), or apex refuses to compile.
+FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04
+
+# 40 hex digits; apex has no releases that follow torch
+ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
+# compute capabilities the kernels are compiled for: A100, H100/H200, B200
+ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
+# compiler processes; each wants about 4 GB of memory
+ARG BUILD_JOBS=4
+
+ENV DEBIAN_FRONTEND=noninteractive \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends build-essential ca-certificates git python3.12 python3.12-dev python3.12-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN python3.12 -m venv /opt/headway
+ENV PATH=/opt/headway/bin:$PATH
+
+# The CUDA wheel of torch brings the Triton it was built with, so the pin for CPU machines is left out.
+COPY constraints.txt /build/constraints.txt
+RUN grep -v '^triton==' /build/constraints.txt > /build/constraints-cuda.txt \
+    && pip install -c /build/constraints-cuda.txt torch numpy ninja packaging setuptools wheel \
+    && python -c "import torch; assert torch.version.cuda.startswith('13.0'), torch.version.cuda"
+
+# NVIDIA apex is only distributed as source; the package `apex` on PyPI is another project.
+RUN git clone --filter=blob:none https://github.com/NVIDIA/apex /build/apex \
+    && git -C /build/apex checkout --detach "$APEX_COMMIT" \
+    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD="$BUILD_JOBS" TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" \
+       pip install -v --no-build-isolation --no-deps /build/apex \
+    && python -c "import torch, amp_C, apex_C, fused_layer_norm_cuda" \
+    && rm -rf /build/apex
+
+COPY . /build/headway
+RUN pip install -c /build/constraints-cuda.txt "/build/headway[gpu,hf]" \
+    && pip check \
+    && cp -r /build/headway/yaml /opt/headway/yaml \
+    && rm -rf /build
+
+RUN useradd --create-home --uid 10001 headway
+USER headway
+WORKDIR /home/headway
+
+# A folder named model or data where the command is started must never be imported instead of an installed package.
+ENV PYTHONSAFEPATH=1
+
+ENTRYPOINT ["headway"]
+CMD ["doctor"]

@@ -1,0 +1,190 @@
+"""`headway doctor`: what this machine has, and what is used instead of what it lacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
+PYTHONS = ((3, 11), (3, 12))
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line. `state`: ok; absent: works without it; wrong: it is needed, and `use` says what to do."""
+
+    name: str
+    state: Literal["ok", "absent", "wrong"]
+    found: str
+    use: str = ""
+
+
+def doctor(*, as_json: bool = False) -> int:
+    """Print the facts. Returns 0 if everything that is needed is there, 1 if not."""
+    facts = inspect_machine()
+    wrong = [fact for fact in facts if fact.state == "wrong"]
+    if as_json:
+        print(json.dumps({"ready": not wrong, "facts": [asdict(fact) for fact in facts]}, indent=2))
+        return 1 if wrong else 0
+    wide = max(len(fact.name) for fact in facts)
+    for fact in facts:
+        mark = {"ok": "ok", "absent": "--", "wrong": "!!"}[fact.state]
+        print(f"{mark}  {fact.name:<{wide}}  {fact.found}{f': {fact.use}' if fact.use else ''}")
+    verdict = f"not ready: see {', '.join(fact.name for fact in wrong)}" if wrong else "ready to train"
+    print(verdict)
+    return 1 if wrong else 0
+
+
+def inspect_machine() -> list[Fact]:
+    """Every fact, in the order shown. Imports torch; other packages are only looked up."""
+    facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
+    facts += _requirements()
+    facts += _torch_and_devices()
+    return [*facts, _apex(), _triton(), _flash_attention()]
+
+
+def _python() -> Fact:
+    version = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info[:2] in PYTHONS:
+        return Fact("python", "ok", version)
+    return Fact("python", "wrong", version, "make an environment with Python 3.11 or 3.12")
+
+
+def _cores() -> Fact:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(Path("/sys/fs/cgroup/cpu.max"))
+    limited = f", of which a container limit leaves {quota:g}" if quota is not None and quota < usable else ""
+    return Fact("cores", "ok", f"{usable} usable of {os.cpu_count()}{limited}")
+
+
+def _cpu_quota(file: Path) -> float | None:
+    """Cores that a cgroup (version 2) allows; None if there is no limit."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # "max" is no number: no limit
+        return None
+
+
+def _memory() -> Fact:
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return Fact("memory", "absent", "not known on this system")
+    kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    total, free = kib["MemTotal"] * 1024 / _GIB, kib.get("MemAvailable", kib["MemFree"]) * 1024 / _GIB
+    return Fact("memory", "ok", f"{free:.1f} GiB available of {total:.1f} GiB")
+
+
+def _disk() -> Fact:
+    usage = shutil.disk_usage(".")
+    return Fact("disk", "ok", f"{usage.free / _GIB:.1f} GiB free of {usage.total / _GIB:.1f} GiB here")
+
+
+def _compiler() -> Fact:
+    path = shutil.which("gcc") or shutil.which("cc")
+    if path is None:
+        return Fact(
+            "gcc", "absent", "no C compiler", "operations that are compiled at first use (Triton) are not available"
+        )
+    try:
+        done = subprocess.run([path, "-dumpfullversion"], capture_output=True, text=True, timeout=10, check=False)
+        return Fact("gcc", "ok", f"{done.stdout.strip() or 'version unknown'} ({path})")
+    except (OSError, subprocess.TimeoutExpired):
+        return Fact("gcc", "absent", f"{path} does not run")
+
+
+def _requirements() -> list[Fact]:
+    """What the installed distribution says it needs, by metadata alone: some of these take seconds to import."""
+    try:
+        lines = [line for line in metadata.requires("headway") or [] if "extra ==" not in line]
+    except metadata.PackageNotFoundError:
+        return [Fact("headway", "wrong", "not installed", "pip install -c constraints.txt -e .")]
+    facts, rest = [Fact("headway", "ok", metadata.version("headway"))], []
+    for line in lines:
+        name = re.split(r"[<>=!~;\[ (]", line, maxsplit=1)[0]
+        version = _version(name)
+        if version is None or not _satisfies(line, version):
+            found = "missing" if version is None else f"{version}, but {line} is needed"
+            facts.append(Fact(name, "wrong", found, "pip install -c constraints.txt -e ."))
+        elif name in ("deepspeed", "mosaicml-streaming"):
+            facts.append(Fact(name, "ok", version))
+        elif name != "torch":  # has a line of its own
+            rest.append(f"{name} {version}")
+    return [*facts, Fact("packages", "ok", ", ".join(rest))]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _satisfies(requirement: str, version: str) -> bool:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # not a dependency of ours; without it the version is shown and not judged
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def _torch_and_devices() -> list[Fact]:
+    try:
+        import torch
+    except Exception as error:  # a broken CUDA library raises OSError, a missing one ImportError
+        return [Fact("torch", "wrong", f"cannot be imported: {error}", "pip install -c constraints.txt -e .")]
+    facts = [Fact("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        reason = "no device" if torch.version.cuda else "torch is built for CPU"
+        return [*facts, Fact("cuda", "absent", reason, "CPU and gloo are used; precision bf16 works but is not faster")]
+    for index in range(count):
+        device = torch.cuda.get_device_properties(index)
+        shown = f"{device.name}, {device.total_memory / _GIB:.0f} GiB, compute {device.major}.{device.minor}"
+        facts.append(Fact(f"cuda:{index}", "ok", f"{shown}, CUDA {torch.version.cuda}"))
+    return facts
+
+
+def _apex() -> Fact:
+    """NVIDIA apex is known by its compiled modules: the package `apex` on PyPI is another project."""
+    instead = "the fused operations of PyTorch are used"
+    if all(_importable(module) for module in APEX_MODULES):
+        return Fact("apex", "ok", f"NVIDIA apex with {', '.join(APEX_MODULES)}")
+    if not _importable("apex"):
+        return Fact("apex", "absent", "no NVIDIA apex", instead)
+    note = "a package apex without NVIDIA's fused modules (the one on PyPI is another project)"
+    return Fact("apex", "absent", note, f"{instead}; see Dockerfile for how to build NVIDIA's")
+
+
+def _triton() -> Fact:
+    version = _version("triton")
+    if version is not None and _importable("triton"):
+        return Fact("triton", "ok", version)
+    return Fact(
+        "triton", "absent", "no Triton", "the operations of PyTorch are used; pip install 'headway[gpu]' adds it"
+    )
+
+
+def _flash_attention() -> Fact:
+    for module, name in (("flash_attn_interface", "FlashAttention-3"), ("flash_attn", "FlashAttention-2")):
+        if _importable(module):
+            return Fact("flash-attn", "ok", name)
+    return Fact("flash-attn", "absent", "no flash-attn", "scaled_dot_product_attention of PyTorch is used")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a module that is half there
+        return False

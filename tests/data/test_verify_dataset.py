@@ -1,0 +1,236 @@
+"""Preflight: whatever was done to a dataset's files, it is one message that names the file, before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headway.data import manifest as manifest_module
+from headway.data.config import DataError, MdsSource
+from headway.data.manifest import canonical_json, hash_file, read_manifest, write_manifest
+from headway.data.mds import MdsSplit
+from headway.data.verify import verify
+
+SHARD = "train/shard.00001.mds"
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "copy"))
+
+
+def check(root: Path, **kwargs: Any) -> Any:
+    return verify(MdsSource(type="mds", path=str(root)), **kwargs)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def reseal(root: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    """Make the manifest agree with the files again, as somebody who forges a dataset would."""
+    content = json.loads((root / "MANIFEST.json").read_text())
+    content["files"] = {
+        name: hash_file(root / name).model_dump() for name in content["files"] if (root / name).exists()
+    }
+    change(content)
+    keys = ("schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files")
+    content["fingerprint"] = hashlib.sha256(canonical_json({key: content[key] for key in keys})).hexdigest()
+    (root / "MANIFEST.json").write_text(json.dumps(content))
+
+
+def test_a_good_dataset_says_what_it_is(dataset: Path) -> None:
+    info, manifest = check(dataset, seq_len=32), read_manifest(dataset)
+    assert info.fingerprint == manifest.fingerprint
+    assert (info.train_tokens, info.validation_tokens) == (manifest.train.tokens, manifest.validation.tokens)
+    assert (info.vocab_size, info.eos_id, info.path) == (300, 0, dataset)
+    assert info.manifest == json.loads((dataset / "MANIFEST.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (Path.unlink, "missing"),
+        (lambda path: os.truncate(path, path.stat().st_size - 7), "cut short or replaced"),
+        (flip_a_bit, "content changed since the dataset was built"),
+    ],
+    ids=["missing", "truncated", "flipped bit"],
+)
+@pytest.mark.parametrize("name", [SHARD, "validation/shard.00000.mds", "train/index.json", "train/lengths.npy"])
+def test_a_damaged_file_is_named_with_what_to_do(
+    name: str, damage: Callable[[Path], None], says: str, copy: Path
+) -> None:
+    check(copy)
+    damage(copy / name)
+    with pytest.raises(DataError, match="headway data build") as caught:
+        check(copy)
+    assert str(copy / name) in str(caught.value) and says in str(caught.value)
+    assert caught.value.exit_code == 65
+
+
+def test_a_flipped_bit_is_seen_although_size_and_time_stay(copy: Path) -> None:
+    check(copy)
+    before = (copy / SHARD).stat()
+    flip_a_bit(copy / SHARD)
+    os.utime(copy / SHARD, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match="content changed"):
+        check(copy)
+
+
+def test_files_are_hashed_once_while_they_stay_as_they_are(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / ".verified.json").unlink(missing_ok=True)
+    hashed: list[str] = []
+
+    def count(path: Path) -> Any:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest_module, "hash_file", count)
+    check(copy)
+    assert len(hashed) == len(read_manifest(copy).files)
+    hashed.clear()
+    check(copy)
+    assert hashed == []
+    os.utime(copy / SHARD)
+    check(copy)
+    assert hashed == ["shard.00001.mds"]
+
+
+def test_a_broken_memory_of_hashes_is_no_obstacle(copy: Path) -> None:
+    for content in ("", "[]", '{"train/index.json": 7}', "[" * 100_000):
+        (copy / ".verified.json").write_text(content)
+        check(copy)
+
+
+def test_another_tokenizer_is_refused_even_where_the_manifest_lists_it(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        check(copy)
+    reseal(copy)
+    with pytest.raises(DataError, match="not the tokenizer the shards were made with"):
+        check(copy)
+
+
+def test_a_vocabulary_of_another_size_is_refused(copy: Path) -> None:
+    reseal(copy, lambda content: content.update(vocab_size=301))
+    with pytest.raises(DataError, match="300 tokens, but the shards have 301"):
+        check(copy)
+
+
+def test_a_sequence_longer_than_a_split_names_both_numbers(dataset: Path) -> None:
+    tokens = read_manifest(dataset).validation.tokens
+    check(dataset, seq_len=tokens - 1)
+    with pytest.raises(DataError, match=rf"seq_len: {tokens:,} .*validation split.*has {tokens:,} tokens"):
+        check(dataset, seq_len=tokens)
+
+
+def test_no_dataset_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no dataset here.*headway data build SPEC"):
+        check(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"files": {"../outside": {"bytes": 1, "xxh3_64": "0" * 16}}},
+        {"files": {"/etc/passwd": {"bytes": 1, "xxh3_64": "0" * 16}}},
+        {"files": {"train/../../x": {"bytes": 1, "xxh3_64": "0" * 16}}},
+        {"files": {"train/x\0y": {"bytes": 1, "xxh3_64": "0" * 16}}},
+        {"files": {"train/" + "x" * 300: {"bytes": 1, "xxh3_64": "0" * 16}}},
+        {"train": {"documents": -1, "tokens": 1, "text_bytes": 1}},
+        {"vocab_size": "300"},
+        {"unknown": 1},
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(change: dict[str, Any], copy: Path) -> None:
+    path = copy / "MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="not a manifest of this version"):
+        check(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"])
+def test_a_manifest_that_is_not_json_is_refused(text: str, copy: Path) -> None:
+    (copy / "MANIFEST.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"MANIFEST\.json"):
+        check(copy)
+
+
+def test_an_edited_manifest_does_not_match_its_fingerprint(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    counts = manifest.train.model_copy(update={"tokens": manifest.train.tokens - 1})
+    write_manifest(copy, manifest.model_copy(update={"train": counts}))
+    with pytest.raises(DataError, match="does not match its own fingerprint"):
+        check(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samples": 10**13},
+        {"samples": -1},
+        {"samples": 1.5},
+        {"format": "json"},
+        {"column_encodings": ["str", "pkl"]},
+        {"column_encodings": ["str", "ndarray:uint32"]},
+        {"raw_data": {"basename": "../x", "bytes": 10, "hashes": {"xxh64": ""}}},
+        {"raw_data": {"basename": "/etc/passwd", "bytes": 10, "hashes": {"xxh64": ""}}},
+        {"raw_data": {"basename": "another.mds", "bytes": 5000, "hashes": {"xxh64": ""}}},
+        {"raw_data": None},
+    ],
+)
+def test_a_forged_index_is_refused(change: dict[str, Any], copy: Path) -> None:
+    path = copy / "train" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][0] |= change
+    path.write_text(json.dumps(index))
+    reseal(copy)
+    with pytest.raises(DataError, match=r"train/index\.json"):
+        check(copy)
+
+
+def test_an_index_without_one_shard_is_refused(copy: Path) -> None:
+    path = copy / "train" / "index.json"
+    index = json.loads(path.read_text())
+    del index["shards"][1]
+    path.write_text(json.dumps(index))
+    reseal(copy)
+    with pytest.raises(DataError, match="documents, but the manifest says"):
+        check(copy)
+
+
+def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / SHARD).rename(tmp_path / "elsewhere")
+    (copy / SHARD).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="a link out of the dataset's folder"):
+        check(copy)
+
+
+def test_a_pickle_in_place_of_the_lengths_is_not_opened(copy: Path) -> None:
+    np.save(copy / "train" / "lengths.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    reseal(copy)
+    with pytest.raises(DataError, match=r"lengths\.npy: missing or not an array"):
+        check(copy)
+
+
+def test_reading_past_a_shard_whose_offsets_lie_is_an_error(copy: Path) -> None:
+    # The hashes are the guard; this is what keeps a reader that skipped them from handing out other bytes.
+    path = copy / SHARD
+    data = bytearray(path.read_bytes())
+    data[8:12] = (2**31).to_bytes(4, "little")
+    path.write_bytes(data)
+    documents = MdsSplit(copy, "train")
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: shard is missing or damaged"):
+        documents.tokens(int(documents.first_document[1]))

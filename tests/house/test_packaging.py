@@ -1,0 +1,97 @@
+"""What is installed is `headway` and nothing else, from pinned and documented dependencies."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("launcher", "model", "data", "parallel", "kernels")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    found = [(normal(name), version) for name, _, version in (line.partition("==") for line in lines if line)]
+    assert all(version for _, version in found), "every line of constraints.txt pins one version"
+    assert len(dict(found)) == len(found), "a package is pinned twice"
+    return dict(found)
+
+
+def requirements(project: dict[str, Any]) -> list[str]:
+    extras = project["project"]["optional-dependencies"].values()
+    return [*project["project"]["dependencies"], *(line for lines in extras for line in lines)]
+
+
+def test_every_dependency_is_pinned_to_a_version_in_its_range(project: dict[str, Any], pins: dict[str, str]) -> None:
+    requirement = pytest.importorskip("packaging.requirements").Requirement
+    for line in requirements(project):
+        wanted = requirement(line)
+        assert normal(wanted.name) in pins, f"{wanted.name} is not pinned"
+        assert wanted.specifier.contains(pins[normal(wanted.name)]), line
+
+
+def test_every_dependency_is_documented(project: dict[str, Any]) -> None:
+    text = (ROOT / "docs/dependencies.md").read_text().lower()
+    named = {normal(word) for word in re.findall(r"[a-z0-9][a-z0-9._-]*", text)}
+    for line in requirements(project):
+        assert normal(re.split(r"[\[<>=! ;]", line)[0]) in named, line
+
+
+def test_every_folder_with_code_is_a_listed_package(project: dict[str, Any]) -> None:
+    found = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
+    listed = set(project["tool"]["setuptools"]["packages"])
+    assert listed == {".".join(["headway", *path.parts]) for path in found}
+    mapping = project["tool"]["setuptools"]["package-dir"]
+    assert all(mapping[name] == name.removeprefix("headway.").replace(".", "/") for name in listed)
+
+
+def test_the_links_for_type_checkers_lead_to_the_folders() -> None:
+    links = {link.name: link for link in (ROOT / ".typing/headway").iterdir()}
+    assert set(links) == set(FOLDERS)
+    for name, link in links.items():
+        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
+
+
+def test_the_wheel_holds_headway_and_nothing_else(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    out.mkdir()
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(out / done.stdout.splitlines()[-1]) as wheel:
+        files = wheel.namelist()
+    tops = {name.partition("/")[0] for name in files}
+    assert sorted(re.sub("-.*(?=[.]dist-info)", "", top) for top in tops) == ["headway", "headway.dist-info"]
+    code_files = {name for name in files if name.endswith(".py")}
+    ours = {f"headway/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
+    assert code_files == ours
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+
+
+def test_the_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text and len(text.splitlines()) > 190
