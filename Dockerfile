@@ -24,10 +24,8 @@ RUN apt-get update \
 RUN python3.12 -m venv /opt/headway
 ENV PATH=/opt/headway/bin:$PATH
 
-# The CUDA wheel of torch brings the Triton it was built with, so the pin for CPU machines is left out.
 COPY constraints.txt /build/constraints.txt
-RUN grep -v '^triton==' /build/constraints.txt > /build/constraints-cuda.txt \
-    && pip install -c /build/constraints-cuda.txt torch numpy ninja packaging setuptools wheel \
+RUN pip install -c /build/constraints.txt torch numpy ninja packaging setuptools wheel \
     && python -c "import torch; assert torch.version.cuda.startswith('13.0'), torch.version.cuda"
 
 # NVIDIA apex is only distributed as source; the package `apex` on PyPI is another project.
@@ -39,7 +37,7 @@ RUN git clone --filter=blob:none https://github.com/NVIDIA/apex /build/apex \
     && rm -rf /build/apex
 
 COPY . /build/headway
-RUN pip install -c /build/constraints-cuda.txt "/build/headway[gpu,hf]" \
+RUN pip install -c /build/constraints.txt "/build/headway[gpu,hf]" \
     && pip check \
     && cp -r /build/headway/yaml /opt/headway/yaml \
     && rm -rf /build

@@ -9,10 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of queries per call where a mask is given. Keys after the block's last row are not touched, which recovers most of
-# what a masked call loses against `is_causal` (2 CPU cores, S=4096, H=4, D=32, forward and backward: causal 210 ms,
-# one masked call 390 to 480 ms, blocks of 512 rows 165 ms; S=1024: 35 -> 33 ms).
+# Rows of queries per call where a mask is given. Keys after the block's last row are not touched, which recovers what a
+# masked call loses against `is_causal` (2 CPU cores, S=4096, H=4, D=32, forward and backward: causal 210 ms, one masked
+# call 390 to 480 ms, blocks of 512 rows 165 ms; S=1024: 35 -> 33 ms).
 MASKED_BLOCK = 512
+
+
+def shares_kv_heads(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether a fused operation of PyTorch takes fewer KV heads than query heads.
+
+    On CUDA only flash attention does for sure, which has no masks and no fp32; the memory-efficient operation refuses,
+    and what is left writes out the [S, S] scores.
+    """
+    return device_type == "cpu" or (not masked and dtype in (torch.bfloat16, torch.float16))
 
 
 def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -26,6 +35,9 @@ def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and not shares_kv_heads(q.device.type, q.dtype, masked=mask is not None):
+        repeats, grouped = q.shape[1] // k.shape[1], False
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     seq_len = q.shape[2]
     if mask is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

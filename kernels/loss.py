@@ -18,13 +18,15 @@ CHUNK_ELEMENTS_CPU = 1 << 21
 CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """Sum over tokens of -log softmax(hidden weight^T)[label], in fp32 (float64 where hidden is); labels -100 add nothing.
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[label]; fp32, or float64 where hidden is.
 
-    hidden [T, d], weight [V, d], labels [T] int64. Where the logits exceed one chunk they are formed chunk by chunk, and
-    the gradients with them (the loss is a sum, so the incoming gradient is one scalar): the same three products as the
-    plain form, C V numbers instead of three times T V. Measured on 2 CPU cores, forward and backward:
-    T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
+    hidden [T, d], weight [V, d], labels [T] int64, of which -100 adds nothing. Where the logits exceed one chunk they
+    are formed chunk by chunk, and the gradients with them (the loss is a sum, so the incoming gradient is one scalar):
+    the same three products as the plain form, C V numbers instead of three times T V. Measured on 2 CPU cores, forward
+    and backward: T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
     """
     tokens, vocab = len(hidden), len(weight)
     if chunk_tokens is None:

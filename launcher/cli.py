@@ -46,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     study = verb("study", "train and compare variants", spec=False)
     steps = study.add_subparsers(dest="action", metavar="run|status|report", required=True)
     for name, text in (("run", "train what is missing, then report"), ("status", "what is done"), ("report", "write the report")):
-        _spec_arguments(steps.add_parser(name, help=text, description=text), what="study")
+        p = steps.add_parser(name, help=text, description=text)
+        _spec_arguments(p, what="study")
+        if name == "run":
+            p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
+            p.add_argument("--fresh", action="store_true", help="move an older folder of the study aside first")
     bench = verb("bench", "measure speed", spec=False)
     kinds = bench.add_subparsers(dest="action", metavar="step|data", required=True)
     for name, text in (
@@ -90,6 +94,10 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher.launch import train
 
             return train(args.spec, args.overrides, dry_run=args.dry_run)
+        case "study", "run":
+            from headway.launcher.study import run_study
+
+            return run_study(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
         case "study", action:
             from headway.launcher import study
 

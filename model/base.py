@@ -55,6 +55,7 @@ class RouterStats:
     load: Tensor
     tokens: Tensor
     entropy: Tensor
+    margin: Tensor
     slots: int
 
 
@@ -82,8 +83,8 @@ class AttentionConfig(StrictConfig):
             else:
                 other = "rope_fraction 0.0 (no rotation)"
             raise ValueError(
-                f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} rotates {rotated:g} channels, and RoPE "
-                f"turns pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
+                f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} rotates {rotated:g} channels, and "
+                f"RoPE turns pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
             )
         return self
 
@@ -148,12 +149,12 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def router_stats(self) -> dict[str, RouterStats]:
-        """Name of the router -> sums since the last `reset_router_stats`."""
+        """Name of the router -> sums since the last `reset_router_stats`; evaluation mode does not count."""
         return {}
 
     def reset_router_stats(self) -> None:
         return None
 
     def after_step(self, global_load: dict[str, Tensor]) -> None:
-        """Called once per optimizer step with each router's load [G, M] summed over all ranks (loss-free bias)."""
+        """Called once per optimizer step with each router's load [G, N] summed over all ranks (loss-free bias)."""
         return None

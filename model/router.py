@@ -19,10 +19,10 @@ def chosen_mask(logits: Tensor, idx: Tensor) -> Tensor:
 
 
 def balance_loss(p: Tensor, chosen: Tensor, *, slots: int, scope: Literal["sequence", "micro_batch"]) -> Tensor:
-    """f.P loss of the Switch Transformer (Fedus et al., 2022, arXiv 2101.03961, eq. 4-6), per group, mean over groups.
+    """f.P loss of the Switch Transformer (Fedus et al., 2022, arXiv 2101.03961, eq. 4-6), mean over groups.
 
-    p [B, S, G, N] sums to 1 over N and carries the gradient; chosen [B, S, G, N] is 0/1. With f = share of the slots and
-    P = mean p of an expert, the loss is N sum_n f_n P_n: 1 at uniform use, N at collapse with k = 1.
+    p [B, S, G, N] sums to 1 over N and carries the gradient; chosen [B, S, G, N] is 0/1. With f = share of the slots
+    and P = mean p of an expert, the loss of a group is N sum_n f_n P_n: 1 at uniform use, N at collapse with k = 1.
 
     sequence: f and P are taken within each sequence and the products averaged over sequences. The value for a batch is
     then the same however it is cut into micro-batches and ranks. micro_batch: f and P over all tokens of the forward

@@ -8,10 +8,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal, Self
 
+import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from headway.kernels.attention import core
+from headway.kernels.rope import apply_rope
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Flops, Shard
+from headway.model.layers import RMSNorm, parameter
 
 
 class GroupedConfig(AttentionConfig):
@@ -29,6 +33,31 @@ class GroupedConfig(AttentionConfig):
     def heads_per_group(self) -> int:
         """M."""
         return self.heads // self.groups
+
+    @property
+    def score_maps(self) -> int:
+        return self.heads
+
+    def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
+        return GroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+
+    def num_params(self, *, width: int) -> int:
+        """2dHD + 2dGD, and two gains of D with QK-norm."""
+        gains = 2 * self.head_dim if self.qk_norm else 0
+        return 2 * width * (self.heads + self.groups) * self.head_dim + gains
+
+    def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
+        """4dHD + 4dGD and the core."""
+        flops = 4 * width * (self.heads + self.groups) * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
+        return Flops(useful=flops, executed=flops)
+
+    def kv_bytes_per_token(self, *, bytes_per_element: int) -> int:
+        return 2 * self.groups * self.head_dim * bytes_per_element
+
+    def shards(self) -> dict[str, Shard]:
+        """Whole groups: a rank owns KV heads with the query heads and output columns that belong to them."""
+        units = self.groups
+        return {"w_q": Shard(0, units), "w_k": Shard(0, units), "w_v": Shard(0, units), "w_o": Shard(1, units)}
 
 
 def check_groups(heads: int, kv_heads: int) -> None:
@@ -79,3 +108,41 @@ class MqaConfig(GroupedConfig):
     @property
     def groups(self) -> int:
         return 1
+
+
+class QkNorm(nn.Module):
+    """Optional norm of queries or keys, then their rotation. The gain [D] is shared by the heads."""
+
+    def __init__(self, config: AttentionConfig, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.head_dim, norm_eps) if config.qk_norm else None
+
+    def forward(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # [B, S, *, D] -> same
+        return apply_rope(heads if self.norm is None else self.norm(heads), rope)
+
+
+class GroupedQueryAttention(Attention):
+    """y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
+
+    def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+        super().__init__()
+        heads, groups, head_dim = config.heads, config.groups, config.head_dim
+        self.head_dim = head_dim
+        self.w_q = parameter(heads * head_dim, width)
+        self.w_k = parameter(groups * head_dim, width)
+        self.w_v = parameter(groups * head_dim, width)
+        self.w_o = parameter(width, heads * head_dim)
+        self.q_rope = QkNorm(config, norm_eps)
+        self.k_rope = QkNorm(config, norm_eps)
+        self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
+
+    def heads_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, S, d], weight [n D, d] -> [B, S, n, D]; n follows the weight, which may be one rank's part."""
+        return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
+        q = self.q_rope(self.heads_of(x, self.w_q), rope)  # [B, S, H, D]
+        k = self.k_rope(self.heads_of(x, self.w_k), rope)  # [B, S, G, D]
+        v = self.heads_of(x, self.w_v)  # [B, S, G, D]
+        o = core(q, k, v, mask)
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), None)

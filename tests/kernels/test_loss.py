@@ -1,0 +1,69 @@
+"""The chunked head and loss equal the plain ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from headway.kernels.loss import linear_cross_entropy_sum
+
+
+def problem(tokens=23, width=5, vocab=11, dtype=torch.float64):
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, vocab, (tokens,))
+    labels[::4] = -100
+    return hidden, weight, labels
+
+
+def plain(hidden, weight, labels):
+    return F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 22, 23, 100])
+def test_value_and_gradients_do_not_depend_on_the_chunks(chunk_tokens):
+    hidden, weight, labels = problem()
+    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    expected = plain(hidden, weight, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    got, want = (torch.autograd.grad(value / 7, (hidden, weight)) for value in (loss, expected))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_ignored_labels_add_nothing(chunk_tokens):
+    hidden, weight, labels = problem()
+    kept = labels != -100
+    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(loss, plain(hidden[kept], weight, labels[kept]), rtol=1e-13, atol=0)
+    nothing = linear_cross_entropy_sum(hidden, weight, torch.full_like(labels, -100), chunk_tokens=chunk_tokens)
+    assert nothing.item() == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(nothing, (hidden, weight)))
+
+
+def test_without_gradients_only_the_loss_is_formed():
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, weight, labels).detach(), rtol=1e-13, atol=0)
+
+
+def test_the_same_graph_can_be_walked_twice():
+    hidden, weight, labels = problem()
+    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=4)
+    first = torch.autograd.grad(3 * loss, hidden, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(3 * loss, hidden)[0], first)
+
+
+def test_bf16_sums_in_fp32():
+    hidden, weight, labels = problem(tokens=600, width=16, vocab=40, dtype=torch.bfloat16)
+    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=7)
+    assert loss.dtype == torch.float32
+    # logits are rounded to bf16 (8 bits) before the softmax; a running sum in bf16 would stop near 256
+    exact = plain(hidden.detach().double(), weight.detach().double(), labels)
+    assert abs(loss.item() / exact.item() - 1) < 2e-3
+    grad_weight = torch.autograd.grad(loss, weight)[0].double()
+    wide = weight.detach().double().requires_grad_()
+    exact_grad = torch.autograd.grad(plain(hidden.detach().double(), wide, labels), wide)[0]
+    assert (grad_weight - exact_grad).norm() / exact_grad.norm() < 1e-2

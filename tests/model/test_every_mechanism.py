@@ -1,0 +1,136 @@
+"""What holds for each mechanism: causality, independence of sequences and documents, counted costs."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from headway.model.config import ModelConfig
+from headway.model.cost import account
+from headway.model.decoder import document_mask
+
+SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_changes_nothing_before_it(mechanism, decoder, tokens, packed):
+    model = decoder(mechanism)
+    segments = SEGMENTS.expand(3, 11) if packed else None
+    before = model.logits(tokens, segments)
+    for t in (0, 5, 10):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 37
+        after = model.logits(changed, segments)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+def test_earlier_tokens_of_the_document_are_seen(mechanism, decoder, tokens):
+    model = decoder(mechanism)
+    changed = tokens.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 37
+    for segments, last in ((None, 10), (SEGMENTS.expand(3, 11), 8)):
+        difference = (model.logits(changed, segments) - model.logits(tokens, segments)).abs().amax(-1)
+        assert (difference[:, 4 : last + 1] > 1e-9).all()
+
+
+def test_a_document_does_not_see_the_one_before_it(mechanism, decoder, tokens):
+    model = decoder(mechanism)
+    segments = SEGMENTS.expand(3, 11)
+    changed = tokens.clone()
+    changed[:, :4] = (changed[:, :4] + 1) % 37
+    assert torch.equal(model.logits(changed, segments)[:, 4:], model.logits(tokens, segments)[:, 4:])
+    assert not torch.equal(model.logits(changed)[:, 4:], model.logits(tokens)[:, 4:])
+
+
+def test_a_packed_document_equals_the_document_alone(mechanism, decoder, tokens):
+    model = decoder(mechanism)
+    packed = model.logits(tokens, SEGMENTS.expand(3, 11))[:, 4:9]
+    # rotary tables are fp32: shifting the positions moves scores by about 1e-7
+    torch.testing.assert_close(packed, model.logits(tokens[:, 4:9]), rtol=0, atol=1e-5)
+
+
+def test_a_sequence_does_not_depend_on_its_batch(mechanism, decoder, tokens):
+    model = decoder(mechanism)
+    labels = tokens.roll(-1, 1)
+    alone = [model(tokens[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    together = model(tokens, labels)
+    torch.testing.assert_close(
+        torch.cat([model.logits(tokens[i : i + 1]) for i in range(3)]), model.logits(tokens), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(together.loss_sum, sum(out.loss_sum for out in alone), rtol=1e-12, atol=0)
+    torch.testing.assert_close(together.aux_loss, sum(out.aux_loss for out in alone) / 3, rtol=1e-12, atol=0)
+
+
+def test_bool_and_additive_masks_are_the_same(mechanism, layer, rope, x):
+    module = layer(mechanism)
+    additive = document_mask(SEGMENTS.expand(3, 11), x.dtype)
+    y = module(x, rope(mechanism, 11), additive).y
+    torch.testing.assert_close(module(x, rope(mechanism, 11), additive == 0).y, y, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_params_are_those_of_the_module(mechanism, decoder, tied):
+    model = decoder(mechanism, tied=tied)
+    config = _config(tied)
+    cost = account(config, mechanism, vocab_size=37, seq_len=11)
+    assert cost.num_params == sum(p.numel() for p in model.parameters())
+    counted = dict.fromkeys(cost.params_by_part, 0)
+    for name, parameter in model.named_parameters():
+        part = {"embedding": "embedding", "head": "head", "norm": "norm"}.get(name.split(".")[0])
+        part = part or {"attn": "attention", "mlp": "mlp"}.get(name.split(".")[2], "norm")
+        counted[part] += parameter.numel()
+    assert counted == cost.params_by_part
+
+
+def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens):
+    """Torch counts matrix products: the core as a full square, and no gating products."""
+    model = decoder(mechanism)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(tokens)
+    per_token = counter.get_total_flops() / tokens.numel()
+    cost = account(_config(True), mechanism, vocab_size=37, seq_len=11)
+    square = 2 * 4 * mechanism.head_dim * mechanism.score_maps * 11
+    gating = 2 * 4 * 2 * 2 * 10 if mechanism.type == "switchhead" else 0  # layers x 4 k n D
+    assert cost.flops_per_token.executed - cost.attention_core_flops - gating + square == per_token
+    assert cost.flops_per_token.useful <= cost.flops_per_token.executed
+
+
+def test_kv_bytes_are_those_of_the_keys_and_values(mechanism, layer, x):
+    module = layer(mechanism)
+    kv_heads = module.w_k.shape[0] // mechanism.head_dim
+    assert mechanism.kv_bytes_per_token(bytes_per_element=4) == 2 * kv_heads * mechanism.head_dim * 4
+
+
+def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
+    model = decoder(mechanism)
+    out = model(tokens, tokens.roll(-1, 1))
+    (out.loss_sum + out.aux_loss).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, rope, x):
+    """Tensor parallelism as declared: two ranks hold a slice of every sharded parameter each, outputs are summed."""
+    full = layer(mechanism)
+    shards = mechanism.shards()
+    assert set(shards) <= {name for name, _ in full.named_parameters()}
+    parts = []
+    for rank in range(2):
+        part = layer(mechanism)
+        for name, shard in shards.items():
+            tensor = full.get_parameter(name)
+            assert shard.units % 2 == 0 and tensor.shape[shard.dim] % shard.units == 0
+            part.register_parameter(name, torch.nn.Parameter(tensor.detach().chunk(2, shard.dim)[rank]))
+        if "router_bias" in dict(full.named_buffers()):
+            part.router_bias = full.router_bias.chunk(2)[rank]
+        parts.append(part)
+    whole = full(x, rope(mechanism, 11), None)
+    outs = [part(x, rope(mechanism, 11), None) for part in parts]
+    torch.testing.assert_close(outs[0].y + outs[1].y, whole.y, rtol=0, atol=1e-12)
+    if whole.aux_loss is not None:
+        torch.testing.assert_close((outs[0].aux_loss + outs[1].aux_loss) / 2, whole.aux_loss, rtol=0, atol=1e-14)
+
+
+def _config(tied):
+    return ModelConfig(width=20, layers=2, ffn_width=28, tied_embeddings=tied)
