@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
 from headway.launcher import advice
 from headway.launcher.errors import SpecError, printable
 from headway.launcher.fields import Shape, paths, root_shape
 from headway.launcher.merge import tag_of
 from headway.launcher.yamlio import MAX_INT, Node, Place
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 MAX_PROBLEMS = 10
 _LOCATED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*): (?=\S)")

@@ -42,10 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     train = verb("train", "train one spec; the same command again continues it")
     train.add_argument("--dry-run", action="store_true", help="print the command that would be executed, and stop")
-    train.add_argument("--print-config", action="store_true", help="print every value and where it comes from, and stop")
+    train.add_argument(
+        "--print-config", action="store_true", help="print every value and where it comes from, and stop"
+    )
     study = verb("study", "train and compare variants", spec=False)
     steps = study.add_subparsers(dest="action", metavar="run|status|report", required=True)
-    for name, text in (("run", "train what is missing, then report"), ("status", "what is done"), ("report", "write the report")):
+    for name, text in (
+        ("run", "train what is missing, then report"),
+        ("status", "what is done"),
+        ("report", "write the report"),
+    ):
         p = steps.add_parser(name, help=text, description=text)
         _spec_arguments(p, what="study")
         if name == "run":

@@ -322,5 +322,3 @@ def _tail(path: Path, lines: int = 12) -> list[str]:
         return path.read_text(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
-
-

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
+from pydantic import BaseModel
+
 from headway.launcher.check import validate
 from headway.launcher.fields import Shape, root_shape
 from headway.launcher.merge import extra_layer, format_value, merge, override_layer, read_layers
 from headway.launcher.yamlio import Node
-from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec

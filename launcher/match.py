@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field, ValidationError, field_validator
+
 from headway.data.config import StrictModel
 from headway.launcher.errors import SpecError
-from pydantic import Field, field_validator
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec
@@ -83,7 +84,7 @@ def nearest_multiple(cost: Callable[[int], float], *, target: float, multiple: i
 
 
 def spec_with(spec: Spec, key: str, value: Any) -> Spec:
-    """`spec` with the dotted `key` set. Raises ValueError (pydantic) where the result is not a legal spec."""
+    """`spec` with the dotted `key` set. Raises ValidationError where the result is not a legal spec."""
     tree = spec.model_dump()
     *sections, last = key.split(".")
     node = tree
@@ -104,10 +105,16 @@ def value_at(spec: Spec, key: str) -> Any:
 
 
 def spec_cost(spec: Spec, vocab_size: int) -> Cost:
-    """Parameters, FLOPs and KV bytes of the spec's model at its sequence length."""
+    """Parameters, FLOPs and KV bytes of the spec's model at its sequence length and precision."""
     from headway.model.cost import account
 
-    return account(spec.model, spec.attention, vocab_size=vocab_size, seq_len=spec.data.seq_len)
+    return account(
+        spec.model,
+        spec.attention,
+        vocab_size=vocab_size,
+        seq_len=spec.data.seq_len,
+        bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
+    )
 
 
 def quantity_of(cost: Cost, quantity: Quantity) -> float:
@@ -133,11 +140,11 @@ def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float
     def cost(value: int) -> float:
         try:
             candidate = spec_with(spec, match.free, value)
-        except ValueError as error:
-            reason = str(error).splitlines()[-1].strip()
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
             raise SpecError(
-                f"{head}: {value} on the way to the match is not legal ({reason}); use a match.multiple whose multiples "
-                "are all legal, or free another dimension, such as model.ffn_width"
+                f"{head}: {value} on the way to the match is not legal ({reason}); use a match.multiple whose "
+                "multiples are all legal, or free another dimension, such as model.ffn_width"
             ) from None
         return quantity_of(spec_cost(candidate, vocab_size), match.quantity)
 
@@ -160,8 +167,12 @@ def _beyond_tolerance(head: str, matched: Matched, match: MatchConfig) -> str:
     reason = f"the nearest multiple of {match.multiple} is {matched.value}"
     if matched.value == match.multiple and matched.residual > 0:
         reason = f"even its smallest value {matched.value} is too much"
+    missed = abs(matched.residual)
+    second = (
+        f"match.tolerance: {missed * 100 + 0.01:.2f}% if that is fair" if missed < 0.5 else "free another dimension"
+    )
     return (
         f"{head}: {reason}: {matched.cost:,.0f} {match.quantity} against the baseline's {matched.target:,.0f}, "
         f"{matched.residual:+.2%}, beyond the tolerance of {match.tolerance:.2%}; "
-        f"use a smaller match.multiple, or match.tolerance: {abs(matched.residual) * 100 + 0.01:.2f}% if that is fair"
+        f"use a smaller match.multiple, or {second}"
     )

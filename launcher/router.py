@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from headway.model.base import Attention
 from headway.parallel.layout import Layout
 

@@ -9,10 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headway.launcher.errors import SpecError
-from headway.launcher.spec import Spec
+
+if TYPE_CHECKING:
+    from headway.launcher.spec import Spec
 
 # What may differ between the spec of a run folder and the spec it is continued with: where things lie, what is recorded
 # and how the work is divided. Everything else changes the result and makes another run.

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.errors import SpecError
 from pydantic import BaseModel
+
+from headway.launcher.errors import SpecError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, read_json, write_json

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pydantic import Field, model_validator
+
 from headway.data.config import DataConfig, StrictModel
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.parallel.config import CheckpointConfig, LaunchConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from pydantic import Field, model_validator
 
 
 class TrainConfig(StrictModel):

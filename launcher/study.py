@@ -17,7 +17,7 @@ from headway.launcher.study_config import Study, StudyConfig, load_study
 from headway.launcher.study_plan import Cell, StudyPlan, cell_key, matching_rows, plan_study, study_record
 from headway.launcher.tracking import duration
 
-__all__ = ["StudyConfig", "report_study", "run_study", "study_status"]
+__all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 
 
 def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
@@ -44,13 +44,16 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     if code == PREEMPTED:
         print(f"stopped; the same command continues: {_command(plan)}", flush=True)
         return code
-    study_status(path)
+    status_study(path)
     print(f"report: {_report(study.out)}", flush=True)
     return code
 
 
-def study_status(path: Path | str) -> int:
-    """Print one line per cell: state, tokens, last training loss. Returns 0."""
+def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Print one line per cell: state, tokens, last training loss. Returns 0.
+
+    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
+    """
     study = load_study(Path(path))
     outcomes = read_json(study.out / OUTCOMES)
     rows = [("cell", "state", "tokens", "loss", "")]
@@ -63,13 +66,16 @@ def study_status(path: Path | str) -> int:
     return 0
 
 
-def report_study(path: Path | str) -> int:
-    """Write the report from whatever the cells have recorded so far. Returns 0; SpecError where nothing was started."""
+def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Write the report from whatever the cells have recorded so far. Returns 0; SpecError where nothing was started.
+
+    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
+    """
     study = load_study(Path(path))
     if not (study.out / "study.json").exists():
         raise SpecError(
-            f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the `out` "
-            "folder it was run with"
+            f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
+            "`out` folder it was run with"
         )
     print(f"report: {_report(study.out)}", flush=True)
     return 0
@@ -178,8 +184,9 @@ def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join([first, *rest]).rstrip())
+        left = [i == 0 or rows[0][i] in ("state", "") for i in range(len(row))]
+        cells = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
+        print("  ".join(cells).rstrip())
     sys.stdout.flush()
 
 

@@ -123,7 +123,9 @@ def load_study(path: Path) -> Study:
         path=path,
         base=path.parent / config.base,
         out=Path(config.out or f"studies/{config.study}"),
-        variants={name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants},
+        variants={
+            name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants
+        },
     )
 
 

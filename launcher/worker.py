@@ -56,6 +56,7 @@ def main() -> int:
 def train(run_path: Path) -> None:
     """The training loop."""
     import torch
+
     from headway.launcher.run_dir import RunDir
     from headway.launcher.session import Session
 
@@ -74,8 +75,8 @@ def train(run_path: Path) -> None:
             stats = s.engine.train_step(batch.micro, targets=targets, lr=s.lr())
             if not math.isfinite(stats.loss) or stats.skipped:
                 raise NumericError(
-                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is of step "
-                    f"{s.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
+                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is "
+                    f"of step {s.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
                 )
             s.record(stats, digest=digest, data_s=data_s, step_s=time.perf_counter() - t0)
             if s.due("validation"):

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.errors import NoInputError, SpecError, printable
-
 import yaml
+
+from headway.launcher.errors import NoInputError, SpecError, printable
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

@@ -114,12 +114,18 @@ def _write_share(staging: Path, tensors: dict[str, Tensor], layout: Layout) -> d
     return {name: {"bytes": path.stat().st_size, "xxh3_128": file_hash(path), "tensors": sorted(tensors)}}
 
 
-def _commit(staging: Path, final: Path, reports: list[Any], *, step: int, state: Mapping[str, Any], layout: Layout) -> None:
+def _commit(
+    staging: Path, final: Path, reports: list[Any], *, step: int, state: Mapping[str, Any], layout: Layout
+) -> None:
     files = {name: entry for report in reports for name, entry in report["files"].items()}
     manifest = {"format": FORMAT, "step": step, "dp_size": layout.dp_size, "state": dict(state), "files": files}
     path = staging / MANIFEST
     body = json.dumps(manifest, indent=1, sort_keys=True)
-    path.write_text(json.dumps({"xxh3_128": xxhash.xxh3_128(body.encode()).hexdigest(), "manifest": manifest}, indent=1, sort_keys=True))
+    path.write_text(
+        json.dumps(
+            {"xxh3_128": xxhash.xxh3_128(body.encode()).hexdigest(), "manifest": manifest}, indent=1, sort_keys=True
+        )
+    )
     _fsync(path)
     _fsync(staging)
     if final.exists():
@@ -204,8 +210,8 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
         warn(f"checkpoint passed over: {error}")
     if candidates:
         raise CheckpointError(
-            f"{root}: none of {len(candidates)} checkpoints is whole; restore one from a copy, or delete the run folder "
-            f"to start anew"
+            f"{root}: none of {len(candidates)} checkpoints is whole; restore one from a copy, or delete the run "
+            f"folder to start anew"
         )
     return None
 
@@ -246,8 +252,8 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
     if wanted != set(tensors):
         missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
         raise CheckpointError(
-            f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); use "
-            f"the spec it was trained with, or another run_dir"
+            f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); "
+            f"use the spec it was trained with, or another run_dir"
         )
     applied = int(checkpoint.state["applied_steps"])
     engine.write_logical(tensors, applied_steps=applied)

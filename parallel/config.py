@@ -52,7 +52,9 @@ class CheckpointConfig(StrictModel):
 
     every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end and at SIGTERM")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
-    max_failures: int = Field(default=3, ge=1, description="saves that may fail in a row before the run stops (exit 74)")
+    max_failures: int = Field(
+        default=3, ge=1, description="saves that may fail in a row before the run stops (exit 74)"
+    )
 
 
 class LaunchConfig(StrictModel):
@@ -64,4 +66,3 @@ class LaunchConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     port: int | None = Field(default=None, ge=1024, le=65_535, description="rendezvous port; none: any free one")
     timeout_s: int = Field(default=600, ge=1, description="limit of every collective operation")
-

@@ -49,7 +49,9 @@ class StepStats:
     skipped: bool
 
 
-def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, dp_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, dp_size: int
+) -> dict[str, Any]:
     """The JSON DeepSpeed is driven with. Every default that ever changed between its releases is written out."""
     bf16 = parallel.precision == "bf16"
     config: dict[str, Any] = {
@@ -251,7 +253,7 @@ class Engine:
         A checkpoint can only be loaded into moments that exist; and DeepSpeed (0.19) links moments to parameters after
         stepping the first parameter group alone, which leaves every later group (the norm gains) without a link.
         """
-        # Where DeepSpeed keeps this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (which fills the state itself).
+        # Where DeepSpeed keeps this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (which fills them itself).
         partitions = (
             getattr(self._zero, "single_partition_of_fp32_groups", None)
             or getattr(self._zero, "fp32_partitioned_groups_flat", None)

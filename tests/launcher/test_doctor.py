@@ -7,6 +7,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+
 from headway.launcher import doctor as module
 from headway.launcher.doctor import Fact, doctor, inspect_machine
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from headway.launcher.errors import SpecError
 from headway.launcher.schema import KINDS, schema_of, write_schema
 from headway.launcher.yamlio import load_yaml, parse_yaml

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
 from headway.launcher.errors import SpecError, exit_code, format_error
 from headway.launcher.load import validate
 from headway.launcher.yamlio import parse_yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
+
 from headway.data.config import CorpusConfig
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.load import format_config, load_spec
 from headway.launcher.merge import format_value
 from headway.launcher.spec import Spec
-from pydantic import BaseModel
-
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "yaml/base/tiny.yaml"

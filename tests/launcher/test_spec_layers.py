@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
 from headway.launcher.errors import NoInputError, SpecError
 from headway.launcher.load import Loaded, format_config, load_mapping, load_spec
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from headway.launcher.errors import NoInputError, SpecError
 from headway.launcher.yamlio import MAX_BYTES, MAX_DEPTH, MAX_VALUES, load_yaml, parse_yaml
 

@@ -7,6 +7,7 @@ import random
 import struct
 
 import pytest
+
 from headway.launcher.merge import format_value
 from headway.launcher.yamlio import parse_scalar, parse_yaml
 

@@ -4,16 +4,14 @@ Prints one JSON object per case on rank 0. Not a test module itself.
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-
 import torch
 import torch.distributed as dist
+
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
@@ -109,4 +107,5 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 from headway.parallel.layout import Layout
@@ -42,8 +43,10 @@ def write(root: Path, step: int, keep: int = 2, value: float | None = None) -> s
     return checkpoint.save(root, model, ALONE, step=step, state={"applied_steps": step}, keep=keep)  # type: ignore[arg-type]
 
 
-def newest(root: Path, said: list[str] | None = None):
-    return checkpoint.newest_valid(root, ALONE, warn=(said if said is not None else []).append)
+def newest(root: Path, said: list[str] | None = None) -> checkpoint.Checkpoint:
+    found = checkpoint.newest_valid(root, ALONE, warn=(said if said is not None else []).append)
+    assert found is not None
+    return found
 
 
 def test_what_is_saved_is_loaded_buffers_included(tmp_path):
@@ -51,12 +54,13 @@ def test_what_is_saved_is_loaded_buffers_included(tmp_path):
     found, model = newest(tmp_path), Model()
     checkpoint.load(found, model)  # type: ignore[arg-type]
     assert found.step == 7 and model.applied_steps == 7
-    assert all((v == 7).all() for v in model.values.values())
-    assert (model.module.bias_of_router == 7).all()
+    assert all(bool((v == 7).all()) for v in model.values.values())
+    assert torch.equal(dict(model.module.named_buffers())["bias_of_router"], torch.full((2,), 7.0))
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert newest(tmp_path) is None and newest(tmp_path / "absent") is None
+    for root in (tmp_path, tmp_path / "absent"):
+        assert checkpoint.newest_valid(root, ALONE, warn=print) is None
 
 
 def test_only_the_newest_stay(tmp_path):
@@ -126,7 +130,7 @@ def test_a_save_that_fails_says_why_and_leaves_the_older_one(tmp_path, monkeypat
 
 def test_a_folder_left_by_a_killed_save_is_not_a_checkpoint(tmp_path):
     (tmp_path / ".staging-0000000003").mkdir()
-    assert newest(tmp_path) is None
+    assert checkpoint.newest_valid(tmp_path, ALONE, warn=print) is None
     assert write(tmp_path, 3) is None and newest(tmp_path).step == 3
 
 

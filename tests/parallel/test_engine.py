@@ -21,7 +21,15 @@ def start(processes: int, root: Path) -> dict:
         command = [sys.executable, "-P", *script]
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     else:
-        command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
         command += script
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -42,29 +50,27 @@ def results(tmp_path_factory) -> dict[int, dict]:
 @pytest.fixture(scope="session")
 def plain() -> list[tuple[float, float]]:
     """(loss, gradient norm) of a bare PyTorch loop: one batch, AdamW, clipping; no DeepSpeed."""
-    os.environ.setdefault("RANK", "0")
-    spec = importlib.util.spec_from_file_location("engine_cases_as_module", HERE / "engine_cases.py")
+    spec = importlib.util.spec_from_file_location("engine_cases", HERE / "engine_cases.py")
     assert spec is not None and spec.loader is not None
-    source = (HERE / "engine_cases.py").read_text().replace("\nmain()\n", "\n")
-    module: dict = {"__name__": "engine_cases_as_module"}
-    exec(compile(source, "engine_cases.py", "exec"), module)
-    model = module["decoder"]()
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    model = cases.decoder()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     out = []
-    for step in range(module["STEPS"]):
-        batch = module["global_batch"](step)
+    for step in range(cases.STEPS):
+        batch = cases.global_batch(step)
         result = model(batch.tokens, batch.labels, batch.segments)
         loss = result.loss_sum / result.targets + result.aux_loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (step + 1) / module["STEPS"]
+            group["lr"] = 1e-2 * (step + 1) / cases.STEPS
         optimizer.step()
         optimizer.zero_grad()
-        out.append((float(result.loss_sum / result.targets), float(norm)))
+        out.append((float(result.loss_sum.detach() / result.targets), float(norm)))
     return out
 
 

@@ -1,6 +1,7 @@
 """The learning rate is a pure function of tokens."""
 
 import pytest
+
 from headway.parallel.config import OptimizerConfig, ScheduleConfig
 from headway.parallel.schedule import learning_rate
 
