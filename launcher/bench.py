@@ -176,7 +176,8 @@ def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[
     name = "step_s" if result["kind"] == "step" else "batch_s"
     s = result[name]
     print(
-        f"{result['tokens_per_s']:,.0f} tokens/s ({name} median {1e3 * s['median']:.1f} ms, quartiles {1e3 * s['q1']:.1f} to {1e3 * s['q3']:.1f}, n={s['n']})"
+        f"{result['tokens_per_s']:,.0f} tokens/s ({name} median {1e3 * s['median']:.1f} ms, "
+        f"quartiles {1e3 * s['q1']:.1f} to {1e3 * s['q3']:.1f}, n={s['n']})"
     )
     for part, share in result.get("share_of_step", {}).items():
         print(f"  {part:<10} {100 * share:5.1f} %")

@@ -101,7 +101,8 @@ def check_port(spec: Spec) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
             raise SpecError(
-                f"launch.port: {port} is taken ({e.strerror}); leave launch.port out to take any free port, or name another"
+                f"launch.port: {port} is taken ({e.strerror}); leave launch.port out to take any free port, "
+                f"or name another"
             ) from e
 
 
@@ -110,8 +111,8 @@ def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
     before = read_json(run.card, {}).get("data_fingerprint")
     if before is not None and before != info["fingerprint"]:
         raise SpecError(
-            f"{run.path}: this run was started on other data (fingerprint {before[:16]}, now {str(info['fingerprint'])[:16]}); "
-            f"restore that dataset, or give another run_dir=..."
+            f"{run.path}: this run was started on other data (fingerprint {before[:16]}, now "
+            f"{str(info['fingerprint'])[:16]}); restore that dataset, or give another run_dir=..."
         )
 
 

@@ -192,8 +192,8 @@ class Session:
         )
         if self.failed_saves >= config.max_failures or self.step == self.spec.steps:
             raise CheckpointError(
-                f"checkpoint of step {self.step} cannot be written: {error}. Free space or mend the disk, then start the "
-                f"same command again: it continues from step {self.saved_step}"
+                f"checkpoint of step {self.step} cannot be written: {error}. Free space or mend the disk, then start "
+                f"the same command again: it continues from step {self.saved_step}"
             )
 
     def _resume(self) -> None:
