@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python 3.11 or 3.12, gcc and make:
 #   make study   environment, built-in corpus, the quickstart study, its report
 #   make test    the same environment, lint, types, tests
+#   make results every number that README and docs quote, measured anew
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -11,9 +12,9 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all lint types format clean
+.PHONY: help study test test-all results lint types format clean
 help:
-	@sed -n '1,3s/^# \{0,1\}//p' Makefile
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
 # The stamp is newer than the files that decide what is installed, so a second call installs nothing.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +29,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 study: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/quickstart.yaml
+
+# Every number of the README and docs, anew; needs an otherwise idle machine.
+RESULTS := docs/results
+BENCH := $(BIN)/headway bench
+results: study
+	mkdir -p $(RESULTS)/quickstart
+	cp studies/quickstart/{report.md,report.csv,curves.csv,study.json,loss.png,effects.png,routers.png} $(RESULTS)/quickstart/
+	$(BENCH) step yaml/base/quickstart.yaml --out $(RESULTS)/bench/step-gqa.json
+	$(BENCH) step yaml/base/quickstart.yaml attention.type=rgqa attention.top_k=1 --out $(RESULTS)/bench/step-rgqa-k1.json
+	$(BENCH) step yaml/bench/long-2048.yaml --against attention.type=gqa --out $(RESULTS)/bench/step-2048-rgqa-k1-against-gqa.json
+	$(BENCH) data yaml/base/quickstart.yaml --out $(RESULTS)/bench/data.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

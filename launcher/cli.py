@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         _spec_arguments(p)
         p.add_argument("--steps", type=int, default=30, help="measured steps")
         p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
+        if name == "step":
+            p.add_argument(
+                "--against", action="append", default=[], metavar="key=value", help="a second spec in the same run"
+            )
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument("out", type=Path, nargs="?", default=None, help="file; default: standard output")
     return parser
@@ -108,10 +112,14 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher import study
 
             return getattr(study, f"{action}_study")(args.spec, args.overrides)
-        case "bench", action:
-            from headway.launcher import bench
+        case "bench", "step":
+            from headway.launcher.bench import bench_step
 
-            return getattr(bench, f"bench_{action}")(args.spec, args.overrides, steps=args.steps, out=args.out)
+            return bench_step(args.spec, args.overrides, steps=args.steps, out=args.out, against=args.against)
+        case "bench", _:
+            from headway.launcher.bench import bench_data
+
+            return bench_data(args.spec, args.overrides, steps=args.steps, out=args.out)
         case "schema", _:
             from headway.launcher.schema import write_schema
 

@@ -21,7 +21,8 @@ class RouterMonitor:
         """{"layer_00": {"q": {"load", "entropy", "margin", "dead"}}}; `load` [G][M] sums to 1 per group.
 
         `entropy` is the mean over tokens and groups in nats, `margin` that of the lowest chosen logit over the best
-        other; `dead` counts heads chosen by less than 1 in 1000 selections of their group in this step. Biases are updated on the way.
+        other; `dead` counts heads chosen by less than 1 in 1000 selections of their group in this step. Biases are
+        updated on the way.
         """
         entries = [(i, name, s) for i, layer in enumerate(self._layers) for name, s in layer.router_stats().items()]
         if not entries:

@@ -1,0 +1,64 @@
+"""Every number of the README's result comes from a file in docs/results."""
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "docs" / "results"
+
+
+def cells() -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    with (RESULTS / "quickstart" / "report.csv").open() as f:
+        for row in csv.DictReader(f):
+            found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def mean(rows: list[dict[str, str]], key: str) -> float:
+    return statistics.mean(float(row[key]) for row in rows)
+
+
+def table() -> list[list[str]]:
+    start = README.index("<!-- results:")
+    lines = [line for line in README[start:].split("\n\n")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_table_is_that_of_the_committed_study():
+    found, rows = cells(), table()
+    assert [row[0] for row in rows] == list(found)
+    baseline = found[rows[0][0]]
+    for name, loss, difference, speed, flops, kv in rows:
+        variant = found[name]
+        assert all(cell["state"] == "done" for cell in variant)
+        assert loss == f"{mean(variant, 'validation_loss_nats'):.3f}"
+        gap = mean(variant, "validation_loss_nats") - mean(baseline, "validation_loss_nats")
+        assert difference == ("baseline" if variant is baseline else f"{gap:+.3f}")
+        ratio = statistics.geometric_mean(
+            float(a["tokens_per_s_median"]) / float(b["tokens_per_s_median"])
+            for a, b in zip(variant, baseline, strict=True)
+        )
+        assert speed == f"{mean(variant, 'tokens_per_s_median'):,.0f} ({ratio:.2f}x)"
+        assert flops == f"{float(variant[0]['flops_per_token_useful']) / 1e6:.2f} M"
+        assert kv == f"{int(variant[0]['kv_bytes_per_token']):,}"
+
+
+def test_speeds_are_those_of_the_committed_measurements():
+    bench = RESULTS / "bench"
+    step = json.loads((bench / "step-gqa.json").read_text())
+    routed = json.loads((bench / "step-rgqa-k1.json").read_text())
+    long = json.loads((bench / "step-2048-rgqa-k1-against-gqa.json").read_text())
+    quoted = re.search(
+        r"costs ([\d.]+)x \(gqa\) and ([\d.]+)x \(R-GQA k=1\) .*? data wait is ([\d.]+) % .*? takes ([\d.]+)x gqa's time",
+        README.replace("\n", " "),
+    )
+    assert quoted is not None
+    assert quoted[1] == f"{step['ratio_to_bare']['median']:.2f}"
+    assert quoted[2] == f"{routed['ratio_to_bare']['median']:.2f}"
+    assert quoted[3] == f"{100 * step['share_of_step']['data']:.1f}"
+    assert quoted[4] == f"{long['ratio_to_against']['median']:.2f}"
