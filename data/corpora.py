@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from headway.data import rows
+from headway.data import rows, tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -89,7 +89,7 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
     if isinstance(cfg.corpus, StdlibCorpus):
         facts.append(platform.python_version())
     if cfg.tokenizer.type == "file":
-        facts.append(hashlib.sha256(_read(Path(cfg.tokenizer.path).expanduser())).hexdigest())
+        facts.append(hashlib.sha256(tokenizer.read_file(cfg.tokenizer)).hexdigest())
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 

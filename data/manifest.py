@@ -117,7 +117,7 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise DataError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes, so not a manifest; {rebuild_hint(root)}")
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{root}: no dataset here ({MANIFEST_NAME} is missing); make it with `headway data build SPEC`, "
             "or set data.source.path to the folder of a built dataset"

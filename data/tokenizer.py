@@ -27,6 +27,13 @@ class CorpusTokenizer:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if eos_id in tokenizer.encode(eos_token, add_special_tokens=False).ids:
+            added = tokenizer.get_added_tokens_decoder().values()
+            special = ", ".join(repr(token.content) for token in list(added)[:20] if token.special) or "none"
+            raise DataError(
+                f"tokenizer.eos_token: {eos_token!r} is ordinary text of this tokenizer, so a document that holds it "
+                f"would seem to end there; set eos_token to a special token (it has: {special})"
+            )
         self._tokenizer = tokenizer
         self.eos_id: int = eos_id
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -61,15 +68,22 @@ def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: boo
     return CorpusTokenizer(tokenizer, eos_token=EOS_TOKEN)
 
 
-def take_file(cfg: TokenizerFile, *, out: Path) -> CorpusTokenizer:
-    """Copy the given tokenizer.json to `out`, byte for byte, and load it."""
+def read_file(cfg: TokenizerFile) -> bytes:
+    """The given tokenizer.json. Raises DataError where it cannot be read."""
     path = Path(cfg.path).expanduser()
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"tokenizer.path: {path} cannot be read ({error.strerror}); give a tokenizer.json, or use type: train_bpe"
         ) from error
+
+
+def take_file(cfg: TokenizerFile, *, out: Path) -> CorpusTokenizer:
+    """Copy the given tokenizer.json to `out`, byte for byte, and load it."""
+    path = Path(cfg.path).expanduser()
+    data = read_file(cfg)
+    load(path, eos_token=cfg.eos_token)  # a message about it names the file the user gave
     out.write_bytes(data)
     return load(out, eos_token=cfg.eos_token)
 

@@ -73,5 +73,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        # In bf16 the scale itself would be off by up to 2^-9, the same for every token: a wrong weight of this loss
+        # against the auxiliary one. So multiply in fp32 and round the product.
         scale = grad_outputs[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+        scaled = [(g.to(scale.dtype) * scale).to(g.dtype) for g in (grad_hidden, grad_weight)]
+        return scaled[0], scaled[1], None, None

@@ -16,6 +16,7 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multi
 _RANGE_ERRORS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le",
                  "multiple_of": "multiple_of"}  # fmt: skip
 _SUFFIXES = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _BOOLEAN_WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false")
 
 
@@ -37,7 +38,9 @@ def closest_key(name: str, prefix: str, legal: Sequence[str], everywhere: Sequen
         return same[:2]
     if similar := closest(name, last.values(), 0.8):
         return [path for path in everywhere if last[path] == similar[0]][:2]
-    return closest(prefix + name, everywhere, 0.8)
+    if longer := [key for key in legal if len(name) > 2 and _fold(key).startswith(_fold(name))]:
+        return [prefix + longer[0]]
+    return closest(prefix + name, [path for path in everywhere if not prefix.startswith(f"{path}.")], 0.8)
 
 
 def not_one_of(value: Any, legal: Sequence[Any], noun: str = "value") -> str:
@@ -91,7 +94,13 @@ def wrong_value(kind: str, message: str, context: Mapping[str, Any], node: Node,
     if kind == "literal_error":
         return not_one_of(value, shape.literals) + _literal_advice(node, shape)
     if kind == "string_pattern_mismatch":
-        return f"{describe(value)} does not match the pattern {context.get('pattern')}"
+        pattern = context.get("pattern")
+        if pattern == _NAME:
+            return f"{describe(value)} cannot name a folder; use letters, digits, '.', '_' and '-', not '.' first"
+        return f"{describe(value)} does not match the pattern {pattern}"
+    if kind == "too_short" and not shape.places and isinstance(value, list | dict):
+        least = context.get("min_length", 1)
+        return f"needs at least {least} {'entry' if least == 1 else 'entries'}; got {len(value) or 'none'}"
     if kind == "finite_number":
         return "must be a finite number"
     if kind.endswith(("_type", "_parsing", "_from_float")) or (shape.places and kind in ("too_long", "too_short")):

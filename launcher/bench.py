@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import statistics
 import tempfile
 import time
@@ -34,6 +35,7 @@ def bench_step(
     Headway's side includes the loader, DeepSpeed, the agreement over ranks, metrics.jsonl and TensorBoard. `against`
     are overrides of one more spec that takes part (another mechanism, say). Raises SpecError for several processes.
     """
+    _check_steps(steps)
     spec = _lengthened(resolve(load_spec(path, overrides).spec)[0], steps)
     other = None
     if against:
@@ -181,6 +183,7 @@ class _BareLoop:
 
 def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | None) -> int:
     """Time the loader alone: every batch prepared in line, and how long a consumer that does nothing else waits."""
+    _check_steps(steps)
     spec, _ = resolve(load_spec(path, overrides).spec)
     from headway.data.loader import Loader
 
@@ -213,6 +216,11 @@ def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | 
     return 0
 
 
+def _check_steps(steps: int) -> None:
+    if steps < 2:
+        raise SpecError(f"--steps: {steps} measured steps have no spread; give at least 2")
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and extremes."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -221,7 +229,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[str], out: Path | None) -> None:
     result |= {
-        "command": " ".join(["headway bench", result["kind"], str(path), *overrides]),
+        "command": shlex.join(
+            [
+                *["headway", "bench", result["kind"], str(path), *overrides],
+                *(word for key in result.get("against", []) for word in ("--against", key)),
+                *["--steps", str(result["step_s" if result["kind"] == "step" else "batch_s"]["n"])],
+            ]
+        ),
         "spec": spec.model_dump(mode="json"),
         "git_commit": git_commit(),
         "versions": versions(),

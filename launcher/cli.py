@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 _DESCRIPTION = """Headway pretrains language models to find out which attention mechanism is worth its cost.
 
@@ -20,11 +24,21 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
 Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which word was probably meant, and does not call the optional key=value arguments required."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removesuffix(", key=value")
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong and (close := difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), n=1)):
+            message += f". Did you mean {close[0]}?"
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = "doctor|data|plan|train|study|bench|schema"
+    verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=help_text, description=help_text)
@@ -65,14 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     ):
         p = kinds.add_parser(name, help=text, description=text)
         _spec_arguments(p)
-        p.add_argument("--steps", type=int, default=30, help="measured steps")
+        p.add_argument("--steps", type=int, default=30, help="measured steps, at least 2")
         p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
         if name == "step":
             p.add_argument(
                 "--against", action="append", default=[], metavar="key=value", help="a second spec in the same run"
             )
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
-    schema.add_argument("out", type=Path, nargs="?", default=None, help="file; default: standard output")
+    schema.add_argument(
+        "out",
+        type=Path,
+        nargs="?",
+        default=None,
+        help="file, or a folder for the schemas of all kinds; default: standard output",
+    )
     return parser
 
 
@@ -150,10 +170,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from headway.launcher.errors import exit_code, format_error
 
         code = exit_code(e)
+        if code is None and isinstance(e, OSError) and (e.filename is not None or e.errno in _DISK):
+            code, e = 74, _input_output(e)
         if code is None:
             raise
         print(format_error(e), file=sys.stderr)
         return code
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def _input_output(error: OSError) -> OSError:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    return OSError(
+        f"{where}{error.strerror or error}; name another place, or mend this one (permissions, free space, a file "
+        "where a folder should be), and run the same command again"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 
 from headway.launcher.compare import StudyResult, VariantResult
 from headway.launcher.plots import short_number
-from headway.launcher.stats import CONFIDENCE, Estimate, seeds_needed, t_critical
+from headway.launcher.stats import CONFIDENCE, Estimate, sd_factor, seeds_needed, t_critical
 
 RESOLUTION_NATS = 0.01
 """A difference in loss that would matter to a reader; the seeds needed to see it are reported."""
@@ -54,8 +54,8 @@ def limits(result: StudyResult) -> list[str]:
             f"truth can be up to {min(100, 100 * k * (1 - CONFIDENCE)):.0f} %."
         )
     fingerprint = result.card("data_fingerprint")
-    corpus = f"corpus {str(fingerprint)[:16]}" if fingerprint else "source of data"
-    lines.append(f"Only this {corpus} was used; on other text the order of the variants can be another one.")
+    corpus = f"corpus (fingerprint {str(fingerprint)[:16]})" if fingerprint else "source of data"
+    lines.append(f"Only one {corpus} was used; on other text the order of the variants can be another one.")
     if any(d.key.split(".")[0] in ("optimizer", "schedule") for d in result.differences):
         lines.append(
             "Optimizer settings differ between variants (see the list of differences): part of a difference may be "
@@ -129,7 +129,11 @@ def _speed_sentences(result: StudyResult) -> list[str]:
             continue
         span = "one seed" if r.low is None else f"{r.low:.2f} to {r.high:.2f}"
         parts.append(f"{v.name} {r.mean:.2f}\u00d7 ({span})")
-    return [f"Training speed against {result.baseline.name} in tokens/s: {', '.join(parts)}."] if parts else []
+    if not parts:
+        return []
+    unsure = [v.name for v in result.others if v.speed_ratio is not None and not v.speed_ratio.excludes(1)]
+    tail = f"; no difference in speed is shown for {', '.join(unsure)}" if unsure else ""
+    return [f"Training speed against {result.baseline.name} in tokens/s: {', '.join(parts)}{tail}."]
 
 
 def _seed_lines(result: StudyResult) -> list[str]:
@@ -142,7 +146,7 @@ def _seed_lines(result: StudyResult) -> list[str]:
     if 2 <= n <= 5:
         lines.append(
             f"Few seeds: with n = {n} an interval is {t_critical(n - 1):.1f} standard errors to each side (2.0 with "
-            "many seeds)."
+            f"many seeds), and a true spread can be up to {sd_factor(n - 1):.1f} times the one seen (95 % interval)."
         )
     for v in result.others:
         d = v.difference
@@ -157,7 +161,7 @@ def _seed_lines(result: StudyResult) -> list[str]:
         )
         if not d.excludes(0) and d.mean != 0:
             own = seeds_needed(d.sd, d.mean)
-            line += f", and {f'{own:,}' if own is not None else 'more than 10,000'} the one seen"
+            line += f", and {f'{own:,}' if own is not None else 'more than 10,000'} seeds one as large as the one seen"
         lines.append(line + ".")
     return lines
 

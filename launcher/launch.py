@@ -23,9 +23,17 @@ from headway.launcher.run_dir import RunDir, read_json, spec_hash, write_json
 from headway.launcher.spec import Spec
 
 PREEMPTED = 75
+ATTEMPT = "=== attempt of "
+
+# Statuses a rank gives on purpose, should it be unable to write why.
+_EXIT_CODES = (64, 65, 66, 70, 74, 75)
 
 # What a rank says when another one went away: a consequence, not a cause.
-_PEER_LOST = re.compile(r"onnection (reset|closed|refused)|Broken pipe|gloo/transport|NCCL.*remote", re.IGNORECASE)
+_PEER_LOST = re.compile(
+    r"onnection (was likely )?(reset|closed|refused)|Broken pipe|failed to recv, got 0 bytes|gloo/transport|"
+    r"NCCL.*remote",
+    re.IGNORECASE,
+)
 
 
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool = False) -> int:
@@ -45,17 +53,19 @@ def launch(spec: Spec, *, dry_run: bool = False) -> int:
         return 0
     spec, info = resolve(spec)
     check_port(spec)
+    run.refuse_foreign()
     with run.locked():
-        run.adopt(spec)
         check_same_data(run, info)
+        run.adopt(spec)
         if run.is_complete():
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
             return 0
         card = run_card(spec, info)
         write_json(run.card, card)
         print(banner(spec, run, card), flush=True)
-        with run.locked("worker.lock"):
-            pass  # a rank that outlived a killed launcher would still hold it
+        # A rank that outlives a killed launcher holds it; one the kernel is about to end needs a moment to be gone.
+        with run.locked("worker.lock", wait_s=10):
+            pass
         return _supervise(spec, run)
 
 
@@ -246,13 +256,18 @@ def _forwarding(child: subprocess.Popen[bytes], run: RunDir) -> Iterator[list[in
         if len(received) > 1 and signum == signal.SIGINT:
             child.kill()
             return
-        pids = [int(p.read_text()) for p in run.logs.glob("rank-*.pid")]
-        print("stopping: the ranks finish their step and save ...", file=sys.stderr, flush=True)
+        pids = _live_ranks(run)
+        with contextlib.suppress(OSError):
+            print("stopping: the ranks finish their step and save ...", file=sys.stderr, flush=True)
         for pid in pids or [child.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    old = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    # SIGHUP: the terminal or connection has gone; under nohup it is ignored, and stays so.
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    old = {s: signal.signal(s, forward) for s in signals}
     try:
         yield received
     finally:
@@ -260,20 +275,36 @@ def _forwarding(child: subprocess.Popen[bytes], run: RunDir) -> Iterator[list[in
             signal.signal(s, handler)
 
 
+def _live_ranks(run: RunDir) -> list[int]:
+    """Process ids of the ranks that run now: a file may be half-written, and the id of a dead rank anybody's."""
+    pids = []
+    for path in run.logs.glob("rank-*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            if b"headway.launcher.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                pids.append(pid)
+    return pids
+
+
 def _explain(spec: Spec, run: RunDir, status: int, *, signalled: bool) -> int:
     """Print why the processes ended and return the exit status to pass on."""
-    reports = [read_json(p, {}) for p in sorted(run.logs.glob("rank-*.error.json"), key=lambda p: p.stat().st_mtime)]
+    files = sorted(run.logs.glob("rank-*.error.json"), key=lambda p: p.stat().st_mtime)
+    # On a full disk a report can be cut off, or empty.
+    reports = [r for r in (read_json(p, None) for p in files) if isinstance(r, dict)]
     known = [r for r in reports if isinstance(r.get("exit_code"), int)]
     if known:
         first = known[0]
         raise _Ended(f"rank {first['rank']}: {first['message']}", first["exit_code"])
-    if signalled:
-        raise _Ended("stopped by a signal before the first step ended; the same command starts again", PREEMPTED)
-    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", ""))]
+    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", "")) and r["type"] != "KeyboardInterrupt"]
+    if signalled and not causes:
+        raise _Ended(
+            "stopped by a signal before the state was saved; the same command continues from the last checkpoint",
+            PREEMPTED,
+        )
     killed = [] if causes else _killed_ranks(spec, run, status, reports)
     lines = []
-    for rank, pid, how in killed:
-        lines.append(f"rank {rank} (process {pid}) on {socket.gethostname()} {how}")
+    for rank, pid, code in killed:
+        lines.append(f"rank {rank} (process {pid}) on {socket.gethostname()} {_how(code)}")
         lines += [f"  | {line}" for line in _tail(run.logs / f"rank-{rank}.log")]
     for r in [] if killed else (causes or reports)[:1]:
         lines.append(f"rank {r['rank']} on {socket.gethostname()} failed: {r['type']}: {r['message']}")
@@ -281,7 +312,7 @@ def _explain(spec: Spec, run: RunDir, status: int, *, signalled: bool) -> int:
     if not lines:
         lines = [f"the processes ended with status {status}", *_tail(run.logs / "launcher.log")]
     lines.append(f"full logs are in {run.logs}; the same command continues from the last checkpoint")
-    raise HeadwayError("\n".join(lines))
+    raise _Ended("\n".join(lines), next((code for *_, code in killed if code in _EXIT_CODES), HeadwayError.exit_code))
 
 
 class _Ended(HeadwayError):
@@ -290,18 +321,18 @@ class _Ended(HeadwayError):
         self.exit_code = code
 
 
-def _killed_ranks(spec: Spec, run: RunDir, status: int, reports: list[Any]) -> list[tuple[int, str, str]]:
-    """(rank, process, how) of ranks that ended without a report of their own."""
+def _killed_ranks(spec: Spec, run: RunDir, status: int, reports: list[Any]) -> list[tuple[int, str, int]]:
+    """(rank, process, status) of ranks that ended without a report of their own."""
     told = {r.get("rank") for r in reports}
     if spec.launch.processes == 1:
         pid = _read_pid(run, 0)
-        return [] if 0 in told else [(0, pid, _how(status))]
+        return [] if 0 in told else [(0, pid, status)]
     text = (run.logs / "launcher.log").read_text(errors="replace")
     pattern = r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)"
     found = [(int(rank), pid, int(code)) for rank, code, pid in re.findall(pattern, text) if int(rank) not in told]
     # torchrun ends the survivors with SIGTERM: they did not cause anything.
     first = [f for f in found if f[2] != -signal.SIGTERM] or found
-    return [(rank, pid, _how(code)) for rank, pid, code in first]
+    return first
 
 
 def _how(code: int) -> str:
@@ -320,6 +351,7 @@ def _read_pid(run: RunDir, rank: int) -> str:
 
 def _tail(path: Path, lines: int = 12) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()[-lines:]
+        # Logs of earlier attempts stay in the file; each begins with this line.
+        return path.read_text(errors="replace").split(ATTEMPT)[-1].splitlines()[-lines:]
     except OSError:
         return []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from pydantic import BaseModel
 
 from headway.launcher.check import validate
+from headway.launcher.errors import SpecError
 from headway.launcher.fields import Shape, root_shape
 from headway.launcher.merge import extra_layer, format_value, merge, override_layer, read_layers
 from headway.launcher.yamlio import Node
@@ -77,6 +78,7 @@ def load_spec(
     if overrides:
         layers.append(override_layer(overrides, shape))
     tree, notes = _merge_all(layers, shape)
+    _refuse_other_kind(tree, root)
     spec = validate(tree, root)
     return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree)
 
@@ -96,6 +98,29 @@ def format_config(loaded: Loaded[Any]) -> str:
     value_wide = min(max((len(value) for _, value, _ in rows), default=0), 40)
     lines = [f"{key:<{wide}} = {value:<{value_wide}}  # {origin}" for key, value, origin in rows]
     return "\n".join([*lines, *(f"# {note}" for note in loaded.notes)])
+
+
+_KINDS = {
+    "model": ("the spec of a run", "headway train"),
+    "variants": ("a study", "headway study run"),
+    "corpus": ("the spec of a corpus", "headway data build"),
+}
+"""The key that only one kind of file has, what the file is then, and the verb for it."""
+
+
+def _refuse_other_kind(tree: Node, root: type[BaseModel]) -> None:
+    """Raise SpecError, once, for a whole file of another kind, instead of calling each of its keys unknown."""
+    expected = [kind for key, (kind, _) in _KINDS.items() if key in root.model_fields]
+    own = [key for key, node in tree.value.items() if node.at.source == tree.place.source]
+    if not expected or any(key in root.model_fields for key in own if key not in ("name", "seed", "out", "base")):
+        return
+    for key in own:
+        if key in _KINDS:
+            kind, verb = _KINDS[key]
+            raise SpecError(
+                f"{tree.value[key].at}: {key}: this file is {kind}, not {expected[0]}; use "
+                f"`{verb} {tree.place.source}`, or name {expected[0]}"
+            )
 
 
 def _merge_all(layers: Sequence[Node], shape: Shape) -> tuple[Node, list[str]]:

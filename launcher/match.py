@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from headway.data.config import StrictModel
+from headway.launcher.advice import closest
 from headway.launcher.errors import SpecError
 
 if TYPE_CHECKING:
@@ -121,6 +122,24 @@ def quantity_of(cost: Cost, quantity: Quantity) -> float:
     return float(cost.num_params) if quantity == "params" else float(cost.flops_per_token.useful)
 
 
+def check_free(spec: Spec, match: MatchConfig, head: str) -> None:
+    """Raise SpecError, beginning with `head`, where `match.free` is not an integer of the spec."""
+    try:
+        own = value_at(spec, match.free)
+    except KeyError:
+        from headway.launcher.run_dir import flatten
+
+        whole = [k for k, v in flatten(spec.model_dump()).items() if isinstance(v, int) and not isinstance(v, bool)]
+        close = closest(match.free, [key for key in whole if key.startswith(("model.", "attention."))])
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise SpecError(
+            f"{head}: the spec has no such key {match.free!r}.{hint} Use model.ffn_width or another integer of the "
+            "model"
+        ) from None
+    if not isinstance(own, int) or isinstance(own, bool):
+        raise SpecError(f"{head}: is {own!r}, not an integer; use model.ffn_width or another integer of the model")
+
+
 def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float, vocab_size: int) -> Matched:
     """Solve `match.free` of one variant's spec so that its cost is nearest to `target`.
 
@@ -128,14 +147,7 @@ def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float
     the way is illegal, or where the nearest cost misses `target` by more than the tolerance.
     """
     head = f"variant {variant}: match.free {match.free}"
-    try:
-        own = value_at(spec, match.free)
-    except KeyError:
-        raise SpecError(
-            f"{head}: the spec has no such key; use model.ffn_width or another integer of the model"
-        ) from None
-    if not isinstance(own, int) or isinstance(own, bool):
-        raise SpecError(f"{head}: is {own!r}, not an integer; use model.ffn_width or another integer of the model")
+    check_free(spec, match, head)
 
     def cost(value: int) -> float:
         try:

@@ -280,14 +280,14 @@ def _routers(result: StudyResult) -> tuple[Figure, str, str] | None:
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     tallest = max(sum(r.load.shape[0] for r in routers) for _, _, routers in panels)
-    height = lines * min(9.0, 1.0 + 0.28 * tallest)
+    height = lines * min(9.0, 1.2 + 0.28 * tallest)
     figure, axes = plt.subplots(
         lines, columns, figsize=(WIDTH_IN, max(2.6, height)), squeeze=False, layout="constrained"
     )
     image = None
     for axis, (variant, name, routers) in zip(axes.flat, panels, strict=False):
         image = _heat_map(axis, routers)
-        axis.set_title(f"{variant}: router {name}")
+        axis.set_title(f"{variant}\n{name} router")  # two lines: long names of neighbours must not touch
     for first in axes[:, 0]:
         first.set_ylabel("layer.group")
     for axis in list(axes.flat)[len(panels) :]:

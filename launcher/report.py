@@ -174,7 +174,8 @@ def _equal_seconds(result: StudyResult) -> Iterator[Block]:
     yield Text(
         f"Validation loss after {result.seconds:,.1f} training seconds, when the fastest finished run ended; between "
         "validations it is interpolated. A slower variant is caught in the middle of its learning-rate schedule "
-        "there, which counts against it: runs whose schedules end at that time would be the fairer test."
+        "there, which counts against it: runs whose schedules end at that time would be the fairer test. Other load on "
+        "the machine during a run counts in its seconds."
     )
     rows = [["variant", "n", "mean", "difference [95 % interval]"]]
     for v in result.variants:
@@ -193,8 +194,9 @@ def _router_section(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Blo
     yield Heading("Routers")
     yield Text(
         "Means over the last tenth of training. Entropy is that of the router's softmax over ln M: 1 is undecided, 0 "
-        "always certain. Margin: logit of the first choice minus that of the next. Loads are shares within a group, "
-        "over an even share. Dead: experts that almost no token chose in the last report, worst seed."
+        "always certain. Margin: logit of the last head or expert chosen minus that of the best one not chosen. Loads "
+        "are shares within a group, over an even share. Dead: experts that almost no token chose in the last report, "
+        "worst seed."
     )
     rows = [["variant", "layer", "router", "entropy / ln M", "margin", "least load", "greatest load", "dead"]]
     for v in routed:

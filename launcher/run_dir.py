@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,18 +50,31 @@ class RunDir:
     def of(cls, spec: Spec) -> RunDir:
         return cls(Path(spec.run_dir or f"runs/{spec.name}"))
 
+    def refuse_foreign(self) -> None:
+        """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
+        ours = {"run.lock", "worker.lock", "logs"}
+        if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
+            foreign = sorted({p.name for p in self.path.iterdir()} - ours)
+            if foreign:
+                raise SpecError(
+                    f"run_dir: {self.path} is no run folder and not empty (it has {foreign[0]}); give another run_dir=..."
+                )
+
     def is_complete(self) -> bool:
         """True when the run trained all its tokens."""
         return bool(read_json(self.summary, {}).get("complete"))
 
     @contextlib.contextmanager
-    def locked(self, name: str = "run.lock") -> Iterator[None]:
-        """Hold the folder; raises SpecError when a live process holds it. The kernel frees it when the holder dies."""
+    def locked(self, name: str = "run.lock", *, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder; raises SpecError when a live process still holds it after `wait_s`.
+
+        The kernel frees it when the holder dies.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(fd, wait_s)
             except OSError as e:
                 holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
                 raise SpecError(
@@ -71,6 +85,8 @@ class RunDir:
             os.pwrite(fd, str(os.getpid()).encode(), 0)
             yield
         finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # no name in a lock that nobody holds
             os.close(fd)
 
     def adopt(self, spec: Spec) -> None:
@@ -79,8 +95,14 @@ class RunDir:
         Raises SpecError with the keys that differ.
         """
         new = spec.model_dump(mode="json")
-        if self.spec.exists():
-            differing = difference(identity(read_json(self.spec, {})), identity(new))
+        there = read_json(self.spec, None)
+        if not isinstance(there, dict) and self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*")):
+            raise SpecError(
+                f"{self.spec}: missing or unreadable, so nothing says which spec the checkpoints beside it belong to; "
+                f"restore it, or delete the folder to train anew"
+            )
+        if isinstance(there, dict):
+            differing = difference(identity(there), identity(new))
             if differing:
                 shown = "\n".join(f"  {key}: {a!r} in the folder, {b!r} now" for key, a, b in differing[:10])
                 raise SpecError(
@@ -90,27 +112,36 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.spec, new)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole record; a line that a crash cut off is left out."""
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Every whole record, one at a time; a line that a crash cut off or damaged is left out."""
         if not self.metrics.exists():
-            return []
-        records = []
-        with self.metrics.open(encoding="utf-8") as f:
+            return
+        with self.metrics.open(encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
-                    records.append(json.loads(line))
-        return records
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record
 
-    def truncate_metrics(self, *, last_step: int) -> list[dict[str, Any]]:
-        """Drop records after `last_step` (they are trained again) and return the ones kept."""
-        kept = [r for r in self.read_metrics() if r.get("step", 0) <= last_step]
+    def truncate_metrics(self, *, last_step: int) -> None:
+        """Drop records after `last_step`: they are trained again."""
         tmp = self.metrics.with_suffix(".tmp")
         with tmp.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in kept)
+            f.writelines(json.dumps(r) + "\n" for r in self.read_metrics() if r.get("step", 0) <= last_step)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(self.metrics)
-        return kept
+
+
+def _flock(fd: int, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
 
 
 def identity(spec: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +180,10 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
+    """Write atomically: a reader sees the old file or the new one, after a power cut as well."""
     tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with tmp.open("w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=1) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
     tmp.replace(path)

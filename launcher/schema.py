@@ -60,6 +60,7 @@ def write_schema(path: Path | None = None, kind: str = "spec") -> int:
         except OSError as error:
             reason = error.strerror or error
             raise SpecError(f"{file}: cannot be written: {reason}; name a file in a folder that exists") from None
+        print(f"written: {file}", file=sys.stderr)
     return 0
 
 

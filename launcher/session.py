@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, read_json, write_json
 from headway.launcher.spec import Spec
-from headway.launcher.tracking import Tracker
+from headway.launcher.tracking import Tracker, say
 from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
@@ -50,7 +51,7 @@ class Session:
         )
         self.step, self.saved_step, self.train_s, self.resumes, self.failed_saves = 0, 0, 0.0, 0, 0
         self._last_validation: float | None = None
-        self._step_times: list[float] = []
+        self._step_times: deque[float] = deque(maxlen=50)
         self._resume()
         self.loader = Loader(
             data,
@@ -133,7 +134,7 @@ class Session:
         }
         if router and (self.step % self.spec.tracking.router_every_steps == 0 or self.step in (1, self.spec.steps)):
             record["router"] = router
-        recent = sorted(self._step_times[-50:])
+        recent = sorted(self._step_times)
         left = (self.spec.steps - self.step) * recent[len(recent) // 2]
         self.tracker.train(record, seconds_left=left)
 
@@ -164,8 +165,11 @@ class Session:
 
     # ------------------------------------------------------------ saving, resuming, ending
 
-    def checkpoint(self) -> None:
-        """Save; a failed save is reported and training goes on, up to `checkpoint.max_failures` in a row."""
+    def checkpoint(self, *, last: bool = False) -> None:
+        """Save; a failed save is reported and training goes on, up to `checkpoint.max_failures` in a row.
+
+        `last`: training does not go on after this one. Raises CheckpointError when a last one, or one too many, fails.
+        """
         t0 = time.perf_counter()
         self.tracker.flush()
         state = {
@@ -174,6 +178,7 @@ class Session:
             "train_s": self.train_s,
             "applied_steps": self.engine.applied_steps,
             "resumes": self.resumes,
+            "validation_loss": self._last_validation,
         }
         config = self.spec.checkpoint
         error = checkpoint.save(
@@ -190,21 +195,21 @@ class Session:
             f"CHECKPOINT OF STEP {self.step} FAILED ({self.failed_saves} in a row): {error}; "
             f"the last whole one is of step {self.saved_step}",
         )
-        if self.failed_saves >= config.max_failures or self.step == self.spec.steps:
+        if self.failed_saves >= config.max_failures or last:
             raise CheckpointError(
                 f"checkpoint of step {self.step} cannot be written: {error}. Free space or mend the disk, then start "
                 f"the same command again: it continues from step {self.saved_step}"
             )
 
     def _resume(self) -> None:
-        found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=lambda text: print(text, flush=True))
+        found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=say)
         if found is not None:
             checkpoint.load(found, self.engine)
             self.step = self.saved_step = found.step
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
-        kept: list[dict[str, Any]] = []
+            self._last_validation = found.state.get("validation_loss")
         if self.layout.is_main:
-            kept = self.run.truncate_metrics(last_step=self.step)
+            self.run.truncate_metrics(last_step=self.step)
         self.tracker = Tracker(
             self.run,
             main=self.layout.is_main,
@@ -213,8 +218,6 @@ class Session:
             total_steps=self.spec.steps,
             start_step=self.step,
         )
-        validations = [r["loss"] for r in kept if r.get("kind") == "validation"]
-        self._last_validation = validations[-1] if validations else None
         if found is not None:
             self.tracker.event(
                 {"kind": "resume", "step": self.step, "dp_size": self.layout.dp_size, "zero": self.spec.parallel.zero},
@@ -223,6 +226,8 @@ class Session:
 
     def finish(self) -> None:
         """Write summary.json: the run is complete."""
+        if self._last_validation is None:
+            self.validate()
         if not self.layout.is_main:
             return
         steady = sorted(r["step_s"] for r in self.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
@@ -238,10 +243,9 @@ class Session:
             "resumes": self.resumes,
         }
         write_json(self.run.summary, summary)
-        print(
+        say(
             f"done: {self.tokens:,} tokens in {self.train_s:.1f} s of training, validation loss "
             f"{self._last_validation:.4f}; records in {self.run.path}",
-            flush=True,
         )
 
     def _seed_everything(self, step: int) -> None:

@@ -47,6 +47,13 @@ def t_critical(degrees_of_freedom: float, confidence: float = CONFIDENCE) -> flo
     return float(special.stdtrit(degrees_of_freedom, 0.5 + confidence / 2))
 
 
+def sd_factor(degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float:
+    """How many times the observed sd the true one can be: upper end of its two-sided chi-square interval."""
+    from scipy import special
+
+    return math.sqrt(degrees_of_freedom / special.chdtri(degrees_of_freedom, 0.5 + confidence / 2))
+
+
 def _p_value(t: float, degrees_of_freedom: float) -> float:
     from scipy import special
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,7 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         return 0
     if fresh:
         _move_aside(study.out)
+    _refuse_foreign(study.out)
     with RunDir(study.out).locked("study.lock"):
         _refuse_changed(plan)
         write_json(study.out / "study.json", {**record, "command": _command(plan), "written_at": _now()})
@@ -117,11 +119,23 @@ def _run_cell(plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, label: 
     eta.begin(min(1.0, cell_state(cell.run_dir, None).tokens / tokens_planned))
     log = plan.study.out / "logs" / f"{cell.variant}.seed-{cell.seed}.log"
     outcome = runner.run(cell_command(plan, cell), log=log, show=show)
+    if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
+        outcome["exit_code"] = PREEMPTED  # it was stopped by us before it could save anything: no failure of its own
     summary = read_json(cell.run_dir / "summary.json")
     if outcome["exit_code"] == 0 and summary.get("complete") is not True:
         outcome["exit_code"] = 70
         outcome["last_lines"].append("error: training ended without a complete summary.json")
     return outcome
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise SpecError unless the folder is absent, empty or a study's: nothing may be written into other people's."""
+    if out.is_dir() and not (out / "study.json").exists():
+        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", "cells", "logs"})
+        if foreign:
+            raise SpecError(
+                f"out: {out} is no study's folder and not empty (it has {foreign[0]}); give the study another `out`"
+            )
 
 
 def _refuse_changed(plan: StudyPlan) -> None:

@@ -93,6 +93,14 @@ class Study:
     base: Path
     out: Path
     variants: dict[str, Node]
+    tree: Node
+
+    def place(self, key: str) -> str:
+        """Where the file says `key` (dotted): `study.yaml:3:9`, or the file alone."""
+        node = self.tree
+        for part in key.split("."):
+            node = node.value.get(part, node) if node.is_mapping else node
+        return str(node.at if node is not self.tree else self.path)
 
 
 def flat_keys(tree: Any) -> Any:
@@ -123,6 +131,7 @@ def load_study(path: Path) -> Study:
         path=path,
         base=path.parent / config.base,
         out=Path(config.out or f"studies/{config.study}"),
+        tree=loaded.tree,
         variants={
             name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants
         },

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.data.config import MdsSource
-from headway.launcher.errors import SpecError
+from headway.launcher.errors import SpecError, printable
 from headway.launcher.fields import root_shape
 from headway.launcher.load import load_spec
-from headway.launcher.match import Matched, match_variant, quantity_of, spec_cost, value_at
+from headway.launcher.match import Matched, check_free, match_variant, quantity_of, spec_cost, value_at
 from headway.launcher.merge import format_value, override_layer
 from headway.launcher.run_dir import flatten
-from headway.launcher.study_config import SET_BY_STUDY, Study
+from headway.launcher.study_config import SET_BY_STUDY, Study, StudyConfig
 from headway.launcher.yamlio import Node
 
 if TYPE_CHECKING:
     from headway.data.config import DataConfig
     from headway.launcher.spec import Spec
     from headway.model.cost import Cost
+
+
+_OF_STUDY = frozenset(StudyConfig.model_fields) - {"base"}  # `base=` has a message of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,16 @@ def plan_study(study: Study, arguments: Sequence[str] = ()) -> StudyPlan:
         key = argument.partition("=")[0]
         if key in SET_BY_STUDY:
             raise SpecError(f"argument '{argument}': the study sets {key}; {SET_BY_STUDY[key]}")
+        if key.partition(".")[0] in _OF_STUDY:
+            raise SpecError(
+                f"argument '{argument}': {key} belongs to the study; write it in {study.path}. Arguments change the "
+                "base spec of all variants, such as train.tokens=1e6"
+            )
+    if not study.base.is_file():
+        raise SpecError(
+            f"{study.place('base')}: base: no such file: {printable(study.config.base)} (looked for "
+            f"{printable(str(study.base.absolute()), 300)}); the name is relative to the file it stands in"
+        )
     resolver = _Resolver(study, arguments)
     names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
     plans: dict[str, VariantPlan] = {}
@@ -219,6 +232,8 @@ class _Resolver:
 def _plan_variant(study: Study, resolver: _Resolver, name: str, baseline: VariantPlan | None) -> VariantPlan:
     spec, notes = resolver.load(name)
     match, matched = study.config.match, None
+    if match is not None:
+        check_free(spec, match, f"{study.place('match.free')}: match.free")
     if match is not None and baseline is not None:
         target = quantity_of(baseline.cost, match.quantity)
         matched = match_variant(name, spec, match, target=target, vocab_size=resolver.vocab_size(spec))

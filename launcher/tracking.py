@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,8 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+            # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
     def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
         """One optimizer step."""
@@ -55,7 +57,7 @@ class Tracker:
                 values = {"entropy": stats["entropy"], "margin": stats["margin"], "dead": stats["dead"], "peak": peak}
                 self._scalars(step, {f"router/{layer}/{name}_{k}": v for k, v in values.items()})
         if step % self._every == 0 or step in (self._start + 1, self._total):
-            print(self._line(record, seconds_left), flush=True)
+            say(self._line(record, seconds_left))
 
     def validation(self, record: dict[str, Any]) -> None:
         """One validation."""
@@ -65,16 +67,15 @@ class Tracker:
             record["step"], {"val/loss": record["loss"], "val/perplexity": math.exp(min(50.0, record["loss"]))}
         )
         if self._main:
-            print(
+            say(
                 f"validation after step {record['step']}: loss {record['loss']:.4f} over {record['targets']:,} tokens",
-                flush=True,
             )
 
     def event(self, record: dict[str, Any], text: str) -> None:
         """Something that happened (resume, failed save): one record and one console line."""
         self._write(record)
         if self._main:
-            print(text, flush=True)
+            say(text)
 
     def flush(self) -> None:
         """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
@@ -115,6 +116,12 @@ class Tracker:
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
             f"mfu {r['mfu']} mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
         )
+
+
+def say(text: str) -> None:
+    """Print a line for whoever looks; a terminal or pipe that has gone must not end the training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def memory() -> str:

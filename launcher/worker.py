@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 PREEMPTED, NUMERIC, STORAGE = 75, 70, 74
+
+# Full, over quota, too large, failing, read-only: what a log or metrics file meets on a disk that is not well.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Preempted(Exception):
@@ -42,8 +46,10 @@ def main() -> int:
         train(run_path)
         return 0
     except BaseException as e:
-        code = getattr(e, "exit_code", None)
-        report = {"rank": rank, "exit_code": code, "type": type(e).__name__, "message": str(e)}
+        code, message = getattr(e, "exit_code", None), str(e)
+        if isinstance(e, OSError) and e.errno in _STORAGE_ERRORS:
+            code, message = STORAGE, f"{e}; free space or mend the disk, then start the same command again"
+        report = {"rank": rank, "exit_code": code, "type": type(e).__name__, "message": message}
         if not isinstance(e, Preempted):
             traceback.print_exc()
         with contextlib.suppress(OSError):  # a full disk must not hide the error it caused
@@ -82,7 +88,7 @@ def train(run_path: Path) -> None:
             if s.due("validation"):
                 s.validate()
             if s.due("checkpoint") or stopping:
-                s.checkpoint()
+                s.checkpoint(last=stopping or s.step == spec.steps)
             if stopping and s.step < spec.steps:
                 raise Preempted(f"stopped after step {s.step} by a signal; the same command continues from there")
         s.finish()
@@ -119,6 +125,7 @@ def _own_log(path: Path, *, main: bool) -> None:
     if not main:
         os.dup2(fd, 1)
     os.close(fd)
+    print(f"=== attempt of {time.strftime('%Y-%m-%dT%H:%M:%S%z')}, process {os.getpid()}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ written once by one rank, so any ZeRO stage and any number of ranks reads them. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -66,8 +67,9 @@ def save(root: Path, engine: Engine, layout: Layout, *, step: int, state: Mappin
     try:
         if layout.is_main:
             root.mkdir(parents=True, exist_ok=True)
-            if staging.exists():
-                shutil.rmtree(staging)
+            # Of any step: a save that was killed leaves gigabytes behind, and its step may never be saved again.
+            for left in root.glob(".staging-*"):
+                shutil.rmtree(left)
             staging.mkdir()
     except OSError as e:
         error = f"{staging}: {e}"
@@ -90,7 +92,7 @@ def save(root: Path, engine: Engine, layout: Layout, *, step: int, state: Mappin
         if error is not None:
             shutil.rmtree(staging, ignore_errors=True)
         else:
-            _retain(root, keep)
+            _retain(root, keep, step=step)
     return error
 
 
@@ -134,11 +136,19 @@ def _commit(
     _fsync(final.parent)
 
 
-def _retain(root: Path, keep: int) -> None:
-    for path in steps_on_disk(root)[keep:]:
-        # The manifest goes first: a half-deleted checkpoint must not look whole.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+def _retain(root: Path, keep: int, *, step: int) -> None:
+    """Delete all but the newest `keep` up to the one of `step`, which was just written.
+
+    Folders of later steps were passed over as damaged when the run was resumed: they must not take the place of whole
+    ones, nor come back later, when the records of their steps belong to another history.
+    """
+    folders = steps_on_disk(root)
+    later = [p for p in folders if _step_of(p) > step]
+    for path in [*later, *folders[len(later) + keep :]]:
+        with contextlib.suppress(OSError):  # the new checkpoint is whole; one that cannot be deleted is no failure
+            # The manifest goes first: a half-deleted checkpoint must not look whole.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -154,6 +164,10 @@ def steps_on_disk(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted((p for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -195,7 +209,7 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
 
     Raises CheckpointError when there are checkpoints but none of them is whole.
     """
-    candidates = steps_on_disk(root)
+    candidates = _seen_by_any(root, layout)
     for path in candidates:
         error, manifest = None, None
         try:
@@ -203,9 +217,16 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
             verify_hashes(path, manifest, rank=layout.dp_rank, size=layout.dp_size)
         except CheckpointError as e:
             error = str(e)
-        error = next((r["error"] for r in _gather_json(layout, {"error": error}) if r["error"]), None)
+        except OSError as e:
+            error = f"{path}: cannot be read ({e})"
+        digest = xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        votes = _gather_json(layout, {"error": error, "manifest": digest})
+        error = next((v["error"] for v in votes if v["error"]), None)
+        if error is None and any(v["manifest"] != votes[0]["manifest"] for v in votes):
+            error = f"{path}: the ranks see different manifests; the run folder must be shared by all of them"
         if error is None:
             assert manifest is not None
+            _set_aside(candidates[: candidates.index(path)], layout)
             return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
         warn(f"checkpoint passed over: {error}")
     if candidates:
@@ -214,6 +235,30 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
             f"folder to start anew"
         )
     return None
+
+
+def _set_aside(damaged: list[Path], layout: Layout) -> None:
+    """Rename checkpoints that were passed over: one that becomes readable again must not be taken for the newest."""
+    if layout.is_main:
+        for path in damaged:
+            with contextlib.suppress(OSError):
+                aside = path.with_name(f"bad-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+
+def _seen_by_any(root: Path, layout: Layout) -> list[Path]:
+    """Checkpoint folders that any rank sees, newest first: every rank must walk through the same ones."""
+    mine: dict[str, Any] = {"names": [], "error": None}
+    try:
+        mine["names"] = [p.name for p in steps_on_disk(root)]
+    except OSError as e:
+        mine["error"] = f"rank {layout.rank} cannot list {root} ({e}); mend that, then start the same command again"
+    seen = _gather_json(layout, mine)
+    error = next((r["error"] for r in seen if r["error"]), None)
+    if error is not None:
+        raise CheckpointError(error)
+    return [root / name for name in sorted({n for r in seen for n in r["names"]}, reverse=True)]
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -228,10 +273,17 @@ class _Tensors(Mapping[str, Tensor]):
         self._open: dict[Path, Any] = {}
 
     def __getitem__(self, key: str) -> Tensor:
+        return self._file(key).get_tensor(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return tuple(self._file(key).get_slice(key).get_shape())
+
+    def _file(self, key: str) -> Any:
         path = self._where[key]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt", device="cpu")
-        return self._open[path].get_tensor(key)
+        return self._open[path]
 
     def __iter__(self):
         return iter(self._where)
@@ -255,6 +307,14 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
             f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); "
             f"use the spec it was trained with, or another run_dir"
         )
+    # Under ZeRO-3 the parameter itself is an empty placeholder and `ds_shape` is its shape.
+    for name, parameter in engine.named_parameters():
+        want, there = tuple(getattr(parameter, "ds_shape", parameter.shape)), tensors.shape(f"param/{name}")
+        if want != there:
+            raise CheckpointError(
+                f"{checkpoint.path}: it is the checkpoint of another model ({name} is {list(there)}, not "
+                f"{list(want)}); use the spec it was trained with, or another run_dir"
+            )
     applied = int(checkpoint.state["applied_steps"])
     engine.write_logical(tensors, applied_steps=applied)
     with torch.no_grad():

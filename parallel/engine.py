@@ -72,7 +72,7 @@ def deepspeed_config(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for gains and other vectors."""
+    """Weight decay for matrices (embedding, head and routers among them), none for gains and other vectors."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -81,20 +81,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [g for g in groups if g["params"]]
 
 
-def quiet_deepspeed() -> Any:
+def quiet_deepspeed(*, cpu: bool) -> Any:
     """Import DeepSpeed without its start-up chatter and without compiling its shared-memory operation on CPU.
 
     The operation is built by a compiler at first use (about 46 s) and only speeds up CPU collectives within a host;
-    gloo does the same work.
+    gloo does the same work. `cpu`: train on the CPU even where there is a GPU, which DeepSpeed would otherwise take.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
+    if cpu:
         table = getattr(deepspeed.ops, "__compatible_ops__", {})
         if "deepspeed_shm_comm" in table:
             table["deepspeed_shm_comm"] = False
@@ -117,7 +117,7 @@ class Engine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        deepspeed = quiet_deepspeed()
+        deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
         self.layout, self.zero, self.accumulation = layout, parallel.zero, accumulation
         model.to(layout.device)
         inner = torch.optim.AdamW(
@@ -186,7 +186,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(mean loss in nats per target, number of targets) over all ranks; ranks may bring different numbers."""
+        """(mean loss in nats per target, number of targets) over all ranks.
+
+        Ranks may bring different numbers of targets, but must bring the same number of micro batches: ZeRO-3 gathers
+        parameters in every forward pass, and a rank that makes one more waits for the others until the timeout.
+        """
         module = self._engine
         module.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)

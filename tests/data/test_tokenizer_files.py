@@ -74,9 +74,10 @@ def test_a_given_tokenizer_is_stored_byte_for_byte(dataset: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "eos", "says"),
     [
-        (None, EOS_TOKEN, "cannot be read"),
-        ("{}", EOS_TOKEN, "not a tokenizer.json"),
+        (None, EOS_TOKEN, "tokenizer.path: {given} cannot be read"),
+        ("{}", EOS_TOKEN, "{given}: not a tokenizer.json"),
         ("good", "</s>", "'</s>' is not in the vocabulary"),
+        ("good", "a", "'a' is ordinary text of this tokenizer"),  # a document that holds it would end there
     ],
 )
 def test_a_bad_tokenizer_file_is_one_message(
@@ -89,5 +90,5 @@ def test_a_bad_tokenizer_file_is_one_message(
     cfg = corpus_config(path, tokenizer={"type": "file", "path": str(given), "eos_token": eos})
     with pytest.raises(DataError) as caught:
         build(cfg, out=tmp_path / "out", progress=False)
-    assert says in str(caught.value)
+    assert says.replace("{given}", str(given)) in str(caught.value)
     assert not (tmp_path / "out").exists()

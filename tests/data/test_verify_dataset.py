@@ -234,3 +234,9 @@ def test_reading_past_a_shard_whose_offsets_lie_is_an_error(copy: Path) -> None:
     documents = MdsSplit(copy, "train")
     with pytest.raises(DataError, match=r"shard\.00001\.mds: shard is missing or damaged"):
         documents.tokens(int(documents.first_document[1]))
+
+
+def test_a_file_named_as_a_dataset_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "corpus.yaml").write_text("name: x\n")
+    with pytest.raises(DataError, match=r"corpus\.yaml: no dataset here.*headway data build SPEC"):
+        verify(MdsSource(type="mds", path=str(tmp_path / "corpus.yaml")))

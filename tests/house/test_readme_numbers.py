@@ -6,6 +6,8 @@ import re
 import statistics
 from pathlib import Path
 
+from headway.launcher.stats import paired_difference
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "docs" / "results"
@@ -23,6 +25,10 @@ def mean(rows: list[dict[str, str]], key: str) -> float:
     return statistics.mean(float(row[key]) for row in rows)
 
 
+def losses(rows: list[dict[str, str]]) -> dict[int, float]:
+    return {int(row["seed"]): float(row["validation_loss_nats"]) for row in rows}
+
+
 def table() -> list[list[str]]:
     start = README.index("<!-- results:")
     lines = [line for line in README[start:].split("\n\n")[0].splitlines() if line.startswith("|")]
@@ -37,8 +43,11 @@ def test_the_table_is_that_of_the_committed_study():
         variant = found[name]
         assert all(cell["state"] == "done" for cell in variant)
         assert loss == f"{mean(variant, 'validation_loss_nats'):.3f}"
-        gap = mean(variant, "validation_loss_nats") - mean(baseline, "validation_loss_nats")
-        assert difference == ("baseline" if variant is baseline else f"{gap:+.3f}")
+        gap = paired_difference(losses(variant), losses(baseline))
+        assert gap is not None and gap.low is not None
+        assert difference == (
+            "baseline" if variant is baseline else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+        )
         ratio = statistics.geometric_mean(
             float(a["tokens_per_s_median"]) / float(b["tokens_per_s_median"])
             for a, b in zip(variant, baseline, strict=True)
@@ -54,7 +63,8 @@ def test_speeds_are_those_of_the_committed_measurements():
     routed = json.loads((bench / "step-rgqa-k1.json").read_text())
     long = json.loads((bench / "step-2048-rgqa-k1-against-gqa.json").read_text())
     quoted = re.search(
-        r"costs ([\d.]+)x \(gqa\) and ([\d.]+)x \(R-GQA k=1\) .*? data wait is ([\d.]+) % .*? takes ([\d.]+)x gqa's time",
+        r"costs ([\d.]+)x \(gqa\) and ([\d.]+)x \(R-GQA k=1\) .*? data wait is ([\d.]+) % .*? "
+        r"takes ([\d.]+)x gqa's time",
         README.replace("\n", " "),
     )
     assert quoted is not None

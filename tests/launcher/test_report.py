@@ -7,14 +7,17 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from headway.launcher import findings
 from headway.launcher.compare import analyse
 from headway.launcher.errors import SpecError
 from headway.launcher.report import report
+from headway.launcher.stats import Estimate
 
 STEPS, TOKENS_PER_STEP, LAYERS, GROUPS = 40, 1000, 2, 2
 GAIN = {"gqa": 0.0, "rgqa-k1": 0.02, "rgqa-k2": -0.03, "switchhead": 0.015}
@@ -386,6 +389,20 @@ def test_one_seed_gives_no_interval_and_the_text_says_what_that_means(small):
     assert "no interval" in rows["rgqa-k2"][3]
 
 
+def test_a_speed_whose_interval_contains_one_is_called_no_difference():
+    def variant(name: str, mean: float, low: float | None, high: float | None) -> Any:
+        ratio = Estimate(n=1 if low is None else 2, mean=mean, sd=None, low=low, high=high, p_value=None)
+        return SimpleNamespace(name=name, speed_ratio=ratio)
+
+    others = [variant("fast", 1.2, 1.1, 1.3), variant("wide", 1.2, 0.2, 6.7), variant("lone", 1.2, None, None)]
+    result: Any = SimpleNamespace(baseline=SimpleNamespace(name="gqa"), others=others)
+    (sentence,) = findings._speed_sentences(result)
+    assert sentence.endswith("; no difference in speed is shown for wide, lone.")
+    result.others = others[:1]
+    (sentence,) = findings._speed_sentences(result)
+    assert "no difference" not in sentence
+
+
 def test_an_interval_that_contains_zero_is_called_indistinguishable(small, monkeypatch):
     # GAIN says 0.03 better; a seed on which it is 0.05 worse makes that undecidable
     real = loss_at
@@ -397,8 +414,10 @@ def test_an_interval_that_contains_zero_is_called_indistinguishable(small, monke
     page = text(small.write())
     assert "gqa cannot be distinguished by its loss from rgqa-k2" in lead(page)
     assert "better" not in lead(page)
-    assert "12.7 standard errors" in page
-    assert re.search(r"\d+ seeds show a difference of 0.01 nats with 80 % power, and [\d,]+ the one seen", page)
+    assert "12.7 standard errors" in page and "up to 31.9 times the one seen" in page
+    assert re.search(
+        r"\d+ seeds show a difference of 0.01 nats with 80 % power, and [\d,]+ seeds one as large as", page
+    )
 
 
 def test_small_scale_is_said_in_numbers(small):

@@ -13,11 +13,18 @@ from headway.launcher.stats import (
     paired_difference,
     paired_ratio,
     power_of_paired_test,
+    sd_factor,
     seeds_needed,
     steady_speed,
     t_critical,
     unpaired_difference,
 )
+
+
+def test_the_spread_of_two_seeds_says_almost_nothing_about_the_true_one():
+    # quantiles 0.025 of chi-square with 1 and 2 degrees of freedom: 0.00098207 (tables) and -2 ln 0.975
+    assert sd_factor(1) == pytest.approx(math.sqrt(1 / 0.00098207), rel=1e-4)
+    assert sd_factor(2) == pytest.approx(math.sqrt(-1 / math.log(0.975)), rel=1e-9)
 
 
 def test_t_critical_has_the_closed_forms_of_one_and_two_degrees_of_freedom():

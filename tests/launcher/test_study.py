@@ -46,7 +46,7 @@ variants:
   routed: {attention.type: rgqa, attention.top_k: 1}
 """
 
-# Does to a run folder what `headway train` does; how is read from behaviour.json: cell -> ok, fail, half or hang.
+# Does to a run folder what `headway train` does; how is read from behaviour.json: cell -> ok, fail, half hang or start.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -69,6 +69,9 @@ metrics = (run_dir / "metrics.jsonl").open("a")
 def write(record):
     metrics.write(json.dumps(record) + "\\n")
     metrics.flush()
+
+if behaviour == "start":
+    time.sleep(60)
 
 def stop(*_):
     print("saved a checkpoint", flush=True)
@@ -368,6 +371,22 @@ def test_a_signal_stops_the_running_cell_in_order_and_the_study_with_75(folder, 
     folder.behave({})
     assert run_study(folder.study) == 0
     assert folder.trained() == ALL[1:]
+
+
+def test_a_cell_that_is_stopped_while_it_starts_has_not_failed(folder, capsys):
+    folder.behave({"gqa/seed-1": "start"})
+
+    def interrupt() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (folder.out / "cells/gqa/seed-1/metrics.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert run_study(folder.study) == 75
+    capsys.readouterr()
+    status_study(folder.study)
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["gqa/seed-1", "missing"]
 
 
 # ---------------------------------------------------------------- status

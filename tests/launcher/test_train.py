@@ -5,9 +5,17 @@ import os
 import resource
 import signal
 import socket
+import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from headway.launcher import launch
+from headway.launcher.errors import HeadwayError, SpecError
+from headway.launcher.run_dir import RunDir
 
 
 def records(run: Path, kind: str = "train") -> list[dict]:
@@ -67,6 +75,18 @@ def test_sigterm_saves_and_the_same_command_continues(headway):
     assert trajectory(run) == trajectory(headway.folder / "whole")
 
 
+def test_sigterm_does_not_claim_to_have_saved_what_could_not_be_saved(headway):
+    run = headway.folder / "stuck"
+    run.mkdir()
+    (run / "checkpoints").write_text("a file where the folder should be")
+    process = headway.start("run_dir=stuck", "checkpoint.every_tokens=null", "train.tokens=2560000")
+    headway.wait_for(lambda: steps_done(run) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 74, stderr
+    assert "cannot be written" in stderr and "continues from step 0" in stderr
+
+
 def test_killing_the_launcher_leaves_no_rank_behind(headway):
     run = headway.folder / "orphan"
     process = headway.start("run_dir=orphan", "launch.processes=2", "train.tokens=2560000")
@@ -78,9 +98,9 @@ def test_killing_the_launcher_leaves_no_rank_behind(headway):
     def gone() -> bool:
         return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
-    end = __import__("time").monotonic() + 5
-    while not gone() and __import__("time").monotonic() < end:
-        pass
+    end = time.monotonic() + 5
+    while not gone() and time.monotonic() < end:
+        time.sleep(0.01)
     assert gone()
 
 
@@ -103,6 +123,28 @@ def test_a_finished_run_is_not_trained_again_and_a_folder_of_another_spec_is_ref
     assert other.returncode == 64
     assert "run of another spec" in other.stderr and "optimizer.lr: 0.003 in the folder, 0.004 now" in other.stderr
     assert headway.train("train.tokens=512", "tracking.log_every_steps=2").returncode == 0
+
+
+def test_a_run_that_ended_just_before_its_summary_is_completed_from_its_last_checkpoint(headway):
+    assert headway.train("train.tokens=512").returncode == 0
+    run = headway.folder / "runs" / "tiny"
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").unlink()  # the loss is the checkpoint's to know
+    again = headway.train("train.tokens=512")
+    assert again.returncode == 0, again.stderr
+    after = json.loads((run / "summary.json").read_text())
+    for key in ("final_validation_loss", "steps", "tokens", "train_s"):
+        assert after[key] == before[key]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(headway):
+    other = headway.folder / "thesis"
+    other.mkdir()
+    (other / "chapter-1.txt").write_text("do not touch")
+    done = headway.train("run_dir=thesis")
+    assert done.returncode == 64 and "no run folder and not empty (it has chapter-1.txt)" in done.stderr
+    assert [p.name for p in other.iterdir()] == ["chapter-1.txt"]
 
 
 def test_a_rank_that_dies_at_start_is_named_with_its_log(headway):
@@ -177,3 +219,151 @@ def test_the_console_line_says_what_a_person_looks_for(headway):
     line = next(text for text in done.stdout.splitlines() if text.startswith("step 2/2"))
     for word in ("100.0%", "loss ", "val ", "gnorm ", "lr ", "tok/s ", "mem ", "data ", "dead ", "eta "):
         assert word in line
+
+
+# ---------------------------------------------------------------- the parts, without processes
+
+
+def spec_of(**values) -> SimpleNamespace:
+    return SimpleNamespace(model_dump=lambda mode: values)
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 1, "opt'])
+def test_a_spec_cut_off_before_the_first_checkpoint_is_written_anew(tmp_path, text):
+    run = RunDir(tmp_path)
+    run.spec.write_text(text)
+    run.adopt(spec_of(seed=2))  # type: ignore[arg-type]
+    assert json.loads(run.spec.read_text()) == {"seed": 2}
+
+
+@pytest.mark.parametrize("text", [None, "", '{"seed": 1, "opt'])
+def test_checkpoints_whose_spec_cannot_be_read_are_not_continued(tmp_path, text):
+    run = RunDir(tmp_path)
+    (run.checkpoints / "step-0000000001").mkdir(parents=True)
+    if text is not None:
+        run.spec.write_text(text)
+    with pytest.raises(SpecError, match="missing or unreadable"):
+        run.adopt(spec_of(seed=2))  # type: ignore[arg-type]
+
+
+def test_records_are_cut_at_the_checkpoint_and_damaged_lines_left_out(tmp_path):
+    run = RunDir(tmp_path)
+    lines = [b'{"kind": "train", "step": %d, "x": 0.1}' % n for n in (1, 2, 3)]
+    run.metrics.write_bytes(b"\n".join([lines[0], b"\xff\xfe broken", b"7", lines[1], lines[2], b'{"kind": "tr']))
+    run.truncate_metrics(last_step=2)
+    assert [r["step"] for r in run.read_metrics()] == [1, 2]
+    assert run.metrics.read_bytes().count(b"\n") == 2
+
+
+def test_tensorboard_forgets_an_attempt_that_ended_before_its_first_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from headway.launcher.tracking import Tracker
+
+    run = RunDir(tmp_path)
+    for last_step, loss in ((4, 9.0), (2, 1.0)):
+        tracker = Tracker(run, main=True, tensorboard=True, log_every_steps=1, total_steps=4, start_step=0)
+        for step in range(1, last_step + 1):
+            tracker.validation({"step": step, "loss": loss, "targets": 1})
+        tracker.close()
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("val/loss")] == [(1, 1.0), (2, 1.0)]
+
+
+def test_a_lock_is_waited_for_while_its_holder_is_being_ended(tmp_path):
+    run, held = RunDir(tmp_path), threading.Event()
+
+    def hold() -> None:
+        with run.locked("worker.lock"):
+            held.set()
+            time.sleep(0.3)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with pytest.raises(SpecError, match="a live run holds"), run.locked("worker.lock"):
+        pass
+    with run.locked("worker.lock", wait_s=10):
+        pass
+    holder.join()
+
+
+def test_only_processes_that_are_ranks_get_the_signal(tmp_path):
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    (run.logs / "rank-0.pid").write_text("")  # just being written
+    (run.logs / "rank-1.pid").write_text(str(os.getpid()))  # the id of a dead rank, given to somebody else
+    (run.logs / "rank-2.pid").write_text("4194999")
+    assert launch._live_ranks(run) == []
+
+
+def test_a_report_that_a_full_disk_cut_off_does_not_hide_the_status(tmp_path):
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    (run.logs / "rank-0.error.json").write_text("")
+    (run.logs / "rank-0.log").write_text("OSError: [Errno 28] No space left on device\n")
+    spec = SimpleNamespace(launch=SimpleNamespace(processes=1))
+    with pytest.raises(HeadwayError, match="No space left") as caught:
+        launch._explain(spec, run, 74, signalled=False)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 74
+
+
+LOST = "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+
+
+def write_reports(run: RunDir, *reports: tuple[str, str]) -> None:
+    """(type, message) of ranks 0, 1, ...; rank 0's is the oldest."""
+    run.logs.mkdir()
+    for rank, (kind, message) in enumerate(reports):
+        path = run.logs / f"rank-{rank}.error.json"
+        path.write_text(json.dumps({"rank": rank, "exit_code": None, "type": kind, "message": message}))
+        os.utime(path, (1000 + rank, 1000 + rank))
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_the_rank_that_failed_is_named_and_not_those_that_lost_it_nor_the_signal(tmp_path, signalled):
+    write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("RuntimeError", "a defect"))
+    with pytest.raises(HeadwayError, match=r"rank 1 .*RuntimeError: a defect") as caught:
+        launch._explain(SimpleNamespace(), RunDir(tmp_path), 1, signalled=signalled)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 70
+
+
+def test_ranks_that_lost_each_other_after_a_signal_were_stopped_by_it(tmp_path):
+    write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("KeyboardInterrupt", ""))
+    with pytest.raises(HeadwayError, match="stopped by a signal") as caught:
+        launch._explain(SimpleNamespace(), RunDir(tmp_path), 1, signalled=True)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError(28, "No space left on device"), 74), (OSError(2, "gone"), 1)])
+def test_a_disk_that_is_full_outside_a_save_ends_with_the_status_of_storage(tmp_path, monkeypatch, error, status):
+    from headway.launcher import worker
+
+    class Left(BaseException):
+        pass
+
+    def fail(path: Path) -> None:
+        raise error
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+    monkeypatch.setattr(worker, "train", fail)
+    monkeypatch.setattr(worker, "_own_log", lambda path, main: None)
+    monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    with pytest.raises(Left) as caught:
+        worker.main()
+    assert caught.value.args == (status,)
+
+
+def test_a_benchmark_without_a_spread_is_refused_before_anything_is_read():
+    from headway.launcher.bench import bench_data, bench_step
+
+    for measure in (bench_step, bench_data):
+        with pytest.raises(SpecError, match="give at least 2"):
+            measure(Path("absent.yaml"), [], steps=1, out=None)

@@ -93,6 +93,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, damag
     said: list[str] = []
     assert newest(tmp_path, said).step == 1
     assert len(said) == 1 and "step-000000000" in said[0]
+    assert newest(tmp_path, said).step == 1 and len(said) == 1  # set aside: not looked at again
 
 
 def test_when_every_checkpoint_is_damaged_training_does_not_silently_start_anew(tmp_path):
@@ -134,6 +135,90 @@ def test_a_folder_left_by_a_killed_save_is_not_a_checkpoint(tmp_path):
     assert write(tmp_path, 3) is None and newest(tmp_path).step == 3
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next_save_of_any_step(tmp_path):
+    left = tmp_path / ".staging-0000000003"
+    left.mkdir()
+    (left / "tensors-00000-of-00001.safetensors").write_bytes(b"half")
+    assert write(tmp_path, 5) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000000005"]
+
+
+def test_damaged_checkpoints_of_later_steps_never_push_out_the_one_just_written(tmp_path):
+    for step in (5, 9, 10):
+        write(tmp_path, step, keep=3)
+    for step in (9, 10):
+        (tmp_path / f"step-{step:010d}" / "MANIFEST.json").write_text("{}")
+    assert newest(tmp_path).step == 5
+    write(tmp_path, 7, keep=2)
+    assert [p.name for p in checkpoint.steps_on_disk(tmp_path)] == ["step-0000000007", "step-0000000005"]
+    assert newest(tmp_path).step == 7
+
+
+def test_a_checkpoint_the_disk_cannot_read_is_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    hash_of = checkpoint.file_hash
+
+    def failing(path: Path) -> str:
+        if "step-0000000002" in str(path):
+            raise OSError(5, "Input/output error")
+        return hash_of(path)
+
+    monkeypatch.setattr(checkpoint, "file_hash", failing)
+    said: list[str] = []
+    assert newest(tmp_path, said).step == 1
+    assert "Input/output error" in said[0]
+
+
+class TwoRanks:
+    """Stands for the exchange of two ranks: this one sees `root`, the other one what `other` answers."""
+
+    def __init__(self, monkeypatch, other) -> None:
+        self.exchanges = 0
+        self._other = other
+        monkeypatch.setattr(checkpoint, "_gather_json", self._gather)
+        self.layout = Layout(rank=1, local_rank=1, dp_rank=1, dp_size=2, device=torch.device("cpu"))
+
+    def _gather(self, layout, value):
+        self.exchanges += 1
+        return [self._other(value), value]
+
+
+def test_ranks_that_see_different_folders_walk_through_the_same_ones(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def sees_two(value):
+        return {**value, "names": ["step-0000000002", "step-0000000001"]} if "names" in value else value
+
+    ranks, said = TwoRanks(monkeypatch, sees_two), []
+    found = checkpoint.newest_valid(tmp_path, ranks.layout, warn=said.append)
+    assert found is not None and found.step == 1
+    assert ranks.exchanges == 3  # the folders, then a vote on each: as many as the other rank takes part in
+    assert "step-0000000002" in said[0]
+
+
+def test_when_one_rank_cannot_list_the_folder_all_stop(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    ranks = TwoRanks(monkeypatch, lambda value: {"names": [], "error": "rank 0 cannot list it"})
+    with pytest.raises(CheckpointError, match="rank 0 cannot list"):
+        checkpoint.newest_valid(tmp_path, ranks.layout, warn=print)
+
+
+def test_ranks_with_different_manifests_do_not_resume_from_them(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    ranks = TwoRanks(monkeypatch, lambda value: {**value, "manifest": "another"} if "manifest" in value else value)
+    with pytest.raises(CheckpointError, match="none of 1"):
+        checkpoint.newest_valid(tmp_path, ranks.layout, warn=print)
+
+
+def test_a_checkpoint_with_other_shapes_is_refused_even_where_the_sizes_agree(tmp_path):
+    write(tmp_path, 1)
+    other = Model()
+    other.module.weight = torch.nn.Parameter(other.module.weight.detach().t().contiguous())
+    with pytest.raises(CheckpointError, match=r"weight is \[2, 3\], not \[3, 2\]"):
+        checkpoint.load(newest(tmp_path), other)  # type: ignore[arg-type]
+
+
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     write(tmp_path, 1)
     other = Model()
@@ -141,3 +226,57 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     other.values = {n: p.detach() for n, p in other.module.named_parameters()}
     with pytest.raises(CheckpointError, match="another model"):
         checkpoint.load(newest(tmp_path), other)  # type: ignore[arg-type]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program catches it."""
+
+
+def kill_before_operation(monkeypatch, number: int) -> list[str]:
+    """Let the first `number` file operations of a save happen and none after them; returns the list of those begun."""
+    begun: list[str] = []
+
+    def counted(name, operation):
+        def wrapper(*args, **kwargs):
+            begun.append(name)
+            if len(begun) > number:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return wrapper
+
+    for owner, names in (
+        (Path, ("mkdir", "write_text", "rename", "unlink")),
+        (checkpoint, ("save_file", "_fsync")),
+        (checkpoint.shutil, ("rmtree",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return begun
+
+
+@pytest.mark.parametrize("damaged_before", [False, True])
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, damaged_before):
+    whole_new = number = 0
+    while True:
+        root = tmp_path / str(number)
+        write(root, 1, keep=1)
+        if damaged_before:  # a folder of the same step that was passed over when the run resumed
+            (root / "step-0000000002").mkdir()
+            (root / "step-0000000002" / "MANIFEST.json").write_text("{}")
+        with monkeypatch.context() as patch:
+            begun = kill_before_operation(patch, number)
+            try:
+                write(root, 2, keep=1)
+                finished = True
+            except Killed:
+                finished = False
+        step = newest(root).step
+        assert step in (1, 2), begun
+        whole_new += step == 2
+        assert write(root, 3, keep=1) is None
+        assert [p.name for p in root.iterdir()] == ["step-0000000003"], begun
+        if finished:
+            break
+        number += 1
+    assert number >= 8 and 1 < whole_new < number  # killed on both sides of the rename

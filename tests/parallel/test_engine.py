@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +115,17 @@ def test_auxiliary_loss_does_not_depend_on_how_the_batch_is_divided(results):
     assert all(a[1] > 0 for a in one)
     for a, b in zip(one, two, strict=True):
         assert a[1] == pytest.approx(b[1], rel=1e-5)
+
+
+def test_a_run_on_the_cpu_keeps_deepspeed_off_a_gpu_that_is_there(monkeypatch):
+    from headway.parallel.engine import quiet_deepspeed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace()))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("DS_LOG_LEVEL", "warning")
+    quiet_deepspeed(cpu=False)
+    assert "DS_ACCELERATOR" not in os.environ
+    quiet_deepspeed(cpu=True)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.delenv("DS_ACCELERATOR")
