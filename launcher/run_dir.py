@@ -57,7 +57,8 @@ class RunDir:
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:
                 raise SpecError(
-                    f"run_dir: {self.path} is no run folder and not empty (it has {foreign[0]}); give another run_dir=..."
+                    f"run_dir: {self.path} is no run folder and not empty (it has {foreign[0]}); "
+                    f"give another run_dir=..."
                 )
 
     def is_complete(self) -> bool:

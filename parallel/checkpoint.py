@@ -139,12 +139,12 @@ def _commit(
 def _retain(root: Path, keep: int, *, step: int) -> None:
     """Delete all but the newest `keep` up to the one of `step`, which was just written.
 
-    Folders of later steps were passed over as damaged when the run was resumed: they must not take the place of whole
-    ones, nor come back later, when the records of their steps belong to another history.
+    Folders of later steps, and those set aside, were passed over as damaged when the run was resumed: they must not
+    take the place of whole ones, nor come back later, when the records of their steps belong to another history.
     """
     folders = steps_on_disk(root)
     later = [p for p in folders if _step_of(p) > step]
-    for path in [*later, *folders[len(later) + keep :]]:
+    for path in [*later, *folders[len(later) + keep :], *root.glob("bad-step-*")]:
         with contextlib.suppress(OSError):  # the new checkpoint is whole; one that cannot be deleted is no failure
             # The manifest goes first: a half-deleted checkpoint must not look whole.
             (path / MANIFEST).unlink(missing_ok=True)
