@@ -35,7 +35,9 @@ def linear_cross_entropy_sum(
     if tokens <= chunk_tokens:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.cross_entropy(F.linear(hidden, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens)  # pyright: ignore[reportAssignmentType]
+    # Asked here: inside a Function gradients are off, and `needs_input_grad` does not know of no_grad.
+    want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad)  # pyright: ignore[reportAssignmentType]
     return loss
 
 
@@ -43,9 +45,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forms the gradients in the forward pass, where a chunk's logits exist anyway."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, want_grad: bool) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        want_grad = any(ctx.needs_input_grad[:2])
         keep = labels != IGNORED
         kept = hidden * keep[:, None]  # an ignored row then adds nothing to the weight's gradient
         target = labels.clamp_min(0)[:, None]
@@ -71,10 +72,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # In bf16 the scale itself would be off by up to 2^-9, the same for every token: a wrong weight of this loss
         # against the auxiliary one. So multiply in fp32 and round the product.
         scale = grad_outputs[0]
         scaled = [(g.to(scale.dtype) * scale).to(g.dtype) for g in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None, None
+        return scaled[0], scaled[1], None, None, None

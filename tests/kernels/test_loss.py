@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from headway.kernels.loss import linear_cross_entropy_sum
 
@@ -67,3 +68,24 @@ def test_bf16_sums_in_fp32():
     wide = weight.detach().double().requires_grad_()
     exact_grad = torch.autograd.grad(plain(hidden.detach().double(), wide, labels), wide)[0]
     assert (grad_weight - exact_grad).norm() / exact_grad.norm() < 1e-2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_are_formed_only_where_they_are_wanted(grad):
+    tokens, width, vocab = 12, 4, 7
+    hidden, weight = (torch.randn(n, width, requires_grad=True) for n in (tokens, vocab))
+    labels = torch.randint(0, vocab, (tokens,))
+    product = 2 * tokens * width * vocab
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+        linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=5)
+    # The counter knows mm, not the in-place addmm_ of the weight's gradient: two products with gradients, one without.
+    assert counter.get_total_flops() == (2 * product if grad else product)
+
+
+def test_in_bf16_the_scale_of_the_loss_is_not_rounded():
+    hidden = torch.randn(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight, labels = torch.randn(7, 4, dtype=torch.bfloat16), torch.randint(0, 7, (8,))
+    scale = 1.00390625 - 2**-10  # half-way between bf16 neighbours: rounded, it would be off by 0.3 %
+    one = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=3), hidden)[0]
+    scaled = torch.autograd.grad(scale * linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=3), hidden)[0]
+    assert torch.equal(scaled, (one.float() * scale).bfloat16())
