@@ -186,7 +186,9 @@ class Loader:
 def validation_batches(
     cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: int, dp_size: int
 ) -> list[MicroBatch]:
-    """This rank's part of a validation: always the same sequences, the first of the split in stored order.
+    """This rank's part of a validation: always the same sequences, spread evenly over the split.
+
+    Spread, because the first sequences of a split can be one long document that says little about the rest.
 
     `tokens` is rounded down to whole sequences and to what the split has. The sequences are divided over the ranks as
     evenly as they go. Every rank gets the same number of micro batches, all of `micro_batch` rows (ZeRO-3 and pipelines
@@ -208,7 +210,8 @@ def validation_batches(
     passes = -(-most_rows // micro_batch)
     blank = source.sample(0)
     blank = Sample(blank.tokens, blank.segments, np.zeros(cfg.seq_len, dtype=bool))
-    rows = [source.sample(source.index(position)) for position in mine]
+    available = source.num_sequences or sequences
+    rows = [source.sample(source.index(number * available // sequences)) for number in mine]
     rows += [blank] * (passes * micro_batch - len(rows))
     return [
         collate(rows[begin : begin + micro_batch], masked=cfg.document_mask)[0]

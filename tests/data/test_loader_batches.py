@@ -223,7 +223,10 @@ def test_validation_is_the_same_tokens_for_any_ranks(kind: str, micro: int, rank
     tokens = torch.cat([batch.tokens for part in parts for batch in part])
     labels = torch.cat([batch.labels for part in parts for batch in part])
     real = (labels != IGNORED).any(dim=1)
-    assert tokens[real].tolist() == [packed.sample(index).tokens[:-1].tolist() for index in range(sequences)]
+    available = packed.num_sequences or sequences
+    spread = [number * available // sequences for number in range(sequences)]
+    assert len(set(spread)) == sequences and (kind == "synthetic" or spread[-1] > sequences)  # not just the first ones
+    assert tokens[real].tolist() == [packed.sample(index).tokens[:-1].tolist() for index in spread]
 
 
 def test_validation_takes_at_most_what_the_split_has(source: MdsSource) -> None:
