@@ -5,7 +5,7 @@ Legend: T tokens, d width, V vocabulary, C tokens of one chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,7 @@ def linear_cross_entropy_sum(
         return F.cross_entropy(F.linear(hidden, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
     # Asked here: inside a Function gradients are off, and `needs_input_grad` does not know of no_grad.
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad)  # pyright: ignore[reportAssignmentType]
-    return loss
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

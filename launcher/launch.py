@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.load import load_spec
@@ -239,7 +239,7 @@ def _supervise(spec: Spec, run: RunDir) -> int:
         status = child.wait()
     if status == 0:
         return 0
-    return _explain(spec, run, status, signalled=bool(signalled))
+    _explain(run, spec.launch.processes, status, signalled=bool(signalled))
 
 
 def _die_with_parent() -> None:
@@ -248,7 +248,7 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _forwarding(child: subprocess.Popen[bytes], run: RunDir) -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGINT on to the ranks, so that they save and stop; a second SIGINT ends them at once."""
+    """Pass SIGTERM, SIGINT and SIGHUP on to the ranks: they save and stop. A second SIGINT ends them at once."""
     received: list[int] = []
 
     def forward(signum: int, frame: Any) -> None:
@@ -286,8 +286,8 @@ def _live_ranks(run: RunDir) -> list[int]:
     return pids
 
 
-def _explain(spec: Spec, run: RunDir, status: int, *, signalled: bool) -> int:
-    """Print why the processes ended and return the exit status to pass on."""
+def _explain(run: RunDir, processes: int, status: int, *, signalled: bool) -> NoReturn:
+    """Raise what says why the processes ended, with the exit status to pass on."""
     files = sorted(run.logs.glob("rank-*.error.json"), key=lambda p: p.stat().st_mtime)
     # On a full disk a report can be cut off, or empty.
     reports = [r for r in (read_json(p, None) for p in files) if isinstance(r, dict)]
@@ -301,7 +301,7 @@ def _explain(spec: Spec, run: RunDir, status: int, *, signalled: bool) -> int:
             "stopped by a signal before the state was saved; the same command continues from the last checkpoint",
             PREEMPTED,
         )
-    killed = [] if causes else _killed_ranks(spec, run, status, reports)
+    killed = [] if causes else _killed_ranks(run, processes, status, reports)
     lines = []
     for rank, pid, code in killed:
         lines.append(f"rank {rank} (process {pid}) on {socket.gethostname()} {_how(code)}")
@@ -321,10 +321,10 @@ class _Ended(HeadwayError):
         self.exit_code = code
 
 
-def _killed_ranks(spec: Spec, run: RunDir, status: int, reports: list[Any]) -> list[tuple[int, str, int]]:
+def _killed_ranks(run: RunDir, processes: int, status: int, reports: list[Any]) -> list[tuple[int, str, int]]:
     """(rank, process, status) of ranks that ended without a report of their own."""
     told = {r.get("rank") for r in reports}
-    if spec.launch.processes == 1:
+    if processes == 1:
         pid = _read_pid(run, 0)
         return [] if 0 in told else [(0, pid, status)]
     text = (run.logs / "launcher.log").read_text(errors="replace")

@@ -13,7 +13,7 @@ import torch
 
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher.router import RouterMonitor
-from headway.launcher.run_dir import RunDir, read_json, write_json
+from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
 from headway.launcher.tracking import Tracker, say
 from headway.model.decoder import Decoder
@@ -130,7 +130,6 @@ class Session:
             "optimizer_s": stats.optimizer_s,
             "train_s": self.train_s,
             "tokens_per_s": self.spec.tokens_per_step / step_s,
-            "mfu": "-",
         }
         if router and (self.step % self.spec.tracking.router_every_steps == 0 or self.step in (1, self.spec.steps)):
             record["router"] = router
@@ -252,8 +251,3 @@ class Session:
         """Random numbers of a step depend on (seed, step, rank) alone, so a resumed run draws the same ones."""
         key = f"{self.spec.seed}/{step}/{self.layout.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
-
-
-def card_of(run: RunDir) -> dict[str, Any]:
-    """run.json of a run folder, or an empty mapping."""
-    return read_json(run.card, {})

@@ -114,7 +114,7 @@ class Tracker:
         return (
             f"step {r['step']:>{width}}/{self._total} {100 * r['step'] / self._total:5.1f}% loss {r['loss']:.4f} "
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
-            f"mfu {r['mfu']} mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
+            f"mfu - mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
         )
 
 

@@ -7,6 +7,7 @@ under another layout: a rank draws the full tensor and keeps its slice.
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,6 @@ def initialise(module: nn.Module, *, seed: int, prefix: str = "") -> None:
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue
-            stds: dict[str, float] = owner.init_stds  # pyright: ignore[reportAssignmentType]
+            stds = cast(dict[str, float], owner.init_stds)  # nn.Module calls every attribute a Tensor or Module
             full_name = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
             parameter.copy_(draw(full_name, parameter.shape, std=stds[name], seed=seed))

@@ -13,10 +13,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -25,13 +25,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headway.parallel.config import CheckpointError
-from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"step-(\d{10})")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Trained(Protocol):
+    """What a checkpoint saves and restores; `headway.parallel.engine.Engine` is one. Collective on every rank."""
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def read_logical(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None: ...
+
+    def adam_steps(self) -> set[int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +70,7 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save(root: Path, engine: Engine, layout: Layout, *, step: int, state: Mapping[str, Any], keep: int) -> str | None:
+def save(root: Path, engine: Trained, layout: Layout, *, step: int, state: Mapping[str, Any], keep: int) -> str | None:
     """Write `root/step-NNNNNNNNNN`; collective. Returns None, or why it could not be written (the same on all ranks).
 
     A failed save (a full disk, say) leaves earlier checkpoints as they were and training may go on.
@@ -96,7 +110,7 @@ def save(root: Path, engine: Engine, layout: Layout, *, step: int, state: Mappin
     return error
 
 
-def _my_share(engine: Engine, layout: Layout) -> dict[str, Tensor]:
+def _my_share(engine: Trained, layout: Layout) -> dict[str, Tensor]:
     """Reading a logical tensor is collective, so every rank reads all and keeps every dp_size-th."""
     share: dict[str, Tensor] = {}
     for i, (key, tensor) in enumerate(engine.read_logical()):
@@ -292,7 +306,7 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def load(checkpoint: Checkpoint, engine: Engine) -> None:
+def load(checkpoint: Checkpoint, engine: Trained) -> None:
     """Set parameters, masters, moments, Adam's counter and persistent buffers. Collective.
 
     Raises CheckpointError when the checkpoint's tensors are not the model's (names or shapes).

@@ -60,7 +60,6 @@ class CheckpointConfig(StrictModel):
 class LaunchConfig(StrictModel):
     """How the processes are started."""
 
-    launcher: Literal["torchrun"] = "torchrun"
     processes: int = Field(default=1, ge=1, le=4096, description="processes on this host; each is a data-parallel rank")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; none: cores / processes")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -223,7 +223,7 @@ class Engine:
             for key in MOMENTS:
                 yield f"{key}/{name}", _whole(safe_get_full_optimizer_state(parameter, key), name)
 
-    def write_logical(self, tensors: Any, *, applied_steps: int) -> None:
+    def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
         """Set parameters, masters and moments from `tensors[key]` (keys as in `read_logical`), and Adam's counter."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

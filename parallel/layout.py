@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +56,15 @@ def init_layout(*, device: str, timeout_s: int) -> Layout:
     return Layout(rank=rank, local_rank=local_rank, dp_rank=rank, dp_size=world, device=where)
 
 
-def _set_default_group_timeout(timeout: timedelta) -> None:
-    original = dist.new_group
-    if getattr(original, "headway_timeout", None) is not None:
-        return
+_new_group = dist.new_group
 
+
+def _set_default_group_timeout(timeout: timedelta) -> None:
     def new_group(*args, **kwargs):
         # Positional order of torch.distributed.new_group: ranks, timeout, ...
         if len(args) < 2 and kwargs.get("timeout") is None:
             kwargs["timeout"] = timeout
-        return original(*args, **kwargs)
+        return _new_group(*args, **kwargs)
 
-    new_group.headway_timeout = timeout  # type: ignore[attr-defined]
-    dist.new_group = new_group
-    dist.distributed_c10d.new_group = new_group  # type: ignore[attr-defined]
+    for module in (dist, distributed_c10d):
+        setattr(module, "new_group", new_group)  # noqa: B010 (an assignment would need the exact signature)

@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from headway.launcher import launch
 from headway.launcher.errors import HeadwayError, SpecError
+from headway.launcher.load import load_spec
 from headway.launcher.run_dir import RunDir
+from headway.launcher.spec import Spec
 
 
 def records(run: Path, kind: str = "train") -> list[dict]:
@@ -224,26 +225,27 @@ def test_the_console_line_says_what_a_person_looks_for(headway):
 # ---------------------------------------------------------------- the parts, without processes
 
 
-def spec_of(**values) -> SimpleNamespace:
-    return SimpleNamespace(model_dump=lambda mode: values)
+@pytest.fixture
+def spec(headway) -> Spec:
+    return load_spec(headway.spec).spec
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 1, "opt'])
-def test_a_spec_cut_off_before_the_first_checkpoint_is_written_anew(tmp_path, text):
+def test_a_spec_cut_off_before_the_first_checkpoint_is_written_anew(tmp_path, spec, text):
     run = RunDir(tmp_path)
     run.spec.write_text(text)
-    run.adopt(spec_of(seed=2))  # type: ignore[arg-type]
-    assert json.loads(run.spec.read_text()) == {"seed": 2}
+    run.adopt(spec)
+    assert Spec.model_validate_json(run.spec.read_text()) == spec
 
 
 @pytest.mark.parametrize("text", [None, "", '{"seed": 1, "opt'])
-def test_checkpoints_whose_spec_cannot_be_read_are_not_continued(tmp_path, text):
+def test_checkpoints_whose_spec_cannot_be_read_are_not_continued(tmp_path, spec, text):
     run = RunDir(tmp_path)
     (run.checkpoints / "step-0000000001").mkdir(parents=True)
     if text is not None:
         run.spec.write_text(text)
     with pytest.raises(SpecError, match="missing or unreadable"):
-        run.adopt(spec_of(seed=2))  # type: ignore[arg-type]
+        run.adopt(spec)
 
 
 def test_records_are_cut_at_the_checkpoint_and_damaged_lines_left_out(tmp_path):
@@ -303,9 +305,8 @@ def test_a_report_that_a_full_disk_cut_off_does_not_hide_the_status(tmp_path):
     run.logs.mkdir()
     (run.logs / "rank-0.error.json").write_text("")
     (run.logs / "rank-0.log").write_text("OSError: [Errno 28] No space left on device\n")
-    spec = SimpleNamespace(launch=SimpleNamespace(processes=1))
     with pytest.raises(HeadwayError, match="No space left") as caught:
-        launch._explain(spec, run, 74, signalled=False)  # type: ignore[arg-type]
+        launch._explain(run, 1, 74, signalled=False)
     assert caught.value.exit_code == 74
 
 
@@ -325,14 +326,14 @@ def write_reports(run: RunDir, *reports: tuple[str, str]) -> None:
 def test_the_rank_that_failed_is_named_and_not_those_that_lost_it_nor_the_signal(tmp_path, signalled):
     write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("RuntimeError", "a defect"))
     with pytest.raises(HeadwayError, match=r"rank 1 .*RuntimeError: a defect") as caught:
-        launch._explain(SimpleNamespace(), RunDir(tmp_path), 1, signalled=signalled)  # type: ignore[arg-type]
+        launch._explain(RunDir(tmp_path), 2, 1, signalled=signalled)
     assert caught.value.exit_code == 70
 
 
 def test_ranks_that_lost_each_other_after_a_signal_were_stopped_by_it(tmp_path):
     write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("KeyboardInterrupt", ""))
     with pytest.raises(HeadwayError, match="stopped by a signal") as caught:
-        launch._explain(SimpleNamespace(), RunDir(tmp_path), 1, signalled=True)  # type: ignore[arg-type]
+        launch._explain(RunDir(tmp_path), 2, 1, signalled=True)
     assert caught.value.exit_code == 75
 
 

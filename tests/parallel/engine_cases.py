@@ -65,7 +65,8 @@ def run(e: Engine, layout: Layout, accumulation: int, first: int, last: int) -> 
         parts = []
         for a in range(accumulation):
             lo = layout.dp_rank * per_rank + a * micro
-            parts.append(Micro(*(None if t is None else t[lo : lo + micro] for t in b)))  # type: ignore[arg-type]
+            rows = slice(lo, lo + micro)
+            parts.append(Micro(b.tokens[rows], b.labels[rows], None if b.segments is None else b.segments[rows]))
         stats = e.train_step(parts, targets=int((b.labels != -100).sum()), lr=1e-2 * (step + 1) / STEPS)
         out.append((stats.loss, stats.aux_loss, stats.grad_norm))
     return out

@@ -40,7 +40,7 @@ class Model:
 
 def write(root: Path, step: int, keep: int = 2, value: float | None = None) -> str | None:
     model = Model(float(step) if value is None else value)
-    return checkpoint.save(root, model, ALONE, step=step, state={"applied_steps": step}, keep=keep)  # type: ignore[arg-type]
+    return checkpoint.save(root, model, ALONE, step=step, state={"applied_steps": step}, keep=keep)
 
 
 def newest(root: Path, said: list[str] | None = None) -> checkpoint.Checkpoint:
@@ -52,7 +52,7 @@ def newest(root: Path, said: list[str] | None = None) -> checkpoint.Checkpoint:
 def test_what_is_saved_is_loaded_buffers_included(tmp_path):
     assert write(tmp_path, 7) is None
     found, model = newest(tmp_path), Model()
-    checkpoint.load(found, model)  # type: ignore[arg-type]
+    checkpoint.load(found, model)
     assert found.step == 7 and model.applied_steps == 7
     assert all(bool((v == 7).all()) for v in model.values.values())
     assert torch.equal(dict(model.module.named_buffers())["bias_of_router"], torch.full((2,), 7.0))
@@ -216,7 +216,7 @@ def test_a_checkpoint_with_other_shapes_is_refused_even_where_the_sizes_agree(tm
     other = Model()
     other.module.weight = torch.nn.Parameter(other.module.weight.detach().t().contiguous())
     with pytest.raises(CheckpointError, match=r"weight is \[2, 3\], not \[3, 2\]"):
-        checkpoint.load(newest(tmp_path), other)  # type: ignore[arg-type]
+        checkpoint.load(newest(tmp_path), other)
 
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
@@ -225,7 +225,7 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     other.module = torch.nn.Linear(3, 2, bias=False)
     other.values = {n: p.detach() for n, p in other.module.named_parameters()}
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.load(newest(tmp_path), other)  # type: ignore[arg-type]
+        checkpoint.load(newest(tmp_path), other)
 
 
 class Killed(BaseException):

@@ -1,3 +1,5 @@
+"""For every test: the same random numbers, one thread."""
+
 import pytest
 import torch
 
