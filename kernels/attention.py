@@ -24,31 +24,62 @@ def shares_kv_heads(device_type: str, dtype: torch.dtype, *, masked: bool) -> bo
     return device_type == "cpu" or (not masked and dtype in (torch.bfloat16, torch.float16))
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention, scale 1/sqrt(D). q [B, S, H, D]; k, v [B, S, G, D]; returns [B, S, H, D].
+def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
+    """Causal attention, scale 1/sqrt(D). q [B, S, H, D]; k, v [B, K, G, D], K >= S; returns [B, S, H, D].
 
-    Query head i uses KV head i // (H/G). `mask` is None (plain causal) or broadcastable to [B, H, S, S]: bool (True =
-    may see) or additive in q's dtype; it must already forbid later positions.
+    Query head i uses KV head i // (H/G). Where K > S the queries are the last S of K positions (decoding with a cache).
+    `window` w: a query sees w keys at most, its own included; blocks of keys outside every window are not touched.
+    `mask` is None (plain causal) or broadcastable to [B, H, S, S], with K = S: bool (True = may see) or additive in q's
+    dtype; it must already forbid later positions.
 
     `enable_gqa` and repeating the KV heads take the same time on CPU (S=2048, H=8, G=2, D=32, forward and backward:
     87 and 88 ms causal, 150 to 170 ms masked); the former keeps one copy of K and V for the backward pass, not H/G.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    queries, keys = q.shape[2], k.shape[2]
+    if window is not None and window >= keys:
+        window = None
+    plain = mask is None and window is None and (queries == keys or queries == 1)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and not shares_kv_heads(q.device.type, q.dtype, masked=mask is not None):
+    if grouped and not shares_kv_heads(q.device.type, q.dtype, masked=not plain):
         repeats, grouped = q.shape[1] // k.shape[1], False
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    seq_len = q.shape[2]
-    if mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    elif seq_len < 2 * MASKED_BLOCK:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    else:
-        blocks = []
-        for start in range(0, seq_len, MASKED_BLOCK):
-            end = min(start + MASKED_BLOCK, seq_len)
-            part = mask[..., start:end, :end]
-            args = (q[:, :, start:end], k[:, :, :end], v[:, :, :end])
-            blocks.append(F.scaled_dot_product_attention(*args, attn_mask=part, enable_gqa=grouped))
-        out = torch.cat(blocks, 2)
+    if plain:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
+    if queries < 2 * rows:
+        rows = queries
+    blocks = []
+    for start in range(0, queries, rows):
+        end = min(start + rows, queries)
+        last = keys - queries + end  # keys up to the block's last query
+        first = 0 if window is None else max(0, last - (end - start) - window + 1)
+        part = visible(start, end, first, last, keys - queries, mask, window, q.device)
+        args = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last])
+        blocks.append(F.scaled_dot_product_attention(*args, attn_mask=part, enable_gqa=grouped))
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
     return out.transpose(1, 2)
+
+
+def visible(
+    start: int,
+    end: int,
+    first: int,
+    last: int,
+    past: int,
+    mask: Tensor | None,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Mask of query rows start..end (positions past + row) over keys first..last, from positions or from `mask`."""
+    if mask is not None and window is None:
+        return mask[..., start:end, first:last]
+    distance = torch.arange(past + start, past + end, device=device)[:, None] - torch.arange(first, last, device=device)
+    near = distance >= 0
+    if window is not None:
+        near &= distance < window
+    if mask is None:
+        return near
+    part = mask[..., start:end, first:last]
+    return part & near if part.dtype == torch.bool else part.masked_fill(~near, float("-inf"))

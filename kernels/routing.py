@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GateName = Literal["sigmoid2", "softmax", "detached_renorm", "renorm", "hard"]
+GateName = Literal[
+    "sigmoid2", "sigmoid", "softmax", "softmax_n", "detached_renorm", "straight_through", "renorm", "hard"
+]
 
 
 def router_logits(x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -47,8 +49,11 @@ def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
     """Factors [..., k] on the outputs of the chosen experts; logits [..., N], idx [..., k].
 
     sigmoid2         2 sigmoid(r): own logit only; 1 at r = 0
+    sigmoid          sigmoid(r); 1/2 at r = 0
     softmax          p = softmax(r) over all N, not renormalised: gradient reaches all N logits
+    softmax_n        N p; 1 at equal logits
     detached_renorm  p / stopgrad(sum of the chosen p): value of renorm, gradient to all N logits
+    straight_through 1 + (p - stopgrad(p)): value exactly 1, gradient of softmax
     renorm           softmax over the chosen logits; constant 1 at k = 1, so no gradient there
     hard             1: no gradient
     """
@@ -56,9 +61,15 @@ def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
         return torch.ones_like(idx, dtype=logits.dtype)
     if gate == "sigmoid2":
         return 2 * torch.sigmoid(logits.gather(-1, idx))
+    if gate == "sigmoid":
+        return torch.sigmoid(logits.gather(-1, idx))
     if gate == "renorm":
         return torch.softmax(logits.gather(-1, idx), -1)
     p = torch.softmax(logits, -1).gather(-1, idx)
+    if gate == "softmax_n":
+        return logits.shape[-1] * p
+    if gate == "straight_through":
+        return 1 + (p - p.detach())
     return p if gate == "softmax" else p / p.detach().sum(-1, keepdim=True)
 
 

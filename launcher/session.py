@@ -101,6 +101,7 @@ class Session:
         The hash is the sum of the ranks' parts modulo 2^64, added in two halves that cannot overflow.
         """
         self._seed_everything(self.step + 1)
+        self.engine.module.before_step(self.tokens)
         low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
         mine = torch.tensor([batch.targets, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
         targets, low, high, stops = self.layout.sum(mine).tolist()
@@ -207,6 +208,7 @@ class Session:
             self.step = self.saved_step = found.step
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
             self._last_validation = found.state.get("validation_loss")
+        self.engine.module.before_step(self.tokens)
         if self.layout.is_main:
             self.run.truncate_metrics(last_step=self.step)
         self.tracker = Tracker(

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -64,6 +65,74 @@ class AttentionOutput(NamedTuple):
     aux_loss: Tensor | None  # scalar fp32, already multiplied by its coefficient; mean over the sequences of the batch
 
 
+class HeadPool(NamedTuple):
+    """The interchangeable members of each group, all of them computed, for measures of diversity.
+
+    Members of one group read and write one coordinate system (the group's keys, or the head's values), so their vectors
+    can be compared; members of different groups cannot.
+    """
+
+    member: str  # what a member is: "query head", "value expert"
+    weights: Tensor  # [G, M, d D]: each member's projection, flattened
+    projections: Tensor  # [B, S, G, M, D]: what it makes of each token, before RoPE
+    outputs: Tensor  # [B, S, G, M, D]: what attention makes of it, ungated
+
+
+class KVCache:
+    """Keys (rotated) and values of one layer, grown as tokens come. Parts are groups that see the past differently."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, k: Tensor, v: Tensor, *, part: str, window: int | None) -> tuple[Tensor, Tensor]:
+        """k, v [B, S, G, D] of the new tokens -> those of all tokens a new one may see, the new ones last.
+
+        With a `window` of w tokens (itself included) the w - 1 before the next token are kept, and no more.
+        """
+        if part in self._parts:
+            old_k, old_v = self._parts[part]
+            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
+        drop = 0 if window is None else max(0, k.shape[1] - (window - 1))
+        # A slice alone would keep the whole storage alive.
+        self._parts[part] = (k[:, drop:].clone(), v[:, drop:].clone()) if drop else (k, v)
+        return k, v
+
+    @property
+    def numbers(self) -> int:
+        """Numbers held, over the batch."""
+        return sum(k.numel() + v.numel() for k, v in self._parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a layer's attention is given besides x [B, S, d].
+
+    `rope`: cos and sin of the S tokens' positions, as `kernels.rope.rope_tables` returns them. `mask`: None (plain
+    causal) or [B, 1, S, S]: bool, True where a query (row) may see a key (column), or additive in x's dtype, 0 and
+    -inf; it already includes causality, and one tensor serves every layer and mechanism. The decoder passes the
+    additive form: PyTorch turns a bool one into a copy per layer, kept for the backward pass. `tokens` [B, S]: ids, for
+    routers and statistics that read them. `cache`: incremental decoding; x then continues what the cache holds, and
+    `mask` is None.
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    cache: KVCache | None = None
+
+    def keys_and_values(
+        self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """k, v [B, S, G, D] of x's tokens -> of all tokens they may see; every mechanism asks before its core."""
+        return (k, v) if self.cache is None else self.cache.extend(k, v, part=part, window=window)
+
+
+def visible_keys(seq_len: int, window: int | None = None) -> float:
+    """Keys a token sees, itself included, averaged over a causal sequence; (S+1)/2 without a window."""
+    w = seq_len if window is None else min(window, seq_len)
+    return w * (w + 1) / 2 / seq_len + (seq_len - w) * w / seq_len
+
+
 class AttentionConfig(StrictConfig):
     """Interface of a mechanism's config. `type` is the name under which the registry knows it."""
 
@@ -93,6 +162,17 @@ class AttentionConfig(StrictConfig):
         """Channels of a head that RoPE turns (even)."""
         return int(self.head_dim * self.rope_fraction)
 
+    def layer(self, index: int, layers: int) -> Self:
+        """This mechanism in layer `index` of `layers`; another config where a field differs by layer.
+
+        Raises ValueError where a per-layer field does not have `layers` entries.
+        """
+        return self
+
+    def at_size(self, num_params: int) -> Self:
+        """The config with every rule that depends on the size of the whole model resolved to numbers."""
+        return self
+
     @property
     @abstractmethod
     def score_maps(self) -> int:
@@ -100,8 +180,8 @@ class AttentionConfig(StrictConfig):
         raise NotImplementedError
 
     def core_flops_per_token(self, *, seq_len: int) -> float:
-        """Q K^T and P V of one layer: 2 x 2 D per visible key and score map, (S+1)/2 visible keys on average."""
-        return 4 * self.head_dim * self.score_maps * (seq_len + 1) / 2
+        """Q K^T and P V of one layer: 2 x 2 D per visible key and score map."""
+        return 4 * self.head_dim * self.score_maps * visible_keys(seq_len)
 
     @abstractmethod
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
@@ -119,8 +199,8 @@ class AttentionConfig(StrictConfig):
         raise NotImplementedError
 
     @abstractmethod
-    def kv_bytes_per_token(self, *, bytes_per_element: int) -> int:
-        """KV cache of one layer per token, in bytes."""
+    def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
+        """KV cache of one layer after `seq_len` tokens, divided by them, in bytes."""
         raise NotImplementedError
 
     @abstractmethod
@@ -130,29 +210,32 @@ class AttentionConfig(StrictConfig):
 
 
 class Attention(nn.Module):
-    """Interface of a mechanism's module.
+    """Interface of a mechanism's module. Also one for what it holds: routers and norms.
 
-    A routed mechanism keeps `router_stats()`; dense ones return an empty dict. `init_stds` gives the standard deviation
-    of each of the module's own matrices at the start (`headway.model.init` draws them).
+    `init_stds` gives the standard deviation of each of the module's own matrices (and fixed random buffers) at the
+    start, `init_means` a mean other than 0; a vector in neither starts at 1 (`headway.model.init` draws them).
     """
 
     init_stds: dict[str, float]
+    init_means: dict[str, float]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        """x [B, S, d] is already normed. `rope` is what `kernels.rope.rope_tables` returns for S positions.
-
-        `mask` is None (plain causal) or [B, 1, S, S]: bool, True where a query (row) may see a key (column), or
-        additive in x's dtype, 0 and -inf. It already includes causality, and the same tensor serves every layer and
-        mechanism. The decoder passes the additive form: PyTorch turns a bool one into a copy per layer, kept for
-        the backward pass.
-        """
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        """x [B, S, d] is already normed."""
         raise NotImplementedError
+
+    def pool(self, x: Tensor, context: Context) -> HeadPool | None:
+        """Every member of every group, chosen or not; None where a group has one member only."""
+        return None
 
     def router_stats(self) -> dict[str, RouterStats]:
         """Name of the router -> sums since the last `reset_router_stats`; evaluation mode does not count."""
         return {}
 
     def reset_router_stats(self) -> None:
+        return None
+
+    def before_step(self, tokens: int) -> None:
+        """Called before each optimizer step, and after loading, with the training tokens done so far (schedules)."""
         return None
 
     def after_step(self, global_load: dict[str, Tensor]) -> None:

@@ -19,7 +19,19 @@ class Cost:
     params_by_part: dict[str, int]  # embedding, attention, mlp, norm, head; they add up to num_params
     flops_per_token: Flops  # all layers and the head
     attention_core_flops: float  # all layers: Q K^T and P V, causal; contained in both numbers of flops_per_token
-    kv_bytes_per_token: int  # all layers
+    kv_bytes_per_token: float  # all layers, after seq_len tokens, divided by them
+
+
+def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> list[AttentionConfig]:
+    """The mechanism of each layer, with rules that depend on the layer or on the model's size resolved.
+
+    Raises ValueError where a per-layer field does not have one entry per layer.
+    """
+    width, layers = model.width, model.layers
+    others = vocab_size * width * (1 if model.tied_embeddings else 2) + width
+    per_layer = attention.num_params(width=width) + 3 * width * model.ffn_width + 2 * width
+    sized = attention.at_size(others + layers * per_layer)
+    return [sized.layer(i, layers) for i in range(layers)]
 
 
 def account(
@@ -32,19 +44,22 @@ def account(
 ) -> Cost:
     """Costs at `seq_len`; `bytes_per_element` is that of the KV cache (2: bf16)."""
     width, layers = model.width, model.layers
+    each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {
         "embedding": vocab_size * width,
-        "attention": layers * attention.num_params(width=width),
+        "attention": sum(a.num_params(width=width) for a in each),
         "mlp": layers * 3 * width * model.ffn_width,
         "norm": (2 * layers + 1) * width,
         "head": 0 if model.tied_embeddings else vocab_size * width,
     }
-    per_layer = attention.flops_per_token(width=width, seq_len=seq_len)
     dense = layers * 6 * width * model.ffn_width + 2 * vocab_size * width
+    flops = sum((a.flops_per_token(width=width, seq_len=seq_len) for a in each), Flops(useful=dense, executed=dense))
     return Cost(
         num_params=sum(params.values()),
         params_by_part=params,
-        flops_per_token=Flops(useful=layers * per_layer.useful + dense, executed=layers * per_layer.executed + dense),
-        attention_core_flops=layers * attention.core_flops_per_token(seq_len=seq_len),
-        kv_bytes_per_token=layers * attention.kv_bytes_per_token(bytes_per_element=bytes_per_element),
+        flops_per_token=flops,
+        attention_core_flops=sum(a.core_flops_per_token(seq_len=seq_len) for a in each),
+        kv_bytes_per_token=sum(
+            a.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=bytes_per_element) for a in each
+        ),
     )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from headway.kernels.loss import IGNORED, linear_cross_entropy_sum
 from headway.kernels.rope import rope_tables
-from headway.model.base import Attention, AttentionConfig, AttentionOutput
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, KVCache
 from headway.model.config import ModelConfig
+from headway.model.cost import layer_configs
 from headway.model.init import initialise
 from headway.model.layers import RMSNorm, SwiGLU, parameter
 
@@ -34,14 +35,27 @@ class Block(nn.Module):
         super().__init__()
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
         self.attn_norm = RMSNorm(width, eps)
-        self.attn = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
+        self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
         self.mlp_norm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        y, aux_loss = self.attn(self.attn_norm(x), rope, mask)
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        y, aux_loss = self.attn(self.attn_norm(x), context)
         x = x + y
         return AttentionOutput(x + self.mlp(self.mlp_norm(x)), aux_loss)
+
+
+class DecoderCache:
+    """What incremental decoding carries on: every layer's keys and values, and how many tokens were taken in."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [KVCache() for _ in range(layers)]
+        self.tokens = 0
+
+    @property
+    def numbers(self) -> int:
+        """Numbers held, over layers and batch."""
+        return sum(layer.numbers for layer in self.layers)
 
 
 class Decoder(nn.Module):
@@ -54,8 +68,9 @@ class Decoder(nn.Module):
     def __init__(self, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seed: int) -> None:
         super().__init__()
         self.attention = attention
+        mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
         self.embedding = parameter(vocab_size, model.width)
-        self.blocks = nn.ModuleList(Block(model, attention) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, mechanism) for mechanism in mechanisms)
         self.norm = RMSNorm(model.width, model.norm_eps)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}
@@ -69,35 +84,50 @@ class Decoder(nn.Module):
         loss_sum = linear_cross_entropy_sum(hidden.flatten(0, 1), self._head_weight(), labels.flatten())
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss)
 
-    def logits(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        """[B, S, V] in the model's dtype."""
-        hidden, _ = self._hidden(tokens, segments)
+    def logits(self, tokens: Tensor, segments: Tensor | None = None, *, cache: DecoderCache | None = None) -> Tensor:
+        """[B, S, V] in the model's dtype. With a `cache` the tokens continue what it holds, and it takes them in."""
+        hidden, _ = self._hidden(tokens, segments, cache)
         return F.linear(hidden, self._head_weight())
+
+    def new_cache(self) -> DecoderCache:
+        """Empty; for one batch of sequences of equal length."""
+        return DecoderCache(len(self.blocks))
+
+    def before_step(self, tokens: int) -> None:
+        """Tell every layer how many training tokens are done: before each optimizer step, and after loading."""
+        for layer in self.attention_layers():
+            layer.before_step(tokens)
 
     def attention_layers(self) -> list[Attention]:
         """From the first block to the last."""
         return [block.attn for block in self.blocks if isinstance(block, Block)]
 
-    def _hidden(self, tokens: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, tokens: Tensor, segments: Tensor | None, cache: DecoderCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = F.embedding(tokens, self.embedding)
         mask = None if segments is None else document_mask(segments, x.dtype)
-        rope = self._rope_tables(tokens)
+        rope = self._rope_tables(tokens, 0 if cache is None else cache.tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        for block in self.blocks:
-            x, aux = block(x, rope, mask)
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[i]
+            x, aux = block(x, Context(rope=rope, mask=mask, tokens=tokens, cache=layer_cache))
             if aux is not None:
                 aux_loss = aux_loss + aux
+        if cache is not None:
+            cache.tokens += tokens.shape[1]
         return self.norm(x), aux_loss
 
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head
 
-    def _rope_tables(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Made once for the longest sequence seen."""
-        seq_len = tokens.shape[1]
-        if self._rope is None or len(self._rope[0]) < seq_len or self._rope[0].device != tokens.device:
-            self._rope = rope_tables(seq_len, self.attention.rotated, self.attention.rope_base, tokens.device)
-        return self._rope[0][:seq_len], self._rope[1][:seq_len]
+    def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Rows of the positions start .. start + S - 1, of tables made once for the longest sequence seen."""
+        end = start + tokens.shape[1]
+        if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
+            length = end if start == 0 else 2 * end  # decoding asks for one more each time
+            self._rope = rope_tables(length, self.attention.rotated, self.attention.rope_base, tokens.device)
+        return self._rope[0][start:end], self._rope[1][start:end]
 
 
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

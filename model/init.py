@@ -6,6 +6,7 @@ under another layout: a rank draws the full tensor and keeps its slice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import cast
 
@@ -22,15 +23,25 @@ def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(module: nn.Module, *, seed: int, prefix: str = "") -> None:
-    """Gains (vectors) become 1; a matrix is drawn with the std that its module states in `init_stds`.
+    """Draw every parameter: mean + normal with the std that its module states in `init_stds` and `init_means`.
 
-    `prefix` is the module's place in the model ("blocks.0.attn."), for a module initialised on its own.
+    Vectors in neither are gains and become 1. Buffers named in `init_stds` are drawn too (fixed random routers). A
+    module with `after_init` is told when its own are drawn. `prefix` is the module's place in the model
+    ("blocks.0.attn."), for a module initialised on its own.
     """
     for path, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
+        stds: dict[str, float] = getattr(owner, "init_stds", {})
+        means: dict[str, float] = getattr(owner, "init_means", {})
+        own = [
+            *owner.named_parameters(recurse=False),
+            *((n, b) for n, b in owner.named_buffers(recurse=False) if n in stds),
+        ]
+        for name, tensor in own:
+            if tensor.ndim == 1 and name not in stds and name not in means:
+                tensor.fill_(1.0)
                 continue
-            stds = cast(dict[str, float], owner.init_stds)  # nn.Module calls every attribute a Tensor or Module
             full_name = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-            parameter.copy_(draw(full_name, parameter.shape, std=stds[name], seed=seed))
+            drawn = draw(full_name, tensor.shape, std=stds[name], seed=seed)
+            tensor.copy_(drawn + means[name] if name in means else drawn)
+        if hasattr(owner, "after_init"):
+            cast(Callable[[], None], owner.after_init)()

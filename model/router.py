@@ -1,70 +1,330 @@
-"""What routed mechanisms share: usage statistics and the f.P balancing loss.
+"""Routers: which k of a group's N experts a token uses, how much of each, and what keeps all of them in use.
 
-Legend: B batch, S sequence, G groups, N routed experts per group, k selected ones.
+An expert is a query head (routed GQA) or a value or output projection (SwitchHead).
+Legend: B batch, S sequence, d width, G groups, N experts per group, k selected ones (slots).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
 
-from headway.model.base import RouterStats
+from headway.kernels.routing import GateName, gates, router_logits, top_k
+from headway.model.balance import BalanceConfig
+from headway.model.base import Attention, Context, RouterStats, StrictConfig
+from headway.model.layers import parameter
+from headway.model.router_meter import RouterMeter
+
+HASH_BUCKETS = 4093
+"""Rows of a token-hash router's table; prime, so that ids that differ by a round number do not meet."""
 
 
-def chosen_mask(logits: Tensor, idx: Tensor) -> Tensor:
-    """1 where an expert was selected: logits [B, S, G, N], idx [B, S, G, k] -> [B, S, G, N], dtype of logits."""
-    return torch.zeros_like(logits).scatter(-1, idx, 1.0)
+class Routing(NamedTuple):
+    """One router's decision for a batch."""
+
+    idx: Tensor  # [B, S, G, k] int64, best score first
+    gate: Tensor  # [B, S, G, k], fp32 or wider
+    aux_loss: Tensor | None  # scalar, with its coefficients
 
 
-def balance_loss(p: Tensor, chosen: Tensor, *, slots: int, scope: Literal["sequence", "micro_batch"]) -> Tensor:
-    """f.P loss of the Switch Transformer (Fedus et al., 2022, arXiv 2101.03961, eq. 4-6), mean over groups.
+class RouterConfig(StrictConfig):
+    """What all routers share. Noise and dropout act on the selection alone, in training alone; gates never see them."""
 
-    p [B, S, G, N] sums to 1 over N and carries the gradient; chosen [B, S, G, N] is 0/1. With f = share of the slots
-    and P = mean p of an expert, the loss of a group is N sum_n f_n P_n: 1 at uniform use, N at collapse with k = 1.
+    noise: Literal["none", "normal", "gumbel"] = Field(default="none", description="added to the scores in training")
+    noise_scale: float = Field(default=1.0, gt=0, description="factor on the noise, in units of the logits")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="probability that an expert is passed over, per token, in training"
+    )
 
-    sequence: f and P are taken within each sequence and the products averaged over sequences. The value for a batch is
-    then the same however it is cut into micro-batches and ranks. micro_batch: f and P over all tokens of the forward
-    pass, the published form; it asks less of each sequence, but depends on how the batch is cut.
+    def num_params(self, *, width: int, groups: int, experts: int) -> int:
+        """Trained parameters."""
+        return 0
+
+    def flops_per_token(self, *, width: int, groups: int, experts: int) -> int:
+        """Forward, 2 per multiply-accumulate."""
+        return 2 * self.num_params(width=width, groups=groups, experts=experts)
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the logits are made of the queries of all N heads, which then must all be computed."""
+        return False
+
+    @abstractmethod
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        """The module."""
+        raise NotImplementedError
+
+    def shards(self) -> tuple[str, ...]:
+        """Names of the parameters that are cut by group along dimension 0; all of them, so that routing is local."""
+        return ()
+
+
+class RoutingConfig(NamedTuple):
+    """What a mechanism tells its router: gate, balancing, and the router's own config."""
+
+    gate: GateName
+    balance: BalanceConfig
+    router: RouterConfig
+
+
+class LinearRouterConfig(RouterConfig):
+    """r = W x, no bias."""
+
+    type: Literal["linear"] = "linear"
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the rows at the start; never zero")
+    init: Literal["normal", "equal_rows"] = Field(
+        default="normal",
+        description="equal_rows: rows scaled to one norm (SwitchHead), so that no expert starts favoured",
+    )
+
+    def num_params(self, *, width: int, groups: int, experts: int) -> int:
+        return width * groups * experts
+
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        return LinearRouter(self, routing, width=width, groups=groups, experts=experts)
+
+    def shards(self) -> tuple[str, ...]:
+        return ("w",)
+
+
+class TwoLayerRouterConfig(RouterConfig):
+    """r = W_out silu(W_in x), with `hidden` units of each group's own."""
+
+    type: Literal["two_layer"] = "two_layer"
+    hidden: int = Field(ge=1, description="hidden units per group")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of W_in; W_out has 1/sqrt(hidden)")
+
+    def num_params(self, *, width: int, groups: int, experts: int) -> int:
+        return groups * self.hidden * (width + experts)
+
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        return TwoLayerRouter(self, routing, width=width, groups=groups, experts=experts)
+
+    def shards(self) -> tuple[str, ...]:
+        return ("w_in", "w_out")
+
+
+class QueryNormRouterConfig(RouterConfig):
+    """r = |q_m| / std over the group of |q|: no parameters (MoH-LLaMA3, Jin et al., 2024, arXiv 2410.11842)."""
+
+    type: Literal["query_norm"] = "query_norm"
+
+    @property
+    def reads_queries(self) -> bool:
+        return True
+
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        return QueryNormRouter(self, routing, groups=groups, experts=experts)
+
+
+class RandomRouterConfig(RouterConfig):
+    """r = W x with a W that is drawn once and never trained: what the learning of the router is worth."""
+
+    type: Literal["random"] = "random"
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the fixed rows")
+
+    def flops_per_token(self, *, width: int, groups: int, experts: int) -> int:
+        return 2 * width * groups * experts
+
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        return RandomRouter(self, routing, width=width, groups=groups, experts=experts)
+
+
+class TokenHashRouterConfig(RouterConfig):
+    """r = a fixed random row for each token id: routing that knows nothing of the context (Roller et al., 2021)."""
+
+    type: Literal["token_hash"] = "token_hash"
+
+    def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
+        return TokenHashRouter(self, routing, groups=groups, experts=experts)
+
+
+AnyRouter = Annotated[
+    LinearRouterConfig | TwoLayerRouterConfig | QueryNormRouterConfig | RandomRouterConfig | TokenHashRouterConfig,
+    Field(discriminator="type"),
+]
+
+
+class Router(nn.Module):
+    """Scores, selection, gates, balancing and statistics; subclasses give the logits.
+
+    Buffers are cut over tensor-parallel ranks by group, along dimension 0.
     """
-    over = 1 if scope == "sequence" else (0, 1)
-    f = chosen.mean(over) / slots
-    per_group = p.shape[-1] * (f * p.mean(over)).sum(-1)  # [B, G] or [G]
-    return per_group.mean()
 
+    bias: Tensor
 
-class RouterMeter:
-    """Accumulates `RouterStats` on the device, without waiting for it."""
+    def __init__(self, config: RouterConfig, routing: RoutingConfig, *, groups: int, experts: int) -> None:
+        super().__init__()
+        self.config, self.gate, self.balance, self.experts = config, routing.gate, routing.balance, experts
+        self.meter = RouterMeter()
+        if self.balance.loss_free_rate:
+            self.register_buffer("bias", torch.zeros(groups, experts, dtype=torch.float32))
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._sums: RouterStats | None = None
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        """x [B, S, d] -> [B, S, G, N], fp32 or wider."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Context, *, k: int, queries: Tensor | None = None) -> Routing:
+        """x [B, S, d] -> the k experts of each group; queries [B, S, G, N, D] where the config `reads_queries`."""
+        logits = self.logits(x, context, queries)
+        idx = top_k(self._scores(logits.detach()), k)
+        gate = gates(logits, idx, self.gate)
+        aux_loss = None
+        if self.training or self.balance.has_loss:
+            chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
+            if self.training:
+                self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
+            if self.balance.has_loss:
+                aux_loss = self.balance.loss(logits, self._probabilities(logits), chosen, slots=k)
+        return Routing(idx, gate, aux_loss)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What is ranked; no gradient."""
+        scores = logits
+        if self.balance.loss_free_rate:  # published on sigmoid scores
+            scores = torch.sigmoid(logits) + self.bias
+        if not self.training:
+            return scores
+        if self.config.noise == "normal":
+            scores = scores + self.config.noise_scale * torch.randn_like(scores)
+        elif self.config.noise == "gumbel":
+            scores = scores - self.config.noise_scale * torch.log(-torch.log(torch.rand_like(scores).clamp_min(1e-20)))
+        if self.config.dropout:
+            # Not -inf: where fewer than k are left, the best of those passed over come back in.
+            scores = scores - 1e4 * (torch.rand_like(scores) < self.config.dropout)
+        return scores
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution over a group's experts whose mean is balanced; of sigmoid gates, their shares."""
+        if self.gate not in ("sigmoid", "sigmoid2"):
+            return torch.softmax(logits, -1)
+        score = torch.sigmoid(logits)
+        return score / score.sum(-1, keepdim=True)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, chosen: Tensor) -> None:
-        """logits, chosen [B, S, G, N]."""
-        logits, picked = logits.float(), chosen > 0
-        log_p = torch.log_softmax(logits, -1)
-        margin = logits.new_zeros(())
-        if self._slots < logits.shape[-1]:
-            lowest = logits.masked_fill(~picked, float("inf")).amin(-1)
-            margin = (lowest - logits.masked_fill(picked, float("-inf")).amax(-1)).sum()
-        sums = RouterStats(
-            load=picked.sum((0, 1)).float(),
-            tokens=logits.new_full((), logits.shape[0] * logits.shape[1]),
-            entropy=-(log_p.exp() * log_p).sum(),
-            margin=margin,
-            slots=self._slots,
-        )
-        if self._sums is not None:
-            for name in ("load", "tokens", "entropy", "margin"):
-                getattr(sums, name).add_(getattr(self._sums, name))
-        self._sums = sums
+    def after_step(self, load: Tensor) -> None:
+        """Loss-free balancing (Wang et al., 2024, arXiv 2408.15664); load [G, N] over the global batch."""
+        if self.balance.loss_free_rate:
+            load = load.to(self.bias)
+            self.bias += self.balance.loss_free_rate * torch.sign(load.mean(-1, keepdim=True) - load)
 
-    def stats(self) -> RouterStats | None:
-        """None before the first update."""
-        return self._sums
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, but keeps buffers in fp32: in bf16 a bias step of 1e-3 vanishes beyond 0.25."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
-    def reset(self) -> None:
-        self._sums = None
+
+class LinearRouter(Router):
+    """w [G N, d]."""
+
+    def __init__(
+        self, config: LinearRouterConfig, routing: RoutingConfig, *, width: int, groups: int, experts: int
+    ) -> None:
+        super().__init__(config, routing, groups=groups, experts=experts)
+        self.w = parameter(groups * experts, width)
+        self.init_stds = {"w": config.init_std}
+        self._equal_rows = config.init == "equal_rows"
+
+    def after_init(self) -> None:
+        """Rows to one norm, the root mean square of theirs; SwitchHead's authors make them nearly equal."""
+        if self._equal_rows:
+            norms = self.w.norm(dim=1, keepdim=True)
+            self.w *= norms.square().mean().sqrt() / norms
+
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        return router_logits(x, self.w, self.w.shape[0] // self.experts)
+
+
+class TwoLayerRouter(Router):
+    """w_in [G h, d], w_out [G, N, h]."""
+
+    def __init__(
+        self, config: TwoLayerRouterConfig, routing: RoutingConfig, *, width: int, groups: int, experts: int
+    ) -> None:
+        super().__init__(config, routing, groups=groups, experts=experts)
+        self.w_in = parameter(groups * config.hidden, width)
+        self.w_out = parameter(groups, experts, config.hidden)
+        self.init_stds = {"w_in": config.init_std, "w_out": config.hidden**-0.5}
+
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        hidden = F.silu(router_logits(x, self.w_in, self.w_out.shape[0]))  # [B, S, G, h]
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("bsgh,gnh->bsgn", hidden, self.w_out.to(hidden.dtype))
+
+
+class QueryNormRouter(Router):
+    """No parameters."""
+
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        assert queries is not None, "the mechanism computes all queries for a router that reads them"
+        norm = queries.to(torch.promote_types(queries.dtype, torch.float32)).norm(dim=-1)
+        return norm / norm.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
+
+
+class RandomRouter(Router):
+    """w [G N, d], a buffer: saved and moved, never trained."""
+
+    w: Tensor
+
+    def __init__(
+        self, config: RandomRouterConfig, routing: RoutingConfig, *, width: int, groups: int, experts: int
+    ) -> None:
+        super().__init__(config, routing, groups=groups, experts=experts)
+        self.register_buffer("w", torch.empty(groups * experts, width))
+        self.init_stds = {"w": config.init_std}
+
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        return router_logits(x, self.w, self.w.shape[0] // self.experts)
+
+
+class TokenHashRouter(Router):
+    """table [G, buckets, N], a buffer of standard normals: equal ids route alike, whatever stands around them."""
+
+    table: Tensor
+
+    def __init__(self, config: TokenHashRouterConfig, routing: RoutingConfig, *, groups: int, experts: int) -> None:
+        super().__init__(config, routing, groups=groups, experts=experts)
+        self.register_buffer("table", torch.empty(groups, HASH_BUCKETS, experts))
+        self.init_stds = {"table": 1.0}
+
+    def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
+        assert context.tokens is not None, "the decoder passes the token ids"
+        rows = self.table[:, context.tokens % HASH_BUCKETS]  # [G, B, S, N]
+        return rows.permute(1, 2, 0, 3).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RoutedAttention(Attention):
+    """Answers for the routers among its children, each under the child's name."""
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        return {name: child for name, child in self.named_children() if isinstance(child, Router)}
+
+    def router_stats(self) -> dict[str, RouterStats]:
+        stats = {name: router.meter.stats() for name, router in self.routers.items()}
+        return {name: stat for name, stat in stats.items() if stat is not None}
+
+    def reset_router_stats(self) -> None:
+        for router in self.routers.values():
+            router.meter.reset()
+
+    def after_step(self, global_load: dict[str, Tensor]) -> None:
+        for name, load in global_load.items():
+            self.routers[name].after_step(load)
+
+
+def summed(*losses: Tensor | None) -> Tensor | None:
+    """Sum of the losses that exist, all scalars of one dtype."""
+    present = [loss for loss in losses if loss is not None]
+    return torch.stack(present).sum() if present else None

@@ -8,14 +8,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal, Self
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from headway.kernels.attention import core
 from headway.kernels.rope import apply_rope
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Flops, Shard
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import RMSNorm, parameter
+from headway.model.router import RoutedAttention
 
 
 class GroupedConfig(AttentionConfig):
@@ -34,6 +36,12 @@ class GroupedConfig(AttentionConfig):
         """M."""
         return self.heads // self.groups
 
+    orthogonality: float = Field(
+        default=0.0,
+        ge=0,
+        description="coefficient of a loss that drives the query matrices of a group apart; a control, not published",
+    )
+
     @property
     def score_maps(self) -> int:
         return self.heads
@@ -51,7 +59,7 @@ class GroupedConfig(AttentionConfig):
         flops = 4 * width * (self.heads + self.groups) * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
         return Flops(useful=flops, executed=flops)
 
-    def kv_bytes_per_token(self, *, bytes_per_element: int) -> int:
+    def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
         return 2 * self.groups * self.head_dim * bytes_per_element
 
     def shards(self) -> dict[str, Shard]:
@@ -121,13 +129,27 @@ class QkNorm(nn.Module):
         return apply_rope(heads if self.norm is None else self.norm(heads), rope)
 
 
-class GroupedQueryAttention(Attention):
-    """y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
+def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:
+    """Mean over groups and pairs of members of cos^2 of their flattened matrices: 0 where all are orthogonal.
+
+    w_q [H D, d], group-major, `members` heads per group. Scalar, fp32 or wider, at most 1.
+    """
+    flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, members, head_dim)).flatten(2)
+    unit = F.normalize(flat, dim=-1)  # [G, M, D d]
+    cosines = unit @ unit.transpose(1, 2)
+    pairs = members * (members - 1)
+    return (cosines.square().sum((1, 2)) - members).mean() / pairs
+
+
+class GroupedQueryAttention(RoutedAttention):
+    """Base of the mechanisms with grouped query heads; without routers it is GQA.
+
+    y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
 
     def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
         heads, groups, head_dim = config.heads, config.groups, config.head_dim
-        self.head_dim = head_dim
+        self.head_dim, self.members, self.orthogonality = head_dim, config.heads_per_group, config.orthogonality
         self.w_q = parameter(heads * head_dim, width)
         self.w_k = parameter(groups * head_dim, width)
         self.w_v = parameter(groups * head_dim, width)
@@ -140,9 +162,31 @@ class GroupedQueryAttention(Attention):
         """x [B, S, d], weight [n D, d] -> [B, S, n, D]; n follows the weight, which may be one rank's part."""
         return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        q = self.q_rope(self.heads_of(x, self.w_q), rope)  # [B, S, H, D]
-        k = self.k_rope(self.heads_of(x, self.w_k), rope)  # [B, S, G, D]
-        v = self.heads_of(x, self.w_v)  # [B, S, G, D]
-        o = core(q, k, v, mask)
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), None)
+    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """[B, K, G, D] each: of all tokens x's may see."""
+        return context.keys_and_values(
+            self.k_rope(self.heads_of(x, self.w_k), context.rope), self.heads_of(x, self.w_v)
+        )
+
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]
+        k, v = self.keys_and_values(x, context)  # [B, S, G, D]
+        o = core(q, k, v, context.mask)
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
+
+    def diversity_loss(self) -> Tensor | None:
+        """The orthogonality penalty with its coefficient; the same for every micro-batch."""
+        if not self.orthogonality or self.members == 1:
+            return None
+        return self.orthogonality * orthogonality_loss(self.w_q, members=self.members, head_dim=self.head_dim)
+
+    def pool(self, x: Tensor, context: Context) -> HeadPool | None:
+        """The query heads of each group."""
+        if self.members == 1:
+            return None
+        q = self.heads_of(x, self.w_q)
+        k, v = self.keys_and_values(x, context)
+        o = core(self.q_rope(q, context.rope), k, v, context.mask)
+        per_group = (-1, self.members)
+        weights = self.w_q.unflatten(0, (-1, self.members, self.head_dim)).flatten(2)
+        return HeadPool("query head", weights, q.unflatten(2, per_group), o.unflatten(2, per_group))

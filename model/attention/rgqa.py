@@ -2,13 +2,13 @@
 
 A reconstruction. Only the authors' announcement could be read, not their paper or code: it says that a learned router
 picks the most relevant query heads of a group and attention is computed for those alone. Router, gate, balancing and
-per-head output slices are choices, and the ones that matter are fields of the config (docs/mechanisms.md).
+output slices are choices, and each is a field of the config (docs/mechanisms.md).
 
 Legend: B batch, S sequence, d width, H query heads in the pool, G groups (= KV heads), M=H/G heads per group,
 N=M-always_on routed heads per group, k=top_k, D head size. Per token t, in group g:
 
-    r = W_R x                      [G, N]     router logits, fp32
-    K = top-k of r (+ bias)        [G, k]     ties to the lower index, no gradient
+    r = router(x)                  [G, N]     logits, fp32
+    K = top-k of r (+ bias, noise) [G, k]     ties to the lower index, no gradient
     o_m = softmax(q_m K_g^T / sqrt(D)) V_g    for m in K and the always-on heads only
     y = sum over g, m of gate(r_m) W_O[g, m] o_m
 
@@ -18,8 +18,8 @@ GQA with always_on + k query heads per group: mask, KV cache and kernels stay as
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+import math
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,37 +27,60 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.routing import GateName, expand, gates, router_logits, select, top_k
+from headway.kernels.routing import GateName, expand, select
 from headway.model.attention.gqa import GroupedConfig, GroupedQueryAttention, check_groups
-from headway.model.base import Attention, AttentionOutput, Flops, RouterStats, Shard
+from headway.model.balance import BalanceConfig
+from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
 from headway.model.layers import parameter
-from headway.model.router import RouterMeter, balance_loss, chosen_mask
+from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, summed
 
-ROUTER = "query"
+ROUTER = "router"
+
+
+class KStage(StrictConfig):
+    """`top_k` while fewer than `until_tokens` training tokens are done."""
+
+    until_tokens: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+
+
+class SizeRule(StrictConfig):
+    """k = ceil(min(1, ratio + slope log10(P / at_params)) N) for a model of P parameters: larger models, denser.
+
+    A proposal of this project; the two published observations (fine at 0.1B, harmful at 0.94B) cannot fit it.
+    """
+
+    ratio: float = Field(gt=0, le=1, description="share of routed heads picked at `at_params` parameters")
+    slope: float = Field(ge=0, description="growth of that share per factor of ten in parameters")
+    at_params: float = Field(gt=0)
+
+    def top_k(self, *, num_params: int, routed: int) -> int:
+        """At least 1, at most `routed`."""
+        ratio = min(1.0, self.ratio + self.slope * math.log10(num_params / self.at_params))
+        return max(1, math.ceil(ratio * routed - 1e-9))
 
 
 class RgqaConfig(GroupedConfig):
-    """Routed GQA: every token picks `top_k` of the query heads of each group.
-
-    balance f_p: auxiliary loss, see `headway.model.router.balance_loss` for the two scopes. loss_free: a bias per head,
-    raised where load is below its group's mean and lowered above, used for selection only (Wang et al., 2024,
-    arXiv 2408.15664); it is added to sigmoid(r) as published, whatever the gate. none: nothing keeps heads in use.
-    """
+    """Routed GQA: every token picks `top_k` of the query heads of each group."""
 
     type: Literal["rgqa"] = "rgqa"
     kv_heads: int = Field(
         ge=1, description="G, KV heads (= groups); each has heads/kv_heads query heads to choose from"
     )
-    top_k: int = Field(ge=1, description="query heads a token picks in each group")
-    gate: GateName = Field(default="sigmoid2", description="factor on the output of a picked head")
-    always_on: int = Field(default=0, ge=0, description="heads per group outside the routing, always used, ungated")
-    balance: Literal["f_p", "loss_free", "none"] = Field(default="f_p", description="what keeps heads in use")
-    balance_coef: float = Field(default=0.01, ge=0, description="coefficient of the f_p loss")
-    balance_scope: Literal["sequence", "micro_batch"] = Field(
-        default="sequence", description="tokens over which f and P are taken; sequence: independent of micro-batches"
+    top_k: int | list[int] | SizeRule = Field(
+        description="query heads a token picks in each group; a list: one number per layer; a rule: by model size"
     )
-    bias_rate: float = Field(default=1e-3, gt=0, description="loss_free: change of a head's bias per step")
-    router_init_std: float = Field(default=0.02, gt=0)
+    k_schedule: list[KStage] = Field(
+        default=[], description="other top_k early in training, in stages; costs are stated for the final one"
+    )
+    gate: GateName = Field(default="sigmoid2", description="factor on the output of a picked head")
+    always_on: int = Field(default=0, ge=0, description="heads per group outside the routing, always used")
+    always_on_gate: Literal["none", "sigmoid2"] = Field(default="none", description="factor on always-on heads")
+    output: Literal["head", "slot"] = Field(
+        default="head", description="slice of W_O of each head of the pool, or of each slot (as GQE has it)"
+    )
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
+    balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="what keeps heads in use")
 
     @model_validator(mode="after")
     def _routing_is_possible(self) -> Self:
@@ -67,19 +90,56 @@ class RgqaConfig(GroupedConfig):
                 f"always_on: {self.always_on} of the {self.heads_per_group} query heads of a group leave none to "
                 f"route; use always_on {self.heads_per_group - 1}, or heads {self.kv_heads * (self.always_on + 1)}"
             )
-        if self.top_k > self.routed:
+        if self.always_on_gate != "none" and not self.always_on:
+            raise ValueError("always_on_gate: there are no always-on heads; use always_on 1, or always_on_gate none")
+        for k in self._all_k():
+            self._check_k(k)
+        ends = [stage.until_tokens for stage in self.k_schedule]
+        if ends != sorted(set(ends)):
+            raise ValueError(
+                f"k_schedule: until_tokens {ends} must grow from stage to stage; sort the stages, or use one stage"
+            )
+        if self.output == "slot" and (self.k_schedule or not isinstance(self.top_k, int)):
+            raise ValueError(
+                "output: slot has one slice of W_O per slot, so k must be one number for all layers and the whole "
+                "training; use output head, or top_k as an integer without k_schedule"
+            )
+        return self
+
+    def _all_k(self) -> list[int]:
+        stated = self.top_k if isinstance(self.top_k, list) else [self.top_k]
+        return [k for k in stated if isinstance(k, int)] + [stage.top_k for stage in self.k_schedule]
+
+    def _check_k(self, k: int) -> None:
+        if k < 1 or k > self.routed:
             legal = "1" if self.routed == 1 else f"1 to {self.routed}"
             raise ValueError(
-                f"top_k: {self.top_k} heads picked of {self.routed} routed ones per group "
+                f"top_k: {k} heads picked of {self.routed} routed ones per group "
                 f"(heads {self.heads} / kv_heads {self.kv_heads} - always_on {self.always_on}); "
-                f"use top_k {legal}, or heads {self.kv_heads * (self.top_k + self.always_on)}"
+                f"use top_k {legal}, or heads {self.kv_heads * (max(k, 1) + self.always_on)}"
             )
-        if self.gate == "renorm" and self.top_k == 1:
+        if self.gate == "renorm" and k == 1:
             raise ValueError(
                 "gate: renorm at top_k 1 is the constant 1, so the router would get no gradient from the task; "
                 "use gate sigmoid2 or detached_renorm, or top_k 2"
             )
-        return self
+
+    def layer(self, index: int, layers: int) -> Self:
+        if not isinstance(self.top_k, list):
+            return self
+        if len(self.top_k) != layers:
+            raise ValueError(
+                f"attention.top_k: {len(self.top_k)} numbers for {layers} layers; "
+                f"give {layers} numbers, or one integer for all layers"
+            )
+        return self.model_copy(update={"top_k": self.top_k[index]})
+
+    def at_size(self, num_params: int) -> Self:
+        if not isinstance(self.top_k, SizeRule):
+            return self
+        k = self.top_k.top_k(num_params=num_params, routed=self.routed)
+        self._check_k(k)
+        return self.model_copy(update={"top_k": k})
 
     @property
     def groups(self) -> int:
@@ -91,9 +151,15 @@ class RgqaConfig(GroupedConfig):
         return self.heads_per_group - self.always_on
 
     @property
+    def k(self) -> int:
+        """Heads picked per group and token; needs a config of one layer (`layer`, `at_size`)."""
+        assert isinstance(self.top_k, int), "k differs by layer or model size: ask the config of one layer"
+        return self.top_k
+
+    @property
     def slots(self) -> int:
         """Query heads computed per group and token."""
-        return self.always_on + self.top_k
+        return self.always_on + self.k
 
     @property
     def score_maps(self) -> int:
@@ -103,118 +169,91 @@ class RgqaConfig(GroupedConfig):
         return RoutedGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """GQA's and the router: 2dHD + 2dGD + dGN."""
-        return super().num_params(width=width) + width * self.groups * self.routed
+        """GQA's and the router: 2dHD + 2dGD + dGN with a linear one; per slot W_O has d(G slots)D, not dHD."""
+        params = super().num_params(width=width)
+        params += self.router.num_params(width=width, groups=self.groups, experts=self.routed)
+        if self.always_on_gate != "none":
+            params += width * self.groups * self.always_on
+        if self.output == "slot":
+            params -= width * (self.heads - self.groups * self.slots) * self.head_dim
+        return params
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4d(G slots)D + 4dGD + 2dGN and the core; executed: Q and W_O for all H heads instead of the slots."""
-        kv_and_router = 4 * width * self.groups * self.head_dim + 2 * width * self.groups * self.routed
-        rest = kv_and_router + self.core_flops_per_token(seq_len=seq_len)
-        per_head = 4 * width * self.head_dim
-        return Flops(useful=rest + per_head * self.groups * self.slots, executed=rest + per_head * self.heads)
+        """Useful: 4d(G slots)D + 4dGD + router and the core; executed: Q and W_O for all H heads instead of slots."""
+        rest = 4 * width * self.groups * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
+        rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.routed)
+        if self.always_on_gate != "none":
+            rest += 2 * width * self.groups * self.always_on
+        per_head, slots = 2 * width * self.head_dim, self.groups * self.slots
+        queries = self.heads if self.router.reads_queries else slots
+        outputs = self.heads if self.output == "head" else slots
+        return Flops(useful=rest + per_head * (queries + slots), executed=rest + per_head * (self.heads + outputs))
 
     def shards(self) -> dict[str, Shard]:
         """Whole groups with their router rows: routing needs no communication."""
-        return {**super().shards(), "w_r": Shard(0, self.groups)}
-
-
-class Routing(NamedTuple):
-    """One layer's decision for a batch; heads are numbered within their group, always-on ones first."""
-
-    idx: Tensor  # [B, S, G, slots] int64
-    gate: Tensor  # [B, S, G, slots], fp32 or wider
-    aux_loss: Tensor | None  # scalar, with its coefficient
+        names = [f"{ROUTER}.{name}" for name in self.router.shards()]
+        names += ["w_always_on"] if self.always_on_gate != "none" else []
+        return {**super().shards(), **{name: Shard(0, self.groups) for name in names}}
 
 
 class RoutedGroupedQueryAttention(GroupedQueryAttention):
-    """GQA's parameters under GQA's names, and a router `w_r` [G N, d]."""
-
-    router_bias: Tensor
+    """GQA's parameters under GQA's names, a `router`, and gates of always-on heads `w_always_on` [G a, d]."""
 
     def __init__(self, config: RgqaConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
-        self.config = config
-        self.w_r = parameter(config.groups * config.routed, width)
-        self.init_stds["w_r"] = config.router_init_std
-        self._meter = RouterMeter(config.top_k)
-        if config.balance == "loss_free":
-            self.register_buffer("router_bias", torch.zeros(config.groups, config.routed, dtype=torch.float32))
+        self.config, self.top_k = config, config.k
+        routing = RoutingConfig(gate=config.gate, balance=config.balance, router=config.router)
+        self.router = config.router.build(routing, width=width, groups=config.groups, experts=config.routed)
+        if config.always_on_gate != "none":
+            self.w_always_on = parameter(config.groups * config.always_on, width)
+            self.init_stds["w_always_on"] = 0.02
+        if config.output == "slot":
+            self.w_o = parameter(width, config.groups * config.slots * config.head_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        heads_per_group = self.config.heads_per_group
-        idx, gate, aux_loss = self.route(x)
-        pool = self.heads_of(x, self.w_q).unflatten(2, (-1, heads_per_group))  # [B, S, G, M, D]
-        q = select(pool, idx).flatten(2, 3)  # [B, S, G slots, D], group-major as the core expects
-        q = self.q_rope(q, rope)  # after the gather: fewer rotations, and the same, since the angle is the token's
-        k = self.k_rope(self.heads_of(x, self.w_k), rope)  # [B, S, G, D]
-        v = self.heads_of(x, self.w_v)  # [B, S, G, D]
-        o = core(q, k, v, mask).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
-        # Zeros and one dense W_O. Gathering W_O slices per token instead would move d D numbers per slot.
-        o = expand(o, idx, gate, heads_per_group)  # [B, S, G, M, D]
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), aux_loss)
-
-    def forward_reference(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        """The same function, masked dense: GQA over all H heads, outputs times the gate, zero where not chosen."""
-        idx, gate, aux_loss = self.route(x)
-        q = self.q_rope(self.heads_of(x, self.w_q), rope)
-        k = self.k_rope(self.heads_of(x, self.w_k), rope)
-        o = core(q, k, self.heads_of(x, self.w_v), mask).unflatten(2, (-1, self.config.heads_per_group))
-        factor = gate.new_zeros(o.shape[:-1]).scatter(-1, idx, gate)  # [B, S, G, M]
-        o = o * factor.unsqueeze(-1).to(o.dtype)
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), aux_loss)
-
-    def route(self, x: Tensor) -> Routing:
-        """x [B, S, d] -> which heads each token uses, and how much of each."""
-        config = self.config
-        always_on = config.always_on
-        logits = router_logits(x, self.w_r, self.w_r.shape[0] // config.routed)  # [B, S, G, N]
-        loss_free = config.balance == "loss_free"
-        scores = torch.sigmoid(logits.detach()) + self.router_bias if loss_free else logits
-        idx = top_k(scores, config.top_k)
-        gate = gates(logits, idx, config.gate)
-        aux_loss = self._balance(logits, idx)
-        if always_on:
-            fixed = torch.arange(always_on, device=idx.device).expand(*idx.shape[:-1], always_on)
-            idx = torch.cat([fixed, idx + always_on], -1)
-            gate = torch.cat([torch.ones_like(fixed, dtype=gate.dtype), gate], -1)
-        return Routing(idx, gate, aux_loss)
-
-    def _balance(self, logits: Tensor, idx: Tensor) -> Tensor | None:
-        """Records the choice; returns the balancing loss where the config asks for one."""
-        config = self.config
-        if not self.training and config.balance != "f_p":
-            return None
-        chosen = chosen_mask(logits.detach(), idx)
-        if self.training:
-            self._meter.update(logits.detach(), chosen)
-        if config.balance != "f_p":
-            return None
-        if config.gate == "sigmoid2":  # the distribution whose parts the gates are
-            score = torch.sigmoid(logits)
-            p = score / score.sum(-1, keepdim=True)
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
+        idx, gate, aux_loss = self.route(x, context, queries)
+        q = select(queries, idx).flatten(2, 3)  # [B, S, G slots, D], group-major as the core expects
+        q = self.q_rope(q, context.rope)  # after the gather: fewer rotations, and the same, as the angle is the token's
+        k, v = self.keys_and_values(x, context)  # [B, S, G, D]
+        o = core(q, k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
+        if self.config.output == "slot":
+            o = o * gate.to(o.dtype).unsqueeze(-1)
         else:
-            p = torch.softmax(logits, -1)
-        return config.balance_coef * balance_loss(p, chosen, slots=config.top_k, scope=config.balance_scope)
+            # Zeros and one dense W_O. Gathering W_O slices per token instead would move d D numbers per slot.
+            o = expand(o, idx, gate, self.members)  # [B, S, G, M, D]
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 
-    def router_stats(self) -> dict[str, RouterStats]:
-        stats = self._meter.stats()
-        return {} if stats is None else {ROUTER: stats}
+    def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
+        """The same function, masked dense: GQA over all H heads, outputs times the gate, zero where not chosen."""
+        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
+        idx, gate, aux_loss = self.route(x, context, queries)
+        k, v = self.keys_and_values(x, context)
+        o = core(self.q_rope(queries.flatten(2, 3), context.rope), k, v, context.mask)
+        o = o.unflatten(2, (-1, self.members))  # [B, S, G, M, D]
+        if self.config.output == "slot":
+            o = o.gather(3, idx.unsqueeze(-1).expand(*idx.shape, o.shape[-1])) * gate.unsqueeze(-1).to(o.dtype)
+        else:
+            factor = gate.new_zeros(o.shape[:-1]).scatter(-1, idx, gate)  # [B, S, G, M]
+            o = o * factor.unsqueeze(-1).to(o.dtype)
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 
-    def reset_router_stats(self) -> None:
-        self._meter.reset()
+    def route(self, x: Tensor, context: Context, queries: Tensor) -> Routing:
+        """x [B, S, d], queries [B, S, G, M, D] -> heads [B, S, G, slots] within their group, always-on ones first."""
+        always_on = self.config.always_on
+        routing = self.router(x, context, k=self.top_k, queries=queries[..., always_on:, :])
+        if not always_on:
+            return routing
+        fixed = torch.arange(always_on, device=x.device).expand(*routing.idx.shape[:-1], always_on)
+        factor = torch.ones_like(fixed, dtype=routing.gate.dtype)
+        if self.config.always_on_gate != "none":
+            logits = F.linear(x, self.w_always_on).unflatten(-1, (-1, always_on))
+            factor = 2 * torch.sigmoid(logits.to(routing.gate.dtype))
+        return Routing(
+            torch.cat([fixed, routing.idx + always_on], -1), torch.cat([factor, routing.gate], -1), routing.aux_loss
+        )
 
-    @torch.no_grad()
-    def after_step(self, global_load: dict[str, Tensor]) -> None:
-        if self.config.balance != "loss_free":
-            return
-        load = global_load[ROUTER].to(self.router_bias)
-        self.router_bias += self.config.bias_rate * torch.sign(load.mean(-1, keepdim=True) - load)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves like any module, but keeps the bias in fp32: a step of 1e-3 vanishes in bf16 beyond 0.25."""
-        bias = self._buffers.get("router_bias")
-        super()._apply(fn, recurse)
-        if bias is not None:
-            moved = self.router_bias
-            self.router_bias = bias.to(moved.device) if moved.dtype != bias.dtype else moved
-        return self
+    def before_step(self, tokens: int) -> None:
+        """k of the schedule's stage."""
+        stages = [stage.top_k for stage in self.config.k_schedule if tokens < stage.until_tokens]
+        self.top_k = stages[0] if stages else self.config.k

@@ -2,13 +2,15 @@
 
 Legend: B batch, S sequence, d width, n heads, E experts per head, k=top_k, D head size. For head h:
 
-    Q = W_Q x,  K = W_K x                              dense, one of each per head
-    V(s) = sum over e in top-k of sigmoid(W_SV x_s) of  sigmoid(r_e) W_V[e] x_s    source: the token that is attended to
-    y(t) = sum over e in top-k of sigmoid(W_SO x_t) of  sigmoid(r_e) W_O[e] (A V)  destination: the querying token
+    Q = W_Q x,  K = W_K x                                  dense, one of each per head
+    V(s) = sum over e in top-k of r^V(s), of gate(r^V_e) W_V[e] x_s     source: the token that is attended to
+    y(t) = sum over e in top-k of r^O(t), of gate(r^O_e) W_O[e] (A V)   destination: the querying token
 
 Gates are independent sigmoids, not renormalised; there is no auxiliary loss. With n=G and E=M this is the dual of
 R-GQA: equal projection weights, equal projection FLOPs up to the gating products, equal KV cache; R-GQA has a pool of
 query and output slices and k G score maps, SwitchHead a pool of value and output slices and G score maps.
+
+E = 1 is the authors' gate-only layer: dense values and outputs, and one sigmoid gate per head on what attention gives.
 """
 
 from __future__ import annotations
@@ -21,27 +23,36 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.routing import expand, router_logits, select, top_k
+from headway.kernels.routing import expand, select
 from headway.model.attention.gqa import QkNorm
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Flops, RouterStats, Shard
+from headway.model.balance import BalanceConfig
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import parameter
-from headway.model.router import RouterMeter, chosen_mask
+from headway.model.router import AnyRouter, LinearRouterConfig, RoutedAttention, Routing, RoutingConfig, summed
 
 
 class SwitchHeadConfig(AttentionConfig):
     """SwitchHead: n heads with dense queries and keys; values and outputs are mixtures of experts.
 
-    The authors rotate half of the channels (rope_fraction 0.5) and scale the initial weights by the fan-in; the
-    defaults here are those of the other mechanisms, so that a comparison differs in the mechanism alone.
+    The authors rotate half of the channels (rope_fraction 0.5), scale initial weights by the fan-in and make router
+    rows nearly equal in norm (router.init equal_rows); the defaults here are those of the other mechanisms, so that a
+    comparison differs in the mechanism alone.
     """
 
     type: Literal["switchhead"] = "switchhead"
     kv_heads: int = Field(
         ge=1, description="n, heads; each has its own query, key and pools of value and output experts"
     )
-    experts: int = Field(ge=1, description="E, value experts and output experts per head")
+    experts: int = Field(ge=1, description="E, value and output experts per head; 1: a gate per head and nothing else")
     top_k: int = Field(ge=1, description="value experts and output experts a token uses per head")
-    router_init_std: float = Field(default=0.02, gt=0)
+    gate: Literal["sigmoid", "sigmoid2", "renorm"] = Field(
+        default="sigmoid", description="factor of a picked expert; published: sigmoid, as an option renorm"
+    )
+    shared_selection: bool = Field(
+        default=False, description="one router for both sides: a token's value and output experts have the same numbers"
+    )
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="form of the two routers")
+    balance: BalanceConfig = Field(default=BalanceConfig(), description="losses of either router; published: none")
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
@@ -51,7 +62,27 @@ class SwitchHeadConfig(AttentionConfig):
                 f"top_k: {self.top_k} experts picked of {self.experts} per head; "
                 f"use top_k {legal}, or experts {self.top_k}"
             )
+        if self.gate == "renorm" and self.top_k == 1:
+            raise ValueError(
+                "gate: renorm at top_k 1 is the constant 1, so the routers would get no gradient; "
+                "use gate sigmoid, or top_k 2"
+            )
+        if self.shared_selection and self.experts == 1:
+            raise ValueError(
+                "shared_selection: with experts 1 only outputs are gated and there is nothing to share; "
+                "use shared_selection false, or experts 2"
+            )
+        if self.router.reads_queries:
+            raise ValueError(
+                f"router: {self.router.type} ranks query heads, and SwitchHead routes values and outputs; "
+                "use router.type linear or two_layer"
+            )
         return self
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """One router for each side, or one for both."""
+        return ("destination",) if self.shared_selection or self.experts == 1 else ("source", "destination")
 
     @property
     def score_maps(self) -> int:
@@ -61,30 +92,36 @@ class SwitchHeadConfig(AttentionConfig):
         return SwitchHeadAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dnD + 2dnED + 2dnE, and two gains of D with QK-norm."""
+        """2dnD + 2dnED and the routers, 2dnE where they are linear and two; two gains of D with QK-norm."""
         dense = 2 * width * self.kv_heads * self.head_dim
         gains = 2 * self.head_dim if self.qk_norm else 0
-        return dense + dense * self.experts + 2 * width * self.kv_heads * self.experts + gains
+        router = self.router.num_params(width=width, groups=self.kv_heads, experts=self.experts)
+        return dense + dense * self.experts + len(self.router_names) * router + gains
+
+    def gating_flops_per_token(self) -> int:
+        """Gates times values, and sums: 2knD on either side; at E = 1 outputs alone."""
+        sides = 1 if self.experts == 1 else 2
+        return sides * 2 * self.top_k * self.kv_heads * self.head_dim
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
         """Useful: 4dnD + 4knD(d+1) + 4dnE and the core; executed: V and O for all E experts instead of k."""
-        heads, gating = self.kv_heads * self.head_dim, 4 * self.top_k * self.kv_heads * self.head_dim
-        router = 4 * width * self.kv_heads * self.experts
-        rest = 4 * width * heads + gating + router + self.core_flops_per_token(seq_len=seq_len)
-        per_expert = 4 * width * heads
+        per_expert = 4 * width * self.kv_heads * self.head_dim
+        router = self.router.flops_per_token(width=width, groups=self.kv_heads, experts=self.experts)
+        rest = per_expert + self.gating_flops_per_token() + len(self.router_names) * router
+        rest += self.core_flops_per_token(seq_len=seq_len)
         return Flops(useful=rest + per_expert * self.top_k, executed=rest + per_expert * self.experts)
 
-    def kv_bytes_per_token(self, *, bytes_per_element: int) -> int:
+    def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
         return 2 * self.kv_heads * self.head_dim * bytes_per_element
 
     def shards(self) -> dict[str, Shard]:
         """Whole heads with their experts and router rows: routing needs no communication."""
-        rows = {name: Shard(0, self.kv_heads) for name in ("w_q", "w_k", "w_v", "w_sv", "w_so")}
-        return {**rows, "w_o": Shard(1, self.kv_heads)}
+        rows = ["w_q", "w_k", "w_v", *(f"{r}.{name}" for r in self.router_names for name in self.router.shards())]
+        return {**{name: Shard(0, self.kv_heads) for name in rows}, "w_o": Shard(1, self.kv_heads)}
 
 
-class SwitchHeadAttention(Attention):
-    """Parameters w_q, w_k [n D, d]; w_v [n E D, d]; w_o [d, n E D]; routers w_sv, w_so [n E, d]; head-major."""
+class SwitchHeadAttention(RoutedAttention):
+    """Parameters w_q, w_k [n D, d]; w_v [n E D, d]; w_o [d, n E D]; routers `source`, `destination`; head-major."""
 
     def __init__(self, config: SwitchHeadConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
@@ -94,55 +131,71 @@ class SwitchHeadAttention(Attention):
         self.w_k = parameter(heads * head_dim, width)
         self.w_v = parameter(heads * experts * head_dim, width)
         self.w_o = parameter(width, heads * experts * head_dim)
-        self.w_sv = parameter(heads * experts, width)
-        self.w_so = parameter(heads * experts, width)
+        routing = RoutingConfig(gate=config.gate, balance=config.balance, router=config.router)
+        for name in config.router_names:
+            self.add_module(name, config.router.build(routing, width=width, groups=heads, experts=experts))
         self.q_rope = QkNorm(config, norm_eps)
         self.k_rope = QkNorm(config, norm_eps)
-        router = config.router_init_std
-        self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_sv": router, "w_so": router}
-        self.init_stds["w_o"] = init_std / (2 * layers) ** 0.5
-        self._meters = {"source": RouterMeter(config.top_k), "destination": RouterMeter(config.top_k)}
+        self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
-        experts, head_dim = self.config.experts, self.config.head_dim
-        q = self.q_rope(F.linear(x, self.w_q).unflatten(-1, (-1, head_dim)), rope)  # [B, S, n, D]
-        k = self.k_rope(F.linear(x, self.w_k).unflatten(-1, (-1, head_dim)), rope)  # [B, S, n, D]
-        source, source_gate = self._route("source", x, self.w_sv)
-        pool = F.linear(x, self.w_v).unflatten(-1, (-1, experts, head_dim))  # [B, S, n, E, D]
-        v = (select(pool, source) * source_gate.to(x.dtype).unsqueeze(-1)).sum(-2)  # [B, S, n, D]
-        o = core(q, k, v, mask)  # [B, S, n, D]
-        destination, gate = self._route("destination", x, self.w_so)
-        slots = o.unsqueeze(-2).expand(*destination.shape, head_dim)  # one output, k output experts
-        o = expand(slots, destination, gate, experts)  # [B, S, n, E, D]
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), None)
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        experts = self.config.experts
+        source, destination = self.route(x, context)
+        q, k, v = self._queries_and_keys(x, context)
+        if source is not None:
+            chosen = select(v, source.idx) * source.gate.to(x.dtype).unsqueeze(-1)  # [B, S, n, k, D]
+            v = chosen.sum(-2, keepdim=True)
+        k, v = context.keys_and_values(k, v.squeeze(-2))
+        o = core(q, k, v, context.mask)  # [B, S, n, D]
+        slots = o.unsqueeze(-2).expand(*destination.idx.shape, o.shape[-1])  # one output, k output experts
+        o = expand(slots, destination.idx, destination.gate, experts)  # [B, S, n, E, D]
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), _aux_loss(source, destination))
 
-    def forward_reference(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> AttentionOutput:
+    def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
         """The same function, masked dense: every expert, times its gate, zero where not chosen."""
-        experts, head_dim = self.config.experts, self.config.head_dim
-        q = self.q_rope(F.linear(x, self.w_q).unflatten(-1, (-1, head_dim)), rope)
-        k = self.k_rope(F.linear(x, self.w_k).unflatten(-1, (-1, head_dim)), rope)
-        factors = []
-        for name, weight in (("source", self.w_sv), ("destination", self.w_so)):
-            idx, gate = self._route(name, x, weight)
-            factors.append(gate.new_zeros(*idx.shape[:-1], experts).scatter(-1, idx, gate).to(x.dtype))
-        pool = F.linear(x, self.w_v).unflatten(-1, (-1, experts, head_dim))
-        v = torch.einsum("bsne,bsned->bsnd", factors[0], pool)
-        o = core(q, k, v, mask)
-        o = torch.einsum("bsne,bsnd->bsned", factors[1], o)
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), None)
+        experts = self.config.experts
+        source, destination = self.route(x, context)
+        q, k, v = self._queries_and_keys(x, context)
+        weights = torch.ones_like(v[..., 0]) if source is None else _all_gates(source, experts).to(x.dtype)
+        k, v = context.keys_and_values(k, torch.einsum("bsne,bsned->bsnd", weights, v))
+        o = core(q, k, v, context.mask)
+        o = torch.einsum("bsne,bsnd->bsned", _all_gates(destination, experts).to(x.dtype), o)
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), _aux_loss(source, destination))
 
-    def _route(self, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, d] -> experts [B, S, n, k] and their gates sigmoid(r), fp32 or wider."""
-        logits = router_logits(x, weight, weight.shape[0] // self.config.experts)  # [B, S, n, E]
-        idx = top_k(logits, self.config.top_k)
-        if self.training:
-            self._meters[name].update(logits.detach(), chosen_mask(logits.detach(), idx))
-        return idx, torch.sigmoid(logits.gather(-1, idx))
+    def route(self, x: Tensor, context: Context) -> tuple[Routing | None, Routing]:
+        """x [B, S, d] -> value experts and output experts [B, S, n, k] of each token; None: values are dense."""
+        routings = {name: router(x, context, k=self.config.top_k) for name, router in self.routers.items()}
+        destination = routings["destination"]
+        if self.config.shared_selection:
+            return destination, destination
+        return routings.get("source"), destination
 
-    def router_stats(self) -> dict[str, RouterStats]:
-        stats = {name: meter.stats() for name, meter in self._meters.items()}
-        return {name: stat for name, stat in stats.items() if stat is not None}
+    def pool(self, x: Tensor, context: Context) -> HeadPool | None:
+        """The value experts of each head, each attended to with the head's own queries and keys."""
+        experts = self.config.experts
+        if experts == 1:
+            return None
+        q, k, v = self._queries_and_keys(x, context)
+        each = [t.repeat_interleave(experts, 2) for t in (q, k)]
+        o = core(*each, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
+        weights = self.w_v.unflatten(0, (-1, experts, self.config.head_dim)).flatten(2)
+        return HeadPool("value expert", weights, v, o)
 
-    def reset_router_stats(self) -> None:
-        for meter in self._meters.values():
-            meter.reset()
+    def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys [B, S, n, D], and every value expert's values [B, S, n, E, D]."""
+        head_dim = self.config.head_dim
+        q = self.q_rope(F.linear(x, self.w_q).unflatten(-1, (-1, head_dim)), context.rope)
+        k = self.k_rope(F.linear(x, self.w_k).unflatten(-1, (-1, head_dim)), context.rope)
+        return q, k, F.linear(x, self.w_v).unflatten(-1, (-1, self.config.experts, head_dim))
+
+
+def _aux_loss(source: Routing | None, destination: Routing) -> Tensor | None:
+    """Each router once, also where one serves both sides."""
+    other = None if source is None or source is destination else source.aux_loss
+    return summed(other, destination.aux_loss)
+
+
+def _all_gates(routing: Routing, experts: int) -> Tensor:
+    """[B, S, n, E]: the gate where chosen, else 0."""
+    gate = routing.gate
+    return gate.new_zeros(*gate.shape[:-1], experts).scatter(-1, routing.idx, gate)

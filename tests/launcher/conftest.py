@@ -12,7 +12,7 @@ import pytest
 TINY = """
 name: tiny
 model: {width: 32, layers: 2, ffn_width: 48, init_std: 0.05}
-attention: {type: rgqa, heads: 4, kv_heads: 2, head_dim: 8, top_k: 1, balance: loss_free}
+attention: {type: rgqa, heads: 4, kv_heads: 2, head_dim: 8, top_k: 1, balance: {f_p: 0, loss_free_rate: 1e-3}}
 data:
   seq_len: 32
   source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}

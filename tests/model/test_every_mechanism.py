@@ -62,11 +62,11 @@ def test_a_sequence_does_not_depend_on_its_batch(mechanism, decoder, tokens):
     torch.testing.assert_close(together.aux_loss, sum(out.aux_loss for out in alone) / 3, rtol=1e-12, atol=0)
 
 
-def test_bool_and_additive_masks_are_the_same(mechanism, layer, rope, x):
+def test_bool_and_additive_masks_are_the_same(mechanism, layer, context, x):
     module = layer(mechanism)
     additive = document_mask(SEGMENTS.expand(3, 11), x.dtype)
-    y = module(x, rope(mechanism, 11), additive).y
-    torch.testing.assert_close(module(x, rope(mechanism, 11), additive == 0).y, y, rtol=0, atol=1e-14)
+    y = module(x, context(mechanism, mask=additive)).y
+    torch.testing.assert_close(module(x, context(mechanism, mask=additive == 0)).y, y, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,10 +96,22 @@ def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens):
     assert cost.flops_per_token.useful <= cost.flops_per_token.executed
 
 
-def test_kv_bytes_are_those_of_the_keys_and_values(mechanism, layer, x):
-    module = layer(mechanism)
-    kv_heads = module.w_k.shape[0] // mechanism.head_dim
-    assert mechanism.kv_bytes_per_token(bytes_per_element=4) == 2 * kv_heads * mechanism.head_dim * 4
+def test_kv_bytes_are_those_that_decoding_keeps(mechanism, decoder, tokens):
+    model = decoder(mechanism).eval()
+    cache = model.new_cache()
+    for part in tokens.split((4, 6, 1), 1):
+        model.logits(part, cache=cache)
+    cost = account(_config(True), mechanism, vocab_size=37, seq_len=11, bytes_per_element=8)
+    assert cache.numbers * 8 == pytest.approx(cost.kv_bytes_per_token * tokens.numel(), rel=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [(11,), (5, 6), (4, 5, 1, 1), (1,) * 11])
+def test_decoding_in_chunks_equals_the_full_pass(mechanism, decoder, tokens, chunks):
+    model = decoder(mechanism).eval()
+    cache = model.new_cache()
+    parts = [model.logits(part, cache=cache) for part in tokens.split(chunks, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens), rtol=0, atol=1e-12)
+    assert cache.tokens == 11
 
 
 def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
@@ -110,7 +122,7 @@ def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, rope, x):
+def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, context, x):
     """Tensor parallelism as declared: two ranks hold a slice of every sharded parameter each, outputs are summed."""
     full = layer(mechanism)
     shards = mechanism.shards()
@@ -121,12 +133,15 @@ def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, rope,
         for name, shard in shards.items():
             tensor = full.get_parameter(name)
             assert shard.units % 2 == 0 and tensor.shape[shard.dim] % shard.units == 0
-            part.register_parameter(name, torch.nn.Parameter(tensor.detach().chunk(2, shard.dim)[rank]))
-        if "router_bias" in dict(full.named_buffers()):
-            part.router_bias = full.router_bias.chunk(2)[rank]
+            owner, _, own_name = name.rpartition(".")
+            mine = torch.nn.Parameter(tensor.detach().chunk(2, shard.dim)[rank])
+            part.get_submodule(owner).register_parameter(own_name, mine)
+        for name, buffer in full.named_buffers():
+            owner, _, own_name = name.rpartition(".")
+            part.get_submodule(owner).register_buffer(own_name, buffer.chunk(2)[rank])
         parts.append(part)
-    whole = full(x, rope(mechanism, 11), None)
-    outs = [part(x, rope(mechanism, 11), None) for part in parts]
+    whole = full(x, context(mechanism))
+    outs = [part(x, context(mechanism)) for part in parts]
     torch.testing.assert_close(outs[0].y + outs[1].y, whole.y, rtol=0, atol=1e-12)
     if whole.aux_loss is not None:
         torch.testing.assert_close((outs[0].aux_loss + outs[1].aux_loss) / 2, whole.aux_loss, rtol=0, atol=1e-14)

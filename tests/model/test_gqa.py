@@ -21,10 +21,10 @@ def written_out(module, x, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
-def test_equals_attention_written_out(layer, rope, x, groups):
+def test_equals_attention_written_out(layer, context, x, groups):
     config = GqaConfig(heads=6, kv_heads=groups, head_dim=10, rope_fraction=0.0)
     module = layer(config)
-    torch.testing.assert_close(module(x, rope(config, 11), None).y, written_out(module, x, groups), rtol=0, atol=1e-12)
+    torch.testing.assert_close(module(x, context(config)).y, written_out(module, x, groups), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -34,17 +34,19 @@ def test_mha_and_mqa_are_its_ends(decoder, tokens, end, kv_heads):
     gqa = GqaConfig(heads=6, kv_heads=kv_heads, head_dim=10)
     assert torch.equal(decoder(end).logits(tokens), decoder(gqa).logits(tokens))
     assert end.num_params(width=20) == gqa.num_params(width=20)
-    assert end.kv_bytes_per_token(bytes_per_element=2) == gqa.kv_bytes_per_token(bytes_per_element=2)
+    assert end.kv_bytes_per_token(seq_len=64, bytes_per_element=2) == gqa.kv_bytes_per_token(
+        seq_len=64, bytes_per_element=2
+    )
 
 
-def test_qk_norm_makes_scores_independent_of_the_scale_of_queries(layer, rope, x):
+def test_qk_norm_makes_scores_independent_of_the_scale_of_queries(layer, context, x):
     config = GqaConfig(heads=6, kv_heads=2, head_dim=10, qk_norm=True)
     module = layer(config)
-    before = module(x, rope(config, 11), None).y
+    before = module(x, context(config)).y
     with torch.no_grad():
         module.w_q.mul_(3.0)
-    after = module(x, rope(config, 11), None).y
+    after = module(x, context(config)).y
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # up to eps inside the norm
     with torch.no_grad():
         module.q_rope.norm.gain.mul_(3.0)
-    assert (module(x, rope(config, 11), None).y - before).abs().max() > 1e-2
+    assert (module(x, context(config)).y - before).abs().max() > 1e-2

@@ -8,6 +8,7 @@ from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.init import draw
+from headway.model.router import LinearRouterConfig
 
 
 def build(attention, *, seed=1, **fields):
@@ -16,12 +17,12 @@ def build(attention, *, seed=1, **fields):
 
 
 GQA = GqaConfig(heads=8, kv_heads=2, head_dim=6)
-RGQA = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, router_init_std=0.7)
+RGQA = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, router=LinearRouterConfig(init_std=0.7))
 
 
 def test_mechanisms_share_the_start_of_the_parameters_they_share():
     gqa, rgqa = dict(build(GQA).named_parameters()), dict(build(RGQA).named_parameters())
-    assert set(rgqa) - set(gqa) == {f"blocks.{i}.attn.w_r" for i in range(3)}
+    assert set(rgqa) - set(gqa) == {f"blocks.{i}.attn.router.w" for i in range(3)}
     assert set(gqa) <= set(rgqa)
     for name, parameter in gqa.items():
         assert torch.equal(parameter, rgqa[name]), name
@@ -65,7 +66,7 @@ def test_spreads_are_those_of_the_config():
         std = 0.05
         if name.endswith(("w_o", "w_down")):
             std = 0.05 / 6**0.5
-        if name.endswith("w_r"):
+        if name.endswith("router.w"):
             std = 0.7
         # a sample std of n numbers is off by 1/sqrt(2n); four of those
         assert abs(parameter.std().item() / std - 1) < 4 / (2 * parameter.numel()) ** 0.5, name

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from headway.model.attention.rgqa import RgqaConfig
+from headway.model.balance import BalanceConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
@@ -41,7 +42,7 @@ def global_batch(step: int) -> Micro:
 
 def decoder() -> Decoder:
     model = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.1)
-    attention = RgqaConfig(type="rgqa", heads=4, kv_heads=2, head_dim=8, top_k=1, balance="f_p", balance_coef=0.05)
+    attention = RgqaConfig(type="rgqa", heads=4, kv_heads=2, head_dim=8, top_k=1, balance=BalanceConfig(f_p=0.05))
     return Decoder(model, attention, vocab_size=VOCAB, seed=3)
 
 
