@@ -20,6 +20,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway plan  spec.yaml               parameters, FLOPs and KV bytes, without training
   headway train spec.yaml               train one spec; start the same command again to continue
   headway study run study.yaml          train variants and seeds, then write the report
+  headway generate RUN "prompt"         continue a prompt with a run's newest checkpoint
 
 Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
 
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|bench|schema"
+    names = "doctor|data|plan|train|study|bench|generate|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -85,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--against", action="append", default=[], metavar="key=value", help="a second spec in the same run"
             )
+    generate = verb("generate", "continue a prompt with a run's newest checkpoint", spec=False)
+    generate.add_argument("run", type=Path, help="folder of the run")
+    generate.add_argument("prompt", help="text to continue; token ids where the run learned synthetic data")
+    generate.add_argument("--tokens", type=int, default=100, help="new tokens at most (default 100)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="choose among tokens of this probability together")
+    generate.add_argument("--seed", type=int, default=1, help="equal seeds give equal text (default 1)")
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument(
         "out",
@@ -140,6 +148,11 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher.bench import bench_data
 
             return bench_data(args.spec, args.overrides, steps=args.steps, out=args.out)
+        case "generate", _:
+            from headway.launcher.generate import Sampling, generate
+
+            sampling = Sampling(tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+            return generate(args.run, args.prompt, sampling)
         case "schema", _:
             from headway.launcher.schema import write_schema
 

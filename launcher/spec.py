@@ -47,6 +47,8 @@ class Spec(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Spec:
+        for i in range(self.model.layers):
+            self.attention.layer(i, self.model.layers)
         per_pass = self.train.micro_batch * self.launch.processes
         if self.train.global_batch % per_pass:
             raise ValueError(

@@ -251,6 +251,43 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
     return None
 
 
+def newest_readable(root: Path, *, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest whole checkpoint, for one process that only reads: nothing is renamed, a training may be going on.
+
+    Raises CheckpointError where there is none.
+    """
+    candidates = steps_on_disk(root)
+    for path in candidates:
+        try:
+            manifest = read_manifest(path)
+            verify_hashes(path, manifest)
+            return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
+        except (CheckpointError, OSError) as e:
+            warn(f"checkpoint passed over: {e}")
+    found = f"none of {len(candidates)} checkpoints is whole" if candidates else "there is no checkpoint yet"
+    raise CheckpointError(f"{root}: {found}; train the run until it has saved one (checkpoint.every_tokens)")
+
+
+def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
+    """Set a plain module's parameters and persistent buffers, and nothing of the optimizer.
+
+    Raises CheckpointError when the checkpoint's tensors are not the module's (names or shapes).
+    """
+    tensors = _Tensors(checkpoint)
+    wanted = {f"param/{name}": tensor for name, tensor in module.named_parameters()}
+    wanted |= {f"buffer/{name}": tensor for name, tensor in persistent_buffers(module)}
+    there = {key for key in tensors if key.startswith(("param/", "buffer/"))}
+    wrong = set(wanted) ^ there or {k for k, t in wanted.items() if tuple(t.shape) != tensors.shape(k)}
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path}: it is the checkpoint of another model ({sorted(wrong)[:3]} differ); "
+            "use the spec it was trained with"
+        )
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(tensors[key])
+
+
 def _set_aside(damaged: list[Path], layout: Layout) -> None:
     """Rename checkpoints that were passed over: one that becomes readable again must not be taken for the newest."""
     if layout.is_main:

@@ -60,10 +60,9 @@ class SizeRule(StrictConfig):
         return max(1, math.ceil(ratio * routed - 1e-9))
 
 
-class RgqaConfig(GroupedConfig):
-    """Routed GQA: every token picks `top_k` of the query heads of each group."""
+class RoutedGroupedConfig(GroupedConfig):
+    """What every mechanism that routes the query heads within groups has."""
 
-    type: Literal["rgqa"] = "rgqa"
     kv_heads: int = Field(
         ge=1, description="G, KV heads (= groups); each has heads/kv_heads query heads to choose from"
     )
@@ -94,6 +93,11 @@ class RgqaConfig(GroupedConfig):
             raise ValueError("always_on_gate: there are no always-on heads; use always_on 1, or always_on_gate none")
         for k in self._all_k():
             self._check_k(k)
+        if self.gate == "renorm" and isinstance(self.top_k, SizeRule):
+            raise ValueError(
+                "gate: renorm needs at least two heads picked, and a size rule may come out at one; "
+                "use gate sigmoid2 or detached_renorm, or top_k as a number"
+            )
         ends = [stage.until_tokens for stage in self.k_schedule]
         if ends != sorted(set(ends)):
             raise ValueError(
@@ -137,9 +141,7 @@ class RgqaConfig(GroupedConfig):
     def at_size(self, num_params: int) -> Self:
         if not isinstance(self.top_k, SizeRule):
             return self
-        k = self.top_k.top_k(num_params=num_params, routed=self.routed)
-        self._check_k(k)
-        return self.model_copy(update={"top_k": k})
+        return self.model_copy(update={"top_k": self.top_k.top_k(num_params=num_params, routed=self.routed)})
 
     @property
     def groups(self) -> int:
@@ -196,10 +198,18 @@ class RgqaConfig(GroupedConfig):
         return {**super().shards(), **{name: Shard(0, self.groups) for name in names}}
 
 
+class RgqaConfig(RoutedGroupedConfig):
+    """Routed GQA: every token picks `top_k` of the query heads of each group."""
+
+    type: Literal["rgqa"] = "rgqa"
+
+
 class RoutedGroupedQueryAttention(GroupedQueryAttention):
     """GQA's parameters under GQA's names, a `router`, and gates of always-on heads `w_always_on` [G a, d]."""
 
-    def __init__(self, config: RgqaConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+    def __init__(
+        self, config: RoutedGroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float
+    ) -> None:
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
         self.config, self.top_k = config, config.k
         routing = RoutingConfig(gate=config.gate, balance=config.balance, router=config.router)

@@ -1,0 +1,208 @@
+"""`headway generate`: continue a prompt with a run's newest checkpoint, token by token, from a KV cache."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.data.config import DataError, MdsSource
+from headway.launcher.errors import NoInputError, SpecError
+from headway.launcher.run_dir import RunDir, read_json
+from headway.launcher.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from headway.data.tokenizer import CorpusTokenizer
+    from headway.model.decoder import Decoder
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward pass: bounds the memory of a long prompt; the result does not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0: always the likeliest; `top_p`: of the smallest set of tokens that
+    holds this probability; `seed` makes a sample repeatable.
+    """
+
+    tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def check(self) -> None:
+        """Raises SpecError where a value makes no sense."""
+        if self.tokens < 1:
+            raise SpecError(f"--tokens: {self.tokens} new tokens; give at least 1, such as --tokens 100")
+        if not 0 <= self.temperature < 100:
+            raise SpecError(f"--temperature: {self.temperature}; give 0 (the likeliest token) up to 100, such as 0.8")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"--top-p: {self.top_p} is no probability; give more than 0 and at most 1, such as 0.95")
+
+
+def generate(path: Path, prompt: str, sampling: Sampling) -> int:
+    """Print the prompt and its continuation to stdout, what it cost to stderr.
+
+    A run on synthetic data has no text: its prompt and its output are token ids. Raises NoInputError where `path` is no
+    run, CheckpointError where it has no whole checkpoint, DataError where its tokenizer is gone or another.
+    """
+    sampling.check()
+    run = RunDir(path)
+    if not run.spec.is_file():
+        hint = f"{path} is a file; name the run's folder" if path.is_file() else f"{path} holds no spec.json"
+        raise NoInputError(f"{hint}: train one with `headway train SPEC`; it says where its run folder is")
+    spec = Spec.model_validate_json(run.spec.read_text())
+    codec = _Codec.of(spec, run)
+    ids = codec.encode(prompt)
+    model, step = load_model(run, spec)
+    if len(ids) + sampling.tokens > spec.data.seq_len:
+        _note(
+            f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {spec.data.seq_len} the run "
+            "was trained on; what lies beyond was never practised"
+        )
+    _note(f"{spec.attention.type}, checkpoint of step {step}, {len(ids)} prompt tokens")
+    printer = _Printer(codec)
+    printer.put(ids)
+    stats: dict[str, Any] = {}
+    for token in continuation(model, ids, sampling, eos_id=codec.eos_id, stats=stats):
+        printer.put([token])
+    printer.close()
+    new = stats["new_tokens"]
+    decode_s = stats["decode_s"]
+    _note(
+        f"prefill {len(ids)} tokens in {1e3 * stats['prefill_s']:.0f} ms; {new} new tokens"
+        + (f", {(new - 1) / decode_s:,.0f} per second" if new > 1 and decode_s > 0 else "")
+        + f"; KV cache {stats['cache_bytes'] / 1024:,.1f} KiB for {stats['cached_tokens']} tokens"
+    )
+    return 0
+
+
+def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
+    """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
+    import torch
+
+    from headway.model.decoder import Decoder
+    from headway.parallel import checkpoint
+
+    assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
+    found = checkpoint.newest_readable(run.checkpoints, warn=_note)
+    model = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
+    checkpoint.load_weights(found, model)
+    model.before_step(int(found.state["tokens"]))
+    use_cuda = spec.launch.device != "cpu" and torch.cuda.is_available()
+    return model.eval().requires_grad_(False).to("cuda" if use_cuda else "cpu"), found.step
+
+
+def continuation(
+    model: Decoder, ids: list[int], sampling: Sampling, *, eos_id: int | None, stats: dict[str, Any]
+) -> Iterator[int]:
+    """New token ids, one by one, until `sampling.tokens` or the end of the document; `stats` is filled on the way."""
+    import torch
+
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    cache = model.new_cache()
+    t0 = time.perf_counter()
+    with torch.no_grad():
+        logits = None
+        for chunk in torch.tensor([ids], device=device).split(PREFILL_CHUNK, 1):
+            logits = model.logits(chunk, cache=cache)[0, -1]
+        assert logits is not None
+        stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
+        element = next(model.parameters()).element_size()
+        t0 = time.perf_counter()
+        for i in range(sampling.tokens):
+            token = _choose(logits, sampling, generator)
+            stats |= {"new_tokens": i + 1, "decode_s": time.perf_counter() - t0}
+            stats |= {"cache_bytes": cache.numbers * element, "cached_tokens": cache.tokens}
+            if token == eos_id:
+                return
+            yield token
+            if i + 1 < sampling.tokens:
+                logits = model.logits(torch.tensor([[token]], device=device), cache=cache)[0, -1]
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token id from logits [V]."""
+    import torch
+
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    p, order = torch.softmax(logits.float() / sampling.temperature, -1).sort(descending=True)
+    p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0.0)  # the first token past the border still belongs
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+class _Codec:
+    """Text or written-out ids to token ids and back."""
+
+    def __init__(self, tokenizer: CorpusTokenizer | None, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.eos_id = None if tokenizer is None else tokenizer.eos_id
+
+    @classmethod
+    def of(cls, spec: Spec, run: RunDir) -> _Codec:
+        source = spec.data.source
+        assert spec.model.vocab_size is not None
+        if not isinstance(source, MdsSource):
+            return cls(None, source.vocab_size)
+        from headway.data import tokenizer
+        from headway.data.manifest import TOKENIZER_NAME, read_manifest
+
+        root = Path(source.path).expanduser()
+        manifest = read_manifest(root)
+        trained_on = read_json(run.card, {}).get("data_fingerprint")
+        if trained_on is not None and manifest.fingerprint != trained_on:
+            raise DataError(
+                f"{root}: not the dataset this run was trained on (fingerprint {manifest.fingerprint[:16]}, the run "
+                f"{trained_on[:16]}): its token ids may mean other text; restore that dataset, or build it anew"
+            )
+        file = root / TOKENIZER_NAME
+        if tokenizer.sha256_of(file) != manifest.tokenizer_sha256:
+            raise DataError(f"{file}: not the tokenizer of the dataset; restore it, or build the dataset anew")
+        return cls(tokenizer.load(file), spec.model.vocab_size)
+
+    def encode(self, prompt: str) -> list[int]:
+        """At least one id; an empty prompt of text begins a document."""
+        if self._tokenizer is not None:
+            return self._tokenizer.encode([prompt])[0] or [self._tokenizer.eos_id]
+        words = prompt.split()
+        if not words or not all(w.isdecimal() and w.isascii() and int(w) < self._vocab_size for w in words):
+            raise SpecError(
+                f"prompt: this run learned synthetic token ids, not text; give numbers from 0 to "
+                f"{self._vocab_size - 1} separated by spaces, such as '5 40 7 33 5'"
+            )
+        return [int(word) for word in words]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids)) if self._tokenizer is None else self._tokenizer.decode(ids)
+
+
+class _Printer:
+    """Prints text as soon as it is whole: a letter may be spread over several tokens."""
+
+    def __init__(self, codec: _Codec) -> None:
+        self._codec, self._ids, self._shown = codec, [], ""
+
+    def put(self, ids: list[int]) -> None:
+        self._ids += ids
+        text = self._codec.decode(self._ids)
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def close(self) -> None:
+        self._show(self._codec.decode(self._ids))
+        print(flush=True)
+
+    def _show(self, text: str) -> None:
+        print(text[len(self._shown) :], end="", flush=True)
+        self._shown = text
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
