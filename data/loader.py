@@ -67,9 +67,9 @@ def open_source(cfg: DataConfig, *, split: Split) -> Source:
 def sample_digest(place: int, sample: Sample, *, masked: bool) -> int:
     """xxh64 of a sample's place in the global batch, its tokens and (when documents are masked) its segments."""
     digest = xxhash.xxh64(place.to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(sample.tokens, dtype="<u4"))
+    digest.update(np.ascontiguousarray(sample.tokens, dtype="<u4").data)
     if masked:
-        digest.update(np.ascontiguousarray(sample.segments, dtype="<i4"))
+        digest.update(np.ascontiguousarray(sample.segments, dtype="<i4").data)
     return digest.intdigest()
 
 

@@ -74,6 +74,10 @@ class SyntheticTask:
             case "induction":  # the answer is a token other than the one at hand
                 return math.log(self.vocab_size - 2)
 
+    def chance_accuracy(self) -> float:
+        """Share of targets that the same predictor guesses right: every token it cannot rule out is equally likely."""
+        return math.exp(-self.chance_loss())
+
     @property
     def _keys(self) -> int:
         return (self.vocab_size - 1) // 2

@@ -29,15 +29,40 @@ def linear_cross_entropy_sum(
     and backward: T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
     """
     tokens, vocab = len(hidden), len(weight)
-    if chunk_tokens is None:
-        elements = CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
-        chunk_tokens = max(1, elements // vocab)
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden, vocab)
     if tokens <= chunk_tokens:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.cross_entropy(F.linear(hidden, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
     # Asked here: inside a Function gradients are off, and `needs_input_grad` does not know of no_grad.
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad))
+
+
+@torch.no_grad()
+def linear_cross_entropy_and_hits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """For evaluation: (sum of `linear_cross_entropy_sum`, number of labels whose logit is its token's largest, int64).
+
+    Of equal largest logits the first counts as the guess. Shapes as there; the logits are formed once, chunk by chunk,
+    and no gradient is. Finding the largest of logits at hand costs less than the scatter of the timing: 1 ms of 11 at
+    most at T=1024, V=4096, d=128 on 2 CPU cores.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = hidden.new_zeros((), dtype=wide)
+    hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden, len(weight))
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        logits = F.linear(hidden[chunk], weight).to(wide)  # [C, V]
+        loss += F.cross_entropy(logits, labels[chunk], ignore_index=IGNORED, reduction="sum")
+        hits += (logits.argmax(-1) == labels[chunk]).sum()  # an ignored label is no token's number
+    return loss, hits
+
+
+def _chunk_tokens(hidden: Tensor, vocab: int) -> int:
+    elements = CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
+    return max(1, elements // vocab)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ class _Problem:
     key: str
     text: str
     missing: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,13 @@ def _problems(error: ValidationError, tree: Node, root: Shape) -> list[_Problem]
         problem = _problem(details, tree, root)
         # the arms of a union each complain about the same value; the message already names all of them
         found.setdefault(problem.key, problem)
-    return sorted(found.values(), key=lambda p: (p.missing, p.place.source, p.place.line, p.place.column))
+    # an arm that the value was not meant for complains of its type, where the arm it was meant for looks inside
+    inner = [p for p in found.values() if not (p.kind.endswith("_type") and _looked_into(p.key, found))]
+    return sorted(inner, key=lambda p: (p.missing, p.place.source, p.place.line, p.place.column))
+
+
+def _looked_into(key: str, found: Mapping[str, _Problem]) -> bool:
+    return any(other.startswith((f"{key}.", f"{key}[")) for other in found)
 
 
 def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
@@ -120,7 +128,7 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
     else:
         text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot))
     where = f"{printable(spot.key, 200)}: " if spot.key else ""
-    return _Problem(spot.place, spot.key, f"{where}{text}", missing)
+    return _Problem(spot.place, spot.key, f"{where}{text}", missing, kind)
 
 
 def _spot(location: tuple[int | str, ...], tree: Node, root: Shape) -> _Spot:
@@ -134,9 +142,17 @@ def _spot(location: tuple[int | str, ...], tree: Node, root: Shape) -> _Spot:
             continue  # the name of a union's arm
         if isinstance(element, str) and spot.node.is_mapping and "[" in element and element not in spot.node.value:
             continue  # the same, such as `tagged-union[...]` or `function-after[...]`
+        if isinstance(element, str) and spot.shape.model is not None and not _names(element, spot):
+            continue  # the same, where one arm is a mapping with keys of its own
         spot = _below(spot, element)
         passed_tag = False
     return spot
+
+
+def _names(element: str, spot: _Spot) -> bool:
+    """Whether `element` is a key at this spot, legal or written."""
+    legal = spot.shape.keys()
+    return element in legal or (spot.node.is_mapping and element in spot.node.value)
 
 
 def _below(spot: _Spot, element: int | str) -> _Spot:

@@ -20,6 +20,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway plan  spec.yaml               parameters, FLOPs and KV bytes, without training
   headway train spec.yaml               train one spec; start the same command again to continue
   headway study run study.yaml          train variants and seeds, then write the report
+  headway probe run probes.yaml         what each variant can do on synthetic tasks
   headway generate RUN "prompt"         continue a prompt with a run's newest checkpoint
 
 Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|bench|generate|schema"
+    names = "doctor|data|plan|train|study|probe|bench|generate|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -72,8 +73,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
             p.add_argument("--fresh", action="store_true", help="move an older folder of the study aside first")
+    probe = verb("probe", "what each variant can do on synthetic tasks", spec=False)
+    steps = probe.add_subparsers(dest="action", metavar="run|report", required=True)
+    for name, text in (
+        ("run", "train what is missing of every task, then write the table"),
+        ("report", "write the table"),
+    ):
+        p = steps.add_parser(name, help=text, description=text)
+        _spec_arguments(p, what="probe tasks")
+        if name == "run":
+            p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
+            p.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
     bench = verb("bench", "measure speed", spec=False)
-    kinds = bench.add_subparsers(dest="action", metavar="step|data", required=True)
+    kinds = bench.add_subparsers(dest="action", metavar="step|mechanism|data", required=True)
     for name, text in (
         ("step", "a training step: tokens/s, share of each part, cost over a bare PyTorch loop"),
         ("data", "the loader alone: tokens/s and time per batch"),
@@ -86,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--against", action="append", default=[], metavar="key=value", help="a second spec in the same run"
             )
+    p = kinds.add_parser("mechanism", help=(text := "every variant of a study against its baseline, over lengths"))
+    p.description = text
+    _spec_arguments(p, what="study")
+    p.add_argument("--lengths", type=_lengths, default=[256, 1024, 2048], help="tokens per sequence: 256,1024,2048")
+    p.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
+    p.add_argument("--tokens", type=int, default=2048, help="tokens per pass: shorter sequences come in batches")
+    p.add_argument("--out", type=Path, default=None, help="where the JSON is written, and a table beside it")
     generate = verb("generate", "continue a prompt with a run's newest checkpoint", spec=False)
     generate.add_argument("run", type=Path, help="folder of the run")
     generate.add_argument("prompt", help="text to continue; token ids where the run learned synthetic data")
@@ -102,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         help="file, or a folder for the schemas of all kinds; default: standard output",
     )
     return parser
+
+
+def _lengths(text: str) -> list[int]:
+    """256,1024 -> [256, 1024]; argparse reports what is no number."""
+    return [int(word) for word in text.split(",")]
 
 
 def _spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
@@ -140,10 +164,24 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher import study
 
             return getattr(study, f"{action}_study")(args.spec, args.overrides)
+        case "probe", "run":
+            from headway.launcher.probe import run_probe
+
+            return run_probe(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+        case "probe", _:
+            from headway.launcher.probe import report_probe
+
+            return report_probe(args.spec, args.overrides)
         case "bench", "step":
             from headway.launcher.bench import bench_step
 
             return bench_step(args.spec, args.overrides, steps=args.steps, out=args.out, against=args.against)
+        case "bench", "mechanism":
+            from headway.launcher.bench_mechanism import bench_mechanism
+
+            return bench_mechanism(
+                args.spec, args.overrides, lengths=args.lengths, rounds=args.rounds, tokens=args.tokens, out=args.out
+            )
         case "bench", _:
             from headway.launcher.bench import bench_data
 

@@ -20,7 +20,9 @@ from headway.launcher.fairness import (
     run_differences,
     spec_differences,
 )
-from headway.launcher.records import Router, RunRecord, read_json, read_run
+from headway.launcher.records import RunRecord, read_json, read_run
+from headway.launcher.records_heads import Heads, Router, mean_routers
+from headway.launcher.run_dir import flatten
 from headway.launcher.stats import (
     Estimate,
     Speed,
@@ -59,7 +61,8 @@ class VariantResult:
     """One variant over its finished seeds; None where there is nothing to compute from.
 
     `loss`, `difference` (to the baseline) in nats per token; `seconds_loss`, `seconds_difference` the same at equal
-    training seconds; `speed_ratio` tokens/s over the baseline's; `planned` is its entry in study.json.
+    training seconds; `speed_ratio` tokens/s over the baseline's; `planned` is its entry in study.json; `routers` are
+    means over seeds, `heads` of each seed that recorded them.
     """
 
     name: str
@@ -72,6 +75,7 @@ class VariantResult:
     seconds_loss: Estimate | None
     seconds_difference: Estimate | None
     routers: tuple[Router, ...]
+    heads: dict[int, Heads]
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -238,29 +242,11 @@ def _variants(
                 else None,
                 seconds_loss=estimate(list(timed.values())) if timed else None,
                 seconds_difference=differ(timed, by_seed(base, at_seconds)) if other else None,
-                routers=_mean_routers([c.record.routers for c in done if c.variant == name]),
+                routers=mean_routers(c.record.routers for c in done if c.variant == name),
+                heads=by_seed(name, lambda c: c.record.heads),
             )
         )
     return results
-
-
-def _mean_routers(runs: list[tuple[Router, ...]]) -> tuple[Router, ...]:
-    """Routers averaged over seeds; `dead` is the worst seed's."""
-    groups: dict[tuple[str, str], list[Router]] = {}
-    for routers in runs:
-        for router in routers:
-            groups.setdefault((router.layer, router.name), []).append(router)
-    return tuple(
-        Router(
-            layer=layer,
-            name=name,
-            load=np.mean([r.load for r in found], axis=0),
-            entropy=float(np.mean([r.entropy for r in found])),
-            margin=float(np.mean([r.margin for r in found])),
-            dead=max(r.dead for r in found),
-        )
-        for (layer, name), found in sorted(groups.items())
-    )
 
 
 def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Difference]:
@@ -268,12 +254,20 @@ def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Differ
     seed = record["seeds"][0]
     specs = {c.variant: c.record.spec or c.planned for c in cells if c.seed == seed}
     keys = {v["name"]: set(v["keys"]) for v in record["variants"]}
+    written = {v["name"]: set(v.get("written", flatten(specs.get(v["name"], {})))) for v in record["variants"]}
     base, free = record["baseline"], record["match"]["free"] if record["match"] else None
     return [
         d
         for name, spec in specs.items()
         if name != base
-        for d in spec_differences(name, spec, specs[base], declared=keys[name] | keys[base], free=free)
+        for d in spec_differences(
+            name,
+            spec,
+            specs[base],
+            declared=keys[name] | keys[base],
+            written=written[name] | written[base],
+            free=free,
+        )
     ]
 
 

@@ -41,13 +41,15 @@ def spec_differences(
     baseline: dict[str, Any],
     *,
     declared: set[str],
+    written: set[str],
     free: str | None,
 ) -> list[Difference]:
     """Every key in which two resolved specs (JSON) differ, classed.
 
     `declared` holds the dotted keys that the variant and the baseline name in the study: these are the intervention,
-    and so are keys that exist on one side only because a declared `...type` brings them. `free` is the dimension that
-    matching solved. Whatever is left was not asked for: a confound.
+    and so is what a declared `...type` brings: keys that exist on one side only, and keys of both types that nobody
+    wrote and that each has at its own default. `written` holds the dotted keys that stand in a file or argument of
+    either side. `free` is the dimension that matching solved. Whatever is left was not asked for: a confound.
     """
     ours, theirs = flatten(spec), flatten(baseline)
     types = {key.rpartition("type")[0] for key in declared if key.rpartition(".")[2] == "type"}
@@ -56,7 +58,9 @@ def spec_differences(
         a, b = theirs.get(key, ABSENT), ours.get(key, ABSENT)
         if a == b or key in NOT_COMPARED:
             continue
-        brought = ABSENT in (a, b) and next((t for t in sorted(types) if t and key.startswith(t)), None)
+        with_type = next((t for t in sorted(types) if t and key.startswith(t)), None)
+        default = ours.get(f"{with_type}type") != theirs.get(f"{with_type}type") and key not in written
+        brought = with_type if ABSENT in (a, b) or default else None
         kind: Kind = "CONFOUND"
         note = "differs, and the study does not say so"
         if key == free:

@@ -79,7 +79,7 @@ def paths(shape: Shape, tag_at: Mapping[str, Any], prefix: str = "", depth: int 
 
 def _shape(annotation: Any, discriminator: str | None = None) -> Shape:
     origin = get_origin(annotation)
-    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
+    if isinstance(annotation, getattr(typing, "TypeAliasType", ())):
         return _shape(annotation.__value__, discriminator)
     if origin is Annotated:
         inner, *metadata = get_args(annotation)

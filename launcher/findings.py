@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from headway.launcher.compare import StudyResult, VariantResult
-from headway.launcher.plots import short_number
+from headway.launcher.match import quantity_words
+from headway.launcher.plots_style import short_number
 from headway.launcher.stats import CONFIDENCE, Estimate, sd_factor, seeds_needed, t_critical
 
 RESOLUTION_NATS = 0.01
@@ -85,8 +86,7 @@ def matched_words(result: StudyResult) -> str:
     if not match:
         return "with sizes as written (nothing was matched)"
     worst = max((abs(v.planned["matched"]["residual"]) for v in result.others if v.planned["matched"]), default=0.0)
-    quantity = {"params": "parameters", "flops": "useful FLOPs per token"}[match["quantity"]]
-    return f"at {quantity} matched within {worst:.2%}"
+    return f"at {quantity_words(match)} matched within {worst:.2%}"
 
 
 def signed_interval(e: Estimate | None, digits: int = 4) -> str:

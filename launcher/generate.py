@@ -39,8 +39,8 @@ class Sampling:
         """Raises SpecError where a value makes no sense."""
         if self.tokens < 1:
             raise SpecError(f"--tokens: {self.tokens} new tokens; give at least 1, such as --tokens 100")
-        if not 0 <= self.temperature < 100:
-            raise SpecError(f"--temperature: {self.temperature}; give 0 (the likeliest token) up to 100, such as 0.8")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 100:
+            raise SpecError(f"--temperature: {self.temperature}; give 0 (the likeliest token) or 0.001 to 100, say 0.8")
         if not 0 < self.top_p <= 1:
             raise SpecError(f"--top-p: {self.top_p} is no probability; give more than 0 and at most 1, such as 0.95")
 
@@ -86,6 +86,8 @@ def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
     """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
     import torch
 
+    from headway.model.attention.wgqa import WgqaConfig
+    from headway.model.convert import fold_decoder
     from headway.model.decoder import Decoder
     from headway.parallel import checkpoint
 
@@ -94,6 +96,8 @@ def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
     model = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
     checkpoint.load_weights(found, model)
     model.before_step(int(found.state["tokens"]))
+    if isinstance(spec.attention, WgqaConfig):  # else every token would merge all heads' keys and values anew
+        model = fold_decoder(model, spec.model)
     use_cuda = spec.launch.device != "cpu" and torch.cuda.is_available()
     return model.eval().requires_grad_(False).to("cuda" if use_cuda else "cpu"), found.step
 
@@ -111,7 +115,7 @@ def continuation(
     with torch.no_grad():
         logits = None
         for chunk in torch.tensor([ids], device=device).split(PREFILL_CHUNK, 1):
-            logits = model.logits(chunk, cache=cache)[0, -1]
+            logits = model.logits(chunk, cache=cache, last=True)[0, -1]
         assert logits is not None
         stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
         element = next(model.parameters()).element_size()

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.load import load_spec
 from headway.launcher.machine import git_commit, machine, versions
-from headway.launcher.run_dir import RunDir, read_json, spec_hash, write_json
+from headway.launcher.run_dir import RunDir, flatten, read_json, spec_hash, write_json
 from headway.launcher.spec import Spec
 
 PREEMPTED = 75
@@ -154,6 +154,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
             "params_by_part": cost.params_by_part,
             "flops_per_token_useful": cost.flops_per_token.useful,
             "flops_per_token_executed": cost.flops_per_token.executed,
+            "flops_per_token_attention_core": cost.attention_core_flops.useful,
             "kv_bytes_per_token": cost.kv_bytes_per_token,
         },
         "steps": spec.steps,
@@ -166,15 +167,15 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
     """What is about to be trained, in the words of the spec."""
     cost, launch = card["cost"], spec.launch
     fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
-    attention = {k: v for k, v in spec.attention.model_dump().items() if k != "type"}
+    attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
     return "\n".join(
         [
             f"run        {run.path}  ({spec.name}, spec {card['spec_hash']})",
-            f"attention  {spec.attention.type}  " + " ".join(f"{k}={v}" for k, v in attention.items()),
+            f"attention  {spec.attention.type}  " + " ".join(f"{k}={v}" for k, v in attention.items() if k != "type"),
             f"parameters {cost['num_params']:,}  "
             + " ".join(f"{part} {n:,}" for part, n in cost["params_by_part"].items()),
             f"cost       {cost['flops_per_token_useful'] / 1e6:.2f} MFLOP/token forward (executed "
-            f"{cost['flops_per_token_executed'] / 1e6:.2f}), KV {cost['kv_bytes_per_token']:,} bytes/token",
+            f"{cost['flops_per_token_executed'] / 1e6:.2f}), KV {cost['kv_bytes_per_token']:,.0f} bytes/token",
             f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
             f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
             f"layout     {launch.processes} process(es), ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",

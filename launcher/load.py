@@ -101,6 +101,7 @@ def format_config(loaded: Loaded[Any]) -> str:
 
 
 _KINDS = {
+    "tasks": ("a file of probe tasks", "headway probe run"),  # before `variants`, which it has too
     "model": ("the spec of a run", "headway train"),
     "variants": ("a study", "headway study run"),
     "corpus": ("the spec of a corpus", "headway data build"),
@@ -112,11 +113,11 @@ def _refuse_other_kind(tree: Node, root: type[BaseModel]) -> None:
     """Raise SpecError, once, for a whole file of another kind, instead of calling each of its keys unknown."""
     expected = [kind for key, (kind, _) in _KINDS.items() if key in root.model_fields]
     own = [key for key, node in tree.value.items() if node.at.source == tree.place.source]
-    if not expected or any(key in root.model_fields for key in own if key not in ("name", "seed", "out", "base")):
+    shared = any(key in root.model_fields for key in own if key not in ("name", "seed", "out", "base"))
+    if not expected or (shared and ("tasks" not in own or "tasks" in root.model_fields)):
         return
-    for key in own:
-        if key in _KINDS:
-            kind, verb = _KINDS[key]
+    for key, (kind, verb) in _KINDS.items():
+        if key in own:
             raise SpecError(
                 f"{tree.value[key].at}: {key}: this file is {kind}, not {expected[0]}; use "
                 f"`{verb} {tree.place.source}`, or name {expected[0]}"

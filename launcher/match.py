@@ -1,40 +1,53 @@
 """Solve one dimension of a variant so that it costs what the baseline costs.
 
-The matched quantity is counted by `headway.model.cost.account`; nothing is trained or measured.
+Parameters, FLOPs and KV bytes are counted by `headway.model.cost.account`; `headway.launcher.match_time` measures time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from headway.data.config import StrictModel
 from headway.launcher.advice import closest
 from headway.launcher.errors import SpecError
+from headway.launcher.match_search import LARGEST, Candidates, Illegal
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec
     from headway.model.cost import Cost
 
-Quantity = Literal["params", "flops"]
+Quantity = Literal["params", "flops", "kv_bytes", "wall_clock"]
 
-LARGEST = 1 << 24
-"""Largest value the free dimension may take; wider than any transformer's MLP."""
+WORDS: dict[str, str] = {
+    "params": "parameters",
+    "flops": "useful FLOPs per token",
+    "kv_bytes": "KV bytes per token",
+    "wall_clock": "seconds per forward and backward pass",
+}
+"""The matched quantity in messages and reports; a plural."""
 
 
 class MatchConfig(StrictModel):
     """Which cost is equal in all variants, and which dimension gives way."""
 
     quantity: Quantity = Field(
-        default="params", description="params: all parameters; flops: useful forward FLOPs per token"
+        default="params",
+        description="params: all parameters; flops: useful forward FLOPs per token; kv_bytes: KV cache per token; "
+        "wall_clock: measured time of a micro-batch's forward and backward pass on this machine",
     )
     free: str = Field(default="model.ffn_width", description="dotted key of the integer that is solved")
     multiple: int = Field(default=16, ge=1, le=LARGEST, description="the solved value is a multiple of this")
     tolerance: float = Field(
         default=0.01, ge=0, lt=1, description="largest share by which a variant may miss the baseline: 0.25% or 0.0025"
+    )
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens per sequence at which costs are compared; none: data.seq_len"
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=1024, description="ranks over which every layer of the solved model can be cut"
     )
 
     @field_validator("tolerance", mode="before")
@@ -47,41 +60,49 @@ class MatchConfig(StrictModel):
                 raise ValueError(f"{value!r} is not a percentage; write 0.25% or 0.0025") from None
         return value
 
+    @model_validator(mode="after")
+    def _sequence_matters(self) -> Self:
+        if self.seq_len is not None and self.quantity == "params":
+            raise ValueError(
+                "seq_len: the number of parameters does not depend on it; leave it out, or use quantity flops"
+            )
+        return self
+
+    @property
+    def words(self) -> str:
+        """What is matched: `useful FLOPs per token at 4096 tokens`."""
+        return quantity_words(self.model_dump())
+
+
+def quantity_words(match: dict[str, Any]) -> str:
+    """`MatchConfig.words` of a config that was dumped into a study's record."""
+    seq_len = match.get("seq_len")
+    return WORDS[match["quantity"]] + ("" if seq_len is None else f" at {seq_len:,} tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Quartiles of a measured residual over `rounds` rounds in which variant and baseline took turns."""
+
+    low: float
+    high: float
+    rounds: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class Matched:
-    """One variant's matched size. `residual` = cost / target - 1; 0.01 means 1 % more than the baseline."""
+    """One variant's matched size. `residual` is the excess over the baseline: 0.01 means 1 % more.
+
+    Counted: `residual` = cost / target - 1, `spread` None. Measured: the median over rounds of (variant / baseline)
+    - 1, where `cost` and `target` are the median seconds of either.
+    """
 
     free: str
     value: int
     cost: float
     target: float
-
-    @property
-    def residual(self) -> float:
-        return self.cost / self.target - 1
-
-
-def nearest_multiple(cost: Callable[[int], float], *, target: float, multiple: int) -> int:
-    """The multiple of `multiple` (at least one of it) whose cost is nearest to `target`; the smaller one on a tie.
-
-    `cost` must not decrease. Raises ValueError where the cost does not grow at all.
-    """
-    if cost(multiple) >= target:
-        return multiple
-    low, high = 1, 2  # in multiples; cost(low) < target
-    while cost(high * multiple) < target:
-        low, high = high, high * 2
-        if high * multiple > LARGEST:
-            raise ValueError(f"no value up to {LARGEST} reaches the baseline's cost")
-    while high - low > 1:
-        middle = (low + high) // 2
-        if cost(middle * multiple) < target:
-            low = middle
-        else:
-            high = middle
-    below, above = target - cost(low * multiple), cost(high * multiple) - target
-    return (low if below <= above else high) * multiple
+    residual: float
+    spread: Spread | None = None
 
 
 def spec_with(spec: Spec, key: str, value: Any) -> Spec:
@@ -105,21 +126,69 @@ def value_at(spec: Spec, key: str) -> Any:
     return node
 
 
-def spec_cost(spec: Spec, vocab_size: int) -> Cost:
-    """Parameters, FLOPs and KV bytes of the spec's model at its sequence length and precision."""
+def spec_cost(spec: Spec, vocab_size: int, seq_len: int | None = None) -> Cost:
+    """Parameters, FLOPs and KV bytes of the spec's model in its precision, at `seq_len` or else its own.
+
+    Raises ValueError where a per-layer field does not fit the number of layers.
+    """
     from headway.model.cost import account
 
     return account(
         spec.model,
         spec.attention,
         vocab_size=vocab_size,
-        seq_len=spec.data.seq_len,
+        seq_len=seq_len or spec.data.seq_len,
         bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
     )
 
 
 def quantity_of(cost: Cost, quantity: Quantity) -> float:
-    return float(cost.num_params) if quantity == "params" else float(cost.flops_per_token.useful)
+    """The counted quantity; raises KeyError for `wall_clock`, which no config knows."""
+    counted = {
+        "params": cost.num_params,
+        "flops": cost.flops_per_token.useful,
+        "kv_bytes": cost.kv_bytes_per_token,
+    }
+    return float(counted[quantity])
+
+
+def why_not_cuttable(spec: Spec, ranks: int) -> str | None:
+    """Why the model cannot be cut over `ranks` tensor-parallel ranks; None where it can."""
+    sizes = {"model.width": spec.model.width, "model.ffn_width": spec.model.ffn_width}
+    for key, size in sizes.items():
+        if size % ranks:
+            return f"{key} {size} does not divide over {ranks} tensor-parallel ranks"
+    for name, shard in spec.attention.shards().items():
+        if shard.units % ranks:
+            return f"attention.{name} has {shard.units} whole pieces, which do not divide over {ranks} ranks"
+    return None
+
+
+def check_baseline(spec: Spec, match: MatchConfig, head: str) -> None:
+    """Raise SpecError, beginning with `head`, where the baseline is not what its variants have to be."""
+    reason = why_not_cuttable(spec, match.tensor_parallel)
+    if reason:
+        raise SpecError(f"{head}: the baseline itself: {reason}; change its sizes, or use a smaller tensor_parallel")
+
+
+def candidate(spec: Spec, match: MatchConfig, value: int, vocab_size: int) -> tuple[Spec, Cost]:
+    """`spec` with `match.free` set to `value`, and its counted cost. Raises Illegal with the reason."""
+    try:
+        changed = spec_with(spec, match.free, value)
+        cost = spec_cost(changed, vocab_size, match.seq_len)
+    except ValidationError as error:
+        raise Illegal(_reason(error.errors()[0]["msg"])) from None
+    except ValueError as error:
+        raise Illegal(_reason(str(error))) from None
+    reason = why_not_cuttable(changed, match.tensor_parallel)
+    if reason:
+        raise Illegal(reason)
+    return changed, cost
+
+
+def _reason(message: str) -> str:
+    """Without the advice, which is for a person who wrote the value."""
+    return message.removeprefix("Value error, ").partition("; use ")[0]
 
 
 def check_free(spec: Spec, match: MatchConfig, head: str) -> None:
@@ -141,50 +210,65 @@ def check_free(spec: Spec, match: MatchConfig, head: str) -> None:
 
 
 def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float, vocab_size: int) -> Matched:
-    """Solve `match.free` of one variant's spec so that its cost is nearest to `target`.
+    """Solve `match.free` of one variant's spec so that its counted cost is nearest to `target`.
 
-    Raises SpecError where the key is not an integer of the spec, where the cost does not depend on it, where a value on
-    the way is illegal, or where the nearest cost misses `target` by more than the tolerance.
+    Values that make no legal spec are passed over. Raises SpecError where the key is not an integer of the spec, where
+    no multiple is legal, where the cost does not depend on it, or where the nearest cost misses `target` by more than
+    the tolerance.
     """
     head = f"variant {variant}: match.free {match.free}"
     check_free(spec, match, head)
-
-    def cost(value: int) -> float:
-        try:
-            candidate = spec_with(spec, match.free, value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise SpecError(
-                f"{head}: {value} on the way to the match is not legal ({reason}); use a match.multiple whose "
-                "multiples are all legal, or free another dimension, such as model.ffn_width"
-            ) from None
-        return quantity_of(spec_cost(candidate, vocab_size), match.quantity)
-
-    if cost(match.multiple) == cost(2 * match.multiple):
+    candidates = Candidates(
+        lambda value: quantity_of(candidate(spec, match, value, vocab_size)[1], match.quantity),
+        multiple=match.multiple,
+    )
+    value = candidates.nearest_cost(target)
+    if value is None:
+        raise SpecError(nothing_legal(head, candidates, match))
+    if len(candidates.costs) > 1 and len(set(candidates.costs.values())) == 1:
         raise SpecError(
-            f"{head}: {match.quantity} do not depend on it; free a dimension that has a cost, such as model.ffn_width, "
+            f"{head}: {match.words} do not depend on it; free a dimension that has a cost, such as model.ffn_width, "
             "or leave `match` out to compare as they are"
         )
-    try:
-        value = nearest_multiple(cost, target=target, multiple=match.multiple)
-    except ValueError as error:
-        raise SpecError(f"{head}: {error}; check the baseline, or free another dimension") from None
-    matched = Matched(free=match.free, value=value, cost=cost(value), target=target)
+    cost = candidates.costs[value]
+    matched = Matched(free=match.free, value=value, cost=cost, target=target, residual=cost / target - 1)
     if abs(matched.residual) > match.tolerance:
-        raise SpecError(_beyond_tolerance(head, matched, match))
+        found = f"{cost:,.10g} {match.words} against the baseline's {target:,.10g}"
+        raise SpecError(beyond_tolerance(head, matched, match, candidates, found))
     return matched
 
 
-def _beyond_tolerance(head: str, matched: Matched, match: MatchConfig) -> str:
-    reason = f"the nearest multiple of {match.multiple} is {matched.value}"
-    if matched.value == match.multiple and matched.residual > 0:
-        reason = f"even its smallest value {matched.value} is too much"
-    missed = abs(matched.residual)
+def nothing_legal(head: str, candidates: Candidates, match: MatchConfig) -> str:
+    """The message where no multiple is legal, with the first one's reason."""
+    first, reason = next(iter(candidates.reasons.items()))
+    fewer = "a smaller match.tensor_parallel or " if match.tensor_parallel > 1 else ""
+    return (
+        f"{head}: no multiple of {match.multiple} is legal ({first}: {reason}); use {fewer}another match.multiple, "
+        "or free another dimension, such as model.ffn_width"
+    )
+
+
+def beyond_tolerance(head: str, matched: Matched, match: MatchConfig, candidates: Candidates, found: str) -> str:
+    """The message where the nearest legal value misses by too much; `found` states both costs."""
+    value, excess = matched.value, matched.residual
+    grows = candidates.costs[max(candidates.costs)] >= candidates.costs[min(candidates.costs)]
+    upward = (excess < 0) == grows
+    wanted = value + (match.multiple if upward else -match.multiple)
+    beyond = candidates.nearest_legal(wanted, low=value) if upward else candidates.nearest_legal(wanted, high=value)
+    if beyond is None:
+        much = "too much" if excess > 0 else "too little"
+        reason = f"even its {'largest' if upward else 'smallest'} legal value {value} is {much}"
+    else:
+        reason = f"the nearest legal multiple of {match.multiple} is {value}"
+    if wanted in candidates.reasons:
+        reason += f" ({wanted} is not legal: {candidates.reasons[wanted]})"
+    missed = abs(excess)
+    finer = "use a smaller match.multiple" if match.multiple > 1 else "free another dimension"
     second = (
-        f"match.tolerance: {missed * 100 + 0.01:.2f}% if that is fair" if missed < 0.5 else "free another dimension"
+        f"match.tolerance: {missed * 100 + 0.01:.2f}% if that is fair"
+        if missed < 0.5
+        else "change the variant's other sizes"
     )
     return (
-        f"{head}: {reason}: {matched.cost:,.0f} {match.quantity} against the baseline's {matched.target:,.0f}, "
-        f"{matched.residual:+.2%}, beyond the tolerance of {match.tolerance:.2%}; "
-        f"use a smaller match.multiple, or {second}"
+        f"{head}: {reason}: {found}, {excess:+.2%}, beyond the tolerance of {match.tolerance:.2%}; {finer}, or {second}"
     )

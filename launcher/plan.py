@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from headway.launcher.launch import resolve, run_card
 from headway.launcher.load import load_spec
+from headway.launcher.spec import Spec
 
 
 def plan(path: Path, overrides: Sequence[str], *, as_json: bool = False) -> int:
@@ -25,11 +27,22 @@ def plan(path: Path, overrides: Sequence[str], *, as_json: bool = False) -> int:
         ("parameters", f"{cost['num_params']:,}"),
         *((f"  {part}", f"{n:,}") for part, n in cost["params_by_part"].items()),
         ("forward FLOPs/token, useful", f"{cost['flops_per_token_useful']:,.0f} at {spec.data.seq_len} tokens"),
+        *((f"  {part}", f"{n:,.0f}") for part, n in _parts(spec, cost).items()),
         ("forward FLOPs/token, executed", f"{cost['flops_per_token_executed']:,.0f}"),
-        ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,} ({spec.parallel.precision})"),
+        ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
         ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
         ("training FLOPs, useful", f"{cost['training_flops_useful']:.3e}"),
     ]
     for name, value in rows:
         print(f"{name:<30} {value}")
     return 0
+
+
+def _parts(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
+    """Where the useful FLOPs go."""
+    assert spec.model.vocab_size is not None
+    core = cost["flops_per_token_attention_core"]
+    mlp = 6.0 * spec.model.layers * spec.model.width * spec.model.ffn_width
+    head = 2.0 * spec.model.vocab_size * spec.model.width
+    projections = cost["flops_per_token_useful"] - core - mlp - head
+    return {"attention projections, routers": projections, "attention core": core, "mlp": mlp, "head": head}

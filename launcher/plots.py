@@ -11,30 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headway.launcher.compare import StudyResult, VariantResult, seed_mean
-from headway.launcher.records import Curve, Router
+from headway.launcher.plots_heads import draw_heads, draw_routers
+from headway.launcher.plots_style import STYLE, WIDTH_IN, engineering, styles
+from headway.launcher.records import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's set, which stays apart for colour-blind readers and in grey print; the baseline is black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-DASHES = ("-", "--", "-.", ":")
-WIDTH_IN = 10.0
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.labelsize": 11,
-    "legend.fontsize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "svg.fonttype": "path",
-    "figure.facecolor": "white",
-}
 
 EARLY = 0.2
 """Share of the tokens before which the loss is off the axis: the first fall is the same for all and hides the rest."""
@@ -59,19 +42,26 @@ def draw_all(result: StudyResult) -> list[Plot]:
 
     drawn = []
     with plt.rc_context({**STYLE, "svg.hashsalt": str(result.record["study"])}):
-        for name, draw in (("loss", _loss), ("effects", _effects), ("routers", _routers)):
+        for name, draw in (("loss", _loss), ("effects", _effects), ("heads", draw_heads), ("routers", draw_routers)):
             made = draw(result)
             if made is None:
                 continue
             figure, title, caption = made
-            figure.get_layout_engine().set(w_pad=0.12)
-            for kind in ("svg", "png"):
-                # No date: the same numbers give the same file.
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                figure.savefig(result.out / f"{name}.{kind}", dpi=170, metadata=metadata)
-            plt.close(figure)
-            drawn.append(Plot(title=title, caption=caption, svg=f"{name}.svg", png=f"{name}.png"))
+            drawn.append(save(figure, result.out, name, title=title, caption=caption))
     return drawn
+
+
+def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str) -> Plot:
+    """Write a figure as NAME.svg and NAME.png and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.set_layout_engine("constrained", w_pad=0.12)
+    for kind in ("svg", "png"):
+        # No date: the same numbers give the same file.
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(folder / f"{name}.{kind}", dpi=170, metadata=metadata)
+    plt.close(figure)
+    return Plot(title=title, caption=caption, svg=f"{name}.svg", png=f"{name}.png")
 
 
 def inline_svg(path: Path) -> str:
@@ -82,14 +72,6 @@ def inline_svg(path: Path) -> str:
     if start >= 0:
         text = text[:start] + text[end + len("</metadata>") :]
     return text.strip()
-
-
-def styles(result: StudyResult) -> dict[str, dict[str, Any]]:
-    """Variant -> colour and dash, the same in every figure."""
-    found: dict[str, dict[str, Any]] = {result.baseline.name: {"color": "#000000", "linestyle": "-"}}
-    for i, v in enumerate(result.others):
-        found[v.name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
-    return found
 
 
 # ---------------------------------------------------------------- loss against tokens, FLOPs, seconds
@@ -144,7 +126,7 @@ def _loss(result: StudyResult) -> tuple[Figure, str, str] | None:
                 axis.plot(*mean, linewidth=2.2, label=name, **style)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(_engineering())
+        axis.xaxis.set_major_formatter(engineering())
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
     axes[0].set_ylabel("loss (nats per token)")
     note = _limit_loss_axis(axes, by_variant, result.card("unigram_entropy_nats"))
@@ -175,25 +157,6 @@ def _limit_loss_axis(axes: Any, by_variant: dict[str, list[Curve]], unigram: flo
                 f"The unigram entropy of the validation text, {unigram:.2f} nats per token, is above the axis."
             )
     return " ".join(notes)
-
-
-def _engineering() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda x, _: short_number(x))
-
-
-def short_number(value: float) -> str:
-    """1500000 -> 1.5M; 3e15 -> 3e15; at most three digits."""
-    if value == 0:
-        return "0"
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 1e15:
-            mantissa, exponent = f"{value:.2e}".split("e")
-            return f"{float(mantissa):g}e{int(exponent)}"
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 # ---------------------------------------------------------------- differences to the baseline
@@ -261,59 +224,3 @@ def _interval(axis: Axes, y: int, estimate: Any, points: list[float], colour: st
         axis.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
     axis.plot(points, [y] * len(points), "o", markerfacecolor="white", markeredgecolor=colour, markersize=5, zorder=3)
     axis.plot(estimate.mean, y, "o", color=colour, markersize=7, zorder=4)
-
-
-# ---------------------------------------------------------------- routers
-
-
-def _routers(result: StudyResult) -> tuple[Figure, str, str] | None:
-    import matplotlib.pyplot as plt
-
-    panels = [
-        (v.name, name, [r for r in v.routers if r.name == name])
-        for v in result.variants
-        for name in sorted({r.name for r in v.routers})
-    ]
-    panels = [p for p in panels if len({r.load.shape[1] for r in p[2]}) == 1]
-    if not panels:
-        return None
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    tallest = max(sum(r.load.shape[0] for r in routers) for _, _, routers in panels)
-    height = lines * min(9.0, 1.2 + 0.28 * tallest)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDTH_IN, max(2.6, height)), squeeze=False, layout="constrained"
-    )
-    image = None
-    for axis, (variant, name, routers) in zip(axes.flat, panels, strict=False):
-        image = _heat_map(axis, routers)
-        axis.set_title(f"{variant}\n{name} router")  # two lines: long names of neighbours must not touch
-    for first in axes[:, 0]:
-        first.set_ylabel("layer.group")
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 0.5, 1, 1.5, 2])
-    bar.ax.set_yticklabels(["0", "0.5", "1 (even)", "1.5", "\u2265 2"])
-    caption = (
-        "Load of each expert (query head, or value/output expert) over an even share, last tenth of training, mean "
-        "over seeds. Rows: layer and group."
-    )
-    return figure, "Router load", caption
-
-
-def _heat_map(axis: Axes, routers: list[Router]) -> Any:
-    load = np.concatenate([r.load for r in routers]) * routers[0].load.shape[1]
-    image = axis.imshow(np.clip(load, 0, 2), cmap="PuOr", vmin=0, vmax=2, aspect="auto")
-    labels = [
-        f"{r.layer.removeprefix('layer_').lstrip('0') or '0'}.{g}" for r in routers for g in range(r.load.shape[0])
-    ]
-    every = max(1, len(labels) // 24)
-    axis.set_yticks(range(0, len(labels), every), labels[::every])
-    axis.set_xticks(range(load.shape[1]) if load.shape[1] <= 16 else range(0, load.shape[1], 8))
-    axis.set_xlabel("expert")
-    axis.grid(visible=False)
-    if load.shape[1] <= 8 and len(labels) <= 24:
-        for (row, column), value in np.ndenumerate(load):
-            colour = "white" if abs(value - 1) > 0.7 else "black"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
-    return image

@@ -2,7 +2,8 @@
 
 spec.json     the resolved Spec
 run.json      what ran: spec hash, versions, machine, data fingerprint, cost per token
-metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, and kinds this reader ignores
+metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), and
+              kinds this reader ignores
 summary.json  written last; `complete` is true only for a run that reached its last step
 """
 
@@ -15,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from headway.launcher.records_heads import Floats, Heads, Router, read_heads, read_routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +50,12 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Router:
-    """One router over the last tenth of a run, averaged over the steps that report it.
-
-    `load` [G, M]: share of each expert within its group (rows sum to 1). `entropy`: mean over tokens of the entropy of
-    the router's softmax, in nats, at most ln M. `dead`: experts never selected, at the last report.
-    """
-
-    layer: str
-    name: str
-    load: Floats
-    entropy: float
-    margin: float
-    dead: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run folder. Missing files leave empty dicts and curves; nothing is invented."""
+    """One run folder. Missing files leave empty dicts and curves; nothing is invented.
+
+    `accuracy`: at each validation, the share (0..1) of targets whose largest logit is the label's; nan where
+    unrecorded.
+    """
 
     path: Path
     spec: dict[str, Any]
@@ -75,10 +63,12 @@ class RunRecord:
     summary: dict[str, Any]
     train: Curve
     validation: Curve
+    accuracy: Floats
     step_s: Floats
     data_s: Floats
     batch_hash: dict[int, str] = field(repr=False)
     routers: tuple[Router, ...] = field(repr=False)
+    heads: Heads | None = field(repr=False)
 
     @property
     def complete(self) -> bool:
@@ -109,24 +99,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
-    train: dict[int, dict[str, Any]] = {}
-    validation: dict[int, dict[str, Any]] = {}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}}
     for record in _records(path / "metrics.jsonl"):
         kind, step = record.get("kind"), record.get("step")
-        if isinstance(step, int) and kind in ("train", "validation"):
-            (train if kind == "train" else validation)[step] = record
-    steps = [train[step] for step in sorted(train)]
+        if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
+            by_kind[kind][step] = record
+    steps, validations, heads = ([found[step] for step in sorted(found)] for found in by_kind.values())
     return RunRecord(
         path=path,
         spec=read_json(path / "spec.json"),
         run=read_json(path / "run.json"),
         summary=read_json(path / "summary.json"),
         train=_curve(steps),
-        validation=_curve([validation[step] for step in sorted(validation)]),
+        validation=_curve(validations),
+        accuracy=_column(validations, "accuracy"),
         step_s=_column(steps, "step_s"),
         data_s=_column(steps, "data_s"),
         batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},
-        routers=tuple(_routers(steps[len(steps) - max(1, len(steps) // 10) :])) if steps else (),
+        routers=read_routers(steps),
+        heads=read_heads(heads),
     )
 
 
@@ -172,24 +163,3 @@ def _column(records: list[dict[str, Any]], key: str) -> Floats:
 
 def _curve(records: list[dict[str, Any]]) -> Curve:
     return Curve(**{key: _column(records, key) for key in ("step", "tokens", "loss", "train_s")})
-
-
-def _routers(records: list[dict[str, Any]]) -> list[Router]:
-    seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        layers = record.get("router")
-        for layer, routers in layers.items() if isinstance(layers, dict) else ():
-            for name, values in routers.items() if isinstance(routers, dict) else ():
-                if isinstance(values, dict) and values.get("load"):
-                    seen.setdefault((layer, name), []).append(values)
-    return [
-        Router(
-            layer=layer,
-            name=name,
-            load=np.mean([np.asarray(v["load"], dtype=np.float64) for v in values], axis=0),
-            entropy=float(np.mean(_column(values, "entropy"))),
-            margin=float(np.mean(_column(values, "margin"))),
-            dead=int(values[-1].get("dead") or 0),
-        )
-        for (layer, name), values in sorted(seen.items())
-    ]

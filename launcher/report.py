@@ -1,9 +1,8 @@
-"""`headway study report`: report.md, report.html, report.csv, curves.csv and figures, from what the cells recorded."""
+"""`headway study report`: report.md, report.html, tables as CSV and figures, from what the cells recorded."""
 
 from __future__ import annotations
 
 import csv
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 from headway.launcher.compare import CellResult, StudyResult, VariantResult, analyse
 from headway.launcher.fairness import changed_sections
 from headway.launcher.findings import bits_per_byte, headline, limits, signed_interval
+from headway.launcher.match import quantity_words
 from headway.launcher.plots import Plot, draw_all, flop_ratio
+from headway.launcher.report_heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report_html import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.study_plan import matching_rows
 
@@ -29,10 +30,12 @@ def report(study_dir: Path | str) -> Path:
     plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"
-    _write(out / "report.md", to_markdown(blocks))
-    _write(out / "report.html", to_html(blocks, title=title, folder=out))
-    _write_csv(out / "report.csv", _cell_rows(result))
-    _write_csv(out / "curves.csv", _curve_rows(result))
+    write_text(out / "report.md", to_markdown(blocks))
+    write_text(out / "report.html", to_html(blocks, title=title, folder=out))
+    write_csv(out / "report.csv", _cell_rows(result))
+    write_csv(out / "curves.csv", _curve_rows(result))
+    write_csv(out / "routers.csv", router_rows(result))
+    write_csv(out / "heads.csv", head_rows(result))
     return out / "report.html"
 
 
@@ -52,7 +55,7 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     yield from _equal_tokens(result)
     yield from _speed(result)
     yield from _equal_seconds(result)
-    yield from _router_section(result, plots)
+    yield from router_and_head_blocks(result, plots)
     yield from _fairness(result)
     yield from _provenance(result)
 
@@ -96,7 +99,7 @@ def _compared(result: StudyResult) -> Iterator[Block]:
     if match:
         yield Text(
             f"`{match['free']}` was solved in multiples of {match['multiple']} so that every variant has the "
-            f"{match['quantity']} of {baseline}; residuals beyond {match['tolerance']:.2%} are refused. FLOPs are "
+            f"{quantity_words(match)} of {baseline}; residuals beyond {match['tolerance']:.2%} are refused. FLOPs are "
             "forward, per token; training costs three times as much. Useful: what the mathematics needs; executed: "
             "what this implementation computes."
         )
@@ -185,29 +188,6 @@ def _equal_seconds(result: StudyResult) -> Iterator[Block]:
             [v.name, str(n), mean, "baseline" if v is result.baseline else signed_interval(v.seconds_difference)]
         )
     yield Table(rows)
-
-
-def _router_section(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
-    routed = [v for v in result.variants if v.routers]
-    if not routed:
-        return
-    yield Heading("Routers")
-    yield Text(
-        "Means over the last tenth of training. Entropy is that of the router's softmax over ln M: 1 is undecided, 0 "
-        "always certain. Margin: logit of the last head or expert chosen minus that of the best one not chosen. Loads "
-        "are shares within a group, over an even share. Dead: experts that almost no token chose in the last report, "
-        "worst seed."
-    )
-    rows = [["variant", "layer", "router", "entropy / ln M", "margin", "least load", "greatest load", "dead"]]
-    for v in routed:
-        for r in v.routers:
-            m = r.load.shape[1]
-            entropy = r.entropy / math.log(m) if m > 1 else 0.0
-            numbers = [f"{entropy:.3f}", f"{r.margin:.2f}", f"{r.load.min() * m:.2f}", f"{r.load.max() * m:.2f}"]
-            rows.append([v.name, r.layer.removeprefix("layer_"), r.name, *numbers, f"{r.dead} of {r.load.size}"])
-    yield Table(rows)
-    if "routers" in plots:
-        yield Image(plots["routers"])
 
 
 def _fairness(result: StudyResult) -> Iterator[Block]:
@@ -333,19 +313,22 @@ def _curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _write_csv(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def write_csv(path: Path, found: Iterator[dict[str, Any]]) -> None:
+    """No file where there are no rows."""
+    rows = list(found)
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     temporary.replace(path)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The whole text or the file as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

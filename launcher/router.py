@@ -1,63 +1,110 @@
-"""Router figures of a step, summed over ranks: what is logged, and what loss-free balancing learns from."""
+"""Router figures, summed over ranks and steps: what is logged, and what loss-free balancing learns from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from headway.model.base import Attention
+from headway.model.base import Attention, RouterDetail
+from headway.model.router_meter import figures
 from headway.parallel.layout import Layout
+
+MEASURED_TOKENS = 65_536
+"""Tokens of which a record has the details: the last ones before it. Loads and dead experts are of all of them."""
 
 
 class RouterMonitor:
-    """Collects each routed layer's sums after every optimizer step; does nothing for dense mechanisms."""
+    """Collects each layer's sums after every optimizer step; figures of a window of steps when their record is due.
 
-    def __init__(self, layers: Sequence[Attention], layout: Layout) -> None:
+    The window reaches back to the last record, or to the start of the process. Due: the first step, the last one, and
+    every `every_steps`.
+    """
+
+    def __init__(
+        self, layers: Sequence[Attention], layout: Layout, *, every_steps: int, total_steps: int, tokens_per_step: int
+    ) -> None:
         self._layers, self._layout = layers, layout
+        self._every, self._total, self._tokens_per_step = every_steps, total_steps, tokens_per_step
+        # Sums of the window: (layer, router) -> loads over all ranks; this rank's details, all in one vector.
+        self._loads: dict[tuple[int, str], Tensor] = {}
+        self._details: Tensor | None = None
 
-    def after_step(self) -> dict[str, Any]:
-        """{"layer_00": {"q": {"load", "entropy", "margin", "dead"}}}; `load` [G][M] sums to 1 per group.
-
-        `entropy` is the mean over tokens and groups in nats, `margin` that of the lowest chosen logit over the best
-        other; `dead` counts heads chosen by less than 1 in 1000 selections of their group in this step. Biases are
-        updated on the way.
-        """
-        entries = [(i, name, s) for i, layer in enumerate(self._layers) for name, s in layer.router_stats().items()]
-        if not entries:
-            return {}
-        # One vector and one all-reduce for all layers.
-        flat = torch.cat(
-            [
-                torch.cat([s.load.flatten().double(), torch.stack([s.tokens, s.entropy, s.margin]).double()])
-                for *_, s in entries
-            ]
-        )
-        self._layout.sum(flat)
-        record: dict[str, Any] = {}
-        loads: dict[int, dict[str, torch.Tensor]] = {}
-        offset = 0
-        for i, name, s in entries:
-            size = s.load.numel()
-            load = flat[offset : offset + size].view_as(s.load)
-            tokens, entropy, margin = flat[offset + size : offset + size + 3].tolist()
-            offset += size + 3
-            loads.setdefault(i, {})[name] = load
-            share = load / load.sum(-1, keepdim=True).clamp_min(1)
-            per_group = max(1.0, tokens * s.load.shape[0])
-            record.setdefault(f"layer_{i:02d}", {})[name] = {
-                "load": [[round(x, 5) for x in group] for group in share.tolist()],
-                "entropy": entropy / per_group,
-                "margin": margin / per_group,
-                "dead": int((share < 1e-3).sum()),
-            }
-        for i, layer in enumerate(self._layers):
-            layer.after_step(loads.get(i, {}))
-            layer.reset_router_stats()
-        return record
-
-    def pause(self) -> None:
-        """Forget what was counted since the last step (nothing outside training may count)."""
+    def before_step(self, step: int) -> None:
+        """`step` is about to be taken (from 1); what was counted outside of steps is forgotten."""
+        closely = (self._due_from(step) - step) * self._tokens_per_step < MEASURED_TOKENS
         for layer in self._layers:
             layer.reset_router_stats()
+            layer.watch_routers(closely=closely)
+
+    def after_step(self, step: int) -> dict[str, Any]:
+        """Update router biases; where a record is due, {"layer_00": {"router": figures}}, else {}.
+
+        Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. Every rank calls it.
+        """
+        stats = [(i, name, s) for i, layer in enumerate(self._layers) for name, s in layer.router_stats().items()]
+        details = {(i, name): s.detail for i, name, s in stats if s.detail is not None}
+        if details:
+            flat = _flat([t for detail in details.values() for t in detail.tensors()])
+            self._details = flat if self._details is None else self._details.add_(flat)
+        loads = [(i, name, s.load) for i, name, s in stats]
+        others = [(i, name, t) for i, layer in enumerate(self._layers) for name, t in layer.step_sums().items()]
+        summed = self._sum([t for *_, t in loads + others])
+        given: dict[int, dict[str, Tensor]] = {}
+        for (i, name, _), total in zip(loads + others, summed, strict=True):
+            given.setdefault(i, {})[name] = total
+        for (i, name, _), load in zip(loads, summed, strict=False):
+            self._loads[i, name] = load + self._loads.get((i, name), 0)
+        for i, layer in enumerate(self._layers):
+            layer.after_step(given.get(i, {}))
+            layer.reset_router_stats()
+        return self._record(details) if self._due_from(step) == step else {}
+
+    def _due_from(self, step: int) -> int:
+        """The first step from `step` on whose record is due."""
+        regular = -(-step // self._every) * self._every
+        return min([regular, *(single for single in (1, self._total) if single >= step)])
+
+    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Float64 sums over ranks, by one all-reduce for all tensors."""
+        if not tensors:
+            return []
+        return _like(self._layout.sum(_flat(tensors)), tensors)
+
+    def _record(self, details: dict[tuple[int, str], RouterDetail]) -> dict[str, Any]:
+        """`details` of the last step: the shapes of the window's."""
+        if self._details is None:
+            return {}
+        record: dict[str, Any] = {}
+        shapes = [t for detail in details.values() for t in detail.tensors()]
+        summed = iter(_like(self._layout.sum(self._details), shapes))
+        for (i, name), detail in details.items():
+            total = detail.like([next(summed) for _ in detail.tensors()])
+            values = asdict(figures(self._loads[i, name], total))
+            record.setdefault(f"layer_{i:02d}", {})[name] = {key: _plain(value) for key, value in values.items()}
+        self._loads, self._details = {}, None
+        return record
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """One float64 vector."""
+    return torch.cat([t.flatten() for t in tensors]).double()
+
+
+def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_flat`, in the shapes of `tensors`."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Five decimals, which JSON can hold; None for NaN."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 5)
+    return value

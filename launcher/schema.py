@@ -18,6 +18,7 @@ KINDS = {
     "spec": ("headway.launcher.spec", "Spec"),
     "corpus": ("headway.data.config", "CorpusConfig"),
     "study": ("headway.launcher.study_config", "StudyConfig"),
+    "probe": ("headway.launcher.probe_config", "ProbeConfig"),
 }
 
 
@@ -73,7 +74,7 @@ def _loosen(schema: Any, definitions: dict[str, Any], inherits: bool) -> None:
         for item in schema:
             _loosen(item, definitions, inherits)
     if not isinstance(schema, dict):
-        return 0
+        return
     for item in schema.values():
         _loosen(item, definitions, inherits)
     if "oneOf" in schema and "discriminator" in schema:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from headway.data.loader import Loader, StepBatch, validation_batches
+from headway.launcher.heads import HeadProbe, probe_batch
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
@@ -41,7 +42,15 @@ class Session:
             micro_batch=train.micro_batch,
             accumulation=train.global_batch // (train.micro_batch * layout.dp_size),
         )
-        self.router = RouterMonitor(model.attention_layers(), layout)
+        layers = model.attention_layers()
+        self.router = RouterMonitor(
+            layers,
+            layout,
+            every_steps=spec.tracking.router_every_steps,
+            total_steps=spec.steps,
+            tokens_per_step=spec.tokens_per_step,
+        )
+        self.heads = HeadProbe(self.engine, layers, probe_batch(data))
         self.validation = validation_batches(
             data,
             tokens=train.validation_tokens,
@@ -62,6 +71,8 @@ class Session:
             dp_size=layout.dp_size,
             start_step=self.step,
         )
+        if self.step == 0:
+            self._measure_heads()  # where they start from: random heads are nearly orthogonal
 
     @classmethod
     @contextlib.contextmanager
@@ -102,6 +113,7 @@ class Session:
         """
         self._seed_everything(self.step + 1)
         self.engine.module.before_step(self.tokens)
+        self.router.before_step(self.step + 1)
         low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
         mine = torch.tensor([batch.targets, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
         targets, low, high, stops = self.layout.sum(mine).tolist()
@@ -109,7 +121,7 @@ class Session:
 
     def record(self, stats: StepStats, *, digest: str, data_s: float, step_s: float) -> None:
         """Count the step, update router biases, write its record."""
-        router = self.router.after_step()
+        router = self.router.after_step(self.step + 1)
         lr = self.lr()
         self.step += 1
         self.train_s += step_s
@@ -132,7 +144,7 @@ class Session:
             "train_s": self.train_s,
             "tokens_per_s": self.spec.tokens_per_step / step_s,
         }
-        if router and (self.step % self.spec.tracking.router_every_steps == 0 or self.step in (1, self.spec.steps)):
+        if router:
             record["router"] = router
         recent = sorted(self._step_times)
         left = (self.spec.steps - self.step) * recent[len(recent) // 2]
@@ -146,22 +158,31 @@ class Session:
         return every is not None and self.tokens // every > (self.tokens - self.spec.tokens_per_step) // every
 
     def validate(self) -> None:
-        """Loss on the fixed validation tokens."""
+        """Loss and accuracy on the fixed validation tokens; head diversity on the probe batch."""
         t0 = time.perf_counter()
-        self.router.pause()
-        loss, targets = self.engine.evaluate(self.validation)
-        self._last_validation = loss
+        self.engine.module.before_step(self.tokens)  # schedules as they stand now, also where a stage just ended
+        result = self.engine.evaluate(self.validation)
+        self._last_validation = result.loss
         self.tracker.validation(
             {
                 "kind": "validation",
                 "step": self.step,
                 "tokens": self.tokens,
-                "loss": loss,
-                "targets": targets,
+                "loss": result.loss,
+                "accuracy": result.accuracy,
+                "targets": result.targets,
                 "train_s": self.train_s,
                 "seconds": time.perf_counter() - t0,
             }
         )
+        self._measure_heads()
+
+    def _measure_heads(self) -> None:
+        t0 = time.perf_counter()
+        layers = self.heads.measure()
+        if layers:
+            record = {"kind": "heads", "step": self.step, "tokens": self.tokens, "layers": layers}
+            self.tracker.heads(record | {"seconds": time.perf_counter() - t0})
 
     # ------------------------------------------------------------ saving, resuming, ending
 

@@ -24,7 +24,7 @@ class TrackingConfig(StrictModel):
     """What is recorded besides metrics.jsonl."""
 
     log_every_steps: int = Field(default=1, ge=1, description="console lines; metrics.jsonl has every step")
-    router_every_steps: int = Field(default=10, ge=1, description="records with router load, entropy and dead heads")
+    router_every_steps: int = Field(default=10, ge=1, description="steps from one record of router figures to the next")
     tensorboard: bool = True
 
 
@@ -56,6 +56,9 @@ class Spec(StrictModel):
                 f"{self.train.micro_batch} x {self.launch.processes}; use global_batch {per_pass} or "
                 f"{max(1, round(self.train.global_batch / per_pass)) * per_pass + per_pass}"
             )
+        self.attention.check_run(
+            seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step
+        )
         return self
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from headway.launcher.cells import OUTCOMES, PREEMPTED, CellRunner, CellState, Eta, cell_state, failure, step_share
 from headway.launcher.errors import SpecError
+from headway.launcher.match_measured import Measurements
 from headway.launcher.records import read_json
 from headway.launcher.run_dir import RunDir, difference, identity, write_json
 from headway.launcher.study_config import Study, StudyConfig, load_study
@@ -29,26 +30,35 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     same command goes on. Raises SpecError where the folder holds cells of another definition.
     """
     study = load_study(Path(path))
-    plan = plan_study(study, overrides)
-    record = study_record(plan)
-    _print_design(plan, record)
+    measurements = Measurements() if fresh else Measurements.of(study.out)
+    plan = plan_study(study, overrides, measurements=measurements)
+    print_design(plan, commands=dry_run)
     if dry_run:
-        for cell in plan.cells:
-            print(shlex.join(cell_command(plan, cell)))
         return 0
     if fresh:
-        _move_aside(study.out)
-    _refuse_foreign(study.out)
-    with RunDir(study.out).locked("study.lock"):
-        _refuse_changed(plan)
-        write_json(study.out / "study.json", {**record, "command": _command(plan), "written_at": _now()})
-        code = _run_cells(plan)
+        move_aside(study.out)
+    command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
+    code = train_study(plan, measurements, command=command)
     if code == PREEMPTED:
-        print(f"stopped; the same command continues: {_command(plan)}", flush=True)
+        print(f"stopped; the same command continues: {command}", flush=True)
         return code
     status_study(path)
     print(f"report: {_report(study.out)}", flush=True)
     return code
+
+
+def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) -> int:
+    """Train the cells that are not done, and record the design, `measurements` and `command` (what the user typed).
+
+    Exit status as `run_study`. Raises SpecError where the folder holds cells of another definition.
+    """
+    out = plan.study.out
+    _refuse_foreign(out)
+    with RunDir(out).locked("study.lock"):
+        refuse_changed(plan)
+        write_json(out / "study.json", {**study_record(plan), "command": command, "written_at": now()})
+        measurements.write(out)
+        return _run_cells(plan)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
@@ -58,7 +68,7 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     """
     study = load_study(Path(path))
     outcomes = read_json(study.out / OUTCOMES)
-    rows = [("cell", "state", "tokens", "loss", "")]
+    rows: list[tuple[str, ...]] = [("cell", "state", "tokens", "loss", "")]
     for seed in study.config.seeds:
         for variant in study.config.variants:
             key = cell_key(variant, seed)
@@ -138,7 +148,7 @@ def _refuse_foreign(out: Path) -> None:
             )
 
 
-def _refuse_changed(plan: StudyPlan) -> None:
+def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder holds a run of another spec or of other data than its cell has now."""
     changed = []
     for cell in plan.cells:
@@ -160,7 +170,8 @@ def _refuse_changed(plan: StudyPlan) -> None:
         )
 
 
-def _move_aside(out: Path) -> None:
+def move_aside(out: Path) -> None:
+    """Rename a folder of cells that is no longer wanted; nothing is deleted."""
     if not out.exists():
         return
     with RunDir(out).locked("study.lock"):
@@ -169,16 +180,19 @@ def _move_aside(out: Path) -> None:
     print(f"the older study is now in {aside}", flush=True)
 
 
-def _print_design(plan: StudyPlan, record: dict[str, Any]) -> None:
+def print_design(plan: StudyPlan, *, commands: bool) -> None:
+    """Variants, seeds and matched sizes, and with `commands` what would be executed for each cell."""
     config = plan.study.config
     print(
         f"study {config.study}: {len(config.variants)} variants x {len(config.seeds)} seeds = {len(plan.cells)} cells "
         f"in {plan.study.out}"
     )
-    _print_table(matching_rows(record))
+    _print_table(matching_rows(study_record(plan)))
     for variant in plan.variants:
         for note in variant.notes:
             print(f"note: {variant.name}: {note}")
+    for cell in plan.cells if commands else ():
+        print(shlex.join(cell_command(plan, cell)))
     sys.stdout.flush()
 
 
@@ -210,9 +224,6 @@ def _report(out: Path) -> Path:
     return report(out)
 
 
-def _command(plan: StudyPlan) -> str:
-    return shlex.join(["headway", "study", "run", str(plan.study.path), *plan.arguments])
-
-
-def _now() -> str:
+def now() -> str:
+    """Local time with its offset, for records."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

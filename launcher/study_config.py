@@ -121,10 +121,13 @@ def flat_keys(tree: Any) -> Any:
     return flat
 
 
-def load_study(path: Path) -> Study:
-    """Read a study file. Raises NoInputError or SpecError with file:line, the key, and what to do."""
-    loaded = load_spec(path, root=StudyConfig)
-    config: StudyConfig = loaded.spec
+def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:
+    """Read a study file; `root` may be a kind of study with more keys.
+
+    Raises NoInputError or SpecError with file:line, the key, and what to do.
+    """
+    loaded = load_spec(path, root=root)
+    config = loaded.spec
     written = loaded.tree.value["variants"].value
     return Study(
         config=config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,27 @@ from headway.data.config import MdsSource
 from headway.launcher.errors import SpecError, printable
 from headway.launcher.fields import root_shape
 from headway.launcher.load import load_spec
-from headway.launcher.match import Matched, check_free, match_variant, quantity_of, spec_cost, value_at
+from headway.launcher.match import (
+    MatchConfig,
+    Matched,
+    check_baseline,
+    check_free,
+    match_variant,
+    quantity_of,
+    quantity_words,
+    spec_cost,
+    value_at,
+)
+from headway.launcher.match_measured import Measurements, spread_note
 from headway.launcher.merge import format_value, override_layer
 from headway.launcher.run_dir import flatten
-from headway.launcher.study_config import SET_BY_STUDY, Study, StudyConfig
+from headway.launcher.study_config import SET_BY_STUDY, Study
 from headway.launcher.yamlio import Node
 
 if TYPE_CHECKING:
     from headway.data.config import DataConfig
     from headway.launcher.spec import Spec
     from headway.model.cost import Cost
-
-
-_OF_STUDY = frozenset(StudyConfig.model_fields) - {"base"}  # `base=` has a message of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,7 @@ class VariantPlan:
 
     name: str
     keys: dict[str, Any]
+    spec: Spec
     cost: Cost
     matched: Matched | None
     free_value: Any
@@ -79,16 +88,36 @@ def cell_key(variant: str, seed: int) -> str:
     return f"{variant}/seed-{seed}"
 
 
-def plan_study(study: Study, arguments: Sequence[str] = ()) -> StudyPlan:
+def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Measurements | None = None) -> StudyPlan:
     """Resolve and match every cell. `arguments` (`a.b=c`) change the base of all cells; a variant's keys win over them.
 
+    Times are taken from `measurements` (default: those in the study's folder), and measured where it has none.
     Raises SpecError for an illegal spec or a size that cannot be matched, DataError where the data is not there.
     """
+    check_arguments(study, arguments)
+    resolver = _Resolver(study, arguments)
+    measurements = Measurements.of(study.out) if measurements is None else measurements
+    names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
+    plans: dict[str, VariantPlan] = {}
+    for name in names:  # the baseline first: its cost is the target of the others
+        plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]), measurements)
+    variants = tuple(plans[name] for name in study.config.variants)
+    cells = tuple(_cell(study, resolver, v, seed) for seed in study.config.seeds for v in variants)
+    return StudyPlan(study=study, arguments=tuple(arguments), variants=variants, cells=cells)
+
+
+def variant_spec(study: Study, arguments: Sequence[str], variant: str) -> Spec:
+    """A variant's spec as it is before its size is solved and its seed set; looks at no data."""
+    return _Resolver(study, arguments).load(variant)[0]
+
+
+def check_arguments(study: Study, arguments: Sequence[str]) -> None:
+    """Raise SpecError for an argument that belongs to the study, and where the base spec is no file."""
     for argument in arguments:
         key = argument.partition("=")[0]
         if key in SET_BY_STUDY:
             raise SpecError(f"argument '{argument}': the study sets {key}; {SET_BY_STUDY[key]}")
-        if key.partition(".")[0] in _OF_STUDY:
+        if key.partition(".")[0] in type(study.config).model_fields.keys() - {"base"}:  # it has a message of its own
             raise SpecError(
                 f"argument '{argument}': {key} belongs to the study; write it in {study.path}. Arguments change the "
                 "base spec of all variants, such as train.tokens=1e6"
@@ -98,14 +127,6 @@ def plan_study(study: Study, arguments: Sequence[str] = ()) -> StudyPlan:
             f"{study.place('base')}: base: no such file: {printable(study.config.base)} (looked for "
             f"{printable(str(study.base.absolute()), 300)}); the name is relative to the file it stands in"
         )
-    resolver = _Resolver(study, arguments)
-    names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
-    plans: dict[str, VariantPlan] = {}
-    for name in names:  # the baseline first: its cost is the target of the others
-        plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]))
-    variants = tuple(plans[name] for name in study.config.variants)
-    cells = tuple(_cell(study, resolver, v, seed) for seed in study.config.seeds for v in variants)
-    return StudyPlan(study=study, arguments=tuple(arguments), variants=variants, cells=cells)
 
 
 def study_record(plan: StudyPlan) -> dict[str, Any]:
@@ -136,11 +157,15 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
 
 def matching_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """The matching table of a `study_record`, header first; sizes in whole parameters, FLOPs per token, bytes."""
-    free = record["match"]["free"] if record["match"] else None
-    yield ("variant", free or "size", "params", "residual", "useful FLOPs/token", "executed", "KV bytes/token")
+    match = record["match"]
+    measured = any(v["matched"] and v["matched"].get("spread") for v in record["variants"])
+    residual = "residual [quartiles]" if measured else "residual"
+    residual += f" in {quantity_words(match)}" if match else ""
+    free = match["free"] if match else "size"
+    yield ("variant", free, "params", residual, "useful FLOPs/token", "executed", "KV bytes/token")
     for v in record["variants"]:
         if v["matched"]:
-            residual = f"{v['matched']['residual']:+.3%}"
+            residual = _residual(v["matched"])
         else:
             residual = "baseline" if v["name"] == record["baseline"] else "not matched"
         cost = v["cost"]
@@ -151,22 +176,24 @@ def matching_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             residual,
             f"{cost['flops_per_token_useful']:,.0f}",
             f"{cost['flops_per_token_executed']:,.0f}",
-            f"{cost['kv_bytes_per_token']:,}",
+            f"{cost['kv_bytes_per_token']:,.12g}",
         )
 
 
+def _residual(matched: dict[str, Any]) -> str:
+    """`+0.250%`; a measured one with its quartiles, `+0.2% [-1.0%, +1.3%]`."""
+    spread = matched.get("spread")
+    if spread is None:
+        return f"{matched['residual']:+.3%}"
+    return f"{matched['residual']:+.1%} [{spread['low']:+.1%}, {spread['high']:+.1%}]"
+
+
 def _variant_record(v: VariantPlan) -> dict[str, Any]:
-    matched = v.matched and {
-        "free": v.matched.free,
-        "value": v.matched.value,
-        "cost": v.matched.cost,
-        "target": v.matched.target,
-        "residual": v.matched.residual,
-    }
     return {
         "name": v.name,
         "keys": v.keys,
-        "matched": matched,
+        "written": sorted(flatten(v.spec.model_dump(mode="json", exclude_unset=True))),
+        "matched": v.matched and asdict(v.matched),
         "free_value": v.free_value,
         "notes": list(v.notes),
         "cost": {
@@ -225,27 +252,47 @@ class _Resolver:
     def cost(self, spec: Spec) -> Cost:
         return spec_cost(spec, self.vocab_size(spec))
 
+    def sized(self, spec: Spec) -> Spec:
+        """With the vocabulary that the data gives."""
+        model = spec.model.model_copy(update={"vocab_size": self.vocab_size(spec)})
+        return spec.model_copy(update={"model": model})
+
     def vocab_size(self, spec: Spec) -> int:
         return spec.model.vocab_size or self.data_facts(spec.data)[0]
 
 
-def _plan_variant(study: Study, resolver: _Resolver, name: str, baseline: VariantPlan | None) -> VariantPlan:
+def _plan_variant(
+    study: Study, resolver: _Resolver, name: str, baseline: VariantPlan | None, measurements: Measurements
+) -> VariantPlan:
     spec, notes = resolver.load(name)
     match, matched = study.config.match, None
     if match is not None:
         check_free(spec, match, f"{study.place('match.free')}: match.free")
+    if match is not None and baseline is None:
+        check_baseline(spec, match, f"{study.place('match.tensor_parallel')}: match.tensor_parallel")
     if match is not None and baseline is not None:
-        target = quantity_of(baseline.cost, match.quantity)
-        matched = match_variant(name, spec, match, target=target, vocab_size=resolver.vocab_size(spec))
+        matched = _match(resolver, name, spec, baseline.spec, match, measurements)
         spec, notes = resolver.load(name, _solved(matched))
+        uncertain = spread_note(matched, match)
+        notes = notes if uncertain is None else [*notes, uncertain]
     return VariantPlan(
         name=name,
         keys=study.config.variants[name],
+        spec=spec,
         cost=resolver.cost(spec),
         matched=matched,
         free_value=value_at(spec, match.free) if match is not None else None,
         notes=tuple(notes),
     )
+
+
+def _match(
+    resolver: _Resolver, name: str, spec: Spec, baseline: Spec, match: MatchConfig, measurements: Measurements
+) -> Matched:
+    if match.quantity == "wall_clock":
+        return measurements.match(name, resolver.sized(spec), resolver.sized(baseline), match)
+    target = quantity_of(spec_cost(baseline, resolver.vocab_size(baseline), match.seq_len), match.quantity)
+    return match_variant(name, spec, match, target=target, vocab_size=resolver.vocab_size(spec))
 
 
 def _solved(matched: Matched) -> tuple[dict[str, Any], str]:

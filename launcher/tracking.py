@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+from headway.launcher.board import board_heads, board_routers
 from headway.launcher.run_dir import RunDir
 
 
@@ -51,11 +52,8 @@ class Tracker:
                 "perf/data_wait_share": record["data_s"] / max(1e-9, record["step_s"]),
             },
         )
-        for layer, routers in record.get("router", {}).items():
-            for name, stats in routers.items():
-                peak = max(max(group) for group in stats["load"])
-                values = {"entropy": stats["entropy"], "margin": stats["margin"], "dead": stats["dead"], "peak": peak}
-                self._scalars(step, {f"router/{layer}/{name}_{k}": v for k, v in values.items()})
+        if self._board is not None and "router" in record:
+            board_routers(self._board, record["router"], step)
         if step % self._every == 0 or step in (self._start + 1, self._total):
             say(self._line(record, seconds_left))
 
@@ -64,12 +62,24 @@ class Tracker:
         self._write(record)
         self._validation = record["loss"]
         self._scalars(
-            record["step"], {"val/loss": record["loss"], "val/perplexity": math.exp(min(50.0, record["loss"]))}
+            record["step"],
+            {
+                "val/loss": record["loss"],
+                "val/perplexity": math.exp(min(50.0, record["loss"])),
+                "val/accuracy": record["accuracy"],
+            },
         )
         if self._main:
             say(
-                f"validation after step {record['step']}: loss {record['loss']:.4f} over {record['targets']:,} tokens",
+                f"validation after step {record['step']}: loss {record['loss']:.4f} "
+                f"accuracy {100 * record['accuracy']:.2f}% over {record['targets']:,} tokens",
             )
+
+    def heads(self, record: dict[str, Any]) -> None:
+        """Head diversity of every layer that has a pool of heads."""
+        self._write(record)
+        if self._board is not None:
+            board_heads(self._board, record["layers"], record["step"])
 
     def event(self, record: dict[str, Any], text: str) -> None:
         """Something that happened (resume, failed save): one record and one console line."""
@@ -108,9 +118,8 @@ class Tracker:
         router = ""
         if r.get("router"):
             stats = [s for layer in r["router"].values() for s in layer.values()]
-            router = (
-                f" router H {sum(s['entropy'] for s in stats) / len(stats):.2f} dead {sum(s['dead'] for s in stats)}"
-            )
+            entropy = [h for s in stats for h in s["entropy"] if h is not None]
+            router = f" router H {sum(entropy) / max(1, len(entropy)):.2f} dead {sum(sum(s['dead']) for s in stats)}"
         return (
             f"step {r['step']:>{width}}/{self._total} {100 * r['step'] / self._total:5.1f}% loss {r['loss']:.4f} "
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "

@@ -219,9 +219,8 @@ class _Builder:
         if self.values > MAX_VALUES:
             raise SpecError(f"{place}: more than {MAX_VALUES} values; no spec needs so many")
         if isinstance(event, yaml.AliasEvent):
-            raise SpecError(
-                f"{place}: aliases (*{printable(event.anchor, 40)}) are not allowed; use `base:` or repeat the value"
-            )
+            name = printable(str(event.anchor), 40)
+            raise SpecError(f"{place}: aliases (*{name}) are not allowed; use `base:` or repeat the value")
         if event.anchor is not None:
             raise SpecError(
                 f"{place}: anchors (&{printable(event.anchor, 40)}) are not allowed; use `base:` or repeat the value"

@@ -7,18 +7,19 @@ per group, k slots (query heads active per group and token), D head size, E expe
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 
-class StrictConfig(BaseModel, frozen=True):
+class StrictConfig(BaseModel):
     """Frozen, keyword-only, refuses unknown keys and silent type changes."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +44,41 @@ class Shard(NamedTuple):
     units: int
 
 
-@dataclass
-class RouterStats:
-    """Sums over the tokens a router saw in training since the last reset; fp32 tensors, detached.
+@dataclass(frozen=True, kw_only=True)
+class RouterDetail:
+    """Sums over tokens a router saw in training; those of micro-batches, steps and ranks add up.
 
-    `load` [G, N]: times each of the group's N routed experts was selected. `tokens`: tokens seen. `entropy`: sum over
-    tokens and groups of the entropy (nats) of the router's softmax. `margin`: sum over tokens and groups of (lowest
-    selected logit - highest other one): how far the choice was from another; 0 where all N are selected, negative
-    where a balancing bias overrode the logits. `slots`: k, experts selected per token and group.
+    Top-1 margin: best logit minus second-best, whatever a bias or noise made of them; 0 where there is one expert.
+    `headway.model.router_meter` makes figures of the sums.
     """
 
-    load: Tensor
-    tokens: Tensor
-    entropy: Tensor
-    margin: Tensor
-    slots: int
+    tokens: Tensor  # []: tokens measured
+    entropy: Tensor  # [G]: entropy (nats) of the softmax of the logits
+    choices: Tensor  # [G]: experts chosen, k per token
+    gate: Tensor  # [G]: gates of the chosen experts
+    top1_margin: Tensor  # [G]
+    close: Tensor  # [G]: tokens whose top-1 margin is below 0.1
+    switches: Tensor  # [G]: chosen experts that the token before, in the same sequence, had not chosen
+    followers: Tensor  # [G]: chosen experts of tokens that have a token before them in the sequence
+    token_load: Tensor  # [buckets, G, N]: times an expert was chosen, by the token's id modulo the buckets
+
+    def tensors(self) -> list[Tensor]:
+        """In the order of the fields."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def like(self, tensors: Sequence[Tensor]) -> RouterDetail:
+        """The same fields with other values, in the order of `tensors()`."""
+        return RouterDetail(**{f.name: t for f, t in zip(fields(self), tensors, strict=True)})
+
+    def __add__(self, other: RouterDetail) -> RouterDetail:
+        return self.like([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
+
+
+class RouterStats(NamedTuple):
+    """What a router counted in training since the last reset; fp32 sums, detached."""
+
+    load: Tensor  # [G, N]: times each of the group's N routed experts was chosen
+    detail: RouterDetail | None  # None where `Attention.watch_routers` asked for loads alone
 
 
 class AttentionOutput(NamedTuple):
@@ -136,11 +157,24 @@ def visible_keys(seq_len: int, window: int | None = None) -> float:
 class AttentionConfig(StrictConfig):
     """Interface of a mechanism's config. `type` is the name under which the registry knows it."""
 
-    type: str
+    type: Any  # a Literal with the one name, in each mechanism
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="share of head_dim that is rotated")
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys over head_dim, before RoPE")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_stay_dense(cls, data: Any) -> Any:
+        names = [str(name) for name in data] if isinstance(data, dict) else []
+        for name in names:
+            if name.startswith("key_") or name == "route_keys":
+                raise ValueError(
+                    f"{name}: keys are never routed, because a slot would hold another expert's keys at each position "
+                    "and a query would be scored against subspaces that are not its own; use type hybrid or switchhead "
+                    "to route values, or more kv_heads"
+                )
+        return data
 
     @model_validator(mode="after")
     def _rotated_channels_are_pairs(self) -> Self:
@@ -173,6 +207,13 @@ class AttentionConfig(StrictConfig):
         """The config with every rule that depends on the size of the whole model resolved to numbers."""
         return self
 
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        """Raises ValueError (its text names the spec's key) where the config does not go with a run's shape.
+
+        `seq_len`: tokens of a training sequence; `tokens`: those of the whole training, whole steps.
+        """
+        return None
+
     @property
     @abstractmethod
     def score_maps(self) -> int:
@@ -180,8 +221,12 @@ class AttentionConfig(StrictConfig):
         raise NotImplementedError
 
     def core_flops_per_token(self, *, seq_len: int) -> float:
-        """Q K^T and P V of one layer: 2 x 2 D per visible key and score map."""
+        """Q K^T and P V of one layer as executed: 2 x 2 D per visible key and score map."""
         return 4 * self.head_dim * self.score_maps * visible_keys(seq_len)
+
+    def useful_core_flops_per_token(self, *, seq_len: int) -> float:
+        """The same for the score maps that the mathematics needs."""
+        return self.core_flops_per_token(seq_len=seq_len)
 
     @abstractmethod
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
@@ -198,6 +243,10 @@ class AttentionConfig(StrictConfig):
         """Forward FLOPs of one layer per token at `seq_len`, causal: (S+1)/2 visible keys on average."""
         raise NotImplementedError
 
+    def gating_flops_per_token(self) -> int:
+        """Of `flops_per_token`, those of gates times vectors and their sums, which are no matrix products."""
+        return 0
+
     @abstractmethod
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
         """KV cache of one layer after `seq_len` tokens, divided by them, in bytes."""
@@ -209,27 +258,53 @@ class AttentionConfig(StrictConfig):
         raise NotImplementedError
 
 
+def _alone(partial: Tensor) -> Tensor:
+    return partial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The tensor-parallel ranks that share a layer's groups; a layer by itself is the only one.
+
+    `sum` takes a rank's partial tensor and returns the sum over ranks; its backward pass sums the gradients likewise.
+    """
+
+    index: int = 0
+    count: int = 1
+    sum: Callable[[Tensor], Tensor] = _alone
+
+
 class Attention(nn.Module):
     """Interface of a mechanism's module. Also one for what it holds: routers and norms.
 
     `init_stds` gives the standard deviation of each of the module's own matrices (and fixed random buffers) at the
     start, `init_means` a mean other than 0; a vector in neither starts at 1 (`headway.model.init` draws them).
+    `ranks` is replaced where a layer's groups are dealt to several tensor-parallel ranks.
     """
 
     init_stds: dict[str, float]
     init_means: dict[str, float]
+    ranks: Ranks = Ranks()
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         """x [B, S, d] is already normed."""
         raise NotImplementedError
 
     def pool(self, x: Tensor, context: Context) -> HeadPool | None:
-        """Every member of every group, chosen or not; None where a group has one member only."""
+        """Every member of every group, chosen or not; None where groups have one member only, or differ in size."""
         return None
 
     def router_stats(self) -> dict[str, RouterStats]:
         """Name of the router -> sums since the last `reset_router_stats`; evaluation mode does not count."""
         return {}
+
+    def step_sums(self) -> dict[str, Tensor]:
+        """Name -> other sums over training tokens since the last `reset_router_stats`; the same names on every rank."""
+        return {}
+
+    def watch_routers(self, *, closely: bool) -> None:
+        """Whether routers sum up details from now on (they do at first), or loads alone, which costs less."""
+        return None
 
     def reset_router_stats(self) -> None:
         return None
@@ -239,5 +314,7 @@ class Attention(nn.Module):
         return None
 
     def after_step(self, global_load: dict[str, Tensor]) -> None:
-        """Called once per optimizer step with each router's load [G, N] summed over all ranks (loss-free bias)."""
+        """Called once per optimizer step with each router's load [G, N] (loss-free bias) and each of `step_sums`, under
+        their names, summed over all ranks.
+        """
         return None

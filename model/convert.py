@@ -1,6 +1,6 @@
 """From multi-head to grouped-query attention: re-ordering, alignment and pooling of the heads of one layer.
 
-Functions of the weights of `headway.model.attention.gqa.GroupedQueryAttention`, as its `state_dict` gives them; they
+Functions of the weights of `headway.model.attention.grouped.GroupedQueryAttention`, as `state_dict` gives them; they
 compute in float64 and return new tensors in the dtypes they were given. Mean pooling is that of Ainslie et al. (2023,
 arXiv 2305.13245, section 2.1); alignment and grouping by similarity that of arXiv 2412.20677, without its pruning:
 
@@ -8,6 +8,8 @@ arXiv 2305.13245, section 2.1); alignment and grouping by similarity that of arX
     weights = permute_heads(weights, order, ...)         the same function
     weights = align(weights, x, groups=groups, ...)      the same function
     weights = mean_pool(weights, groups, ...)            exact where a group's heads are turned copies of each other
+
+`fold_decoder` turns a whole decoder of weighted GQA into one of plain GQA.
 
 Legend: N calibration tokens, d width, H query heads, K KV heads of the given layer (K=H for MHA), M=H/K, G groups to
 pool into, P=K/G KV heads per group, D head size, R rotated channels.
@@ -20,6 +22,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from headway.model.attention.wgqa import WeightedGroupedQueryAttention, WgqaConfig
+from headway.model.config import ModelConfig
+from headway.model.decoder import Decoder
 
 Criterion = Literal["cosine", "distance"]
 """What makes two heads alike: the angles between their vectors, or the distances, which feel the lengths too."""
@@ -179,6 +185,27 @@ def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int
     totals = pairs[grouped[..., :, None], grouped[..., None, :]].sum((1, 2, 3))
     best = sorted(sorted(group) for group in grouped[int(totals.argmax())].tolist())
     return [head for group in best for head in group]
+
+
+def fold_decoder(decoder: Decoder, model: ModelConfig) -> Decoder:
+    """The decoder with its weighted GQA folded into plain GQA: the same logits, GQA's parameters and decoding cost.
+
+    `model`: the shape `decoder` was built with. The parameters are new ones, of its dtype and on its device. Raises
+    ValueError where the attention is not of type wgqa.
+    """
+    config = decoder.attention
+    if not isinstance(config, WgqaConfig):
+        raise ValueError(
+            f"decoder: its attention is of type {config.type}, which has nothing to fold; "
+            f"use the decoder as it is, or one with attention of type wgqa"
+        )
+    state = decoder.state_dict()
+    for i, layer in enumerate(decoder.attention_layers()):
+        assert isinstance(layer, WeightedGroupedQueryAttention), "all layers are of the decoder's mechanism"
+        state |= {f"blocks.{i}.attn.{name}": tensor for name, tensor in layer.folded_weights().items()}
+    folded = Decoder(model, config.folded, vocab_size=len(decoder.embedding), seed=0).to(decoder.embedding)
+    folded.load_state_dict({name: state[name] for name in folded.state_dict()})
+    return folded.train(decoder.training)
 
 
 def check_equal_groups(kv_heads: int, groups: int) -> None:

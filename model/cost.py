@@ -18,7 +18,7 @@ class Cost:
     num_params: int
     params_by_part: dict[str, int]  # embedding, attention, mlp, norm, head; they add up to num_params
     flops_per_token: Flops  # all layers and the head
-    attention_core_flops: float  # all layers: Q K^T and P V, causal; contained in both numbers of flops_per_token
+    attention_core_flops: Flops  # all layers: Q K^T and P V, causal; contained in flops_per_token
     kv_bytes_per_token: float  # all layers, after seq_len tokens, divided by them
 
 
@@ -58,7 +58,10 @@ def account(
         num_params=sum(params.values()),
         params_by_part=params,
         flops_per_token=flops,
-        attention_core_flops=sum(a.core_flops_per_token(seq_len=seq_len) for a in each),
+        attention_core_flops=Flops(
+            useful=sum(a.useful_core_flops_per_token(seq_len=seq_len) for a in each),
+            executed=sum(a.core_flops_per_token(seq_len=seq_len) for a in each),
+        ),
         kv_bytes_per_token=sum(
             a.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=bytes_per_element) for a in each
         ),

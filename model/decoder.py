@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.loss import IGNORED, linear_cross_entropy_sum
+from headway.kernels.loss import IGNORED, linear_cross_entropy_and_hits, linear_cross_entropy_sum
 from headway.kernels.rope import rope_tables
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, KVCache
 from headway.model.config import ModelConfig
@@ -26,6 +26,7 @@ class ModelOutput(NamedTuple):
     loss_sum: Tensor  # fp32 scalar: sum of the cross entropy (nats) over targets
     targets: Tensor  # int64 scalar: labels that are not -100
     aux_loss: Tensor  # fp32 scalar: sum over layers of the routers' losses with their coefficients, mean over sequences
+    hits: Tensor | None = None  # int64 scalar: targets whose largest logit is the label's; None where gradients are on
 
 
 class Block(nn.Module):
@@ -81,13 +82,27 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> ModelOutput:
         """tokens, labels [B, S] (-100: no target); segments [B, S] numbers the documents, None: one each."""
         hidden, aux_loss = self._hidden(tokens, segments)
-        loss_sum = linear_cross_entropy_sum(hidden.flatten(0, 1), self._head_weight(), labels.flatten())
-        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss)
+        head = (hidden.flatten(0, 1), self._head_weight(), labels.flatten())
+        if torch.is_grad_enabled():
+            loss_sum, hits = linear_cross_entropy_sum(*head), None
+        else:
+            loss_sum, hits = linear_cross_entropy_and_hits(*head)
+        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
-    def logits(self, tokens: Tensor, segments: Tensor | None = None, *, cache: DecoderCache | None = None) -> Tensor:
-        """[B, S, V] in the model's dtype. With a `cache` the tokens continue what it holds, and it takes them in."""
+    def logits(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        cache: DecoderCache | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """[B, S, V] in the model's dtype; `last`: of the last token alone, [B, 1, V].
+
+        With a `cache` the tokens continue what it holds, and it takes them in.
+        """
         hidden, _ = self._hidden(tokens, segments, cache)
-        return F.linear(hidden, self._head_weight())
+        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight())
 
     def new_cache(self) -> DecoderCache:
         """Empty; for one batch of sequences of equal length."""
@@ -105,6 +120,10 @@ class Decoder(nn.Module):
     def _hidden(
         self, tokens: Tensor, segments: Tensor | None, cache: DecoderCache | None = None
     ) -> tuple[Tensor, Tensor]:
+        if cache is not None and segments is not None:
+            raise ValueError(
+                "segments: a cache holds one document per sequence; give documents one by one, or no cache"
+            )
         x = F.embedding(tokens, self.embedding)
         mask = None if segments is None else document_mask(segments, x.dtype)
         rope = self._rope_tables(tokens, 0 if cache is None else cache.tokens)

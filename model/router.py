@@ -7,18 +7,17 @@ Legend: B batch, S sequence, d width, G groups, N experts per group, k selected 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway.kernels.routing import GateName, gates, router_logits, top_k
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, Context, RouterStats, StrictConfig
-from headway.model.layers import parameter
+from headway.model.layers import FixedBuffers, parameter
 from headway.model.router_meter import RouterMeter
 
 HASH_BUCKETS = 4093
@@ -151,13 +150,40 @@ AnyRouter = Annotated[
 ]
 
 
-class Router(nn.Module):
+def check_router(
+    router: RouterConfig, balance: BalanceConfig, *, gate: str, choice: bool, hard: str = "gate: hard"
+) -> None:
+    """Raises ValueError where a router cannot do what its config asks of it.
+
+    `gate`: the factor on its choice, "hard" where the task gives it no gradient, which the field and value `hard` say;
+    `choice`: whether it ever picks fewer experts than there are.
+    """
+    if router.reads_queries and gate in ("sigmoid", "sigmoid2"):
+        raise ValueError(
+            f"gate: logits of {router.type} are lengths, far above 0, where a sigmoid is constant; "
+            f"use gate straight_through or detached_renorm, or router.type linear"
+        )
+    if router.reads_queries and balance.loss_free_rate:
+        raise ValueError(
+            f"balance: loss_free_rate is added to sigmoid(r), and logits of {router.type} are lengths, far above "
+            f"0, where that is constant: the bias alone would choose; use balance.f_p, or router.type linear"
+        )
+    trained = router.num_params(width=1, groups=1, experts=1) > 0
+    if gate == "hard" and choice and trained and not balance.has_loss:
+        raise ValueError(
+            f"{hard} and no balancing loss leave the router without any gradient; "
+            "use balance.f_p 0.01, or router.type random, which says so"
+        )
+
+
+class Router(FixedBuffers):
     """Scores, selection, gates, balancing and statistics; subclasses give the logits.
 
     Buffers are cut over tensor-parallel ranks by group, along dimension 0.
     """
 
     bias: Tensor
+    gate: GateName
 
     def __init__(self, config: RouterConfig, routing: RoutingConfig, *, groups: int, experts: int) -> None:
         super().__init__()
@@ -176,10 +202,9 @@ class Router(nn.Module):
         idx = top_k(self._scores(logits.detach()), k)
         gate = gates(logits, idx, self.gate)
         aux_loss = None
-        if self.training or self.balance.has_loss:
+        if self.training:
             chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
-            if self.training:
-                self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
+            self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
             if self.balance.has_loss:
                 aux_loss = self.balance.loss(logits, self._probabilities(logits), chosen, slots=k)
         return Routing(idx, gate, aux_loss)
@@ -187,15 +212,13 @@ class Router(nn.Module):
     def _scores(self, logits: Tensor) -> Tensor:
         """What is ranked; no gradient."""
         scores = logits
-        if self.balance.loss_free_rate:  # published on sigmoid scores
-            scores = torch.sigmoid(logits) + self.bias
-        if not self.training:
-            return scores
-        if self.config.noise == "normal":
+        if self.training and self.config.noise == "normal":
             scores = scores + self.config.noise_scale * torch.randn_like(scores)
-        elif self.config.noise == "gumbel":
+        elif self.training and self.config.noise == "gumbel":
             scores = scores - self.config.noise_scale * torch.log(-torch.log(torch.rand_like(scores).clamp_min(1e-20)))
-        if self.config.dropout:
+        if self.balance.loss_free_rate:  # published on sigmoid scores; noise is in units of the logits all the same
+            scores = torch.sigmoid(scores) + self.bias
+        if self.training and self.config.dropout:
             # Not -inf: where fewer than k are left, the best of those passed over come back in.
             scores = scores - 1e4 * (torch.rand_like(scores) < self.config.dropout)
         return scores
@@ -213,16 +236,6 @@ class Router(nn.Module):
         if self.balance.loss_free_rate:
             load = load.to(self.bias)
             self.bias += self.balance.loss_free_rate * torch.sign(load.mean(-1, keepdim=True) - load)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves like any module, but keeps buffers in fp32: in bf16 a bias step of 1e-3 vanishes beyond 0.25."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 class LinearRouter(Router):
@@ -314,6 +327,10 @@ class RoutedAttention(Attention):
     def router_stats(self) -> dict[str, RouterStats]:
         stats = {name: router.meter.stats() for name, router in self.routers.items()}
         return {name: stat for name, stat in stats.items() if stat is not None}
+
+    def watch_routers(self, *, closely: bool) -> None:
+        for router in self.routers.values():
+            router.meter.closely = closely
 
     def reset_router_stats(self) -> None:
         for router in self.routers.values():

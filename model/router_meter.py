@@ -1,47 +1,159 @@
-"""Router statistics, accumulated on the device without waiting for it.
+"""Router statistics: sums accumulated on the device without waiting for it, and the figures they give.
 
-Legend: B batch, S sequence, G groups, N experts per group, k selected ones.
+Legend: B batch, S sequence, T=B*S tokens, G groups, N experts per group, k chosen ones.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from headway.model.base import RouterStats
+from headway.model.base import RouterDetail, RouterStats
+
+TOKEN_BUCKETS = 1024
+"""Token ids are counted modulo this. Vocabularies are sorted by frequency, so the commonest ids do not meet."""
+
+CLOSE_MARGIN = 0.1
+"""Top-1 margin below which a token counts as close."""
+
+DEAD_SHARE = 1e-3
+"""An expert with less than this share of its group's choices counts as dead."""
 
 
 class RouterMeter:
-    """Accumulates `RouterStats`."""
+    """Accumulates `RouterStats`; loads alone while `closely` is off."""
 
     def __init__(self) -> None:
-        self._sums: RouterStats | None = None
+        self.closely = True
+        self._load: Tensor | None = None
+        self._detail: RouterDetail | None = None
 
     @torch.no_grad()
     def update(self, logits: Tensor, chosen: Tensor, gate: Tensor, tokens: Tensor | None) -> None:
-        """logits, chosen [B, S, G, N]; gate [B, S, G, k]; tokens [B, S] ids, where the caller has them."""
-        slots = gate.shape[-1]
-        logits, picked = logits.float(), chosen > 0
-        log_p = torch.log_softmax(logits, -1)
-        margin = logits.new_zeros(())
-        if slots < logits.shape[-1]:
-            lowest = logits.masked_fill(~picked, float("inf")).amin(-1)
-            margin = (lowest - logits.masked_fill(picked, float("-inf")).amax(-1)).sum()
-        sums = RouterStats(
-            load=picked.sum((0, 1)).float(),
-            tokens=logits.new_full((), logits.shape[0] * logits.shape[1]),
-            entropy=-(log_p.exp() * log_p).sum(),
-            margin=margin,
-            slots=slots,
-        )
-        if self._sums is not None:
-            for name in ("load", "tokens", "entropy", "margin"):
-                getattr(sums, name).add_(getattr(self._sums, name))
-        self._sums = sums
+        """logits, chosen (1 or 0) [B, S, G, N]; gate [B, S, G, k]; tokens [B, S] ids, None: not counted by token."""
+        chosen = chosen.float()
+        load = chosen.sum((0, 1))
+        self._load = load if self._load is None else self._load + load
+        if self.closely:
+            detail = _detail(logits.float(), chosen, gate, tokens, load)
+            self._detail = detail if self._detail is None else self._detail + detail
 
     def stats(self) -> RouterStats | None:
         """None before the first update."""
-        return self._sums
+        return None if self._load is None else RouterStats(self._load, self._detail)
 
     def reset(self) -> None:
-        self._sums = None
+        self._load = self._detail = None
+
+
+def _detail(logits: Tensor, chosen: Tensor, gate: Tensor, tokens: Tensor | None, load: Tensor) -> RouterDetail:
+    groups, experts = load.shape
+    by_token = load.new_zeros(TOKEN_BUCKETS, groups * experts)
+    if tokens is not None:
+        by_token.index_add_(0, tokens.flatten() % TOKEN_BUCKETS, chosen.view(-1, groups * experts))
+    best = logits.topk(min(2, experts), -1).values
+    top1_margin = best[..., 0] - best[..., -1]  # [B, S, G]
+    # Experts first: reductions over a last dimension of 4 take several times as long.
+    logits, chosen = logits.movedim(-1, 0).contiguous(), chosen.movedim(-1, 0).contiguous()  # [N, B, S, G]
+    before, after = chosen[:, :, :-1], chosen[:, :, 1:]
+    followers = after.sum((0, 1, 2))
+    return RouterDetail(
+        tokens=load.new_full((), top1_margin[..., 0].numel()),
+        entropy=_entropy(logits).sum((0, 1)),
+        choices=load.sum(-1),
+        gate=gate.float().sum((0, 1, 3)),
+        top1_margin=top1_margin.sum((0, 1)),
+        close=(top1_margin < CLOSE_MARGIN).sum((0, 1)).float(),
+        switches=followers - (before * after).sum((0, 1, 2)),
+        followers=followers,
+        token_load=by_token.view(TOKEN_BUCKETS, groups, experts),
+    )
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Of the softmax over the first dimension, in nats."""
+    shifted = logits - logits.amax(0)
+    weight = shifted.exp()
+    total = weight.sum(0)
+    return total.log() - (weight * shifted).sum(0) / total
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFigures:
+    """What the sums say; one number per group, NaN where there is nothing to divide by.
+
+    `load` [G, N]: share of each expert, over all tokens; rows sum to 1. `effective`: exp of the entropy of those
+    shares, 1 to N. `dead`: experts with a share below `DEAD_SHARE`. Of the tokens measured closely (`tokens` of them):
+    `entropy` of the router's softmax (nats), mean `gate`, `top1_margin` (see `RouterDetail`), `close` (share of tokens
+    with a top-1 margin below `CLOSE_MARGIN`), `switch_rate` (share of chosen experts that the token
+    before had not chosen), `mutual_information` in nats after `information_bias` was subtracted, and
+    `information_share` of what it can be (see `token_information`).
+    """
+
+    load: list[list[float]]
+    effective: list[float]
+    dead: list[int]
+    tokens: int
+    entropy: list[float]
+    gate: list[float]
+    top1_margin: list[float]
+    close: list[float]
+    switch_rate: list[float]
+    mutual_information: list[float]
+    information_bias: list[float]
+    information_share: list[float]
+
+
+def figures(load: Tensor, detail: RouterDetail) -> RouterFigures:
+    """From the sums over ranks and steps; load [G, N]."""
+    share = load.double() / load.double().sum(-1, keepdim=True).clamp_min(1)
+    d = detail.like([t.double() for t in detail.tensors()])
+    information, bias, most = token_information(d)
+    return RouterFigures(
+        load=share.tolist(),
+        effective=_plogp(share).sum(-1).neg().exp().tolist(),
+        dead=(share < DEAD_SHARE).sum(-1).tolist(),
+        tokens=int(d.tokens),
+        entropy=(d.entropy / d.tokens).tolist(),
+        gate=(d.gate / d.choices).tolist(),
+        top1_margin=(d.top1_margin / d.tokens).tolist(),
+        close=(d.close / d.tokens).tolist(),
+        switch_rate=(d.switches / d.followers).tolist(),
+        mutual_information=information.tolist(),
+        information_bias=bias.tolist(),
+        information_share=torch.where(most > 1e-9, information / most, math.nan).tolist(),
+    )
+
+
+def token_information(detail: RouterDetail) -> tuple[Tensor, Tensor, Tensor]:
+    """Mutual information of token id and chosen expert, its bias and its maximum: three tensors [G], in nats.
+
+    I = H(expert) - H(expert | bucket) over all (token, chosen expert) pairs. Bucketing ids can only lose information
+    (data processing inequality), so the true value is not below this one but for the sampling bias, which is subtracted
+    (down to 0 at least) and returned: Miller and Madow's correction, (cells - 1) / 2n per entropy from n samples. With
+    k choices per token, none twice, a count's variance is that of inclusion, and k takes the place of the 1:
+    (C - k R - E + k) / 2n from n choices, for C filled cells in R filled buckets and E experts in use. It is too small
+    where most ids were seen only once or twice. The maximum, H(expert) - ln k with H corrected likewise, is that of
+    experts chosen by the id alone: k different ones leave ln k undetermined.
+    """
+    joint = detail.token_load.permute(1, 0, 2)  # [G, buckets, N]
+    n = joint.sum((1, 2))
+    by_bucket, by_expert = joint.sum(2), joint.sum(1)
+
+    def entropy(counts: Tensor) -> Tensor:
+        return -_plogp(counts.flatten(1) / n[:, None]).sum(-1)
+
+    k = detail.choices / detail.tokens
+    h_expert = entropy(by_expert)
+    raw = h_expert + entropy(by_bucket) - entropy(joint)
+    cells, buckets, experts = ((t > 0).flatten(1).sum(-1) for t in (joint, by_bucket, by_expert))
+    bias = (cells - k * buckets - experts + k) / (2 * n)
+    return (raw - bias).clamp_min(0.0), bias, h_expert + (experts - k) / (2 * n) - k.log()
+
+
+def _plogp(p: Tensor) -> Tensor:
+    """p ln p, 0 at 0."""
+    return torch.special.xlogy(p, p)

@@ -49,6 +49,17 @@ class StepStats:
     skipped: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A pass without training, over all ranks: mean loss in nats per target, share of targets whose largest logit is
+    the label's, number of targets.
+    """
+
+    loss: float
+    accuracy: float
+    targets: int
+
+
 def deepspeed_config(
     parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, dp_size: int
 ) -> dict[str, Any]:
@@ -102,7 +113,7 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
 
 
 class Engine:
-    """A DeepSpeed ZeRO engine around a model whose forward returns (loss_sum, targets, aux_loss).
+    """A DeepSpeed ZeRO engine around a model whose forward returns (loss_sum, targets, aux_loss, hits).
 
     `micro_batch` sequences per forward pass; `accumulation` passes per optimizer step and rank.
     """
@@ -185,23 +196,24 @@ class Engine:
         )
 
     @torch.no_grad()
-    def evaluate(self, micro: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(mean loss in nats per target, number of targets) over all ranks.
+    def evaluate(self, micro: Iterable[MicroBatch]) -> Evaluation:
+        """Loss and accuracy over the micro batches of all ranks.
 
         Ranks may bring different numbers of targets, but must bring the same number of micro batches: ZeRO-3 gathers
         parameters in every forward pass, and a rank that makes one more waits for the others until the timeout.
         """
         module = self._engine
         module.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
         for batch in micro:
             out = module(*self._inputs(batch))
             sums[0] += out.loss_sum
-            sums[1] += out.targets
+            sums[1] += out.hits
+            sums[2] += out.targets
         module.train()
         self.layout.sum(sums)
-        loss_sum, targets = sums.tolist()
-        return loss_sum / max(1.0, targets), int(targets)
+        loss_sum, hits, targets = sums.tolist()
+        return Evaluation(loss=loss_sum / max(1.0, targets), accuracy=hits / max(1.0, targets), targets=int(targets))
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.layout.device

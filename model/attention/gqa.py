@@ -1,104 +1,172 @@
-"""Grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245) and its two ends, MHA and MQA.
+"""Grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245), its two ends MHA and MQA, and its options.
 
-Legend: B batch, S sequence, d width, H query heads, G KV heads (= groups), M=H/G query heads per group, D head size.
+Legend: B batch, S sequence, d width, H query heads, G KV heads (= groups), m_g query heads of group g, D head size,
+w_g window of group g. Head h of group g, at position t:
+
+    o_h = softmax over s in (t - w_g, t] of (q_h(t) K_g(s)^T / sqrt(D))  V_g(s)
+    y   = W_O [gate_1 o_1 .. gate_H o_H]
+
+gate: none, or sigmoid(W_gate x), a number per head (headwise) or per head and channel (elementwise), without a factor,
+so 1/2 at the start (Qiu et al., 2025, arXiv 2505.06708). windows: w_g keys, the token's own included; none: all.
+group_sizes: m_g given one by one (AsymGQA, Chen et al., 2024, arXiv 2406.14963, which does not say how it searches
+them; headway.model.convert proposes some). All groups alike and global is the published GQA.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.rope import apply_rope
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
-from headway.model.layers import RMSNorm, parameter
-from headway.model.router import RoutedAttention
+from headway.model.attention.grouped import (
+    GroupedConfig,
+    GroupedQueryAttention,
+    check_groups,
+    uneven_orthogonality_loss,
+)
+from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, Shard, visible_keys
+from headway.model.layers import parameter
+
+Window = Annotated[int, Field(ge=1)]
+Windows = Window | list[Window | None] | None
 
 
-class GroupedConfig(AttentionConfig):
-    """What every mechanism with groups of query heads over shared keys and values has."""
+class DenseConfig(GroupedConfig):
+    """Options of the mechanisms that use all their query heads for every token."""
 
-    heads: int = Field(ge=1, description="H, query heads")
-
-    @property
-    @abstractmethod
-    def groups(self) -> int:
-        """G, KV heads."""
-        raise NotImplementedError
-
-    @property
-    def heads_per_group(self) -> int:
-        """M."""
-        return self.heads // self.groups
-
-    orthogonality: float = Field(
-        default=0.0,
-        ge=0,
-        description="coefficient of a loss that drives the query matrices of a group apart; a control, not published",
+    gate: Literal["none", "headwise", "elementwise"] = Field(
+        default="none",
+        description="sigmoid of the layer's input, times each head's output, or each of its channels",
+    )
+    windows: Windows = Field(
+        default=None, description="tokens a query sees, its own included; a list: one per KV head; null: all"
+    )
+    window_pattern: list[Windows] = Field(
+        default=[], description="`windows` of each layer, from the first on and repeated to the last"
     )
 
+    @model_validator(mode="after")
+    def _windows_fit_the_groups(self) -> Self:
+        if self.window_pattern and self.windows is not None:
+            raise ValueError(
+                "window_pattern: `windows` says the same for all layers; use windows alone, or window_pattern alone"
+            )
+        entries = [("windows", self.windows), *(("window_pattern", entry) for entry in self.window_pattern)]
+        for name, entry in entries:
+            if isinstance(entry, list) and len(entry) != self.groups:
+                raise ValueError(
+                    f"{name}: {entry} has {len(entry)} windows for {self.groups} KV heads; "
+                    f"use a list of {self.groups}, or one integer for all of them"
+                )
+        return self
+
+    def layer(self, index: int, layers: int) -> Self:
+        if not self.window_pattern:
+            return self
+        if len(self.window_pattern) > layers:
+            raise ValueError(
+                f"attention.window_pattern: {len(self.window_pattern)} entries for {layers} layers; "
+                f"use {layers} entries at most, or model.layers {len(self.window_pattern)}"
+            )
+        windows = self.window_pattern[index % len(self.window_pattern)]
+        return self.model_copy(update={"windows": windows, "window_pattern": []})
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
+        name = "window_pattern" if self.window_pattern else "windows"
+        for entry in [self.windows, *self.window_pattern]:
+            longest = max((w for w in (entry if isinstance(entry, list) else [entry]) if w is not None), default=0)
+            if longest > seq_len:
+                raise ValueError(
+                    f"attention.{name}: a window of {longest} tokens is longer than the sequences of {seq_len}; "
+                    f"use null (all tokens) or {seq_len} at most, or data.seq_len {longest}"
+                )
+
     @property
-    def score_maps(self) -> int:
-        return self.heads
+    def group_windows(self) -> list[int | None]:
+        """Window of each group, None: global. Needs a config of one layer (`layer`)."""
+        assert not self.window_pattern, "windows differ by layer: ask the config of one layer"
+        return list(self.windows) if isinstance(self.windows, list) else [self.windows] * self.groups
+
+    @property
+    def sizes(self) -> list[int]:
+        """Query heads of each group."""
+        return [self.heads_per_group] * self.groups
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of W_gate."""
+        return {"none": 0, "headwise": 1, "elementwise": self.head_dim}[self.gate] * self.query_heads
+
+    def core_flops_per_token(self, *, seq_len: int) -> float:
+        """4D per query head and key in its group's window."""
+        per_group = zip(self.sizes, self.group_windows, strict=True)
+        return 4 * self.head_dim * sum(size * visible_keys(seq_len, window) for size, window in per_group)
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
-        return GroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+        return DenseAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dHD + 2dGD, and two gains of D with QK-norm."""
-        gains = 2 * self.head_dim if self.qk_norm else 0
-        return 2 * width * (self.heads + self.groups) * self.head_dim + gains
+        """2dHD + 2dGD, and the gate's dH or dHD."""
+        return super().num_params(width=width) + width * self.gate_rows
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """4dHD + 4dGD and the core."""
-        flops = 4 * width * (self.heads + self.groups) * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
-        return Flops(useful=flops, executed=flops)
+        """4dHD + 4dGD, the gate's 2dH or 2dHD, and the core; the products with the gate are not counted."""
+        gate = 2 * width * self.gate_rows
+        return super().flops_per_token(width=width, seq_len=seq_len) + Flops(useful=gate, executed=gate)
 
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
-        return 2 * self.groups * self.head_dim * bytes_per_element
+        """A group with a window keeps the w - 1 tokens before the next one."""
+        kept = sum(seq_len if w is None else min(seq_len, w - 1) for w in self.group_windows)
+        return 2 * self.head_dim * bytes_per_element * kept / seq_len
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups: a rank owns KV heads with the query heads and output columns that belong to them."""
-        units = self.groups
-        return {"w_q": Shard(0, units), "w_k": Shard(0, units), "w_v": Shard(0, units), "w_o": Shard(1, units)}
+        """Whole groups; where they differ, whole repetitions of their pattern, so that ranks have equal work."""
+        groups = list(zip(self.sizes, self.group_windows, strict=True))
+        units = max(n for n in range(1, len(groups) + 1) if groups == groups[: len(groups) // n] * n)
+        names = {"w_q": 0, "w_k": 0, "w_v": 0, "w_o": 1} | ({} if self.gate == "none" else {"w_gate": 0})
+        return {name: Shard(dim, units) for name, dim in names.items()}
 
 
-def check_groups(heads: int, kv_heads: int) -> None:
-    """Raises ValueError unless the query heads divide into `kv_heads` equal groups."""
-    if heads % kv_heads:
-        legal = [g for g in range(1, heads + 1) if heads % g == 0]
-        below, above = (
-            max((g for g in legal if g < kv_heads), default=1),
-            min((g for g in legal if g > kv_heads), default=heads),
-        )
-        raise ValueError(
-            f"kv_heads: {heads} query heads do not divide into {kv_heads} equal groups; "
-            f"use kv_heads {below} or {above}, or heads {-(-heads // kv_heads) * kv_heads}"
-        )
-
-
-class GqaConfig(GroupedConfig):
-    """GQA: G KV heads, each shared by H/G query heads."""
+class GqaConfig(DenseConfig):
+    """GQA: G KV heads, each shared by H/G query heads, or by as many as `group_sizes` says."""
 
     type: Literal["gqa"] = "gqa"
     kv_heads: int = Field(ge=1, description="G, KV heads; each serves heads/kv_heads query heads")
+    group_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[], description="query heads of each KV head, where they differ; empty: equal groups"
+    )
 
     @model_validator(mode="after")
-    def _groups_are_equal(self) -> Self:
-        check_groups(self.heads, self.kv_heads)
+    def _heads_are_shared_out(self) -> Self:
+        sizes, heads, groups = self.group_sizes, self.heads, self.kv_heads
+        if not sizes:
+            check_groups(heads, groups)
+        elif len(sizes) != groups:
+            raise ValueError(
+                f"group_sizes: {len(sizes)} sizes for {groups} KV heads; use {groups} sizes, or kv_heads {len(sizes)}"
+            )
+        elif sum(sizes) != heads:
+            raise ValueError(
+                f"group_sizes: {sizes} add up to {sum(sizes)} of {heads} query heads; "
+                f"use sizes that add up to {heads}, or heads {sum(sizes)}"
+            )
         return self
 
     @property
     def groups(self) -> int:
         return self.kv_heads
 
+    @property
+    def sizes(self) -> list[int]:
+        return list(self.group_sizes) or super().sizes
 
-class MhaConfig(GroupedConfig):
+
+class MhaConfig(DenseConfig):
     """Multi-head attention: GQA with one query head per KV head."""
 
     type: Literal["mha"] = "mha"
@@ -108,7 +176,7 @@ class MhaConfig(GroupedConfig):
         return self.heads
 
 
-class MqaConfig(GroupedConfig):
+class MqaConfig(DenseConfig):
     """Multi-query attention: GQA with a single KV head."""
 
     type: Literal["mqa"] = "mqa"
@@ -118,75 +186,71 @@ class MqaConfig(GroupedConfig):
         return 1
 
 
-class QkNorm(nn.Module):
-    """Optional norm of queries or keys, then their rotation. The gain [D] is shared by the heads."""
+class DenseAttention(GroupedQueryAttention):
+    """GQA with its options. `w_gate` [H, d] or [H D, d]; one call of the core per distinct window.
 
-    def __init__(self, config: AttentionConfig, norm_eps: float) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.head_dim, norm_eps) if config.qk_norm else None
-
-    def forward(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # [B, S, *, D] -> same
-        return apply_rope(heads if self.norm is None else self.norm(heads), rope)
-
-
-def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:
-    """Mean over groups and pairs of members of cos^2 of their flattened matrices: 0 where all are orthogonal.
-
-    w_q [H D, d], group-major, `members` heads per group. Scalar, fp32 or wider, at most 1.
+    What is said per group is read from the first on: a rank's groups are whole repetitions of the pattern.
     """
-    flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, members, head_dim)).flatten(2)
-    unit = F.normalize(flat, dim=-1)  # [G, M, D d]
-    cosines = unit @ unit.transpose(1, 2)
-    pairs = members * (members - 1)
-    return (cosines.square().sum((1, 2)) - members).mean() / pairs
 
-
-class GroupedQueryAttention(RoutedAttention):
-    """Base of the mechanisms with grouped query heads; without routers it is GQA.
-
-    y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
-
-    def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
-        super().__init__()
-        heads, groups, head_dim = config.heads, config.groups, config.head_dim
-        self.head_dim, self.members, self.orthogonality = head_dim, config.heads_per_group, config.orthogonality
-        self.w_q = parameter(heads * head_dim, width)
-        self.w_k = parameter(groups * head_dim, width)
-        self.w_v = parameter(groups * head_dim, width)
-        self.w_o = parameter(width, heads * head_dim)
-        self.q_rope = QkNorm(config, norm_eps)
-        self.k_rope = QkNorm(config, norm_eps)
-        self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
-
-    def heads_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [B, S, d], weight [n D, d] -> [B, S, n, D]; n follows the weight, which may be one rank's part."""
-        return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
-
-    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """[B, K, G, D] each: of all tokens x's may see."""
-        return context.keys_and_values(
-            self.k_rope(self.heads_of(x, self.w_k), context.rope), self.heads_of(x, self.w_v)
-        )
+    def __init__(self, config: DenseConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+        super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+        self.gate, self.sizes, self.windows = config.gate, config.sizes, config.group_windows
+        self.even = len(set(self.sizes)) == 1
+        if config.gate != "none":
+            self.w_gate = parameter(config.gate_rows, width)
+            self.init_stds["w_gate"] = init_std
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]
-        k, v = self.keys_and_values(x, context)  # [B, S, G, D]
-        o = core(q, k, v, context.mask)
+        o = self.attend(q, x, context)
+        if self.gate != "none":
+            o = o * torch.sigmoid(F.linear(x, self.w_gate)).unflatten(-1, (o.shape[2], -1))  # [B, S, H, 1 or D]
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
+    def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
+        k = self.k_rope(self.heads_of(x, self.w_k), context.rope)  # [B, S, G, D]
+        v = self.heads_of(x, self.w_v)
+        sizes, windows = self.sizes[: k.shape[2]], self.windows[: k.shape[2]]
+        if self.even and len(set(windows)) == 1:
+            k, v = context.keys_and_values(k, v, window=windows[0])
+            return core(q, k, v, context.mask, window=windows[0])
+        outputs: dict[int, Tensor] = {}  # by group
+        for window in dict.fromkeys(windows):
+            groups = [g for g, w in enumerate(windows) if w == window]
+            own_k, own_v = (take(t, [1] * len(sizes), groups) for t in (k, v))
+            own_k, own_v = context.keys_and_values(own_k, own_v, part=str(window), window=window)
+            own_sizes = [sizes[g] for g in groups]
+            own_k, own_v = share(own_k, own_sizes), share(own_v, own_sizes)
+            o = core(take(q, sizes, groups), own_k, own_v, context.mask, window=window)
+            outputs.update(zip(groups, o.split(own_sizes, 2), strict=True))
+        return torch.cat([outputs[g] for g in range(len(sizes))], 2)
+
     def diversity_loss(self) -> Tensor | None:
-        """The orthogonality penalty with its coefficient; the same for every micro-batch."""
-        if not self.orthogonality or self.members == 1:
-            return None
-        return self.orthogonality * orthogonality_loss(self.w_q, members=self.members, head_dim=self.head_dim)
+        if self.even or not self.orthogonality or not self.training:
+            return super().diversity_loss()
+        sizes = torch.tensor(self.sizes[: len(self.w_k) // self.head_dim], device=self.w_q.device)
+        return self.orthogonality * uneven_orthogonality_loss(self.w_q, sizes, head_dim=self.head_dim)
 
     def pool(self, x: Tensor, context: Context) -> HeadPool | None:
-        """The query heads of each group."""
-        if self.members == 1:
-            return None
-        q = self.heads_of(x, self.w_q)
-        k, v = self.keys_and_values(x, context)
-        o = core(self.q_rope(q, context.rope), k, v, context.mask)
-        per_group = (-1, self.members)
-        weights = self.w_q.unflatten(0, (-1, self.members, self.head_dim)).flatten(2)
-        return HeadPool("query head", weights, q.unflatten(2, per_group), o.unflatten(2, per_group))
+        """The query heads of each group; None where groups differ in size."""
+        return super().pool(x, context) if self.even else None
+
+
+def take(heads: Tensor, sizes: list[int], groups: list[int]) -> Tensor:
+    """heads [B, S, n, D], `sizes` [G] consecutive ones per group -> those of some `groups`; a view of neighbours."""
+    first, last = groups[0], groups[-1]
+    if last - first + 1 == len(groups):
+        return heads.narrow(2, sum(sizes[:first]), sum(sizes[first : last + 1]))
+    parts = heads.split(sizes, 2)
+    return torch.cat([parts[g] for g in groups], 2)
+
+
+def share(heads: Tensor, sizes: list[int]) -> Tensor:
+    """KV heads [B, K, G, D] -> [B, K, sum of sizes, D], one per query head; unchanged for equal sizes.
+
+    The core shares KV heads among equal groups by itself, without copies.
+    """
+    if len(set(sizes)) == 1:
+        return heads
+    parts = zip(heads.unbind(2), sizes, strict=True)
+    return torch.cat([head.unsqueeze(2).expand(-1, -1, size, -1) for head, size in parts], 2)

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from headway.kernels.attention import core
 from headway.kernels.routing import GateName, expand, select
-from headway.model.attention.gqa import GroupedConfig, GroupedQueryAttention, check_groups
+from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
 from headway.model.layers import parameter
-from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, summed
+from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, check_router, summed
 
 ROUTER = "router"
 
@@ -93,6 +93,13 @@ class RoutedGroupedConfig(GroupedConfig):
             raise ValueError("always_on_gate: there are no always-on heads; use always_on 1, or always_on_gate none")
         for k in self._all_k():
             self._check_k(k)
+        choice = isinstance(self.top_k, SizeRule) or min(self._all_k()) < self.routed
+        check_router(self.router, self.balance, gate=self.gate, choice=choice)
+        if self.routed == 1 and self.gate not in ("hard", "sigmoid", "sigmoid2"):
+            raise ValueError(
+                f"gate: {self.gate} of a single routed head per group is constant and teaches the router nothing; "
+                f"use gate sigmoid2, or heads {self.kv_heads * (self.always_on + 2)}"
+            )
         if self.gate == "renorm" and isinstance(self.top_k, SizeRule):
             raise ValueError(
                 "gate: renorm needs at least two heads picked, and a size rule may come out at one; "
@@ -137,6 +144,16 @@ class RoutedGroupedConfig(GroupedConfig):
                 f"give {layers} numbers, or one integer for all layers"
             )
         return self.model_copy(update={"top_k": self.top_k[index]})
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
+        late = [stage.until_tokens for stage in self.k_schedule if stage.until_tokens > tokens - tokens_per_step]
+        if late:
+            raise ValueError(
+                f"attention.k_schedule: a stage lasts until {late[0]} tokens and the last step begins at "
+                f"{tokens - tokens_per_step}, so top_k, for which costs are stated, would never be trained; "
+                f"use until_tokens {tokens // 2}, or train.tokens {2 * late[0]}"
+            )
 
     def at_size(self, num_params: int) -> Self:
         if not isinstance(self.top_k, SizeRule):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headway.kernels.attention import core
 from headway.kernels.routing import expand, select
-from headway.model.attention.gqa import QkNorm
+from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import parameter
@@ -176,8 +176,8 @@ class SwitchHeadAttention(RoutedAttention):
         if experts == 1:
             return None
         q, k, v = self._queries_and_keys(x, context)
-        each = [t.repeat_interleave(experts, 2) for t in (q, k)]
-        o = core(*each, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
+        q, k = q.repeat_interleave(experts, 2), k.repeat_interleave(experts, 2)
+        o = core(q, k, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
         weights = self.w_v.unflatten(0, (-1, experts, self.config.head_dim)).flatten(2)
         return HeadPool("value expert", weights, v, o)
 

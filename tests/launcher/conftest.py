@@ -63,6 +63,12 @@ class Headway:
             time.sleep(0.005)
 
 
+@pytest.fixture(scope="module")
+def headway_once(tmp_path_factory):
+    """For runs that several tests of a file read; they only end by themselves."""
+    return Headway(tmp_path_factory.mktemp("headway"))
+
+
 @pytest.fixture
 def headway(tmp_path):
     h = Headway(tmp_path)

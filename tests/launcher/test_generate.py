@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 name: tiny
 model: {width: 32, layers: 2, ffn_width: 48, init_std: 0.05}
 attention: {type: rgqa, heads: 8, kv_heads: 2, head_dim: 8, top_k: 1, balance: {f_p: 0, loss_free_rate: 1e-3},
-            k_schedule: [{until_tokens: 1e9, top_k: 2}]}
+            k_schedule: [{until_tokens: 700, top_k: 2}]}
 data:
   seq_len: 32
   source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
@@ -49,7 +49,7 @@ def model_of(run):
 def test_the_checkpoint_of_the_last_step_is_loaded_with_the_schedule_where_it_stood(trained):
     model, step = model_of(trained)
     assert step == 4 and not model.training
-    assert [layer.top_k for layer in model.attention_layers()] == [2, 2]
+    assert [layer.top_k for layer in model.attention_layers()] == [1, 1]
     biases = [b for n, b in model.named_buffers() if n.endswith("router.bias")]
     assert len(biases) == 2 and all(b.abs().max() > 0 for b in biases)
 
@@ -109,7 +109,14 @@ def test_mistakes_say_what_to_do(trained, tmp_path):
         generate(trained, "hello", GREEDY)
     with pytest.raises(SpecError, match="numbers from 0 to 31"):
         generate(trained, "32", GREEDY)
-    for bad in ({"tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for bad in (
+        {"tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": 1e-40},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ):
         with pytest.raises(SpecError, match="--"):
             generate(trained, "1", Sampling(**{**vars(GREEDY), **bad}))
     (tmp_path / "spec.json").write_text((trained / "spec.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from headway.launcher.errors import SpecError
-from headway.launcher.match import MatchConfig, match_variant, nearest_multiple, spec_cost, spec_with
+from headway.launcher.match import MatchConfig, match_variant, spec_cost, spec_with, why_not_cuttable
 from headway.launcher.spec import Spec
 
 VOCAB = 64
@@ -22,20 +22,6 @@ def spec(**attention) -> Spec:
             "train": {"tokens": 1000, "global_batch": 1, "micro_batch": 1},
         }
     )
-
-
-@pytest.mark.parametrize(("target", "want"), [(100, 10), (124, 10), (125, 10), (126, 15), (1, 5), (50, 5), (5000, 500)])
-def test_the_multiple_with_the_nearest_cost_is_found_and_the_smaller_one_on_a_tie(target, want):
-    assert nearest_multiple(lambda n: 10.0 * n, target=target, multiple=5) == want
-
-
-def test_nearest_multiple_agrees_with_trying_all():
-    def cost(n: int) -> float:
-        return 7.0 * n + 0.01 * n * n
-
-    for target in range(5, 4000, 37):
-        best = min(range(3, 600, 3), key=lambda n: abs(cost(n) - target))
-        assert nearest_multiple(cost, target=target, multiple=3) == best
 
 
 @pytest.mark.parametrize(
@@ -101,7 +87,7 @@ def test_the_tolerance_named_in_the_error_is_enough():
 
 
 def test_too_large_even_at_the_smallest_value():
-    with pytest.raises(SpecError, match="even its smallest value 16 is too much"):
+    with pytest.raises(SpecError, match="even its smallest legal value 16 is too much"):
         match_variant("v", spec(), MatchConfig(), target=1000.0, vocab_size=VOCAB)
 
 
@@ -112,12 +98,117 @@ def test_too_large_even_at_the_smallest_value():
         ("optimizer.lr", "not an integer"),
         ("attention.type", "not an integer"),
         ("train.tokens", "do not depend on it"),
-        ("attention.heads", r"heads: 3 on the way|3 on the way to the match is not legal \(.*kv_heads"),
     ],
 )
 def test_a_dimension_that_cannot_be_solved_is_refused_with_the_reason(free, reason):
     with pytest.raises(SpecError, match=reason):
         match_variant("v", spec(), MatchConfig(free=free, multiple=3), target=90_000.0, vocab_size=VOCAB)
+
+
+# ---------------------------------------------------------------- other quantities
+
+
+def test_kv_bytes_are_matched_over_the_kv_heads_and_illegal_ones_are_passed_over():
+    baseline = spec(heads=12, kv_heads=4)
+    variant = spec(heads=12, kv_heads=1, head_dim=4)  # half the bytes per KV head, so twice the heads: 8, illegal of 12
+    match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1, tolerance=0.3)
+    target = spec_cost(baseline, VOCAB).kv_bytes_per_token
+    found = match_variant("v", variant, match, target=target, vocab_size=VOCAB)
+    assert (found.value, found.residual) == (6, -0.25)
+
+
+def test_kv_bytes_are_matched_over_the_head_size():
+    target = spec_cost(spec(head_dim=24), VOCAB).kv_bytes_per_token
+    match = MatchConfig(quantity="kv_bytes", free="attention.head_dim", multiple=2)
+    found = match_variant("v", spec(kv_heads=4, head_dim=16), match, target=target, vocab_size=VOCAB)
+    assert (found.value, found.residual) == (12, 0.0)
+
+
+def test_the_message_names_the_nearest_legal_value_and_why_its_neighbour_is_none():
+    match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1, tolerance=0.1)
+    target = spec_cost(spec(heads=12, kv_heads=6), VOCAB).kv_bytes_per_token * 7 / 6
+    with pytest.raises(SpecError) as error:
+        match_variant("v", spec(heads=12), match, target=target, vocab_size=VOCAB)
+    text = str(error.value)
+    assert "the nearest legal multiple of 1 is 6 (7 is not legal: kv_heads: 12 query heads do not divide" in text
+    assert "-14.29%, beyond the tolerance of 10.00%" in text
+    assert "free another dimension, or match.tolerance: 14.30% if that is fair" in text
+
+
+def test_beyond_the_largest_legal_value_the_message_says_so():
+    match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1)
+    target = 100 * spec_cost(spec(), VOCAB).kv_bytes_per_token
+    with pytest.raises(SpecError, match=r"even its largest legal value 8 is too little \(9 is not legal"):
+        match_variant("v", spec(), match, target=target, vocab_size=VOCAB)
+
+
+def test_where_no_multiple_is_legal_the_first_ones_reason_is_given():
+    match = MatchConfig(free="attention.kv_heads", multiple=16)
+    with pytest.raises(SpecError, match=r"no multiple of 16 is legal \(16: kv_heads: 8 query heads.*free another"):
+        match_variant("v", spec(), match, target=90_000.0, vocab_size=VOCAB)
+
+
+def test_a_dimension_without_a_cost_in_this_quantity_is_refused():
+    match = MatchConfig(quantity="kv_bytes", free="model.ffn_width")
+    with pytest.raises(SpecError, match="KV bytes per token do not depend on it"):
+        match_variant("v", spec(), match, target=1000.0, vocab_size=VOCAB)
+
+
+def test_flops_are_matched_at_the_sequence_length_asked_for():
+    """Fewer score maps save more the longer the sequence is, so the MLP may grow more."""
+    variant = spec(type="rgqa", top_k=1)
+
+    def solved(seq_len: int | None) -> int:
+        match = MatchConfig(quantity="flops", multiple=1, seq_len=seq_len)
+        target = spec_cost(spec(), VOCAB, seq_len).flops_per_token.useful
+        return match_variant("v", variant, match, target=target, vocab_size=VOCAB).value
+
+    assert solved(None) == solved(64) < solved(4096)
+
+
+def test_a_sequence_length_is_refused_where_only_parameters_are_matched():
+    with pytest.raises(ValidationError, match="seq_len: the number of parameters does not depend on it; leave it out"):
+        MatchConfig(seq_len=64)
+
+
+# ---------------------------------------------------------------- tensor parallelism
+
+
+def test_the_solved_value_can_be_cut_over_the_ranks():
+    target = spec_cost(spec(), VOCAB).num_params
+    free = match_variant("v", spec(kv_heads=4), MatchConfig(multiple=1), target=target, vocab_size=VOCAB)
+    cut = MatchConfig(multiple=1, tensor_parallel=4, tolerance=0.02)
+    found = match_variant("v", spec(kv_heads=4), cut, target=target, vocab_size=VOCAB)
+    assert free.value % 4 and found.value % 4 == 0 and abs(found.value - free.value) <= 2
+    assert why_not_cuttable(spec_with(spec(kv_heads=4), "model.ffn_width", found.value), 4) is None
+
+
+def test_a_solved_number_of_groups_divides_over_the_ranks():
+    """kv_heads 3 would be nearest and is legal for 12 heads, but two ranks cannot share three groups."""
+    match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1, tensor_parallel=2, tolerance=0.5)
+    target = spec_cost(spec(heads=12, kv_heads=3), VOCAB).kv_bytes_per_token
+    found = match_variant("v", spec(heads=12), match, target=target, vocab_size=VOCAB)
+    assert found.value == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [(4, "attention.w_q has 2 whole pieces"), (3, "model.width 64 does not divide over 3"), (2, None)],
+)
+def test_a_model_that_cannot_be_cut_has_a_reason(ranks, reason):
+    found = why_not_cuttable(spec(), ranks)
+    assert found is None if reason is None else found and reason in found
+
+
+def test_where_the_ranks_make_everything_illegal_the_message_says_why():
+    with pytest.raises(SpecError) as error:
+        match_variant("v", spec(), MatchConfig(tensor_parallel=4), target=90_000.0, vocab_size=VOCAB)
+    text = str(error.value)
+    assert "no multiple of 16 is legal (16: attention.w_q has 2 whole pieces" in text
+    assert "use a smaller match.tensor_parallel or another match.multiple" in text
+
+
+# ---------------------------------------------------------------- the config
 
 
 @pytest.mark.parametrize(("written", "want"), [("0.25%", 0.0025), ("1%", 0.01), (0.02, 0.02), (0, 0.0)])

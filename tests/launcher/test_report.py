@@ -133,6 +133,7 @@ class StudyFolder:
                 train["router"] = {f"layer_{i:02d}": self.routers(variant, i) for i in range(LAYERS)}
             lines.append({"kind": "train", **common, **train})
             if step % 4 == 0:
+                lines.append({"kind": "heads", **common, "layers": self.heads(step)})
                 lines.append({"kind": "validation", **common, "loss": loss, "targets": 5000})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if steps == STEPS:
@@ -152,8 +153,15 @@ class StudyFolder:
         found = {}
         for name, m in EXPERTS[variant].items():
             load = generator.dirichlet(8 * np.ones(m), size=GROUPS)
-            found[name] = {"load": load.tolist(), "entropy": 0.9 * math.log(m), "margin": 0.3, "dead": 0}
+            found[name] = {"load": load.tolist(), "entropy": [0.9 * math.log(m)] * 2}
+            found[name] |= {"dead": [0, 1], "top1_margin": [0.4, 0.5], "close": [0.2, 0.3], "gate": [1.0] * 2}
+            found[name] |= {"switch_rate": [0.6] * 2, "mutual_information": [0.25] * 2, "information_share": [0.5] * 2}
         return found
+
+    @staticmethod
+    def heads(step: int) -> dict[str, Any]:
+        values = {"member": "query head", "members": 4, "c_w": 0.01, "c_q": 0.1, "effective_rank": 3.9, "cka": 0.3}
+        return {f"layer_{i:02d}": values | {"c_o": 0.2 + 0.01 * step + 0.1 * i} for i in range(LAYERS)}
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +258,8 @@ def test_equal_seconds_are_where_the_fastest_run_ends(full):
 
 def test_routers_are_averaged_over_the_last_tenth(full):
     page = (full / "report.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| switchhead | 01 | v ")]
-    assert len(rows) == 1 and "| 0.900 | 0.30 |" in rows[0] and rows[0].endswith("| 0 of 8 |")
+    rows = [line for line in page.splitlines() if line.startswith("| switchhead | v ")]
+    assert len(rows) == 1 and "| 2 of 16 | 0.900 | 0.45 | 25.0% | 60.0% | 1.00 | 0.250 | 50.0% |" in rows[0]
     loads = next(v for v in analyse(full).variants if v.name == "rgqa-k1").routers[0].load
     assert loads.shape == (GROUPS, 4)
     assert loads.sum(1) == pytest.approx([1.0, 1.0])
@@ -269,6 +277,23 @@ def test_csv_has_every_cell_and_every_point(full):
     assert len(points) == 12 * (STEPS + STEPS // 4)
     last = [p for p in points if (p["variant"], p["seed"], p["kind"]) == ("rgqa-k1", "1", "validation")][-1]
     assert float(last["train_flops_useful"]) == pytest.approx(3 * FLOPS["rgqa-k1"] * 40_000)
+
+
+def test_likeness_of_heads_is_shown_from_the_first_record_to_the_last(full):
+    page = (full / "report.md").read_text()
+    lines = page.split("## Routers and heads\n")[1].splitlines()
+    (row,) = [line for line in lines if line.startswith("| gqa | 4 query heads per group ")]
+    # records of steps 4 and 40; mean of two layers that are 0.1 apart
+    assert row.endswith("| 0.010 → 0.010 | 0.100 → 0.100 | 0.290 → 0.650 | 3.90 → 3.90 | 0.300 → 0.300 |")
+    with (full / "heads.csv").open() as file:
+        measures = list(csv.DictReader(file))
+    assert len(measures) == 12 * 10 * LAYERS
+    last = [m for m in measures if (m["variant"], m["seed"], m["layer"]) == ("rgqa-k1", "2", "01")][-1]
+    assert (last["tokens"], float(last["c_o"])) == ("40000", pytest.approx(0.7))
+    with (full / "routers.csv").open() as file:
+        routers = list(csv.DictReader(file))
+    assert len(routers) == 3 * LAYERS * (1 + 1 + 2)
+    assert {(r["dead"], r["switch_rate"], r["information_bias"]) for r in routers} == {("1", "0.6", "")}
 
 
 def test_provenance_names_command_commit_machine_and_data(full):
@@ -295,12 +320,12 @@ def test_the_page_needs_nothing_but_itself(full):
     assert set(names) <= {"xmlns", "xmlns:xlink"}
     assert "<script" not in page and "<link" not in page and "@import" not in page
     assert not re.search(r"src=|url\((?!#)", page)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_figures_lie_beside_the_page_and_markdown_shows_them(full):
     page = (full / "report.md").read_text()
-    for name in ("loss", "effects", "routers"):
+    for name in ("loss", "effects", "routers", "heads"):
         assert (full / f"{name}.svg").stat().st_size > 5000
         assert (full / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in page

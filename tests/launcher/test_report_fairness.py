@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headway.launcher.fairness import changed_sections, check_pairing, spec_differences
+from headway.launcher.run_dir import flatten
 
 BASE = {
     "name": "a",
@@ -15,8 +16,12 @@ BASE = {
 }
 
 
-def classed(variant: dict, *, declared: set[str], free: str | None = None) -> dict[str, str]:
-    return {d.key: d.kind for d in spec_differences("v", variant, BASE, declared=declared, free=free)}
+def classed(
+    variant: dict, *, declared: set[str], free: str | None = None, written: set[str] | None = None
+) -> dict[str, str]:
+    """Every key of both counts as written, where `written` is not given."""
+    written = flatten(BASE).keys() | flatten(variant).keys() if written is None else written
+    return {d.key: d.kind for d in spec_differences("v", variant, BASE, declared=declared, written=written, free=free)}
 
 
 def with_(**sections: dict) -> dict:
@@ -57,6 +62,20 @@ def test_a_named_type_does_not_excuse_another_value_of_a_key_both_have():
     assert classed(variant, declared={"attention.type"})["attention.head_dim"] == "CONFOUND"
 
 
+def test_defaults_of_two_types_for_one_key_come_with_the_type():
+    """Both gqa and rgqa have a gate, for different things; nobody chose either."""
+    base = {**BASE, "attention": {**BASE["attention"], "gate": "none"}}
+    variant = {**BASE, "attention": {**BASE["attention"], "type": "rgqa", "gate": "sigmoid2"}}
+
+    def kind(declared, written):
+        found = spec_differences("v", variant, base, declared=declared, written=written, free=None)
+        return next(d.kind for d in found if d.key == "attention.gate")
+
+    assert kind({"attention.type"}, {"attention.type"}) == "intervention"
+    assert kind({"attention.type"}, {"attention.type", "attention.gate"}) == "CONFOUND"
+    assert kind(set(), {"attention.type"}) == "CONFOUND"
+
+
 def test_a_type_that_is_not_named_excuses_nothing():
     variant = {**BASE, "attention": {"type": "switchhead", "head_dim": 16, "experts": 4}}
     assert set(classed(variant, declared=set()).values()) == {"CONFOUND"}
@@ -71,7 +90,7 @@ def test_the_solved_dimension_is_a_consequence_of_matching():
 def test_more_than_one_changed_section_is_found():
     variant = with_(attention={"heads": 4}, optimizer={"lr": 0.001}, model={"ffn_width": 240})
     differences = spec_differences(
-        "v", variant, BASE, declared={"attention.heads", "optimizer.lr"}, free="model.ffn_width"
+        "v", variant, BASE, declared={"attention.heads", "optimizer.lr"}, written=set(), free="model.ffn_width"
     )
     assert changed_sections(differences) == ["attention", "optimizer"]
 

@@ -40,6 +40,10 @@ class Optimizer(Strict):
     decay: float | None = None
 
 
+class Rule(Strict):
+    ratio: float = Field(gt=0, le=1)
+
+
 class Root(Strict):
     name: str = Field(default="run", pattern="^[a-z]+$")
     tokens: int = Field(gt=0)
@@ -51,6 +55,7 @@ class Root(Strict):
     mixed: int | str | None = None
     nested: list[Annotated[Dense | Routed, Field(discriminator="type")]] = []
     sizes: dict[str, Optimizer] = {}
+    k: int | list[int] | Rule = 1
 
     @field_validator("name")
     @classmethod
@@ -80,9 +85,16 @@ def refusal(text: str) -> str:
 
 # text below a line `tokens: 1` -> the whole message
 MESSAGES = {
+    # a number, a list or a mapping may stand here: only the arm that was meant complains
+    "k: 1.5": "x.yaml:2:1: k: expected a whole number or a mapping (key: value) or a list, such as [1, 2]; got 1.5. "
+    "The nearest whole number is 2",
+    "k: {ratio: 2}": "x.yaml:2:5: k.ratio: must be > 0, <= 1; got 2",
+    "k: {ration: 0.5}": "x.yaml:2:5: k.ration: unknown key. Did you mean k.ratio? Legal keys here: ratio\n"
+    "x.yaml:2:1: k.ratio: is missing and has no default; write a number (> 0, <= 1)",
+    "k: [1, x]": "x.yaml:2:8: k[1]: expected a whole number; got 'x'",
     "tokns: 2": "x.yaml:2:1: tokns: unknown key. Did you mean tokens? Legal keys here: "
     "name, tokens, zero, precision, attention, "
-    "optimizer, paths, mixed, nested, sizes",
+    "optimizer, paths, mixed, nested, sizes, k",
     "optimizer: {l_r: 1}": (
         "x.yaml:2:13: optimizer.l_r: unknown key. Did you mean optimizer.lr? Legal keys here: lr, betas, fused, decay"
     ),

@@ -22,6 +22,10 @@ TINY = ROOT / "yaml/base/tiny.yaml"
 
 def kind_of(file: Path) -> type[BaseModel]:
     text = yaml.safe_load(file.read_text())
+    if "tasks" in text:
+        from headway.launcher.probe_config import ProbeConfig
+
+        return ProbeConfig
     if "variants" in text:
         from headway.launcher.study_config import StudyConfig
 

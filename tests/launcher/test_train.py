@@ -204,7 +204,8 @@ def test_tensorboard_holds_every_step_once_after_a_resume(headway):
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     assert [e.step for e in board.Scalars("train/loss")] == list(range(1, 41))
-    assert {t.split("/")[0] for t in board.Tags()["scalars"]} == {"train", "val", "perf", "router"}
+    assert {t.split("/")[0] for t in board.Tags()["scalars"]} == {"train", "val", "perf", "router", "heads"}
+    assert board.Tags()["images"] == ["router/load_router"]
 
 
 def test_dry_run_prints_the_command_and_starts_nothing(headway):
@@ -266,7 +267,7 @@ def test_tensorboard_forgets_an_attempt_that_ended_before_its_first_checkpoint(t
     for last_step, loss in ((4, 9.0), (2, 1.0)):
         tracker = Tracker(run, main=True, tensorboard=True, log_every_steps=1, total_steps=4, start_step=0)
         for step in range(1, last_step + 1):
-            tracker.validation({"step": step, "loss": loss, "targets": 1})
+            tracker.validation({"step": step, "loss": loss, "accuracy": 0.5, "targets": 1})
         tracker.close()
     board = EventAccumulator(str(run.tensorboard))
     board.Reload()

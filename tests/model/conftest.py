@@ -1,31 +1,74 @@
 """Small layers in float64, and the decoders around them."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 
 from headway.kernels.rope import rope_tables
-from headway.model.attention.gqa import GqaConfig
+from headway.model.attention.dynamic import DynamicGqaConfig
+from headway.model.attention.gqa import GqaConfig, MqaConfig
+from headway.model.attention.gqe import GqeConfig
+from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.moa import MoaConfig
+from headway.model.attention.moh import MohConfig
 from headway.model.attention.rgqa import RgqaConfig
+from headway.model.attention.sqa import SqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
+from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import Attention, AttentionConfig, Context
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Ranks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.init import initialise
+from headway.model.router import QueryNormRouterConfig, RouterConfig
 
 WIDTH = 20
 VOCAB = 37
 
 MECHANISMS: dict[str, AttentionConfig] = {
+    "moa": MoaConfig(heads=5, head_dim=6, top_k=2),
+    "moh": MohConfig(heads=6, kv_heads=2, head_dim=6, shared_heads=2, top_k=2, qk_norm=True),
+    "moh-code": MohConfig(heads=4, kv_heads=4, head_dim=6, shared_heads=1, top_k=2, form="code"),
+    "moh-llama": MohConfig(
+        heads=6,
+        kv_heads=2,
+        head_dim=6,
+        shared_heads=2,
+        top_k=2,
+        form="straight_through",
+        router=QueryNormRouterConfig(),
+    ),
+    "sqa": SqaConfig(heads=12, kv_heads=2, kept=3, head_dim=6, rope_fraction=1 / 3),
+    "dynamic-gqa": DynamicGqaConfig(heads=7, kv_heads=3, head_dim=6, qk_norm=True, freeze_after_tokens=0),
+    "mqa-gated": MqaConfig(heads=4, head_dim=6, gate="headwise"),
+    "gqa-local": GqaConfig(heads=4, kv_heads=2, head_dim=6, windows=9, gate="elementwise"),
+    "gqa-local-global": GqaConfig(heads=8, kv_heads=4, head_dim=6, windows=[None, 9, None, 9], gate="headwise"),
+    "gqa-asymmetric": GqaConfig(heads=12, kv_heads=4, head_dim=6, group_sizes=[1, 5, 1, 5], windows=[8, None, 8, None]),
     "gqa": GqaConfig(heads=6, kv_heads=2, head_dim=10, qk_norm=True, rope_fraction=0.6),
     "rgqa": RgqaConfig(heads=6, kv_heads=2, head_dim=10, top_k=2),
     "rgqa-k1": RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, gate="detached_renorm", qk_norm=True),
     "rgqa-always-on": RgqaConfig(
         heads=6, kv_heads=2, head_dim=6, top_k=1, always_on=1, balance=BalanceConfig(loss_free_rate=1e-3)
     ),
+    "gqe": GqeConfig(heads=6, kv_heads=2, head_dim=10, top_k=2, qk_norm=True),
+    "gqe-k1-group0": GqeConfig(heads=6, kv_heads=2, head_dim=6, top_k=1, shared_head="group0", rope_fraction=2 / 3),
+    "gqe-dedicated": GqeConfig(heads=4, kv_heads=2, head_dim=6, top_k=1, shared_head="dedicated"),
+    "gqe-weighted-concat": GqeConfig(heads=6, kv_heads=2, head_dim=6, top_k=2, variant="weighted_concat"),
+    "hybrid": HybridConfig(heads=6, kv_heads=2, head_dim=6, top_k=2, value_experts=3, value_top_k=2, qk_norm=True),
+    "hybrid-always-on": HybridConfig(
+        heads=6, kv_heads=2, head_dim=10, top_k=1, always_on=1, value_experts=2, value_top_k=1, value_gate="sigmoid"
+    ),
+    "hybrid-output-experts": HybridConfig(
+        heads=4, kv_heads=2, head_dim=6, top_k=1, value_experts=3, value_top_k=1, output_experts=3, output_top_k=2
+    ),
+    "wgqa": WgqaConfig(heads=6, kv_heads=2, head_dim=10, qk_norm=True),
+    "wgqa-column": WgqaConfig(heads=8, kv_heads=4, head_dim=6, weights="column", start="random"),
+    "wgqa-row": WgqaConfig(heads=4, kv_heads=2, head_dim=6, weights="row", rope_fraction=2 / 3),
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=10, experts=3, top_k=2, rope_fraction=0.4),
 }
 
@@ -40,9 +83,10 @@ def layer() -> Callable[..., Attention]:
     """One layer's attention in float64, with weights large enough that gates and scores matter."""
 
     def make(config: AttentionConfig, *, seed: int = 1, std: float = 0.4) -> Attention:
-        router = getattr(config, "router", None)
-        if router is not None and hasattr(router, "init_std"):
-            config = config.model_copy(update={"router": router.model_copy(update={"init_std": std})})
+        for name in type(config).model_fields:
+            router = getattr(config, name)
+            if isinstance(router, RouterConfig) and hasattr(router, "init_std"):
+                config = config.model_copy(update={name: router.model_copy(update={"init_std": std})})
         module = config.build(width=WIDTH, layers=1, init_std=std, norm_eps=1e-5)
         initialise(module, seed=seed, prefix="blocks.0.attn.")
         return module.double()
@@ -80,3 +124,32 @@ def context(tokens: Tensor) -> Callable[..., Context]:
         return Context(rope=rope, mask=mask, tokens=tokens[:, :seq_len])
 
     return make
+
+
+@pytest.fixture
+def lockstep() -> Callable[..., list[AttentionOutput]]:
+    """`lockstep(parts, run)`: run(part) of every tensor-parallel rank's part, at once; sums over ranks are theirs."""
+
+    def start(parts: list[Attention], run: Callable[[Attention], AttentionOutput]) -> list[AttentionOutput]:
+        barrier, given = Barrier(len(parts), timeout=30), [torch.empty(0)] * len(parts)
+
+        def total(rank: int, partial_sum: Tensor) -> Tensor:
+            given[rank] = partial_sum
+            barrier.wait()
+            everyones = torch.stack(given).sum(0)
+            barrier.wait()  # nobody gives the next one before all have read this one
+            return everyones
+
+        def guarded(part: Attention) -> AttentionOutput:
+            try:
+                return run(part)
+            except BaseException:
+                barrier.abort()
+                raise
+
+        for rank, part in enumerate(parts):
+            part.ranks = Ranks(index=rank, count=len(parts), sum=partial(total, rank))
+        with ThreadPoolExecutor(len(parts)) as pool:
+            return list(pool.map(guarded, parts))
+
+    return start

@@ -18,7 +18,20 @@ def test_the_type_names_the_config(fields):
 
 
 def test_every_mechanism_is_in_the_registry_under_its_name():
-    assert set(MECHANISMS) == {"gqa", "mha", "mqa", "rgqa", "switchhead"}
+    assert set(MECHANISMS) == {
+        "gqa",
+        "sqa",
+        "dynamic_gqa",
+        "mha",
+        "mqa",
+        "gqe",
+        "hybrid",
+        "moa",
+        "moh",
+        "rgqa",
+        "switchhead",
+        "wgqa",
+    }
     choices = ADAPTER.json_schema()["discriminator"]["mapping"]
     assert set(choices) == set(MECHANISMS)
 

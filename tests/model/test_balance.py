@@ -34,7 +34,7 @@ VALUES = [  # at uniform use, at collapse
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
 @pytest.mark.parametrize(("name", "at_uniform", "at_collapse"), VALUES)
 def test_value_at_uniform_use_and_at_collapse(name, at_uniform, at_collapse, scope):
-    balance = BalanceConfig(**{name: 0.5}, scope=scope)
+    balance = BalanceConfig.model_validate({name: 0.5, "scope": scope})
     assert balance.loss(*uniform(), slots=1).item() == pytest.approx(0.5 * at_uniform, abs=1e-15)
     assert balance.loss(*collapse(), slots=1).item() == pytest.approx(0.5 * at_collapse, rel=1e-15)
 
@@ -51,15 +51,20 @@ def test_the_scopes_differ_where_sequences_use_different_experts():
     chosen = torch.eye(2, dtype=torch.float64)[:, None, None].expand(2, 5, 1, 2)
     for name, apart, together in (("f_p", 2.0, 1.0), ("cv2", 1.0, 0.0)):
         for scope, expected in (("sequence", apart), ("micro_batch", together)):
-            assert BalanceConfig(**{name: 1.0}, scope=scope).loss(chosen, chosen, chosen, slots=1).item() == expected
+            assert (
+                BalanceConfig.model_validate({name: 1.0, "scope": scope}).loss(chosen, chosen, chosen, slots=1).item()
+                == expected
+            )
 
 
 def test_losses_add_up_with_their_coefficients():
     logits = torch.randn(2, 8, 3, N, dtype=torch.float64)
     p, chosen = logits.softmax(-1), torch.nn.functional.one_hot(logits.argmax(-1), N).double()
     parts = {"f_p": 0.3, "cv2": 0.7, "z": 0.01, "entropy": 0.2}
-    alone = sum(BalanceConfig(**{k: v}).loss(logits, p, chosen, slots=1) for k, v in parts.items())
-    torch.testing.assert_close(BalanceConfig(**parts).loss(logits, p, chosen, slots=1), alone, rtol=1e-14, atol=0)
+    alone = sum(BalanceConfig.model_validate({k: v}).loss(logits, p, chosen, slots=1) for k, v in parts.items())
+    torch.testing.assert_close(
+        BalanceConfig.model_validate(parts).loss(logits, p, chosen, slots=1), alone, rtol=1e-14, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["f_p", "cv2", "z", "entropy"])
@@ -71,7 +76,7 @@ def test_descending_a_loss_from_collapse_spreads_the_probabilities(name):
     start = logits.softmax(-1)[..., 0].mean().item()
     for _ in range(50):
         chosen = torch.nn.functional.one_hot(logits.argmax(-1), N).double()
-        loss = BalanceConfig(**{name: 1.0}).loss(logits, logits.softmax(-1), chosen, slots=1)
+        loss = BalanceConfig.model_validate({name: 1.0}).loss(logits, logits.softmax(-1), chosen, slots=1)
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - 2.0 * gradient).detach().requires_grad_()
     assert logits.softmax(-1)[..., 0].mean().item() < start - 0.1

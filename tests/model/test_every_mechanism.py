@@ -91,8 +91,9 @@ def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens):
     per_token = counter.get_total_flops() / tokens.numel()
     cost = account(_config(True), mechanism, vocab_size=37, seq_len=11)
     square = 2 * 4 * mechanism.head_dim * mechanism.score_maps * 11
-    gating = 2 * 4 * 2 * 2 * 10 if mechanism.type == "switchhead" else 0  # layers x 4 k n D
-    assert cost.flops_per_token.executed - cost.attention_core_flops - gating + square == per_token
+    gating = 2 * mechanism.gating_flops_per_token()  # in two layers
+    executed = cost.flops_per_token.executed - cost.attention_core_flops.executed - gating + square
+    assert executed == pytest.approx(per_token, rel=1e-12)  # a window's keys per token are a fraction
     assert cost.flops_per_token.useful <= cost.flops_per_token.executed
 
 
@@ -122,11 +123,13 @@ def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, context, x):
+def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, context, lockstep, x):
     """Tensor parallelism as declared: two ranks hold a slice of every sharded parameter each, outputs are summed."""
     full = layer(mechanism)
     shards = mechanism.shards()
     assert set(shards) <= {name for name, _ in full.named_parameters()}
+    if {shard.units for shard in shards.values()} == {1}:
+        pytest.skip("declared as one whole piece, which no two ranks can share")
     parts = []
     for rank in range(2):
         part = layer(mechanism)
@@ -141,7 +144,7 @@ def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, conte
             part.get_submodule(owner).register_buffer(own_name, buffer.chunk(2)[rank])
         parts.append(part)
     whole = full(x, context(mechanism))
-    outs = [part(x, context(mechanism)) for part in parts]
+    outs = lockstep(parts, lambda part: part(x, context(mechanism)))
     torch.testing.assert_close(outs[0].y + outs[1].y, whole.y, rtol=0, atol=1e-12)
     if whole.aux_loss is not None:
         torch.testing.assert_close((outs[0].aux_loss + outs[1].aux_loss) / 2, whole.aux_loss, rtol=0, atol=1e-14)

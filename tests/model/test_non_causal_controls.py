@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from headway.kernels.attention import core
-from headway.model.attention.gqa import GqaConfig, GroupedConfig, GroupedQueryAttention
+from headway.model.attention.gqa import GqaConfig
+from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
 from headway.model.base import AttentionOutput
 
 

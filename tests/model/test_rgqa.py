@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from headway.kernels.rope import rope_tables
 from headway.kernels.routing import GateName
-from headway.model.attention.gqa import GqaConfig, MhaConfig, orthogonality_loss
+from headway.model.attention.gqa import GqaConfig, MhaConfig
+from headway.model.attention.grouped import orthogonality_loss
 from headway.model.attention.rgqa import KStage, RgqaConfig, SizeRule
 from headway.model.balance import BalanceConfig
 from headway.model.base import Context
@@ -240,31 +241,6 @@ def test_the_bias_stays_fp32_in_a_bf16_model_and_is_saved(decoder):
     assert torch.equal(model.state_dict()["blocks.1.attn.router.bias"], exact)
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def test_router_stats_are_sums_over_training_tokens(layer, x):
-    config = RgqaConfig(**SHAPE, top_k=2)
-    module = layer(config)
-    assert module.router_stats() == {}
-    for _ in range(2):
-        route(module, x)
-    module.eval()
-    route(module, x)
-    stats = module.router_stats()["router"]
-    logits = (x @ module.router.w.T).unflatten(-1, (2, 4))
-    ordered = logits.sort(-1, descending=True).values
-    p = logits.softmax(-1)
-    picks = logits.topk(2).indices
-    load = torch.stack([torch.bincount(picks[:, :, g].flatten(), minlength=4) for g in range(2)])
-    assert torch.equal(stats.load, 2.0 * load)
-    assert stats.tokens.item() == 2 * 33 and stats.slots == 2
-    assert stats.entropy.item() == pytest.approx(-2 * (p * p.log()).sum().item(), rel=1e-5)  # sums are fp32
-    assert stats.margin.item() == pytest.approx(2 * (ordered[..., 1] - ordered[..., 2]).sum().item(), rel=1e-5)
-    module.reset_router_stats()
-    assert module.router_stats() == {}
-
-
 # ---------------------------------------------------------------- how many heads
 
 
@@ -410,3 +386,12 @@ def test_impossible_combinations_say_what_is_possible(fields, words):
         RgqaConfig.model_validate({**SHAPE, "top_k": 1, **fields})
     message = refusal.value.errors()[0]["msg"].removeprefix("Value error, ")
     assert message.startswith(words[0]) and all(word in message for word in words)
+
+
+def test_a_schedule_that_leaves_no_step_for_the_final_k_is_refused():
+    config = RgqaConfig(**SHAPE, top_k=1, k_schedule=[KStage(until_tokens=1000, top_k=4)])
+    config.check_run(seq_len=8, tokens=1008, tokens_per_step=8)
+    with pytest.raises(
+        ValueError, match=r"k_schedule: .* last step begins at 992, .* until_tokens 500, or train.tokens 2"
+    ):
+        config.check_run(seq_len=8, tokens=1000, tokens_per_step=8)

@@ -1,10 +1,14 @@
 """The forms a router can take: where its logits come from, and what noise and dropout may touch."""
 
+from typing import Any
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from headway.kernels.rope import rope_tables
 from headway.model.attention.rgqa import RgqaConfig
+from headway.model.balance import BalanceConfig
 from headway.model.base import Context
 from headway.model.router import (
     LinearRouterConfig,
@@ -14,8 +18,8 @@ from headway.model.router import (
     TwoLayerRouterConfig,
 )
 
-SHAPE = {"heads": 8, "kv_heads": 2, "head_dim": 6}
-ROUTERS = {
+SHAPE: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 6}
+ROUTERS: dict[str, Any] = {
     "linear": LinearRouterConfig(),
     "two_layer": TwoLayerRouterConfig(hidden=5, init_std=0.3),
     "query_norm": QueryNormRouterConfig(),
@@ -33,7 +37,7 @@ def decide(module, x, tokens):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_each_router_routes_tokens_differently_and_reports_its_cost(layer, x, tokens, name):
-    config = RgqaConfig(**SHAPE, top_k=1, router=ROUTERS[name])
+    config = RgqaConfig(**SHAPE, top_k=1, gate="detached_renorm", router=ROUTERS[name])
     module = layer(config)
     idx = decide(module, x, tokens).idx
     assert len(idx.unique()) > 1
@@ -51,7 +55,7 @@ def test_two_layers_are_the_formula_written_out(layer, x, tokens):
 
 
 def test_query_norm_ranks_heads_by_the_length_of_their_queries(layer, x, tokens):
-    module = layer(RgqaConfig(**SHAPE, top_k=1, router=ROUTERS["query_norm"]))
+    module = layer(RgqaConfig(**SHAPE, top_k=1, gate="straight_through", router=ROUTERS["query_norm"]))
     norms = (x @ module.w_q.T).unflatten(-1, (2, 4, 6)).norm(dim=-1)
     assert torch.equal(decide(module, x, tokens).idx[..., 0], norms.argmax(-1))
     assert list(module.router.parameters()) == []
@@ -123,3 +127,45 @@ def test_equal_rows_leave_no_head_favoured_at_the_start(layer):
     norms = equal.norm(dim=1)
     torch.testing.assert_close(norms, drawn.norm(dim=1).square().mean().sqrt().expand(8), rtol=1e-6, atol=0)
     torch.testing.assert_close(equal / norms[:, None], drawn / drawn.norm(dim=1, keepdim=True), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_free_rate", [0.0, 0.01])
+def test_gumbel_noise_is_in_units_of_the_logits_with_a_bias_too(layer, loss_free_rate):
+    """At bias 0 the sigmoid keeps the order, so heads are still sampled with the softmax probabilities."""
+    balance = BalanceConfig(loss_free_rate=loss_free_rate)
+    router = LinearRouterConfig(noise="gumbel")
+    module = layer(RgqaConfig(heads=4, kv_heads=1, head_dim=6, top_k=1, router=router, balance=balance))
+    x = torch.randn(1, 1, 20, dtype=torch.float64).expand(1, 40_000, 20)
+    share = torch.bincount(module.router(x, Context(rope=(x, x)), k=1).idx.flatten(), minlength=4) / 40_000
+    p = (x[0, 0] @ module.router.w.T).softmax(-1)
+    assert (share - p).abs().max() < 4 * (0.25 / 40_000) ** 0.5  # four standard errors at most
+
+
+def test_nothing_is_added_to_the_loss_in_evaluation(layer, x, tokens):
+    module = layer(RgqaConfig(**SHAPE, top_k=1, orthogonality=1.0)).eval()
+    assert decide(module, x, tokens).aux_loss is None and module.diversity_loss() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"router": {"type": "query_norm"}}, ["gate: ", "lengths", "straight_through", "router.type linear"]),
+        (
+            {"router": {"type": "query_norm"}, "gate": "softmax", "balance": {"loss_free_rate": 1e-3}},
+            ["balance: ", "bias alone", "balance.f_p", "router.type linear"],
+        ),
+        ({"gate": "hard", "balance": {}}, ["gate: ", "without any gradient", "balance.f_p 0.01", "router.type random"]),
+        ({"heads": 2, "gate": "softmax"}, ["gate: ", "single routed head", "sigmoid2", "heads 4"]),
+        ({"key_experts": 2}, ["key_experts: ", "never routed", "hybrid", "kv_heads"]),
+    ],
+)
+def test_routers_that_could_not_learn_are_refused(fields, words):
+    with pytest.raises(ValidationError) as refusal:
+        RgqaConfig.model_validate({**SHAPE, "top_k": 1, **fields})
+    message = refusal.value.errors()[0]["msg"].removeprefix("Value error, ")
+    assert message.startswith(words[0]) and all(word in message for word in words)
+
+
+def test_a_hard_gate_without_a_loss_is_legal_where_there_is_nothing_to_learn():
+    RgqaConfig.model_validate({**SHAPE, "top_k": 4, "gate": "hard", "balance": {}})
+    RgqaConfig.model_validate({**SHAPE, "top_k": 1, "gate": "hard", "balance": {}, "router": {"type": "random"}})

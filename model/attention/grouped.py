@@ -1,0 +1,190 @@
+"""What the mechanisms with groups of query heads over shared keys and values have in common.
+
+Legend: B batch, S sequence, d width, H query heads, G KV heads (= groups), M=H/G query heads per group, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from headway.kernels.attention import core
+from headway.kernels.rope import apply_rope
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
+from headway.model.layers import RMSNorm, parameter
+from headway.model.router import RoutedAttention
+
+
+class GroupedConfig(AttentionConfig):
+    """What every mechanism with groups of query heads over shared keys and values has."""
+
+    heads: int = Field(ge=1, description="H, query heads")
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """G, KV heads."""
+        raise NotImplementedError
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads that have parameters."""
+        return self.heads
+
+    @property
+    def heads_per_group(self) -> int:
+        """M."""
+        return self.query_heads // self.groups
+
+    orthogonality: float = Field(
+        default=0.0,
+        ge=0,
+        description="coefficient of a loss that drives the query matrices of a group apart; a control, not published",
+    )
+
+    @model_validator(mode="after")
+    def _orthogonality_has_pairs(self) -> Self:
+        if self.orthogonality and self.query_heads == self.groups:
+            raise ValueError(
+                f"orthogonality: each of the {self.groups} groups has one query head, so there are no pairs to drive "
+                f"apart; use orthogonality 0.0, or two or more query heads per KV head"
+            )
+        return self
+
+    @property
+    def score_maps(self) -> int:
+        return self.query_heads
+
+    def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
+        return GroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+
+    def num_params(self, *, width: int) -> int:
+        """2dHD + 2dGD, and two gains of D with QK-norm."""
+        gains = 2 * self.head_dim if self.qk_norm else 0
+        return 2 * width * (self.query_heads + self.groups) * self.head_dim + gains
+
+    def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
+        """4dHD + 4dGD and the core."""
+        projections = 4 * width * (self.query_heads + self.groups) * self.head_dim
+        flops = projections + self.core_flops_per_token(seq_len=seq_len)
+        return Flops(useful=flops, executed=flops)
+
+    def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
+        return 2 * self.groups * self.head_dim * bytes_per_element
+
+    def shards(self) -> dict[str, Shard]:
+        """Whole groups: a rank owns KV heads with the query heads and output columns that belong to them."""
+        units = self.groups
+        return {"w_q": Shard(0, units), "w_k": Shard(0, units), "w_v": Shard(0, units), "w_o": Shard(1, units)}
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless the query heads divide into `kv_heads` equal groups."""
+    if heads % kv_heads:
+        legal = [g for g in range(1, heads + 1) if heads % g == 0]
+        below, above = (
+            max((g for g in legal if g < kv_heads), default=1),
+            min((g for g in legal if g > kv_heads), default=heads),
+        )
+        raise ValueError(
+            f"kv_heads: {heads} query heads do not divide into {kv_heads} equal groups; "
+            f"use kv_heads {below} or {above}, or heads {-(-heads // kv_heads) * kv_heads}"
+        )
+
+
+class QkNorm(nn.Module):
+    """Optional norm of queries or keys, then their rotation. The gain [D] is shared by the heads."""
+
+    def __init__(self, config: AttentionConfig, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.head_dim, norm_eps) if config.qk_norm else None
+
+    def forward(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # [B, S, *, D] -> same
+        return apply_rope(heads if self.norm is None else self.norm(heads), rope)
+
+
+def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:
+    """Mean over groups and pairs of members of cos^2 of their flattened matrices: 0 where all are orthogonal.
+
+    w_q [H D, d], group-major, `members` heads per group. Scalar, fp32 or wider, at most 1.
+    """
+    flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, members, head_dim)).flatten(2)
+    unit = F.normalize(flat, dim=-1)  # [G, M, D d]
+    cosines = unit @ unit.transpose(1, 2)
+    pairs = members * (members - 1)
+    return (cosines.square().sum((1, 2)) - members).mean() / pairs
+
+
+def uneven_orthogonality_loss(w_q: Tensor, sizes: Tensor, *, head_dim: int) -> Tensor:
+    """`orthogonality_loss` of consecutive groups of `sizes` [G] heads; mean over the groups that have pairs."""
+    flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, head_dim)).flatten(1)
+    unit = F.normalize(flat, dim=-1)  # [H, D d]
+    group_of = group_of_head(sizes, len(unit))
+    size = sizes[group_of]
+    pair = (group_of[:, None] == group_of) & ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    weight = pair.to(unit.dtype) / (size * (size - 1)).clamp_min(1) / (sizes > 1).sum()
+    return ((unit @ unit.T).square() * weight).sum()
+
+
+def group_of_head(sizes: Tensor, heads: int) -> Tensor:
+    """sizes [G] that add up to `heads` -> the group of each head, [H]; does not wait for the device."""
+    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=heads)
+
+
+class GroupedQueryAttention(RoutedAttention):
+    """Base of the mechanisms with grouped query heads; without routers it is GQA.
+
+    y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
+
+    def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+        super().__init__()
+        heads, groups, head_dim = config.query_heads, config.groups, config.head_dim
+        self.head_dim, self.members, self.orthogonality = head_dim, config.heads_per_group, config.orthogonality
+        self.w_q = parameter(heads * head_dim, width)
+        self.w_k = parameter(groups * head_dim, width)
+        self.w_v = parameter(groups * head_dim, width)
+        self.w_o = parameter(width, heads * head_dim)
+        self.q_rope = QkNorm(config, norm_eps)
+        self.k_rope = QkNorm(config, norm_eps)
+        self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
+
+    def heads_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, S, d], weight [n D, d] -> [B, S, n, D]; n follows the weight, which may be one rank's part."""
+        return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
+
+    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """[B, K, G, D] each: of all tokens x's may see."""
+        return context.keys_and_values(
+            self.k_rope(self.heads_of(x, self.w_k), context.rope), self.heads_of(x, self.w_v)
+        )
+
+    def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
+        """Rotated queries q [B, S, H, D] over the keys and values of x [B, S, d] -> o [B, S, H, D]."""
+        k, v = self.keys_and_values(x, context)  # [B, K, G, D]
+        return core(q, k, v, context.mask)
+
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]
+        o = self.attend(q, x, context)
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
+
+    def diversity_loss(self) -> Tensor | None:
+        """In training the orthogonality penalty with its coefficient; the same for every micro-batch."""
+        if not self.orthogonality or not self.training:
+            return None
+        return self.orthogonality * orthogonality_loss(self.w_q, members=self.members, head_dim=self.head_dim)
+
+    def pool(self, x: Tensor, context: Context) -> HeadPool | None:
+        """The query heads of each group."""
+        if self.members == 1:
+            return None
+        q = self.heads_of(x, self.w_q)
+        o = self.attend(self.q_rope(q, context.rope), x, context)
+        per_group = (-1, self.members)
+        weights = self.w_q.unflatten(0, (-1, self.members, self.head_dim)).flatten(2)
+        return HeadPool("query head", weights, q.unflatten(2, per_group), o.unflatten(2, per_group))

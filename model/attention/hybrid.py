@@ -1,0 +1,247 @@
+"""Hybrid-QVO: routed query heads as in R-GQA over values that are mixtures of experts as in SwitchHead.
+
+A proposal of this project, not published: R-GQA routes queries and outputs, SwitchHead (Csordas et al., 2024, arXiv
+2312.07987v3) values and outputs; this routes queries, values and outputs. Keys are dense: routed into anonymous slots,
+a query would meet keys of other subspaces at every position.
+
+Legend: B batch, S sequence, d width, H query heads in the pool, G groups (= KV heads), M=H/G heads per group, k=top_k
+of them, E_v value experts per group, k_v=value_top_k, E_o output experts, k_o=output_top_k, D head size. In group g:
+
+    K(s) = W_K x_s                                                         dense, RoPE
+    V(s) = sum over e in top-k_v of r^V(s), of gate(r^V_e) W_V[g, e] x_s   source: the token that is attended to
+    o_m  = softmax(q_m K^T / sqrt(D)) V                                    m in top-k of r^Q(t) and the always-on heads
+    y(t) = sum over g, m of gate(r^Q_m) W_O[g, m] o_m                      destination: the querying token
+
+With output experts the query heads have no slices of W_O of their own, and a third router reads the querying token:
+
+    y(t) = sum over g, over e in top-k_o of r^O(t), of gate(r^O_e) W_O[g, e] (sum over m of gate(r^Q_m) o_m)
+
+Gates of value and output experts are independent sigmoids, not renormalised. The cache holds K and the mixed V, 2GD
+numbers per token as in GQA; all routers read the token's own x, so decoding needs nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from headway.kernels.attention import core
+from headway.kernels.routing import expand, select
+from headway.model.attention.rgqa import RoutedGroupedConfig, RoutedGroupedQueryAttention
+from headway.model.balance import BalanceConfig
+from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, Shard
+from headway.model.layers import parameter
+from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, summed
+
+ExpertGate = Literal["sigmoid", "sigmoid2"]
+
+VALUES, OUTPUTS = "value_router", "output_router"
+
+
+class ExpertPool(NamedTuple):
+    """Matrices of one kind, `experts` per group, of which a token mixes `top_k`."""
+
+    experts: int
+    top_k: int
+    routing: RoutingConfig
+
+
+class HybridConfig(RoutedGroupedConfig):
+    """Hybrid-QVO: routed query heads as in rgqa, values (and, as an option, outputs) mixed from experts."""
+
+    type: Literal["hybrid"] = "hybrid"
+    value_experts: int = Field(ge=1, description="E_v, value experts per group; 1: rgqa with a gate on its values")
+    value_top_k: int = Field(ge=1, description="value experts a token mixes in each group")
+    value_gate: ExpertGate = Field(default="sigmoid2", description="factor on a picked value expert")
+    value_router: AnyRouter = Field(default=LinearRouterConfig(), description="picks value experts")
+    value_balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="what keeps value experts in use")
+    value_init_scale: float = Field(
+        default=1.0, gt=0, description="factor on the initial values; 2/value_top_k with sigmoid gates"
+    )
+    output_experts: int = Field(
+        default=0, ge=0, description="E_o, output experts per group in place of a slice of W_O per query head; 0: none"
+    )
+    output_top_k: int = Field(default=1, ge=1, description="output experts a token uses in each group")
+    output_gate: ExpertGate = Field(default="sigmoid2", description="factor on a picked output expert")
+    output_router: AnyRouter = Field(default=LinearRouterConfig(), description="picks output experts")
+    output_balance: BalanceConfig = Field(
+        default=BalanceConfig(f_p=0.01), description="what keeps output experts in use"
+    )
+
+    @model_validator(mode="after")
+    def _experts_suffice(self) -> Self:
+        self._check_pool("value", self.value_experts, self.value_top_k, self.value_router)
+        if self.output_experts:
+            self._check_pool("output", self.output_experts, self.output_top_k, self.output_router)
+            if self.output == "slot":
+                raise ValueError(
+                    "output: slot gives W_O a slice per slot, and output_experts replaces those slices; "
+                    "use output head, or output_experts 0"
+                )
+            return self
+        for name in ("output_top_k", "output_gate", "output_router", "output_balance"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: there are no output experts to which it applies; "
+                    f"use output_experts {max(2, self.output_top_k)}, or leave {name} out"
+                )
+        return self
+
+    def _check_pool(self, kind: str, experts: int, top_k: int, router: AnyRouter) -> None:
+        if top_k > experts:
+            legal = "1" if experts == 1 else f"1 to {experts}"
+            raise ValueError(
+                f"{kind}_top_k: {top_k} experts picked of {experts} per group; "
+                f"use {kind}_top_k {legal}, or {kind}_experts {top_k}"
+            )
+        if router.reads_queries:
+            raise ValueError(
+                f"{kind}_router: {router.type} ranks query heads, and {kind} experts have no queries; "
+                f"use {kind}_router.type linear or token_hash"
+            )
+
+    @property
+    def pools(self) -> dict[str, ExpertPool]:
+        """The pools of experts, under the name of their router."""
+        values = RoutingConfig(gate=self.value_gate, balance=self.value_balance, router=self.value_router)
+        pools = {VALUES: ExpertPool(self.value_experts, self.value_top_k, values)}
+        if self.output_experts:
+            outputs = RoutingConfig(gate=self.output_gate, balance=self.output_balance, router=self.output_router)
+            pools[OUTPUTS] = ExpertPool(self.output_experts, self.output_top_k, outputs)
+        return pools
+
+    def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
+        return HybridAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+
+    def num_params(self, *, width: int) -> int:
+        """2dHD + dGD + G E_v dD + dH + d G E_v; with output experts G E_o dD + d G E_o in place of dHD."""
+        per_expert = width * self.groups * self.head_dim
+        params = super().num_params(width=width) - per_expert
+        if self.output_experts:
+            params -= width * self.heads * self.head_dim
+        for pool in self.pools.values():
+            params += per_expert * pool.experts
+            params += pool.routing.router.num_params(width=width, groups=self.groups, experts=pool.experts)
+        return params
+
+    def gating_flops_per_token(self) -> int:
+        """Gates times experts, and sums: 2kGD per pool."""
+        return sum(2 * pool.top_k * self.groups * self.head_dim for pool in self.pools.values())
+
+    def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
+        """Useful: 4dkGD + 2dGD + 2k_v GD(d+1) + 2dH + 2dGE_v and the core; executed: every head and every expert.
+
+        With output experts 2k_o GD(d+1) + 2dGE_o in place of the outputs' 2dkGD.
+        """
+        rgqa = super().flops_per_token(width=width, seq_len=seq_len)
+        per_expert = 2 * width * self.groups * self.head_dim
+        rest = self.gating_flops_per_token() - per_expert
+        useful, executed = rgqa.useful + rest, rgqa.executed + rest
+        if self.output_experts:
+            useful -= per_expert * self.slots
+            executed -= per_expert * self.heads_per_group
+        for pool in self.pools.values():
+            router = pool.routing.router.flops_per_token(width=width, groups=self.groups, experts=pool.experts)
+            useful += per_expert * pool.top_k + router
+            executed += per_expert * pool.experts + router
+        return Flops(useful=useful, executed=executed)
+
+    def shards(self) -> dict[str, Shard]:
+        """Whole groups with their experts and router rows: routing needs no communication."""
+        rows = [f"{name}.{row}" for name, pool in self.pools.items() for row in pool.routing.router.shards()]
+        return {**super().shards(), **{name: Shard(0, self.groups) for name in rows}}
+
+
+class HybridAttention(RoutedGroupedQueryAttention):
+    """R-GQA's parameters under its names, but w_v [G E_v D, d] and, with output experts, w_o [d, G E_o D], group-major;
+    routers `router` (query heads), `value_router`, `output_router`."""
+
+    config: HybridConfig
+
+    def __init__(self, config: HybridConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+        super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
+        groups, head_dim = config.groups, config.head_dim
+        self.w_v = parameter(groups * config.value_experts * head_dim, width)
+        self.init_stds["w_v"] = init_std * config.value_init_scale
+        if config.output_experts:
+            self.w_o = parameter(width, groups * config.output_experts * head_dim)
+        for name, pool in config.pools.items():
+            routing = pool.routing
+            self.add_module(name, routing.router.build(routing, width=width, groups=groups, experts=pool.experts))
+
+    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
+        heads = self.route(x, context, queries)
+        q = self.q_rope(select(queries, heads.idx).flatten(2, 3), context.rope)  # [B, S, G slots, D]
+        values, outputs = self.route_experts(x, context)
+        k, v = self._attended(x, context, values)  # [B, S, G, D]
+        o = core(q, k, v, context.mask).unflatten(2, heads.idx.shape[2:])  # [B, S, G, slots, D]
+        if outputs is None and self.config.output == "head":
+            o = expand(o, heads.idx, heads.gate, self.members)  # [B, S, G, M, D]
+        else:
+            o = o * heads.gate.to(o.dtype).unsqueeze(-1)
+        if outputs is not None:
+            # W_O is linear and the slots share their experts: one sum per group enters each of them.
+            slots = o.sum(3, keepdim=True).expand(*outputs.idx.shape, o.shape[-1])
+            o = expand(slots, outputs.idx, outputs.gate, self.config.output_experts)  # [B, S, G, E_o, D]
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), self._aux_loss(heads, values, outputs))
+
+    def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
+        """The same function, masked dense: all heads and all experts, times their gates, zero where not chosen."""
+        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
+        heads = self.route(x, context, queries)
+        values, outputs = self.route_experts(x, context)
+        v = torch.einsum("bsge,bsged->bsgd", _all_gates(values, self.config.value_experts).to(x), self.each_value(x))
+        k, v = context.keys_and_values(self.k_rope(self.heads_of(x, self.w_k), context.rope), v)
+        o = core(self.q_rope(queries.flatten(2, 3), context.rope), k, v, context.mask).unflatten(2, (-1, self.members))
+        o = o * _all_gates(heads, self.members).to(o).unsqueeze(-1)  # [B, S, G, M, D]
+        if outputs is not None:
+            o = torch.einsum("bsgmd,bsge->bsged", o, _all_gates(outputs, self.config.output_experts).to(o))
+        elif self.config.output == "slot":
+            o = o.gather(3, heads.idx.unsqueeze(-1).expand(*heads.idx.shape, o.shape[-1]))
+        return AttentionOutput(F.linear(o.flatten(2), self.w_o), self._aux_loss(heads, values, outputs))
+
+    def route_experts(self, x: Tensor, context: Context) -> tuple[Routing, Routing | None]:
+        """x [B, S, d] -> its value experts [B, S, G, k_v] and output experts [B, S, G, k_o]; None: there are none."""
+        routers = self.routers
+        routings = {name: routers[name](x, context, k=pool.top_k) for name, pool in self.config.pools.items()}
+        return routings[VALUES], routings.get(OUTPUTS)
+
+    def each_value(self, x: Tensor) -> Tensor:
+        """x [B, S, d] -> what every value expert makes of it [B, S, G, E_v, D]."""
+        return self.heads_of(x, self.w_v).unflatten(2, (-1, self.config.value_experts))
+
+    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        return self._attended(x, context, self.route_experts(x, context)[0])
+
+    def pool(self, x: Tensor, context: Context) -> HeadPool | None:
+        """The query heads of each group; where it has one, its value experts, each attended to with that head."""
+        experts = self.config.value_experts
+        if self.members > 1 or experts == 1:
+            return super().pool(x, context)
+        q = self.q_rope(self.heads_of(x, self.w_q), context.rope)
+        k = self.k_rope(self.heads_of(x, self.w_k), context.rope)
+        q, k = (heads.repeat_interleave(experts, 2) for heads in (q, k))
+        v = self.each_value(x)
+        o = core(q, k, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
+        return HeadPool("value expert", self.w_v.unflatten(0, (-1, experts, self.head_dim)).flatten(2), v, o)
+
+    def _attended(self, x: Tensor, context: Context, values: Routing) -> tuple[Tensor, Tensor]:
+        """Keys and mixed values [B, K, G, D] of all tokens x's may see."""
+        chosen = select(self.each_value(x), values.idx)  # [B, S, G, k_v, D]
+        v = (chosen * values.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
+        return context.keys_and_values(self.k_rope(self.heads_of(x, self.w_k), context.rope), v)
+
+    def _aux_loss(self, heads: Routing, values: Routing, outputs: Routing | None) -> Tensor | None:
+        other = None if outputs is None else outputs.aux_loss
+        return summed(heads.aux_loss, values.aux_loss, other, self.diversity_loss())
+
+
+def _all_gates(routing: Routing, experts: int) -> Tensor:
+    """[B, S, G, experts]: the gate where chosen, else 0."""
+    gate = routing.gate
+    return gate.new_zeros(*gate.shape[:-1], experts).scatter(-1, routing.idx, gate)

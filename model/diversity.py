@@ -1,0 +1,119 @@
+"""How different the interchangeable heads of a layer are: measures of a `HeadPool`, in float64.
+
+Members of a group are compared pair by pair; every measure is a mean over pairs and groups. Random matrices of d D
+numbers have a cosine of about 1/sqrt(d D), so heads start nearly orthogonal: what training does to them shows only
+beside the start and beside another mechanism.
+
+Legend: B batch, S sequence, T=B*S tokens, d width, G groups, M members per group, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.model.base import Attention, Context, HeadPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadDiversity:
+    """One layer's measures.
+
+    `c_w`: |cos| of the members' flattened weights. `c_q`, `c_o`: cosine of what two members make of the same token,
+    mean over tokens: projections before RoPE, and attention outputs before gates (the first token of a sequence or
+    document sees itself alone, so its outputs are equal, cosine 1). `effective_rank` of the members' weights, 1 to M.
+    `cka`: linear CKA of outputs, 0 to 1.
+    """
+
+    member: str
+    members: int
+    c_w: float
+    c_q: float
+    c_o: float
+    effective_rank: float
+    cka: float
+
+
+@torch.no_grad()
+def head_diversity(pool: HeadPool) -> HeadDiversity:
+    """All measures; waits for the device."""
+    return HeadDiversity(
+        member=pool.member,
+        members=pool.weights.shape[1],
+        c_w=float(weight_cosine(pool.weights)),
+        c_q=float(token_cosine(pool.projections)),
+        c_o=float(token_cosine(pool.outputs)),
+        effective_rank=float(effective_rank(pool.weights)),
+        cka=float(linear_cka(pool.outputs)),
+    )
+
+
+def weight_cosine(weights: Tensor) -> Tensor:
+    """[G, M, d D] -> mean |cos| of two members' weights, a scalar."""
+    unit = F.normalize(weights.double(), dim=-1)
+    return _mean_over_pairs((unit @ unit.transpose(1, 2)).abs())
+
+
+def token_cosine(vectors: Tensor) -> Tensor:
+    """[B, S, G, M, D] -> mean over tokens of the cosine of two members' vectors, a scalar."""
+    unit = F.normalize(vectors.double().flatten(0, 1), dim=-1)
+    return _mean_over_pairs(torch.einsum("tgmc,tgnc->gmn", unit, unit) / len(unit))
+
+
+def effective_rank(weights: Tensor) -> Tensor:
+    """[G, M, d D] -> exp of the entropy of the singular values' shares of their sum, a scalar in 1 .. M.
+
+    Of the stack of a group's M weights as they are, not normed (Roy and Vetterli, 2007).
+    """
+    share = torch.linalg.svdvals(weights.double())
+    share = share / share.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp().mean()
+
+
+def linear_cka(outputs: Tensor) -> Tensor:
+    """[B, S, G, M, D] -> mean linear CKA of two members' outputs over tokens, a scalar in 0 .. 1.
+
+    |X^T Y|^2 / (|X^T X| |Y^T Y|) of the centred [T, D] matrices X and Y (Kornblith et al., 2019, arXiv 1905.00414). It
+    does not change when a member's outputs are rotated or scaled, as W_O could undo. Independent outputs have about
+    D/(T + D), not 0.
+    """
+    x = outputs.double().flatten(0, 1)
+    x = (x - x.mean(0)).permute(1, 2, 3, 0)  # [G, M, D, T]
+    members = range(x.shape[1])
+    cross = torch.stack([(x[:, [m]] @ x.transpose(2, 3)).square().sum((2, 3)) for m in members], 1)  # [G, M, M]
+    own = cross.diagonal(dim1=1, dim2=2).sqrt()
+    return _mean_over_pairs(cross / (own[:, :, None] * own[:, None, :]).clamp_min(1e-300))
+
+
+def _mean_over_pairs(matrix: Tensor) -> Tensor:
+    """[G, M, M], symmetric -> mean off its diagonals, over groups; a scalar."""
+    members = matrix.shape[-1]
+    off_diagonal = matrix.sum((1, 2)) - matrix.diagonal(dim1=1, dim2=2).sum(-1)
+    return off_diagonal.mean() / (members * (members - 1))
+
+
+@contextlib.contextmanager
+def measured(layers: Sequence[Attention]) -> Iterator[dict[int, HeadDiversity]]:
+    """While open, every forward pass of a layer first measures its pool: index of the layer -> the latest measures.
+
+    Layers without a pool are left out. The pass itself is what makes a layer's parameters whole under engines that
+    shard them, so measuring happens inside of it.
+    """
+    found: dict[int, HeadDiversity] = {}
+
+    def measure(index: int, layer: Attention, inputs: tuple[Tensor, Context]) -> None:
+        with torch.no_grad():
+            pool = layer.pool(*inputs)
+        if pool is not None:
+            found[index] = head_diversity(pool)
+
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.callback(layer.register_forward_pre_hook(partial(measure, index)).remove)
+        yield found

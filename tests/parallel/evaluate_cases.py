@@ -1,0 +1,57 @@
+"""Run by test_evaluate.py in 2 processes: evaluates a tiny decoder on ranks with different numbers of targets.
+
+Prints one JSON object per case on rank 0. Not a test module itself.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from headway.parallel.layout import init_layout
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("engine_cases", HERE / "engine_cases.py")
+assert spec is not None and spec.loader is not None
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+
+
+def labelled() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of which half of the rows are what the untrained decoder guesses; no target in some rows."""
+    tokens = cases.global_batch(0).tokens
+    with torch.no_grad():
+        labels = cases.decoder().eval().logits(tokens).argmax(-1)
+    labels[::2] = (labels[::2] + 1) % cases.VOCAB
+    labels[5:, 7:] = -100
+    labels[6] = -100
+    return tokens, labels
+
+
+def main() -> None:
+    layout = init_layout(device="cpu", timeout_s=60)
+    torch.set_num_threads(1)
+    tokens, labels = labelled()
+    kept = labels != -100
+    expected = {"hits": int(kept[1::2].sum()), "targets": int(kept.sum())}
+    for zero in (1, 3):
+        engine = cases.engine(zero, "fp32", layout, 2)
+        per_rank = cases.GLOBAL // layout.dp_size
+        rows = range(layout.dp_rank * per_rank, (layout.dp_rank + 1) * per_rank, 2)
+        micro = [cases.Micro(tokens[i : i + 2], labels[i : i + 2], None) for i in rows]
+        mine = sum(int((m.labels != -100).sum()) for m in micro)
+        result = engine.evaluate(micro)
+        if layout.is_main:
+            found = {"accuracy": result.accuracy, "targets": result.targets, "loss": result.loss}
+            print("CASE", json.dumps({"zero": zero, "mine": mine, "expected": expected, **found}), flush=True)
+        dist.barrier()
+    if layout.is_main:
+        out = cases.decoder()(tokens, labels)
+        print("PLAIN", float(out.loss_sum) / int(out.targets), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
