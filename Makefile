@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python 3.11 or 3.12, gcc and make:
 #   make study   environment, built-in corpus, the quickstart study, its report
 #   make test    the same environment, lint, types, tests
-#   make results every number that README and docs quote, measured anew
+#   make results every number that README and docs quote, measured anew (an hour; mechanisms and probes are parts of it)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results lint types format clean
+.PHONY: help study test test-all results mechanisms probes lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -33,13 +33,27 @@ study: $(VENV)/.installed
 # Every number of the README and docs, anew; needs an otherwise idle machine.
 RESULTS := docs/results
 BENCH := $(BIN)/headway bench
-results: study
+REPORT := report.md report.csv curves.csv study.json loss.png effects.png routers.png heads.png routers.csv heads.csv
+results: study mechanisms probes
 	mkdir -p $(RESULTS)/quickstart
-	cp studies/quickstart/{report.md,report.csv,curves.csv,study.json,loss.png,effects.png,routers.png} $(RESULTS)/quickstart/
+	cp $(addprefix studies/quickstart/,$(REPORT)) $(RESULTS)/quickstart/
 	$(BENCH) step yaml/base/quickstart.yaml --out $(RESULTS)/bench/step-gqa.json
 	$(BENCH) step yaml/base/quickstart.yaml attention.type=rgqa attention.top_k=1 --out $(RESULTS)/bench/step-rgqa-k1.json
 	$(BENCH) step yaml/bench/long-2048.yaml --against attention.type=gqa --out $(RESULTS)/bench/step-2048-rgqa-k1-against-gqa.json
 	$(BENCH) data yaml/base/quickstart.yaml --out $(RESULTS)/bench/data.json
+
+# Every mechanism with its controls (about 20 minutes), and what each costs over lengths.
+mechanisms: $(VENV)/.installed
+	$(BIN)/headway data build yaml/data/stdlib.yaml
+	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml
+	mkdir -p $(RESULTS)/all-mechanisms
+	cp $(addprefix studies/all-mechanisms/,$(REPORT)) $(RESULTS)/all-mechanisms/
+	$(BENCH) mechanism yaml/studies/all-mechanisms.yaml --out $(RESULTS)/bench/mechanisms.json
+
+probes: $(VENV)/.installed
+	$(BIN)/headway probe run yaml/probes.yaml
+	mkdir -p $(RESULTS)/probes
+	cp studies/probes/{probe.md,probe.csv,probe.png} $(RESULTS)/probes/
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

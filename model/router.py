@@ -150,6 +150,16 @@ AnyRouter = Annotated[
 ]
 
 
+def of_layer(top_k: list[int], index: int, layers: int) -> int:
+    """One layer's number of a `top_k` per layer. Raises ValueError where there is not one for each."""
+    if len(top_k) != layers:
+        raise ValueError(
+            f"attention.top_k: {len(top_k)} numbers for {layers} layers; "
+            f"give {layers} numbers, or one integer for all layers"
+        )
+    return top_k[index]
+
+
 def check_router(
     router: RouterConfig, balance: BalanceConfig, *, gate: str, choice: bool, hard: str = "gate: hard"
 ) -> None:

@@ -32,7 +32,7 @@ from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
 from headway.model.layers import parameter
-from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, check_router, summed
+from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, check_router, of_layer, summed
 
 ROUTER = "router"
 
@@ -138,12 +138,7 @@ class RoutedGroupedConfig(GroupedConfig):
     def layer(self, index: int, layers: int) -> Self:
         if not isinstance(self.top_k, list):
             return self
-        if len(self.top_k) != layers:
-            raise ValueError(
-                f"attention.top_k: {len(self.top_k)} numbers for {layers} layers; "
-                f"give {layers} numbers, or one integer for all layers"
-            )
-        return self.model_copy(update={"top_k": self.top_k[index]})
+        return self.model_copy(update={"top_k": of_layer(self.top_k, index, layers)})
 
     def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
         super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)

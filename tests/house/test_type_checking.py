@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,13 @@ def test_pyright_accepts_a_right_call_and_rejects_a_wrong_one(tmp_path: Path) ->
     ]
     # line 6: `yaml` is PyYAML with its types, not our folder of that name
     assert found == [(5, "reportArgumentType"), (6, "reportAttributeAccessIssue")]
+
+
+def test_what_is_checked_are_the_packages_themselves_and_the_tests() -> None:
+    """Through links in a folder whose name begins with a dot pyright finds no files, and reports no errors either."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)["tool"]["pyright"]
+    assert set(settings["include"]) == {"launcher", "model", "data", "parallel", "kernels", "tests"}
+    assert "exclude" not in settings
+    for folder in settings["include"]:
+        assert (ROOT / folder).is_dir() and not (ROOT / folder).is_symlink()
