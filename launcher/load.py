@@ -101,7 +101,7 @@ def format_config(loaded: Loaded[Any]) -> str:
 
 
 _KINDS = {
-    "tasks": ("a file of probe tasks", "headway probe run"),  # before `variants`, which it has too
+    "tasks": ("a set of probe tasks", "headway probe run"),  # before `variants`, which it has too
     "model": ("the spec of a run", "headway train"),
     "variants": ("a study", "headway study run"),
     "corpus": ("the spec of a corpus", "headway data build"),

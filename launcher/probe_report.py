@@ -95,7 +95,7 @@ def _blocks(record: dict[str, Any], tasks: list[Task], not_begun: list[str], plo
     if plot is not None:
         yield Image(plot)
     yield Heading("Tasks")
-    yield Table(list(_task_rows(tasks)))
+    yield Table(list(_task_rows(tasks)), frozenset({0, 1}))
     yield Heading("Sizes")
     yield Text(_matching(tasks[0].result))
     yield Table(list(_sizes(tasks)))

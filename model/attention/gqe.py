@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
+from headway.kernels.experts import Projections, project
 from headway.kernels.routing import select
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
@@ -53,6 +54,9 @@ class GqeConfig(GroupedConfig):
         "published: mean in gqe, none in the other variants",
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
+    projections: Projections = Field(
+        default="dense", description="of queries; dense: all heads, then the chosen ones; grouped: one product per head"
+    )
     balance: BalanceConfig = Field(
         default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="what keeps experts in use"
     )
@@ -126,12 +130,13 @@ class GqeConfig(GroupedConfig):
         return width * matrices * self.head_dim + gains + router
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 2d(kG+1)D + 2(kG+2)Dd + 4dGD, router and core; executed: queries of all H experts, not of kG."""
+        """Useful: 2d(kG+1)D + 2(kG+2)Dd + 4dGD, router and core; executed densely: queries of all H experts."""
         per_head = 2 * width * self.head_dim
         rest = per_head * (2 * self.groups + self.slots + self._extra) + self.core_flops_per_token(seq_len=seq_len)
         rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.heads_per_group)
         needed = self.heads if self.router.reads_queries else self.slots
-        return Flops(useful=rest + per_head * needed, executed=rest + per_head * self.heads)
+        computed = needed if self.projections == "grouped" else self.heads
+        return Flops(useful=rest + per_head * needed, executed=rest + per_head * computed)
 
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
         """2GD numbers, as GQA: a mean is taken of what is cached. A dedicated shared head adds 2D."""
@@ -177,11 +182,17 @@ class GroupedQueryExperts(GroupedQueryAttention):
             self.init_stds |= {"w_k_shared": init_std, "w_v_shared": init_std}
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
-        idx, gate, aux_loss = self.router(x, context, k=self.config.top_k, queries=queries)
-        q = select(queries, idx).flatten(2, 3)  # [B, S, G k, D], group-major as the core expects
+        config, queries = self.config, None
+        if config.router.reads_queries:
+            queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
+        idx, gate, aux_loss = self.router(x, context, k=config.top_k, queries=queries)
+        if queries is None:
+            q = project(x, self.w_q, idx, self.members, config.projections)
+        else:
+            q = select(queries, idx)
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
-        o = core(self.q_rope(q, context.rope), k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, k, D]
+        q = self.q_rope(q.flatten(2, 3), context.rope)  # [B, S, G k, D], group-major as the core expects
+        o = core(q, k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, k, D]
         y = self.output(o, gate, self.shared_head(x, k, v, context))
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.routing import expand, select
+from headway.kernels.experts import combine, project
 from headway.model.attention.rgqa import RoutedGroupedConfig, RoutedGroupedQueryAttention
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, Shard
@@ -148,7 +148,7 @@ class HybridConfig(RoutedGroupedConfig):
             router = pool.routing.router.flops_per_token(width=width, groups=self.groups, experts=pool.experts)
             useful += per_expert * pool.top_k + router
             executed += per_expert * pool.experts + router
-        return Flops(useful=useful, executed=executed)
+        return Flops(useful=useful, executed=useful if self.projections == "grouped" else executed)
 
     def shards(self) -> dict[str, Shard]:
         """Whole groups with their experts and router rows: routing needs no communication."""
@@ -174,21 +174,20 @@ class HybridAttention(RoutedGroupedQueryAttention):
             self.add_module(name, routing.router.build(routing, width=width, groups=groups, experts=pool.experts))
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
-        heads = self.route(x, context, queries)
-        q = self.q_rope(select(queries, heads.idx).flatten(2, 3), context.rope)  # [B, S, G slots, D]
+        q, heads = self.chosen_queries(x, context)  # [B, S, G slots, D]
         values, outputs = self.route_experts(x, context)
         k, v = self._attended(x, context, values)  # [B, S, G, D]
         o = core(q, k, v, context.mask).unflatten(2, heads.idx.shape[2:])  # [B, S, G, slots, D]
+        aux_loss, form = self._aux_loss(heads, values, outputs), self.config.projections
         if outputs is None and self.config.output == "head":
-            o = expand(o, heads.idx, heads.gate, self.members)  # [B, S, G, M, D]
-        else:
-            o = o * heads.gate.to(o.dtype).unsqueeze(-1)
-        if outputs is not None:
-            # W_O is linear and the slots share their experts: one sum per group enters each of them.
-            slots = o.sum(3, keepdim=True).expand(*outputs.idx.shape, o.shape[-1])
-            o = expand(slots, outputs.idx, outputs.gate, self.config.output_experts)  # [B, S, G, E_o, D]
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), self._aux_loss(heads, values, outputs))
+            return AttentionOutput(combine(o, self.w_o, heads.idx, heads.gate, self.members, form), aux_loss)
+        o = o * heads.gate.to(o.dtype).unsqueeze(-1)
+        if outputs is None:
+            return AttentionOutput(F.linear(o.flatten(2), self.w_o), aux_loss)
+        # W_O is linear and the slots share their experts: one sum per group enters each of them.
+        slots = o.sum(3, keepdim=True).expand(*outputs.idx.shape, o.shape[-1])
+        y = combine(slots, self.w_o, outputs.idx, outputs.gate, self.config.output_experts, form)
+        return AttentionOutput(y, aux_loss)
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
         """The same function, masked dense: all heads and all experts, times their gates, zero where not chosen."""
@@ -232,7 +231,8 @@ class HybridAttention(RoutedGroupedQueryAttention):
 
     def _attended(self, x: Tensor, context: Context, values: Routing) -> tuple[Tensor, Tensor]:
         """Keys and mixed values [B, K, G, D] of all tokens x's may see."""
-        chosen = select(self.each_value(x), values.idx)  # [B, S, G, k_v, D]
+        config = self.config
+        chosen = project(x, self.w_v, values.idx, config.value_experts, config.projections)  # [B, S, G, k_v, D]
         v = (chosen * values.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
         return context.keys_and_values(self.k_rope(self.heads_of(x, self.w_k), context.rope), v)
 

@@ -18,6 +18,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from headway.kernels.experts import Projections
 from headway.model.attention.grouped import GroupedConfig
 from headway.model.attention.rgqa import RgqaConfig, RoutedGroupedQueryAttention
 from headway.model.balance import BalanceConfig
@@ -39,6 +40,9 @@ class MoaConfig(GroupedConfig):
         default="detached_renorm", description="factor on a picked expert; the paper's, or that of the authors' code"
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
+    projections: Projections = Field(
+        default="dense", description="dense: all heads, then the chosen ones; grouped: one product per head"
+    )
     balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01, z=0.001), description="what keeps experts in use")
 
     @model_validator(mode="after")

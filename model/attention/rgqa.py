@@ -27,7 +27,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.routing import GateName, expand, select
+from headway.kernels.experts import Projections, combine, project
+from headway.kernels.routing import GateName, select
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
@@ -80,6 +81,10 @@ class RoutedGroupedConfig(GroupedConfig):
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
     balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="what keeps heads in use")
+    projections: Projections = Field(
+        default="dense",
+        description="dense: all heads, then the chosen ones; grouped: one product per head, of those who chose it",
+    )
 
     @model_validator(mode="after")
     def _routing_is_possible(self) -> Self:
@@ -193,15 +198,18 @@ class RoutedGroupedConfig(GroupedConfig):
         return params
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4d(G slots)D + 4dGD + router and the core; executed: Q and W_O for all H heads instead of slots."""
+        """Useful: 4d(G slots)D + 4dGD + router and the core; executed densely: Q and W_O for all H heads."""
         rest = 4 * width * self.groups * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
         rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.routed)
         if self.always_on_gate != "none":
             rest += 2 * width * self.groups * self.always_on
         per_head, slots = 2 * width * self.head_dim, self.groups * self.slots
         queries = self.heads if self.router.reads_queries else slots
+        useful = rest + per_head * (queries + slots)
+        if self.projections == "grouped":
+            return Flops(useful=useful, executed=useful)
         outputs = self.heads if self.output == "head" else slots
-        return Flops(useful=rest + per_head * (queries + slots), executed=rest + per_head * (self.heads + outputs))
+        return Flops(useful=useful, executed=rest + per_head * (self.heads + outputs))
 
     def shards(self) -> dict[str, Shard]:
         """Whole groups with their router rows: routing needs no communication."""
@@ -233,18 +241,26 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
             self.w_o = parameter(width, config.groups * config.slots * config.head_dim)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
-        idx, gate, aux_loss = self.route(x, context, queries)
-        q = select(queries, idx).flatten(2, 3)  # [B, S, G slots, D], group-major as the core expects
-        q = self.q_rope(q, context.rope)  # after the gather: fewer rotations, and the same, as the angle is the token's
+        q, (idx, gate, aux_loss) = self.chosen_queries(x, context)
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
         o = core(q, k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
         if self.config.output == "slot":
-            o = o * gate.to(o.dtype).unsqueeze(-1)
+            y = F.linear((o * gate.to(o.dtype).unsqueeze(-1)).flatten(2), self.w_o)
         else:
-            # Zeros and one dense W_O. Gathering W_O slices per token instead would move d D numbers per slot.
-            o = expand(o, idx, gate, self.members)  # [B, S, G, M, D]
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
+            y = combine(o, self.w_o, idx, gate, self.members, self.config.projections)
+        return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
+
+    def chosen_queries(self, x: Tensor, context: Context) -> tuple[Tensor, Routing]:
+        """Rotated queries [B, S, G slots, D], group-major as the core expects, and which heads they are."""
+        if self.config.router.reads_queries:
+            queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
+            heads = self.route(x, context, queries)
+            q = select(queries, heads.idx)
+        else:
+            heads = self.route(x, context, None)
+            q = project(x, self.w_q, heads.idx, self.members, self.config.projections)
+        # After the gather: fewer rotations, and the same ones, as the angle is the token's.
+        return self.q_rope(q.flatten(2, 3), context.rope), heads
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
         """The same function, masked dense: GQA over all H heads, outputs times the gate, zero where not chosen."""
@@ -260,10 +276,14 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
             o = o * factor.unsqueeze(-1).to(o.dtype)
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 
-    def route(self, x: Tensor, context: Context, queries: Tensor) -> Routing:
-        """x [B, S, d], queries [B, S, G, M, D] -> heads [B, S, G, slots] within their group, always-on ones first."""
+    def route(self, x: Tensor, context: Context, queries: Tensor | None) -> Routing:
+        """x [B, S, d] -> heads [B, S, G, slots] within their group, always-on ones first.
+
+        queries [B, S, G, M, D]: of all heads, where the router reads them.
+        """
         always_on = self.config.always_on
-        routing = self.router(x, context, k=self.top_k, queries=queries[..., always_on:, :])
+        routed = None if queries is None else queries[..., always_on:, :]
+        routing = self.router(x, context, k=self.top_k, queries=routed)
         if not always_on:
             return routing
         fixed = torch.arange(always_on, device=x.device).expand(*routing.idx.shape[:-1], always_on)

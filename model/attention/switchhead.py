@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.attention import core
-from headway.kernels.routing import expand, select
+from headway.kernels.experts import Projections, combine, project
 from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
@@ -53,6 +53,10 @@ class SwitchHeadConfig(AttentionConfig):
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="form of the two routers")
     balance: BalanceConfig = Field(default=BalanceConfig(), description="losses of either router; published: none")
+    projections: Projections = Field(
+        default="dense",
+        description="dense: all experts, then the chosen; grouped: one product per expert, of those who chose it",
+    )
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
@@ -104,12 +108,13 @@ class SwitchHeadConfig(AttentionConfig):
         return sides * 2 * self.top_k * self.kv_heads * self.head_dim
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4dnD + 4knD(d+1) + 4dnE and the core; executed: V and O for all E experts instead of k."""
+        """Useful: 4dnD + 4knD(d+1) + 4dnE and the core; executed densely: V and O for all E experts instead of k."""
         per_expert = 4 * width * self.kv_heads * self.head_dim
         router = self.router.flops_per_token(width=width, groups=self.kv_heads, experts=self.experts)
         rest = per_expert + self.gating_flops_per_token() + len(self.router_names) * router
         rest += self.core_flops_per_token(seq_len=seq_len)
-        return Flops(useful=rest + per_expert * self.top_k, executed=rest + per_expert * self.experts)
+        executed = self.top_k if self.projections == "grouped" else self.experts
+        return Flops(useful=rest + per_expert * self.top_k, executed=rest + per_expert * executed)
 
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
         return 2 * self.kv_heads * self.head_dim * bytes_per_element
@@ -141,21 +146,24 @@ class SwitchHeadAttention(RoutedAttention):
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         experts = self.config.experts
         source, destination = self.route(x, context)
-        q, k, v = self._queries_and_keys(x, context)
-        if source is not None:
-            chosen = select(v, source.idx) * source.gate.to(x.dtype).unsqueeze(-1)  # [B, S, n, k, D]
-            v = chosen.sum(-2, keepdim=True)
-        k, v = context.keys_and_values(k, v.squeeze(-2))
+        q, k = self._queries_and_keys(x, context)
+        if source is None:
+            v = self._each_value(x).squeeze(-2)
+        else:
+            chosen = project(x, self.w_v, source.idx, experts, self.config.projections)  # [B, S, n, k, D]
+            v = (chosen * source.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
+        k, v = context.keys_and_values(k, v)
         o = core(q, k, v, context.mask)  # [B, S, n, D]
         slots = o.unsqueeze(-2).expand(*destination.idx.shape, o.shape[-1])  # one output, k output experts
-        o = expand(slots, destination.idx, destination.gate, experts)  # [B, S, n, E, D]
-        return AttentionOutput(F.linear(o.flatten(2), self.w_o), _aux_loss(source, destination))
+        y = combine(slots, self.w_o, destination.idx, destination.gate, experts, self.config.projections)
+        return AttentionOutput(y, _aux_loss(source, destination))
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
         """The same function, masked dense: every expert, times its gate, zero where not chosen."""
         experts = self.config.experts
         source, destination = self.route(x, context)
-        q, k, v = self._queries_and_keys(x, context)
+        q, k = self._queries_and_keys(x, context)
+        v = self._each_value(x)
         weights = torch.ones_like(v[..., 0]) if source is None else _all_gates(source, experts).to(x.dtype)
         k, v = context.keys_and_values(k, torch.einsum("bsne,bsned->bsnd", weights, v))
         o = core(q, k, v, context.mask)
@@ -175,18 +183,23 @@ class SwitchHeadAttention(RoutedAttention):
         experts = self.config.experts
         if experts == 1:
             return None
-        q, k, v = self._queries_and_keys(x, context)
+        q, k = self._queries_and_keys(x, context)
+        v = self._each_value(x)
         q, k = q.repeat_interleave(experts, 2), k.repeat_interleave(experts, 2)
         o = core(q, k, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
         weights = self.w_v.unflatten(0, (-1, experts, self.config.head_dim)).flatten(2)
         return HeadPool("value expert", weights, v, o)
 
-    def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [B, S, n, D], and every value expert's values [B, S, n, E, D]."""
+    def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys [B, S, n, D]."""
         head_dim = self.config.head_dim
         q = self.q_rope(F.linear(x, self.w_q).unflatten(-1, (-1, head_dim)), context.rope)
         k = self.k_rope(F.linear(x, self.w_k).unflatten(-1, (-1, head_dim)), context.rope)
-        return q, k, F.linear(x, self.w_v).unflatten(-1, (-1, self.config.experts, head_dim))
+        return q, k
+
+    def _each_value(self, x: Tensor) -> Tensor:
+        """x [B, S, d] -> every value expert's values [B, S, n, E, D]."""
+        return F.linear(x, self.w_v).unflatten(-1, (-1, self.config.experts, self.config.head_dim))
 
 
 def _aux_loss(source: Routing | None, destination: Routing) -> Tensor | None:

@@ -51,6 +51,7 @@ MECHANISMS: dict[str, AttentionConfig] = {
     "gqa-asymmetric": GqaConfig(heads=12, kv_heads=4, head_dim=6, group_sizes=[1, 5, 1, 5], windows=[8, None, 8, None]),
     "gqa": GqaConfig(heads=6, kv_heads=2, head_dim=10, qk_norm=True, rope_fraction=0.6),
     "rgqa": RgqaConfig(heads=6, kv_heads=2, head_dim=10, top_k=2),
+    "rgqa-grouped": RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=2, always_on=1, projections="grouped"),
     "rgqa-k1": RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, gate="detached_renorm", qk_norm=True),
     "rgqa-always-on": RgqaConfig(
         heads=6, kv_heads=2, head_dim=6, top_k=1, always_on=1, balance=BalanceConfig(loss_free_rate=1e-3)
@@ -70,6 +71,8 @@ MECHANISMS: dict[str, AttentionConfig] = {
     "wgqa-column": WgqaConfig(heads=8, kv_heads=4, head_dim=6, weights="column", start="random"),
     "wgqa-row": WgqaConfig(heads=4, kv_heads=2, head_dim=6, weights="row", rope_fraction=2 / 3),
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=10, experts=3, top_k=2, rope_fraction=0.4),
+    "switchhead-grouped": SwitchHeadConfig(kv_heads=2, head_dim=6, experts=3, top_k=2, projections="grouped"),
+    "gqe-grouped": GqeConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, projections="grouped"),
 }
 
 

@@ -12,6 +12,11 @@ from headway.model.decoder import document_mask
 SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
 
 
+def rounding(mechanism):
+    """0: exact. The shape of a grouped product, and so its rounding, follows how many other tokens chose the expert."""
+    return 1e-13 if getattr(mechanism, "projections", "dense") == "grouped" else 0
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_token_changes_nothing_before_it(mechanism, decoder, tokens, packed):
     model = decoder(mechanism)
@@ -21,7 +26,7 @@ def test_a_token_changes_nothing_before_it(mechanism, decoder, tokens, packed):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 37
         after = model.logits(changed, segments)
-        assert torch.equal(after[:, :t], before[:, :t])
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=rounding(mechanism))
         assert not torch.equal(after[:, t], before[:, t])
 
 
@@ -39,7 +44,8 @@ def test_a_document_does_not_see_the_one_before_it(mechanism, decoder, tokens):
     segments = SEGMENTS.expand(3, 11)
     changed = tokens.clone()
     changed[:, :4] = (changed[:, :4] + 1) % 37
-    assert torch.equal(model.logits(changed, segments)[:, 4:], model.logits(tokens, segments)[:, 4:])
+    after, before = model.logits(changed, segments)[:, 4:], model.logits(tokens, segments)[:, 4:]
+    torch.testing.assert_close(after, before, rtol=0, atol=rounding(mechanism))
     assert not torch.equal(model.logits(changed)[:, 4:], model.logits(tokens)[:, 4:])
 
 
