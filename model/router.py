@@ -161,7 +161,7 @@ def of_layer(top_k: list[int], index: int, layers: int) -> int:
 
 
 def check_router(
-    router: RouterConfig, balance: BalanceConfig, *, gate: str, choice: bool, hard: str = "gate: hard"
+    router: AnyRouter, balance: BalanceConfig, *, gate: str, choice: bool, hard: str = "gate: hard"
 ) -> None:
     """Raises ValueError where a router cannot do what its config asks of it.
 
