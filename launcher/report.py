@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from headway.launcher.compare import CellResult, StudyResult, VariantResult, analyse
-from headway.launcher.fairness import changed_sections
+from headway.launcher.fairness import ABSENT, Difference, changed_sections
 from headway.launcher.findings import bits_per_byte, headline, limits, signed_interval
 from headway.launcher.match import quantity_words
+from headway.launcher.merge import format_value
 from headway.launcher.plots import Plot, draw_all, flop_ratio
 from headway.launcher.report_heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report_html import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
@@ -111,10 +112,38 @@ def _compared(result: StudyResult) -> Iterator[Block]:
     yield Table(list(matching_rows(result.record)))
     keys = [
         f"{v.name}: "
-        + (", ".join(f"`{k}: {value}`" for k, value in v.planned["keys"].items()) or "the base spec itself")
+        + (
+            ", ".join(f"`{k}: {format_value(value)}`" for k, value in v.planned["keys"].items())
+            or "the base spec itself"
+        )
         for v in result.variants
     ]
     yield Items(keys)
+
+
+def _spec_differences(result: StudyResult) -> Iterator[Block]:
+    """What was asked for and what was not in a table; defaults that a mechanism brings in one line per variant."""
+    base = result.baseline.name
+    yield Text(f"Every key in which a resolved spec differs from {base}'s:")
+    rows = [("variant", "key", base, "variant's", "class", "why")]
+    order = {"CONFOUND": 0, "intervention": 1, "matching": 2}
+    brought: dict[str, list[Difference]] = {}
+    for d in sorted(result.differences, key=lambda d: (order[d.kind], d.variant, d.key)):
+        if d.note.startswith("comes with"):
+            brought.setdefault(d.variant, []).append(d)
+            continue
+        kind = "consequence of matching" if d.kind == "matching" else d.kind
+        rows.append((d.variant, f"`{d.key}`", str(d.baseline), str(d.value), kind, d.note))
+    yield Table(rows, frozenset({0, 1, 4, 5}))
+    if brought:
+        yield Text("Defaults that come with a mechanism named in the study, and keys that go with it:")
+        yield Items([f"{name}: {_listed(differences)}" for name, differences in brought.items()])
+
+
+def _listed(differences: Sequence[Difference]) -> str:
+    has = [f"`{d.key}: {format_value(d.value)}`" for d in differences if d.value != ABSENT]
+    lacks = [f"`{d.key}`" for d in differences if d.value == ABSENT]
+    return ", ".join(has) + ("; " if has and lacks else "") + (f"no {', '.join(lacks)}" if lacks else "")
 
 
 def _equal_tokens(result: StudyResult) -> Iterator[Block]:
@@ -195,13 +224,7 @@ def _fairness(result: StudyResult) -> Iterator[Block]:
     yield Text(f"Data: {result.pairing.status}.", "warn" if result.pairing.status == "UNPAIRED" else "plain")
     yield Items(result.pairing.lines)
     if result.differences:
-        yield Text(f"Every key in which a resolved spec differs from {result.baseline.name}'s:")
-        rows = [("variant", "key", result.baseline.name, "variant's", "class", "why")]
-        order = {"CONFOUND": 0, "intervention": 1, "matching": 2}
-        for d in sorted(result.differences, key=lambda d: (order[d.kind], d.variant, d.key)):
-            kind = "consequence of matching" if d.kind == "matching" else d.kind
-            rows.append((d.variant, f"`{d.key}`", str(d.baseline), str(d.value), kind, d.note))
-        yield Table(rows, frozenset({0, 1, 4, 5}))
+        yield from _spec_differences(result)
     for v in result.others:
         sections = changed_sections([d for d in result.differences if d.variant == v.name])
         if len(sections) > 1:

@@ -504,6 +504,9 @@ def test_every_difference_between_specs_is_classed(small):
     }
     page = text(small.out)
     assert "| rgqa-k2 | `optimizer.lr` | 0.003 | 0.001 | CONFOUND |" in page
+    assert "| rgqa-k2 | `attention.top_k`" in page
+    # what the mechanism brings stands in one line, not in the table of what was asked for
+    assert "- rgqa-k2: `attention.balance_coef: 0.01`" in page and "| `attention.balance_coef`" not in page
     assert "confounds: see" in page[: page.index("**After")]
     assert "rgqa-k2/seed-1: optimizer.lr: planned 0.003, trained 0.001" in page
 
