@@ -21,6 +21,7 @@ from headway.launcher.bench import spread
 from headway.launcher.errors import SpecError
 from headway.launcher.launch import worker_environment
 from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.plots_style import STYLE, WIDTH_IN
 from headway.launcher.study_config import load_study
 from headway.launcher.study_plan import plan_study
 
@@ -100,7 +101,8 @@ def bench_mechanism(
             out.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))
     if out is not None:
-        print(f"written to {out} and {out.with_suffix('.md')}")
+        draw(result, out.with_suffix(".png"))
+        print(f"written to {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return 0
 
 
@@ -229,6 +231,35 @@ def markdown(result: dict[str, Any]) -> str:
             cells += [" / ".join(f"{1e3 * of[p]['seconds']['median']:.1f}" for p in PHASES) + " ms"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """One panel per length: time ratio of forward and backward over the ratio of useful FLOPs, a point per variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["phase"] == "forward_backward"]
+    lengths = list(dict.fromkeys(row["seq_len"] for row in rows))
+    low = 0.95 * min(row["useful_flop_ratio"] for row in rows)
+    high = 1.05 * max(max(row["useful_flop_ratio"], 1.0) for row in rows)
+    with plt.rc_context(STYLE):
+        size = (WIDTH_IN * max(1.0, len(lengths) / 2), 5.5)
+        figure, axes = plt.subplots(1, len(lengths), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for axis, length in zip(axes[0], lengths, strict=True):
+            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="as the FLOPs allow")
+            axis.plot([low, high], [FAR * low, FAR * high], color="#999999", linestyle="--", label=f"{FAR} times that")
+            for row in (row for row in rows if row["seq_len"] == length):
+                x, r = row["useful_flop_ratio"], row["ratio"]
+                axis.errorbar(x, r["median"], [[r["median"] - r["q1"]], [r["q3"] - r["median"]]], fmt="o", markersize=4)
+                axis.annotate(row["variant"], (x, r["median"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.set_title(f"{length} tokens")
+            axis.set_xlabel(f"useful FLOPs over {result['baseline']}'s")
+        axes[0][0].set_ylabel(f"forward and backward time over {result['baseline']}'s")
+        axes[0][0].legend(loc="upper left")
+        figure.savefig(file, dpi=150, metadata={"Software": None})
+        plt.close(figure)
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ def measured(study, tmp_path):
     out = tmp_path / "out" / "m.json"
     args = ["bench", "mechanism", str(study), "--lengths", "32,16", "--rounds", "3", "--tokens", "64"]
     assert main([*args, "--out", str(out)]) == 0
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
