@@ -196,7 +196,7 @@ def _missing(spot: _Spot, kind: str) -> tuple[_Spot, str]:
         return _below(spot, spot.shape.discriminator), f"is missing; write one of: {', '.join(names)}"
     info = _field(spot)
     text = "is missing and has no default"
-    if spot.shape.has_keys:
+    if spot.shape.has_keys and not spot.shape.scalars:
         tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.variants)}"
         text += tag if spot.shape.variants else f"; its keys are: {', '.join(spot.shape.keys())}"
     else:

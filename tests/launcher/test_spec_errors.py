@@ -44,6 +44,10 @@ class Rule(Strict):
     ratio: float = Field(gt=0, le=1)
 
 
+class Needed(Strict):
+    k: int | Rule
+
+
 class Root(Strict):
     name: str = Field(default="run", pattern="^[a-z]+$")
     tokens: int = Field(gt=0)
@@ -56,6 +60,7 @@ class Root(Strict):
     nested: list[Annotated[Dense | Routed, Field(discriminator="type")]] = []
     sizes: dict[str, Optimizer] = {}
     k: int | list[int] | Rule = 1
+    needed: Needed = Needed(k=1)
 
     @field_validator("name")
     @classmethod
@@ -91,10 +96,11 @@ MESSAGES = {
     "k: {ratio: 2}": "x.yaml:2:5: k.ratio: must be > 0, <= 1; got 2",
     "k: {ration: 0.5}": "x.yaml:2:5: k.ration: unknown key. Did you mean k.ratio? Legal keys here: ratio\n"
     "x.yaml:2:1: k.ratio: is missing and has no default; write a number (> 0, <= 1)",
+    "needed: {}": "x.yaml:2:1: needed.k: is missing and has no default; write a whole number or a mapping (key: value)",
     "k: [1, x]": "x.yaml:2:8: k[1]: expected a whole number; got 'x'",
     "tokns: 2": "x.yaml:2:1: tokns: unknown key. Did you mean tokens? Legal keys here: "
     "name, tokens, zero, precision, attention, "
-    "optimizer, paths, mixed, nested, sizes, k",
+    "optimizer, paths, mixed, nested, sizes, k, needed",
     "optimizer: {l_r: 1}": (
         "x.yaml:2:13: optimizer.l_r: unknown key. Did you mean optimizer.lr? Legal keys here: lr, betas, fused, decay"
     ),
