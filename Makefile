@@ -42,13 +42,13 @@ results: study mechanisms probes
 	$(BENCH) step yaml/bench/long-2048.yaml --against attention.type=gqa --out $(RESULTS)/bench/step-2048-rgqa-k1-against-gqa.json
 	$(BENCH) data yaml/base/quickstart.yaml --out $(RESULTS)/bench/data.json
 
-# Every mechanism with its controls (about 20 minutes), and what each costs over lengths.
+# Every mechanism with its controls (40 minutes on one core), and what each costs over lengths.
 mechanisms: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
-	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml
+	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml launch.threads=1
 	mkdir -p $(RESULTS)/all-mechanisms
 	cp $(addprefix studies/all-mechanisms/,$(REPORT)) $(RESULTS)/all-mechanisms/
-	$(BENCH) mechanism yaml/studies/all-mechanisms.yaml --out $(RESULTS)/bench/mechanisms.json
+	$(BENCH) mechanism yaml/studies/all-mechanisms.yaml launch.threads=1 --rounds 11 --out $(RESULTS)/bench/mechanisms.json
 
 probes: $(VENV)/.installed
 	$(BIN)/headway probe run yaml/probes.yaml

@@ -57,7 +57,8 @@ def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
         for v in result.variants
         for name in sorted({r.name for r in v.routers})
     ]
-    panels = [p for p in panels if len({r.load.shape[1] for r in p[2]}) == 1]
+    # A router over one expert has nothing to show; one whose number of experts differs by layer has no common axis.
+    panels = [p for p in panels if {r.load.shape[1] for r in p[2]} - {1} and len({r.load.shape[1] for r in p[2]}) == 1]
     if not panels:
         return None
     columns = min(4, len(panels))
@@ -70,7 +71,8 @@ def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
     image = None
     for axis, (variant, name, routers) in zip(axes.flat, panels, strict=False):
         image = _heat_map(axis, routers)
-        axis.set_title(f"{variant}\n{name} router")  # two lines: long names of neighbours must not touch
+        label = name.replace("_", " ").removesuffix("router").strip()
+        axis.set_title(f"{variant}\n{label} router".replace("\n ", "\n"))  # two lines: long names must not touch
     for first in axes[:, 0]:
         first.set_ylabel("layer.group")
     for axis in list(axes.flat)[len(panels) :]:

@@ -13,9 +13,9 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "docs" / "results"
 
 
-def cells() -> dict[str, list[dict[str, str]]]:
+def cells(study: str = "quickstart") -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
-    with (RESULTS / "quickstart" / "report.csv").open() as f:
+    with (RESULTS / study / "report.csv").open() as f:
         for row in csv.DictReader(f):
             found.setdefault(row["variant"], []).append(row)
     return found
@@ -29,8 +29,8 @@ def losses(rows: list[dict[str, str]]) -> dict[int, float]:
     return {int(row["seed"]): float(row["validation_loss_nats"]) for row in rows}
 
 
-def table() -> list[list[str]]:
-    start = README.index("<!-- results:")
+def table(marker: str = "<!-- results: docs/results/quickstart") -> list[list[str]]:
+    start = README.index(marker)
     lines = [line for line in README[start:].split("\n\n")[0].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -54,7 +54,23 @@ def test_the_table_is_that_of_the_committed_study():
         )
         assert speed == f"{mean(variant, 'tokens_per_s_median'):,.0f} ({ratio:.2f}x)"
         assert flops == f"{float(variant[0]['flops_per_token_useful']) / 1e6:.2f} M"
-        assert kv == f"{int(variant[0]['kv_bytes_per_token']):,}"
+        assert kv == f"{float(variant[0]['kv_bytes_per_token']):,.0f}"
+
+
+def test_the_table_of_controls_is_that_of_the_committed_study():
+    found, rows = cells("all-mechanisms"), table("<!-- results: docs/results/all-mechanisms")
+    baseline = found["gqa"]
+    assert rows[0][0] == "gqa" and len(rows) > 5
+    for name, loss, difference, flops in rows:
+        variant = found[name]
+        assert all(cell["state"] == "done" for cell in variant)
+        assert loss == f"{mean(variant, 'validation_loss_nats'):.3f}"
+        gap = paired_difference(losses(variant), losses(baseline))
+        assert gap is not None and gap.low is not None
+        assert difference == (
+            "baseline" if variant is baseline else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+        )
+        assert flops == f"{float(variant[0]['flops_per_token_useful']) / 1e6:.2f} M"
 
 
 def test_speeds_are_those_of_the_committed_measurements():
