@@ -53,7 +53,7 @@ mechanisms: $(VENV)/.installed
 probes: $(VENV)/.installed
 	$(BIN)/headway probe run yaml/probes.yaml
 	mkdir -p $(RESULTS)/probes
-	cp studies/probes/{probe.md,probe.csv,probe.png} $(RESULTS)/probes/
+	cp studies/probes/{probe.md,probe.csv,recall.png} $(RESULTS)/probes/
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
