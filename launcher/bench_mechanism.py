@@ -1,8 +1,9 @@
 """`headway bench mechanism`: forward, forward and backward, and prefill of every variant of a study, over lengths.
 
 All variants take turns in one process, round by round, and each is paired with the baseline of its own round, so that a
-machine whose speed drifts slows all of them. Beside each ratio stands what the FLOPs allow (Amdahl): the variant's
-useful FLOPs over the baseline's, whole model, and the same for the FLOPs that are executed.
+machine whose speed drifts slows all of them. Beside each ratio stands what FLOPs alone promise (Amdahl's bound on what
+a cheaper attention can save): the variant's useful FLOPs over the baseline's, whole model, and the same for the FLOPs
+that are executed. Time may fall below it: softmax and the memory traffic of score maps are no FLOPs.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`, commit {result['git_commit']}, {result['measured_at']}, {result['device']}, "
         f"{result['precision']}. Each cell: median of {result['rounds']} pairwise ratios (quartiles), then "
-        "the ratio of useful FLOPs of the whole model, which bounds it from below, and of executed FLOPs. "
+        "the ratio of useful FLOPs of the whole model, which is what FLOPs alone promise, and of executed FLOPs; time "
+        "may fall below, as softmax and the memory traffic of score maps are no FLOPs. "
         f"`far`: the time ratio is more than {FAR} times the useful one.",
     ]
     lengths = list(dict.fromkeys(row["seq_len"] for row in result["rows"]))
@@ -248,7 +250,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         size = (WIDTH_IN * max(1.0, len(lengths) / 2), 5.5)
         figure, axes = plt.subplots(1, len(lengths), figsize=size, squeeze=False, sharey=True, layout="constrained")
         for axis, length in zip(axes[0], lengths, strict=True):
-            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="as the FLOPs allow")
+            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="what FLOPs promise")
             axis.plot([low, high], [FAR * low, FAR * high], color="#999999", linestyle="--", label=f"{FAR} times that")
             for row in (row for row in rows if row["seq_len"] == length):
                 x, r = row["useful_flop_ratio"], row["ratio"]

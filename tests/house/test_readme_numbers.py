@@ -88,3 +88,31 @@ def test_speeds_are_those_of_the_committed_measurements():
     assert quoted[2] == f"{routed['ratio_to_bare']['median']:.2f}"
     assert quoted[3] == f"{100 * step['share_of_step']['data']:.1f}"
     assert quoted[4] == f"{long['ratio_to_against']['median']:.2f}"
+
+
+def test_speeds_of_mechanisms_in_the_docs_are_those_of_the_committed_measurement():
+    rows = json.loads((RESULTS / "bench" / "mechanisms.json").read_text())["rows"]
+    passes = {(r["variant"], r["seq_len"]): r for r in rows if r["phase"] == "forward_backward"}
+    docs = (ROOT / "docs" / "mechanisms.md").read_text().replace("\n", " ")
+    number = r"([\d.]+), ([\d.]+) and ([\d.]+)"
+    quoted = re.search(
+        rf"takes {number} of gqa's time with `rgqa` .*? promise {number.replace(' and ', ', ')}\), {number} with "
+        rf"`switchhead`, {number} with `hybrid`, and {number} with `sqa`",
+        docs,
+    )
+    assert quoted is not None
+    measured = [
+        f"{passes[name, length][key] if key != 'ratio' else passes[name, length]['ratio']['median']:.2f}"
+        for name, key in (
+            ("rgqa-k1", "ratio"),
+            ("rgqa-k1", "useful_flop_ratio"),
+            ("switchhead", "ratio"),
+            ("hybrid", "ratio"),
+            ("sqa-1", "ratio"),
+        )
+        for length in (256, 1024, 2048)
+    ]
+    assert list(quoted.groups()) == measured
+    # what the docs say of the distance to the useful FLOPs
+    assert max(r["distance"] for (_, length), r in passes.items() if length == 256) < 1.5
+    assert {r["variant"] for r in rows if r["distance"] > 1.5} == {"moh"}
