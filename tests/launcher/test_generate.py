@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from headway.data.config import DataError
+from headway.data.loader import validation_batches
 from headway.launcher.cli import main
 from headway.launcher.errors import NoInputError, SpecError
 from headway.launcher.generate import Sampling, continuation, generate, load_model
 from headway.launcher.run_dir import RunDir
 from headway.launcher.spec import Spec
+from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 
 GREEDY = Sampling(tokens=8, temperature=0.0, top_p=1.0, seed=1)
@@ -26,12 +28,13 @@ def trained(tmp_path_factory):
 name: tiny
 model: {width: 32, layers: 2, ffn_width: 48, init_std: 0.05}
 attention: {type: rgqa, heads: 8, kv_heads: 2, head_dim: 8, top_k: 1, balance: {f_p: 0, loss_free_rate: 1e-3},
-            k_schedule: [{until_tokens: 700, top_k: 2}]}
+            k_schedule: [{until_tokens: 512, top_k: 2}]}
 data:
   seq_len: 32
   source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
 optimizer: {lr: 3.0e-3}
-train: {tokens: 1024, global_batch: 8, micro_batch: 8, validation_tokens: 512}
+train: {tokens: 1024, global_batch: 8, micro_batch: 8, validation_tokens: 512, validate_every_tokens: 512}
+checkpoint: {every_tokens: 512, keep: 2}
 launch: {processes: 1, threads: 1}
 """
     folder = tmp_path_factory.mktemp("generate")
@@ -52,6 +55,28 @@ def test_the_checkpoint_of_the_last_step_is_loaded_with_the_schedule_where_it_st
     assert [layer.top_k for layer in model.attention_layers()] == [1, 1]
     biases = [b for n, b in model.named_buffers() if n.endswith("router.bias")]
     assert len(biases) == 2 and all(b.abs().max() > 0 for b in biases)
+
+
+def test_a_validation_where_a_stage_ends_is_of_the_stage_that_begins(trained):
+    """The model that is validated after 512 tokens is the one a reader of that checkpoint gets."""
+    spec = Spec.model_validate_json((trained / "spec.json").read_text())
+    recorded = {r["step"]: r for r in RunDir(trained).read_metrics() if r["kind"] == "validation"}
+    path = next(p for p in checkpoint.steps_on_disk(trained / "checkpoints") if p.name.endswith("2"))
+    model, _ = model_of(trained)
+    found = checkpoint.Checkpoint(path=path, step=2, manifest=checkpoint.read_manifest(path))
+    checkpoint.load_weights(found, model)
+    train = spec.train
+    batches = validation_batches(
+        spec.data, tokens=train.validation_tokens, micro_batch=train.micro_batch, dp_rank=0, dp_size=1
+    )
+    losses = {}
+    for tokens in (511, 512):
+        model.before_step(tokens)
+        with torch.no_grad():
+            outs = [model(b.tokens, b.labels, b.segments) for b in batches]
+        losses[tokens] = float(sum(o.loss_sum for o in outs) / sum(o.targets for o in outs))
+    assert recorded[2]["loss"] == pytest.approx(losses[512], rel=1e-6)
+    assert abs(losses[511] - losses[512]) > 1e-5 * losses[512]
 
 
 def test_greedy_tokens_are_those_of_full_passes_without_a_cache(trained):
@@ -129,12 +154,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(trained, tmp_path, c
 
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (folder,) = (run / "checkpoints").iterdir()
-    file = next(folder.glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+    older, folder = sorted((run / "checkpoints").iterdir())
+    for step in (folder, older):
+        file = next(step.glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+        if step == folder:
+            assert generate(run, "1", GREEDY) == 0
+            assert "checkpoint of step 2" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
         generate(run, "1", GREEDY)
     assert "contents changed" in capsys.readouterr().err
     assert folder.is_dir()

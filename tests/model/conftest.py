@@ -76,6 +76,25 @@ MECHANISMS: dict[str, AttentionConfig] = {
 }
 
 
+WHOLE = {n for n, config in MECHANISMS.items() if {shard.units for shard in config.shards().values()} == {1}}
+
+
+@pytest.fixture
+def mechanisms() -> dict[str, AttentionConfig]:
+    return MECHANISMS
+
+
+@pytest.fixture
+def whole_mechanisms() -> set[str]:
+    """Those that declare every parameter as one piece, which no two tensor-parallel ranks can share."""
+    return WHOLE
+
+
+@pytest.fixture(params=[name for name in MECHANISMS if name not in WHOLE])
+def cut_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
+    return MECHANISMS[request.param]
+
+
 @pytest.fixture(params=list(MECHANISMS))
 def mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
     return MECHANISMS[request.param]

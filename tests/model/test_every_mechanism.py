@@ -129,13 +129,19 @@ def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_ranks_that_own_whole_groups_add_up_to_the_layer(mechanism, layer, context, lockstep, x):
+def test_what_cannot_be_cut_over_ranks_is_known(whole_mechanisms, mechanisms):
+    """One KV head; groups that follow the keys; a router that reads the queries of all ranks."""
+    assert whole_mechanisms == {"moa", "mqa-gated", "dynamic-gqa", "moh-llama"}
+    for name in whole_mechanisms:
+        assert {shard.units for shard in mechanisms[name].shards().values()} == {1}
+
+
+def test_ranks_that_own_whole_groups_add_up_to_the_layer(cut_mechanism, layer, context, lockstep, x):
     """Tensor parallelism as declared: two ranks hold a slice of every sharded parameter each, outputs are summed."""
+    mechanism = cut_mechanism
     full = layer(mechanism)
     shards = mechanism.shards()
     assert set(shards) <= {name for name, _ in full.named_parameters()}
-    if {shard.units for shard in shards.values()} == {1}:
-        pytest.skip("declared as one whole piece, which no two ranks can share")
     parts = []
     for rank in range(2):
         part = layer(mechanism)
