@@ -152,20 +152,10 @@ def quantity_of(cost: Cost, quantity: Quantity) -> float:
     return float(counted[quantity])
 
 
-def why_not_cuttable(spec: Spec, ranks: int) -> str | None:
-    """Why the model cannot be cut over `ranks` tensor-parallel ranks; None where it can."""
-    sizes = {"model.width": spec.model.width, "model.ffn_width": spec.model.ffn_width}
-    for key, size in sizes.items():
-        if size % ranks:
-            return f"{key} {size} does not divide over {ranks} tensor-parallel ranks"
-    for name, shard in spec.attention.shards().items():
-        if shard.units % ranks:
-            return f"attention.{name} has {shard.units} whole pieces, which do not divide over {ranks} ranks"
-    return None
-
-
 def check_baseline(spec: Spec, match: MatchConfig, head: str) -> None:
     """Raise SpecError, beginning with `head`, where the baseline is not what its variants have to be."""
+    from headway.launcher.layouts import why_not_cuttable
+
     reason = why_not_cuttable(spec, match.tensor_parallel)
     if reason:
         raise SpecError(f"{head}: the baseline itself: {reason}; change its sizes, or use a smaller tensor_parallel")
@@ -173,6 +163,8 @@ def check_baseline(spec: Spec, match: MatchConfig, head: str) -> None:
 
 def candidate(spec: Spec, match: MatchConfig, value: int, vocab_size: int) -> tuple[Spec, Cost]:
     """`spec` with `match.free` set to `value`, and its counted cost. Raises Illegal with the reason."""
+    from headway.launcher.layouts import why_not_cuttable
+
     try:
         changed = spec_with(spec, match.free, value)
         cost = spec_cost(changed, vocab_size, match.seq_len)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from headway.model.base import Attention, RouterDetail
 from headway.model.router_meter import figures
 from headway.parallel.layout import Layout
+
+_Figures = tuple[bool, dict[str, Any]]  # whether the groups are this tensor-parallel rank's alone; figures by name
 
 MEASURED_TOKENS = 65_536
 """Tokens of which a record has the details: the last ones before it. Loads and dead experts are of all of them."""
@@ -26,7 +28,13 @@ class RouterMonitor:
     """
 
     def __init__(
-        self, layers: Sequence[Attention], layout: Layout, *, every_steps: int, total_steps: int, tokens_per_step: int
+        self,
+        layers: Mapping[int, Attention],
+        layout: Layout,
+        *,
+        every_steps: int,
+        total_steps: int,
+        tokens_per_step: int,
     ) -> None:
         self._layers, self._layout = layers, layout
         self._every, self._total, self._tokens_per_step = every_steps, total_steps, tokens_per_step
@@ -37,7 +45,7 @@ class RouterMonitor:
     def before_step(self, step: int) -> None:
         """`step` is about to be taken (from 1); what was counted outside of steps is forgotten."""
         closely = (self._due_from(step) - step) * self._tokens_per_step < MEASURED_TOKENS
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.reset_router_stats()
             layer.watch_routers(closely=closely)
 
@@ -46,23 +54,26 @@ class RouterMonitor:
 
         Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. Every rank calls it.
         """
-        stats = [(i, name, s) for i, layer in enumerate(self._layers) for name, s in layer.router_stats().items()]
+        stats = [(i, name, s) for i, layer in self._layers.items() for name, s in layer.router_stats().items()]
         details = {(i, name): s.detail for i, name, s in stats if s.detail is not None}
         if details:
             flat = _flat([t for detail in details.values() for t in detail.tensors()])
             self._details = flat if self._details is None else self._details.add_(flat)
         loads = [(i, name, s.load) for i, name, s in stats]
-        others = [(i, name, t) for i, layer in enumerate(self._layers) for name, t in layer.step_sums().items()]
+        others = [(i, name, t) for i, layer in self._layers.items() for name, t in layer.step_sums().items()]
         summed = self._sum([t for *_, t in loads + others])
         given: dict[int, dict[str, Tensor]] = {}
         for (i, name, _), total in zip(loads + others, summed, strict=True):
             given.setdefault(i, {})[name] = total
         for (i, name, _), load in zip(loads, summed, strict=False):
             self._loads[i, name] = load + self._loads.get((i, name), 0)
-        for i, layer in enumerate(self._layers):
+        for i, layer in self._layers.items():
             layer.after_step(given.get(i, {}))
             layer.reset_router_stats()
-        return self._record(details) if self._due_from(step) == step else {}
+        if self._due_from(step) != step:
+            return {}
+        cut = {(i, name): s.cut for i, name, s in stats}
+        return self._merged(self._record(details, cut))
 
     def _due_from(self, step: int) -> int:
         """The first step from `step` on whose record is due."""
@@ -70,24 +81,40 @@ class RouterMonitor:
         return min([regular, *(single for single in (1, self._total) if single >= step)])
 
     def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Float64 sums over ranks, by one all-reduce for all tensors."""
+        """Float64 sums over the ranks that hold the same parameters, by one all-reduce for all tensors."""
         if not tensors:
             return []
-        return _like(self._layout.sum(_flat(tensors)), tensors)
+        return _like(self._layout.sum_data(_flat(tensors)), tensors)
 
-    def _record(self, details: dict[tuple[int, str], RouterDetail]) -> dict[str, Any]:
-        """`details` of the last step: the shapes of the window's."""
+    def _record(
+        self, details: dict[tuple[int, str], RouterDetail], cut: dict[tuple[int, str], bool]
+    ) -> dict[str, dict[str, _Figures]]:
+        """Figures of the routers this rank holds. `details` of the last step: the shapes of the window's."""
         if self._details is None:
             return {}
-        record: dict[str, Any] = {}
+        record: dict[str, dict[str, _Figures]] = {}
         shapes = [t for detail in details.values() for t in detail.tensors()]
-        summed = iter(_like(self._layout.sum(self._details), shapes))
+        summed = iter(_like(self._layout.sum_data(self._details), shapes))
         for (i, name), detail in details.items():
             total = detail.like([next(summed) for _ in detail.tensors()])
             values = asdict(figures(self._loads[i, name], total))
-            record.setdefault(f"layer_{i:02d}", {})[name] = {key: _plain(value) for key, value in values.items()}
+            plain = {key: _plain(value) for key, value in values.items()}
+            record.setdefault(f"layer_{i:02d}", {})[name] = (cut[i, name], plain)
         self._loads, self._details = {}, None
         return record
+
+    def _merged(self, mine: dict[str, dict[str, _Figures]]) -> dict[str, Any]:
+        """The figures of all stages' layers and of all groups of each: those of cut routers are put together."""
+        one_of_each = mine if self._layout.data_index == 0 else {}
+        merged: dict[str, Any] = {}
+        for part in self._layout.gather_json(one_of_each):  # ranks that share a layer come in the order of its groups
+            for layer, routers in part.items():
+                for name, (cut, values) in routers.items():
+                    known = merged.setdefault(layer, {}).setdefault(name, values)
+                    if cut and known is not values:
+                        lists = {key: known[key] + v for key, v in values.items() if isinstance(v, list)}
+                        merged[layer][name] = known | lists
+        return dict(sorted(merged.items()))
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

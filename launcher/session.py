@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 
+from headway.data.config import DataError
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher.heads import HeadProbe, probe_batch
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
 from headway.launcher.tracking import Tracker, say
-from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
+from headway.parallel.build import make_engine
 from headway.parallel.config import CheckpointError
-from headway.parallel.engine import Engine, StepStats
+from headway.parallel.engine import StepStats
 from headway.parallel.layout import Layout, init_layout
 from headway.parallel.schedule import learning_rate
+
+_UINT64 = (1 << 64) - 1
 
 
 class Session:
@@ -33,24 +36,26 @@ class Session:
         train, data = spec.train, spec.data
         assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
         self._seed_everything(0)
-        model = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
-        self.engine = Engine(
-            model,
+        self.engine = make_engine(
+            spec.model,
+            spec.attention,
+            vocab_size=spec.model.vocab_size,
+            seed=spec.seed,
+            seq_len=data.seq_len,
             parallel=spec.parallel,
             optimizer=spec.optimizer,
             layout=layout,
             micro_batch=train.micro_batch,
             accumulation=train.global_batch // (train.micro_batch * layout.dp_size),
         )
-        layers = model.attention_layers()
         self.router = RouterMonitor(
-            layers,
+            self.engine.attention_layers,
             layout,
             every_steps=spec.tracking.router_every_steps,
             total_steps=spec.steps,
             tokens_per_step=spec.tokens_per_step,
         )
-        self.heads = HeadProbe(self.engine, layers, probe_batch(data))
+        self.heads = HeadProbe(self.engine, layout, probe_batch(data))
         self.validation = validation_batches(
             data,
             tokens=train.validation_tokens,
@@ -79,7 +84,7 @@ class Session:
     def open(cls, run: RunDir) -> Iterator[Session]:
         """Join the process group, build or resume everything, and close it in the right order."""
         spec = Spec.model_validate_json(run.spec.read_text())
-        layout = init_layout(device=spec.launch.device, timeout_s=spec.launch.timeout_s)
+        layout = init_layout(device=spec.launch.device, timeout_s=spec.launch.timeout_s, parallel=spec.parallel)
         # The launcher's lock dies with the launcher; this one tells a new launcher that a rank is still alive.
         lock = run.locked("worker.lock") if layout.is_main else contextlib.nullcontext()
         with lock:
@@ -109,15 +114,24 @@ class Session:
     def agree(self, batch: StepBatch, stop: bool) -> tuple[int, str, bool]:
         """(targets of the global batch, its hash, whether any rank wants to stop): one small all-reduce.
 
-        The hash is the sum of the ranks' parts modulo 2^64, added in two halves that cannot overflow.
+        The hash is the sum of the data-parallel ranks' parts modulo 2^64, added in two halves that cannot overflow.
+        Raises DataError where ranks that work on the same sequences have read different ones.
         """
         self._seed_everything(self.step + 1)
-        self.engine.module.before_step(self.tokens)
+        self.engine.before_step(self.tokens)
         self.router.before_step(self.step + 1)
         low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
-        mine = torch.tensor([batch.targets, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
-        targets, low, high, stops = self.layout.sum(mine).tolist()
-        return targets, f"{(low + (high << 32)) & (2**64 - 1):016x}", stops > 0
+        part = [batch.targets, low, high] if self.layout.is_data_lead else [0, 0, 0]
+        mine = torch.tensor([*part, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
+        targets, low, high, all_low, all_high, stops = self.layout.sum(mine).tolist()
+        digest = (low + (high << 32)) & _UINT64
+        readers = self.layout.world_size // self.layout.dp_size
+        if (all_low + (all_high << 32)) & _UINT64 != digest * readers & _UINT64:
+            raise DataError(
+                f"step {self.step + 1}: ranks that share a model have read different sequences; "
+                "every host must see the same dataset (data.source), whole and of one version"
+            )
+        return targets, f"{digest:016x}", stops > 0
 
     def record(self, stats: StepStats, *, digest: str, data_s: float, step_s: float) -> None:
         """Count the step, update router biases, write its record."""
@@ -160,7 +174,7 @@ class Session:
     def validate(self) -> None:
         """Loss and accuracy on the fixed validation tokens; head diversity on the probe batch."""
         t0 = time.perf_counter()
-        self.engine.module.before_step(self.tokens)  # schedules as they stand now, also where a stage just ended
+        self.engine.before_step(self.tokens)  # schedules as they stand now, also where a stage just ended
         result = self.engine.evaluate(self.validation)
         self._last_validation = result.loss
         self.tracker.validation(
@@ -225,11 +239,11 @@ class Session:
     def _resume(self) -> None:
         found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=say)
         if found is not None:
-            checkpoint.load(found, self.engine)
+            checkpoint.load(found, self.engine, self.layout)
             self.step = self.saved_step = found.step
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
             self._last_validation = found.state.get("validation_loss")
-        self.engine.module.before_step(self.tokens)
+        self.engine.before_step(self.tokens)
         if self.layout.is_main:
             self.run.truncate_metrics(last_step=self.step)
         self.tracker = Tracker(
@@ -242,7 +256,7 @@ class Session:
         )
         if found is not None:
             self.tracker.event(
-                {"kind": "resume", "step": self.step, "dp_size": self.layout.dp_size, "zero": self.spec.parallel.zero},
+                {"kind": "resume", "step": self.step, "ranks": self.layout.world_size, "zero": self.spec.parallel.zero},
                 f"resumed from {found.path} (step {self.step}/{self.spec.steps})",
             )
 
@@ -271,6 +285,8 @@ class Session:
         )
 
     def _seed_everything(self, step: int) -> None:
-        """Random numbers of a step depend on (seed, step, rank) alone, so a resumed run draws the same ones."""
-        key = f"{self.spec.seed}/{step}/{self.layout.rank}".encode()
+        """Random numbers of a step depend on (seed, step, place in the batch) alone: a resumed run draws the same ones,
+        and ranks that share a layer choose alike.
+        """
+        key = f"{self.spec.seed}/{step}/{self.layout.data_index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)

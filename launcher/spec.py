@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from headway.data.config import DataConfig, StrictModel
+from headway.launcher.layouts import check_layout, data_parallel
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.parallel.config import CheckpointConfig, LaunchConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -14,8 +15,8 @@ class TrainConfig(StrictModel):
     """How long to train and in what portions."""
 
     tokens: int = Field(gt=0, description="training tokens; rounded up to whole steps")
-    global_batch: int = Field(ge=1, description="sequences per optimizer step, over all processes")
-    micro_batch: int = Field(ge=1, description="sequences per forward pass of one process")
+    global_batch: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch: int = Field(ge=1, description="sequences per forward pass of one data-parallel rank")
     validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
     validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
 
@@ -49,17 +50,16 @@ class Spec(StrictModel):
     def _check(self) -> Spec:
         for i in range(self.model.layers):
             self.attention.layer(i, self.model.layers)
-        per_pass = self.train.micro_batch * self.launch.processes
-        if self.train.global_batch % per_pass:
-            raise ValueError(
-                f"train.global_batch: {self.train.global_batch} sequences do not divide into micro_batch x processes = "
-                f"{self.train.micro_batch} x {self.launch.processes}; use global_batch {per_pass} or "
-                f"{max(1, round(self.train.global_batch / per_pass)) * per_pass + per_pass}"
-            )
+        check_layout(self)
         self.attention.check_run(
             seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step
         )
         return self
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that train on different sequences."""
+        return data_parallel(self)
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,13 +5,17 @@ Legend: B batch, S sequence, G groups, N experts per group, k selected ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from headway.model.base import StrictConfig
+from headway.model.base import StrictConfig, alone
+
+Over = int | tuple[int, int]
+Mean = Callable[[Tensor], Tensor]
 
 
 class BalanceConfig(StrictConfig):
@@ -32,7 +36,8 @@ class BalanceConfig(StrictConfig):
 
     scope sequence: means over tokens are taken within each sequence and the losses averaged over sequences; the value
     for a batch is then the same however it is cut into micro-batches and ranks. micro_batch: over all tokens of the
-    forward pass, the published form; it asks less of each sequence, but depends on how the batch is cut.
+    forward pass, the published form; it asks less of each sequence, but depends on how the batch is cut. Where ranks
+    share each sequence, both take the tokens of all of them together.
     """
 
     f_p: float = Field(default=0.0, ge=0, description="coefficient of the f.P loss")
@@ -51,34 +56,38 @@ class BalanceConfig(StrictConfig):
     def has_loss(self) -> bool:
         return any((self.f_p, self.cv2, self.z, self.entropy))
 
-    def loss(self, logits: Tensor, p: Tensor, chosen: Tensor, *, slots: int) -> Tensor:
-        """Scalar: the weighted sum. logits, p (sums to 1 over N), chosen (0/1): [B, S, G, N]; `slots` = k."""
+    def loss(self, logits: Tensor, p: Tensor, chosen: Tensor, *, slots: int, mean: Mean = alone) -> Tensor:
+        """Scalar: the weighted sum. logits, p (sums to 1 over N), chosen (0/1): [B, S, G, N]; `slots` = k.
+
+        `mean` is over the ranks that share each sequence, which then have equal losses. But z, a mean over tokens
+        already, stays the rank's own: training follows the mean of the ranks' losses.
+        """
         over = 1 if self.scope == "sequence" else (0, 1)
-        total = logits.new_zeros(())
+        total, divisor = logits.new_zeros(()), slots if self.f_p_convention == "share" else 1
         if self.f_p:
-            total = total + self.f_p * f_p_loss(p, chosen, over, slots=slots if self.f_p_convention == "share" else 1)
+            total = total + self.f_p * f_p_loss(p, chosen, over, slots=divisor, mean=mean)
         if self.cv2:
-            total = total + self.cv2 * cv2_loss(p, over)
+            total = total + self.cv2 * cv2_loss(p, over, mean)
         if self.z:
             total = total + self.z * torch.logsumexp(logits, -1).square().mean()
         if self.entropy:
-            total = total + self.entropy * entropy_loss(logits, over)
+            total = total + self.entropy * entropy_loss(logits, over, mean)
         return total
 
 
-def f_p_loss(p: Tensor, chosen: Tensor, over: int | tuple[int, int], *, slots: int) -> Tensor:
+def f_p_loss(p: Tensor, chosen: Tensor, over: Over, *, slots: int, mean: Mean = alone) -> Tensor:
     """N sum_n f_n P_n, mean over groups (and sequences); `over` are the token dimensions, f is divided by `slots`."""
-    f = chosen.mean(over) / slots
-    return p.shape[-1] * (f * p.mean(over)).sum(-1).mean()
+    f, share = mean(torch.stack([chosen.mean(over), p.mean(over)])).unbind()  # together: one exchange
+    return p.shape[-1] * (f / slots * share).sum(-1).mean()
 
 
-def cv2_loss(p: Tensor, over: int | tuple[int, int]) -> Tensor:
-    """Var / Mean^2 over the N experts of the summed probabilities, mean over groups (and sequences)."""
-    load = p.sum(over)
+def cv2_loss(p: Tensor, over: Over, mean: Mean = alone) -> Tensor:
+    """Var / Mean^2 over the N experts, alike for mean and summed probabilities; mean over groups (and sequences)."""
+    load = mean(p.mean(over))
     return (load.var(-1, correction=0) / load.mean(-1).square()).mean()
 
 
-def entropy_loss(logits: Tensor, over: int | tuple[int, int]) -> Tensor:
+def entropy_loss(logits: Tensor, over: Over, mean: Mean = alone) -> Tensor:
     """-H(mean softmax(r)), mean over groups (and sequences)."""
-    mean = torch.softmax(logits, -1).mean(over)
-    return torch.special.xlogy(mean, mean).sum(-1).mean()
+    share = mean(torch.softmax(logits, -1).mean(over))
+    return torch.special.xlogy(share, share).sum(-1).mean()

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from headway.kernels.attention import core
+
 
 class StrictConfig(BaseModel):
     """Frozen, keyword-only, refuses unknown keys and silent type changes."""
@@ -49,7 +51,8 @@ class RouterDetail:
     """Sums over tokens a router saw in training; those of micro-batches, steps and ranks add up.
 
     Top-1 margin: best logit minus second-best, whatever a bias or noise made of them; 0 where there is one expert.
-    `headway.model.router_meter` makes figures of the sums.
+    `headway.model.router_meter` makes figures of the sums. Where ranks share each sequence, a rank does not see the
+    token before the first of its part: `switches` and `followers` leave that pair out, and their ratio stays right.
     """
 
     tokens: Tensor  # []: tokens measured
@@ -79,6 +82,7 @@ class RouterStats(NamedTuple):
 
     load: Tensor  # [G, N]: times each of the group's N routed experts was chosen
     detail: RouterDetail | None  # None where `Attention.watch_routers` asked for loads alone
+    cut: bool = False  # G are this tensor-parallel rank's groups; others count the others
 
 
 class AttentionOutput(NamedTuple):
@@ -97,6 +101,30 @@ class HeadPool(NamedTuple):
     weights: Tensor  # [G, M, d D]: each member's projection, flattened
     projections: Tensor  # [B, S, G, M, D]: what it makes of each token, before RoPE
     outputs: Tensor  # [B, S, G, M, D]: what attention makes of it, ungated
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """What an exchange between ranks is where there is one."""
+    return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The tensor-parallel ranks that share every layer: groups, FFN columns, rows of the vocabulary.
+
+    Between layers each rank has all of the residual stream x [B, S, d], or (sequence parallel) its part, [B, S/count,
+    d]. `enter` makes of it what a shared layer reads, [B, S, d]; `leave` makes of the ranks' partial results of such a
+    layer their sum, cut as x is. Backward, `enter` adds up what `leave` handed out. `sum` is for partial tensors within
+    a layer: the sum over ranks, whose backward pass sums the gradients likewise. `largest`: elementwise maximum over
+    ranks, without gradient.
+    """
+
+    index: int = 0
+    count: int = 1
+    enter: Callable[[Tensor], Tensor] = alone
+    leave: Callable[[Tensor], Tensor] = alone
+    sum: Callable[[Tensor], Tensor] = alone
+    largest: Callable[[Tensor], Tensor] = alone
 
 
 class KVCache:
@@ -125,6 +153,52 @@ class KVCache:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceRanks:
+    """The context-parallel ranks that share each sequence, of which rank i has the i-th of `count` equal parts.
+
+    `mean` averages a tensor over the ranks; its backward pass sums the gradients over them and divides likewise.
+    `attend` is the attention core over whole sequences, given this rank's part of queries, keys and values. `gather`
+    puts the parts of a tensor [B, S/count, ...] together, without gradient.
+    """
+
+    index: int = 0
+    count: int = 1
+    mean: Callable[[Tensor], Tensor] = alone
+    attend: Callable[..., Tensor] = core
+    gather: Callable[[Tensor], Tensor] = alone
+
+
+class RoutingMemory:
+    """What the routers of a block chose in its first pass, in order, to be given again in every later one.
+
+    `choices`: [B, S, G, k] each, in the smallest integers that hold an expert's number.
+    """
+
+    def __init__(self) -> None:
+        self.choices: list[Tensor] = []
+        self._passes, self._next = 0, 0
+
+    def begin(self) -> None:
+        """Called before each pass of the block."""
+        self._passes, self._next = self._passes + 1, 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the pass is not the first."""
+        return self._passes > 1
+
+    def choice(self, choose: Callable[[], Tensor], experts: int) -> Tensor:
+        """The next router's choice [B, S, G, k] int64 among `experts`; `choose` is asked in the first pass alone."""
+        if self.repeats:
+            self._next += 1
+            return self.choices[self._next - 1].long()
+        idx = choose()
+        kinds = (torch.uint8, torch.int16, torch.int32)
+        self.choices.append(idx.to(next(kind for kind in kinds if experts - 1 <= torch.iinfo(kind).max)))
+        return idx
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What a layer's attention is given besides x [B, S, d].
 
@@ -133,13 +207,29 @@ class Context:
     -inf; it already includes causality, and one tensor serves every layer and mechanism. The decoder passes the
     additive form: PyTorch turns a bool one into a copy per layer, kept for the backward pass. `tokens` [B, S]: ids, for
     routers and statistics that read them. `cache`: incremental decoding; x then continues what the cache holds, and
-    `mask` is None.
+    `mask` is None. `sequence`: where ranks share each sequence, x, `rope` and `tokens` are this rank's part and `mask`
+    is of the whole. `memory`: where a block is computed again for its backward pass.
     """
 
     rope: tuple[Tensor, Tensor]
     mask: Tensor | None = None
     tokens: Tensor | None = None
     cache: KVCache | None = None
+    sequence: SequenceRanks = SequenceRanks()
+    memory: RoutingMemory | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether statistics count the pass: not where it repeats one."""
+        return self.memory is None or not self.memory.repeats
+
+    def choice(self, choose: Callable[[], Tensor], experts: int) -> Tensor:
+        """choose() -> [B, S, G, k] int64, or what it gave in the pass that this one repeats; each router asks once."""
+        return choose() if self.memory is None else self.memory.choice(choose, experts)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+        """The attention core under this context's mask; shapes as `headway.kernels.attention.core`."""
+        return self.sequence.attend(q, k, v, self.mask, window=window)
 
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
@@ -220,6 +310,16 @@ class AttentionConfig(StrictConfig):
         """Softmax rows computed per token: query heads (or slots) that enter the attention core."""
         raise NotImplementedError
 
+    @abstractmethod
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        """KV heads that each call of the attention core in one layer is given on each of `tensor` ranks.
+
+        `tensor` must divide the units of `shards`. Context-parallel ranks deal out the heads of every call, so each
+        number must be a multiple of their count; or 1, as a single head's keys and values are gathered instead. Needs
+        a config of one layer (`layer`).
+        """
+        raise NotImplementedError
+
     def core_flops_per_token(self, *, seq_len: int) -> float:
         """Q K^T and P V of one layer as executed: 2 x 2 D per visible key and score map."""
         return 4 * self.head_dim * self.score_maps * visible_keys(seq_len)
@@ -256,22 +356,6 @@ class AttentionConfig(StrictConfig):
     def shards(self) -> dict[str, Shard]:
         """Sharding declaration: parameter name (as in the module) -> how it is cut. Not named: replicated."""
         raise NotImplementedError
-
-
-def _alone(partial: Tensor) -> Tensor:
-    return partial
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """The tensor-parallel ranks that share a layer's groups; a layer by itself is the only one.
-
-    `sum` takes a rank's partial tensor and returns the sum over ranks; its backward pass sums the gradients likewise.
-    """
-
-    index: int = 0
-    count: int = 1
-    sum: Callable[[Tensor], Tensor] = _alone
 
 
 class Attention(nn.Module):

@@ -5,19 +5,31 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.loss import IGNORED, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
 from headway.kernels.rope import rope_tables
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, KVCache
+from headway.model.base import (
+    Attention,
+    AttentionConfig,
+    AttentionOutput,
+    Context,
+    KVCache,
+    Ranks,
+    SequenceRanks,
+    Shard,
+)
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.init import initialise
 from headway.model.layers import RMSNorm, SwiGLU, parameter
+from headway.model.recompute import recomputed
+from headway.model.shard import cut, cut_attention
 
 
 class ModelOutput(NamedTuple):
@@ -29,8 +41,20 @@ class ModelOutput(NamedTuple):
     hits: Tensor | None = None  # int64 scalar: targets whose largest logit is the label's; None where gradients are on
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Who shares a model's layers and its sequences; `recompute`: a block keeps its input and routing alone."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    sequence: SequenceRanks = field(default_factory=SequenceRanks)
+    recompute: bool = False
+
+
 class Block(nn.Module):
-    """x + attention(norm x), then + mlp(norm x)."""
+    """x + attention(norm x), then + mlp(norm x).
+
+    `shards` names the parameters that are cut over tensor-parallel ranks; all others are whole on each of them.
+    """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
         super().__init__()
@@ -39,11 +63,40 @@ class Block(nn.Module):
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
         self.mlp_norm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
+        self.placement = Placement()
+        self._attention_shards = attention.shards()
+
+    @property
+    def shards(self) -> dict[str, Shard]:
+        parts = {"attn": self._attention_shards, "mlp": self.mlp.shards}
+        return {f"{part}.{name}": shard for part, shards in parts.items() for name, shard in shards.items()}
+
+    def place(self, placement: Placement) -> None:
+        """Keep this rank's part of an initialised block."""
+        self.placement = placement
+        cut(self.mlp, self.mlp.shards, placement.ranks)
+        cut_attention(self.attn, self._attention_shards, placement.ranks)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        y, aux_loss = self.attn(self.attn_norm(x), context)
-        x = x + y
-        return AttentionOutput(x + self.mlp(self.mlp_norm(x)), aux_loss)
+        enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
+        y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
+        x = x + leave(y)
+        return AttentionOutput(x + leave(self.mlp(enter(self.mlp_norm(x)))), aux_loss)
+
+
+def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, placement: Placement) -> Block:
+    """Block `index` with initial parameters, those of this rank; `attention` is the config of that layer."""
+    block = Block(model, attention)
+    initialise(block, seed=seed, prefix=f"blocks.{index}.")
+    block.place(placement)
+    return block
+
+
+def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
+    """The block's output; under `recompute` what it needs for the backward pass is computed again then."""
+    if placement.recompute and torch.is_grad_enabled():
+        return recomputed(block, x, context)
+    return block(x, context)
 
 
 class DecoderCache:
@@ -66,27 +119,47 @@ class Decoder(nn.Module):
     inside the forward pass of the module that owns the matrix, which parameter-sharding engines rely on.
     """
 
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        *,
+        vocab_size: int,
+        seed: int,
+        placement: Placement | None = None,
+    ) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.placement = attention, placement or Placement()
         mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
         self.embedding = parameter(vocab_size, model.width)
-        self.blocks = nn.ModuleList(Block(model, mechanism) for mechanism in mechanisms)
+        self.blocks = nn.ModuleList()
         self.norm = RMSNorm(model.width, model.norm_eps)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}
-        # A plain attribute: a buffer would be cast with the module, and lose the phase of late positions in bf16.
-        self._rope: tuple[Tensor, Tensor] | None = None
         initialise(self, seed=seed)
+        self._vocabulary_shards = vocabulary_shards(model, vocab_size)
+        cut(self, self._vocabulary_shards, self.placement.ranks)
+        # One block is made, drawn and cut after the other: no rank ever holds the whole model.
+        for i, mechanism in enumerate(mechanisms):
+            self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement))
+        self._contexts = Contexts(attention, self.placement.sequence)
+
+    @property
+    def shards(self) -> dict[str, Shard]:
+        """Parameters that are cut over tensor-parallel ranks."""
+        shards = dict(self._vocabulary_shards)
+        for i, block in enumerate(self.blocks):
+            if isinstance(block, Block):
+                shards |= {f"blocks.{i}.{name}": shard for name, shard in block.shards.items()}
+        return shards
 
     def forward(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> ModelOutput:
-        """tokens, labels [B, S] (-100: no target); segments [B, S] numbers the documents, None: one each."""
+        """tokens, labels [B, S] (-100: no target); segments [B, S] numbers the documents, None: one each.
+
+        Where ranks share each sequence, tokens and labels are this rank's part and segments are those of the whole.
+        """
         hidden, aux_loss = self._hidden(tokens, segments)
-        head = (hidden.flatten(0, 1), self._head_weight(), labels.flatten())
-        if torch.is_grad_enabled():
-            loss_sum, hits = linear_cross_entropy_sum(*head), None
-        else:
-            loss_sum, hits = linear_cross_entropy_and_hits(*head)
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement.ranks)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def logits(
@@ -124,13 +197,13 @@ class Decoder(nn.Module):
             raise ValueError(
                 "segments: a cache holds one document per sequence; give documents one by one, or no cache"
             )
-        x = F.embedding(tokens, self.embedding)
-        mask = None if segments is None else document_mask(segments, x.dtype)
-        rope = self._rope_tables(tokens, 0 if cache is None else cache.tokens)
+        x = embed(self.embedding, tokens, self.placement.ranks)
+        context = self._contexts.of(tokens, segments, x.dtype, start=0 if cache is None else cache.tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[i]
-            x, aux = block(x, Context(rope=rope, mask=mask, tokens=tokens, cache=layer_cache))
+            if cache is not None:
+                context = replace(context, cache=cache.layers[i])
+            x, aux = run_block(block, x, context, self.placement)
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:
@@ -140,13 +213,58 @@ class Decoder(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head
 
+
+class Contexts:
+    """Makes what the blocks of a forward pass are given besides x; rotary tables are kept from pass to pass."""
+
+    def __init__(self, attention: AttentionConfig, sequence: SequenceRanks) -> None:
+        self._attention, self._sequence = attention, sequence
+        # A plain attribute: a buffer would be cast with the module, and lose the phase of late positions in bf16.
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def of(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, *, start: int = 0) -> Context:
+        """tokens [B, S], whose first is at position `start` of the sequence, or of this rank's part of it; segments of
+        the whole sequence.
+        """
+        mask = None if segments is None else document_mask(segments, dtype)
+        rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
+        return Context(rope=rope, mask=mask, tokens=tokens, sequence=self._sequence)
+
     def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows of the positions start .. start + S - 1, of tables made once for the longest sequence seen."""
         end = start + tokens.shape[1]
         if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
             length = end if start == 0 else 2 * end  # decoding asks for one more each time
-            self._rope = rope_tables(length, self.attention.rotated, self.attention.rope_base, tokens.device)
+            self._rope = rope_tables(length, self._attention.rotated, self._attention.rope_base, tokens.device)
         return self._rope[0][start:end], self._rope[1][start:end]
+
+
+def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:
+    """Of the embedding and, where it is not the same matrix, the head: rows, one piece per token of the vocabulary."""
+    return {name: Shard(0, vocab_size) for name in ("embedding", *(() if model.tied_embeddings else ("head",)))}
+
+
+def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
+    """weight [V, d], or this rank's rows of it; tokens [B, S] -> [B, S, d], cut as the residual stream is."""
+    if ranks.count == 1:
+        return F.embedding(tokens, weight)
+    row = tokens - ranks.index * len(weight)
+    mine = (row >= 0) & (row < len(weight))
+    return ranks.leave(F.embedding(row.where(mine, 0), weight) * mine.unsqueeze(-1))
+
+
+def score(hidden: Tensor, weight: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    """hidden [B, S, d] (cut as the residual stream is) -> loss sum and, where gradients are off, hits; both over all V.
+
+    weight [V, d], or this rank's rows of it; labels [B, S].
+    """
+    part = None
+    if ranks.count > 1:
+        part = VocabularyPart(start=ranks.index * len(weight), sum=ranks.sum, largest=ranks.largest)
+    head = (ranks.enter(hidden).flatten(0, 1), weight, labels.flatten())
+    if torch.is_grad_enabled():
+        return linear_cross_entropy_sum(*head, part=part), None
+    return linear_cross_entropy_and_hits(*head, part=part)
 
 
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

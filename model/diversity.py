@@ -10,7 +10,7 @@ Legend: B batch, S sequence, T=B*S tokens, d width, G groups, M members per grou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,7 +99,7 @@ def _mean_over_pairs(matrix: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def measured(layers: Sequence[Attention]) -> Iterator[dict[int, HeadDiversity]]:
+def measured(layers: Mapping[int, Attention]) -> Iterator[dict[int, HeadDiversity]]:
     """While open, every forward pass of a layer first measures its pool: index of the layer -> the latest measures.
 
     Layers without a pool are left out. The pass itself is what makes a layer's parameters whole under engines that
@@ -111,9 +111,11 @@ def measured(layers: Sequence[Attention]) -> Iterator[dict[int, HeadDiversity]]:
         with torch.no_grad():
             pool = layer.pool(*inputs)
         if pool is not None:
+            whole = inputs[1].sequence.gather
+            pool = pool._replace(projections=whole(pool.projections), outputs=whole(pool.outputs))
             found[index] = head_diversity(pool)
 
     with contextlib.ExitStack() as stack:
-        for index, layer in enumerate(layers):
+        for index, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(partial(measure, index)).remove)
         yield found

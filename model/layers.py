@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.norm import rms_norm
+from headway.model.base import Shard
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -58,6 +59,7 @@ class SwiGLU(nn.Module):
         self.w_up = parameter(ffn_width, width)
         self.w_down = parameter(width, ffn_width)
         self.init_stds = {"w_gate": init_std, "w_up": init_std, "w_down": init_std / (2 * layers) ** 0.5}
+        self.shards = {"w_gate": Shard(0, ffn_width), "w_up": Shard(0, ffn_width), "w_down": Shard(1, ffn_width)}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x, self.w_gate)) * F.linear(x, self.w_up), self.w_down)

@@ -7,6 +7,7 @@ Legend: B batch, S sequence, d width, G groups, N experts per group, k selected 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from headway.kernels.routing import GateName, gates, router_logits, top_k
 from headway.model.balance import BalanceConfig
-from headway.model.base import Attention, Context, RouterStats, StrictConfig
+from headway.model.base import Attention, Context, Ranks, RouterStats, StrictConfig
 from headway.model.layers import FixedBuffers, parameter
 from headway.model.router_meter import RouterMeter
 
@@ -189,11 +190,12 @@ def check_router(
 class Router(FixedBuffers):
     """Scores, selection, gates, balancing and statistics; subclasses give the logits.
 
-    Buffers are cut over tensor-parallel ranks by group, along dimension 0.
+    Buffers are cut over tensor-parallel ranks by group, along dimension 0; `ranks` is replaced where the groups are.
     """
 
     bias: Tensor
     gate: GateName
+    ranks: Ranks = Ranks()
 
     def __init__(self, config: RouterConfig, routing: RoutingConfig, *, groups: int, experts: int) -> None:
         super().__init__()
@@ -209,29 +211,42 @@ class Router(FixedBuffers):
     def forward(self, x: Tensor, context: Context, *, k: int, queries: Tensor | None = None) -> Routing:
         """x [B, S, d] -> the k experts of each group; queries [B, S, G, N, D] where the config `reads_queries`."""
         logits = self.logits(x, context, queries)
-        idx = top_k(self._scores(logits.detach()), k)
+        idx = context.choice(lambda: top_k(self._scores(logits.detach()), k), self.experts)
         gate = gates(logits, idx, self.gate)
         aux_loss = None
         if self.training:
             chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
-            self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
+            if context.counts:
+                self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
             if self.balance.has_loss:
-                aux_loss = self.balance.loss(logits, self._probabilities(logits), chosen, slots=k)
+                probabilities, everyones = self._probabilities(logits), context.sequence.mean
+                aux_loss = self.balance.loss(logits, probabilities, chosen, slots=k, mean=everyones)
         return Routing(idx, gate, aux_loss)
 
     def _scores(self, logits: Tensor) -> Tensor:
         """What is ranked; no gradient."""
         scores = logits
         if self.training and self.config.noise == "normal":
-            scores = scores + self.config.noise_scale * torch.randn_like(scores)
+            scores = scores + self.config.noise_scale * self._drawn(torch.randn, scores)
         elif self.training and self.config.noise == "gumbel":
-            scores = scores - self.config.noise_scale * torch.log(-torch.log(torch.rand_like(scores).clamp_min(1e-20)))
+            uniform = self._drawn(torch.rand, scores).clamp_min(1e-20)
+            scores = scores - self.config.noise_scale * torch.log(-torch.log(uniform))
         if self.balance.loss_free_rate:  # published on sigmoid scores; noise is in units of the logits all the same
             scores = torch.sigmoid(scores) + self.bias
         if self.training and self.config.dropout:
             # Not -inf: where fewer than k are left, the best of those passed over come back in.
-            scores = scores - 1e4 * (torch.rand_like(scores) < self.config.dropout)
+            scores = scores - 1e4 * (self._drawn(torch.rand, scores) < self.config.dropout)
         return scores
+
+    def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        """Random numbers for the scores [B, S, G, N] of this rank's groups.
+
+        Those of all groups are drawn: the generators of tensor-parallel ranks stay in one state, and groups get the
+        numbers that they would get on a single device.
+        """
+        batch, seq_len, groups, experts = like.shape
+        everyones = draw(batch, seq_len, groups * self.ranks.count, experts, dtype=like.dtype, device=like.device)
+        return everyones.narrow(2, groups * self.ranks.index, groups)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """The distribution over a group's experts whose mean is balanced; of sigmoid gates, their shares."""
@@ -335,8 +350,8 @@ class RoutedAttention(Attention):
         return {name: child for name, child in self.named_children() if isinstance(child, Router)}
 
     def router_stats(self) -> dict[str, RouterStats]:
-        stats = {name: router.meter.stats() for name, router in self.routers.items()}
-        return {name: stat for name, stat in stats.items() if stat is not None}
+        stats = {name: (router, router.meter.stats()) for name, router in self.routers.items()}
+        return {n: stat._replace(cut=router.ranks.count > 1) for n, (router, stat) in stats.items() if stat is not None}
 
     def watch_routers(self, *, closely: bool) -> None:
         for router in self.routers.values():

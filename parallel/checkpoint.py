@@ -3,7 +3,7 @@
 A checkpoint is the folder `step-NNNNNNNNNN`. It exists only whole: files are written into a hidden staging folder, the
 manifest last, then the folder is renamed. The newest folder whose manifest and hashes are right is the truth; there is
 no pointer file that could be wrong. Tensors are full (logical) fp32 tensors under their single-device names, each
-written once by one rank, so any ZeRO stage and any number of ranks reads them. Nothing is a pickle.
+written once by one rank, so any layout reads them. Nothing is a pickle.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from headway.parallel.config import CheckpointError
 from headway.parallel.layout import Layout
+from headway.parallel.logical import LogicalBuffer, gathered, own_part
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -36,10 +37,9 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Trained(Protocol):
     """What a checkpoint saves and restores; `headway.parallel.engine.Engine` is one. Collective on every rank."""
 
-    @property
-    def module(self) -> torch.nn.Module: ...
+    def logical_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def buffers(self) -> Mapping[str, LogicalBuffer]: ...
 
     def read_logical(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -94,14 +94,14 @@ def save(root: Path, engine: Trained, layout: Layout, *, step: int, state: Mappi
             mine = _write_share(staging, tensors, layout)
         except (OSError, SafetensorError) as e:
             error = f"rank {layout.rank}: {e}"
-    reports = _gather_json(layout, {"files": mine, "error": error})
+    reports = layout.gather_json({"files": mine, "error": error})
     error = next((r["error"] for r in reports if r["error"]), None)
     if error is None and layout.is_main:
         try:
             _commit(staging, final, reports, step=step, state=state, layout=layout)
         except OSError as e:
             error = f"{final}: {e}"
-    error = next((r["error"] for r in _gather_json(layout, {"error": error}) if r["error"]), None)
+    error = next((r["error"] for r in layout.gather_json({"error": error}) if r["error"]), None)
     if layout.is_main:
         if error is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -111,19 +111,21 @@ def save(root: Path, engine: Trained, layout: Layout, *, step: int, state: Mappi
 
 
 def _my_share(engine: Trained, layout: Layout) -> dict[str, Tensor]:
-    """Reading a logical tensor is collective, so every rank reads all and keeps every dp_size-th."""
+    """Reading a logical tensor is collective over a stage: each of its ranks reads all and keeps its share of them."""
     share: dict[str, Tensor] = {}
+    ranks, mine = layout.tp_size * layout.data_ranks, layout.tp_rank + layout.tp_size * layout.data_index
     for i, (key, tensor) in enumerate(engine.read_logical()):
-        if i % layout.dp_size == layout.dp_rank:
+        if i % ranks == mine:
             share[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    if layout.is_main:
-        for name, buffer in persistent_buffers(engine.module):
-            share[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+    for name, (buffer, dim) in engine.buffers().items():
+        whole = gathered(buffer.detach(), dim, layout)
+        if mine == 0:
+            share[f"buffer/{name}"] = whole.to("cpu", copy=True).contiguous()
     return share
 
 
 def _write_share(staging: Path, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Any]:
-    name = f"tensors-{layout.rank:05d}-of-{layout.dp_size:05d}.safetensors"
+    name = f"tensors-{layout.rank:05d}-of-{layout.world_size:05d}.safetensors"
     path = staging / name
     save_file(tensors, path)
     _fsync(path)
@@ -134,7 +136,7 @@ def _commit(
     staging: Path, final: Path, reports: list[Any], *, step: int, state: Mapping[str, Any], layout: Layout
 ) -> None:
     files = {name: entry for report in reports for name, entry in report["files"].items()}
-    manifest = {"format": FORMAT, "step": step, "dp_size": layout.dp_size, "state": dict(state), "files": files}
+    manifest = {"format": FORMAT, "step": step, "layout": _sizes(layout), "state": dict(state), "files": files}
     path = staging / MANIFEST
     body = json.dumps(manifest, indent=1, sort_keys=True)
     path.write_text(
@@ -148,6 +150,11 @@ def _commit(
         shutil.rmtree(final)
     staging.rename(final)
     _fsync(final.parent)
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    """For people: any layout reads what any other wrote."""
+    return {"tensor": layout.tp_size, "context": layout.cp_size, "data": layout.dp_size, "pipeline": layout.pp_size}
 
 
 def _retain(root: Path, keep: int, *, step: int) -> None:
@@ -228,13 +235,13 @@ def newest_valid(root: Path, layout: Layout, *, warn: Callable[[str], None]) -> 
         error, manifest = None, None
         try:
             manifest = read_manifest(path)
-            verify_hashes(path, manifest, rank=layout.dp_rank, size=layout.dp_size)
+            verify_hashes(path, manifest, rank=layout.rank, size=layout.world_size)
         except CheckpointError as e:
             error = str(e)
         except OSError as e:
             error = f"{path}: cannot be read ({e})"
         digest = xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        votes = _gather_json(layout, {"error": error, "manifest": digest})
+        votes = layout.gather_json({"error": error, "manifest": digest})
         error = next((v["error"] for v in votes if v["error"]), None)
         if error is None and any(v["manifest"] != votes[0]["manifest"] for v in votes):
             error = f"{path}: the ranks see different manifests; the run folder must be shared by all of them"
@@ -305,7 +312,7 @@ def _seen_by_any(root: Path, layout: Layout) -> list[Path]:
         mine["names"] = [p.name for p in steps_on_disk(root)]
     except OSError as e:
         mine["error"] = f"rank {layout.rank} cannot list {root} ({e}); mend that, then start the same command again"
-    seen = _gather_json(layout, mine)
+    seen = layout.gather_json(mine)
     error = next((r["error"] for r in seen if r["error"]), None)
     if error is not None:
         raise CheckpointError(error)
@@ -343,24 +350,24 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def load(checkpoint: Checkpoint, engine: Trained) -> None:
-    """Set parameters, masters, moments, Adam's counter and persistent buffers. Collective.
+def load(checkpoint: Checkpoint, engine: Trained, layout: Layout) -> None:
+    """Set parameters, masters, moments, Adam's counter and persistent buffers of this rank's part. Collective.
 
     Raises CheckpointError when the checkpoint's tensors are not the model's (names or shapes).
     """
     tensors = _Tensors(checkpoint)
-    wanted = {f"{part}/{name}" for name, _ in engine.named_parameters() for part in ("param", "exp_avg", "exp_avg_sq")}
-    buffers = dict(persistent_buffers(engine.module))
+    shapes, buffers = engine.logical_shapes(), engine.buffers()
+    wanted = {f"{part}/{name}" for name in shapes for part in ("param", "exp_avg", "exp_avg_sq")}
     wanted |= {f"buffer/{name}" for name in buffers}
-    if wanted != set(tensors):
-        missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    everyones = {key for keys in layout.gather_json(sorted(wanted)) for key in keys}
+    if everyones != set(tensors):
+        missing, extra = sorted(everyones - set(tensors)), sorted(set(tensors) - everyones)
         raise CheckpointError(
             f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); "
             f"use the spec it was trained with, or another run_dir"
         )
-    # Under ZeRO-3 the parameter itself is an empty placeholder and `ds_shape` is its shape.
-    for name, parameter in engine.named_parameters():
-        want, there = tuple(getattr(parameter, "ds_shape", parameter.shape)), tensors.shape(f"param/{name}")
+    for name, want in shapes.items():
+        there = tensors.shape(f"param/{name}")
         if want != there:
             raise CheckpointError(
                 f"{checkpoint.path}: it is the checkpoint of another model ({name} is {list(there)}, not "
@@ -369,8 +376,8 @@ def load(checkpoint: Checkpoint, engine: Trained) -> None:
     applied = int(checkpoint.state["applied_steps"])
     engine.write_logical(tensors, applied_steps=applied)
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors[f"buffer/{name}"])
+        for name, (buffer, dim) in buffers.items():
+            buffer.copy_(own_part(tensors[f"buffer/{name}"], dim, layout))
     counters = engine.adam_steps()
     if counters != {applied}:
         raise CheckpointError(f"{checkpoint.path}: Adam's step counters are {sorted(counters)}, not {applied}")
@@ -380,21 +387,3 @@ def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that belong to the state of the model (router biases), by name."""
     names = set(module.state_dict(keep_vars=True)) if module is not None else set()
     return [(n, b) for n, b in module.named_buffers() if n in names]
-
-
-def _gather_json(layout: Layout, value: Any) -> list[Any]:
-    """Every rank's value, in rank order. Bytes of JSON, not pickles."""
-    if layout.dp_size == 1:
-        return [value]
-    import torch.distributed as dist
-
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(layout.device)
-    length = torch.tensor([payload.numel()], device=layout.device)
-    lengths = [torch.zeros_like(length) for _ in range(layout.dp_size)]
-    dist.all_gather(lengths, length)
-    longest = int(max(n.item() for n in lengths))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=layout.device)
-    padded[: payload.numel()] = payload
-    parts = [torch.zeros_like(padded) for _ in range(layout.dp_size)]
-    dist.all_gather(parts, padded)
-    return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]

@@ -20,10 +20,26 @@ class CheckpointError(Exception):
 
 
 class ParallelConfig(StrictModel):
-    """Layout and precision."""
+    """Layout and precision. What tensor x pipeline x context leaves of the processes is data parallel."""
 
-    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
+    tensor: int = Field(
+        default=1, ge=1, le=1024, description="ranks that share each layer: KV groups, FFN columns, rows of vocabulary"
+    )
+    pipeline: int = Field(default=1, ge=1, le=1024, description="stages of consecutive layers")
+    context: int = Field(default=1, ge=1, le=1024, description="ranks that share each sequence (Ulysses)")
+    sequence_parallel: bool = Field(
+        default=False, description="norms and residuals by parts of the sequence over the tensor-parallel ranks"
+    )
+    recompute: Literal["none", "block"] = Field(
+        default="none", description="block: keep a block's input alone and compute the rest again for its gradient"
+    )
+    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; 1 where there is a pipeline")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on one part of the batch: tensor x pipeline x context."""
+        return self.tensor * self.pipeline * self.context
 
 
 class OptimizerConfig(StrictModel):
@@ -60,8 +76,14 @@ class CheckpointConfig(StrictModel):
 class LaunchConfig(StrictModel):
     """How the processes are started."""
 
-    processes: int = Field(default=1, ge=1, le=4096, description="processes on this host; each is a data-parallel rank")
+    hosts: int = Field(default=1, ge=1, le=4096, description="hosts, each with as many processes")
+    processes: int = Field(default=1, ge=1, le=4096, description="processes per host")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; none: cores / processes")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     port: int | None = Field(default=None, ge=1024, le=65_535, description="rendezvous port; none: any free one")
     timeout_s: int = Field(default=600, ge=1, description="limit of every collective operation")
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.hosts * self.processes

@@ -11,15 +11,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from headway.model.base import Attention, Ranks
+from headway.model.decoder import Decoder
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.layout import Layout
+from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -43,9 +47,9 @@ class StepStats:
     aux_loss: float
     grad_norm: float
     targets: int
-    forward_s: float
-    backward_s: float
-    optimizer_s: float
+    forward_s: float | None  # None where passes overlap in a pipeline
+    backward_s: float | None
+    optimizer_s: float | None
     skipped: bool
 
 
@@ -61,12 +65,16 @@ class Evaluation:
 
 
 def deepspeed_config(
-    parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, dp_size: int
+    parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, data_ranks: int
 ) -> dict[str, Any]:
-    """The JSON DeepSpeed is driven with. Every default that ever changed between its releases is written out."""
+    """The JSON DeepSpeed is driven with. Every default that ever changed between its releases is written out.
+
+    `data_ranks`: over how many ranks gradients are averaged. DeepSpeed takes each for a reader of its own sequences, so
+    where ranks share sequences its batch size is as many times ours; it is only used to check itself.
+    """
     bf16 = parallel.precision == "bf16"
     config: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * dp_size,
+        "train_batch_size": micro_batch * accumulation * data_ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip_norm,
@@ -113,14 +121,14 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
 
 
 class Engine:
-    """A DeepSpeed ZeRO engine around a model whose forward returns (loss_sum, targets, aux_loss, hits).
+    """A DeepSpeed ZeRO engine around a decoder placed in `layout`: every layout but a pipeline.
 
     `micro_batch` sequences per forward pass; `accumulation` passes per optimizer step and rank.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Decoder,
         *,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
@@ -128,9 +136,18 @@ class Engine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
         self.layout, self.zero, self.accumulation = layout, parallel.zero, accumulation
+        self.attention_layers: dict[int, Attention] = dict(enumerate(model.attention_layers()))
+        self._logical = [
+            LogicalParameter(name, parameter, model.shards.get(name)) for name, parameter in model.named_parameters()
+        ]
+        self._start(model, parallel, optimizer, micro_batch)
+
+    def _start(self, model: nn.Module, parallel: ParallelConfig, optimizer: OptimizerConfig, micro_batch: int) -> None:
+        layout = self.layout
+        deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
         model.to(layout.device)
+        prepare_tensor_parallel(self._logical, layout, sequence_parallel=parallel.sequence_parallel)
         inner = torch.optim.AdamW(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.lr,
@@ -139,20 +156,35 @@ class Engine:
             fused=True,
         )
         config = deepspeed_config(
-            parallel, optimizer, micro_batch=micro_batch, accumulation=accumulation, dp_size=layout.dp_size
+            parallel,
+            optimizer,
+            micro_batch=micro_batch,
+            accumulation=self.accumulation,
+            data_ranks=layout.data_ranks,
         )
+        # DeepSpeed keeps the grid of the last engine of the process, and would take it for this one's.
+        deepspeed.utils.groups.mpu = None
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints memory reports; stdout is for the console line
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=model, optimizer=inner, config=config, dist_init_required=False
+                model=model, optimizer=inner, config=config, dist_init_required=False, mpu=self._grid()
             )
         self._inner = inner
         self._deepspeed = deepspeed
         self.applied_steps = 0
         self._create_optimizer_state()
 
+    def _grid(self) -> Any:
+        """What DeepSpeed asks about tensor-parallel ranks; None: there are data-parallel ones alone."""
+        return None if self.layout.tp_size == 1 else _Grid(self.layout)
+
     @property
     def module(self) -> Any:
         return self._engine.module
+
+    def before_step(self, tokens: int) -> None:
+        """Tell every layer how many training tokens are done: before each optimizer step, and after loading."""
+        for layer in self.attention_layers.values():
+            layer.before_step(tokens)
 
     def train_step(self, micro: Sequence[MicroBatch], *, targets: int, lr: float) -> StepStats:
         """One optimizer step over this rank's micro batches.
@@ -162,93 +194,136 @@ class Engine:
         """
         for group in self._zero.param_groups:
             group["lr"] = lr
-        self._engine.train()
-        # DeepSpeed averages gradients over ranks and micro batches; this turns that average into a mean over tokens.
-        per_target = self.layout.dp_size * self.accumulation / max(1, targets)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        forward_s = backward_s = optimizer_s = 0.0
         skipped_before = self._engine.skipped_steps
+        loss_sum, aux_loss, times = self._passes(micro, self._per_target(targets))
+        sums = torch.stack([loss_sum, aux_loss]).to(self.layout.device)
+        loss_sum, aux_sum = self.layout.sum(sums).tolist()
+        skipped = self._engine.skipped_steps != skipped_before
+        self.applied_steps += not skipped
+        return StepStats(
+            loss=loss_sum / max(1, targets),
+            aux_loss=aux_sum / (self.layout.data_ranks * self.accumulation),
+            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
+            targets=targets,
+            forward_s=times[0] if times else None,
+            backward_s=times[1] if times else None,
+            optimizer_s=times[2] if times else None,
+            skipped=skipped,
+        )
+
+    def _per_target(self, targets: int) -> float:
+        """DeepSpeed averages gradients over data ranks and micro batches; this makes a mean over tokens of it."""
+        return self.layout.data_ranks * self.accumulation / max(1, targets)
+
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> tuple[Tensor, Tensor, list[float] | None]:
+        """Forward, backward and optimizer step: this rank's share of the sums of losses (float64), and seconds."""
+        self._engine.train()
+        layout, times = self.layout, [0.0, 0.0, 0.0]
+        sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
         for batch in micro:
             t0 = time.perf_counter()
             out = self._engine(*self._inputs(batch))
-            loss = out.loss_sum * per_target + out.aux_loss
+            # Each rank's routers say the mean over its own groups.
+            aux_loss = out.aux_loss / layout.tp_size
+            loss = out.loss_sum * per_target + aux_loss
             t1 = time.perf_counter()
             self._engine.backward(loss)
             t2 = time.perf_counter()
             self._engine.step()
             t3 = time.perf_counter()
-            sums[0] += out.loss_sum.detach()
-            sums[1] += out.aux_loss.detach()
-            forward_s, backward_s, optimizer_s = forward_s + t1 - t0, backward_s + t2 - t1, optimizer_s + t3 - t2
-        self.layout.sum(sums)
-        loss_sum, aux_sum = sums.tolist()
-        skipped = self._engine.skipped_steps != skipped_before
-        self.applied_steps += not skipped
-        return StepStats(
-            loss=loss_sum / max(1, targets),
-            aux_loss=aux_sum / (self.layout.dp_size * self.accumulation),
-            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
-            targets=targets,
-            forward_s=forward_s,
-            backward_s=backward_s,
-            optimizer_s=optimizer_s,
-            skipped=skipped,
-        )
+            if layout.tp_rank == 0:  # the loss is the same on all ranks that share the layers
+                sums[0] += out.loss_sum.detach()
+            sums[1] += aux_loss.detach()
+            times = [a + b for a, b in zip(times, (t1 - t0, t2 - t1, t3 - t2), strict=True)]
+        return sums[0], sums[1], times
 
     @torch.no_grad()
-    def evaluate(self, micro: Iterable[MicroBatch]) -> Evaluation:
+    def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
         """Loss and accuracy over the micro batches of all ranks.
 
         Ranks may bring different numbers of targets, but must bring the same number of micro batches: ZeRO-3 gathers
         parameters in every forward pass, and a rank that makes one more waits for the others until the timeout.
         """
+        sums = self._evaluation_sums(micro)
+        if self.layout.tp_rank:
+            sums.zero_()
+        loss_sum, hits, targets = self.layout.sum(sums).tolist()
+        return Evaluation(loss=loss_sum / max(1.0, targets), accuracy=hits / max(1.0, targets), targets=int(targets))
+
+    def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
+        """Loss, hits and targets of this rank's micro batches, float64."""
         module = self._engine
         module.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
         for batch in micro:
             out = module(*self._inputs(batch))
-            sums[0] += out.loss_sum
-            sums[1] += out.hits
-            sums[2] += out.targets
+            sums += torch.stack([out.loss_sum.double(), out.hits.double(), out.targets.double()])
         module.train()
-        self.layout.sum(sums)
-        loss_sum, hits, targets = sums.tolist()
-        return Evaluation(loss=loss_sum / max(1.0, targets), accuracy=hits / max(1.0, targets), targets=int(targets))
+        return sums
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        device = self.layout.device
+        """Tokens and labels of this rank's part of the sequences, and segments of the whole."""
+        device, layout = self.layout.device, self.layout
+        tokens, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels))
         segments = None if batch.segments is None else batch.segments.to(device, non_blocking=True)
-        return batch.tokens.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True), segments
+        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), segments
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trained parameters under their single-device names, in the same order on every rank."""
-        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every trained parameter of this rank's layers, under its single-device name."""
+        return {p.name: p.whole_shape(self.layout.tp_size) for p in self._logical}
 
     def read_logical(self) -> Iterator[tuple[str, Tensor]]:
-        """("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", full fp32 tensor). Collective: all ranks iterate."""
+        """("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", full fp32 tensor) of this rank's layers.
+
+        Collective: all ranks of a stage iterate alike. A parameter that two stages share is the first one's.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.named_parameters():
-            yield f"param/{name}", _whole(safe_get_full_fp32_param(parameter), name)
+        for logical in self._logical:
+            if logical.copy:
+                continue
+            name, parameter = logical.name, logical.parameter
+            yield f"param/{name}", self._whole(safe_get_full_fp32_param(parameter), logical)
             for key in MOMENTS:
-                yield f"{key}/{name}", _whole(safe_get_full_optimizer_state(parameter, key), name)
+                yield f"{key}/{name}", self._whole(safe_get_full_optimizer_state(parameter, key), logical)
+
+    def _whole(self, tensor: Tensor | None, logical: LogicalParameter) -> Tensor:
+        assert tensor is not None, f"DeepSpeed returned no fp32 tensor for {logical.name}"
+        return gathered(tensor, logical.dim, self.layout)
 
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
         """Set parameters, masters and moments from `tensors[key]` (keys as in `read_logical`), and Adam's counter."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         device = self.layout.device
-        for name, parameter in self.named_parameters():
-            value = tensors[f"param/{name}"].to(device)
+        for logical in self._logical:
+            parameter = logical.parameter
+
+            def part(key: str, logical: LogicalParameter = logical) -> Tensor:
+                return own_part(tensors[f"{key}/{logical.name}"], logical.dim, self.layout).to(device)
+
+            value = part("param")
             safe_set_full_fp32_param(parameter, value)
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{key}/{name}"].to(device), key)
+                safe_set_full_optimizer_state(parameter, part(key), key)
             self._write_low_precision(parameter, value)
         for state in self._inner.state.values():
             state["step"].fill_(float(applied_steps))
         self.applied_steps = applied_steps
+
+    def buffers(self) -> dict[str, LogicalBuffer]:
+        """Buffers that are state (router biases) of this rank's layers, by their single-device names."""
+        found: dict[str, LogicalBuffer] = {}
+        for index, layer in self.attention_layers.items():
+            names = set(layer.state_dict(keep_vars=True))
+            for name, buffer in layer.named_buffers():
+                if name in names:
+                    owner = layer.get_submodule(name.rpartition(".")[0])
+                    is_cut = getattr(owner, "ranks", Ranks()).count > 1
+                    found[f"blocks.{index}.attn.{name}"] = LogicalBuffer(buffer, 0 if is_cut else None)
+        return found
 
     def adam_steps(self) -> set[int]:
         """Adam's own step counters; one value, equal to `applied_steps`, when all is well."""
@@ -260,7 +335,7 @@ class Engine:
             parameter.data.copy_(value.view_as(parameter))
             return
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if self.layout.rank == 0:
+            if self.layout.data_index == 0:
                 parameter.data.copy_(value.view_as(parameter))
 
     def _create_optimizer_state(self) -> None:
@@ -286,6 +361,34 @@ class Engine:
             link()
 
 
-def _whole(tensor: Tensor | None, name: str) -> Tensor:
-    assert tensor is not None, f"DeepSpeed returned no fp32 tensor for {name}"
-    return tensor
+class _Grid:
+    """What DeepSpeed asks of a tensor-parallel grid, under the names it uses."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        # DeepSpeed reduces over what it is given, and None would be all ranks.
+        self._data_group = layout.data_group if layout.data_ranks > 1 else _alone(layout)
+
+    def get_model_parallel_rank(self) -> int:
+        return self._layout.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._layout.tp_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._layout.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._layout.data_index
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._layout.data_ranks
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data_group
+
+
+def _alone(layout: Layout) -> Any:
+    """The group of this rank by itself; every rank makes all of them."""
+    groups = [dist.new_group([rank]) for rank in range(layout.world_size)]
+    return groups[layout.rank]

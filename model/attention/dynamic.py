@@ -25,7 +25,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.model.attention.gqa import DenseAttention, DenseConfig
 from headway.model.attention.grouped import group_of_head, uneven_orthogonality_loss
 from headway.model.base import Attention, Context, HeadPool, Shard
@@ -76,6 +75,10 @@ class DynamicGqaConfig(DenseConfig):
         """At the start: as even as can be."""
         return allocate([1.0] * self.groups, self.heads)
 
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        """Each query head has a copy of its KV head; never cut."""
+        return (self.heads // tensor,)
+
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return DynamicGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
@@ -101,12 +104,12 @@ class DynamicGroupedQueryAttention(FixedBuffers, DenseAttention):
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
         k = self.heads_of(x, self.w_k)  # [B, S, G, D]
-        if self.training and not self.frozen:
+        if self.training and not self.frozen and context.counts:
             self._count(k.detach())
         k, v = self.k_rope(k, context.rope), self.heads_of(x, self.w_v)
         k, v = context.keys_and_values(k, v, window=self.windows[0])
         group_of = group_of_head(self.allocation, q.shape[2])
-        return core(q, k[:, :, group_of], v[:, :, group_of], context.mask, window=self.windows[0])
+        return context.attend(q, k[:, :, group_of], v[:, :, group_of], window=self.windows[0])
 
     def diversity_loss(self) -> Tensor | None:
         if not self.orthogonality or not self.training:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.model.attention.grouped import (
     GroupedConfig,
     GroupedQueryAttention,
@@ -96,6 +95,14 @@ class DenseConfig(GroupedConfig):
     def sizes(self) -> list[int]:
         """Query heads of each group."""
         return [self.heads_per_group] * self.groups
+
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        """One call per window; of groups that differ in size, each query head has a copy of its KV head."""
+        calls = []
+        for window in dict.fromkeys(self.group_windows):
+            sizes = [size for size, own in zip(self.sizes, self.group_windows, strict=True) if own == window]
+            calls.append((len(sizes) if len(set(sizes)) == 1 else sum(sizes)) // tensor)
+        return tuple(calls)
 
     @property
     def gate_rows(self) -> int:
@@ -213,7 +220,7 @@ class DenseAttention(GroupedQueryAttention):
         sizes, windows = self.sizes[: k.shape[2]], self.windows[: k.shape[2]]
         if self.even and len(set(windows)) == 1:
             k, v = context.keys_and_values(k, v, window=windows[0])
-            return core(q, k, v, context.mask, window=windows[0])
+            return context.attend(q, k, v, window=windows[0])
         outputs: dict[int, Tensor] = {}  # by group
         for window in dict.fromkeys(windows):
             groups = [g for g, w in enumerate(windows) if w == window]
@@ -221,7 +228,7 @@ class DenseAttention(GroupedQueryAttention):
             own_k, own_v = context.keys_and_values(own_k, own_v, part=str(window), window=window)
             own_sizes = [sizes[g] for g in groups]
             own_k, own_v = share(own_k, own_sizes), share(own_v, own_sizes)
-            o = core(take(q, sizes, groups), own_k, own_v, context.mask, window=window)
+            o = context.attend(take(q, sizes, groups), own_k, own_v, window=window)
             outputs.update(zip(groups, o.split(own_sizes, 2), strict=True))
         return torch.cat([outputs[g] for g in range(len(sizes))], 2)
 

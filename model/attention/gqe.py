@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.kernels.experts import Projections, project
 from headway.kernels.routing import select
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
@@ -112,6 +111,11 @@ class GqeConfig(GroupedConfig):
     def score_maps(self) -> int:
         return self.slots + (self.shared != "none")
 
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        """The shared head is attended to on every rank, by itself."""
+        groups = super().attended_heads(tensor=tensor)
+        return groups if self.shared == "none" else (*groups, 1)
+
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return GroupedQueryExperts(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
@@ -192,7 +196,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
             q = select(queries, idx)
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
         q = self.q_rope(q.flatten(2, 3), context.rope)  # [B, S, G k, D], group-major as the core expects
-        o = core(q, k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, k, D]
+        o = context.attend(q, k, v).unflatten(2, idx.shape[2:])  # [B, S, G, k, D]
         y = self.output(o, gate, self.shared_head(x, k, v, context))
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 
@@ -201,7 +205,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
         queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
         idx, gate, aux_loss = self.router(x, context, k=self.config.top_k, queries=queries)
         k, v = self.keys_and_values(x, context)
-        o = core(self.q_rope(queries.flatten(2, 3), context.rope), k, v, context.mask)
+        o = context.attend(self.q_rope(queries.flatten(2, 3), context.rope), k, v)
         o = o.unflatten(2, (-1, self.members))  # [B, S, G, M, D]
         o = o.gather(3, idx.unsqueeze(-1).expand(*idx.shape, o.shape[-1]))
         y = self.output(o, gate, self.shared_head(x, k, v, context))
@@ -234,7 +238,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
             k, v = context.keys_and_values(k, self.heads_of(x, self.w_v_shared), part="shared")
         else:
             k, v = self._of_all_groups(k), self._of_all_groups(v)  # [B, K, 1, D]
-        return core(q, k, v, context.mask).squeeze(2)
+        return context.attend(q, k, v).squeeze(2)
 
     def _of_all_groups(self, heads: Tensor) -> Tensor:
         """[B, K, G, D] -> [B, K, 1, D]; of rotated keys, whose mean is the rotated mean key."""

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from headway.kernels.attention import core
 from headway.kernels.rope import apply_rope
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import RMSNorm, parameter
@@ -59,6 +58,9 @@ class GroupedConfig(AttentionConfig):
     @property
     def score_maps(self) -> int:
         return self.query_heads
+
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        return (self.groups // tensor,)
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return GroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
@@ -166,7 +168,7 @@ class GroupedQueryAttention(RoutedAttention):
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
         """Rotated queries q [B, S, H, D] over the keys and values of x [B, S, d] -> o [B, S, H, D]."""
         k, v = self.keys_and_values(x, context)  # [B, K, G, D]
-        return core(q, k, v, context.mask)
+        return context.attend(q, k, v)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]

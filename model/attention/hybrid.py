@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.kernels.experts import combine, project
 from headway.model.attention.rgqa import RoutedGroupedConfig, RoutedGroupedQueryAttention
 from headway.model.balance import BalanceConfig
@@ -177,7 +176,7 @@ class HybridAttention(RoutedGroupedQueryAttention):
         q, heads = self.chosen_queries(x, context)  # [B, S, G slots, D]
         values, outputs = self.route_experts(x, context)
         k, v = self._attended(x, context, values)  # [B, S, G, D]
-        o = core(q, k, v, context.mask).unflatten(2, heads.idx.shape[2:])  # [B, S, G, slots, D]
+        o = context.attend(q, k, v).unflatten(2, heads.idx.shape[2:])  # [B, S, G, slots, D]
         aux_loss, form = self._aux_loss(heads, values, outputs), self.config.projections
         if outputs is None and self.config.output == "head":
             return AttentionOutput(combine(o, self.w_o, heads.idx, heads.gate, self.members, form), aux_loss)
@@ -196,7 +195,7 @@ class HybridAttention(RoutedGroupedQueryAttention):
         values, outputs = self.route_experts(x, context)
         v = torch.einsum("bsge,bsged->bsgd", _all_gates(values, self.config.value_experts).to(x), self.each_value(x))
         k, v = context.keys_and_values(self.k_rope(self.heads_of(x, self.w_k), context.rope), v)
-        o = core(self.q_rope(queries.flatten(2, 3), context.rope), k, v, context.mask).unflatten(2, (-1, self.members))
+        o = context.attend(self.q_rope(queries.flatten(2, 3), context.rope), k, v).unflatten(2, (-1, self.members))
         o = o * _all_gates(heads, self.members).to(o).unsqueeze(-1)  # [B, S, G, M, D]
         if outputs is not None:
             o = torch.einsum("bsgmd,bsge->bsged", o, _all_gates(outputs, self.config.output_experts).to(o))
@@ -226,7 +225,7 @@ class HybridAttention(RoutedGroupedQueryAttention):
         k = self.k_rope(self.heads_of(x, self.w_k), context.rope)
         q, k = (heads.repeat_interleave(experts, 2) for heads in (q, k))
         v = self.each_value(x)
-        o = core(q, k, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
+        o = context.attend(q, k, v.flatten(2, 3)).unflatten(2, (-1, experts))
         return HeadPool("value expert", self.w_v.unflatten(0, (-1, experts, self.head_dim)).flatten(2), v, o)
 
     def _attended(self, x: Tensor, context: Context, values: Routing) -> tuple[Tensor, Tensor]:

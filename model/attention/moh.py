@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.kernels.routing import GateName, router_logits
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
@@ -184,7 +183,7 @@ class MixtureOfHeads(GroupedQueryAttention):
         own = q.shape[2]  # H, or this rank's part
         factors = factors[..., self.ranks.index * own : (self.ranks.index + 1) * own]
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
-        o = core(self.q_rope(q, context.rope), k, v, context.mask)  # [B, S, H, D]
+        o = context.attend(self.q_rope(q, context.rope), k, v)  # [B, S, H, D]
         o = o * factors.to(o.dtype).unsqueeze(-1)
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.kernels.experts import Projections, combine, project
 from headway.kernels.routing import GateName, select
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
@@ -243,7 +242,7 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         q, (idx, gate, aux_loss) = self.chosen_queries(x, context)
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
-        o = core(q, k, v, context.mask).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
+        o = context.attend(q, k, v).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
         if self.config.output == "slot":
             y = F.linear((o * gate.to(o.dtype).unsqueeze(-1)).flatten(2), self.w_o)
         else:
@@ -267,7 +266,7 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
         idx, gate, aux_loss = self.route(x, context, queries)
         k, v = self.keys_and_values(x, context)
-        o = core(self.q_rope(queries.flatten(2, 3), context.rope), k, v, context.mask)
+        o = context.attend(self.q_rope(queries.flatten(2, 3), context.rope), k, v)
         o = o.unflatten(2, (-1, self.members))  # [B, S, G, M, D]
         if self.config.output == "slot":
             o = o.gather(3, idx.unsqueeze(-1).expand(*idx.shape, o.shape[-1])) * gate.unsqueeze(-1).to(o.dtype)

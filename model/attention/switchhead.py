@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.attention import core
 from headway.kernels.experts import Projections, combine, project
 from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
@@ -92,6 +91,9 @@ class SwitchHeadConfig(AttentionConfig):
     def score_maps(self) -> int:
         return self.kv_heads
 
+    def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        return (self.kv_heads // tensor,)
+
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return SwitchHeadAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
@@ -153,7 +155,7 @@ class SwitchHeadAttention(RoutedAttention):
             chosen = project(x, self.w_v, source.idx, experts, self.config.projections)  # [B, S, n, k, D]
             v = (chosen * source.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
         k, v = context.keys_and_values(k, v)
-        o = core(q, k, v, context.mask)  # [B, S, n, D]
+        o = context.attend(q, k, v)  # [B, S, n, D]
         slots = o.unsqueeze(-2).expand(*destination.idx.shape, o.shape[-1])  # one output, k output experts
         y = combine(slots, self.w_o, destination.idx, destination.gate, experts, self.config.projections)
         return AttentionOutput(y, _aux_loss(source, destination))
@@ -166,7 +168,7 @@ class SwitchHeadAttention(RoutedAttention):
         v = self._each_value(x)
         weights = torch.ones_like(v[..., 0]) if source is None else _all_gates(source, experts).to(x.dtype)
         k, v = context.keys_and_values(k, torch.einsum("bsne,bsned->bsnd", weights, v))
-        o = core(q, k, v, context.mask)
+        o = context.attend(q, k, v)
         o = torch.einsum("bsne,bsnd->bsned", _all_gates(destination, experts).to(x.dtype), o)
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), _aux_loss(source, destination))
 
@@ -186,7 +188,7 @@ class SwitchHeadAttention(RoutedAttention):
         q, k = self._queries_and_keys(x, context)
         v = self._each_value(x)
         q, k = q.repeat_interleave(experts, 2), k.repeat_interleave(experts, 2)
-        o = core(q, k, v.flatten(2, 3), context.mask).unflatten(2, (-1, experts))
+        o = context.attend(q, k, v.flatten(2, 3)).unflatten(2, (-1, experts))
         weights = self.w_v.unflatten(0, (-1, experts, self.config.head_dim)).flatten(2)
         return HeadPool("value expert", weights, v, o)
 

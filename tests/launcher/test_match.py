@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from headway.launcher.errors import SpecError
-from headway.launcher.match import MatchConfig, match_variant, spec_cost, spec_with, why_not_cuttable
+from headway.launcher.layouts import why_not_cuttable
+from headway.launcher.match import MatchConfig, match_variant, spec_cost, spec_with
 from headway.launcher.spec import Spec
 
 VOCAB = 64
@@ -193,7 +194,7 @@ def test_a_solved_number_of_groups_divides_over_the_ranks():
 
 @pytest.mark.parametrize(
     ("ranks", "reason"),
-    [(4, "attention.w_q has 2 whole pieces"), (3, "model.width 64 does not divide over 3"), (2, None)],
+    [(4, "attention.w_q has 2 whole pieces"), (3, "model.ffn_width 160 does not divide over 3"), (2, None)],
 )
 def test_a_model_that_cannot_be_cut_has_a_reason(ranks, reason):
     found = why_not_cuttable(spec(), ranks)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from headway.kernels.attention import core
 from headway.kernels.rope import rope_tables
 from headway.model.attention.dynamic import DynamicGqaConfig
 from headway.model.attention.gqa import GqaConfig, MqaConfig
@@ -21,7 +24,7 @@ from headway.model.attention.sqa import SqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Ranks
+from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Ranks, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.init import initialise
@@ -95,6 +98,11 @@ def cut_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
     return MECHANISMS[request.param]
 
 
+@pytest.fixture(params=[name for name, config in MECHANISMS.items() if hasattr(config, "router")])
+def routed_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
+    return MECHANISMS[request.param]
+
+
 @pytest.fixture(params=list(MECHANISMS))
 def mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
     return MECHANISMS[request.param]
@@ -148,30 +156,75 @@ def context(tokens: Tensor) -> Callable[..., Context]:
     return make
 
 
+class Exchange:
+    """Ranks that run as threads, and what they give each other."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier, self._given = Barrier(ranks, timeout=30), [None] * ranks
+
+    def all(self, rank: int, given: Any) -> list[Any]:
+        """What every rank gives, in their order."""
+        self._given[rank] = given
+        self._barrier.wait()
+        everyones = list(self._given)
+        self._barrier.wait()  # nobody gives the next one before all have read this one
+        return everyones
+
+    def run(self, works: list[Callable[[], Any]]) -> list[Any]:
+        """All of them at once, one per rank."""
+
+        def guarded(work: Callable[[], Any]) -> Any:
+            try:
+                return work()
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(works)) as pool:
+            return list(pool.map(guarded, works))
+
+
 @pytest.fixture
 def lockstep() -> Callable[..., list[AttentionOutput]]:
     """`lockstep(parts, run)`: run(part) of every tensor-parallel rank's part, at once; sums over ranks are theirs."""
 
     def start(parts: list[Attention], run: Callable[[Attention], AttentionOutput]) -> list[AttentionOutput]:
-        barrier, given = Barrier(len(parts), timeout=30), [torch.empty(0)] * len(parts)
+        exchange = Exchange(len(parts))
 
         def total(rank: int, partial_sum: Tensor) -> Tensor:
-            given[rank] = partial_sum
-            barrier.wait()
-            everyones = torch.stack(given).sum(0)
-            barrier.wait()  # nobody gives the next one before all have read this one
-            return everyones
-
-        def guarded(part: Attention) -> AttentionOutput:
-            try:
-                return run(part)
-            except BaseException:
-                barrier.abort()
-                raise
+            return torch.stack(exchange.all(rank, partial_sum)).sum(0)
 
         for rank, part in enumerate(parts):
             part.ranks = Ranks(index=rank, count=len(parts), sum=partial(total, rank))
-        with ThreadPoolExecutor(len(parts)) as pool:
-            return list(pool.map(guarded, parts))
+        return exchange.run([partial(run, part) for part in parts])
+
+    return start
+
+
+@pytest.fixture
+def share_sequences() -> Callable[..., list[Any]]:
+    """`share_sequences(ranks, x, context, run)`: run(rank, part of x, its context) of context-parallel ranks, at once.
+
+    They share one graph, in which gradients cross ranks by themselves.
+    """
+
+    def start(ranks: int, x: Tensor, context: Context, run: Callable[[int, Tensor, Context], Any]) -> list[Any]:
+        exchange = Exchange(ranks)
+
+        def mean(rank: int, tensor: Tensor) -> Tensor:
+            return torch.stack(exchange.all(rank, tensor)).mean(0)
+
+        def attend(rank: int, *parts: Any, window: int | None = None) -> Tensor:
+            q, k, v = (torch.cat(each, 1) for each in zip(*exchange.all(rank, parts[:3]), strict=True))
+            return core(q, k, v, parts[3], window=window).chunk(ranks, 1)[rank]
+
+        def work(rank: int) -> Any:
+            cos, sin = (table.chunk(ranks)[rank] for table in context.rope)
+            tokens = None if context.tokens is None else context.tokens.chunk(ranks, 1)[rank]
+            sequence = SequenceRanks(index=rank, count=ranks, mean=partial(mean, rank), attend=partial(attend, rank))
+            own = replace(context, rope=(cos, sin), tokens=tokens, sequence=sequence)
+            return run(rank, x.chunk(ranks, 1)[rank], own)
+
+        return exchange.run([partial(work, rank) for rank in range(ranks)])
 
     return start

@@ -95,7 +95,7 @@ def test_members_that_make_nothing_do_not_break_the_measures():
 def test_a_model_is_measured_in_its_forward_pass_and_left_as_it_was(mechanism, decoder, tokens):
     model = decoder(mechanism).eval()
     before = model.logits(tokens)
-    with measured(model.attention_layers()) as found:
+    with measured(dict(enumerate(model.attention_layers()))) as found:
         assert torch.equal(model.logits(tokens), before)
     assert torch.equal(model.logits(tokens), before)
     assert all(not layer._forward_pre_hooks for layer in model.attention_layers())
@@ -117,7 +117,7 @@ def test_what_is_measured_does_not_depend_on_which_heads_are_chosen(decoder, tok
     found = []
     for config in (RgqaConfig(**common, top_k=1), RgqaConfig(**common, top_k=3), GqaConfig(**common)):
         model = decoder(config).eval()
-        with measured(model.attention_layers()) as measures:
+        with measured(dict(enumerate(model.attention_layers()))) as measures:
             model.logits(tokens)
         found.append(measures)
     assert found[0][0] == found[1][0] == found[2][0]
@@ -126,21 +126,21 @@ def test_what_is_measured_does_not_depend_on_which_heads_are_chosen(decoder, tok
 
 def test_groups_of_one_have_nothing_to_compare(decoder, tokens):
     model = decoder(MhaConfig(heads=4, head_dim=6)).eval()
-    with measured(model.attention_layers()) as found:
+    with measured(dict(enumerate(model.attention_layers()))) as found:
         model.logits(tokens)
     assert found == {}
 
 
 def test_value_experts_are_compared_in_switchhead(decoder, tokens):
     model = decoder(SwitchHeadConfig(kv_heads=2, head_dim=6, experts=3, top_k=1)).eval()
-    with measured(model.attention_layers()) as found:
+    with measured(dict(enumerate(model.attention_layers()))) as found:
         model.logits(tokens)
     assert {d.member for d in found.values()} == {"value expert"} and found[0].members == 3
 
 
 def test_random_heads_start_nearly_orthogonal_in_their_weights(decoder, tokens):
     model = decoder(GqaConfig(heads=8, kv_heads=2, head_dim=6)).eval()
-    with measured(model.attention_layers()) as found:
+    with measured(dict(enumerate(model.attention_layers()))) as found:
         model.logits(tokens)
     for diversity in found.values():
         # Mean |cos| in d D = 120 dimensions: sqrt(2 / (pi d D)) = 0.073; the mean of 12 pairs scatters by 0.02.

@@ -1,12 +1,14 @@
 """Windows per group and per layer: what is seen, what it costs, what decoding keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from headway.kernels.attention import core
-from headway.model.attention import gqa
 from headway.model.attention.gqa import GqaConfig, MhaConfig
+from headway.model.base import SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.decoder import document_mask
@@ -48,14 +50,13 @@ def test_each_group_sees_its_own_window(layer, context, x, windows, packed):
         torch.testing.assert_close(mine, written, rtol=1e-10, atol=1e-10)
 
 
-def test_one_call_of_the_core_per_distinct_window(layer, context, x, monkeypatch):
+def test_one_call_of_the_core_per_distinct_window(layer, context, x):
     calls = []
 
     def counted(q, *args, window=None):
         calls.append((q.shape[2], window))
         return core(q, *args, window=window)
 
-    monkeypatch.setattr(gqa, "core", counted)
     for windows, expected in (
         ([None, 3, None, 3], [(4, None), (4, 3)]),
         ([3, 3, 3, 5], [(6, 3), (2, 5)]),
@@ -64,7 +65,7 @@ def test_one_call_of_the_core_per_distinct_window(layer, context, x, monkeypatch
     ):
         calls.clear()
         config = GqaConfig.model_validate({"heads": 8, "kv_heads": 4, "head_dim": 6, "windows": windows})
-        layer(config)(x, context(config))
+        layer(config)(x, replace(context(config), sequence=SequenceRanks(attend=counted)))
         assert calls == expected
 
 

@@ -9,11 +9,12 @@ from pydantic import ValidationError
 from headway.kernels.rope import rope_tables
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import Context
+from headway.model.base import Context, Ranks
 from headway.model.router import (
     LinearRouterConfig,
     QueryNormRouterConfig,
     RandomRouterConfig,
+    RoutingConfig,
     TokenHashRouterConfig,
     TwoLayerRouterConfig,
 )
@@ -169,3 +170,24 @@ def test_routers_that_could_not_learn_are_refused(fields, words):
 def test_a_hard_gate_without_a_loss_is_legal_where_there_is_nothing_to_learn():
     RgqaConfig.model_validate({**SHAPE, "top_k": 4, "gate": "hard", "balance": {}})
     RgqaConfig.model_validate({**SHAPE, "top_k": 1, "gate": "hard", "balance": {}, "router": {"type": "random"}})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"noise": "normal"}, {"noise": "gumbel"}, {"dropout": 0.4}, {"noise": "normal", "dropout": 0.4}]
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_groups_get_the_noise_of_a_single_device_on_any_tensor_parallel_rank(x, tokens, fields, ranks):
+    config, routing = LinearRouterConfig(**fields), RoutingConfig("sigmoid2", BalanceConfig(), LinearRouterConfig())
+
+    def choices(weight, own):
+        router = config.build(routing, width=20, groups=4 // own.count, experts=5).double()
+        router.w, router.ranks = torch.nn.Parameter(weight), own
+        torch.manual_seed(3)
+        idx = router(x, Context(rope=(x, x), tokens=tokens), k=2).idx
+        return idx, torch.get_rng_state()
+
+    weight = torch.randn(20, 20, dtype=torch.float64) * 0.1
+    whole, state = choices(weight, Ranks())
+    parts = [choices(part, Ranks(index=i, count=ranks)) for i, part in enumerate(weight.chunk(ranks))]
+    assert torch.equal(torch.cat([idx for idx, _ in parts], 2), whole)
+    assert all(torch.equal(own_state, state) for _, own_state in parts)

@@ -31,7 +31,7 @@ def measured(logits, k, tokens, chosen=None) -> Any:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_sums_are_those_of_a_loop_over_tokens(tokens, k):
     logits = torch.randn(3, 11, 2, 4)
-    load, d = measured(logits, k, tokens)
+    load, d, _ = measured(logits, k, tokens)
     wanted = {name: [0.0, 0.0] for name in ("entropy", "gate", "top1_margin", "close", "switches")}
     counts = torch.zeros(TOKEN_BUCKETS, 2, 4)
     for b in range(3):
@@ -75,7 +75,7 @@ def test_loads_alone_are_counted_where_details_are_not_wanted(layer, context, x)
     module = layer(config)
     module.watch_routers(closely=False)
     module(x, context(config))
-    load, detail = module.router_stats()["router"]
+    load, detail, _ = module.router_stats()["router"]
     assert load.sum() == 33 * 2 * 2 and detail is None
     module.reset_router_stats()
     module.watch_routers(closely=True)
@@ -113,7 +113,7 @@ def test_equal_logits_have_no_margin_and_count_as_close(tokens):
 def test_figures_are_means_per_group(tokens):
     logits = torch.randn(3, 11, 2, 4)
     logits[:, :, 1] = torch.tensor([5.0, 0.0, 0.0, 1.0])  # the second group always takes its first expert
-    load, detail = measured(logits, 1, tokens)
+    load, detail, _ = measured(logits, 1, tokens)
     found = figures(load, detail)
     assert found.tokens == 33 and found.load[1] == [1, 0, 0, 0]
     assert found.dead[1] == 3 and found.effective[1] == pytest.approx(1.0)
@@ -132,7 +132,7 @@ def test_an_expert_is_dead_below_a_thousandth_of_the_load(tokens):
 
 
 def test_without_token_ids_nothing_is_said_about_them():
-    found = figures(*measured(torch.randn(3, 11, 2, 4), 1, None))
+    found = figures(*measured(torch.randn(3, 11, 2, 4), 1, None)[:2])
     assert all(math.isnan(v) for v in found.mutual_information + found.information_share)
 
 
@@ -143,7 +143,7 @@ def test_without_token_ids_nothing_is_said_about_them():
 def test_a_router_that_looks_the_token_up_has_all_the_information_there_can_be(k):
     tokens = torch.randint(0, 24, (4, 4096))
     table = torch.randn(24, 1, 6)
-    found = figures(*measured(table[tokens], k, tokens))
+    found = figures(*measured(table[tokens], k, tokens)[:2])
     wanted = -sum(p * math.log(p) for p in found.load[0] if p) - math.log(k)
     assert found.mutual_information[0] == pytest.approx(wanted, rel=1e-3)
     assert found.information_share[0] == pytest.approx(1.0, rel=1e-6 if k == 1 else 1e-3)
@@ -174,7 +174,7 @@ def test_all_experts_for_every_token_tell_nothing():
 def test_ids_that_share_a_bucket_can_only_hide_information():
     tokens = torch.randint(0, 2, (1, 4096)) * TOKEN_BUCKETS  # two ids, one bucket
     table = torch.eye(4)[:, None]
-    found = figures(*measured(table[tokens // TOKEN_BUCKETS], 1, tokens))
+    found = figures(*measured(table[tokens // TOKEN_BUCKETS], 1, tokens)[:2])
     assert found.mutual_information[0] == pytest.approx(0, abs=1e-3)
     assert found.load[0][0] == pytest.approx(0.5, abs=0.05)
 
@@ -183,6 +183,6 @@ def test_learned_routers_report_through_the_layer(layer, context, x, tokens):
     config = RgqaConfig(**SHAPE, top_k=2, router=LinearRouterConfig())
     module = layer(config)
     module(x, context(config))
-    load, detail = module.router_stats()["router"]
+    load, detail, _ = module.router_stats()["router"]
     assert torch.equal(detail.token_load.sum(0), load)
     assert detail.token_load.sum((1, 2)).nonzero().flatten().tolist() == sorted(set(tokens.flatten().tolist()))

@@ -1,0 +1,44 @@
+"""Cutting a layer over tensor-parallel ranks, by its sharding declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from headway.model.base import Attention, Ranks, Shard
+from headway.model.router import Router
+
+
+@torch.no_grad()
+def cut(module: nn.Module, shards: Mapping[str, Shard], ranks: Ranks) -> None:
+    """Replace each parameter named in `shards` by this rank's part of it; nothing of the whole is kept."""
+    if ranks.count == 1:
+        return
+    for name, shard in shards.items():
+        owner, _, own_name = name.rpartition(".")
+        whole = module.get_parameter(name)
+        assert shard.units % ranks.count == 0 and whole.shape[shard.dim] % shard.units == 0, (name, shard)
+        part = whole.chunk(ranks.count, shard.dim)[ranks.index].clone(memory_format=torch.contiguous_format)
+        module.get_submodule(owner).register_parameter(own_name, nn.Parameter(part))
+
+
+def cut_attention(attention: Attention, shards: Mapping[str, Shard], ranks: Ranks) -> None:
+    """`cut`, and what else a mechanism keeps by group: buffers of its routers; all of them are told of the ranks."""
+    if ranks.count == 1:
+        return
+    cut(attention, shards, ranks)
+    attention.ranks = ranks
+    for path, router in attention.named_modules():
+        if not isinstance(router, Router) or not is_cut(path, router, shards):
+            continue
+        router.ranks = ranks
+        for name, buffer in list(router.named_buffers(recurse=False)):
+            router.register_buffer(name, buffer.chunk(ranks.count)[ranks.index].clone())
+
+
+def is_cut(path: str, router: Router, shards: Mapping[str, Shard]) -> bool:
+    """Whether a router's groups are cut: its parameters are, or it has none and what it routes is cut by group."""
+    own = [f"{path}.{name}" for name, _ in router.named_parameters()]
+    return all(name in shards for name in own)

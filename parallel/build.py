@@ -1,0 +1,67 @@
+"""The engine of a layout: the decoder's parts placed on this rank, under DeepSpeed."""
+
+from __future__ import annotations
+
+from headway.model.base import AttentionConfig
+from headway.model.config import ModelConfig
+from headway.model.decoder import Decoder, Placement
+from headway.parallel.collectives import sequence_ranks, tensor_ranks
+from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.engine import Engine, quiet_deepspeed
+from headway.parallel.layout import Layout
+from headway.parallel.partition import layer_costs, stage_bounds
+
+
+def make_engine(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    vocab_size: int,
+    seed: int,
+    seq_len: int,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    layout: Layout,
+    micro_batch: int,
+    accumulation: int,
+) -> Engine:
+    """Parameters start equal on every layout, and only this rank's part of them is ever kept.
+
+    `seq_len` decides how layers are dealt to stages, by their cost; `micro_batch` and `accumulation` as in `Engine`.
+    """
+    # Before anything else imports DeepSpeed: it chooses its device then.
+    deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    placement = Placement(
+        ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
+        sequence=sequence_ranks(layout),
+        recompute=parallel.recompute == "block",
+    )
+    if layout.pp_size == 1:
+        decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement)
+        return Engine(
+            decoder,
+            parallel=parallel,
+            optimizer=optimizer,
+            layout=layout,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+        )
+    from headway.parallel.pipeline import PipelineEngine
+
+    costs = layer_costs(
+        model, attention, vocab_size=vocab_size, seq_len=seq_len, recompute=parallel.recompute == "block"
+    )
+    return PipelineEngine(
+        model,
+        attention,
+        vocab_size=vocab_size,
+        seed=seed,
+        placement=placement,
+        bounds=stage_bounds(costs, layout.pp_size),
+        parallel=parallel,
+        optimizer=optimizer,
+        layout=layout,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )

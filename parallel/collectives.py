@@ -1,0 +1,156 @@
+"""What crosses ranks inside a forward and backward pass: the callables of `Ranks` and `SequenceRanks`.
+
+The exchange between tensor-parallel ranks stands at the border of each shared layer, once in and once out, not at each
+matrix: queries, keys, values and router rows read one input, whose gradient is then summed once.
+
+Without sequence parallelism the borders are megatron-core's own mappings. Those for sequence parallelism cut dimension
+0 and allocate on a CUDA device; ours cut dimension 1 of [B, S, d] and run anywhere.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from headway.kernels.attention import core
+from headway.model.base import Ranks, SequenceRanks
+from headway.parallel.layout import Layout
+
+
+def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
+    """Those of `layout`; `sequence_parallel`: each rank holds its part of the sequence between layers."""
+    if layout.tp_size == 1:
+        return Ranks()
+    # Imported where it is used: it takes as long as torch itself.
+    from megatron.core.tensor_parallel import mappings
+
+    group = layout.tensor_group
+    if sequence_parallel:
+        enter, leave = partial(_Gather.apply, group), partial(_Scatter.apply, group)
+    else:
+        enter = partial(mappings.copy_to_tensor_model_parallel_region, group=group)
+        leave = partial(mappings.reduce_from_tensor_model_parallel_region, group=group)
+    return Ranks(
+        index=layout.tp_rank,
+        count=layout.tp_size,
+        enter=enter,
+        leave=leave,
+        sum=partial(_Sum.apply, group),
+        largest=partial(_largest, group),
+    )
+
+
+def sequence_ranks(layout: Layout) -> SequenceRanks:
+    """The context-parallel ranks of `layout`."""
+    if layout.cp_size == 1:
+        return SequenceRanks()
+    return SequenceRanks(
+        index=layout.cp_rank,
+        count=layout.cp_size,
+        mean=lambda tensor: _Sum.apply(layout.context_group, tensor) / layout.cp_size,
+        attend=_Ulysses(layout),
+        gather=lambda tensor: _gathered(tensor.detach(), layout.context_group),
+    )
+
+
+class _Ulysses:
+    """Attention over whole sequences of which each rank holds a part: heads are dealt out, and sequences put together
+    (Jacobs et al., 2023, arXiv 2309.14509), by DeepSpeed's `DistributedAttention`.
+
+    A single KV head cannot be dealt out: its keys and values are gathered instead, and each rank's queries stay.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        from deepspeed.sequence.layer import DistributedAttention
+
+        self._group, self._index, self._count = layout.context_group, layout.cp_rank, layout.cp_size
+        self._dealt = DistributedAttention(_Core(), self._group, scatter_idx=2, gather_idx=1)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
+        """q [B, S/C, H, D]; k, v [B, S/C, G, D], G a multiple of C, or 1; mask of the whole sequence -> as q."""
+        if k.shape[2] > 1:
+            return self._dealt(q, k, v, 0, None, mask, window=window)
+        rows = q.shape[1]
+        first, last = self._index * rows, (self._index + 1) * rows
+        # Keys after this rank's last query are never seen; the core takes queries for the last of the keys' positions.
+        k, v = (_Gather.apply(self._group, t)[:, :last] for t in (k, v))
+        return core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
+
+
+class _Core(nn.Module):
+    """The core in the form DeepSpeed's signature names."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None) -> Tensor:
+        return core(q, k, v, mask, window=window)
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce, and of the gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        return _reduced(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, _reduced(grads[0], ctx.group)
+
+
+class _Gather(torch.autograd.Function):
+    """[B, S/n, ...] -> [B, S, ...]; gradients are summed over ranks and cut."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        return _gathered(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, _scattered(grads[0], ctx.group)
+
+
+class _Scatter(torch.autograd.Function):
+    """Partial [B, S, d] -> this rank's part of the sum [B, S/n, d]; gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        return _scattered(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, _gathered(grads[0], ctx.group)
+
+
+def _reduced(tensor: Tensor, group: Any) -> Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _largest(group: Any, tensor: Tensor) -> Tensor:
+    most = tensor.detach().contiguous().clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return most
+
+
+def _gathered(tensor: Tensor, group: Any) -> Tensor:
+    """Concatenation along dimension 1."""
+    ranks = dist.get_world_size(group)
+    parts = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])  # one after the other along dimension 0
+    dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
+    return parts.unflatten(0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
+
+
+def _scattered(tensor: Tensor, group: Any) -> Tensor:
+    """This rank's part, along dimension 1, of the sum."""
+    ranks = dist.get_world_size(group)
+    parts = tensor.unflatten(1, (ranks, -1)).movedim(1, 0).flatten(0, 1)
+    mine = tensor.new_empty(len(tensor), *parts.shape[1:])
+    dist.reduce_scatter_tensor(mine, parts.contiguous(), group=group)
+    return mine

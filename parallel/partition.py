@@ -1,0 +1,109 @@
+"""Which layers a pipeline stage holds: consecutive ones, so that the slowest stage is as fast as can be.
+
+Layers are counted as a pipeline has them: embedding, blocks, final norm, head. Legend: n layers, P stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+
+from headway.model.base import AttentionConfig
+from headway.model.config import ModelConfig
+from headway.model.cost import layer_configs
+
+
+def layer_costs(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    recompute: bool = False,
+) -> list[float]:
+    """Training FLOPs per token of [embedding, each block, norm, head], as executed (`headway.model.cost`).
+
+    Three times the forward pass's; of a block four times where it is computed again for its gradient (`recompute`).
+    A look-up and a norm cost nothing, the head 2dV forward.
+    """
+    width = model.width
+    blocks = [
+        config.flops_per_token(width=width, seq_len=seq_len).executed + 6 * width * model.ffn_width
+        for config in layer_configs(model, attention, vocab_size=vocab_size)
+    ]
+    passes = 4 if recompute else 3
+    return [0.0, *(float(passes * block) for block in blocks), 0.0, float(3 * 2 * width * vocab_size)]
+
+
+def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
+    """`balanced` for the layers of `layer_costs`: stage p holds layers bounds[p] to bounds[p + 1] - 1.
+
+    Each stage holds one block at least, so the embedding stays with the first block, norm and head with the last.
+    Raises ValueError where there are more stages than blocks.
+    """
+    embedding, *blocks, norm, head = costs
+    blocks[0] += embedding
+    blocks[-1] += norm + head
+    inner = balanced(blocks, stages)[1:-1]
+    return [0, *(bound + 1 for bound in inner), len(costs)]
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[int]:
+    """Bounds b_0 = 0 < b_1 < ... < b_parts = n of consecutive pieces, none empty, whose largest cost is smallest.
+
+    Of several such partitions the one whose costs have the smallest sum of squares (the most even), then the one whose
+    bounds come first. Exact, by dynamic programming over whole numbers: O(parts n^2). `costs` [n] are finite and >= 0.
+    Raises ValueError where there are more parts than costs, or none.
+    """
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts: {n} layers cannot be dealt to {parts} stages; use 1 to {n}")
+    total = [0]  # total[j]: cost of the first j layers, in a unit that makes every cost a whole number
+    for cost in _whole(costs):
+        total.append(total[-1] + cost)
+
+    # bottleneck[i]: of the layers from i on in the pieces counted so far
+    bottleneck = [total[n] - start for start in total[:n]]
+    for pieces in range(2, parts + 1):
+        bottleneck = [
+            min(max(total[j] - total[i], bottleneck[j]) for j in range(i + 1, n - pieces + 2))
+            for i in range(n - pieces + 1)
+        ]
+    return _most_even(total, parts, bottleneck[0])
+
+
+def _most_even(total: list[int], parts: int, limit: int) -> list[int]:
+    """Bounds with the smallest sum of squares, the earliest of these, among pieces that cost `limit` at most.
+
+    `total` [n + 1]: cost of the first j layers.
+    """
+    n, none = len(total) - 1, total[-1] ** 2 + 1  # no sum of squares is as large as `none`
+    best = [(total[n] - start) ** 2 if total[n] - start <= limit else none for start in total[:n]]
+    cuts: list[list[int]] = []  # cuts[p][i]: where the first piece ends, of the layers from i on in p + 2 pieces
+    for pieces in range(2, parts + 1):
+        rows = []
+        for i in range(n - pieces + 1):
+            ends = [j for j in range(i + 1, n - pieces + 2) if total[j] - total[i] <= limit]
+            squares = [((total[j] - total[i]) ** 2 + best[j], j) for j in ends]
+            rows.append(min(squares, default=(none, i + 1)))
+        best, cut = [square for square, _ in rows], [end for _, end in rows]
+        cuts.append(cut)
+    bounds = [0]
+    for cut in reversed(cuts):
+        bounds.append(cut[bounds[-1]])
+    return [*bounds, n]
+
+
+def _whole(costs: Sequence[float]) -> list[int]:
+    """The same proportions in whole numbers, exactly: ties are then ties."""
+    exact = [Fraction(cost) for cost in costs]
+    unit = math.lcm(*(cost.denominator for cost in exact))
+    return [int(cost * unit) for cost in exact]
+
+
+def imbalance(costs: Sequence[float], bounds: Sequence[int]) -> float:
+    """Cost of the largest stage over the mean of all: 1 where they are equal. Costs must not all be 0."""
+    stages = [sum(costs[first:end]) for first, end in pairwise(bounds)]
+    return max(stages) * len(stages) / sum(stages)

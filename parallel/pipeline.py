@@ -1,0 +1,264 @@
+"""Stages of consecutive layers: the decoder as DeepSpeed's `PipelineModule`, run one forward, one backward (1F1B).
+
+Between stages go the residual stream, the tokens (routers may read them), the labels and the documents' numbers. The
+losses of a stage's routers stay there: their gradient enters where they arise, so one floating-point tensor crosses,
+and back. The loss is the last layer's output: DeepSpeed clears a bf16 stage's gradients when the backward pass reaches
+the module's outputs, and would lose what a loss outside of it had given to the head's rows by then.
+
+Legend: B batch, S sequence, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from headway.kernels.loss import IGNORED
+from headway.model.base import Attention, AttentionConfig, Context
+from headway.model.config import ModelConfig
+from headway.model.cost import layer_configs
+from headway.model.decoder import Contexts, Placement, embed, make_block, run_block, score, vocabulary_shards
+from headway.model.init import initialise
+from headway.model.layers import RMSNorm, parameter
+from headway.model.shard import cut
+from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.engine import Engine, MicroBatch
+from headway.parallel.layout import Layout
+from headway.parallel.logical import LogicalParameter
+
+Inputs = tuple[Tensor, ...]  # x [B, S, d], but not yet into the embedding; tokens, labels [B, S]; segments, if any
+
+EMBEDDING = "embedding"
+
+
+class Stage:
+    """What the layers of this process have in common: the context of a pass, and sums of the losses of a step."""
+
+    def __init__(self, attention: AttentionConfig, placement: Placement, *, aux_scale: float) -> None:
+        self.placement, self.aux_scale = placement, aux_scale
+        self._contexts = Contexts(attention, placement.sequence)
+        self._last: tuple[Tensor, Context] | None = None
+        self.per_target = 1.0
+        self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
+        self.aux_losses: list[Tensor] = []
+
+    def context(self, x: Tensor, tokens: Tensor, segments: Tensor | None) -> Context:
+        """Made once per pass: blocks of one pass are given the same tensor of tokens."""
+        if self._last is None or self._last[0] is not tokens:
+            self._last = (tokens, self._contexts.of(tokens, segments, x.dtype))
+        return self._last[1]
+
+    def reset(self) -> None:
+        self._last, self.losses, self.aux_losses = None, [], []
+
+
+class Rows(nn.Module):
+    """This rank's rows of the matrix `name`, one per token of the vocabulary."""
+
+    def __init__(self, model: ModelConfig, name: str, *, vocab_size: int, seed: int, stage: Stage) -> None:
+        super().__init__()
+        self.register_parameter(name, parameter(vocab_size, model.width))
+        self.init_stds = {name: model.init_std}
+        self.name, self.stage = name, stage
+        initialise(self, seed=seed)
+        cut(self, vocabulary_shards(model, vocab_size), stage.placement.ranks)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.get_parameter(self.name)
+
+
+class EmbeddingLayer(Rows):
+    """The first layer; where the matrices are tied, its rows are the head's too."""
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        return (embed(self.weight, inputs[0], self.stage.placement.ranks), *inputs)
+
+
+class HeadLayer(Rows):
+    """An untied head."""
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return loss(self, inputs)
+
+
+def loss(layer: Rows, inputs: Inputs) -> Tensor:
+    """The micro-batch's part of the mean over the targets of the global batch; its sums are noted on the stage."""
+    hidden, _, labels, *_ = inputs
+    stage = layer.stage
+    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement.ranks)
+    targets = (labels != IGNORED).sum()
+    found = [loss_sum.detach(), targets.new_zeros(()) if hits is None else hits, targets]
+    stage.losses.append(torch.stack([t.double() for t in found]))
+    return loss_sum * stage.per_target
+
+
+class BlockLayer(nn.Module):
+    """One block of the decoder."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, stage: Stage) -> None:
+        super().__init__()
+        self.block = make_block(model, attention, index, seed=seed, placement=stage.placement)
+        self.index, self.stage = index, stage
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        x, tokens, labels, *segments = inputs
+        stage = self.stage
+        context = stage.context(x, tokens, segments[0] if segments else None)
+        x, aux_loss = run_block(self.block, x, context, stage.placement)
+        if aux_loss is not None and torch.is_grad_enabled():
+            stage.aux_losses.append(aux_loss.detach())
+            x = _WithLoss.apply(x, aux_loss, stage.aux_scale)
+        return x, tokens, labels, *segments
+
+
+class NormLayer(nn.Module):
+    """The norm before the head."""
+
+    def __init__(self, model: ModelConfig, *, seed: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(model.width, model.norm_eps)
+        initialise(self, seed=seed)
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        return (self.norm(inputs[0]), *inputs[1:])
+
+
+class _WithLoss(torch.autograd.Function):
+    """x, unchanged; in the backward pass the loss gets a gradient of `scale`, as if it were part of the final one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.gradient = loss.new_full((), scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.gradient, None
+
+
+class _Stages(PipelineModule):
+    """DeepSpeed's pipeline with given bounds; its own partition counts parameters or layers, not work."""
+
+    def __init__(self, layers: list[Any], bounds: list[int], **options: Any) -> None:
+        self._bounds = bounds
+        super().__init__(layers, **options)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class PipelineEngine(Engine):
+    """As `Engine`, where layers are dealt to stages. `bounds`: the first layer of each stage, and the number of layers,
+    of [embedding, blocks ..., norm, head].
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        *,
+        vocab_size: int,
+        seed: int,
+        placement: Placement,
+        bounds: list[int],
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        layout: Layout,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        self.layout, self.zero, self.accumulation = layout, parallel.zero, accumulation
+        # The last stage's loss is divided by the number of micro-batches before its backward pass; so are these.
+        self._stage = Stage(attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
+        layers = self._layers(model, attention, vocab_size=vocab_size, seed=seed)
+        topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
+        with contextlib.redirect_stdout(sys.stderr):
+            stages = _Stages(layers, bounds, topology=topology, seed_layers=False)
+        blocks = [layer for layer in stages.children() if isinstance(layer, BlockLayer)]
+        self.attention_layers: dict[int, Attention] = {layer.index: layer.block.attn for layer in blocks}
+        self._logical = self._named(stages, model, vocab_size)
+        self._start(stages, parallel, optimizer, micro_batch)
+
+    def _layers(self, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seed: int) -> list[Any]:
+        options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "stage": self._stage}
+        tied = model.tied_embeddings
+        first: Any = LayerSpec(EmbeddingLayer, model, EMBEDDING, **options)
+        last: Any = LayerSpec(HeadLayer, model, "head", **options)
+        if tied:
+            first = TiedLayerSpec(EMBEDDING, EmbeddingLayer, model, EMBEDDING, tied_weight_attr=EMBEDDING, **options)
+            last = TiedLayerSpec(
+                EMBEDDING,
+                EmbeddingLayer,
+                model,
+                EMBEDDING,
+                forward_fn=loss,
+                tied_weight_attr=EMBEDDING,
+                **options,
+            )
+        blocks = [
+            LayerSpec(BlockLayer, model, mechanism, i, seed=seed, stage=self._stage)
+            for i, mechanism in enumerate(layer_configs(model, attention, vocab_size=vocab_size))
+        ]
+        return [first, *blocks, LayerSpec(NormLayer, model, seed=seed), last]
+
+    def _named(self, stages: nn.Module, model: ModelConfig, vocab_size: int) -> list[LogicalParameter]:
+        """The stage's parameters under their single-device names."""
+        logical = []
+        for layer in stages.modules():
+            if isinstance(layer, Rows):
+                shard = vocabulary_shards(model, vocab_size)[layer.name]
+                copy = layer.name == EMBEDDING and self.layout.pp_rank > 0
+                logical.append(LogicalParameter(layer.name, layer.get_parameter(layer.name), shard, copy))
+            elif isinstance(layer, BlockLayer):
+                for name, p in layer.block.named_parameters():
+                    shard = layer.block.shards.get(name)
+                    logical.append(LogicalParameter(f"blocks.{layer.index}.{name}", p, shard))
+            elif isinstance(layer, NormLayer):
+                logical += [LogicalParameter(name, p, None) for name, p in layer.named_parameters()]
+        return logical
+
+    def _grid(self) -> None:
+        """DeepSpeed's pipeline brings its own."""
+        return None
+
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> tuple[Tensor, Tensor, None]:
+        self._stage.reset()
+        self._stage.per_target = per_target
+        self._engine.train_batch(self._iterator(micro))
+        aux = [t.double() for t in self._stage.aux_losses]
+        zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        # Each rank's routers say the mean over its own groups.
+        return self._lead_sums()[0], sum(aux, zero) / self.layout.tp_size, None
+
+    def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
+        self._stage.reset()
+        # Shapes are agreed once between stages; a probe's differ from those of training.
+        self._engine.reset_activation_shape()
+        self._engine.eval_batch(
+            self._iterator(micro), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro)
+        )
+        self._engine.reset_activation_shape()
+        self._engine.module.train()
+        return self._lead_sums()
+
+    def _lead_sums(self) -> Tensor:
+        """Sums over this rank's micro-batches, zero on all but one of the ranks that compute the same loss."""
+        if not self._stage.losses or self.layout.tp_rank:
+            return torch.zeros(3, dtype=torch.float64, device=self.layout.device)
+        return torch.stack(self._stage.losses).sum(0)
+
+    def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
+        for batch in micro:
+            tokens, labels, segments = self._inputs(batch)
+            inputs = (tokens, labels) if segments is None else (tokens, labels, segments)
+            yield inputs, labels  # DeepSpeed's last stage loads labels of its own; ours come with the rest
