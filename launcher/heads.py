@@ -16,10 +16,13 @@ PROBE_SEQ_LEN = 256
 """Longest piece of a sequence in the probe: with full sequences it would hold one document alone."""
 
 
-def probe_batch(data: DataConfig) -> MicroBatch:
-    """`PROBE_TOKENS` at most, from the beginnings of sequences spread over the validation split."""
-    length = min(data.seq_len, PROBE_SEQ_LEN)
-    count = PROBE_TOKENS // length
+def probe_batch(data: DataConfig, *, parts: int = 1) -> MicroBatch:
+    """`PROBE_TOKENS` at most, from the beginnings of sequences spread over the validation split.
+
+    `parts`: into how many equal ones the layout cuts a sequence; it divides `data.seq_len`.
+    """
+    length = max(parts, min(data.seq_len, PROBE_SEQ_LEN) // parts * parts)
+    count = max(1, PROBE_TOKENS // length)
     batch = validation_batches(data, tokens=count * data.seq_len, micro_batch=count, dp_rank=0, dp_size=1)[0]
     segments = None if batch.segments is None else batch.segments[:, :length].contiguous()
     tokens, labels = (t[:, :length].contiguous() for t in (batch.tokens, batch.labels))

@@ -13,6 +13,7 @@ import torch
 
 from headway.data.config import DataError
 from headway.data.loader import Loader, StepBatch, validation_batches
+from headway.launcher import heartbeat
 from headway.launcher.heads import HeadProbe, probe_batch
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, write_json
@@ -36,6 +37,7 @@ class Session:
         train, data = spec.train, spec.data
         assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
         self._seed_everything(0)
+        sequence_parts = layout.cp_size * (layout.tp_size if spec.parallel.sequence_parallel else 1)
         self.engine = make_engine(
             spec.model,
             spec.attention,
@@ -55,7 +57,7 @@ class Session:
             total_steps=spec.steps,
             tokens_per_step=spec.tokens_per_step,
         )
-        self.heads = HeadProbe(self.engine, layout, probe_batch(data))
+        self.heads = HeadProbe(self.engine, layout, probe_batch(data, parts=sequence_parts))
         self.validation = validation_batches(
             data,
             tokens=train.validation_tokens,
@@ -173,6 +175,7 @@ class Session:
 
     def validate(self) -> None:
         """Loss and accuracy on the fixed validation tokens; head diversity on the probe batch."""
+        heartbeat.beat("validate", self.step)
         t0 = time.perf_counter()
         self.engine.before_step(self.tokens)  # schedules as they stand now, also where a stage just ended
         result = self.engine.evaluate(self.validation)
@@ -205,6 +208,7 @@ class Session:
 
         `last`: training does not go on after this one. Raises CheckpointError when a last one, or one too many, fails.
         """
+        heartbeat.beat("save", self.step)
         t0 = time.perf_counter()
         self.tracker.flush()
         state = {
@@ -264,6 +268,7 @@ class Session:
         """Write summary.json: the run is complete."""
         if self._last_validation is None:
             self.validate()
+        heartbeat.beat("finish", self.step)
         if not self.layout.is_main:
             return
         steady = sorted(r["step_s"] for r in self.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
@@ -285,8 +290,9 @@ class Session:
         )
 
     def _seed_everything(self, step: int) -> None:
-        """Random numbers of a step depend on (seed, step, place in the batch) alone: a resumed run draws the same ones,
-        and ranks that share a layer choose alike.
+        """Random numbers of a step depend on (seed, step, part of the batch, stage) alone: a resumed run draws the same
+        ones, and ranks that share a layer choose alike.
         """
-        key = f"{self.spec.seed}/{step}/{self.layout.data_index}".encode()
+        layout = self.layout
+        key = f"{self.spec.seed}/{step}/{layout.data_index + layout.data_ranks * layout.pp_rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)

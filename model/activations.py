@@ -1,9 +1,9 @@
 """What one block holds on a rank: its parameters, and what it keeps for the backward pass.
 
 Asked of the block itself: it is built with all its widths, run on the CPU for a few tokens, and what autograd saves is
-counted. Two lengths give the slope per token and what does not grow; so no formula here knows a mechanism. The attention
-core is a stand-in that keeps what a fused operation keeps (queries, keys, values, output, one log-sum per row and head),
-never the [S, S] scores.
+counted. Two lengths give the slope per token and what does not grow; so no formula here knows a mechanism. The
+attention core is a stand-in that keeps what a fused operation keeps (queries, keys, values, output, one log-sum per row
+and head), never the [S, S] scores; so are the norms of a GPU, which are one operation there and several on the CPU.
 
 Legend: B batch, S sequence, d width, H query heads (or slots), G KV heads, D head size; n tokens of a rank.
 """
@@ -24,14 +24,15 @@ from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement
+from headway.model.layers import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
     """How a block's work is shared and computed, as far as it decides what is kept.
 
-    `tensor`, `context`: ranks; `bf16`: or else fp32; `device`: "cuda" or "cpu", whose fused attention differs; `masked`:
-    documents do not see each other; `seq_len`: S of the whole sequence.
+    `tensor`, `context`: ranks; `bf16`: or else fp32; `device`: "cuda" or "cpu", whose fused attention differs;
+    `masked`: documents do not see each other; `seq_len`: S of the whole sequence.
     """
 
     tensor: int = 1
@@ -54,7 +55,8 @@ class Footprint:
     kept_per_token: float  # for the backward pass, the block's input included
     kept_once: float  # the same, independent of the number of tokens
     routing_per_token: float  # routers' choices, which recomputation keeps
-    sums_per_token: float  # added up over tensor-parallel ranks within the layer, one direction
+    sums_per_token: float  # added up over tensor-parallel ranks within the layer, forward
+    dealt_per_token: float  # exchanged between context-parallel ranks around the attention core, forward
 
     def kept(self, tokens: float) -> float:
         """Bytes for the backward pass of `tokens` tokens."""
@@ -63,10 +65,10 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockParameters:
-    """Numbers of one rank's part of a block, and how many of them every tensor-parallel rank holds whole."""
+    """Numbers of one rank's part of a block."""
 
     by_part: dict[str, int]  # attention, mlp, norm
-    replicated: int
+    replicated: int  # of attention's and mlp's, those that every tensor-parallel rank holds; norms are whole anyway
 
     @property
     def total(self) -> int:
@@ -83,8 +85,9 @@ def _block_parameters(model: str, attention: str, kind: type[AttentionConfig], t
     parts, replicated = {"attention": 0, "mlp": 0, "norm": 0}, 0
     for name, parameter in block.named_parameters():
         cut = name in block.shards
-        parts[_PARTS[name.partition(".")[0]]] += parameter.numel() // (tensor if cut else 1)
-        replicated += 0 if cut else parameter.numel()
+        part = _PARTS[name.partition(".")[0]]
+        parts[part] += parameter.numel() // (tensor if cut else 1)
+        replicated += 0 if cut or part == "norm" else parameter.numel()
     return BlockParameters(by_part=parts, replicated=replicated)
 
 
@@ -109,6 +112,7 @@ def _footprint(model: str, attention: str, kind: type[AttentionConfig], sharing:
         kept_once=small.kept - slope * small.tokens,
         routing_per_token=large.routing / large.tokens,
         sums_per_token=large.sums / large.tokens,
+        dealt_per_token=large.dealt / large.tokens,
     )
 
 
@@ -118,6 +122,7 @@ class _Run:
     kept: float
     routing: float
     sums: float
+    dealt: float
 
 
 class _Probe:
@@ -126,7 +131,7 @@ class _Probe:
     def __init__(self, model: ModelConfig, attention: AttentionConfig, sharing: Sharing) -> None:
         self.model, self.attention, self.sharing = model, attention, sharing
         self.dtype = torch.bfloat16 if sharing.bf16 else torch.float32
-        self.summed_bytes = 0
+        self.summed_bytes = self.dealt_bytes = 0
         ranks = Ranks()
         if sharing.tensor > 1:
             parts = sharing.tensor if sharing.sequence_parallel else 1
@@ -143,41 +148,67 @@ class _Probe:
             for tensor in [*block.parameters(), *block.buffers()]:
                 tensor.zero_()
         block.place(Placement(ranks=ranks))
+        if sharing.device == "cuda":
+            for module in block.modules():
+                if isinstance(module, RMSNorm):
+                    module.forward = partial(_FusedNorm.apply, module.gain)
         self.block = block.train()
 
     def run(self, tokens: int) -> _Run:
         """Forward pass of `tokens` tokens of one sequence."""
         sharing, memory = self.sharing, RoutingMemory()
-        self.summed_bytes = 0
+        self.summed_bytes = self.dealt_bytes = 0
         own = tokens // (sharing.tensor if sharing.sequence_parallel else 1)
         x = torch.zeros(1, own, self.model.width, dtype=self.dtype, requires_grad=True)
         rope = rope_tables(tokens, self.attention.rotated, self.attention.rope_base, x.device)
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
-        attend = partial(_attend, sharing)
-        context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=attend))
+        context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=self._attend))
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
         with saved_storages(besides=known) as saved:
             self.block(x, context)
         with torch.no_grad():
             self.block(x, replace(context, memory=memory))
         routing = sum(choice.numel() * choice.element_size() for choice in memory.choices)
-        return _Run(tokens, sum(saved.values()), routing, self.summed_bytes)
+        return _Run(tokens, sum(saved.values()), routing, self.summed_bytes, self.dealt_bytes)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             self.summed_bytes += tensor.numel() * tensor.element_size()
         return _Resized.apply(1, 1, tensor)
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
+        """In place of `headway.kernels.attention.core`, and of the exchange around it where ranks share sequences.
+
+        q [B, n, H, D]; k, v [B, n, G, D] -> zeros [B, n, H, D]. Saves what the core would: queries; keys and values,
+        once per query head where no fused operation takes fewer; output, and again where it is put together from blocks
+        of rows or sent back to the ranks of its tokens; one fp32 number per row and head.
+        """
+        batch, tokens, heads, _ = q.shape
+        groups, sharing = k.shape[2], self.sharing
+        if sharing.context > 1 and torch.is_grad_enabled():
+            sent = 2 * (q.numel() + k.numel()) if groups > 1 else 2 * k.numel() * sharing.context
+            self.dealt_bytes += sent * q.element_size()
+        output = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        others = [q.new_zeros(batch, heads, tokens, dtype=torch.float32)]
+        blocks = sharing.masked or (window is not None and window < sharing.seq_len)
+        if groups != heads and not shares_kv_heads(sharing.device, q.dtype, masked=blocks):
+            others += [torch.zeros_like(q), torch.zeros_like(q)]
+        elif sharing.context > 1 and groups == 1:
+            others += [k.new_zeros(batch, tokens * sharing.context, *k.shape[2:]) for _ in range(2)]
+        else:
+            others += [k, v]
+        rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
+        copies = int(blocks and sharing.seq_len >= 2 * rows) + int(sharing.context > 1 and groups > 1)
+        others += [torch.zeros_like(output) for _ in range(copies)]
+        return _Kept.apply(q, output, *others)
+
 
 @contextmanager
 def saved_storages(*, besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known.
-
-    Whoever asks must keep the graph's outputs, or take the sizes at once: freed storages leave their address to others.
-    """
+    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known."""
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     found: dict[int, int] = {}
-    alive: list[Tensor] = []
+    alive: list[Tensor] = []  # lest a freed storage leaves its address to another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -198,6 +229,15 @@ class _Resized(torch.autograd.Function):
         return x.new_zeros(x.shape[0], x.shape[1] * grow // shrink, *x.shape[2:])
 
 
+class _FusedNorm(torch.autograd.Function):
+    """Keeps what PyTorch's norm keeps on a GPU: input, gain and one fp32 number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, gain: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gain, x, x.new_zeros(x.shape[:-1], dtype=torch.float32))
+        return torch.zeros_like(x)
+
+
 class _Kept(torch.autograd.Function):
     """Saves what it is given; its result is the second of them."""
 
@@ -205,29 +245,3 @@ class _Kept(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, output: Tensor, *others: Tensor) -> Tensor:
         ctx.save_for_backward(query, output, *others)
         return output
-
-
-def _attend(
-    sharing: Sharing, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None
-) -> Tensor:
-    """In place of `headway.kernels.attention.core`, and of the exchange around it where ranks share sequences.
-
-    q [B, n, H, D]; k, v [B, n, G, D] -> zeros [B, n, H, D]. Saves what the core would: queries; keys and values, once
-    per query head where no fused operation takes fewer; output, and again where it is put together from blocks of rows
-    or sent back to the ranks of its tokens; one fp32 number per row and head.
-    """
-    batch, tokens, heads, _ = q.shape
-    groups = k.shape[2]
-    output = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    others = [q.new_zeros(batch, heads, tokens, dtype=torch.float32)]
-    blocks = sharing.masked or (window is not None and window < sharing.seq_len)
-    if groups != heads and not shares_kv_heads(sharing.device, q.dtype, masked=blocks):
-        others += [torch.zeros_like(q), torch.zeros_like(q)]
-    elif sharing.context > 1 and groups == 1:
-        others += [k.new_zeros(batch, tokens * sharing.context, *k.shape[2:]) for _ in range(2)]
-    else:
-        others += [k, v]
-    rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
-    copies = int(blocks and sharing.seq_len >= 2 * rows) + int(sharing.context > 1 and groups > 1)
-    others += [torch.zeros_like(output) for _ in range(copies)]
-    return _Kept.apply(q, output, *others)

@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         initialise(self, seed=seed)
         self._vocabulary_shards = vocabulary_shards(model, vocab_size)
         cut(self, self._vocabulary_shards, self.placement.ranks)
-        # One block is made, drawn and cut after the other: no rank ever holds the whole model.
+        # One block is made, drawn and cut after the other: a rank never holds more than its part and one block.
         for i, mechanism in enumerate(mechanisms):
             self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement))
         self._contexts = Contexts(attention, self.placement.sequence)

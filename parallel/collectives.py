@@ -3,12 +3,14 @@
 The exchange between tensor-parallel ranks stands at the border of each shared layer, once in and once out, not at each
 matrix: queries, keys, values and router rows read one input, whose gradient is then summed once.
 
-Without sequence parallelism the borders are megatron-core's own mappings. Those for sequence parallelism cut dimension
-0 and allocate on a CUDA device; ours cut dimension 1 of [B, S, d] and run anywhere.
+Without sequence parallelism the borders are megatron-core's own mappings. They reduce in place, and leave a tensor that
+is not contiguous as it was, so they are handed copies of their own. Those for sequence parallelism cut dimension 0 and
+allocate on a CUDA device; ours cut dimension 1 of [B, S, d] and run anywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,8 +34,8 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
     if sequence_parallel:
         enter, leave = partial(_Gather.apply, group), partial(_Scatter.apply, group)
     else:
-        enter = partial(mappings.copy_to_tensor_model_parallel_region, group=group)
-        leave = partial(mappings.reduce_from_tensor_model_parallel_region, group=group)
+        enter = partial(_enter, partial(mappings.copy_to_tensor_model_parallel_region, group=group))
+        leave = partial(_leave, partial(mappings.reduce_from_tensor_model_parallel_region, group=group))
     return Ranks(
         index=layout.tp_rank,
         count=layout.tp_size,
@@ -61,7 +63,7 @@ class _Ulysses:
     """Attention over whole sequences of which each rank holds a part: heads are dealt out, and sequences put together
     (Jacobs et al., 2023, arXiv 2309.14509), by DeepSpeed's `DistributedAttention`.
 
-    A single KV head cannot be dealt out: its keys and values are gathered instead, and each rank's queries stay.
+    KV heads that do not divide, such as a single one, are not dealt out: keys and values are gathered, queries stay.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -71,8 +73,8 @@ class _Ulysses:
         self._dealt = DistributedAttention(_Core(), self._group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
-        """q [B, S/C, H, D]; k, v [B, S/C, G, D], G a multiple of C, or 1; mask of the whole sequence -> as q."""
-        if k.shape[2] > 1:
+        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> as q."""
+        if k.shape[2] % self._count == 0:
             return self._dealt(q, k, v, 0, None, mask, window=window)
         rows = q.shape[1]
         first, last = self._index * rows, (self._index + 1) * rows
@@ -86,6 +88,26 @@ class _Core(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None) -> Tensor:
         return core(q, k, v, mask, window=window)
+
+
+def _enter(copy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return _Fresh.apply(copy(x))
+
+
+def _leave(reduce: Callable[[Tensor], Tensor], partial_sum: Tensor) -> Tensor:
+    return reduce(partial_sum.clone(memory_format=torch.contiguous_format))
+
+
+class _Fresh(torch.autograd.Function):
+    """x; its gradient arrives contiguous, in memory that nothing else reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].clone(memory_format=torch.contiguous_format)
 
 
 class _Sum(torch.autograd.Function):

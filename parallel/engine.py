@@ -84,6 +84,9 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": parallel.zero, "overlap_comm": False, "contiguous_gradients": parallel.zero > 1},
         "bf16": {"enabled": bf16},
+        # By default each tensor-parallel rank sends its part of the activations, and the next stage takes the parts for
+        # those of one tensor: true only as long as the ranks hold equal ones, which sequence parallelism ends.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
     }
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -136,7 +139,7 @@ class Engine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        self.layout, self.zero, self.accumulation = layout, parallel.zero, accumulation
+        self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
         self.attention_layers: dict[int, Attention] = dict(enumerate(model.attention_layers()))
         self._logical = [
             LogicalParameter(name, parameter, model.shards.get(name)) for name, parameter in model.named_parameters()
@@ -165,7 +168,7 @@ class Engine:
         # DeepSpeed keeps the grid of the last engine of the process, and would take it for this one's.
         deepspeed.utils.groups.mpu = None
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints memory reports; stdout is for the console line
-            self._engine, self._zero, _, _ = deepspeed.initialize(
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=inner, config=config, dist_init_required=False, mpu=self._grid()
             )
         self._inner = inner
@@ -192,7 +195,7 @@ class Engine:
         `targets` is the number of target tokens of the global batch (all ranks, all micro batches): the loss is their
         mean, so a micro batch with fewer targets weighs less.
         """
-        for group in self._zero.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         loss_sum, aux_loss, times = self._passes(micro, self._per_target(targets))
@@ -331,7 +334,7 @@ class Engine:
 
     @torch.no_grad()
     def _write_low_precision(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self.zero < 3:
+        if self._zero_stage < 3:
             parameter.data.copy_(value.view_as(parameter))
             return
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -346,9 +349,9 @@ class Engine:
         """
         # Where DeepSpeed keeps this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (which fills them itself).
         partitions = (
-            getattr(self._zero, "single_partition_of_fp32_groups", None)
-            or getattr(self._zero, "fp32_partitioned_groups_flat", None)
-            or self._zero.fp32_groups_flat_partition
+            getattr(self._optimizer, "single_partition_of_fp32_groups", None)
+            or getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
+            or self._optimizer.fp32_groups_flat_partition
         )
         for partition in partitions:
             state = self._inner.state[partition]
@@ -356,7 +359,7 @@ class Engine:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
                 for key in MOMENTS:
                     state[key] = torch.zeros_like(partition, requires_grad=False)
-        link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
 

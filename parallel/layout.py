@@ -92,11 +92,12 @@ class Layout:
         length = torch.tensor([payload.numel()], device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.world_size)]
         dist.all_gather(lengths, length)
-        padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8, device=self.device)
+        sizes = torch.stack(lengths).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: payload.numel()] = payload
         parts = [torch.zeros_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
-        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
+        return [json.loads(p[:n].cpu().numpy().tobytes()) for p, n in zip(parts, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

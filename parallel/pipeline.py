@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ class Rows(nn.Module):
         self.init_stds = {name: model.init_std}
         self.name, self.stage = name, stage
         initialise(self, seed=seed)
-        cut(self, vocabulary_shards(model, vocab_size), stage.placement.ranks)
+        cut(self, {name: vocabulary_shards(model, vocab_size)[name]}, stage.placement.ranks)
 
     @property
     def weight(self) -> Tensor:
@@ -177,7 +178,7 @@ class PipelineEngine(Engine):
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        self.layout, self.zero, self.accumulation = layout, parallel.zero, accumulation
+        self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
         # The last stage's loss is divided by the number of micro-batches before its backward pass; so are these.
         self._stage = Stage(attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
         layers = self._layers(model, attention, vocab_size=vocab_size, seed=seed)
@@ -235,6 +236,7 @@ class PipelineEngine(Engine):
         self._stage.reset()
         self._stage.per_target = per_target
         self._engine.train_batch(self._iterator(micro))
+        self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it keeps a record of every step, on CUDA with two events
         aux = [t.double() for t in self._stage.aux_losses]
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         # Each rank's routers say the mean over its own groups.

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -244,5 +243,5 @@ class GroupedQueryExperts(GroupedQueryAttention):
         """[B, K, G, D] -> [B, K, 1, D]; of rotated keys, whose mean is the rotated mean key."""
         if self.config.shared == "mean":
             return self.ranks.sum(heads.sum(2, keepdim=True)) / self.config.groups
-        first = heads[:, :, :1]
-        return self.ranks.sum(first if self.ranks.index == 0 else torch.zeros_like(first))
+        # Times 0 on the other ranks: a constant would have no gradient, and rank 0 would sum gradients alone.
+        return self.ranks.sum(heads[:, :, :1] * (self.ranks.index == 0))
