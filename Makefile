@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results mechanisms probes lint types format clean
+.PHONY: help study test test-all results mechanisms probes plans lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -54,6 +54,10 @@ probes: $(VENV)/.installed
 	$(BIN)/headway probe run yaml/probes.yaml
 	mkdir -p $(RESULTS)/probes
 	cp studies/probes/{probe.md,probe.csv,recall.png} $(RESULTS)/probes/
+
+# What the shipped layouts need and give, and the way to 512 GPUs: computed, in seconds, on any machine.
+plans: $(VENV)/.installed
+	$(BIN)/python -P -m headway.launcher.plan_tables $(RESULTS)/plans
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
 
   headway doctor                        what this machine has and what will be used
   headway data build yaml/data/x.yaml   text to tokenizer and shards
-  headway plan  spec.yaml               parameters, FLOPs and KV bytes, without training
+  headway plan  spec.yaml               parameters, memory, communication and speed, without training
   headway train spec.yaml               train one spec; start the same command again to continue
   headway study run study.yaml          train variants and seeds, then write the report
   headway probe run probes.yaml         what each variant can do on synthetic tasks
@@ -54,10 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     actions = data.add_subparsers(dest="action", metavar="build|verify", required=True)
     for name, text in (("build", "text to tokenizer, shards and manifest"), ("verify", "check every file's hash")):
         _spec_arguments(actions.add_parser(name, help=text, description=text))
-    plan = verb("plan", "parameters, FLOPs and KV bytes of a spec, without training")
+    plan = verb("plan", "parameters, memory, communication and expected speed of a spec, without training")
+    plan.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts over N GPUs")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="the GPU that is planned for (default h100)")
+    plan.add_argument("--network", default="ndr", metavar="NAME", help="what joins the hosts (default ndr)")
     plan.add_argument("--json", action="store_true", help="print JSON")
     train = verb("train", "train one spec; the same command again continues it")
-    train.add_argument("--dry-run", action="store_true", help="print the command that would be executed, and stop")
+    train.add_argument("--dry-run", action="store_true", help="print what would be executed on each host, and stop")
+    train.add_argument("--node-rank", type=int, default=None, metavar="N", help="which of launch.hosts this is, from 0")
     train.add_argument(
         "--print-config", action="store_true", help="print every value and where it comes from, and stop"
     )
@@ -146,7 +150,8 @@ def _run(args: argparse.Namespace) -> int:
         case "plan", _:
             from headway.launcher.plan import plan
 
-            return plan(args.spec, args.overrides, as_json=args.json)
+            options = {"gpus": args.gpus, "gpu": args.gpu, "network": args.network}
+            return plan(args.spec, args.overrides, **options, as_json=args.json)
         case "train", _ if args.print_config:
             from headway.launcher.load import format_config, load_spec
 
@@ -155,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
         case "train", _:
             from headway.launcher.launch import train
 
-            return train(args.spec, args.overrides, dry_run=args.dry_run)
+            return train(args.spec, args.overrides, node_rank=args.node_rank, dry_run=args.dry_run)
         case "study", "run":
             from headway.launcher.study import run_study
 

@@ -1,4 +1,4 @@
-"""`headway plan`: what a spec costs, computed, without training and without a GPU."""
+"""`headway plan`: what a spec costs and needs, computed, without training and without a GPU."""
 
 from __future__ import annotations
 
@@ -7,42 +7,73 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.launch import resolve, run_card
+from headway.launcher.launch import resolve
+from headway.launcher.layouts import vocabulary
 from headway.launcher.load import load_spec
+from headway.launcher.plan_hardware import find_gpu, find_network
+from headway.launcher.plan_layouts import plan_layout, search
+from headway.launcher.plan_text import cost_lines, layout_figures, layout_lines, search_figures, search_lines
 from headway.launcher.spec import Spec
 
 
-def plan(path: Path, overrides: Sequence[str], *, as_json: bool = False) -> int:
-    """Print parameters, forward FLOPs per token and KV cache of a spec, and the training FLOPs of the whole run."""
-    spec, info = resolve(load_spec(path, overrides).spec)
-    cost = run_card(spec, info)["cost"]
-    tokens = spec.steps * spec.tokens_per_step
-    cost["training_tokens"] = tokens
-    cost["training_flops_useful"] = 3 * cost["flops_per_token_useful"] * tokens
+def plan(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    gpus: int | None = None,
+    gpu: str = "h100",
+    network: str = "ndr",
+    as_json: bool = False,
+) -> int:
+    """Print parameters, FLOPs, memory, communication and expected speed of a spec in its own layout.
+
+    With `gpus`, also the layouts over so many GPUs that are expected to be fastest. Raises SpecError where a GPU or a
+    network is not known, or the spec is not legal.
+    """
+    chosen, between = find_gpu(gpu), find_network(network)
+    spec = with_vocabulary(load_spec(path, overrides).spec)
+    cost = cost_of(spec)
+    useful = 3 * cost["flops_per_token_useful"]
+    own = plan_layout(spec, chosen, between, useful_flops_per_token=useful)
+    found = None
+    if gpus is not None:
+        found = search(spec, gpus=gpus, gpu=chosen, network=between, useful_flops_per_token=useful)
     if as_json:
-        print(json.dumps(cost, indent=1))
+        figures = {**cost, **layout_figures(own, chosen, between)}
+        if found is not None:
+            figures["search"] = search_figures(found, chosen, between)
+        print(json.dumps(figures, indent=1))
         return 0
-    rows = [
-        ("attention", spec.attention.type),
-        ("parameters", f"{cost['num_params']:,}"),
-        *((f"  {part}", f"{n:,}") for part, n in cost["params_by_part"].items()),
-        ("forward FLOPs/token, useful", f"{cost['flops_per_token_useful']:,.0f} at {spec.data.seq_len} tokens"),
-        *((f"  {part}", f"{n:,.0f}") for part, n in _parts(spec, cost).items()),
-        ("forward FLOPs/token, executed", f"{cost['flops_per_token_executed']:,.0f}"),
-        ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
-        ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
-        ("training FLOPs, useful", f"{cost['training_flops_useful']:.3e}"),
-    ]
-    for name, value in rows:
-        print(f"{name:<30} {value}")
+    lines = [*cost_lines(spec, cost), "", *layout_lines(own, chosen, between)]
+    if found is not None:
+        assert gpus is not None
+        lines += ["", *search_lines(found, gpus, chosen)]
+    print("\n".join(lines))
     return 0
 
 
-def _parts(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
-    """Where the useful FLOPs go."""
+def with_vocabulary(spec: Spec) -> Spec:
+    """The spec with its vocabulary filled in; the data are only read where neither model nor source says it."""
+    size = vocabulary(spec)
+    if size is None:
+        return resolve(spec)[0]
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"vocab_size": size})})
+
+
+def cost_of(spec: Spec) -> dict[str, Any]:
+    """Parameters, FLOPs and KV cache of a spec whose vocabulary is known."""
+    from headway.launcher.match import spec_cost
+
     assert spec.model.vocab_size is not None
-    core = cost["flops_per_token_attention_core"]
-    mlp = 6.0 * spec.model.layers * spec.model.width * spec.model.ffn_width
-    head = 2.0 * spec.model.vocab_size * spec.model.width
-    projections = cost["flops_per_token_useful"] - core - mlp - head
-    return {"attention projections, routers": projections, "attention core": core, "mlp": mlp, "head": head}
+    cost = spec_cost(spec, spec.model.vocab_size)
+    tokens = spec.steps * spec.tokens_per_step
+    return {
+        "num_params": cost.num_params,
+        "params_by_part": cost.params_by_part,
+        "flops_per_token_useful": cost.flops_per_token.useful,
+        "flops_per_token_executed": cost.flops_per_token.executed,
+        "flops_per_token_attention_core": cost.attention_core_flops.useful,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "training_tokens": tokens,
+        "training_flops_useful": 3 * cost.flops_per_token.useful * tokens,
+    }

@@ -1,0 +1,109 @@
+"""What a block is said to keep for its backward pass is what autograd keeps when the real block runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headway.kernels.rope import rope_tables
+from headway.model.activations import Sharing, block_parameters, footprint, saved_storages
+from headway.model.attention.registry import MECHANISMS
+from headway.model.base import Context
+from headway.model.config import ModelConfig
+from headway.model.decoder import Block, document_mask
+
+MODEL = ModelConfig(width=96, layers=2, ffn_width=200)
+GROUPED = {"heads": 8, "kv_heads": 2, "head_dim": 16}
+CONFIGS = {
+    "gqa": GROUPED,
+    "rgqa": {**GROUPED, "top_k": 1},
+    "gqe": {**GROUPED, "top_k": 1},
+    "switchhead": {"kv_heads": 2, "head_dim": 16, "experts": 4, "top_k": 2},
+    "wgqa": GROUPED,
+    "hybrid": {**GROUPED, "top_k": 1, "value_experts": 4, "value_top_k": 2},
+}
+
+
+def config(name: str, **changes):
+    return MECHANISMS[name].model_validate({"type": name, **CONFIGS[name], **changes})
+
+
+def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool) -> int:
+    """Bytes of the storages that autograd saves in a forward pass of the real block, its real core included."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    block = Block(MODEL, attention).to(dtype)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.05)
+    x = torch.randn(batch, seq_len, MODEL.width, dtype=dtype, requires_grad=True)
+    rope = rope_tables(seq_len, attention.rotated, attention.rope_base, x.device)
+    tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
+    mask = document_mask(torch.zeros_like(tokens), dtype) if masked else None
+    shared = [*rope, tokens, *([] if mask is None else [mask])]
+    with saved_storages(besides=[*block.parameters(), *block.buffers(), *shared]) as saved:
+        block(x, Context(rope=rope, mask=mask, tokens=tokens))
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kept_bytes_are_those_of_autograd(name: str, bf16: bool, masked: bool) -> None:
+    attention = config(name)
+    for batch, seq_len in ((1, 32), (2, 64)):  # two sizes: slope and what does not grow are both seen
+        sharing = Sharing(bf16=bf16, masked=masked, device="cpu", seq_len=seq_len)
+        said = footprint(MODEL, attention, sharing).kept(batch * seq_len)
+        # 2 %: sums of losses and counts of a few bytes are rounded into the slope.
+        assert said == pytest.approx(kept(attention, batch=batch, seq_len=seq_len, bf16=bf16, masked=masked), rel=0.02)
+
+
+def test_a_mask_over_blocks_of_rows_keeps_one_more_output() -> None:
+    attention = config("gqa")
+    real = kept(attention, batch=1, seq_len=1024, bf16=False, masked=True)
+    sharing = Sharing(bf16=False, masked=True, device="cpu", seq_len=1024)
+    assert footprint(MODEL, attention, sharing).kept(1024) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_of_a_rank_are_its_share_and_what_all_ranks_hold(name: str) -> None:
+    attention = config(name)
+    alone, shared = (block_parameters(MODEL, attention, tensor=t) for t in (1, 2))
+    whole = attention.num_params(width=MODEL.width) + 3 * MODEL.width * MODEL.ffn_width + 2 * MODEL.width
+    assert alone.total == whole
+    replicated = shared.replicated + shared.by_part["norm"]
+    assert 2 * (shared.total - replicated) == whole - replicated
+
+
+def test_tensor_ranks_share_what_is_wide_and_sequence_parallelism_the_rest() -> None:
+    attention, alone = config("gqa"), Sharing(seq_len=64)
+    cut, parts = replace(alone, tensor=2), replace(alone, tensor=2, sequence_parallel=True)
+    whole, half, less = (footprint(MODEL, attention, sharing).kept_per_token for sharing in (alone, cut, parts))
+    # Before either norm x is whole without sequence parallelism: half of 2 d bytes more, and of the norm's own number.
+    assert half > whole / 2
+    assert half - less == 2 * (2 * MODEL.width + 4) / 2
+
+
+def test_norms_are_one_operation_on_a_gpu() -> None:
+    cpu, gpu = (footprint(MODEL, config("gqa"), Sharing(seq_len=64, masked=False, device=d)) for d in ("cpu", "cuda"))
+    # In bf16 the CPU keeps x and its normalised form in fp32 besides what the GPU keeps, at both norms.
+    assert cpu.kept_per_token - gpu.kept_per_token >= 2 * 4 * MODEL.width
+
+
+def test_exchanges_within_attention_are_those_of_the_mechanism() -> None:
+    sharing = Sharing(seq_len=64, tensor=2)
+    assert footprint(MODEL, config("gqa"), sharing).sums_per_token == 0
+    # GQE: one fp32 number, the sum of chosen probabilities; keys and values of the shared head, 2 D in bf16.
+    assert footprint(MODEL, config("gqe"), sharing).sums_per_token == 4 + 2 * 16 * 2
+
+
+def test_context_ranks_exchange_every_head_of_the_core() -> None:
+    dealt = footprint(MODEL, config("gqa"), Sharing(seq_len=64, context=2)).dealt_per_token
+    assert dealt == 2 * (2 * 8 + 2 * 2) * 16
+    one_kv_head = config("gqa", kv_heads=1)
+    assert footprint(MODEL, one_kv_head, Sharing(seq_len=64, context=2)).dealt_per_token == 2 * 2 * 16 * 2
+
+
+def test_recomputation_keeps_the_choices_of_routers() -> None:
+    sharing = Sharing(seq_len=64)
+    assert footprint(MODEL, config("gqa"), sharing).routing_per_token == 0
+    assert footprint(MODEL, config("rgqa"), sharing).routing_per_token == 2  # one byte per group
