@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results mechanisms probes plans lint types format clean
+.PHONY: help study test test-all results mechanisms probes plans parity lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -58,6 +58,10 @@ probes: $(VENV)/.installed
 # What the shipped layouts need and give, and the way to 512 GPUs: computed, in seconds, on any machine.
 plans: $(VENV)/.installed
 	$(BIN)/python -P -m headway.launcher.plan_tables $(RESULTS)/plans
+
+# The losses of every mechanism on every layout against one process (40 minutes on two cores at most).
+parity: $(VENV)/.installed
+	PYTHONPATH=tests/parity $(BIN)/python tests/parity/parity_run.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,12 +4,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from headway.data.config import DataConfig, SyntheticSource
 from headway.launcher.heads import PROBE_SEQ_LEN, PROBE_TOKENS, HeadProbe, probe_batch
 from headway.model.attention.gqa import GqaConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
+from headway.parallel.layout import Layout
 
 DATA = DataConfig(seq_len=24, source=SyntheticSource(type="synthetic", task="mqar", vocab_size=64, pairs=4, queries=4))
 
@@ -72,6 +74,7 @@ class Engine:
     def __init__(self, attention) -> None:
         model = ModelConfig(width=20, layers=2, ffn_width=28)
         self.module, self.passes = Decoder(model, attention, vocab_size=64, seed=1).eval(), 0
+        self.attention_layers = dict(enumerate(self.module.attention_layers()))
 
     def evaluate(self, batches) -> None:
         for batch in batches:
@@ -82,7 +85,7 @@ class Engine:
 @pytest.mark.parametrize(("heads", "layers", "passes"), [(4, ["layer_00", "layer_01"], 2), (2, [], 1)])
 def test_a_mechanism_without_a_pool_has_no_head_records_and_costs_one_pass(heads, layers, passes):
     engine: Any = Engine(GqaConfig(heads=heads, kv_heads=2, head_dim=6))
-    probe = HeadProbe(engine, engine.module.attention_layers(), probe_batch(DATA))
+    probe = HeadProbe(engine, Layout(rank=0, local_rank=0, device=torch.device("cpu")), probe_batch(DATA))
     assert list(probe.measure()) == list(probe.measure()) == layers
     assert engine.passes == passes
 

@@ -1,5 +1,8 @@
 """Router records: figures of a window of steps, biases of each step, and few collectives."""
 
+import json
+from typing import Any, ClassVar
+
 import pytest
 import torch
 
@@ -15,7 +18,7 @@ class Layer(Attention):
 
     def __init__(self) -> None:
         super().__init__()
-        self.meter, self.told = RouterMeter(), []
+        self.meter, self.told, self.cut = RouterMeter(), [], False
 
     def see(self, expert: int) -> None:
         logits = torch.nn.functional.one_hot(torch.full((2, 20, 1), expert), 4).float()
@@ -23,7 +26,7 @@ class Layer(Attention):
 
     def router_stats(self) -> dict[str, RouterStats]:
         stats = self.meter.stats()
-        return {} if stats is None else {"router": stats}
+        return {} if stats is None else {"router": stats._replace(cut=self.cut)}
 
     def watch_routers(self, *, closely: bool) -> None:
         self.meter.closely = closely
@@ -40,15 +43,18 @@ class Ranks(Layout):
 
     calls = 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
         Ranks.calls += 1
         return tensor.mul_(self.dp_size)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        return [value]
 
 
 def monitor(layer: Layer, *, dp_size: int = 1, every: int = 4, total: int = 10, per_step: int = 40) -> RouterMonitor:
     Ranks.calls = 0
     layout = Ranks(rank=0, local_rank=0, device=torch.device("cpu"), dp_rank=0, dp_size=dp_size)
-    return RouterMonitor([layer], layout, every_steps=every, total_steps=total, tokens_per_step=per_step)
+    return RouterMonitor({0: layer}, layout, every_steps=every, total_steps=total, tokens_per_step=per_step)
 
 
 def run(monitor: RouterMonitor, layer: Layer, choices: list[int]) -> dict[int, dict]:
@@ -115,3 +121,44 @@ def test_what_is_counted_between_steps_does_not_count():
 def test_a_figure_without_a_value_is_null_in_json():
     layer = Layer()
     assert run(monitor(layer), layer, [1])[1]["information_share"] == [None]
+
+
+class Together(Layout):
+    """The last of several ranks: the others have given their answers before."""
+
+    answers: ClassVar[list[Any]] = []
+
+    def gather_json(self, value: Any) -> list[Any]:
+        self.answers.append(json.loads(json.dumps(value)))
+        return list(self.answers)
+
+
+def records_of_ranks(ranks: list[tuple[int, int, bool]]) -> dict[str, Any]:
+    """Of (layer, chosen expert, whether its groups are the rank's alone) for each rank, what the last one records."""
+    Together.answers.clear()
+    record: dict[str, Any] = {}
+    for number, (index, expert, cut) in enumerate(ranks):
+        layer, layout = Layer(), Together(rank=number, local_rank=number, device=torch.device("cpu"))
+        layer.cut = cut
+        monitor = RouterMonitor({index: layer}, layout, every_steps=1, total_steps=1, tokens_per_step=40)
+        monitor.before_step(1)
+        layer.see(expert)
+        record = monitor.after_step(1)
+    return record
+
+
+def test_groups_of_tensor_parallel_ranks_stand_one_after_the_other():
+    figures = records_of_ranks([(0, 3, True), (0, 1, True)])["layer_00"]["router"]
+    assert figures["load"] == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    assert figures["dead"] == [3, 3] and len(figures["entropy"]) == 2
+    assert figures["tokens"] == 40  # both saw the same
+
+
+def test_a_router_that_every_tensor_parallel_rank_holds_whole_is_recorded_once():
+    assert records_of_ranks([(0, 3, False), (0, 3, False)])["layer_00"]["router"]["load"] == [[0, 0, 0, 1]]
+
+
+def test_layers_of_all_stages_are_recorded_in_their_order():
+    record = records_of_ranks([(2, 0, False), (0, 1, False)])
+    assert list(record) == ["layer_00", "layer_02"]
+    assert record["layer_02"]["router"]["load"] == [[1, 0, 0, 0]]

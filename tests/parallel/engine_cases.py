@@ -90,7 +90,7 @@ def main() -> None:
             fresh = engine(zero, precision, layout, accumulation)
             found = checkpoint.newest_valid(where, layout, warn=print)
             assert found is not None, error
-            checkpoint.load(found, fresh)
+            checkpoint.load(found, fresh, layout)
             resumed = run(fresh, layout, accumulation, 3, STEPS)
             if layout.is_main:
                 result = {"zero": zero, "precision": precision, "dp": layout.dp_size, "losses": losses}
@@ -101,7 +101,7 @@ def main() -> None:
     other = engine(3, "fp32", layout, 2)
     found = checkpoint.newest_valid(source, layout, warn=print)
     assert found is not None
-    checkpoint.load(found, other)
+    checkpoint.load(found, other, layout)
     crossed = run(other, layout, 2, 3, STEPS)
     if layout.is_main:
         print("CROSS", json.dumps({"from": source.name, "dp": layout.dp_size, "losses": crossed}), flush=True)

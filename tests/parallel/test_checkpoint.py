@@ -1,7 +1,10 @@
 """A checkpoint is whole, or it is not there; a changed byte is an error that names the file."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 from headway.parallel.layout import Layout
+from headway.parallel.logical import LogicalBuffer
 
 ALONE = Layout(rank=0, local_rank=0, dp_rank=0, dp_size=1, device=torch.device("cpu"))
 
@@ -22,8 +26,11 @@ class Model:
         self.values = {n: torch.full_like(p, value).detach() for n, p in self.module.named_parameters()}
         self.applied_steps = 0
 
-    def named_parameters(self):
-        return iter(self.module.named_parameters())
+    def logical_shapes(self):
+        return {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+
+    def buffers(self):
+        return {name: LogicalBuffer(buffer, None) for name, buffer in checkpoint.persistent_buffers(self.module)}
 
     def read_logical(self):
         for name, value in self.values.items():
@@ -52,7 +59,7 @@ def newest(root: Path, said: list[str] | None = None) -> checkpoint.Checkpoint:
 def test_what_is_saved_is_loaded_buffers_included(tmp_path):
     assert write(tmp_path, 7) is None
     found, model = newest(tmp_path), Model()
-    checkpoint.load(found, model)
+    checkpoint.load(found, model, ALONE)
     assert found.step == 7 and model.applied_steps == 7
     assert all(bool((v == 7).all()) for v in model.values.values())
     assert torch.equal(dict(model.module.named_buffers())["bias_of_router"], torch.full((2,), 7.0))
@@ -170,45 +177,47 @@ def test_a_checkpoint_the_disk_cannot_read_is_passed_over(tmp_path, monkeypatch)
     assert "Input/output error" in said[0]
 
 
-class TwoRanks:
-    """Stands for the exchange of two ranks: this one sees `root`, the other one what `other` answers."""
+@dataclass(frozen=True, kw_only=True)
+class SecondOfTwo(Layout):
+    """It sees its own folder; the first rank sees what `first` makes of its answer."""
 
-    def __init__(self, monkeypatch, other) -> None:
-        self.exchanges = 0
-        self._other = other
-        monkeypatch.setattr(checkpoint, "_gather_json", self._gather)
-        self.layout = Layout(rank=1, local_rank=1, dp_rank=1, dp_size=2, device=torch.device("cpu"))
+    first: Callable[[Any], Any]
+    exchanges: list[Any] = field(default_factory=list)
 
-    def _gather(self, layout, value):
-        self.exchanges += 1
-        return [self._other(value), value]
+    def gather_json(self, value: Any) -> list[Any]:
+        self.exchanges.append(value)
+        return [self.first(value), value]
 
 
-def test_ranks_that_see_different_folders_walk_through_the_same_ones(tmp_path, monkeypatch):
+def second_of_two(first: Callable[[Any], Any]) -> SecondOfTwo:
+    return SecondOfTwo(rank=1, local_rank=1, dp_rank=1, dp_size=2, device=torch.device("cpu"), first=first)
+
+
+def test_ranks_that_see_different_folders_walk_through_the_same_ones(tmp_path):
     write(tmp_path, 1)
 
     def sees_two(value):
         return {**value, "names": ["step-0000000002", "step-0000000001"]} if "names" in value else value
 
-    ranks, said = TwoRanks(monkeypatch, sees_two), []
-    found = checkpoint.newest_valid(tmp_path, ranks.layout, warn=said.append)
+    ranks, said = second_of_two(sees_two), []
+    found = checkpoint.newest_valid(tmp_path, ranks, warn=said.append)
     assert found is not None and found.step == 1
-    assert ranks.exchanges == 3  # the folders, then a vote on each: as many as the other rank takes part in
+    assert len(ranks.exchanges) == 3  # the folders, then a vote on each: as many as the other rank takes part in
     assert "step-0000000002" in said[0]
 
 
-def test_when_one_rank_cannot_list_the_folder_all_stop(tmp_path, monkeypatch):
+def test_when_one_rank_cannot_list_the_folder_all_stop(tmp_path):
     write(tmp_path, 1)
-    ranks = TwoRanks(monkeypatch, lambda value: {"names": [], "error": "rank 0 cannot list it"})
+    ranks = second_of_two(lambda value: {"names": [], "error": "rank 0 cannot list it"})
     with pytest.raises(CheckpointError, match="rank 0 cannot list"):
-        checkpoint.newest_valid(tmp_path, ranks.layout, warn=print)
+        checkpoint.newest_valid(tmp_path, ranks, warn=print)
 
 
-def test_ranks_with_different_manifests_do_not_resume_from_them(tmp_path, monkeypatch):
+def test_ranks_with_different_manifests_do_not_resume_from_them(tmp_path):
     write(tmp_path, 1)
-    ranks = TwoRanks(monkeypatch, lambda value: {**value, "manifest": "another"} if "manifest" in value else value)
+    ranks = second_of_two(lambda value: {**value, "manifest": "another"} if "manifest" in value else value)
     with pytest.raises(CheckpointError, match="none of 1"):
-        checkpoint.newest_valid(tmp_path, ranks.layout, warn=print)
+        checkpoint.newest_valid(tmp_path, ranks, warn=print)
 
 
 def test_a_checkpoint_with_other_shapes_is_refused_even_where_the_sizes_agree(tmp_path):
@@ -216,7 +225,7 @@ def test_a_checkpoint_with_other_shapes_is_refused_even_where_the_sizes_agree(tm
     other = Model()
     other.module.weight = torch.nn.Parameter(other.module.weight.detach().t().contiguous())
     with pytest.raises(CheckpointError, match=r"weight is \[2, 3\], not \[3, 2\]"):
-        checkpoint.load(newest(tmp_path), other)
+        checkpoint.load(newest(tmp_path), other, ALONE)
 
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
@@ -225,7 +234,7 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     other.module = torch.nn.Linear(3, 2, bias=False)
     other.values = {n: p.detach() for n, p in other.module.named_parameters()}
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.load(newest(tmp_path), other)
+        checkpoint.load(newest(tmp_path), other, ALONE)
 
 
 class Killed(BaseException):

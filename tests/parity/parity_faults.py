@@ -1,0 +1,82 @@
+"""Faults that a comparison must notice: each takes away one of the things that make a layout exact."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from headway.parallel import build, engine, logical, pipeline
+from headway.parallel.layout import Layout
+
+
+@contextlib.contextmanager
+def partial_gradients() -> Iterator[None]:
+    """Gradients of what every tensor-parallel rank holds whole are not added up."""
+    with mock.patch.object(logical, "_summed", lambda group, gradient: gradient):
+        yield
+
+
+@contextlib.contextmanager
+def unmarked_parameters() -> Iterator[None]:
+    """DeepSpeed is not told which parameters are cut: their gradients are missing from the norm."""
+    from megatron.core.tensor_parallel import layers
+
+    with mock.patch.object(layers, "set_tensor_model_parallel_attributes", lambda *args, **kwargs: None):
+        yield
+
+
+@contextlib.contextmanager
+def stages_apart() -> Iterator[None]:
+    """The two stages that hold the tied matrix do not add up their gradients."""
+    with (
+        mock.patch.object(pipeline.PipelineModule, "allreduce_tied_weight_gradients", lambda self: None),
+        mock.patch.object(pipeline.PipelineModule, "get_tied_weights_and_groups", lambda self: []),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def own_mean() -> Iterator[None]:
+    """Each rank that shares sequences takes router losses over its own part of them."""
+
+    def ranks(layout: Layout) -> Any:
+        return replace(real(layout), mean=lambda tensor: tensor)
+
+    real = build.sequence_ranks
+    with mock.patch.object(build, "sequence_ranks", ranks):
+        yield
+
+
+@contextlib.contextmanager
+def rank_average() -> Iterator[None]:
+    """Every rank takes the mean over its own targets; ranks with few targets weigh as much as those with many."""
+
+    def passes(self: engine.Engine, micro: Any, per_target: float) -> Any:
+        own = sum(int((batch.labels != -100).sum()) for batch in micro)
+        return real(self, micro, self.accumulation / own)
+
+    real = engine.Engine._passes
+    with mock.patch.object(engine.Engine, "_passes", passes):
+        yield
+
+
+@contextlib.contextmanager
+def own_load() -> Iterator[None]:
+    """Router biases learn from this rank's tokens alone."""
+
+    def own(self: Layout, tensor: Tensor) -> Tensor:
+        return tensor
+
+    with mock.patch.object(Layout, "sum_data", own):
+        yield
+
+
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    fault.__name__: fault
+    for fault in (partial_gradients, unmarked_parameters, stages_apart, own_mean, rank_average, own_load)
+}
