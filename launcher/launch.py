@@ -2,57 +2,96 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import errno
+import hashlib
 import os
-import re
 import shlex
-import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from headway.launcher.card import banner, run_card
+from headway.launcher.commands import command, dry_run_text, forwarded, full_environment, hostfile, worker_environment
 from headway.launcher.errors import HeadwayError, SpecError
-from headway.launcher.load import load_spec
-from headway.launcher.machine import git_commit, machine, versions
-from headway.launcher.run_dir import RunDir, flatten, read_json, spec_hash, write_json
-from headway.launcher.spec import Spec
-
-PREEMPTED = 75
-ATTEMPT = "=== attempt of "
-
-# Statuses a rank gives on purpose, should it be unable to write why.
-_EXIT_CODES = (64, 65, 66, 70, 74, 75)
-
-# What a rank says when another one went away: a consequence, not a cause.
-_PEER_LOST = re.compile(
-    r"onnection (was likely )?(reset|closed|refused)|Broken pipe|failed to recv, got 0 bytes|gloo/transport|"
-    r"NCCL.*remote",
-    re.IGNORECASE,
+from headway.launcher.faults import Ended, Fault, quoted, tail
+from headway.launcher.hosts import (
+    Place,
+    check_ssh,
+    hostfile_text,
+    read_hostfile,
+    remote_command,
+    rendezvous_port,
+    start_others,
+    this_host,
 )
+from headway.launcher.layouts import check_vocabulary
+from headway.launcher.load import load_spec
+from headway.launcher.machine import versions
+from headway.launcher.run_dir import RunDir, read_json, write_json
+from headway.launcher.spec import Spec
+from headway.launcher.supervise import Alone, Control, supervise
+from headway.launcher.wire import interfaces
+
+__all__ = ["check_port", "check_same_data", "resolve", "train", "worker_environment"]
 
 
-def train(path: Path, overrides: Sequence[str], *, dry_run: bool = False) -> int:
+def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None, dry_run: bool = False) -> int:
     """Run the spec to its end, resuming what its folder holds; returns the exit status.
 
-    Raises SpecError, DataError or CheckpointError before any process is started when something is not right.
+    `node_rank`: which of the run's hosts this is. Raises SpecError, DataError or CheckpointError before any process is
+    started when something is not right.
     """
-    return launch(load_spec(path, overrides).spec, dry_run=dry_run)
-
-
-def launch(spec: Spec, *, dry_run: bool = False) -> int:
-    """As `train`, for a spec that is already loaded."""
-    run = RunDir.of(spec)
+    spec = load_spec(path, overrides).spec
+    run, arguments = RunDir.of(spec), [str(path), *overrides]
+    names = read_hostfile(spec)
+    if spec.launch.method == "slurm" and node_rank is None and "SLURM_STEP_ID" not in os.environ:
+        return _as_job(spec, run, arguments, dry_run=dry_run)
     if dry_run:
-        env = worker_environment(spec)
-        print(" ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command(spec, run)))
+        print(dry_run_text(spec, run, names=names))
+        if spec.launch.ssh and names is not None:
+            print("# host 0 starts the launchers of the others by")
+            for host, name in enumerate(names[1:], start=1):
+                print(shlex.join(remote_command(name, host, arguments, Path.cwd())))
         return 0
+    host = this_host(spec, node_rank, os.environ)
+    if host > 0:
+        return _on_another_host(spec, run, host)
+    if names is None or not spec.launch.ssh or node_rank is not None:
+        return _on_first_host(spec, run, names)
+    check_ssh(names[1:])
+    run.refuse_foreign()
+    run.logs.mkdir(parents=True, exist_ok=True)
+    others = start_others(names, arguments, Path.cwd(), run.logs)
+    try:
+        return _on_first_host(spec, run, names)
+    except HeadwayError as e:
+        raise Ended(Fault(text="\n".join([str(e), *_said(others, run)]), code=e.exit_code)) from e
+    finally:
+        _end_others(others)
+
+
+def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool) -> int:
+    from headway.launcher.slurm import FIRST, PORT, job_script, submit
+
+    script = job_script(spec, run, arguments, Path.cwd())
+    if dry_run:
+        print(f"# sbatch {shlex.quote(str(run.path / 'slurm' / 'job.sbatch'))}\n{script}", end="")
+        launch = spec.launch.model_copy(update={"address": FIRST})
+        text = dry_run_text(spec.model_copy(update={"launch": launch}), run, port=PORT)
+        print("\n".join(["# what the launcher then starts:", *(f"# {line}" for line in text.splitlines())]))
+        return 0
+    forwarded(spec, os.environ)
+    run.refuse_foreign()
+    return submit(script, run)
+
+
+def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
+    """Take the run folder, and train; alone, or with the hosts that come."""
     spec, info = resolve(spec)
     check_port(spec)
+    env = forwarded(spec, os.environ)
     run.refuse_foreign()
     with run.locked():
         check_same_data(run, info)
@@ -66,7 +105,69 @@ def launch(spec: Spec, *, dry_run: bool = False) -> int:
         # A rank that outlives a killed launcher holds it; one the kernel is about to end needs a moment to be gone.
         with run.locked("worker.lock", wait_s=10):
             pass
-        return _supervise(spec, run)
+        if spec.launch.method == "deepspeed":
+            hostfile(run).write_text(hostfile_text(spec, names))
+        if spec.launch.hosts == 1:
+            place = Place(host=0, hosts=1, processes=spec.launch.processes, name=socket.gethostname())
+            return _see_through(spec, run, place, Alone(), env, None)
+        return _with_others(spec, run, 0, info, env)
+
+
+def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
+    """Train with the first host, which holds the run folder."""
+    if run.is_complete():
+        print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+        return 0
+    spec, info = resolve(spec)
+    return _with_others(spec, run, host, info, {})
+
+
+def _with_others(spec: Spec, run: RunDir, host: int, info: Mapping[str, Any], env: dict[str, str]) -> int:
+    from headway.launcher.connect import join
+
+    equal = {"code": _code_hash(), "data": info["fingerprint"], **versions()}
+    joined = join(spec, run, host, equal, env=env)
+    place = joined.place
+    print(
+        f"{place.name}: all {place.hosts} hosts are here; ranks {place.ranks[0]} to {place.ranks[-1]} run on this one"
+    )
+    return _see_through(spec, run, place, joined.control, joined.env, joined.interface)
+
+
+def _see_through(
+    spec: Spec, run: RunDir, place: Place, control: Control, extra: Mapping[str, str], interface: str | None
+) -> int:
+    env = full_environment(spec, extra, interface=interface)
+    words = command(spec, run, host=place.host)
+    status = supervise(run, place, control, words, env, hang_s=spec.launch.hang_s)
+    if place.is_first and not run.is_complete():  # DeepSpeed's launcher ends well when a signal ended what it started
+        raise HeadwayError(
+            f"{run.path}: the processes ended before the training did; see {run.logs}, and start the same command again"
+        )
+    return status
+
+
+def _said(others: Sequence[subprocess.Popen[bytes]], run: RunDir) -> list[str]:
+    """The last lines of those that ended badly."""
+    bad = [host for host, process in enumerate(others, start=1) if process.poll()]
+    return [line for host in bad for line in [f"host {host} said:", *quoted(tail(run.logs / f"ssh-{host}.log", 3))]]
+
+
+def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in others:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _code_hash() -> str:
+    """Of Headway's own sources: hosts with different ones do not compute the same."""
+    folder, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for name in ("launcher", "parallel", "model", "data", "kernels"):
+        for path in sorted((folder / name).rglob("*.py")):
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- before anything is started
@@ -96,24 +197,37 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
             f"model.vocab_size: {size} is smaller than the {info['vocab_size']} tokens of the data; use "
             f"{info['vocab_size']}, or leave it out to take it from the data"
         )
-    vocab_size = size or info["vocab_size"]
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"vocab_size": vocab_size})}), info
+    model = spec.model.model_copy(update={"vocab_size": size or info["vocab_size"]})
+    spec = spec.model_copy(update={"model": model})
+    check_vocabulary(spec)
+    return spec, info
 
 
 def check_port(spec: Spec) -> None:
-    """Raises SpecError when the rendezvous port of the spec is taken."""
-    port = spec.launch.port
+    """Raises SpecError when the rendezvous port of the run, if it is known, is taken on this host, the first one."""
+    launch = spec.launch
+    port = rendezvous_port(spec) if launch.hosts > 1 else launch.port
     if port is None:
         return
+    address = launch.address if launch.hosts > 1 and launch.address else "127.0.0.1"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as e:
+            probe.bind((socket.gethostbyname(address), port))
+        except socket.gaierror as e:
             raise SpecError(
-                f"launch.port: {port} is taken ({e.strerror}); leave launch.port out to take any free port, "
-                f"or name another"
+                f"launch.address: {address} has no IPv4 address ({e.strerror}); use another name, or an address"
             ) from e
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                have = ", ".join(f"{at} ({name})" for name, at in interfaces().items())
+                raise SpecError(
+                    f"launch.address: {address} is not an address of this host, which has {have}; start host 0 there, "
+                    "or use one of these"
+                ) from e
+            free = "leave launch.port out to take any free port, or name another"
+            free = free if launch.hosts == 1 else "name another launch.port, or end what listens there"
+            raise SpecError(f"launch.port: {port} is taken ({e.strerror}); {free}") from e
 
 
 def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
@@ -124,235 +238,3 @@ def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
             f"{run.path}: this run was started on other data (fingerprint {before[:16]}, now "
             f"{str(info['fingerprint'])[:16]}); restore that dataset, or give another run_dir=..."
         )
-
-
-def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
-    """What the report needs to know about a run besides its metrics."""
-    from headway.model.cost import account
-
-    assert spec.model.vocab_size is not None
-    cost = account(
-        spec.model,
-        spec.attention,
-        vocab_size=spec.model.vocab_size,
-        seq_len=spec.data.seq_len,
-        bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
-    )
-    return {
-        "format": 1,
-        "name": spec.name,
-        "spec_hash": spec_hash(spec.model_dump(mode="json")),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "machine": machine(),
-        "data_fingerprint": info["fingerprint"],
-        "vocab_size": spec.model.vocab_size,
-        "unigram_entropy_nats": info.get("unigram_entropy_nats"),
-        "validation_bytes_per_token": info.get("validation_bytes_per_token"),
-        "cost": {
-            "num_params": cost.num_params,
-            "params_by_part": cost.params_by_part,
-            "flops_per_token_useful": cost.flops_per_token.useful,
-            "flops_per_token_executed": cost.flops_per_token.executed,
-            "flops_per_token_attention_core": cost.attention_core_flops.useful,
-            "kv_bytes_per_token": cost.kv_bytes_per_token,
-        },
-        "steps": spec.steps,
-        "tokens_per_step": spec.tokens_per_step,
-        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
-    """What is about to be trained, in the words of the spec."""
-    cost, launch = card["cost"], spec.launch
-    fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
-    attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
-    return "\n".join(
-        [
-            f"run        {run.path}  ({spec.name}, spec {card['spec_hash']})",
-            f"attention  {spec.attention.type}  " + " ".join(f"{k}={v}" for k, v in attention.items() if k != "type"),
-            f"parameters {cost['num_params']:,}  "
-            + " ".join(f"{part} {n:,}" for part, n in cost["params_by_part"].items()),
-            f"cost       {cost['flops_per_token_useful'] / 1e6:.2f} MFLOP/token forward (executed "
-            f"{cost['flops_per_token_executed'] / 1e6:.2f}), KV {cost['kv_bytes_per_token']:,.0f} bytes/token",
-            f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
-            f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
-            f"layout     {launch.processes} process(es), ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",
-            f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
-        ]
-    )
-
-
-# ---------------------------------------------------------------- processes
-
-
-def command(spec: Spec, run: RunDir) -> list[str]:
-    """What is executed: torchrun around the worker, or the worker itself when there is one process."""
-    worker = ["-m", "headway.launcher.worker", str(run.path.resolve())]
-    if spec.launch.processes == 1:
-        return [sys.executable, "-P", *worker]
-    where = ["--standalone"]
-    if spec.launch.port is not None:
-        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{spec.launch.port}", "--rdzv-id", "headway"]
-    return [
-        *[sys.executable, "-P", "-m", "torch.distributed.run"],
-        *where,
-        *["--nnodes", "1", "--nproc-per-node", str(spec.launch.processes), "--max-restarts", "0"],
-        *worker,
-    ]
-
-
-def worker_environment(spec: Spec) -> dict[str, str]:
-    """What workers need in their environment beyond the user's own."""
-    cores = len(os.sched_getaffinity(0))
-    threads = spec.launch.threads or max(1, cores // spec.launch.processes)
-    env = {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    if spec.launch.processes == 1:
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        env["MASTER_PORT"] = str(spec.launch.port or _free_port())
-    return env
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _supervise(spec: Spec, run: RunDir) -> int:
-    run.logs.mkdir(parents=True, exist_ok=True)
-    for old in [*run.logs.glob("rank-*.error.json"), *run.logs.glob("rank-*.pid")]:
-        old.unlink()
-    env = {**os.environ, **worker_environment(spec)}
-    if spec.launch.processes == 1:
-        env["HEADWAY_PARENT_PID"] = str(os.getpid())
-    with (run.logs / "launcher.log").open("wb") as log:
-        child = subprocess.Popen(
-            command(spec, run),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on in order
-            preexec_fn=_die_with_parent,
-        )
-    with _forwarding(child, run) as signalled:
-        status = child.wait()
-    if status == 0:
-        return 0
-    _explain(run, spec.launch.processes, status, signalled=bool(signalled))
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@contextlib.contextmanager
-def _forwarding(child: subprocess.Popen[bytes], run: RunDir) -> Iterator[list[int]]:
-    """Pass SIGTERM, SIGINT and SIGHUP on to the ranks: they save and stop. A second SIGINT ends them at once."""
-    received: list[int] = []
-
-    def forward(signum: int, frame: Any) -> None:
-        received.append(signum)
-        if len(received) > 1 and signum == signal.SIGINT:
-            child.kill()
-            return
-        pids = _live_ranks(run)
-        with contextlib.suppress(OSError):
-            print("stopping: the ranks finish their step and save ...", file=sys.stderr, flush=True)
-        for pid in pids or [child.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    # SIGHUP: the terminal or connection has gone; under nohup it is ignored, and stays so.
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    old = {s: signal.signal(s, forward) for s in signals}
-    try:
-        yield received
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
-def _live_ranks(run: RunDir) -> list[int]:
-    """Process ids of the ranks that run now: a file may be half-written, and the id of a dead rank anybody's."""
-    pids = []
-    for path in run.logs.glob("rank-*.pid"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.read_text())
-            if b"headway.launcher.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                pids.append(pid)
-    return pids
-
-
-def _explain(run: RunDir, processes: int, status: int, *, signalled: bool) -> NoReturn:
-    """Raise what says why the processes ended, with the exit status to pass on."""
-    files = sorted(run.logs.glob("rank-*.error.json"), key=lambda p: p.stat().st_mtime)
-    # On a full disk a report can be cut off, or empty.
-    reports = [r for r in (read_json(p, None) for p in files) if isinstance(r, dict)]
-    known = [r for r in reports if isinstance(r.get("exit_code"), int)]
-    if known:
-        first = known[0]
-        raise _Ended(f"rank {first['rank']}: {first['message']}", first["exit_code"])
-    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", "")) and r["type"] != "KeyboardInterrupt"]
-    if signalled and not causes:
-        raise _Ended(
-            "stopped by a signal before the state was saved; the same command continues from the last checkpoint",
-            PREEMPTED,
-        )
-    killed = [] if causes else _killed_ranks(run, processes, status, reports)
-    lines = []
-    for rank, pid, code in killed:
-        lines.append(f"rank {rank} (process {pid}) on {socket.gethostname()} {_how(code)}")
-        lines += [f"  | {line}" for line in _tail(run.logs / f"rank-{rank}.log")]
-    for r in [] if killed else (causes or reports)[:1]:
-        lines.append(f"rank {r['rank']} on {socket.gethostname()} failed: {r['type']}: {r['message']}")
-        lines += [f"  | {line}" for line in _tail(run.logs / f"rank-{r['rank']}.log")]
-    if not lines:
-        lines = [f"the processes ended with status {status}", *_tail(run.logs / "launcher.log")]
-    lines.append(f"full logs are in {run.logs}; the same command continues from the last checkpoint")
-    raise _Ended("\n".join(lines), next((code for *_, code in killed if code in _EXIT_CODES), HeadwayError.exit_code))
-
-
-class _Ended(HeadwayError):
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
-
-
-def _killed_ranks(run: RunDir, processes: int, status: int, reports: list[Any]) -> list[tuple[int, str, int]]:
-    """(rank, process, status) of ranks that ended without a report of their own."""
-    told = {r.get("rank") for r in reports}
-    if processes == 1:
-        pid = _read_pid(run, 0)
-        return [] if 0 in told else [(0, pid, status)]
-    text = (run.logs / "launcher.log").read_text(errors="replace")
-    pattern = r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)"
-    found = [(int(rank), pid, int(code)) for rank, code, pid in re.findall(pattern, text) if int(rank) not in told]
-    # torchrun ends the survivors with SIGTERM: they did not cause anything.
-    first = [f for f in found if f[2] != -signal.SIGTERM] or found
-    return first
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with status {code}"
-
-
-def _read_pid(run: RunDir, rank: int) -> str:
-    try:
-        return (run.logs / f"rank-{rank}.pid").read_text().strip()
-    except OSError:
-        return "unknown"
-
-
-def _tail(path: Path, lines: int = 12) -> list[str]:
-    try:
-        # Logs of earlier attempts stay in the file; each begins with this line.
-        return path.read_text(errors="replace").split(ATTEMPT)[-1].splitlines()[-lines:]
-    except OSError:
-        return []

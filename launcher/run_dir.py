@@ -57,7 +57,7 @@ class RunDir:
 
     def refuse_foreign(self) -> None:
         """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
-        ours = {"run.lock", "worker.lock", "logs"}
+        ours = {"run.lock", "worker.lock", "logs", "slurm"}
         if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:

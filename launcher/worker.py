@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from headway.launcher import heartbeat
+
 PREEMPTED, NUMERIC, STORAGE = 75, 70, 74
 
 # Full, over quota, too large, failing, read-only: what a log or metrics file meets on a disk that is not well.
@@ -41,6 +43,7 @@ def main() -> int:
     error_file.unlink(missing_ok=True)
     _die_with_parent()
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
+    heartbeat.start(logs, rank)
     (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
     try:
         train(run_path)
@@ -74,9 +77,11 @@ def train(run_path: Path) -> None:
         s = stack.enter_context(Session.open(run))
         spec = s.spec
         while s.step < spec.steps:
+            heartbeat.beat("data", s.step + 1)
             t0 = time.perf_counter()
             batch = next(s.loader)
             data_s = time.perf_counter() - t0
+            heartbeat.beat("step", s.step + 1)
             targets, digest, stopping = s.agree(batch, stop.raised)
             stats = s.engine.train_step(batch.micro, targets=targets, lr=s.lr())
             if not math.isfinite(stats.loss) or stats.skipped:
@@ -112,9 +117,6 @@ def _die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, so that no orphan goes on writing into the folder."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    expected = os.environ.get("HEADWAY_PARENT_PID")
-    if expected is not None and os.getppid() != int(expected):
-        os._exit(1)
 
 
 def _own_log(path: Path, *, main: bool) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher import launch
-from headway.launcher.errors import HeadwayError, SpecError
+from headway.launcher.errors import SpecError
 from headway.launcher.load import load_spec
 from headway.launcher.run_dir import RunDir
 from headway.launcher.spec import Spec
@@ -290,52 +289,6 @@ def test_a_lock_is_waited_for_while_its_holder_is_being_ended(tmp_path):
     with run.locked("worker.lock", wait_s=10):
         pass
     holder.join()
-
-
-def test_only_processes_that_are_ranks_get_the_signal(tmp_path):
-    run = RunDir(tmp_path)
-    run.logs.mkdir()
-    (run.logs / "rank-0.pid").write_text("")  # just being written
-    (run.logs / "rank-1.pid").write_text(str(os.getpid()))  # the id of a dead rank, given to somebody else
-    (run.logs / "rank-2.pid").write_text("4194999")
-    assert launch._live_ranks(run) == []
-
-
-def test_a_report_that_a_full_disk_cut_off_does_not_hide_the_status(tmp_path):
-    run = RunDir(tmp_path)
-    run.logs.mkdir()
-    (run.logs / "rank-0.error.json").write_text("")
-    (run.logs / "rank-0.log").write_text("OSError: [Errno 28] No space left on device\n")
-    with pytest.raises(HeadwayError, match="No space left") as caught:
-        launch._explain(run, 1, 74, signalled=False)
-    assert caught.value.exit_code == 74
-
-
-LOST = "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
-
-
-def write_reports(run: RunDir, *reports: tuple[str, str]) -> None:
-    """(type, message) of ranks 0, 1, ...; rank 0's is the oldest."""
-    run.logs.mkdir()
-    for rank, (kind, message) in enumerate(reports):
-        path = run.logs / f"rank-{rank}.error.json"
-        path.write_text(json.dumps({"rank": rank, "exit_code": None, "type": kind, "message": message}))
-        os.utime(path, (1000 + rank, 1000 + rank))
-
-
-@pytest.mark.parametrize("signalled", [False, True])
-def test_the_rank_that_failed_is_named_and_not_those_that_lost_it_nor_the_signal(tmp_path, signalled):
-    write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("RuntimeError", "a defect"))
-    with pytest.raises(HeadwayError, match=r"rank 1 .*RuntimeError: a defect") as caught:
-        launch._explain(RunDir(tmp_path), 2, 1, signalled=signalled)
-    assert caught.value.exit_code == 70
-
-
-def test_ranks_that_lost_each_other_after_a_signal_were_stopped_by_it(tmp_path):
-    write_reports(RunDir(tmp_path), ("DistNetworkError", LOST), ("KeyboardInterrupt", ""))
-    with pytest.raises(HeadwayError, match="stopped by a signal") as caught:
-        launch._explain(RunDir(tmp_path), 2, 1, signalled=True)
-    assert caught.value.exit_code == 75
 
 
 @pytest.mark.parametrize(("error", "status"), [(OSError(28, "No space left on device"), 74), (OSError(2, "gone"), 1)])

@@ -1,0 +1,161 @@
+"""Why a run ended: what the ranks of a host reported, or what is known of those that could not report."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.errors import HeadwayError
+from headway.launcher.hosts import Place
+from headway.launcher.run_dir import RunDir, read_json
+
+PREEMPTED = 75
+ATTEMPT = "=== attempt of "
+CONTINUES = "the same command continues from the last checkpoint"
+
+# How much a fault explains. The hosts of a run compare theirs: a cause is worth more than its consequences.
+CONSEQUENCE, STOPPED, CAUSE = 1, 2, 3
+
+# Statuses a rank gives on purpose, should it be unable to write why.
+_EXIT_CODES = (64, 65, 66, 70, 74, 75)
+
+# What a rank says when another one went away or stopped answering: a consequence, not a cause.
+_PEER_LOST = re.compile(
+    r"onnection (was likely )?(reset|closed|refused)|Broken pipe|failed to recv, got 0 bytes|gloo/transport|"
+    r"NCCL.*remote|Timed out waiting \d+ms|timed out after \d+ seconds|Watchdog caught collective|No route to host|"
+    r"Connection timed out|wait timeout after",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Why the ranks of a host ended. `weight`: CONSEQUENCE, STOPPED (by a signal, in order) or CAUSE."""
+
+    text: str
+    code: int = HeadwayError.exit_code
+    weight: int = CAUSE
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Fault:
+        return cls(text=str(value["text"]), code=int(value["code"]), weight=int(value["weight"]))
+
+
+class Ended(HeadwayError):
+    """A run that did not come to its end; carries the exit status to pass on."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.text)
+        self.exit_code = fault.code
+
+
+def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, died: Mapping[int, int | None]) -> Fault:
+    """Why the processes of this host ended with `status`, None where they were ended by us.
+
+    `died`: ranks in the order in which they were seen to end, and how, where that could be seen.
+    """
+    files = [path for rank in place.ranks if (path := run.logs / f"rank-{rank}.error.json").exists()]
+    files.sort(key=lambda path: path.stat().st_mtime)
+    # On a full disk a report can be cut off, or empty.
+    reports = [r for r in (read_json(p, None) for p in files) if isinstance(r, dict)]
+    known = [r for r in reports if isinstance(r.get("exit_code"), int)]
+    if known:
+        first = known[0]
+        weight = STOPPED if first["exit_code"] == PREEMPTED else CAUSE
+        return Fault(text=f"rank {first['rank']}: {first['message']}", code=first["exit_code"], weight=weight)
+    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", "")) and r["type"] != "KeyboardInterrupt"]
+    if signalled and not causes:
+        return Fault(
+            text=f"stopped by a signal before the state was saved; {CONTINUES}", code=PREEMPTED, weight=STOPPED
+        )
+    killed = [] if causes else _killed_ranks(run, place, status, reports, died)
+    lines = []
+    for rank, pid, code in killed:
+        lines.append(f"rank {rank} (process {pid}) on {place.name} {_how(code)}")
+        lines += quoted(tail(run.logs / f"rank-{rank}.log"))
+    for r in [] if killed else (causes or reports)[:1]:
+        lines.append(f"rank {r['rank']} on {place.name} failed: {r['type']}: {r['message']}")
+        lines += quoted(tail(run.logs / f"rank-{r['rank']}.log"))
+    if not lines:
+        lines = [f"the processes on {place.name} ended with status {status}", *tail(host_log(run, place.host))]
+    lines.append(f"full logs are in {run.logs}; {CONTINUES}")
+    code = next((code for *_, code in killed if code in _EXIT_CODES), HeadwayError.exit_code)
+    return Fault(text="\n".join(lines), code=code, weight=CAUSE if killed or causes else CONSEQUENCE)
+
+
+def host_log(run: RunDir, host: int) -> Path:
+    """What the launchers of a host say."""
+    return run.logs / f"host-{host}.log"
+
+
+def read_pid(run: RunDir, rank: int) -> str:
+    """Process id of a rank as it wrote it."""
+    try:
+        return (run.logs / f"rank-{rank}.pid").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def tail(path: Path, lines: int = 12) -> list[str]:
+    """Last lines of a log, of its latest attempt."""
+    try:
+        # Logs of earlier attempts stay in the file; each begins with this line.
+        return path.read_text(errors="replace").split(ATTEMPT)[-1].splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def quoted(lines: Sequence[str]) -> list[str]:
+    """Lines of a log within a message."""
+    return [f"  | {line}" for line in lines]
+
+
+def _killed_ranks(
+    run: RunDir, place: Place, status: int | None, reports: list[Any], died: Mapping[int, int | None]
+) -> list[tuple[int, str, int | None]]:
+    """(rank, process, status) of ranks that ended without a report of their own."""
+    told = {r.get("rank") for r in reports}
+    if len(place.ranks) == 1 and (status is not None or died):
+        rank = place.ranks[0]
+        text = host_log(run, place.host)
+        code = next((c for r, _, c in _in_log(text) if r == rank), _decoded(status))
+        return [] if rank in told else [(rank, read_pid(run, rank), code)]
+    found = [f for f in _in_log(host_log(run, place.host)) if f[0] not in told]
+    if not found:  # not every launcher says which process it was
+        silent = [rank for rank in died if rank not in told]
+        passed_on = None if told else _decoded(status)  # else it may be that of a rank that told why
+        return [(rank, read_pid(run, rank), died[rank] or passed_on) for rank in silent[:1]]
+    # The survivors were ended with SIGTERM: they did not cause anything.
+    return [f for f in found if f[2] != -signal.SIGTERM] or found
+
+
+def _in_log(path: Path) -> list[tuple[int, str, int | None]]:
+    """What torchrun wrote of the ranks that failed."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return []
+    pattern = r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)"
+    return [(int(rank), pid, int(code)) for rank, code, pid in re.findall(pattern, text)]
+
+
+def _decoded(status: int | None) -> int | None:
+    """A status that a launcher passed on: sys.exit(-9) of it arrives as 247."""
+    return status - 256 if status is not None and status > 192 else status
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "ended without a word"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with status {code}"

@@ -1,0 +1,123 @@
+"""Two hosts on one machine: network namespaces joined by a cable (veth), each with an address of its own.
+
+The namespaces belong to two idle processes and vanish with them. Needs `ip` (iproute2), `unshare` and `nsenter`
+(util-linux), and root or user namespaces; where that is not to be had the tests are skipped with the reason.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from headway.launcher.processes import die_with_parent
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+CABLE = "cable0"
+
+
+class Host:
+    """A network namespace."""
+
+    def __init__(self, number: int, enter: list[str]) -> None:
+        self.number, self.address, self._enter = number, ADDRESSES[number], enter
+
+    def inside(self, *words: str) -> list[str]:
+        """The command that runs `words` on this host, in the process that is started."""
+        return [*self._enter, "--", *words]
+
+    def run(self, *words: str) -> None:
+        subprocess.run(self.inside(*words), check=True, capture_output=True, text=True, timeout=20)
+
+    def cable(self, state: str) -> None:
+        """Put this host's end of the cable "up" or "down"."""
+        self.run("ip", "link", "set", CABLE, state)
+
+
+class TwoHosts:
+    """Starts `headway train` on either host, and ends what is left."""
+
+    def __init__(self, headway, hosts: tuple[Host, Host]) -> None:
+        self.headway, self.hosts = headway, hosts
+        self._started: list[subprocess.Popen] = []
+
+    def start(self, host: Host, *overrides: str) -> subprocess.Popen:
+        words = self.headway.command("train", str(self.headway.spec), *overrides, "--node-rank", str(host.number))
+        process = subprocess.Popen(
+            host.inside(*words),
+            cwd=self.headway.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,  # a test run that is killed leaves nobody training
+        )
+        self._started.append(process)
+        return process
+
+    def start_both(self, *overrides: str) -> tuple[subprocess.Popen, subprocess.Popen]:
+        a, b = self.hosts
+        common = ("launch.hosts=2", "launch.processes=2", f"launch.address={a.address}", *overrides)
+        return self.start(a, *common), self.start(b, *common)
+
+    def end_all(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)  # its ranks go with it
+                process.communicate()
+
+
+def _namespace(words: list[str]) -> subprocess.Popen:
+    """An idle process in a namespace of its own; it ends when this process does, as then its input does."""
+    holder = subprocess.Popen([*words, "unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and holder.poll() is None:
+        if Path(f"/proc/{holder.pid}/comm").read_text().strip() == "cat":
+            return holder
+        time.sleep(0.01)
+    holder.kill()
+    raise OSError("unshare makes no network namespace here")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    missing = [name for name in ("ip", "unshare", "nsenter") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)} on this machine (Debian: apt-get install iproute2 util-linux)")
+    holders = []
+    try:
+        try:
+            own_user = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
+            first = _namespace(own_user)
+            holders.append(first)
+            flags = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+            enter = ["nsenter", "--target", str(first.pid), *flags]
+            second = _namespace(enter if flags else [])
+            holders.append(second)
+            pair = tuple(
+                Host(number, ["nsenter", "--target", str(holder.pid), *flags, "--net"])
+                for number, holder in enumerate(holders)
+            )
+            pair[0].run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(second.pid))
+            for host in pair:
+                host.run("ip", "address", "add", f"{host.address}/24", "dev", CABLE)
+                host.run("ip", "link", "set", "lo", "up")
+                host.cable("up")
+        except (OSError, subprocess.SubprocessError) as e:
+            said = getattr(e, "stderr", None) or str(e)
+            pytest.skip(f"two network namespaces cannot be made here, which needs root or user namespaces: {said}")
+        yield pair
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+
+
+@pytest.fixture
+def two_hosts(headway_once, hosts):
+    two = TwoHosts(headway_once, hosts)
+    yield two
+    two.end_all()
+    hosts[1].cable("up")
