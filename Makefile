@@ -62,6 +62,7 @@ plans: $(VENV)/.installed
 # The losses of every mechanism on every layout against one process (40 minutes on two cores at most).
 parity: $(VENV)/.installed
 	PYTHONPATH=tests/parity $(BIN)/python tests/parity/parity_run.py
+	$(BIN)/python tests/parity/start_up.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -105,9 +105,11 @@ class RouterMonitor:
 
     def _merged(self, mine: dict[str, dict[str, _Figures]]) -> dict[str, Any]:
         """The figures of all stages' layers and of all groups of each: those of cut routers are put together."""
-        one_of_each = mine if self._layout.data_index == 0 else {}
-        merged: dict[str, Any] = {}
-        for part in self._layout.gather_json(one_of_each):  # ranks that share a layer come in the order of its groups
+        layout, merged = self._layout, dict[str, Any]()
+        parts = [mine]
+        if layout.tp_size * layout.pp_size > 1:  # ranks that share a layer come in the order of its groups
+            parts = layout.gather_json(mine if layout.data_index == 0 else {})
+        for part in parts:
             for layer, routers in part.items():
                 for name, (cut, values) in routers.items():
                     known = merged.setdefault(layer, {}).setdefault(name, values)

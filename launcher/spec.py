@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from pydantic import Field, model_validator
 
 from headway.data.config import DataConfig, StrictModel
@@ -50,7 +52,7 @@ class Spec(StrictModel):
     def _check(self) -> Spec:
         for i in range(self.model.layers):
             self.attention.layer(i, self.model.layers)
-        check_layout(self)
+        check_layout(cast(Any, self))  # read by its path, this class has another name
         self.attention.check_run(
             seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step
         )
@@ -59,7 +61,7 @@ class Spec(StrictModel):
     @property
     def data_parallel(self) -> int:
         """Ranks that train on different sequences."""
-        return data_parallel(self)
+        return data_parallel(cast(Any, self))
 
     @property
     def tokens_per_step(self) -> int:

@@ -138,7 +138,8 @@ def records_of_ranks(ranks: list[tuple[int, int, bool]]) -> dict[str, Any]:
     Together.answers.clear()
     record: dict[str, Any] = {}
     for number, (index, expert, cut) in enumerate(ranks):
-        layer, layout = Layer(), Together(rank=number, local_rank=number, device=torch.device("cpu"))
+        layer = Layer()
+        layout = Together(rank=number, local_rank=number, device=torch.device("cpu"), tp_size=len(ranks))
         layer.cut = cut
         monitor = RouterMonitor({index: layer}, layout, every_steps=1, total_steps=1, tokens_per_step=40)
         monitor.before_step(1)

@@ -29,7 +29,7 @@ class TwoEqualRanks(Layout):
 
     calls = 0
 
-    def sum(self, tensor):
+    def sum_data(self, tensor):
         TwoEqualRanks.calls += 1
         return tensor.mul_(2)
 
@@ -38,7 +38,7 @@ def test_step_sums_are_added_over_ranks_with_one_call_for_all_layers():
     sums = {"power": torch.tensor([1.0, 2.0, 3.0]), "tokens": torch.tensor([5.0])}
     layers = [Counting(sums), Counting({}), Counting({"power": torch.tensor([[4.0], [6.0]])})]
     layout = TwoEqualRanks(rank=0, local_rank=0, device=torch.device("cpu"), dp_rank=0, dp_size=2)
-    monitor = RouterMonitor(layers, layout, every_steps=10, total_steps=10, tokens_per_step=1)
+    monitor = RouterMonitor(dict(enumerate(layers)), layout, every_steps=10, total_steps=10, tokens_per_step=1)
     before = TwoEqualRanks.calls
     assert monitor.after_step(1) == {}
     assert TwoEqualRanks.calls - before == 1
@@ -52,5 +52,5 @@ def test_step_sums_are_added_over_ranks_with_one_call_for_all_layers():
 def test_layers_without_sums_cost_no_communication():
     layout = TwoEqualRanks(rank=0, local_rank=0, device=torch.device("cpu"), dp_rank=0, dp_size=2)
     before = TwoEqualRanks.calls
-    RouterMonitor([Counting({})], layout, every_steps=10, total_steps=10, tokens_per_step=1).after_step(1)
+    RouterMonitor({0: Counting({})}, layout, every_steps=10, total_steps=10, tokens_per_step=1).after_step(1)
     assert TwoEqualRanks.calls == before

@@ -80,6 +80,7 @@ def test_each_loss_takes_its_means_over_whole_sequences(config, layer, context, 
     modules = copies(module, ranks)
     parts = share_sequences(ranks, x, whole, lambda rank, part, own: modules[rank](part, own))
     expected, mine = module(x, whole).aux_loss, mean_loss(parts)
+    assert expected is not None and mine is not None
     torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
     if name != "z":
         assert all(torch.equal(out.aux_loss, parts[0].aux_loss) for out in parts)

@@ -1,5 +1,6 @@
 """Stages hold consecutive layers, and no other partition has a cheaper slowest stage."""
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from random import Random
 
@@ -16,11 +17,11 @@ def every_partition(n: int, parts: int) -> list[list[int]]:
     return [[0, *inner, n] for inner in combinations(range(1, n), parts - 1)]
 
 
-def stages(costs: list[int], bounds: list[int]) -> list[int]:
+def stages(costs: Sequence[float], bounds: list[int]) -> list[float]:
     return [sum(costs[first:end]) for first, end in pairwise(bounds)]
 
 
-def rank(costs: list[int], bounds: list[int]) -> tuple[int, int, list[int]]:
+def rank(costs: list[int], bounds: list[int]) -> tuple[float, float, list[int]]:
     """Of partitions, the smallest is wanted: slowest stage, unevenness, position."""
     cost = stages(costs, bounds)
     return max(cost), sum(c * c for c in cost), bounds

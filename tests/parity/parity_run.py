@@ -150,6 +150,8 @@ def _environment(size: int) -> dict[str, str]:
 def main() -> int:
     from parity_table import write
 
+    from headway.launcher.machine import git_commit
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results")
     parser.add_argument("--only", default="", help="cases whose names contain all of these words")
@@ -158,13 +160,13 @@ def main() -> int:
     cases = [case for case in every_case() if words <= set(case.name.split())]
     if not cases:
         parser.error("--only: no case has these words in its name; use words of one name, or leave it out")
-    began = time.monotonic()
+    commit, began = git_commit(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         outcomes = run(cases, Path(folder), say=lambda line: print(line, flush=True))
     failed = [outcome for outcome in outcomes.values() if not outcome.passed]
     seconds = time.monotonic() - began
     if not words:
-        write(outcomes, arguments.out, seconds=seconds)
+        write(outcomes, arguments.out, seconds=seconds, commit=commit)
     print(f"{len(outcomes)} cases in {seconds:.0f} s, {len(failed)} failed")
     return 1 if failed else 0
 

@@ -45,12 +45,13 @@ KINDS = {
 }
 
 
-def write(outcomes: Outcomes, folder: Path, *, seconds: float) -> None:
-    """`folder`/parity.md and `folder`/parity.json."""
+def write(outcomes: Outcomes, folder: Path, *, seconds: float, commit: str | None) -> None:
+    """`folder`/parity.md and `folder`/parity.json. `commit`: at the start; one that changed meanwhile is named too."""
+    now = git_commit()
     about = {
         "kind": "parity",
         "command": COMMAND,
-        "commit": git_commit(),
+        "commit": commit if commit == now else f"{commit} to {now}",
         "versions": versions(),
         "machine": machine(),
         "seconds": round(seconds),

@@ -34,7 +34,7 @@ FAST = [
     Case(mechanism="rgqa", layout="pp2", precision="bf16"),
     Case(mechanism="rgqa", layout="pp2", recompute=True, tied=False),
     Case(mechanism="gqe", layout="sp2", zero=2),
-    Case(mechanism="gqe", layout="tp2·dp2", zero=3),
+    Case(mechanism="gqe", layout="tp2·dp2"),
     Case(mechanism="switchhead", layout="tp2", precision="bf16"),
     Case(mechanism="switchhead", layout="cp2"),
     Case(mechanism="moh", layout="tp2"),
@@ -141,11 +141,12 @@ def test_the_page_has_a_cell_for_every_case_of_the_table_and_says_what_failed(tm
     monkeypatch.setattr(parity_run, "_launcher", lambda size: [sys.executable])
     broken = Case(mechanism="fails")
     outcomes = run([Case(mechanism="gqa", layout="tp2", zero=3), broken], tmp_path)
-    write(outcomes, tmp_path, seconds=1.0)
+    write(outcomes, tmp_path, seconds=1.0, commit="abc")
     page, raw = (tmp_path / "parity.md").read_text(), json.loads((tmp_path / "parity.json").read_text())
     assert "| gqa, 3 | 0e+00 | not run |  |  | not run |" in page
     assert "- fails single zero 1 fp32: Traceback: ... | ValueError: no such thing" in page
     assert [row["passed"] for row in raw["cases"]] == [True, False, True]
+    assert raw["commit"].startswith("abc to ")
     assert raw["spec"]["optimizer"]["clip_norm"] == 0.5 and raw["command"] == "make parity"
 
 
