@@ -19,6 +19,9 @@ from headway.launcher.spec import Spec
 from headway.parallel.build import make_engine
 from headway.parallel.layout import Layout, arrange, init_layout
 
+PEAKS = 3
+"""Steps of which the smallest peak counts: gloo's threads let go of what they sent when the machine lets them run."""
+
 
 class Micro(NamedTuple):
     tokens: torch.Tensor
@@ -135,10 +138,13 @@ def case(spec: Spec, layout: Layout, traffic: Traffic) -> dict[str, float]:
     engine.train_step(micro, targets=targets, lr=1e-3)  # what is made once in a first step is there after it
     gc.collect()
     after = sum(n for address, n in storages().items() if address not in before) - traffic.copied_bytes
-    traffic.sent = 0.0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.train_step(micro, targets=targets, lr=1e-3)
-    return {"held": held, "after": after, "peak": peak_bytes(profiler), "sent": traffic.sent}
+    peaks = []
+    for _ in range(PEAKS):
+        traffic.sent = 0.0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            engine.train_step(micro, targets=targets, lr=1e-3)
+        peaks.append(peak_bytes(profiler))
+    return {"held": held, "after": after, "peak": min(peaks), "sent": traffic.sent}
 
 
 def main() -> None:

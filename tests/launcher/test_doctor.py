@@ -25,6 +25,7 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> 
     fitting = {
         "torch": "2.13.0",
         "deepspeed": "0.19.8",
+        "megatron-core": "0.16.1",
         "mosaicml-streaming": "0.13.0",
         "pydantic": "2.14.3",
         "filelock": "3.20.0",

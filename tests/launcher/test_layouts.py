@@ -52,7 +52,7 @@ REFUSALS: dict[str, tuple[str, list[str], str, str]] = {
     ),
     "world of several hosts, at its largest part": (
         "parallel.context",
-        ["parallel.context=2", "launch.hosts=3"],
+        ["parallel.context=2", "launch.hosts=3", "launch.address=first"],
         "tensor x pipeline x context = 1 x 1 x 2 = 2 ranks do not divide launch.hosts x launch.processes = 3 x 1 = 3",
         "use parallel.context 1, or launch.processes 2 or 4",
     ),
@@ -220,7 +220,7 @@ def test_a_search_gets_the_reason_without_an_exception(name):
     legal = spec(*(o for o in overrides if o.startswith(("attention.", "model.", "data."))))
     values = [override.partition("=") for override in overrides]
     parallel = {k[9:]: yaml.safe_load(v) for k, _, v in values if k.startswith("parallel.")}
-    launch = {k[7:]: int(v) for k, _, v in values if k.startswith("launch.")}
+    launch = {k[7:]: yaml.safe_load(v) for k, _, v in values if k.startswith("launch.")}
     train = {k[6:]: int(v) for k, _, v in values if k.startswith("train.")}
     changed = legal.model_copy(update={"train": legal.train.model_copy(update=train)})
     assert why_not(legal) is None
