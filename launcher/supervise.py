@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headway.launcher.faults import CAUSE, CONSEQUENCE, CONTINUES, Ended, Fault, explain, host_log, quoted, tail
+from headway.launcher.forked import VARIABLE as FORK_SERVER
+from headway.launcher.forked import ForkedRanks
 from headway.launcher.heartbeat import Beat, allowed_s, beat_file, read_beat
 from headway.launcher.hosts import Place
 from headway.launcher.processes import STOPPED, die_with_parent, live_pid, send, state, status
@@ -39,6 +41,17 @@ class Control(Protocol):
         ...
 
 
+class Child(Protocol):
+    """What the launcher of a host has started around its ranks: leader of a process group of its own."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 class Alone:
     """Control of a run on one host."""
 
@@ -61,15 +74,7 @@ def supervise(
     for rank in place.ranks:
         for suffix in ("error.json", "pid", "beat"):
             (run.logs / f"rank-{rank}.{suffix}").unlink(missing_ok=True)
-    with host_log(run, place.host).open("wb") as log:
-        child = subprocess.Popen(
-            list(command),
-            env={**env, "HEADWAY_LAUNCHER_PID": str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on in order
-            preexec_fn=die_with_parent,
-        )
+    child = _start(run, place, command, {**env, "HEADWAY_LAUNCHER_PID": str(os.getpid())})
     watch = Watch(run, place, hang_s)
     try:
         with _forwarding(child, watch) as signalled:
@@ -86,7 +91,23 @@ def supervise(
     return 0
 
 
-def _see_through(child: subprocess.Popen[bytes], watch: Watch, control: Control) -> Fault | None:
+def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, str]) -> Child:
+    server = os.environ.get(FORK_SERVER)
+    with host_log(run, place.host).open("wb") as log:
+        if server is not None and place.hosts == 1 and "deepspeed.launcher.runner" not in command:
+            worker = ["headway.launcher.worker", str(run.path.resolve())]
+            return ForkedRanks(server, worker, place.processes, env, log.fileno())
+        return subprocess.Popen(
+            list(command),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on in order
+            preexec_fn=die_with_parent,
+        )
+
+
+def _see_through(child: Child, watch: Watch, control: Control) -> Fault | None:
     """Until the child has ended, by itself or by us; the fault if that was seen here."""
     looked = failed = 0.0
     while child.poll() is None:
@@ -172,7 +193,7 @@ class Watch:
         sure = evidence > (0 if hung is not None else 1)
         return Fault(text="\n".join(lines), weight=CAUSE if sure else CONSEQUENCE)
 
-    def end_all(self, child: subprocess.Popen[bytes]) -> None:
+    def end_all(self, child: Child) -> None:
         """Kill what is left of this host's processes, ranks first, and wait until they are gone."""
         end = time.monotonic() + 10
         while (live := self.live()) and time.monotonic() < end:
@@ -183,7 +204,7 @@ class Watch:
             os.killpg(child.pid, signal.SIGKILL)  # with what a launcher that has ended itself left behind
         child.wait()
 
-    def signal_ranks(self, child: subprocess.Popen[bytes], signum: int) -> None:
+    def signal_ranks(self, child: Child, signum: int) -> None:
         """To the ranks, or to the child where there are none yet."""
         for pid in self.live().values() or [child.pid]:
             send(pid, signum)
@@ -247,7 +268,7 @@ def _from(path: Path, offset: int) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding(child: subprocess.Popen[bytes], watch: Watch) -> Iterator[list[int]]:
+def _forwarding(child: Child, watch: Watch) -> Iterator[list[int]]:
     """Pass SIGTERM, SIGINT and SIGHUP on to the ranks: they save and stop. A second SIGINT ends them at once."""
     received: list[int] = []
 

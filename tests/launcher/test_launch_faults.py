@@ -24,6 +24,12 @@ HERE = Place(host=0, hosts=1, processes=2, name="here")
 
 
 @pytest.fixture
+def headway(headway_alone):
+    """What these tests are about stands between the command and its ranks."""
+    return headway_alone
+
+
+@pytest.fixture
 def run(tmp_path) -> RunDir:
     run = RunDir(tmp_path)
     run.logs.mkdir()

@@ -48,6 +48,12 @@ exit "$worst"
 
 
 @pytest.fixture
+def headway(headway_alone):
+    """What these tests are about stands between the command and its ranks."""
+    return headway_alone
+
+
+@pytest.fixture
 def slurm(headway, monkeypatch):
     """Slurm's programs, in front of any that this machine has."""
     folder = headway.folder / "bin"

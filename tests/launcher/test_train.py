@@ -110,7 +110,8 @@ def test_a_second_launch_on_a_live_folder_is_refused(headway):
     headway.wait_for(lambda: steps_done(run) >= 1, process)
     second = headway.train("run_dir=held", "train.tokens=2560000")
     assert second.returncode == 64
-    assert "a live run holds this folder" in second.stderr and str(process.pid) in second.stderr
+    holder = (run / "run.lock").read_text()
+    assert f"a live run holds this folder (process {holder})" in second.stderr and holder.isdigit()
     before = steps_done(run)
     headway.wait_for(lambda: steps_done(run) > before, process)
 
@@ -165,19 +166,19 @@ def test_a_taken_port_is_said_before_anything_starts(headway):
     assert not (headway.folder / "runs").exists()
 
 
-def test_a_save_that_does_not_fit_on_disk_is_said_and_the_run_stops_in_the_end(headway):
-    run = headway.folder / "runs" / "tiny"
+def test_a_save_that_does_not_fit_on_disk_is_said_and_the_run_stops_in_the_end(headway_alone):
+    run = headway_alone.folder / "runs" / "tiny"
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = headway.train("checkpoint.max_failures=2", "tracking.tensorboard=false", preexec_fn=small_files)
+    done = headway_alone.train("checkpoint.max_failures=2", "tracking.tensorboard=false", preexec_fn=small_files)
     assert done.returncode == 74, done.stderr
     assert "CHECKPOINT OF STEP 5 FAILED (1 in a row)" in done.stdout
     assert "CHECKPOINT OF STEP 10 FAILED (2 in a row)" in done.stdout
     assert "Free space" in done.stderr
     assert list((run / "checkpoints").iterdir()) == []
-    again = headway.train("checkpoint.max_failures=2", "tracking.tensorboard=false")
+    again = headway_alone.train("checkpoint.max_failures=2", "tracking.tensorboard=false")
     assert again.returncode == 0 and steps_done(run) == 40
 
 
