@@ -84,20 +84,30 @@ class ForkServer:
         self.close()
 
 
-class ForkedRanks:
-    """The ranks of one start, as `subprocess.Popen` would show the torchrun around them."""
+class Forked:
+    """What the server has started, as `subprocess.Popen` shows it: torchrun around ranks, or a `headway` command."""
 
-    def __init__(self, server: str, worker: list[str], processes: int, env: Mapping[str, str], stderr: int) -> None:
+    def __init__(self, server: str | Path, request: Mapping[str, Any], stdout: int, stderr: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(server)
-        request = {"worker": worker, "processes": processes, "env": dict(env), "cwd": str(Path.cwd())}
-        body = json.dumps(request).encode()
-        socket.send_fds(self._socket, [len(body).to_bytes(8, "little")], [1, stderr])
+        self._socket.connect(str(server))
+        body = json.dumps({"cwd": str(Path.cwd()), **request}).encode()
+        socket.send_fds(self._socket, [len(body).to_bytes(8, "little")], [stdout, stderr])
         self._socket.sendall(body)
-        self._text = self._socket.makefile("rb")
-        self.pid: int = json.loads(self._text.readline())["pid"]
+        with self._socket.makefile("rb", buffering=0) as answer:
+            self.pid: int = json.loads(answer.readline())["pid"]
         self.returncode: int | None = None
         self._socket.setblocking(False)
+
+    @classmethod
+    def ranks(cls, server: str, worker: list[str], processes: int, env: Mapping[str, str], stderr: int) -> Forked:
+        """`processes` ranks of the module and arguments `worker`, whose `main()` each calls, in the environment `env`."""
+        return cls(server, {"worker": worker, "processes": processes, "env": dict(env)}, 1, stderr)
+
+    @classmethod
+    def headway(cls, server: ForkServer, arguments: list[str], *, cwd: Path, log: int, **env: str) -> Forked:
+        """`headway ARGUMENTS` in `cwd`, with `env` added to the environment; all it says goes to the descriptor."""
+        environment = {**os.environ, **server.environment, **env}
+        return cls(server.path, {"arguments": arguments, "env": environment, "cwd": str(cwd)}, log, log)
 
     def poll(self) -> int | None:
         """How it ended, negative for a signal; None while it runs."""
@@ -105,6 +115,7 @@ class ForkedRanks:
             with contextlib.suppress(BlockingIOError):
                 answer = self._socket.recv(4096)
                 self.returncode = json.loads(answer)["status"] if answer else -signal.SIGKILL
+                self._socket.close()
         return self.returncode
 
     def wait(self) -> int:
@@ -323,9 +334,7 @@ def _become_rank(request: dict[str, Any], rank: int, port_from: int) -> NoReturn
         os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
         sys.argv = list(request["worker"])
         _show_as([sys.executable, "-P", "-m", *request["worker"]])
-        from headway.launcher.worker import main as worker
-
-        code = worker()
+        code = importlib.import_module(request["worker"][0]).main()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from headway.launcher.faults import CAUSE, CONSEQUENCE, CONTINUES, Ended, Fault, explain, host_log, quoted, tail
 from headway.launcher.forked import VARIABLE as FORK_SERVER
-from headway.launcher.forked import ForkedRanks
+from headway.launcher.forked import Forked
 from headway.launcher.heartbeat import Beat, allowed_s, beat_file, read_beat
 from headway.launcher.hosts import Place
 from headway.launcher.processes import STOPPED, die_with_parent, live_pid, send, state, status
@@ -96,7 +96,7 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
     with host_log(run, place.host).open("wb") as log:
         if server is not None and place.hosts == 1 and "deepspeed.launcher.runner" not in command:
             worker = ["headway.launcher.worker", str(run.path.resolve())]
-            return ForkedRanks(server, worker, place.processes, env, log.fileno())
+            return Forked.ranks(server, worker, place.processes, env, log.fileno())
         return subprocess.Popen(
             list(command),
             env=env,
