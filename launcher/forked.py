@@ -100,7 +100,7 @@ class Forked:
 
     @classmethod
     def ranks(cls, server: str, worker: list[str], processes: int, env: Mapping[str, str], stderr: int) -> Forked:
-        """`processes` ranks of the module and arguments `worker`, whose `main()` each calls, in the environment `env`."""
+        """`processes` ranks of the module and arguments `worker`, each to call its `main()`, in environment `env`."""
         return cls(server, {"worker": worker, "processes": processes, "env": dict(env)}, 1, stderr)
 
     @classmethod
