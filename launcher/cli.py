@@ -22,6 +22,8 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway study run study.yaml          train variants and seeds, then write the report
   headway probe run probes.yaml         what each variant can do on synthetic tasks
   headway generate RUN "prompt"         continue a prompt with a run's newest checkpoint
+  headway export RUN OUT --to hf        a run's weights as a Llama of Hugging Face, logits compared
+  headway import FOLDER --to DIR        a Llama of Hugging Face to generate with and train from
 
 Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
 
@@ -39,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|probe|bench|generate|schema"
+    names = "doctor|data|plan|train|study|probe|bench|generate|export|import|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -116,6 +118,22 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
     generate.add_argument("--top-p", type=float, default=0.95, help="choose among tokens of this probability together")
     generate.add_argument("--seed", type=int, default=1, help="equal seeds give equal text (default 1)")
+    export = verb("export", "write a run's weights as a folder that others read", spec=False)
+    export.add_argument("run", type=Path, help="folder of the run")
+    export.add_argument("out", type=Path, help="new folder to write")
+    export.add_argument(
+        "--to",
+        choices=("hf", "safetensors"),
+        required=True,
+        help="hf: a Llama of Hugging Face (mha, mqa, gqa, sqa, folded wgqa); safetensors: any mechanism",
+    )
+    export.add_argument("--step", type=int, default=None, metavar="N", help="of this checkpoint (default: the newest)")
+    export.add_argument(
+        "--max-shard-bytes", type=float, default=5e9, metavar="N", help="of one file of tensors (default 5e9)"
+    )
+    bring = verb("import", "a Llama of Hugging Face as weights to generate with and train from", spec=False)
+    bring.add_argument("folder", type=Path, help="folder with config.json and safetensors")
+    bring.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder to write")
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument(
         "out",
@@ -196,6 +214,15 @@ def _run(args: argparse.Namespace) -> int:
 
             sampling = Sampling(tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             return generate(args.run, args.prompt, sampling)
+        case "export", _:
+            from headway.launcher.export import export
+
+            limit = int(max(0.0, min(args.max_shard_bytes, 1e18)))
+            return export(args.run, args.out, to=args.to, step=args.step, max_shard_bytes=limit)
+        case "import", _:
+            from headway.launcher.import_hf import import_hf
+
+            return import_hf(args.folder, args.to)
         case "schema", _:
             from headway.launcher.schema import write_schema
 

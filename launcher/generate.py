@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.data.config import DataError, MdsSource
+from headway.launcher.codec import Codec
 from headway.launcher.errors import NoInputError, SpecError
-from headway.launcher.run_dir import RunDir, read_json
+from headway.launcher.run_dir import RunDir
 from headway.launcher.spec import Spec
 
 if TYPE_CHECKING:
     import torch
 
-    from headway.data.tokenizer import CorpusTokenizer
+    from headway.model.config import ModelConfig
     from headway.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
@@ -48,24 +48,25 @@ class Sampling:
 def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     """Print the prompt and its continuation to stdout, what it cost to stderr.
 
-    A run on synthetic data has no text: its prompt and its output are token ids. Raises NoInputError where `path` is no
-    run, CheckpointError where it has no whole checkpoint, DataError where its tokenizer is gone or another.
+    `path`: a run, or a folder of exported or imported weights. A model of synthetic data has no text: its prompt and
+    its output are token ids. Raises NoInputError where `path` is neither, CheckpointError where a run has no whole
+    checkpoint, WeightsError where such a folder is not whole, DataError where the tokenizer is gone or another.
     """
     sampling.check()
     run = RunDir(path)
-    if not run.spec.is_file():
+    if run.spec.is_file():
+        model, codec, ids, seq_len, title = _of_run(run, prompt)
+    elif (path / "config.json").is_file():
+        model, codec, ids, seq_len, title = _of_weights(path, prompt)
+    else:
         hint = f"{path} is a file; name the run's folder" if path.is_file() else f"{path} holds no spec.json"
         raise NoInputError(f"{hint}: train one with `headway train SPEC`; it says where its run folder is")
-    spec = Spec.model_validate_json(run.spec.read_text())
-    codec = _Codec.of(spec, run)
-    ids = codec.encode(prompt)
-    model, step = load_model(run, spec)
-    if len(ids) + sampling.tokens > spec.data.seq_len:
+    if len(ids) + sampling.tokens > seq_len:
         _note(
-            f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {spec.data.seq_len} the run "
+            f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {seq_len} the run "
             "was trained on; what lies beyond was never practised"
         )
-    _note(f"{spec.attention.type}, checkpoint of step {step}, {len(ids)} prompt tokens")
+    _note(f"{title}, {len(ids)} prompt tokens")
     printer = _Printer(codec)
     printer.put(ids)
     stats: dict[str, Any] = {}
@@ -82,24 +83,43 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     return 0
 
 
+def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
+    """(model, codec, ids of the prompt, tokens of a training sequence, what it is)."""
+    spec = Spec.model_validate_json(run.spec.read_text())
+    codec = Codec.of(spec, run)
+    ids = codec.encode(prompt)
+    model, step = load_model(run, spec)
+    return model, codec, ids, spec.data.seq_len, f"{spec.attention.type}, checkpoint of step {step}"
+
+
+def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
+    """The same of a folder of weights."""
+    from headway.model import hf
+
+    config = hf.read_exported(folder)
+    model = hf.load_exported(folder)
+    codec = Codec.of_exported(folder, config)
+    return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
+
+
 def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
     """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
+    from headway.launcher.weights import find_checkpoint, load_decoder
+
+    found = find_checkpoint(run)
+    return _ready(load_decoder(spec, found), spec.model, cpu=spec.launch.device == "cpu"), found.step
+
+
+def _ready(model: Decoder, shape: ModelConfig, *, cpu: bool = False) -> Decoder:
+    """On the GPU where there is one and `cpu` is false; weighted GQA folded."""
     import torch
 
     from headway.model.attention.wgqa import WgqaConfig
     from headway.model.convert import fold_decoder
-    from headway.model.decoder import Decoder
-    from headway.parallel import checkpoint
 
-    assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
-    found = checkpoint.newest_readable(run.checkpoints, warn=_note)
-    model = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
-    checkpoint.load_weights(found, model)
-    model.before_step(int(found.state["tokens"]))
-    if isinstance(spec.attention, WgqaConfig):  # else every token would merge all heads' keys and values anew
-        model = fold_decoder(model, spec.model)
-    use_cuda = spec.launch.device != "cpu" and torch.cuda.is_available()
-    return model.eval().requires_grad_(False).to("cuda" if use_cuda else "cpu"), found.step
+    if isinstance(model.attention, WgqaConfig):  # else every token would merge all heads' keys and values anew
+        model = fold_decoder(model, shape)
+    return model.eval().requires_grad_(False).to("cuda" if not cpu and torch.cuda.is_available() else "cpu")
 
 
 def continuation(
@@ -142,55 +162,10 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
-class _Codec:
-    """Text or written-out ids to token ids and back."""
-
-    def __init__(self, tokenizer: CorpusTokenizer | None, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self.eos_id = None if tokenizer is None else tokenizer.eos_id
-
-    @classmethod
-    def of(cls, spec: Spec, run: RunDir) -> _Codec:
-        source = spec.data.source
-        assert spec.model.vocab_size is not None
-        if not isinstance(source, MdsSource):
-            return cls(None, source.vocab_size)
-        from headway.data import tokenizer
-        from headway.data.manifest import TOKENIZER_NAME, read_manifest
-
-        root = Path(source.path).expanduser()
-        manifest = read_manifest(root)
-        trained_on = read_json(run.card, {}).get("data_fingerprint")
-        if trained_on is not None and manifest.fingerprint != trained_on:
-            raise DataError(
-                f"{root}: not the dataset this run was trained on (fingerprint {manifest.fingerprint[:16]}, the run "
-                f"{trained_on[:16]}): its token ids may mean other text; restore that dataset, or build it anew"
-            )
-        file = root / TOKENIZER_NAME
-        if tokenizer.sha256_of(file) != manifest.tokenizer_sha256:
-            raise DataError(f"{file}: not the tokenizer of the dataset; restore it, or build the dataset anew")
-        return cls(tokenizer.load(file), spec.model.vocab_size)
-
-    def encode(self, prompt: str) -> list[int]:
-        """At least one id; an empty prompt of text begins a document."""
-        if self._tokenizer is not None:
-            return self._tokenizer.encode([prompt])[0] or [self._tokenizer.eos_id]
-        words = prompt.split()
-        if not words or not all(w.isdecimal() and w.isascii() and int(w) < self._vocab_size for w in words):
-            raise SpecError(
-                f"prompt: this run learned synthetic token ids, not text; give numbers from 0 to "
-                f"{self._vocab_size - 1} separated by spaces, such as '5 40 7 33 5'"
-            )
-        return [int(word) for word in words]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids)) if self._tokenizer is None else self._tokenizer.decode(ids)
-
-
 class _Printer:
     """Prints text as soon as it is whole: a letter may be spread over several tokens."""
 
-    def __init__(self, codec: _Codec) -> None:
+    def __init__(self, codec: Codec) -> None:
         self._codec, self._ids, self._shown = codec, [], ""
 
     def put(self, ids: list[int]) -> None:

@@ -200,6 +200,10 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     model = spec.model.model_copy(update={"vocab_size": size or info["vocab_size"]})
     spec = spec.model_copy(update={"model": model})
     check_vocabulary(spec)
+    if spec.init.weights is not None:
+        from headway.launcher.initial import with_initial_hash
+
+        spec = with_initial_hash(spec)
     return spec, info
 
 

@@ -33,8 +33,11 @@ FREE_KEYS = (
     "parallel.zero",
     "data.workers",
     "data.prefetch",
+    "data.retry_s",
+    "data.timeout_s",
     "data.source.path",
     "data.source.remote",
+    "init.weights",
 )
 
 

@@ -15,6 +15,7 @@ from headway.data.config import DataError
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher import heartbeat
 from headway.launcher.heads import HeadProbe, probe_batch
+from headway.launcher.initial import load_initial
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
@@ -77,6 +78,8 @@ class Session:
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
             start_step=self.step,
+            # Before the launcher, or another rank, ends a run that could still say what it waits for.
+            timeout_s=0.8 * min(spec.launch.hang_s, spec.launch.timeout_s),
         )
         if self.step == 0:
             self._measure_heads()  # where they start from: random heads are nearly orthogonal
@@ -117,21 +120,29 @@ class Session:
         """(targets of the global batch, its hash, whether any rank wants to stop): one small all-reduce.
 
         The hash is the sum of the data-parallel ranks' parts modulo 2^64, added in two halves that cannot overflow.
-        Raises DataError where ranks that work on the same sequences have read different ones.
+        Raises DataError where ranks that work on the same sequences have read different ones, and where the ranks
+        together have not read the whole global batch of this step.
         """
         self._seed_everything(self.step + 1)
         self.engine.before_step(self.tokens)
         self.router.before_step(self.step + 1)
         low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
-        part = [batch.targets, low, high] if self.layout.is_data_lead else [0, 0, 0]
-        mine = torch.tensor([*part, low, high, int(stop)], dtype=torch.int64, device=self.layout.device)
-        targets, low, high, all_low, all_high, stops = self.layout.sum(mine).tolist()
+        part = [batch.targets, low, high, batch.sequences] if self.layout.is_data_lead else [0, 0, 0, 0]
+        mine = torch.tensor([*part, low, high, batch.step, int(stop)], dtype=torch.int64, device=self.layout.device)
+        targets, low, high, sequences, all_low, all_high, steps, stops = self.layout.sum(mine).tolist()
         digest = (low + (high << 32)) & _UINT64
         readers = self.layout.world_size // self.layout.dp_size
         if (all_low + (all_high << 32)) & _UINT64 != digest * readers & _UINT64:
             raise DataError(
                 f"step {self.step + 1}: ranks that share a model have read different sequences; "
                 "every host must see the same dataset (data.source), whole and of one version"
+            )
+        world, expected = self.layout.world_size, self.spec.train.global_batch
+        if sequences != expected or steps != self.step * world:
+            raise DataError(
+                f"step {self.step + 1}: all ranks together have read {sequences} sequences of step "
+                f"{steps / world + 1:g} on average, instead of {expected} of this one: a rank has skipped or repeated "
+                "data; start the same command again"
             )
         return targets, f"{digest:016x}", stops > 0
 
@@ -247,6 +258,8 @@ class Session:
             self.step = self.saved_step = found.step
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
             self._last_validation = found.state.get("validation_loss")
+        elif self.spec.init.weights is not None:
+            load_initial(self.spec, self.engine, self.layout)
         self.engine.before_step(self.tokens)
         if self.layout.is_main:
             self.run.truncate_metrics(last_step=self.step)

@@ -13,6 +13,23 @@ from headway.model.config import ModelConfig
 from headway.parallel.config import CheckpointConfig, LaunchConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 
 
+class InitConfig(StrictModel):
+    """Where parameters start from, if not from random ones."""
+
+    weights: str | None = Field(default=None, min_length=1, description="folder of exported or imported weights")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="of its config.json; filled in at the first start"
+    )
+
+    @model_validator(mode="after")
+    def _hash_has_weights(self) -> InitConfig:
+        if self.sha256 is not None and self.weights is None:
+            raise ValueError(
+                "sha256: there are no weights that it could be the hash of; use init.weights too, or leave init out"
+            )
+        return self
+
+
 class TrainConfig(StrictModel):
     """How long to train and in what portions."""
 
@@ -39,6 +56,7 @@ class Spec(StrictModel):
     seed: int = Field(default=1, ge=0, lt=1 << 63, description="initial parameters (data.seed orders the data)")
     model: ModelConfig
     attention: AnyAttention
+    init: InitConfig = InitConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig

@@ -1,0 +1,307 @@
+"""The decoder as a Llama of Hugging Face transformers and back: its config.json and the names of its tensors.
+
+Both rotate channel i with channel i + D/2 and keep query heads group-major, so no row moves and no number changes:
+tensors differ in name alone. What a Llama cannot say is refused, in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from headway.model.attention.gqa import DenseConfig, GqaConfig, MhaConfig, MqaConfig
+from headway.model.attention.wgqa import WgqaConfig
+from headway.model.base import AttentionConfig
+from headway.model.config import ModelConfig
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+TOP = {"embedding": "model.embed_tokens.weight", "norm.gain": "model.norm.weight", "head": "lm_head.weight"}
+BLOCK = {
+    "attn_norm.gain": "input_layernorm.weight",
+    "attn.w_q": "self_attn.q_proj.weight",
+    "attn.w_k": "self_attn.k_proj.weight",
+    "attn.w_v": "self_attn.v_proj.weight",
+    "attn.w_o": "self_attn.o_proj.weight",
+    "mlp_norm.gain": "post_attention_layernorm.weight",
+    "mlp.w_gate": "mlp.gate_proj.weight",
+    "mlp.w_up": "mlp.up_proj.weight",
+    "mlp.w_down": "mlp.down_proj.weight",
+}
+"""Our name of a tensor, and Llama's; those of block i follow `blocks.i.` here and `model.layers.i.` there."""
+
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Frequencies that older releases saved although the config gives them."""
+
+INVERSE_FREQUENCY_ERROR = 1e-2
+"""Relative: they were saved in bf16, too."""
+
+# Keys of config.json that say nothing of what the model computes from token ids when it is not trained.
+_WITHOUT_EFFECT = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_READ = {
+    "architectures",
+    "attention_bias",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "vocab_size",
+}
+
+
+def llama_name(name: str) -> str:
+    """Llama's name of the tensor that a decoder calls `name`."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    return TOP[name] if match is None else f"model.layers.{match[1]}.{BLOCK[match[2]]}"
+
+
+def folded(attention: AttentionConfig) -> AttentionConfig:
+    """The plain GQA that weighted GQA is after training; anything else as it is."""
+    return attention.folded if isinstance(attention, WgqaConfig) else attention
+
+
+def llama_config(
+    model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seq_len: int, eos_token_id: int | None
+) -> dict[str, Any]:
+    """config.json of the Llama that computes the same; `attention` may be weighted GQA, for its folded form.
+
+    `seq_len`: tokens of the sequences it was trained on. Raises ValueError naming the key, the reason and what to use,
+    where a Llama has no counterpart.
+    """
+    dense = _checked(folded(attention), model.layers)
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": dense.query_heads,
+        "num_key_value_heads": dense.groups,
+        "head_dim": dense.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": dense.rope_base,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": model.tied_embeddings,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+    }
+
+
+def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
+    """Raises ValueError for what a Llama has no counterpart of."""
+    ways = "use the format safetensors, which keeps it, or a run"
+    if not isinstance(attention, DenseConfig):
+        raise ValueError(
+            f"attention.type: a Llama has no counterpart of {attention.type}, its query heads all see every token and "
+            f"share keys and values evenly; {ways} of type mha, mqa, gqa, sqa or wgqa"
+        )
+    of_layers = [attention.layer(i, layers) for i in range(layers)]
+    windows = next((w for config in of_layers for w in config.group_windows if w is not None), None)
+    refused = {
+        "qk_norm": (attention.qk_norm, "a Llama does not norm queries and keys", "qk_norm false"),
+        "gate": (attention.gate != "none", "a Llama does not gate its heads", "gate none"),
+        "window_pattern" if attention.window_pattern else "windows": (
+            windows is not None,
+            f"a window of {windows} tokens would be lost, a Llama sees all of them",
+            "no windows",
+        ),
+        "group_sizes": (
+            len(set(attention.sizes)) > 1,
+            f"KV heads serve {attention.sizes} query heads, in a Llama all serve equally many",
+            "group_sizes []",
+        ),
+        "rope_fraction": (
+            attention.rotated != attention.head_dim,
+            f"{attention.rotated} of {attention.head_dim} channels turn, in a Llama all do",
+            "rope_fraction 1.0",
+        ),
+    }
+    for name, (is_refused, why, legal) in refused.items():
+        if is_refused:
+            raise ValueError(f"attention.{name}: {why}; {ways} with {legal}")
+    return attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaShape:
+    """What a config.json says in our words. `seq_len`: the longest sequence it is made for."""
+
+    model: ModelConfig
+    attention: MhaConfig | MqaConfig | GqaConfig
+    vocab_size: int
+    seq_len: int
+    eos_token_id: int | None
+
+
+def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
+    """The decoder that computes what the Llama of this config.json does.
+
+    Raises ValueError naming the key, the reason and what to use, for another architecture or for what our decoder has
+    no counterpart of.
+    """
+    _refuse_other_functions(config)
+    width, heads = (_whole(config, key) for key in ("hidden_size", "num_attention_heads"))
+    if config.get("head_dim") is None and width % heads:
+        raise ValueError(
+            f"head_dim: not given, and {width} channels do not divide into {heads} heads; "
+            f"give head_dim, or another num_attention_heads"
+        )
+    kv_heads = _whole(config, "num_key_value_heads", heads)
+    shape: dict[str, Any] = {
+        "heads": heads,
+        "head_dim": _whole(config, "head_dim", width // heads),
+        "rope_base": _rope_base(config),
+    }
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads: {heads} query heads do not divide into {kv_heads} equal groups; "
+            f"use a checkpoint whose config.json is its own, or mend num_key_value_heads"
+        )
+    if kv_heads == heads:
+        attention: MhaConfig | MqaConfig | GqaConfig = MhaConfig(**shape)
+    elif kv_heads == 1:
+        attention = MqaConfig(**shape)
+    else:
+        attention = GqaConfig(**shape, kv_heads=kv_heads)
+    vocab_size = _whole(config, "vocab_size")
+    model = ModelConfig(
+        width=width,
+        layers=_whole(config, "num_hidden_layers"),
+        ffn_width=_whole(config, "intermediate_size"),
+        vocab_size=vocab_size,
+        tied_embeddings=_truth(config, "tie_word_embeddings"),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        init_std=_number(config, "initializer_range", 0.02),
+    )
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    return LlamaShape(
+        model=model,
+        attention=attention,
+        vocab_size=vocab_size,
+        seq_len=_whole(config, "max_position_embeddings", 2048),
+        eos_token_id=eos if type(eos) is int and 0 <= eos < vocab_size else None,
+    )
+
+
+def _refuse_other_functions(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where config.json describes what is not, or not only, a Llama."""
+    architectures, kind = config.get("architectures"), config.get("model_type")
+    if architectures not in ([ARCHITECTURE], None) or kind != "llama":
+        raise ValueError(
+            f"architectures: {architectures} of model_type {kind!r} is not {ARCHITECTURE}; "
+            f"use a checkpoint of a Llama, or one that was converted to that architecture"
+        )
+    if "auto_map" in config:
+        raise ValueError(
+            "auto_map: the checkpoint brings code of its own, which is not run; use a checkpoint without it, or "
+            "remove auto_map where the model is a plain Llama"
+        )
+    for name in ("attention_bias", "mlp_bias"):
+        if _truth(config, name):
+            raise ValueError(
+                f"{name}: our projections have no biases; use a checkpoint with {name} false, or one without biases"
+            )
+    act = config.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ValueError(
+            f"hidden_act: {act!r} is another MLP than SwiGLU; use a checkpoint with hidden_act silu, or one with swish"
+        )
+    unknown = [k for k, v in config.items() if k not in _READ | _WITHOUT_EFFECT and v not in (None, False, [], {})]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: {config[unknown[0]]!r} is not known here and may change what the model computes; use a "
+            f"checkpoint without it, or remove the key where it has no effect"
+        )
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    """From `rope_theta`, or from `rope_parameters` as newer releases write it; any scaling is refused."""
+    given = config.get("rope_parameters") or {}
+    for name, table in (("rope_parameters", given), ("rope_scaling", config.get("rope_scaling") or {})):
+        if not isinstance(table, dict):
+            raise ValueError(f"{name}: {table!r} is no table; use null, or the rope_type default")
+        kind = table.get("rope_type", table.get("type", "default"))
+        if kind != "default" or set(table) - {"rope_type", "type", "rope_theta"}:
+            raise ValueError(
+                f"{name}: positions are scaled ({kind}: {', '.join(sorted(table))}), which our RoPE does not do; "
+                f"use a checkpoint with {name} null, or one with rope_type default"
+            )
+    return _number({**config, **given}, "rope_theta", 10_000.0)
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{key}: {value!r} is no whole number above 0; use a whole config.json, or give {key}")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}: {value!r} is no number above 0; use a whole config.json, or give {key}")
+    return float(value)
+
+
+def _truth(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise ValueError(f"{key}: {value!r} is neither true nor false; use true, or false")
+    return value
+
+
+def is_derived(name: str, tensor: Tensor, shape: LlamaShape) -> bool:
+    """Whether a tensor of a Llama says nothing that its config does not: saved frequencies that are those of the
+    config, within `INVERSE_FREQUENCY_ERROR`; an `lm_head` that is tied.
+    """
+    if name == TOP["head"]:
+        return shape.model.tied_embeddings
+    if DERIVED.fullmatch(name) is None or tuple(tensor.shape) != (shape.attention.head_dim // 2,):
+        return False
+    base, size = shape.attention.rope_base, shape.attention.head_dim
+    expected = [base ** (-2 * i / size) for i in range(size // 2)]
+    return all(
+        math.isclose(a, b, rel_tol=INVERSE_FREQUENCY_ERROR)
+        for a, b in zip(tensor.double().tolist(), expected, strict=True)
+    )
