@@ -94,9 +94,24 @@ class DataConfig(StrictModel):
     workers: int = Field(default=1, ge=0, le=64, description="threads that prepare batches ahead; 0 prepares inline")
     prefetch: int = Field(default=2, ge=1, le=64, description="steps prepared ahead of the one being trained")
     shuffle_window: int = Field(default=8, ge=1, description="shards whose sequences are mixed with each other")
+    retry_s: float = Field(
+        default=5.0, ge=0, le=3600, description="a shard that cannot be read is tried again for so long"
+    )
+    timeout_s: float = Field(
+        default=240.0,
+        gt=0,
+        le=86_400,
+        description="a batch that does not come in so long, or in 4/5 of launch.hang_s or launch.timeout_s, is an "
+        "error; needs workers >= 1",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.retry_s >= self.timeout_s:
+            raise ValueError(
+                f"retry_s: a shard that is tried again for {self.retry_s:g} s outlasts timeout_s {self.timeout_s:g}, "
+                f"which would not say why; use retry_s < {self.timeout_s:g} or timeout_s > {self.retry_s:g}"
+            )
         if isinstance(self.source, SyntheticSource) and self.source.problem_length > self.seq_len + 1:
             need = self.source.problem_length - 1
             raise ValueError(

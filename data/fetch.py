@@ -6,13 +6,15 @@ checked against the manifest before it gets its name, so a file that has its nam
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from headway.data.config import DataError
 from headway.data.manifest import (
@@ -23,6 +25,7 @@ from headway.data.manifest import (
     TOKENIZER_NAME,
     FileEntry,
     Manifest,
+    clear_staging,
     hash_file,
     read_manifest,
     replace_bytes,
@@ -53,9 +56,8 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
 
     Raises DataError when it cannot be fetched, or when `root` already holds another dataset.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(root / ".fetch.lock")):
-        arrived = root / f".remote-{MANIFEST_NAME}.{os.getpid()}"
+    with _holding(root / MANIFEST_NAME):
+        arrived = root / f".{MANIFEST_NAME}.{os.getpid()}"
         try:
             _download(remote, MANIFEST_NAME, arrived)
             manifest = read_manifest(root, arrived.name)
@@ -66,7 +68,7 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
                         f"{root}: caches dataset {cached[:12]}, but {remote} now holds {manifest.fingerprint[:12]}; "
                         "use another data.source.path for the new one, or drop data.source.remote to keep the old one"
                     )
-            replace_bytes(root / MANIFEST_NAME, arrived.read_bytes())
+            arrived.replace(root / MANIFEST_NAME)
         finally:
             arrived.unlink(missing_ok=True)
     for name in (TOKENIZER_NAME, *(f"{split}/{file}" for split in SPLITS for file in (INDEX_NAME, LENGTHS_NAME))):
@@ -83,10 +85,10 @@ def fetch_file(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
     expected = manifest.files.get(name)
     if expected is None:
         raise DataError(f"{remote}: {name} is not in the dataset's manifest; build the dataset again")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(path.with_name(f".{path.name}.lock"))):
+    with contextlib.suppress(PermissionError):  # a folder that may not be entered; said below
+        if path.exists():
+            return path
+    with _holding(path):
         if path.exists():
             return path
         arrived = path.with_name(f".{path.name}.{os.getpid()}")
@@ -111,7 +113,7 @@ def check_content(path: Path, expected: FileEntry, *, what: str) -> None:
 
 def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
     """Unpack a zstd shard beside itself, checked against the size and hash of the shards' index."""
-    with FileLock(str(raw.with_name(f".{raw.name}.lock"))):
+    with _holding(raw):
         if raw.exists() and raw.stat().st_size == bytes and xxhash.xxh64_hexdigest(raw.read_bytes()) == xxh64:
             return raw
         decompress = import_streaming("base.compression").decompress
@@ -132,6 +134,34 @@ def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
     return raw
 
 
+@contextlib.contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    """Be the only one who fetches or unpacks `path`, in a folder without what killed processes left of it.
+
+    The kernel frees the lock of a process that ends, however it ends; the lock's file stays and says nothing. Raises
+    DataError when the folder or the lock's file cannot be used, or a live process does not let go.
+    """
+    lock = FileLock(str(path.with_name(f".{path.name}.lock")), timeout=_TIMEOUT_S)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise DataError(
+            f"{lock.lock_file}: held for more than {_TIMEOUT_S:.0f} s by another process that fetches {path.name}; end "
+            "that process, or use another data.source.path"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{lock.lock_file}: cannot be written ({error.strerror}); make the folder and this file writable for you, "
+            "or fetch into a folder of your own: data.source.path, with the dataset as data.source.remote"
+        ) from error
+    try:
+        clear_staging(path)
+        yield
+    finally:
+        lock.release()
+
+
 def _download(remote: str, name: str, destination: Path) -> None:
     prefix = remote_prefix(remote)
     downloaders = import_streaming("base.storage").CloudDownloader
@@ -141,6 +171,8 @@ def _download(remote: str, name: str, destination: Path) -> None:
             downloader = downloaders.get(prefix)
             downloader.download(f"{prefix}/{name}", str(destination), _TIMEOUT_S)
             downloader.clean_up()
+            with destination.open("rb") as stream:
+                os.fsync(stream.fileno())  # before it gets its name, which says that it is whole
             return
         except FileNotFoundError as error:
             raise DataError(_unfetched(remote, name, error)) from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from headway.data.config import DataConfig, DataError, MdsSource
 from headway.data.manifest import Split
 from headway.data.packed import PackedText
-from headway.data.prefetch import Prefetch
+from headway.data.prefetch import LateError, Prefetch
 from headway.data.source import Sample, Source
 from headway.data.synthetic import SyntheticTask
 
@@ -41,13 +41,14 @@ class StepBatch:
     """What one rank reads in one optimizer step.
 
     `targets` counts this rank's labels that are not ignored. `digest` is this rank's part of the global batch's hash:
-    the sum over ranks modulo 2**64 is the same for any number of ranks.
+    the sum over ranks modulo 2**64 is the same for any number of ranks. `sequences` counts this rank's.
     """
 
     step: int
     micro: tuple[MicroBatch, ...]
     targets: int
     digest: int
+    sequences: int
 
 
 def open_source(cfg: DataConfig, *, split: Split) -> Source:
@@ -60,6 +61,7 @@ def open_source(cfg: DataConfig, *, split: Split) -> Source:
             seed=cfg.seed,
             shuffle_window=cfg.shuffle_window,
             remote=cfg.source.remote,
+            retry_s=cfg.retry_s,
         )
     return SyntheticTask(cfg.source, split=split, seq_len=cfg.seq_len, seed=cfg.seed)
 
@@ -101,7 +103,10 @@ class Loader:
     it ends with the last whole global batch of the split. `wait_s` is the time the consumer spent waiting for data.
     Close it, or use it in a `with` statement, to end its threads.
 
-    Raises DataError when the global batch does not divide into ranks and micro batches, or as `open_source` does.
+    A batch that does not come in `timeout_s`, or in the config's if that is less, is a DataError.
+
+    Raises DataError when the global batch does not divide into ranks and micro batches, when the dataset has another
+    `fingerprint` than the given one, or as `open_source` does.
     """
 
     def __init__(
@@ -114,6 +119,8 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         start_step: int = 0,
+        timeout_s: float | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         if global_batch % (dp_size * micro_batch):
             raise DataError(
@@ -122,12 +129,18 @@ class Loader:
             )
         assert 0 <= dp_rank < dp_size and start_step >= 0
         self.source = open_source(cfg, split=split)
+        if fingerprint is not None and self.source.fingerprint != fingerprint:
+            raise DataError(
+                f"data.source: the dataset was replaced while the run started (fingerprint {fingerprint[:16]} then, "
+                f"{str(self.source.fingerprint)[:16]} now); start the same command again, or restore it"
+            )
         self.wait_s = 0.0
         self._masked = cfg.document_mask
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._per_rank = global_batch // dp_size
         self._first_place = dp_rank * self._per_rank
         self._workers, self._ahead = cfg.workers, cfg.prefetch
+        self._timeout_s = cfg.timeout_s if timeout_s is None else min(cfg.timeout_s, timeout_s)
         self._next_step = start_step
         self._end: int | None = None
         if split == "validation" and self.source.num_sequences is not None:
@@ -138,7 +151,7 @@ class Loader:
         """This rank's part of the global batch of `step`: random access, the same whenever and wherever asked."""
         places = range(self._first_place, self._first_place + self._per_rank)
         micro: list[MicroBatch] = []
-        targets = digest = 0
+        targets = digest = sequences = 0
         for begin in range(0, self._per_rank, self._micro_batch):
             samples = []
             for place in places[begin : begin + self._micro_batch]:
@@ -148,7 +161,8 @@ class Loader:
             batch, count = collate(samples, masked=self._masked)
             micro.append(batch)
             targets += count
-        return StepBatch(step=step, micro=tuple(micro), targets=targets, digest=digest % (1 << 64))
+            sequences += len(samples)
+        return StepBatch(step=step, micro=tuple(micro), targets=targets, digest=digest % (1 << 64), sequences=sequences)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -158,17 +172,34 @@ class Loader:
         if self._end is not None and step >= self._end:
             raise StopIteration
         began = time.perf_counter()
-        if self._workers == 0:
-            batch = self.batch(step)
-        else:
-            if self._prefetch is None:
-                self._prefetch = Prefetch(
-                    self.batch, first=step, end=self._end, ahead=self._ahead, workers=self._workers
-                )
-            batch = self._prefetch.get(step)
+        batch = self._inline(step) if self._workers == 0 else self._prefetched(step)
         self.wait_s += time.perf_counter() - began
+        if (batch.step, batch.sequences) != (step, self._per_rank):
+            raise DataError(
+                f"step {step + 1}: {batch.sequences} sequences of step {batch.step + 1} came instead of "
+                f"{self._per_rank}: the data ended before the training did, or its order is broken"
+            )
         self._next_step = step + 1
         return batch
+
+    def _inline(self, step: int) -> StepBatch:
+        try:
+            return self.batch(step)
+        except StopIteration as error:  # it would end the consumer's loop as if this were the end
+            raise RuntimeError(f"preparing step {step + 1} ended with StopIteration") from error
+
+    def _prefetched(self, step: int) -> StepBatch:
+        if self._prefetch is None:
+            self._prefetch = Prefetch(self.batch, first=step, end=self._end, ahead=self._ahead, workers=self._workers)
+        try:
+            return self._prefetch.get(step, timeout_s=self._timeout_s)
+        except LateError:
+            waits_for = ", ".join(map(str, self.source.reading())) or "no file: the processor is too busy"
+            raise DataError(
+                f"data.timeout_s: the batch of step {step + 1} did not come in {self._timeout_s:g} s, waiting for "
+                f"{waits_for}; see whether that storage is slow or gone, copy the dataset to a local disk, or give "
+                "more time with data.timeout_s and launch.hang_s"
+            ) from None
 
     def close(self) -> None:
         """End the threads. Batches can still be had by `batch`."""

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +37,8 @@ FileName = Annotated[str, StringConstraints(pattern=rf"^(?:(?:train|validation)/
 Count = Annotated[int, Field(ge=0, lt=1 << 56)]
 
 _MAX_MANIFEST_BYTES = 64 << 20
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 256 << 10  # stays in the cache of a core
+_TICK_S = 0.02
 
 
 class FileEntry(StrictModel):
@@ -148,21 +151,54 @@ def replace_bytes(path: Path, data: bytes) -> None:
         staging.unlink(missing_ok=True)
 
 
+def clear_staging(path: Path) -> None:
+    """Remove what killed processes left of `path` while it was written or fetched: `.NAME.PID`, `.NAME.PID.tmp`.
+
+    For the holder of the lock of `path`, or where losing a write does no harm. Files that cannot be removed stay.
+    """
+    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+(\.tmp)?")
+    with contextlib.suppress(OSError):
+        for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+FileState = tuple[int, int, int, int]
+"""Inode, size, modification and change time (ns). Who writes to a file changes its last one, whatever else is restored;
+no program can set it, and a clock that was set back makes it another one too."""
+
+
+def state_of(found: os.stat_result) -> FileState:
+    """The part of what the system says about a file that tells whether it was written to."""
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def settled_state(descriptor: int) -> FileState:
+    """The state of an open file, at a moment from which on every write changes it.
+
+    The kernel stamps files with a clock that ticks every 1 to 10 ms: a write within the tick of the one before it
+    leaves the times as they are. So a file that was just changed is given time.
+    """
+    if abs(time.time() - os.fstat(descriptor).st_ctime) < _TICK_S:
+        time.sleep(_TICK_S)
+    return state_of(os.fstat(descriptor))
+
+
 def hash_file(path: Path) -> FileEntry:
     """Size and xxh3_64 of a file."""
-    digest, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+    digest, size, chunk = xxhash.xxh3_64(), 0, memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while got := stream.readinto(chunk):
+            digest.update(chunk[:got])
+            size += got
     return FileEntry(bytes=size, xxh3_64=digest.hexdigest())
 
 
 class VerifiedFiles:
     """Remembers, beside the dataset, which files were already hashed, so that a run does not hash them again.
 
-    A file counts as unchanged while its inode, size, modification and change times are: writing to it changes the
-    last one, whatever is done to the others.
+    A file counts as unchanged while its `FileState` is the same. Nothing is trusted for being old or new: times are
+    compared for equality alone.
     """
 
     def __init__(self, root: Path) -> None:
@@ -174,20 +210,57 @@ class VerifiedFiles:
                 self._known = known
         self._changed = False
 
+    def remembered(self, name: str, state: FileState) -> str | None:
+        """xxh3_64 of the file `name` as it was hashed in this state; None where it was not."""
+        known = self._known.get(name)
+        if isinstance(known, list) and len(known) == 5 and known[:4] == [*state] and isinstance(known[4], str):
+            return known[4]
+        return None
+
     def hash(self, path: Path, name: str) -> str:
         """xxh3_64 of `path`, from memory where its state is the one remembered under `name`."""
-        stat = path.stat()
-        state = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        known = self._known.get(name)
-        if isinstance(known, list) and len(known) == 5 and known[:4] == state and isinstance(known[4], str):
-            return known[4]
-        digest = hash_file(path).xxh3_64
-        self._known[name] = [*state, digest]
-        self._changed = True
+        with path.open("rb") as stream:
+            digest = self.remembered(name, state_of(os.fstat(stream.fileno())))
+            if digest is None:
+                # The state before: a write during the hashing makes another one, and is found the next time.
+                state = settled_state(stream.fileno())
+                digest = hash_file(path).xxh3_64
+                self._known[name] = [*state, digest]
+                self._changed = True
         return digest
 
     def save(self) -> None:
         """Remember what was hashed. A folder that cannot be written to is hashed anew each time."""
         if self._changed:
+            clear_staging(self._path)
             with contextlib.suppress(OSError):
                 replace_bytes(self._path, json.dumps(self._known).encode())
+
+
+def check_file(root: Path, name: str, manifest: Manifest, verified: VerifiedFiles, *, hint: str | None = None) -> None:
+    """Raise DataError unless the file `name` is there, inside the dataset's folder, with its size and hash.
+
+    `hint`: what to do about a file that is not; by default, to build the dataset again.
+    """
+    path, expected, hint = root / name, manifest.files.get(name), hint or rebuild_hint(root)
+    if expected is None:
+        raise DataError(f"{root}: the manifest does not name {name}; {hint}")
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: missing; {hint}")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"{path}: a link out of the dataset's folder; replace it by the file itself")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise DataError(
+                f"{path}: {size:,} bytes, but the manifest says {expected.bytes:,}: cut short or replaced; {hint}"
+            )
+        digest = verified.hash(path, name)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); mend disk or rights, or {hint}"
+        ) from error
+    if digest != expected.xxh3_64:
+        raise DataError(
+            f"{path}: content changed since the dataset was built (hash {digest}, manifest {expected.xxh3_64}); {hint}"
+        )

@@ -1,4 +1,4 @@
-"""Reads MDS shards through memory maps.
+"""Reads the documents of MDS shards.
 
 The format is mosaicml-streaming's (version 2, https://docs.mosaicml.com/projects/streaming): a shard is the number of
 samples n as uint32, n + 1 offsets as uint32, the JSON header, then the samples; a sample is the uint32 size of each
@@ -14,18 +14,35 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from headway.data import fetch
 from headway.data.config import DataError
-from headway.data.manifest import BASENAME, INDEX_NAME, LENGTHS_NAME, Manifest, Split, read_manifest, rebuild_hint
+from headway.data.manifest import (
+    BASENAME,
+    INDEX_NAME,
+    LENGTHS_NAME,
+    FileState,
+    Manifest,
+    Split,
+    VerifiedFiles,
+    check_file,
+    read_manifest,
+    rebuild_hint,
+    state_of,
+)
+from headway.data.shard import OpenShard
 
-_MAX_OPEN_SHARDS = 64  # each map holds a file descriptor
+Read = TypeVar("Read")
+
+_MAX_OPEN_SHARDS = 64  # each holds a file descriptor
 _MAX_INDEX_BYTES = 256 << 20
 
 
@@ -88,55 +105,51 @@ def _shard_info(entry: dict[str, Any], dtype: str) -> ShardInfo:
     )
 
 
-class _OpenShard:
-    """A mapped shard: where the id and the tokens of each document stand."""
-
-    def __init__(self, path: Path, samples: int, lengths: np.ndarray, dtype: np.dtype) -> None:
-        self.bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        head = 4 * (samples + 2)
-        count = int(np.frombuffer(self.bytes, "<u4", 1)[0])
-        if count != samples or self.bytes.size < head:
-            raise ValueError(f"{count} samples instead of {samples}")
-        self.offsets = np.frombuffer(self.bytes, "<u4", samples + 1, offset=4).astype(np.int64)
-        self.starts = self.offsets[1:] - lengths * dtype.itemsize
-        if self.offsets[-1] != self.bytes.size or self.offsets[0] < head or np.any(self.starts < self.offsets[:-1] + 8):
-            raise ValueError("offsets that do not fit the lengths of its documents")
-
-
 class MdsSplit:
     """Documents of one split, by number, in stored order. Safe to read from several threads.
 
-    Raises DataError when files are missing or do not fit together; hashes are `headway.data.verify`'s business, but
-    what is fetched or unpacked here is checked on arrival.
+    What it hands out has the hash of the manifest: a file in another state than the one in which `headway.data.verify`
+    hashed it is hashed again. A shard that cannot be read, or is not what it should be, is tried again, with growing
+    pauses, for `retry_s` seconds. Raises DataError naming the file when that did not help, and when files are missing
+    or do not fit together.
     """
 
-    def __init__(self, root: Path, split: Split, *, remote: str | None = None) -> None:
+    def __init__(self, root: Path, split: Split, *, remote: str | None = None, retry_s: float = 0.0) -> None:
         self.root, self.split, self.remote = root, split, remote
         if remote is not None and not (root / split / LENGTHS_NAME).exists():
             fetch.fetch_metadata(root, remote)
         self.manifest = read_manifest(root)
+        self._verified = VerifiedFiles(root)
+        for name in (INDEX_NAME, LENGTHS_NAME):
+            check_file(root, f"{split}/{name}", self.manifest, self._verified)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = read_index(root, split, self.manifest)
         self.lengths = read_lengths(root, split, self.manifest)
         self.first_document = np.concatenate([[0], np.cumsum([s.samples for s in self.shards], dtype=np.int64)])
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._retry_s = retry_s
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._opening: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._busy: dict[int, int] = {}  # thread -> the shard it reads
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def tokens(self, document: int) -> np.ndarray:
-        """Token ids of a document, its end-of-document token included: a view of the map, [length]."""
-        shard, row = self._locate(document)
-        start = int(shard.starts[row])
-        return shard.bytes[start : start + int(self.lengths[document]) * self.dtype.itemsize].view(self.dtype)
+    def tokens(self, document: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Token ids `begin` to `end` (at most its length) of a document, its end-of-document token included."""
+        number, row = self._locate(document)
+        length = int(self.lengths[document])
+        count = (length if end is None else min(end, length)) - begin
+        return self._from(number, lambda shard: shard.tokens(row, begin, count))
 
     def id(self, document: int) -> str:
         """Where the document came from, as the corpus names it."""
-        shard, row = self._locate(document)
-        begin = int(shard.offsets[row])
-        size = int(np.frombuffer(shard.bytes, "<u4", 1, offset=begin)[0])
-        return shard.bytes[begin + 8 : begin + 8 + size].tobytes().decode("utf-8")
+        number, row = self._locate(document)
+        return self._from(number, lambda shard: shard.id(row))
+
+    def reading(self) -> list[Path]:
+        """The shards that threads are reading, opening or fetching at this moment."""
+        return [self._path(number) for number in sorted(set(self._busy.copy().values()))]
 
     def local_path(self, number: int) -> Path:
         """The uncompressed shard on this machine, fetched or unpacked if it must be."""
@@ -149,30 +162,82 @@ class MdsSplit:
             return fetch.unpack_shard(stored, raw, bytes=shard.raw_bytes, xxh64=shard.raw_xxh64)
         return raw
 
-    def _locate(self, document: int) -> tuple[_OpenShard, int]:
+    def _hint(self) -> str:
+        if self.remote is None:
+            return rebuild_hint(self.root)
+        return f"delete it and start again: it is fetched anew from {self.remote}"
+
+    def _path(self, number: int) -> Path:
+        return self.root / self.split / self.shards[number].raw_name
+
+    def _locate(self, document: int) -> tuple[int, int]:
+        """Shard of a document, and its place there."""
         if not 0 <= document < len(self.lengths):
             raise IndexError(f"document {document} of {len(self.lengths)}")
         number = int(np.searchsorted(self.first_document, document, "right")) - 1
+        return number, document - int(self.first_document[number])
+
+    def _from(self, number: int, read: Callable[[OpenShard], Read]) -> Read:
+        """What `read` finds in a shard, trying again for `retry_s`."""
+        thread, pause_s, end = threading.get_ident(), 0.05, 0.0
+        self._busy[thread] = number
+        try:
+            while True:
+                try:
+                    return read(self._shard(number))
+                except (OSError, ValueError) as error:
+                    now = time.monotonic()
+                    end = end or now + self._retry_s
+                    if now + pause_s > end:
+                        why = (isinstance(error, OSError) and error.strerror) or error
+                        raise DataError(
+                            f"{self._path(number)}: shard is missing or damaged ({why}; tried for {self._retry_s:g} s, "
+                            f"data.retry_s); {self._hint()}"
+                        ) from error
+                with self._lock:
+                    self._open.pop(number, None)  # another file may have taken its place
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+        finally:
+            del self._busy[thread]
+
+    def _shard(self, number: int) -> OpenShard:
         with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
-                shard = self._map(number)
+            if (shard := self._open.get(number)) is not None:
+                self._open.move_to_end(number)
+                return shard
+            opening = self._opening.setdefault(number, threading.Lock())
+        # Not under the other lock: who reads what is open need not wait for a fetch.
+        with opening:
+            with self._lock:
+                if (shard := self._open.get(number)) is not None:
+                    return shard
+            shard = self._opened(number)
+            with self._lock:
                 self._open[number] = shard
                 if len(self._open) > _MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
-            self._open.move_to_end(number)
-        return shard, document - int(self.first_document[number])
+            return shard
 
-    def _map(self, number: int) -> _OpenShard:
+    def _opened(self, number: int) -> OpenShard:
         path, info = self.local_path(number), self.shards[number]
+        size = path.stat().st_size
+        if size != info.raw_bytes:
+            raise ValueError(f"{size:,} bytes instead of {info.raw_bytes:,}")
         first = int(self.first_document[number])
-        try:
-            size = path.stat().st_size
-            if size != info.raw_bytes:
-                raise ValueError(f"{size:,} bytes instead of {info.raw_bytes:,}")
-            return _OpenShard(path, info.samples, self.lengths[first : first + info.samples], self.dtype)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: shard is missing or damaged ({error}); {rebuild_hint(self.root)}") from error
+        lengths = self.lengths[first : first + info.samples]
+        return OpenShard(
+            path, xxh64=info.raw_xxh64, trusted=self._trusted(number, path), lengths=lengths, dtype=self.dtype
+        )
+
+    def _trusted(self, number: int, path: Path) -> FileState | None:
+        """The state of a shard that was hashed in it and found to be the manifest's, by this run's preflight say."""
+        name = f"{self.split}/{self.shards[number].raw_name}"
+        state = state_of(path.stat())
+        expected = self.manifest.files.get(name)
+        if expected is None or self._verified.remembered(name, state) != expected.xxh3_64:
+            return None
+        return state
 
 
 def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:

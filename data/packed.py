@@ -28,13 +28,22 @@ class PackedText:
     """
 
     def __init__(
-        self, path: str, *, split: Split, seq_len: int, seed: int, shuffle_window: int, remote: str | None = None
+        self,
+        path: str,
+        *,
+        split: Split,
+        seq_len: int,
+        seed: int,
+        shuffle_window: int,
+        remote: str | None = None,
+        retry_s: float = 0.0,
     ) -> None:
-        self._documents = MdsSplit(Path(path).expanduser(), split, remote=remote)
+        self._documents = MdsSplit(Path(path).expanduser(), split, remote=remote, retry_s=retry_s)
         self._ends = np.cumsum(self._documents.lengths)
         tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.seq_len = seq_len
         self.vocab_size = self._documents.manifest.vocab_size
+        self.fingerprint = self._documents.manifest.fingerprint
         self.num_sequences = max(0, (tokens - 1) // seq_len)
         if self.num_sequences == 0:
             raise DataError(
@@ -74,6 +83,9 @@ class PackedText:
 
         threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
 
+    def reading(self) -> list[Path]:
+        return self._documents.reading()
+
     def sample(self, index: int) -> Sample:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
@@ -84,7 +96,7 @@ class PackedText:
         skip = begin - (int(self._ends[document - 1]) if document else 0)
         filled = segment = 0
         while filled < need:
-            piece = self._documents.tokens(document)[skip : skip + need - filled]
+            piece = self._documents.tokens(document, skip, skip + need - filled)
             tokens[filled : filled + len(piece)] = piece
             segments[filled : filled + len(piece)] = segment
             filled += len(piece)

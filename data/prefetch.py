@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+
+
+class LateError(Exception):
+    """An item is not there in time."""
+
+
+_LOOK_S = 0.5
+_CLOSE_S = 2.0
 
 
 class Prefetch(Generic[Item]):
@@ -22,6 +31,7 @@ class Prefetch(Generic[Item]):
         self._prepare, self._end, self._ahead = prepare, end, ahead
         self._claimed = self._wanted = first
         self._ready: dict[int, Item | _Failure] = {}
+        self._claims: dict[int, threading.Thread] = {}
         self._closed = False
         self._changed = threading.Condition()
         self._threads = [
@@ -30,15 +40,27 @@ class Prefetch(Generic[Item]):
         for thread in self._threads:
             thread.start()
 
-    def get(self, number: int) -> Item:
-        """The item `number`; numbers are asked for one after the other. Raises what preparing it raised."""
+    def get(self, number: int, *, timeout_s: float) -> Item:
+        """The item `number`; numbers are asked for one after the other.
+
+        Raises what preparing it raised, LateError when it is not there after `timeout_s`, and RuntimeError when the
+        thread that should prepare it is gone.
+        """
+        end = time.monotonic() + timeout_s
         with self._changed:
             # While item n is used, items n + 1 .. n + ahead are prepared.
             self._wanted = number
             self._changed.notify_all()
-            self._changed.wait_for(lambda: number in self._ready or self._closed)
-            if self._closed:
-                raise RuntimeError("the loader is closed")
+            while number not in self._ready:
+                if self._closed:
+                    raise RuntimeError("the loader is closed")
+                preparing = [self._claims[number]] if number in self._claims else self._threads
+                if not any(thread.is_alive() for thread in preparing):
+                    raise RuntimeError(f"the data thread that was to prepare step {number + 1} ended without a word")
+                if (left_s := end - time.monotonic()) <= 0:
+                    raise LateError
+                # A thread that dies wakes nobody.
+                self._changed.wait(min(left_s, _LOOK_S))
             item = self._ready[number]
             if isinstance(item, _Failure):
                 raise item.error
@@ -46,12 +68,13 @@ class Prefetch(Generic[Item]):
             return item
 
     def close(self) -> None:
-        """End the threads; an item in preparation is finished and thrown away."""
+        """End the threads; an item in preparation is finished and thrown away. One that hangs is left to itself."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        end = time.monotonic() + _CLOSE_S
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def _may_claim(self) -> bool:
         return self._claimed <= self._wanted + self._ahead and (self._end is None or self._claimed < self._end)
@@ -63,16 +86,24 @@ class Prefetch(Generic[Item]):
                 if self._closed:
                     return
                 number = self._claimed
+                self._claims[number] = threading.current_thread()
                 self._claimed += 1
             try:
                 item: Item | _Failure = self._prepare(number)
             except BaseException as error:
-                item = _Failure(error)
+                item = _Failure(number, error)
             with self._changed:
                 self._ready[number] = item
+                del self._claims[number]
                 self._changed.notify_all()
 
 
 class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+    """Raised where the item is asked for. What is no Exception would end that thread instead of being seen there."""
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            self.error = error
+        else:
+            self.error = RuntimeError(f"preparing step {number + 1} ended with {type(error).__name__}: {error}")
+            self.error.__cause__ = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,11 @@ class Source(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the dataset; None when there is none."""
+        ...
+
+    @property
     def num_sequences(self) -> int | None:
         """Sequences of one epoch; None when the source has no end."""
         ...
@@ -36,3 +42,7 @@ class Source(Protocol):
         ...
 
     def sample(self, index: int) -> Sample: ...
+
+    def reading(self) -> list[Path]:
+        """Files that threads wait for at this moment."""
+        ...

@@ -16,6 +16,7 @@ Multi-query associative recall: Arora et al. 2023, "Zoology"; copy: Graves et al
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from headway.data.source import Sample
 class SyntheticTask:
     """An endless source; sequences are drawn in the order of their index."""
 
-    num_sequences = None
+    num_sequences = fingerprint = None
 
     def __init__(self, cfg: SyntheticSource, *, split: Split, seq_len: int, seed: int) -> None:
         self.cfg, self.seq_len, self.vocab_size = cfg, seq_len, cfg.vocab_size
@@ -57,6 +58,9 @@ class SyntheticTask:
         problems = self._draw(index)
         tokens[: problems.size] = problems.ravel()
         return Sample(tokens, self._segments, self._targets[1:])
+
+    def reading(self) -> list[Path]:
+        return []
 
     def loss_floor(self) -> float:
         """Mean loss of the best possible predictor, in nats per target: 0, since every answer follows from the past."""

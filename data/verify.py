@@ -5,6 +5,7 @@ A missing or damaged shard is an error, never a shorter epoch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from headway.data.config import DataError, MdsSource
 from headway.data.manifest import (
     INDEX_NAME,
     LENGTHS_NAME,
+    MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
+    Split,
     VerifiedFiles,
+    check_file,
     read_manifest,
     rebuild_hint,
 )
-from headway.data.mds import read_index, read_lengths
+from headway.data.mds import ShardInfo, read_index, read_lengths
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
 
@@ -42,7 +46,7 @@ class DatasetInfo:
 
 
 def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
-    """Check every file of a dataset (presence, size, hash), its tokenizer and, if given, that `seq_len` fits.
+    """Check every file of a dataset (presence, size, hash; no other ones), its tokenizer and that `seq_len` fits.
 
     With `remote` the manifest is fetched first and shards not fetched yet are left out: each is checked on arrival.
     Files hashed before and unchanged since are not hashed again. Raises DataError naming the file and what to do.
@@ -52,9 +56,10 @@ def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
         manifest = fetch.fetch_metadata(root, source.remote)
     else:
         manifest = read_manifest(root)
-    _check_files(root, manifest, shards_may_be_missing=source.remote is not None)
+    _check_files(root, manifest, source.remote)
     for split in SPLITS:
-        read_index(root, split, manifest)
+        shards = read_index(root, split, manifest)
+        _check_nothing_else(root, split, manifest, shards)
         read_lengths(root, split, manifest)
     _check_tokenizer(root, manifest)
     if seq_len is not None:
@@ -73,33 +78,33 @@ def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
     )
 
 
-def _check_files(root: Path, manifest: Manifest, *, shards_may_be_missing: bool) -> None:
+def _check_files(root: Path, manifest: Manifest, remote: str | None) -> None:
     metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
     if unnamed := sorted(metadata - manifest.files.keys()):
         raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
-    home = root.resolve()
     verified = VerifiedFiles(root)
-    for name, expected in manifest.files.items():
-        path = root / name
-        if not path.is_file():
-            if shards_may_be_missing and name not in metadata:
-                continue
-            raise DataError(f"{path}: missing; {rebuild_hint(root)}")
-        if not path.resolve().is_relative_to(home):
-            raise DataError(f"{path}: a link out of the dataset's folder; replace it by the file itself")
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise DataError(
-                f"{path}: {size:,} bytes, but the manifest says {expected.bytes:,}: cut short or replaced; "
-                f"{rebuild_hint(root)}"
-            )
-        digest = verified.hash(path, name)
-        if digest != expected.xxh3_64:
-            raise DataError(
-                f"{path}: content changed since the dataset was built (hash {digest}, manifest {expected.xxh3_64}); "
-                f"{rebuild_hint(root)}"
-            )
+    hint = None if remote is None else f"delete it and start again: it is fetched anew from {remote}"
+    for name in manifest.files:
+        # A shard that was not fetched yet is checked on arrival.
+        if remote is None or name in metadata or os.path.lexists(root / name):
+            check_file(root, name, manifest, verified, hint=hint)
     verified.save()
+
+
+def _check_nothing_else(root: Path, split: Split, manifest: Manifest, shards: list[ShardInfo]) -> None:
+    """A shard that no run would read: somebody believes to train on it."""
+    named = {name.removeprefix(f"{split}/") for name in manifest.files}
+    named |= {shard.raw_name for shard in shards}  # unpacked beside their zstd form
+    try:
+        found = sorted((root / split).iterdir())
+    except OSError as error:
+        raise DataError(f"{root / split}: cannot be listed ({error.strerror}); mend disk or rights") from error
+    for path in found:
+        if ".mds" in path.name and path.name not in named and not path.name.startswith("."):
+            raise DataError(
+                f"{path}: a shard that {MANIFEST_NAME} does not name, so no run would read it; remove it, or build the "
+                "dataset again from all its documents"
+            )
 
 
 def _check_tokenizer(root: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -237,3 +238,48 @@ def test_validation_takes_at_most_what_the_split_has(source: MdsSource) -> None:
     assert real == packed.num_sequences
     with pytest.raises(DataError, match="31 is less than one sequence of 32 tokens"):
         validation_batches(cfg, tokens=31, micro_batch=4, dp_rank=0, dp_size=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_ranks_and_workers_go_on_exactly_from_any_place_in_an_epoch(
+    ranks: int, workers: int, source: MdsSource
+) -> None:
+    cfg = data(source, workers=workers)
+    sequences = open_source(cfg, split="train").num_sequences
+    assert sequences is not None and sequences % GLOBAL_BATCH, "an epoch ends inside a batch"
+    end = sequences // GLOBAL_BATCH
+    reference = loader(data(source))
+    for start in (end // 3, end // 3 + 5, end // 2, end - 2, end, end + 1, 2 * end):  # also again in the same epoch
+        parts = [take(cfg, rank, ranks, 1, start) for rank in range(ranks)]
+        for step, mine in enumerate(zip(*parts, strict=True), start=start):
+            assert {batch.step for batch in mine} == {step}
+            assert sum(batch.sequences for batch in mine) == GLOBAL_BATCH
+            assert sum(batch.digest for batch in mine) % 2**64 == reference.batch(step).digest
+
+
+@pytest.mark.parametrize("wrong", [{"sequences": 7}, {"step": 1}])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_ends_before_the_training_is_an_error(
+    workers: int, wrong: dict[str, int], source: MdsSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = loader(data(source, workers=workers))
+    short = replace(reader.batch(0), **wrong)
+    monkeypatch.setattr(reader, "batch", lambda _: short)
+    with reader, pytest.raises(DataError, match=r"step 1: .* came instead of 8: the data ended before"):
+        next(reader)
+
+
+def test_waiting_ends_before_the_launcher_would_end_the_rank(
+    source: MdsSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config_s, given_s, expected_s in ((0.2, None, 0.2), (100, 0.2, 0.2), (0.2, 100, 0.2)):
+        reader = loader(data(source, workers=1, retry_s=0.1, timeout_s=config_s), timeout_s=given_s)
+        hangs = threading.Event()
+        monkeypatch.setattr(reader, "batch", lambda _, hangs=hangs: hangs.wait(60))
+        with pytest.raises(DataError, match=rf"step 1 did not come in {expected_s} s, waiting for no file"):
+            next(reader)
+        hangs.set()
+        reader.close()
+    with pytest.raises(ValueError, match=r"retry_s: .* use retry_s < 2 or timeout_s > 2"):
+        data(source, retry_s=2, timeout_s=2)

@@ -114,3 +114,14 @@ def test_a_remote_without_a_dataset_and_an_unknown_scheme_are_refused(
         verify(cached(tmp_path / "nothing", tmp_path / "cache"))
     with pytest.raises(DataError, match=r"unknown scheme; use a folder or one of .*s3://"):
         verify(cached("gopher://host/data", tmp_path / "cache"))
+
+
+def test_a_live_process_that_keeps_a_lock_is_named_by_it(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.2)
+    with (
+        fetch._holding(tmp_path / "cache" / "MANIFEST.json"),
+        pytest.raises(DataError, match=r"cache/\.MANIFEST\.json\.lock: held for more"),
+    ):
+        verify(cached(remote, tmp_path / "cache"))

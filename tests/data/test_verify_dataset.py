@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ import pytest
 
 from headway.data import manifest as manifest_module
 from headway.data.config import DataError, MdsSource
-from headway.data.manifest import canonical_json, hash_file, read_manifest, write_manifest
+from headway.data.manifest import (
+    canonical_json,
+    hash_file,
+    read_manifest,
+    settled_state,
+    state_of,
+    write_manifest,
+)
 from headway.data.mds import MdsSplit
 from headway.data.verify import verify
 
@@ -35,6 +43,13 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
+
+
+def flip_in_place(path: Path) -> None:
+    """As `flip_a_bit`, with size and modification time as they were."""
+    before = path.stat()
+    flip_a_bit(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def reseal(root: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -240,3 +255,38 @@ def test_a_file_named_as_a_dataset_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text("name: x\n")
     with pytest.raises(DataError, match=r"corpus\.yaml: no dataset here.*headway data build SPEC"):
         verify(MdsSource(type="mds", path=str(tmp_path / "corpus.yaml")))
+
+
+def test_no_clock_makes_a_changed_file_pass_for_one_that_was_verified(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # F12, F21
+    for clock in (time.time() - 86_400, time.time() + 86_400, 0.0):
+        check(copy)
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        for moment in (0, clock, 2**33):
+            flip_in_place(copy / SHARD)
+            os.utime(copy / SHARD, (moment, moment))
+            with pytest.raises(DataError, match="content changed"):
+                check(copy)
+            flip_in_place(copy / SHARD)
+            check(copy)
+
+
+def test_a_write_within_one_tick_of_the_clock_that_stamps_files_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        for _ in range(20):
+            os.pwrite(file.fileno(), b"a", 0)
+            state = settled_state(file.fileno())
+            os.pwrite(file.fileno(), b"b", 0)
+            assert state_of(os.fstat(file.fileno())) != state
+        # Kernels from 6.13 on pass without the wait, so it is looked for as well.
+        slept: list[float] = []
+        monkeypatch.setattr(time, "sleep", slept.append)
+        settled_state(file.fileno())
+        assert len(slept) == 1 and slept[0] >= 0.01
+        later = time.time() + 1
+        monkeypatch.setattr(time, "time", lambda: later)
+        settled_state(file.fileno())
+        assert len(slept) == 1

@@ -1,0 +1,89 @@
+"""One MDS shard, open for reading. The format is told in `headway.data.mds`.
+
+Shards are read by `pread`, not through a memory map: a file that is cut short or whose disk fails under a map ends the
+process with SIGBUS, while a read says what happened. Every read is followed by a look at the file's `FileState`; if it
+is another one than when the content was hashed, the content is hashed again before a token is handed out. So what is
+trained on has the hash of the manifest, also where a file is written to while it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from headway.data.manifest import FileState, settled_state, state_of
+
+_CHUNK_BYTES = 256 << 10  # stays in the cache of a core
+
+
+class OpenShard:
+    """Where the id and the tokens of each document of a shard stand, and the file itself; closed when it is let go.
+
+    `trusted`: the state in which the content is known to be right, if it is. `lengths`: tokens of each document,
+    [samples]. Raises OSError when the file cannot be read and ValueError when its content is not what it should be.
+    """
+
+    def __init__(
+        self, path: Path, *, xxh64: str, trusted: FileState | None, lengths: np.ndarray, dtype: np.dtype
+    ) -> None:
+        self._descriptor = -1
+        self._xxh64, self._dtype = xxh64, dtype
+        self._hashing = threading.Lock()
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._state = trusted
+        samples, head = len(lengths), 4 * (len(lengths) + 2)
+        header = self._read(0, samples + 2, np.dtype("<u4"))
+        if header[0] != samples:
+            raise ValueError(f"{header[0]} samples instead of {samples}")
+        self.offsets = header[1:].astype(np.int64)
+        self.starts = self.offsets[1:] - lengths * dtype.itemsize
+        size = os.fstat(self._descriptor).st_size
+        if self.offsets[-1] != size or self.offsets[0] < head or np.any(self.starts < self.offsets[:-1] + 8):
+            raise ValueError("offsets that do not fit the lengths of its documents")
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def tokens(self, row: int, begin: int, count: int) -> np.ndarray:
+        """`count` token ids of a document from its token `begin` on, [count]."""
+        return self._read(int(self.starts[row]) + begin * self._dtype.itemsize, count, self._dtype)
+
+    def id(self, row: int) -> str:
+        """Where a document came from."""
+        begin = int(self.offsets[row])
+        size = int(self._read(begin, 1, np.dtype("<u4"))[0])
+        if size > self.starts[row] - begin - 8:
+            raise ValueError(f"an id of {size} bytes")
+        return self._read(begin + 8, size, np.dtype(np.uint8)).tobytes().decode("utf-8")
+
+    def _read(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+        found = np.empty(count, dtype=dtype)
+        while True:
+            trusted = self._state
+            got = os.preadv(self._descriptor, [found], offset)
+            # After the read: a write stamps the file before it changes the content.
+            if state_of(os.fstat(self._descriptor)) == trusted:
+                break
+            self._check_content()
+        if got != found.nbytes:
+            raise ValueError(f"{got} bytes instead of {found.nbytes} at {offset}")
+        return found
+
+    def _check_content(self) -> None:
+        """Hash the file, and from now on trust it in the state that it has."""
+        with self._hashing:
+            state = settled_state(self._descriptor)
+            if state == self._state:
+                return
+            digest, offset, chunk = xxhash.xxh64(), 0, memoryview(bytearray(_CHUNK_BYTES))
+            while got := os.preadv(self._descriptor, [chunk], offset):
+                digest.update(chunk[:got])
+                offset += got
+            if digest.hexdigest() != self._xxh64:
+                raise ValueError(f"hash {digest.hexdigest()} of {offset:,} bytes, the index says {self._xxh64}")
+            self._state = state

@@ -1,0 +1,500 @@
+"""Whatever happens to the data, before a run or during it: an error that names the file, never a hang or other tokens.
+
+F15 other data at a resume, F16 the place in the data, F21 damaged files before the start, F22 shards that go while they
+are read, F23 threads that end, F24 what killed processes leave.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from headway.data import shard
+from headway.data.build import build
+from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
+from headway.data.loader import Loader
+from headway.data.manifest import canonical_json, hash_file
+from headway.data.prefetch import Prefetch
+from headway.data.verify import verify
+from headway.launcher.card import run_card
+from headway.launcher.errors import SpecError
+from headway.launcher.launch import check_same_data, resolve
+from headway.launcher.load import load_spec
+from headway.launcher.run_dir import RunDir, write_json
+from headway.launcher.session import Session
+
+GLOBAL_BATCH, SEQ_LEN, EPOCH = 8, 32, 140
+SHARD = "train/shard.00001.mds"
+
+
+# ---------------------------------------------------------------- a dataset
+
+
+def corpus(folder: Path, documents: int, **tokenizer) -> CorpusConfig:
+    chance = random.Random(0)
+    words = ["the", "of", "and", "to", "in", "was", "that", "they", "from", "heat"]
+    texts = [" ".join(chance.choices(words, k=chance.choice([5, 40, 300, 1500]))) + f" {n}." for n in range(documents)]
+    path = folder / f"{documents}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = {
+        "name": "tiny",
+        "corpus": {"type": "jsonl", "paths": [str(path)]},
+        "tokenizer": {"type": "train_bpe", "vocab_size": 300, **tokenizer},
+        "validation_fraction": 0.2,
+        "shard_bytes": 4096,
+    }
+    return CorpusConfig.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    build(corpus(folder, 80), out=folder / "tiny", progress=False)
+    return folder / "tiny"
+
+
+@pytest.fixture
+def root(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "tiny"))
+
+
+def config(root: Path, **changes) -> DataConfig:
+    remote = changes.pop("remote", None)
+    source = MdsSource(type="mds", path=str(root), remote=None if remote is None else str(remote))
+    settings = {"seq_len": SEQ_LEN, "workers": 0, "shuffle_window": 2, "retry_s": 0.2, "timeout_s": 20}
+    return DataConfig(source=source, **(settings | changes))
+
+
+def loader(cfg: DataConfig, rank: int = 0, ranks: int = 1, **kwargs) -> Loader:
+    settings = {"split": "train", "global_batch": GLOBAL_BATCH, "micro_batch": 2}
+    return Loader(cfg, **settings, dp_rank=rank, dp_size=ranks, **kwargs)
+
+
+def digests(cfg: DataConfig, steps: int = 40, start: int = 0) -> list[int]:
+    with loader(cfg, start_step=start) as batches:
+        return [next(batches).digest for _ in range(steps)]
+
+
+def spec_of(root: Path, folder: Path, *overrides: str):
+    path = folder / "spec.yaml"
+    path.write_text(
+        f"""
+model: {{width: 32, layers: 2, ffn_width: 48}}
+attention: {{type: gqa, heads: 4, kv_heads: 2, head_dim: 8}}
+data: {{seq_len: {SEQ_LEN}, source: {{type: mds, path: {root}}}}}
+optimizer: {{lr: 1e-3}}
+train: {{tokens: 10240, global_batch: {GLOBAL_BATCH}, micro_batch: 2, validation_tokens: 512}}
+run_dir: {folder / "run"}
+"""
+    )
+    return load_spec(path, overrides).spec
+
+
+def reseal(root: Path) -> None:
+    """Make the manifest agree with the files, as who replaced them with care would."""
+    content = json.loads((root / "MANIFEST.json").read_text())
+    content["files"] = {name: hash_file(root / name).model_dump() for name in content["files"]}
+    keys = ("schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files")
+    content["fingerprint"] = hashlib.sha256(canonical_json({key: content[key] for key in keys})).hexdigest()
+    (root / "MANIFEST.json").write_text(json.dumps(content))
+
+
+def flip_a_bit(path: Path, at: float = 0.5) -> None:
+    """In place, its size and modification time as they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(int(before.st_size * at))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def cut(path: Path, left: int | None = None) -> None:
+    os.truncate(path, path.stat().st_size - 7 if left is None else left)
+
+
+def edit_index(path: Path, change) -> None:
+    index = json.loads(path.read_text())
+    change(index["shards"])
+    path.write_text(json.dumps(index))
+
+
+def link_out(path: Path) -> None:
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
+@pytest.fixture
+def open_folder():
+    """One that everybody may enter, which pytest's own folders are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def somebody_else(folder: Path):
+    """Without the rights of root, which reads what nobody may."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in [*folder.rglob("*"), folder]:
+        os.chown(path, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+# ---------------------------------------------------------------- F21: damaged before the start
+
+DAMAGE = {
+    "missing": (Path.unlink, "missing"),
+    "cut short": (cut, "cut short or replaced"),
+    "empty": (lambda path: cut(path, 0), "cut short or replaced"),
+    "flipped bit": (flip_a_bit, "content changed since the dataset was built"),
+    "link out of the folder": (link_out, "a link out of the dataset's folder"),
+    "a folder in its place": (lambda path: (path.unlink(), path.mkdir()), "missing"),
+}
+FILES = ["train/shard.00000.mds", "validation/shard.00000.mds", "train/index.json", "train/lengths.npy"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "validation/index.json", "validation/lengths.npy", "tokenizer.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_of_any_kind_stops_a_run_before_it_starts(damage, name, root, tmp_path):  # F21
+    harm, says = DAMAGE[damage]
+    harm(root / name)
+    with pytest.raises(DataError) as caught:
+        resolve(spec_of(root, tmp_path))
+    assert str(root / name) in str(caught.value) and says in str(caught.value)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda root: (root / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
+        (lambda root: cut(root / "MANIFEST.json"), "MANIFEST.json: not a manifest"),
+        (lambda root: cut(root / "MANIFEST.json", 0), "MANIFEST.json: not a manifest"),
+        (lambda root: edit_index(root / "train/index.json", lambda shards: shards.pop(1)), "train/index.json"),
+        (lambda root: edit_index(root / "train/index.json", lambda s: s[0].update(samples=10**13)), "train/index.json"),
+        (lambda root: edit_index(root / "train/index.json", lambda s: s[0].update(samples=99)), "train/index.json"),
+        (lambda root: shutil.copy(root / SHARD, root / "train/shard.00099.mds"), "train/shard.00099.mds: a shard that"),
+        (lambda root: shutil.copytree(root / "train", root / "validation/x.mds"), "validation/x.mds: a shard that"),
+    ],
+    ids=[
+        "no manifest",
+        "manifest cut",
+        "manifest empty",
+        "shard not in index",
+        "absurd",
+        "overstated",
+        "extra",
+        "more",
+    ],
+)
+@pytest.mark.parametrize("sealed", [False, True])
+def test_files_that_contradict_each_other_stop_a_run_before_it_starts(harm, says, sealed, root, tmp_path):  # F21
+    harm(root)
+    if sealed and "manifest" not in says.lower():
+        reseal(root)  # the hashes agree again, the counts do not
+    with pytest.raises(DataError, match=says) as caught:
+        resolve(spec_of(root, tmp_path))
+    assert caught.value.exit_code == 65
+
+
+def test_a_file_that_may_not_be_read_stops_a_run_before_it_starts(whole, open_folder):  # F21
+    root = Path(shutil.copytree(whole, open_folder / "tiny"))
+    spec = spec_of(root, open_folder)
+    for name in (SHARD, "train/index.json", "tokenizer.json", "train"):
+        mode = (root / name).stat().st_mode
+        (root / name).chmod(0)
+        with somebody_else(root), pytest.raises(DataError, match=r"cannot be read|Permission denied") as caught:
+            resolve(spec)
+        assert str(root / name) in str(caught.value)
+        (root / name).chmod(mode)
+    with somebody_else(root):
+        resolve(spec)
+
+
+# ---------------------------------------------------------------- F22: while it is read
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_went_away_is_waited_for_and_then_named(workers, root):  # F22
+    expected = digests(config(root))
+    batches = loader(config(root, workers=workers, retry_s=5))
+    hidden = [path.rename(path.with_suffix(".away")) for path in sorted((root / "train").glob("*.mds"))]
+    back = threading.Timer(0.4, lambda: [path.rename(path.with_suffix(".mds")) for path in hidden])
+    back.start()
+    with batches:
+        assert [next(batches).digest for _ in range(40)] == expected
+    back.join()
+    gone = loader(config(root, workers=workers, retry_s=0.5))
+    (root / SHARD).unlink()
+    began = time.monotonic()
+    with gone, pytest.raises(DataError, match=rf"{SHARD}: .*No such file or directory; tried for 0\.5 s"):
+        for _ in range(EPOCH):
+            next(gone)
+    assert 0.3 < time.monotonic() - began < 5
+
+
+def test_storage_that_does_not_answer_is_an_error_that_says_what_was_waited_for(root, monkeypatch):  # F22
+    answers, read = threading.Event(), os.preadv
+    batches = loader(config(root, workers=2, timeout_s=0.5), timeout_s=60)
+    next(batches)
+    monkeypatch.setattr(shard.os, "preadv", lambda *args: answers.wait(60) and read(*args))
+    began = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"data\.timeout_s: the batch of step \d+ did not come in 0\.5 s, waiting for /"
+    ):
+        for _ in range(5):  # what was prepared before still comes
+            next(batches)
+    batches.close()
+    assert time.monotonic() - began < 5, "closing does not wait for a thread that hangs"
+    answers.set()
+
+
+def test_ranks_end_within_seconds_with_file_and_rank_when_a_shard_is_cut_short(headway, root):  # F22
+    mds = f"data.source={{type: mds, path: {root}}}"
+    process = headway.start(mds, "launch.processes=2", "train.tokens=10000000", "data.retry_s=1", "data.prefetch=1")
+    metrics = headway.folder / "runs/tiny/metrics.jsonl"
+    headway.wait_for(lambda: metrics.exists() and metrics.read_text().count('"train"') > 3, process)
+    began = time.monotonic()
+    for path in (root / "train").glob("*.mds"):
+        cut(path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 65 and time.monotonic() - began < 10
+    assert f"{root}/train/shard." in errors and "rank " in errors and "Traceback" not in errors
+
+
+# ---------------------------------------------------------------- F23: threads that end
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(errno.EIO, "gone"), KeyError("defect")], ids=repr)
+def test_any_error_of_a_data_thread_is_the_consumers(error, root, monkeypatch):  # F23
+    batches = loader(config(root, workers=2))
+    monkeypatch.setattr(batches.source, "sample", lambda _: (_ for _ in ()).throw(error))
+    with batches, pytest.raises(type(error)):
+        next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [StopIteration, SystemExit, KeyboardInterrupt])
+def test_what_would_end_a_loop_or_a_thread_quietly_is_an_error(error, workers, root, monkeypatch):  # F23, P6
+    if workers == 0 and error is not StopIteration:
+        return  # it is the main thread's own
+
+    def end(_):
+        raise error
+
+    batches = loader(config(root, workers=workers))
+    monkeypatch.setattr(batches.source, "sample", end)
+    with batches, pytest.raises(RuntimeError, match=f"preparing step 1 ended with {error.__name__}"):
+        for _ in batches:
+            pass
+
+
+@pytest.mark.parametrize("when", ["before it takes a step", "with a step in hand"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_without_a_word_does_not_hang_the_consumer(when, monkeypatch):  # F23
+    if when == "before it takes a step":
+        monkeypatch.setattr(Prefetch, "_work", lambda self: None)
+
+    class Dies(dict):
+        def __setitem__(self, key, value):
+            raise MemoryError
+
+    watched = threading.Event()
+    prefetch = Prefetch(lambda _: watched.wait(60), first=0, end=None, ahead=1, workers=1)
+    prefetch._ready = Dies()
+    watched.set()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="data thread that was to prepare step 1 ended without a word"):
+        prefetch.get(0, timeout_s=60)
+    assert time.monotonic() - began < 5
+
+
+# ---------------------------------------------------------------- F24: what killed processes leave
+
+KILLED = """
+import os, pathlib, shutil, signal, sys, time
+from headway.data import fetch
+from headway.data.config import DataConfig, MdsSource
+from headway.data.loader import Loader
+from headway.data.verify import verify
+root, remote = sys.argv[1:]
+cfg = DataConfig(
+    source=MdsSource(type="mds", path=root, remote=remote), seq_len=32, workers=2, shuffle_window=2
+)
+
+def halfway(remote, name, destination):
+    whole = pathlib.Path(remote, name).read_bytes()
+    destination.write_bytes(whole[:len(whole) // 2])
+    if told and name.endswith(".mds"):
+        os.write(told[0], b".")
+        time.sleep(60)
+    destination.write_bytes(whole)
+
+fetch._download = halfway
+for attempt in range(10):
+    ready, tell = os.pipe()
+    told = [tell] if attempt >= 5 else []  # killed in mid-download
+    step = 10 * attempt if told else attempt
+    pid = os.fork()
+    if pid == 0:
+        verify(cfg.source)
+        loader = Loader(cfg, split="train", global_batch=8, micro_batch=8, dp_rank=0, dp_size=1, start_step=step)
+        next(loader)
+        os.write(tell, b".")
+        while True:
+            loader.batch(step)
+    os.read(ready, 1)
+    held = [os.path.realpath(entry) for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
+    mapped = pathlib.Path(f"/proc/{pid}/maps").read_text()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not [path for path in held if "/dev/shm" in path] and "/dev/shm" not in mapped, (held, mapped)
+"""
+
+
+def test_ten_killed_readers_leave_nothing_behind_and_nothing_in_the_way(whole, tmp_path):  # F24
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, str(cache), str(whole)],
+        env={**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    assert list(temporary.iterdir()) == []
+
+    def halves() -> list[Path]:
+        return [path for path in cache.rglob(".*") if not path.name.endswith(".lock") and path.name != ".verified.json"]
+
+    assert halves(), "nobody was killed in mid-download"
+    (cache / ".verified.json").write_text('{"train/shard.000')
+    verify(MdsSource(type="mds", path=str(cache), remote=str(whole)))
+    assert digests(config(cache, remote=whole), EPOCH) == digests(config(whole), EPOCH)
+    for thread in threading.enumerate():
+        if thread.name == "fetch-ahead":
+            thread.join()
+    assert halves() == []
+
+
+def test_files_of_others_are_left_alone_and_named_only_where_they_are_in_the_way(whole, open_folder):  # F24
+    root, cache = Path(shutil.copytree(whole, open_folder / "tiny")), open_folder / "cache"
+    source = MdsSource(type="mds", path=str(cache), remote=str(root))
+    verify(source)
+    for name in (".verified.json", "train/.shard.00099.mds.4711", "train/.other", "notes"):
+        (cache / name).write_bytes(b"")
+        (cache / name).chmod(0)
+    with somebody_else(open_folder):
+        verify(source)
+        digests(config(cache, remote=root))
+    assert {path.name for path in (cache / "train").glob(".*") if path.stat().st_mode & 0o777 == 0} == {
+        ".other",
+        ".shard.00099.mds.4711",
+    }
+    for path in (cache / "train").glob("*.mds"):
+        path.unlink()
+    for path in (cache / "train").glob(".shard*.lock"):
+        path.chmod(0)
+    with somebody_else(open_folder), pytest.raises(DataError, match=r"\.lock: cannot be written \(Permission denied\)"):
+        digests(config(cache, remote=root))
+
+
+# ---------------------------------------------------------------- F15, F16, P6: the same data, from the same place
+
+
+def swapped(root: Path, folder: Path) -> None:
+    """A document has another word, with consistent hashes."""
+    flip_a_bit(root / "train/shard.00000.mds", at=0.99)
+    reseal(root)
+
+
+def grown(root: Path, folder: Path) -> None:
+    shutil.rmtree(root)
+    build(corpus(folder, 90), out=root, progress=False)
+
+
+def other_tokenizer(root: Path, folder: Path) -> None:
+    shutil.rmtree(root)
+    build(corpus(folder, 80, vocab_size=290), out=root, progress=False)
+
+
+@pytest.mark.parametrize("change", [swapped, grown, other_tokenizer])
+def test_a_run_does_not_go_on_with_other_data(change, root, tmp_path):  # F15
+    run = RunDir.of(spec_of(root, tmp_path))
+    spec, info = resolve(spec_of(root, tmp_path))
+    run.adopt(spec)
+    write_json(run.card, run_card(spec, info))
+    check_same_data(run, resolve(spec_of(root, tmp_path))[1])
+    change(root, tmp_path)
+    _, now = resolve(spec_of(root, tmp_path))
+    with pytest.raises(SpecError) as caught:
+        check_same_data(run, now)
+    assert info["fingerprint"][:16] in str(caught.value) and now["fingerprint"][:16] in str(caught.value)
+
+
+def test_ranks_do_not_read_a_dataset_that_took_the_place_of_the_verified_one(root, tmp_path):  # F15
+    verified = verify(MdsSource(type="mds", path=str(root))).fingerprint
+    loader(config(root), fingerprint=verified)
+    swapped(root, tmp_path)
+    with pytest.raises(DataError, match=rf"replaced while the run started \(fingerprint {verified[:16]} then"):
+        loader(config(root), fingerprint=verified)
+
+
+def test_a_run_does_not_go_on_in_another_order(root, tmp_path):  # F15
+    run = RunDir.of(spec_of(root, tmp_path))
+    run.adopt(resolve(spec_of(root, tmp_path))[0])
+    run.adopt(resolve(spec_of(root, tmp_path, "data.workers=4", "data.timeout_s=9", "data.retry_s=1"))[0])
+    for changed in ("data.seed=1", "data.shuffle_window=4", "data.seq_len=16", "data.document_mask=false"):
+        with pytest.raises(SpecError, match=changed.partition("=")[0]):
+            run.adopt(resolve(spec_of(root, tmp_path, changed))[0])
+
+
+def agreement(batch, session_step, layout_sum):
+    """What one of two data-parallel ranks finds."""
+    layout = SimpleNamespace(is_data_lead=True, device="cpu", world_size=2, dp_size=2, sum=layout_sum)
+    session = MagicMock(step=session_step, layout=layout)  # of the rest nothing matters here
+    session.spec.train.global_batch = GLOBAL_BATCH
+    return Session.agree(session, batch, False)
+
+
+@pytest.mark.parametrize("fault", ["none", "a rank is a step ahead", "a rank has fewer sequences"])
+def test_ranks_that_did_not_read_the_global_batch_of_the_step_stop(fault, whole):  # P6
+    first, second = (loader(config(whole), rank, 2) for rank in range(2))
+    batches = [first.batch(4), second.batch(5 if "ahead" in fault else 4)]
+    if "fewer" in fault:
+        batches[1] = type(batches[1])(**(vars(batches[1]) | {"sequences": 3}))
+    sent: list[torch.Tensor] = []
+    with pytest.raises(StopIteration):  # the other's part of the sum
+        agreement(batches[1], batches[1].step, lambda mine: next(iter(sent.append(mine) or [])))
+
+    def outcome():
+        return agreement(batches[0], 4, lambda mine: mine + sent[0])
+
+    if fault == "none":
+        assert outcome().targets == sum(batch.targets for batch in batches)
+        assert outcome().digest == f"{loader(config(whole)).batch(4).digest:016x}"
+    else:
+        with pytest.raises(DataError, match="step 5: all ranks together have read"):
+            outcome()
