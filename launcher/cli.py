@@ -22,6 +22,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway study run study.yaml          train variants and seeds, then write the report
   headway probe run probes.yaml         what each variant can do on synthetic tasks
   headway generate RUN "prompt"         continue a prompt with a run's newest checkpoint
+  headway checkpoint list|verify|show RUN   what a run has saved, and whether it is whole
   headway export RUN OUT --to hf        a run's weights as a Llama of Hugging Face, logits compared
   headway import FOLDER --to DIR        a Llama of Hugging Face to generate with and train from
 
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|probe|bench|generate|export|import|schema"
+    names = "doctor|data|plan|train|study|probe|bench|generate|checkpoint|export|import|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -134,6 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     bring = verb("import", "a Llama of Hugging Face as weights to generate with and train from", spec=False)
     bring.add_argument("folder", type=Path, help="folder with config.json and safetensors")
     bring.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder to write")
+    saved = verb("checkpoint", "what a run has saved, and whether it is whole", spec=False)
+    actions = saved.add_subparsers(dest="action", metavar="list|verify|show", required=True)
+    for name, text in (
+        ("list", "step, tokens, loss, size and age of every checkpoint"),
+        ("verify", "hash every file and name the one that changed (exit 74)"),
+        ("show", "where the newest comes from, its files, its tensors"),
+    ):
+        p = actions.add_parser(name, help=text, description=text)
+        p.add_argument("run", type=Path, help="folder of the run")
+        p.add_argument("--step", type=int, default=None, help="the checkpoint of this step only")
+        p.add_argument("--json", action="store_true", help="print JSON")
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument(
         "out",
@@ -214,6 +226,12 @@ def _run(args: argparse.Namespace) -> int:
 
             sampling = Sampling(tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             return generate(args.run, args.prompt, sampling)
+        case "checkpoint", action:
+            from headway.launcher import checkpoints
+
+            verb = {"list": checkpoints.list_checkpoints, "verify": checkpoints.verify_checkpoints}
+            act = verb.get(action or "", checkpoints.show_checkpoint)
+            return act(args.run, step=args.step, as_json=args.json)
         case "export", _:
             from headway.launcher.export import export
 
@@ -232,6 +250,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Mistakes of the user end with one message and their exit status, never a traceback."""
+    os.umask(os.umask(0o077) | 0o022)  # what is written here is read back later: nobody else may change it
     parser = _parser()
     try:
         # argparse does not collect key=value arguments that stand behind an option; they are overrides all the same.

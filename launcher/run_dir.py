@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.spec = path / "spec.json"
+        self.id = path / "run_id.json"
         self.card = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
@@ -60,7 +63,8 @@ class RunDir:
 
     def refuse_foreign(self) -> None:
         """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
-        ours = {"run.lock", "worker.lock", "logs", "slurm"}
+        ours = {"run.lock", "worker.lock", "logs", "slurm", self.id.name, _temporary(self.id).name}
+        ours.add(_temporary(self.spec).name)
         if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:
@@ -71,7 +75,7 @@ class RunDir:
 
     def is_complete(self) -> bool:
         """True when the run trained all its tokens."""
-        return bool(read_json(self.summary, {}).get("complete"))
+        return read_mapping(self.summary).get("complete") is True
 
     @contextlib.contextmanager
     def locked(self, name: str = "run.lock", *, wait_s: float = 0.0) -> Iterator[None]:
@@ -92,10 +96,12 @@ class RunDir:
                 ) from e
             os.ftruncate(fd, 0)
             os.pwrite(fd, str(os.getpid()).encode(), 0)
-            yield
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)  # no name in a lock that nobody holds
         finally:
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)  # no name in a lock that nobody holds
             os.close(fd)
 
     def adopt(self, spec: Spec) -> None:
@@ -119,7 +125,14 @@ class RunDir:
                     f"give another run_dir=..., or delete the folder to train anew"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.run_id() is None:
+            write_json(self.id, secrets.token_hex(8))
         write_json(self.spec, new)
+
+    def run_id(self) -> str | None:
+        """Made once for each run: checkpoints carry it, so that those of another run are not taken for this one's."""
+        found = read_json(self.id, None)
+        return found if isinstance(found, str) else None
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Every whole record, one at a time; a line that a crash cut off or damaged is left out."""
@@ -127,7 +140,7 @@ class RunDir:
             return
         with self.metrics.open(encoding="utf-8", errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
                     if isinstance(record, dict):
                         yield record
@@ -136,10 +149,15 @@ class RunDir:
         """Drop records after `last_step`: they are trained again."""
         tmp = self.metrics.with_suffix(".tmp")
         with tmp.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in self.read_metrics() if r.get("step", 0) <= last_step)
+            f.writelines(json.dumps(r) + "\n" for r in self.read_metrics() if _step_of(r) <= last_step)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(self.metrics)
+
+
+def _step_of(record: dict[str, Any]) -> float:
+    step = record.get("step", 0)
+    return step if isinstance(step, int | float) else math.inf  # damaged: no record of a step
 
 
 def _flock(fd: int, wait_s: float) -> None:
@@ -184,13 +202,23 @@ def read_json(path: Path, default: Any) -> Any:
     """The JSON in `path`, or `default` when it is not there or cut off."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return default
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is none."""
+    value = read_json(path, None)
+    return value if isinstance(value, dict) else {}
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, after a power cut as well."""
-    tmp = path.with_name(f".{path.name}.tmp")
+    tmp = _temporary(path)
     with tmp.open("w", encoding="utf-8") as f:
         f.write(json.dumps(value, indent=1) + "\n")
         f.flush()

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,30 @@ from headway.launcher import heartbeat
 from headway.launcher.heads import HeadProbe, probe_batch
 from headway.launcher.initial import load_initial
 from headway.launcher.router import RouterMonitor
-from headway.launcher.run_dir import RunDir, write_json
+from headway.launcher.run_dir import RunDir, read_json, write_json
+from headway.launcher.saving import Saving
 from headway.launcher.spec import Spec
 from headway.launcher.tracking import Tracker, say
 from headway.parallel import checkpoint
 from headway.parallel.build import make_engine
-from headway.parallel.config import CheckpointError
 from headway.parallel.engine import StepStats
 from headway.parallel.layout import Layout, init_layout
 from headway.parallel.schedule import learning_rate
 
 _UINT64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """Targets and hash of the global batch; whether any rank wants to stop, rank 0's clock asks for a checkpoint, every
+    rank has written its part of the pending one.
+    """
+
+    targets: int
+    digest: str
+    stop: bool
+    save: bool
+    written: bool
 
 
 class Session:
@@ -66,8 +80,10 @@ class Session:
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
-        self.step, self.saved_step, self.train_s, self.resumes, self.failed_saves = 0, 0, 0.0, 0, 0
+        self.step, self.train_s, self.resumes = 0, 0.0, 0
         self._last_validation: float | None = None
+        self._validated_step: int | None = None
+        self.saving = Saving(run, spec, layout, self.engine)
         self._step_times: deque[float] = deque(maxlen=50)
         self._resume()
         self.loader = Loader(
@@ -80,6 +96,7 @@ class Session:
             start_step=self.step,
             # Before the launcher, or another rank, ends a run that could still say what it waits for.
             timeout_s=0.8 * min(spec.launch.hang_s, spec.launch.timeout_s),
+            fingerprint=read_json(run.card, {}).get("data_fingerprint"),  # of what the launcher has verified
         )
         if self.step == 0:
             self._measure_heads()  # where they start from: random heads are nearly orthogonal
@@ -116,8 +133,8 @@ class Session:
             self.spec.optimizer, self.spec.schedule, tokens_before=self.tokens, tokens_after=after, total_tokens=total
         )
 
-    def agree(self, batch: StepBatch, stop: bool) -> tuple[int, str, bool]:
-        """(targets of the global batch, its hash, whether any rank wants to stop): one small all-reduce.
+    def agree(self, batch: StepBatch, stop: bool) -> Agreed:
+        """What all ranks must know of the step about to be taken: one small all-reduce.
 
         The hash is the sum of the data-parallel ranks' parts modulo 2^64, added in two halves that cannot overflow.
         Raises DataError where ranks that work on the same sequences have read different ones, and where the ranks
@@ -128,8 +145,11 @@ class Session:
         self.router.before_step(self.step + 1)
         low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
         part = [batch.targets, low, high, batch.sequences] if self.layout.is_data_lead else [0, 0, 0, 0]
-        mine = torch.tensor([*part, low, high, batch.step, int(stop)], dtype=torch.int64, device=self.layout.device)
-        targets, low, high, sequences, all_low, all_high, steps, stops = self.layout.sum(mine).tolist()
+        wishes = [int(stop), int(self.saving.overdue), int(self.saving.written)]
+        mine = torch.tensor([*part, low, high, batch.step, *wishes], dtype=torch.int64, device=self.layout.device)
+        targets, low, high, sequences, all_low, all_high, steps, stops, overdue, written = self.layout.sum(
+            mine
+        ).tolist()
         digest = (low + (high << 32)) & _UINT64
         readers = self.layout.world_size // self.layout.dp_size
         if (all_low + (all_high << 32)) & _UINT64 != digest * readers & _UINT64:
@@ -144,7 +164,13 @@ class Session:
                 f"{steps / world + 1:g} on average, instead of {expected} of this one: a rank has skipped or repeated "
                 "data; start the same command again"
             )
-        return targets, f"{digest:016x}", stops > 0
+        return Agreed(
+            targets=targets,
+            digest=f"{digest:016x}",
+            stop=stops > 0,
+            save=overdue > 0,
+            written=written == world,
+        )
 
     def record(self, stats: StepStats, *, digest: str, data_s: float, step_s: float) -> None:
         """Count the step, update router biases, write its record."""
@@ -190,7 +216,7 @@ class Session:
         t0 = time.perf_counter()
         self.engine.before_step(self.tokens)  # schedules as they stand now, also where a stage just ended
         result = self.engine.evaluate(self.validation)
-        self._last_validation = result.loss
+        self._last_validation, self._validated_step = result.loss, self.step
         self.tracker.validation(
             {
                 "kind": "validation",
@@ -215,13 +241,10 @@ class Session:
     # ------------------------------------------------------------ saving, resuming, ending
 
     def checkpoint(self, *, last: bool = False) -> None:
-        """Save; a failed save is reported and training goes on, up to `checkpoint.max_failures` in a row.
+        """Save; training goes on while the files are written. `last`: it does not, and they are waited for.
 
-        `last`: training does not go on after this one. Raises CheckpointError when a last one, or one too many, fails.
+        Raises CheckpointError as `Saving.settle` does.
         """
-        heartbeat.beat("save", self.step)
-        t0 = time.perf_counter()
-        self.tracker.flush()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -229,35 +252,21 @@ class Session:
             "applied_steps": self.engine.applied_steps,
             "resumes": self.resumes,
             "validation_loss": self._last_validation,
+            "validation_step": self._validated_step,
         }
-        config = self.spec.checkpoint
-        error = checkpoint.save(
-            self.run.checkpoints, self.engine, self.layout, step=self.step, state=state, keep=config.keep
-        )
-        if error is None:
-            self.saved_step, self.failed_saves = self.step, 0
-            record = {"kind": "checkpoint", "step": self.step, "seconds": time.perf_counter() - t0}
-            self.tracker.event(record, f"checkpoint of step {self.step} written in {record['seconds']:.2f} s")
-            return
-        self.failed_saves += 1
-        self.tracker.event(
-            {"kind": "checkpoint_failed", "step": self.step, "error": error},
-            f"CHECKPOINT OF STEP {self.step} FAILED ({self.failed_saves} in a row): {error}; "
-            f"the last whole one is of step {self.saved_step}",
-        )
-        if self.failed_saves >= config.max_failures or last:
-            raise CheckpointError(
-                f"checkpoint of step {self.step} cannot be written: {error}. Free space or mend the disk, then start "
-                f"the same command again: it continues from step {self.saved_step}"
-            )
+        self.saving.begin(self.tracker, state)
+        if last:
+            self.saving.settle(self.tracker, last=True)
 
     def _resume(self) -> None:
-        found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=say)
+        found = checkpoint.newest_valid(self.run.checkpoints, self.layout, warn=say, run=self.run.run_id())
         if found is not None:
             checkpoint.load(found, self.engine, self.layout)
-            self.step = self.saved_step = found.step
+            self.step = found.step
+            self.saving.resumed(found.step, self.tokens)
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
             self._last_validation = found.state.get("validation_loss")
+            self._validated_step = found.state.get("validation_step")
         elif self.spec.init.weights is not None:
             load_initial(self.spec, self.engine, self.layout)
         self.engine.before_step(self.tokens)

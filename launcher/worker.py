@@ -82,19 +82,21 @@ def train(run_path: Path) -> None:
             batch = next(s.loader)
             data_s = time.perf_counter() - t0
             heartbeat.beat("step", s.step + 1)
-            targets, digest, stopping = s.agree(batch, stop.raised)
-            stats = s.engine.train_step(batch.micro, targets=targets, lr=s.lr())
+            agreed = s.agree(batch, stop.raised)
+            stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=s.lr())
             if not math.isfinite(stats.loss) or stats.skipped:
                 raise NumericError(
-                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is "
-                    f"of step {s.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
+                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is of "
+                    f"step {s.saving.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
                 )
-            s.record(stats, digest=digest, data_s=data_s, step_s=time.perf_counter() - t0)
+            s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
             if s.due("validation"):
                 s.validate()
-            if s.due("checkpoint") or stopping:
-                s.checkpoint(last=stopping or s.step == spec.steps)
-            if stopping and s.step < spec.steps:
+            if s.due("checkpoint") or agreed.save or agreed.stop:
+                s.checkpoint(last=agreed.stop or s.step == spec.steps)
+            elif agreed.written:
+                s.saving.settle(s.tracker)
+            if agreed.stop and s.step < spec.steps:
                 raise Preempted(f"stopped after step {s.step} by a signal; the same command continues from there")
         s.finish()
 

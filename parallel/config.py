@@ -65,14 +65,26 @@ class ScheduleConfig(StrictModel):
 
 
 class CheckpointConfig(StrictModel):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written and which stay. One is always written at the end, and at a signal to stop."""
 
-    every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end and at SIGTERM")
+    every_tokens: int | None = Field(default=None, gt=0, description="training tokens from one to the next; none: off")
+    every_minutes: float | None = Field(
+        default=15.0, gt=0, description="minutes of rank 0's clock from one to the next; none: off"
+    )
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    keep_every_tokens: int | None = Field(
+        default=None, gt=0, description="the first one after each multiple of so many tokens stays for good"
+    )
+    keep_best: bool = Field(
+        default=False, description="the one with the lowest validation loss stays, among those validated at their step"
+    )
     max_failures: int = Field(
         default=3, ge=1, description="saves that may fail in a row before the run stops (exit 74)"
     )
 
+
+SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
+"""Names of variables whose values belong into no file and no message (NCCL_IB_PKEY, TOKENIZERS_... are none)."""
 
 _TAKEN = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|HEADWAY_.*|SLURM_.*|PATH|HOME|PYTHON.*|LD_.*|"
@@ -219,6 +231,11 @@ def _check_variable(name: str, value: str | None) -> None:
         raise ValueError(
             f"env: {name} decides which code runs or which rank a process is, which no spec may; use a variable of "
             "another name, or leave it out"
+        )
+    if value is not None and SECRET_NAME.search(name):
+        raise ValueError(
+            f"env: {name} is named like a secret, and what a spec says is written into run folders; use {name}: null "
+            "and set it where the command is started, or a variable of another name"
         )
     if value is not None and (len(value) > 4096 or not value.isprintable()):
         raise ValueError(

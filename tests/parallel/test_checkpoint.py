@@ -1,6 +1,9 @@
 """A checkpoint is whole, or it is not there; a changed byte is an error that names the file."""
 
 import json
+import os
+import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from headway.parallel import checkpoint
-from headway.parallel.config import CheckpointError
+from headway.parallel import checkpoint, manifest, saver
+from headway.parallel.config import CheckpointConfig, CheckpointError
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer
 
@@ -117,9 +120,9 @@ def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path):
     name, entry = next(iter(outer["manifest"]["files"].items()))
     outer["manifest"]["files"] = {f"../{name}": entry}
     body = json.dumps(outer["manifest"], indent=1, sort_keys=True)
-    outer["xxh3_128"] = checkpoint.xxhash.xxh3_128(body.encode()).hexdigest()
+    outer["xxh3_128"] = manifest.xxhash.xxh3_128(body.encode()).hexdigest()
     path.write_text(json.dumps(outer, indent=1, sort_keys=True))
-    with pytest.raises(CheckpointError, match="illegal file name"):
+    with pytest.raises(CheckpointError, match="should match pattern"):
         checkpoint.read_manifest(path.parent)
 
 
@@ -129,7 +132,7 @@ def test_a_save_that_fails_says_why_and_leaves_the_older_one(tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saver, "save_file", full)
     error = write(tmp_path, 2)
     assert error is not None and "No space left" in error
     assert newest(tmp_path).step == 1
@@ -164,14 +167,14 @@ def test_damaged_checkpoints_of_later_steps_never_push_out_the_one_just_written(
 def test_a_checkpoint_the_disk_cannot_read_is_passed_over(tmp_path, monkeypatch):
     write(tmp_path, 1)
     write(tmp_path, 2)
-    hash_of = checkpoint.file_hash
+    hash_of = manifest.file_hash
 
     def failing(path: Path) -> str:
         if "step-0000000002" in str(path):
             raise OSError(5, "Input/output error")
         return hash_of(path)
 
-    monkeypatch.setattr(checkpoint, "file_hash", failing)
+    monkeypatch.setattr(manifest, "file_hash", failing)
     said: list[str] = []
     assert newest(tmp_path, said).step == 1
     assert "Input/output error" in said[0]
@@ -237,6 +240,19 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.load(newest(tmp_path), other, ALONE)
 
 
+class Inline:
+    """A thread that does its work at once: what kills it kills the process."""
+
+    def __init__(self, target, args, **kwargs) -> None:
+        self.start = lambda: target(*args)
+
+    def join(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return False
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program catches it."""
 
@@ -254,10 +270,12 @@ def kill_before_operation(monkeypatch, number: int) -> list[str]:
 
         return wrapper
 
+    monkeypatch.setattr(saver.threading, "Thread", Inline)
     for owner, names in (
         (Path, ("mkdir", "write_text", "rename", "unlink")),
-        (checkpoint, ("save_file", "_fsync")),
-        (checkpoint.shutil, ("rmtree",)),
+        (saver, ("save_file", "fsync")),
+        (manifest, ("fsync",)),
+        (saver.shutil, ("rmtree",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
@@ -289,3 +307,145 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monk
             break
         number += 1
     assert number >= 8 and 1 < whole_new < number  # killed on both sides of the rename
+
+
+# ---------------------------------------------------------------- while training goes on
+
+
+def test_what_is_saved_is_the_step_at_which_the_save_began(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    write_file = saver.save_file
+
+    def slow(*args):
+        assert go_on.wait(10)
+        write_file(*args)
+
+    monkeypatch.setattr(saver, "save_file", slow)
+    model = Model(1.0)
+    saving = saver.Saver(tmp_path, model, ALONE, CheckpointConfig(), about={"run": "a"})
+    saving.start(1, {"applied_steps": 1})
+    assert saving.pending_step == 1 and not saving.written
+    for value in model.values.values():  # the next steps
+        value.fill_(2.0)
+    dict(model.module.named_buffers())["bias_of_router"].fill_(2.0)
+    assert checkpoint.newest_valid(tmp_path, ALONE, warn=print) is None
+    go_on.set()
+    outcome = saving.commit()
+    assert outcome.error is None and saving.pending_step is None and outcome.write_s > 0
+    other = Model()
+    checkpoint.load(newest(tmp_path), other, ALONE)
+    assert all(bool((v == 1).all()) for v in other.values.values())
+    assert torch.equal(dict(other.module.named_buffers())["bias_of_router"], torch.full((2,), 1.0))
+
+
+def test_a_writer_that_dies_without_a_word_leaves_no_checkpoint(tmp_path, monkeypatch):
+    class Gone(BaseException):
+        pass
+
+    def gone(*args):
+        raise Gone
+
+    monkeypatch.setattr(saver, "save_file", gone)
+    monkeypatch.setattr(saver.threading, "excepthook", lambda args: None)
+    assert "has died" in (write(tmp_path, 1) or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_milestones_and_the_best_stay_beside_the_newest(tmp_path):
+    config = CheckpointConfig(keep=2, keep_every_tokens=300, keep_best=True)
+    for step, loss, validated in ((1, 3.0, 1), (2, 1.0, 2), (3, 2.0, 3), (4, 0.5, 2), (5, 2.5, 5), (6, 2.0, 6)):
+        saving = saver.Saver(tmp_path, Model(), ALONE, config, about={})
+        state = {"applied_steps": step, "step": step, "validation_loss": loss, "validation_step": validated}
+        saving.start(step, {**state, "milestone": step == 3})
+        assert saving.commit().error is None
+    # 4 looks best, but its loss is that of an earlier step.
+    assert [int(p.name[-1]) for p in checkpoint.steps_on_disk(tmp_path)] == [6, 5, 3, 2]
+
+
+def test_a_checkpoint_of_another_run_or_with_a_stranger_in_it_is_passed_over(tmp_path):
+    # F9
+    for step, run in ((1, "mine"), (2, "other"), (3, "mine")):
+        saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(keep=9), about={"run": run})
+        saving.start(step, {"applied_steps": step})
+        assert saving.commit().error is None
+    (tmp_path / "step-0000000003" / "notes.txt").write_text("?")
+    said: list[str] = []
+    found = checkpoint.newest_valid(tmp_path, ALONE, warn=said.append, run="mine")
+    assert found is not None and found.step == 1
+    assert "notes.txt" in said[0] and "another run ('other'" in said[1]
+
+
+@pytest.mark.parametrize("kind", ["truncate", "flip"])
+@pytest.mark.parametrize("file", ["tensors", "manifest"])
+def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path, kind, file):
+    # F7: 30 lengths, F8: 100 flipped bits, of each kind of file
+    write(tmp_path, 1)
+    folder, chance = tmp_path / "step-0000000001", random.Random(1)
+    path = folder / "MANIFEST.json" if file == "manifest" else next(folder.glob("*.safetensors"))
+    whole = path.read_bytes()
+    for trial in range(30 if kind == "truncate" else 100):
+        body = bytearray(whole)
+        if kind == "truncate":
+            body = body[: trial if trial < 2 else chance.randrange(len(body))]
+        else:
+            body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+        path.write_bytes(body)
+        with pytest.raises(CheckpointError, match=path.name if file == "tensors" else "step-0000000001"):
+            checkpoint.verify_hashes(folder, checkpoint.read_manifest(folder))
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"step-0000000001", b"../x", b"/etc", b"\xff\xfe", b"a\nb", b"0" * 1_000_000, None]
+)
+def test_a_file_called_latest_means_nothing(tmp_path, text):
+    # F10
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    if text is None:
+        (tmp_path / "latest").mkdir()
+    else:
+        (tmp_path / "latest").write_bytes(text)
+    assert newest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("times", [(9, 1), (5, 5), (0, 1 << 40)])
+def test_the_newest_is_the_one_of_the_latest_step_whatever_clocks_say(tmp_path, times):
+    # F12
+    for step, when in zip((1, 2), times, strict=True):
+        write(tmp_path, step)
+        for path in (tmp_path / f"step-{step:010d}", *(tmp_path / f"step-{step:010d}").iterdir()):
+            os.utime(path, (when, when))
+    assert newest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"files": {"a" * 200: {}}},
+        {"files": {"../../x": {"bytes": 1, "xxh3_128": "0" * 32, "tensors": []}}},
+        {"files": {"x": {"bytes": -1, "xxh3_128": "0" * 32, "tensors": []}}},
+        {"files": []},
+        {"step": "1"},
+        {"step": True},
+        {"state": None},
+        {"format": 99},
+        {"surprise": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_none_of_ours_is_one_message(tmp_path, damage):
+    write(tmp_path, 1)
+    path = tmp_path / "step-0000000001" / "MANIFEST.json"
+    value = json.loads(path.read_text())["manifest"] | damage
+    path.write_text(json.dumps({"xxh3_128": manifest._own_hash(value), "manifest": value}))
+    with pytest.raises(CheckpointError, match="step-0000000001"):
+        checkpoint.read_manifest(path.parent)
+
+
+def test_a_link_in_the_place_of_a_file_is_refused(tmp_path):
+    write(tmp_path, 1)
+    path = next((tmp_path / "step-0000000001").glob("*.safetensors"))
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=path.name):
+        checkpoint.read_manifest(path.parent)

@@ -1,0 +1,232 @@
+"""Writing checkpoints while training goes on.
+
+`start` copies this rank's share of the logical tensors to the CPU: the training waits for that. A thread then writes,
+syncs and hashes the rank's file. When every rank's thread has ended, `commit` writes the manifest and renames the
+staging folder: only then is there a checkpoint. Each logical tensor is written once, by one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headway.parallel.config import CheckpointConfig, CheckpointError
+from headway.parallel.fault_points import point
+from headway.parallel.layout import Layout
+from headway.parallel.logical import LogicalBuffer, gathered
+from headway.parallel.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    file_hash,
+    fsync,
+    read_manifest,
+    step_of,
+    steps_on_disk,
+    write_manifest,
+)
+
+
+class Saved(Protocol):
+    """What a checkpoint saves; `headway.parallel.engine.Engine` is one. Collective on every rank."""
+
+    def buffers(self) -> Mapping[str, LogicalBuffer]: ...
+
+    def read_logical(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a save ended, the same on all ranks but for the times, in seconds.
+
+    `stall_s`: what training waited for copy and commit; `write_s`: this rank's writing beside it.
+    """
+
+    step: int
+    error: str | None
+    stall_s: float
+    write_s: float
+
+
+@dataclass
+class _Pending:
+    step: int
+    state: Mapping[str, Any]
+    error: str | None
+    stall_s: float
+    thread: threading.Thread | None = None
+    files: dict[str, Any] | None = None
+    write_s: float = 0.0
+
+
+class Saver:
+    """Checkpoints of one engine in the folder `root`. `about` goes into their manifests.
+
+    A failed save (a full disk, say) leaves earlier checkpoints as they were, and training may go on.
+    """
+
+    def __init__(
+        self, root: Path, engine: Saved, layout: Layout, config: CheckpointConfig, *, about: Mapping[str, Any]
+    ) -> None:
+        self._root, self._engine, self._layout, self._config = root, engine, layout, config
+        self._about = dict(about)
+        self._pending: _Pending | None = None
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step whose save has begun and is not committed; the same on all ranks."""
+        return None if self._pending is None else self._pending.step
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of the pending save, or failed to."""
+        return self._pending is not None and not (self._pending.thread and self._pending.thread.is_alive())
+
+    def start(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin `root/step-NNNNNNNNNN`, as everything is now; collective. The save before it must be committed."""
+        assert self._pending is None
+        begin, layout, staging = time.perf_counter(), self._layout, self._staging(step)
+        error: str | None = None
+        if layout.is_main:
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+                # Of any step: a save that was killed leaves gigabytes behind, and its step may never be saved again.
+                for left in self._root.glob(".staging-*"):
+                    shutil.rmtree(left)
+                staging.mkdir()
+            except OSError as e:
+                error = f"{staging}: {e}"
+        layout.barrier()
+        pending = _Pending(step=step, state=dict(state), error=error, stall_s=0.0)
+        tensors = self._share()
+        self._pending = pending
+        if error is None:
+            pending.thread = threading.Thread(
+                target=self._write, args=(pending, staging, tensors), name="checkpoint", daemon=True
+            )
+            pending.thread.start()
+        pending.stall_s = time.perf_counter() - begin
+
+    def commit(self) -> Outcome:
+        """See the pending save to its end, waiting for it if need be; collective."""
+        pending, layout, begin = self._pending, self._layout, time.perf_counter()
+        assert pending is not None
+        if pending.thread is not None:
+            pending.thread.join()
+        staging, final = self._staging(pending.step), self._root / f"step-{pending.step:010d}"
+        error = pending.error and f"rank {layout.rank}: {pending.error}"
+        reports = layout.gather_json({"files": pending.files or {}, "error": error})
+        error = next((r["error"] for r in reports if r["error"]), None)
+        if error is None and layout.is_main:
+            try:
+                self._commit(staging, final, reports, pending)
+            except OSError as e:
+                error = f"{final}: {e}"
+        error = next((r["error"] for r in layout.gather_json({"error": error}) if r["error"]), None)
+        if layout.is_main:
+            if error is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            else:
+                retain(self._root, self._config, step=pending.step)
+        self._pending = None
+        stall_s = pending.stall_s + time.perf_counter() - begin
+        return Outcome(step=pending.step, error=error, stall_s=stall_s, write_s=pending.write_s)
+
+    def _staging(self, step: int) -> Path:
+        return self._root / f".staging-{step:010d}"
+
+    def _share(self) -> dict[str, Tensor]:
+        """Reading a logical tensor is collective over a stage: each of its ranks reads all and keeps its share."""
+        layout, share = self._layout, dict[str, Tensor]()
+        ranks, mine = layout.tp_size * layout.data_ranks, layout.tp_rank + layout.tp_size * layout.data_index
+        for i, (key, tensor) in enumerate(self._engine.read_logical()):
+            if i % ranks == mine:
+                share[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        for name, (buffer, dim) in self._engine.buffers().items():
+            whole = gathered(buffer.detach(), dim, layout)
+            if mine == 0:
+                share[f"buffer/{name}"] = whole.to("cpu", copy=True).contiguous()
+        return share
+
+    def _write(self, pending: _Pending, staging: Path, tensors: dict[str, Tensor]) -> None:
+        begin, layout = time.perf_counter(), self._layout
+        pending.error = "the thread that writes it has died"  # until it has not
+        try:
+            point("save:begin")
+            name = f"tensors-{layout.rank:05d}-of-{layout.world_size:05d}.safetensors"
+            path = staging / name
+            save_file(tensors, path)
+            fsync(path)
+            entry = FileEntry(bytes=path.stat().st_size, xxh3_128=file_hash(path), tensors=sorted(tensors))
+            point("save:after_file")
+            pending.files, pending.error = {name: entry.model_dump()}, None
+        except Exception as e:  # whatever it is, the other ranks must learn of it
+            pending.error = str(e) or type(e).__name__
+        finally:
+            tensors.clear()
+            pending.write_s = time.perf_counter() - begin
+
+    def _commit(self, staging: Path, final: Path, reports: list[Any], pending: _Pending) -> None:
+        point("save:before_manifest")
+        layout = self._layout
+        # For people: any layout reads what any other wrote.
+        sizes = {"tensor": layout.tp_size, "context": layout.cp_size}
+        sizes |= {"data": layout.dp_size, "pipeline": layout.pp_size}
+        manifest = Manifest(
+            format=FORMAT,
+            step=pending.step,
+            layout=sizes,
+            state=dict(pending.state),
+            files={name: FileEntry(**entry) for report in reports for name, entry in report["files"].items()},
+            about=self._about,
+        )
+        write_manifest(staging, manifest)
+        fsync(staging)
+        point("save:after_manifest")
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        point("save:after_rename")
+        fsync(final.parent)
+
+
+def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
+    """Delete all but what stays: the newest `keep` up to the one of `step`, which was just written, those that the run
+    marked as milestones (`keep_every_tokens`), and the best (`keep_best`).
+
+    Folders of later steps, and those set aside, were passed over as damaged when the run was resumed: they must not
+    take the place of whole ones, nor come back later, when the records of their steps belong to another history.
+    """
+    folders = steps_on_disk(root)
+    later = [p for p in folders if step_of(p) > step]
+    older = folders[len(later) + config.keep :]
+    if config.keep_every_tokens is not None or config.keep_best:
+        older = _not_worth_keeping(folders[len(later) :], older, best=config.keep_best)
+    for path in [*later, *older, *root.glob("bad-step-*")]:
+        with contextlib.suppress(OSError):  # the new checkpoint is whole; one that cannot be deleted is no failure
+            # The manifest goes first: a half-deleted checkpoint must not look whole.
+            point("retention:before_delete")
+            (path / MANIFEST).unlink(missing_ok=True)
+            point("retention:after_manifest")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _not_worth_keeping(folders: list[Path], older: list[Path], *, best: bool) -> list[Path]:
+    states: dict[Path, Mapping[str, Any]] = {}
+    for path in folders:
+        with contextlib.suppress(CheckpointError):
+            states[path] = read_manifest(path).state
+    losses = {p: s["validation_loss"] for p, s in states.items() if s.get("validation_step") == s.get("step")}
+    losses = {p: loss for p, loss in losses.items() if isinstance(loss, float)}
+    stays = {min(losses, key=lambda p: losses[p])} if best and losses else set()
+    return [p for p in older if p not in stays and not states.get(p, {}).get("milestone")]

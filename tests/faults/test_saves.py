@@ -1,0 +1,66 @@
+"""Saves that are cut off, or do not fit on the disk: the newest whole checkpoint is never lost, nor the training."""
+
+import json
+
+import pytest
+
+from headway.parallel.manifest import steps_on_disk
+
+EACH = ("save:begin", "save:after_file", "load:after_verify")
+FIRST = (
+    *("save:before_manifest", "save:after_manifest", "save:after_rename"),
+    *("retention:before_delete", "retention:after_manifest"),
+)
+COMMON = ("launch.processes=2", "launch.restarts=0", "train.tokens=25600", "checkpoint.keep=1")
+
+
+def trajectory(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["kind"], r["step"], r["loss"], r.get("batch_hash")) for r in lines if "loss" in r]
+
+
+def test_a_kill_inside_a_save_at_any_point_and_rank_costs_no_more_than_that_save(headway):
+    # F2: eight points, those that every rank passes on either.
+    assert headway.train(*COMMON, "run_dir=whole").returncode == 0
+    run, reached = headway.folder / "cut", 0
+    points = [f"{name}@{rank}" for name in EACH[:2] for rank in (0, 1)] + [f"{name}@0" for name in FIRST]
+    points += [f"{EACH[2]}@{rank}" for rank in (0, 1)]
+    for number, point in enumerate(points):
+        fault = {"HEADWAY_FAULT": f"{point}#{1 if point.startswith('load') else 2}:kill"}
+        done = headway.train(*COMMON, "run_dir=cut", env={**headway.environment(), **fault})
+        assert done.returncode not in (0, 64, 74), (point, done.stdout[-500:], done.stderr)
+        assert f"rank {point[-1]}" in done.stderr, (point, done.stderr)
+        newest = int(steps_on_disk(run / "checkpoints")[0].name[-4:])
+        assert newest > reached or point.startswith("load"), point
+        assert "passed over" not in done.stdout, point
+        if number:
+            assert f"(step {reached}/" in done.stdout, point
+        reached = newest
+    done = headway.train(*COMMON, "run_dir=cut")
+    assert done.returncode == 0, done.stderr
+    assert trajectory(run) == trajectory(headway.folder / "whole")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-0000000100"]
+
+
+@pytest.mark.parametrize("point", ["save:begin@0", "save:begin@1", "save:after_file@1", "save:before_manifest@0"])
+def test_a_save_without_room_fails_on_all_ranks_alike_and_training_goes_on(headway, point):
+    # F6: data on either rank, and the manifest
+    env = {**headway.environment(), "HEADWAY_FAULT": f"{point}#2:enospc"}
+    done = headway.train("launch.processes=2", "run_dir=full", "train.tokens=5120", env=env)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "checkpoint" in line.lower()]
+    assert "checkpoint of step 5 written" in said[0]
+    assert "CHECKPOINT OF STEP 10 FAILED (1 in a row)" in said[1] and "No space left" in said[1]
+    assert "the last whole one is of step 5" in said[1] and "checkpoint of step 15 written" in said[2]
+    folder = headway.folder / "full" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-0000000015", "step-0000000020"]
+
+
+def test_saves_that_never_succeed_end_the_run_with_the_status_of_storage(headway):
+    faults = ";".join(f"save:begin@1#{n}:enospc" for n in range(2, 9))
+    env = {**headway.environment(), "HEADWAY_FAULT": faults}
+    done = headway.train("launch.processes=2", "run_dir=full", env=env)
+    assert done.returncode == 74 and "it continues from step 5" in done.stderr, done.stderr
+    assert [p.name for p in (headway.folder / "full" / "checkpoints").iterdir()] == ["step-0000000005"]
+    again = headway.train("launch.processes=2", "run_dir=full", "checkpoint.every_tokens=null")
+    assert again.returncode == 0 and "(step 5/40)" in again.stdout
