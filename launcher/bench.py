@@ -119,9 +119,9 @@ class _HeadwayLoop:
         t0 = time.perf_counter()
         batch = next(s.loader)
         data_s = time.perf_counter() - t0
-        targets, digest, _ = s.agree(batch, False)
-        stats = s.engine.train_step(batch.micro, targets=targets, lr=s.lr())
-        s.record(stats, digest=digest, data_s=data_s, step_s=time.perf_counter() - t0)
+        agreed = s.agree(batch, False)
+        stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=s.lr())
+        s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
         total_s = time.perf_counter() - t0
         parts = {
             "data": data_s,

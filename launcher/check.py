@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
@@ -16,8 +16,10 @@ from headway.launcher.errors import SpecError, printable
 from headway.launcher.fields import Shape, paths, root_shape
 from headway.launcher.merge import tag_of
 from headway.launcher.yamlio import MAX_INT, Node, Place
+from headway.parallel.config import SECRET_NAME
 
 MAX_PROBLEMS = 10
+MAX_EXAMINED = 50  # of a file with thousands of unknown keys: each is compared with all that exist
 _LOCATED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*): (?=\S)")
 
 M = TypeVar("M", bound=BaseModel)
@@ -35,10 +37,11 @@ def validate(tree: Node, root: type[M]) -> M:
     try:
         return root.model_validate(_data(tree, shape))
     except ValidationError as error:
-        problems = _problems(error, tree, shape)
+        details = error.errors(include_url=False)
+        problems = _problems(details[:MAX_EXAMINED], tree, shape)
     lines = [f"{problem.place}: {problem.text}" for problem in problems]
-    if len(lines) > MAX_PROBLEMS:
-        lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more"]
+    if (more := len(lines) - MAX_PROBLEMS + max(0, len(details) - MAX_EXAMINED)) > 0:
+        lines[MAX_PROBLEMS:] = [f"and {more} more"]
     raise SpecError("\n".join(lines))
 
 
@@ -91,10 +94,10 @@ def _whole(node: Node) -> int | float:
     return int(written) if written == written.to_integral_value() and abs(written) < MAX_INT else node.value
 
 
-def _problems(error: ValidationError, tree: Node, root: Shape) -> list[_Problem]:
+def _problems(errors: Sequence[ErrorDetails], tree: Node, root: Shape) -> list[_Problem]:
     """One problem per dotted key, in the order of the files; what is missing comes last."""
     found: dict[str, _Problem] = {}
-    for details in error.errors(include_url=False):
+    for details in errors:
         problem = _problem(details, tree, root)
         # the arms of a union each complain about the same value; the message already names all of them
         found.setdefault(problem.key, problem)
@@ -125,6 +128,8 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
         tag = spot.node.value[spot.shape.discriminator] if spot.node.is_mapping else spot.node
         text = advice.not_one_of(tag.value, list(spot.shape.variants), "type")
         spot = _below(spot, spot.shape.discriminator)
+    elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
+        text = "expected text or null; the value is not shown because of its name"
     else:
         text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot))
     where = f"{printable(spot.key, 200)}: " if spot.key else ""

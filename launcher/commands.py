@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headway.launcher.errors import SpecError
+from headway.launcher.errors import SpecError, printable
 from headway.launcher.hosts import rendezvous_port
 from headway.launcher.run_dir import RunDir
 
@@ -23,6 +23,7 @@ INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE"),
     *("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
     *("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME", "SSL_CERT_FILE"),
+    "HEADWAY_FAULT",  # a drill: headway.parallel.fault_points
 )
 
 
@@ -49,7 +50,9 @@ def command(spec: Spec, run: RunDir, *, host: int = 0, port: int | str | None = 
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{launch.port}", "--rdzv-id", "headway"]
     return [
         *[*python, "torch.distributed.run", *where, "--nnodes", str(launch.hosts)],
-        *["--nproc-per-node", str(launch.processes), "--max-restarts", "0", "-m", *worker],
+        # What torchrun writes for itself would else stay in the temporary folder when it is killed.
+        *["--log-dir", str(torchrun_folder(run)), "--nproc-per-node", str(launch.processes)],
+        *["--max-restarts", "0", "-m", *worker],
     ]
 
 
@@ -58,6 +61,8 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
     launch, cores = spec.launch, len(os.sched_getaffinity(0))
     threads = launch.threads or max(1, cores // launch.processes)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    if "HOME" in os.environ:  # else torch keeps compiled code in /tmp, under a name that others can take first
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ["HOME"]) / ".cache" / "headway" / "inductor")
     interface = launch.interface or interface
     if interface is not None:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -65,6 +70,20 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(launch.port or free_port())
     return env
+
+
+def check_caches(environment: Mapping[str, str]) -> None:
+    """Raises SpecError where others may write into a folder out of which ranks load compiled code."""
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"):
+        folder = environment.get(name)
+        if folder is None or not (path := Path(folder)).is_dir():
+            continue
+        found = path.stat()
+        if found.st_mode & 0o022 or found.st_uid not in (0, os.getuid()):
+            raise SpecError(
+                f"{name}: others can write into {printable(folder, 300)}, and ranks run the code they find there; "
+                f"take that away with `chmod go-w` (and own it), or unset {name}"
+            )
 
 
 def forwarded(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
@@ -82,6 +101,11 @@ def full_environment(spec: Spec, extra: Mapping[str, str], *, interface: str | N
     """The whole environment of the ranks: this host's own of `INHERITED`, `extra` (launch.env), and Headway's."""
     own = {name: os.environ[name] for name in INHERITED if name in os.environ}
     return {**own, **extra, **worker_environment(spec, interface=interface)}
+
+
+def torchrun_folder(run: RunDir) -> Path:
+    """For what torchrun writes for itself; removed at the end of each start."""
+    return run.logs.resolve() / "torchrun"
 
 
 def hostfile(run: RunDir) -> Path:

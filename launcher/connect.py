@@ -17,6 +17,7 @@ from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.faults import Ended, Fault
 from headway.launcher.gather import Hall, host_name, open_door, try_all
 from headway.launcher.hosts import Place, rendezvous_port
+from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir, flatten
 from headway.launcher.shared import Secret
 from headway.launcher.spec import Spec
@@ -33,18 +34,21 @@ class Joined:
     interface: str | None
 
 
-def join(spec: Spec, run: RunDir, host: int, equal: dict[str, Any], *, env: dict[str, str]) -> Joined:
+def join(
+    spec: Spec, run: RunDir, host: int, equal: dict[str, Any], *, env: dict[str, str], restarts: Restarts
+) -> Joined:
     """Meet the other hosts and check that all agree and reach each other, within launch.rendezvous_s.
 
     `equal`: name of a thing that must be the same on all hosts -> its value. `env`: values of launch.env, which the
-    first host gives to all. Raises SpecError, or HeadwayError naming the hosts that are missing, differ, or cannot
-    reach each other; every host that could be told raises the same.
+    first host gives to all. `restarts`: the run's budget, of which the first host disposes. Raises SpecError, or
+    HeadwayError naming the hosts that are missing, differ, or cannot reach each other; every host that could be told
+    raises the same.
     """
     deadline = time.monotonic() + spec.launch.rendezvous_s
     network = _Network(spec)
     facts = {"name": socket.gethostname(), "equal": {**equal, "spec": flatten(spec.model_dump(mode="json"))}}
     if host == 0:
-        return _receive(spec, run, network, facts, env, deadline)
+        return _receive(spec, run, network, facts, env, deadline, restarts)
     return _come(spec, run, network, host, facts, deadline)
 
 
@@ -69,7 +73,13 @@ class _Network:
 
 
 def _receive(
-    spec: Spec, run: RunDir, network: _Network, facts: dict[str, Any], env: dict[str, str], deadline: float
+    spec: Spec,
+    run: RunDir,
+    network: _Network,
+    facts: dict[str, Any],
+    env: dict[str, str],
+    deadline: float,
+    restarts: Restarts,
 ) -> Joined:
     """`join` on the first host."""
     launch = spec.launch
@@ -88,7 +98,7 @@ def _receive(
         for wire in hall.wires.values():
             wire.send({"go": env, "hub": names[0]})
     place = Place(host=0, hosts=launch.hosts, processes=launch.processes, name=names[0])
-    control = Hub(hall.wires, names, host_lost_s=launch.host_lost_s)
+    control = Hub(hall.wires, names, restarts, host_lost_s=launch.host_lost_s)
     return Joined(place=place, control=control, env=env, interface=network.interface(address))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headway.launcher.faults import CAUSE, CONSEQUENCE, CONTINUES, Fault
+from headway.launcher.restarts import Restarts
 from headway.launcher.wire import Wire, hang_up
 
 _SIGNS = 4  # signs of life within host_lost_s
@@ -21,7 +22,10 @@ _STEP_S = 0.1
 class Hub:
     """Control on the first host. `wires` and `names` by host number; `names` has this host too."""
 
-    def __init__(self, wires: dict[int, Wire], names: Mapping[int, str], *, host_lost_s: float) -> None:
+    def __init__(
+        self, wires: dict[int, Wire], names: Mapping[int, str], restarts: Restarts, *, host_lost_s: float
+    ) -> None:
+        self._restarts = restarts
         self._wires, self._names, self._lost_s = wires, names, host_lost_s
         self._ended: dict[int, Fault | None] = {}
         self._doubt_s: float | None = None  # since when there is a fault that may be a mere consequence
@@ -78,7 +82,8 @@ class Hub:
         # A cause that is still to come does so within the time in which a lost host is noticed.
         waited = self._doubt_s is not None and time.monotonic() - self._doubt_s > self._lost_s + 2
         if everybody or waited or (best is not None and best.weight == CAUSE):
-            self._decided, self._verdict = True, best
+            self._decided, self._verdict = True, self._restarts.grant(best)
+            best = self._verdict
             self._tell({"end": best and best.as_json()})
 
     def _tell(self, message: dict[str, Any]) -> None:

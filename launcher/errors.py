@@ -32,8 +32,12 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def format_error(error: BaseException) -> str:
-    """`error: <message>`, further lines indented below it; what the command line prints to stderr."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
+    """`error: <message>`, further lines indented below it; what the command line prints to stderr.
+
+    Whatever a file held that the message quotes, no control character reaches the terminal.
+    """
+    text = str(error).rstrip() or type(error).__name__
+    first, *rest = [printable(line, 4000) for line in text.split("\n")]
     return "\n".join([f"error: {first}", *(f"       {line}" for line in rest)])
 
 

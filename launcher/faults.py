@@ -12,7 +12,7 @@ from typing import Any
 
 from headway.launcher.errors import HeadwayError
 from headway.launcher.hosts import Place
-from headway.launcher.run_dir import RunDir, read_json
+from headway.launcher.run_dir import RunDir, read_mapping
 
 PREEMPTED = 75
 ATTEMPT = "=== attempt of "
@@ -35,18 +35,22 @@ _PEER_LOST = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Why the ranks of a host ended. `weight`: CONSEQUENCE, STOPPED (by a signal, in order) or CAUSE."""
+    """Why the ranks of a host ended. `weight`: CONSEQUENCE, STOPPED (by a signal, in order) or CAUSE. `again`: started
+    anew they may do better, as after the death of a process, and not after a mistake in the spec.
+    """
 
     text: str
     code: int = HeadwayError.exit_code
     weight: int = CAUSE
+    again: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fault:
-        return cls(text=str(value["text"]), code=int(value["code"]), weight=int(value["weight"]))
+        code, weight = int(value["code"]), int(value["weight"])
+        return cls(text=str(value["text"]), code=code, weight=weight, again=value["again"] is True)
 
 
 class Ended(HeadwayError):
@@ -54,7 +58,7 @@ class Ended(HeadwayError):
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.text)
-        self.exit_code = fault.code
+        self.fault, self.exit_code = fault, fault.code
 
 
 def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, died: Mapping[int, int | None]) -> Fault:
@@ -65,13 +69,13 @@ def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, d
     files = [path for rank in place.ranks if (path := run.logs / f"rank-{rank}.error.json").exists()]
     files.sort(key=lambda path: path.stat().st_mtime)
     # On a full disk a report can be cut off, or empty.
-    reports = [r for r in (read_json(p, None) for p in files) if isinstance(r, dict)]
+    reports = [r for r in map(read_mapping, files) if _is_report(r)]
     known = [r for r in reports if isinstance(r.get("exit_code"), int)]
     if known:
         first = known[0]
         weight = STOPPED if first["exit_code"] == PREEMPTED else CAUSE
         return Fault(text=f"rank {first['rank']}: {first['message']}", code=first["exit_code"], weight=weight)
-    causes = [r for r in reports if not _PEER_LOST.search(r.get("message", "")) and r["type"] != "KeyboardInterrupt"]
+    causes = [r for r in reports if not _PEER_LOST.search(r["message"]) and r["type"] != "KeyboardInterrupt"]
     if signalled and not causes:
         return Fault(
             text=f"stopped by a signal before the state was saved; {CONTINUES}", code=PREEMPTED, weight=STOPPED
@@ -87,8 +91,16 @@ def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, d
     if not lines:
         lines = [f"the processes on {place.name} ended with status {status}", *tail(host_log(run, place.host))]
     lines.append(f"full logs are in {run.logs}; {CONTINUES}")
-    code = next((code for *_, code in killed if code in _EXIT_CODES), HeadwayError.exit_code)
-    return Fault(text="\n".join(lines), code=code, weight=CAUSE if killed or causes else CONSEQUENCE)
+    told = next((code for *_, code in killed if code in _EXIT_CODES), None)
+    weight = CAUSE if killed or causes else CONSEQUENCE
+    again = told is None and not signalled
+    return Fault(text="\n".join(lines), code=told or HeadwayError.exit_code, weight=weight, again=again)
+
+
+def _is_report(value: dict[str, Any]) -> bool:
+    """Whether it has what a rank reports, each of its type."""
+    kinds = {"rank": int, "type": str, "message": str}
+    return all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def host_log(run: RunDir, host: int) -> Path:
@@ -99,7 +111,7 @@ def host_log(run: RunDir, host: int) -> Path:
 def read_pid(run: RunDir, rank: int) -> str:
     """Process id of a rank as it wrote it."""
     try:
-        return (run.logs / f"rank-{rank}.pid").read_text().strip()
+        return (run.logs / f"rank-{rank}.pid").read_text(errors="replace").strip()[:20]
     except OSError:
         return "unknown"
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -234,7 +235,7 @@ def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], d
         os.chdir(request["cwd"])
         code = program(request)
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -336,7 +337,7 @@ def _become_rank(request: dict[str, Any], rank: int, port_from: int) -> NoReturn
         _show_as([sys.executable, "-P", "-m", *request["worker"]])
         code = importlib.import_module(request["worker"][0]).main()
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -106,7 +106,8 @@ class Hall:
             )
             _turn_away([wire], error)
             raise error
-        if not hmac.compare_digest(str(message["proof"]), self._secret.proof(challenge, host)):
+        shown, right = str(message["proof"]), self._secret.proof(challenge, host)
+        if not hmac.compare_digest(shown.encode(errors="replace"), right.encode()):
             return False
         if host in self.facts:
             there = host_name(host, self.facts[host])

@@ -6,8 +6,10 @@ file; no thread takes part, so a rank that hangs in any way stops beating.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
+import math
 import os
 import select
 import signal
@@ -21,6 +23,9 @@ from pathlib import Path
 SECTIONS = {"setup": 6, "first step": 4, "data": 1, "step": 1, "validate": 4, "save": 4, "finish": 4}
 """Times launch.hang_s that a rank may stay in each: modules are read and kernels built before the steps, saves wait for
 disks."""
+
+STACKS = signal.SIGUSR2
+"""Asks a rank to write the stacks of its threads into its log, and a launcher to ask all its ranks for theirs."""
 
 _BYTES = 512  # every record has this length, so that a reader never sees the rest of a longer one
 
@@ -52,16 +57,17 @@ class Heartbeat:
         assert section in SECTIONS, section
         # The monotonic clock of the host: the launcher reads the same one, and nobody sets it back.
         beat = {"rank": self._rank, "host": self._host, "section": section, "step": step, "time_s": time.monotonic()}
-        os.pwrite(self._fd, json.dumps(beat).ljust(_BYTES).encode()[:_BYTES], 0)
+        with contextlib.suppress(OSError):  # a disk that is not well must not end a training
+            os.pwrite(self._fd, json.dumps(beat).ljust(_BYTES).encode()[:_BYTES], 0)
 
 
 _current: Heartbeat | None = None
 
 
 def start(logs: Path, rank: int) -> None:
-    """Begin to beat in this process, show all stacks on stderr at SIGUSR1, and end when the launcher does."""
+    """Begin to beat in this process, show all stacks on stderr at the signal STACKS, and end when the launcher does."""
     global _current
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True, chain=False)
+    faulthandler.register(STACKS, file=sys.stderr, all_threads=True, chain=False)
     launcher = os.environ.get("HEADWAY_LAUNCHER_PID")
     if launcher is not None:
         threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
@@ -83,9 +89,12 @@ def read_beat(path: Path) -> Beat | None:
     """The last beat in `path`; None where there is none, or one is being written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Beat(**{key: found[key] for key in Beat.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError):
+        beat = Beat(**{key: found[key] for key in Beat.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    kinds = (int, str, str, int, (int, float))
+    fields = (beat.rank, beat.host, beat.section, beat.step, beat.time_s)
+    return beat if all(map(isinstance, fields, kinds)) and math.isfinite(beat.time_s) else None
 
 
 def allowed_s(section: str, hang_s: float) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headway.launcher.errors import HeadwayError, NoInputError, SpecError
+from headway.launcher.errors import HeadwayError, SpecError
+from headway.launcher.yamlio import read_text
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec
@@ -80,12 +81,7 @@ def read_hostfile(spec: Spec) -> list[str] | None:
     path = spec.launch.hostfile
     if path is None:
         return None
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise NoInputError(
-            f"launch.hostfile: {path}: {e}; name a file with lines `name slots=N`, or leave it out"
-        ) from e
+    lines = read_text(Path(path), f"launch.hostfile: {path}").splitlines()
     names: list[str] = []
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()

@@ -6,14 +6,24 @@ import errno
 import hashlib
 import os
 import shlex
+import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.launcher.card import banner, run_card
-from headway.launcher.commands import command, dry_run_text, forwarded, full_environment, hostfile, worker_environment
+from headway.launcher.commands import (
+    check_caches,
+    command,
+    dry_run_text,
+    forwarded,
+    full_environment,
+    hostfile,
+    torchrun_folder,
+    worker_environment,
+)
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.faults import Ended, Fault, quoted, tail
 from headway.launcher.hosts import (
@@ -29,7 +39,8 @@ from headway.launcher.hosts import (
 from headway.launcher.layouts import check_vocabulary
 from headway.launcher.load import load_spec
 from headway.launcher.machine import versions
-from headway.launcher.run_dir import RunDir, read_json, write_json
+from headway.launcher.restarts import Restarts
+from headway.launcher.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec import Spec
 from headway.launcher.supervise import Alone, Control, supervise
 from headway.launcher.wire import interfaces
@@ -92,6 +103,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
     spec, info = resolve(spec)
     check_port(spec)
     env = forwarded(spec, os.environ)
+    check_caches(os.environ)
     run.refuse_foreign()
     with run.locked():
         check_same_data(run, info)
@@ -109,8 +121,20 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
             hostfile(run).write_text(hostfile_text(spec, names))
         if spec.launch.hosts == 1:
             place = Place(host=0, hosts=1, processes=spec.launch.processes, name=socket.gethostname())
-            return _see_through(spec, run, place, Alone(), env, None)
-        return _with_others(spec, run, 0, info, env)
+            return _until_done(run, spec, lambda budget: _see_through(spec, run, place, Alone(budget), env, None))
+        return _until_done(run, spec, lambda budget: _with_others(spec, run, 0, info, env, budget))
+
+
+def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> int:
+    """`start`, and again after a fault for which the budget has a start left. Raises Ended as it does."""
+    restarts = Restarts(run, spec.launch.restarts)
+    while True:
+        try:
+            return start(restarts)
+        except Ended as e:
+            if not e.fault.again:
+                raise
+            restarts.pause(e.fault)
 
 
 def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
@@ -119,14 +143,16 @@ def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
         print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
         return 0
     spec, info = resolve(spec)
-    return _with_others(spec, run, host, info, {})
+    return _until_done(run, spec, lambda budget: _with_others(spec, run, host, info, {}, budget))
 
 
-def _with_others(spec: Spec, run: RunDir, host: int, info: Mapping[str, Any], env: dict[str, str]) -> int:
+def _with_others(
+    spec: Spec, run: RunDir, host: int, info: Mapping[str, Any], env: dict[str, str], restarts: Restarts
+) -> int:
     from headway.launcher.connect import join
 
     equal = {"code": _code_hash(), "data": info["fingerprint"], **versions()}
-    joined = join(spec, run, host, equal, env=env)
+    joined = join(spec, run, host, equal, env=env, restarts=restarts)
     place = joined.place
     print(
         f"{place.name}: all {place.hosts} hosts are here; ranks {place.ranks[0]} to {place.ranks[-1]} run on this one"
@@ -139,7 +165,11 @@ def _see_through(
 ) -> int:
     env = full_environment(spec, extra, interface=interface)
     words = command(spec, run, host=place.host)
-    status = supervise(run, place, control, words, env, hang_s=spec.launch.hang_s)
+    launch = spec.launch
+    try:
+        status = supervise(run, place, control, words, env, hang_s=launch.hang_s, stop_s=launch.stop_s)
+    finally:
+        shutil.rmtree(torchrun_folder(run), ignore_errors=True)
     if place.is_first and not run.is_complete():  # DeepSpeed's launcher ends well when a signal ended what it started
         raise HeadwayError(
             f"{run.path}: the processes ended before the training did; see {run.logs}, and start the same command again"
@@ -236,9 +266,9 @@ def check_port(spec: Spec) -> None:
 
 def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
     """Raises SpecError when the folder was trained on data with another fingerprint."""
-    before = read_json(run.card, {}).get("data_fingerprint")
+    before = read_mapping(run.card).get("data_fingerprint")
     if before is not None and before != info["fingerprint"]:
         raise SpecError(
-            f"{run.path}: this run was started on other data (fingerprint {before[:16]}, now "
+            f"{run.path}: this run was started on other data (fingerprint {str(before)[:16]}, now "
             f"{str(info['fingerprint'])[:16]}); restore that dataset, or give another run_dir=..."
         )

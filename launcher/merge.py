@@ -17,6 +17,7 @@ from headway.launcher.fields import Shape
 from headway.launcher.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
 
 MAX_BASES = 16
+_ENVIRONMENT = re.compile(r"launch\.env[.=]|launch=.*\benv\b", re.DOTALL)
 _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
 
 
@@ -109,8 +110,10 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
     """Arguments `a.b=value` as one layer. The value follows the rules of YAML; `[...]`, `{...}` and quotes work too."""
     layer = Node({}, Place("arguments"))
     for argument in overrides:
-        place = Place(f"argument '{printable(argument, 200)}'")
         key, equals, text = argument.partition("=")
+        # A value for the environment may be a secret; messages and origins name the argument.
+        shown = f"{key}=..." if _ENVIRONMENT.match(argument) else argument
+        place = Place(f"argument '{printable(shown, 200)}'")
         if not equals or not key or key != key.strip() or key.startswith("-"):
             raise SpecError(f"{place}: is not KEY=VALUE, such as train.tokens=1e6 or attention.type=gqa")
         if key == "base":

@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where the file is missing, torn or not an object."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -133,7 +133,8 @@ def last_progress(path: Path) -> tuple[int, float | None]:
     for line in reversed(lines):
         record = _parse(line)
         if record.get("kind") == "train":
-            return int(record.get("tokens", 0)), _number(record.get("loss"))
+            tokens = _number(record.get("tokens"))
+            return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
     return 0, None
 
 
@@ -148,7 +149,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -51,7 +51,7 @@ class TrackingConfig(StrictModel):
 class Spec(StrictModel):
     """One run."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str | None = Field(default=None, description="folder of the run; default runs/NAME")
     seed: int = Field(default=1, ge=0, lt=1 << 63, description="initial parameters (data.seed orders the data)")
     model: ModelConfig

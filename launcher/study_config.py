@@ -29,7 +29,7 @@ SET_BY_STUDY = {
 class StudyConfig(StrictModel):
     """Every variant is trained once per seed; a seed sets both the initial parameters and the order of the data."""
 
-    study: str = Field(pattern=NAME, description="name of the study")
+    study: str = Field(max_length=128, pattern=NAME, description="name of the study")
     base: str = Field(min_length=1, description="spec all variants start from, relative to the study file")
     out: str | None = Field(default=None, min_length=1, description="folder of runs and report; default studies/NAME")
     match: MatchConfig | None = Field(default=None, description="none: sizes are compared as they are written")

@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from headway.launcher.faults import CAUSE, CONSEQUENCE, CONTINUES, Ended, Fault, explain, host_log, quoted, tail
+from headway.launcher.faults import STOPPED as STOPPED_BY_SIGNAL
 from headway.launcher.forked import VARIABLE as FORK_SERVER
 from headway.launcher.forked import Forked
-from headway.launcher.heartbeat import Beat, allowed_s, beat_file, read_beat
+from headway.launcher.heartbeat import STACKS, Beat, allowed_s, beat_file, read_beat
 from headway.launcher.hosts import Place
 from headway.launcher.processes import STOPPED, die_with_parent, live_pid, send, state, status
+from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir
 
 _POLL_S, _WATCH_S = 0.1, 0.5
@@ -55,16 +58,26 @@ class Child(Protocol):
 class Alone:
     """Control of a run on one host."""
 
+    def __init__(self, restarts: Restarts) -> None:
+        self._restarts = restarts
+
     def wait(self, seconds: float) -> Fault | None:
         time.sleep(seconds)
         return None
 
     def settle(self, own: Fault | None) -> Fault | None:
-        return own
+        return self._restarts.grant(own)
 
 
 def supervise(
-    run: RunDir, place: Place, control: Control, command: Sequence[str], env: Mapping[str, str], *, hang_s: float
+    run: RunDir,
+    place: Place,
+    control: Control,
+    command: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    hang_s: float,
+    stop_s: float,
 ) -> int:
     """Run `command` to its end; returns 0 when every host came to a good one.
 
@@ -77,12 +90,14 @@ def supervise(
     child = _start(run, place, command, {**env, "HEADWAY_LAUNCHER_PID": str(os.getpid())})
     watch = Watch(run, place, hang_s)
     try:
-        with _forwarding(child, watch) as signalled:
-            fault = _see_through(child, watch, control)
+        with _forwarding(child, watch) as stop:
+            fault = _see_through(child, watch, control, stop, stop_s)
             if child.returncode != 0 and (fault is None or fault.weight == CONSEQUENCE):
                 status = child.returncode if fault is None else None
-                told = explain(run, place, status, signalled=bool(signalled), died=watch.died)
+                told = explain(run, place, status, signalled=stop.asked, died=watch.died)
                 fault = told if fault is None or told.weight > CONSEQUENCE else fault
+            if fault is not None and stop.asked:
+                fault = replace(fault, again=False)
             verdict = control.settle(fault)
     finally:
         watch.end_all(child)
@@ -107,7 +122,7 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
         )
 
 
-def _see_through(child: Child, watch: Watch, control: Control) -> Fault | None:
+def _see_through(child: Child, watch: Watch, control: Control, stop: _Stop, stop_s: float) -> Fault | None:
     """Until the child has ended, by itself or by us; the fault if that was seen here."""
     looked = failed = 0.0
     while child.poll() is None:
@@ -116,6 +131,9 @@ def _see_through(child: Child, watch: Watch, control: Control) -> Fault | None:
             return None
         watch.note_deaths()
         now = time.monotonic()
+        if stop.at_once or (stop.asked and now - stop.since_s > stop_s):
+            watch.end_all(child)
+            return _cut_short(stop, stop_s)
         if now - looked < _WATCH_S:
             continue
         looked = now
@@ -128,6 +146,12 @@ def _see_through(child: Child, watch: Watch, control: Control) -> Fault | None:
         watch.end_all(child)
         return fault
     return None
+
+
+def _cut_short(stop: _Stop, stop_s: float) -> Fault:
+    why = "a second Ctrl-C" if stop.at_once else f"{stop_s:g} s after the signal (launch.stop_s)"
+    text = f"stopped by a signal; the ranks had not saved and ended yet, and were killed by {why}; {CONTINUES}"
+    return Fault(text=text, weight=STOPPED_BY_SIGNAL)
 
 
 class Watch:
@@ -176,7 +200,7 @@ class Watch:
             for rank, pid in live.items()
         }
         if not marks:
-            return Fault(text=f"the ranks on {self._place.name} ended without a word", weight=CONSEQUENCE)
+            return Fault(text=f"the ranks on {self._place.name} ended without a word", weight=CONSEQUENCE, again=True)
         rank = max(marks, key=lambda r: marks[r])
         evidence, beat = marks[rank][0], beats.get(rank)
         lines = [f"rank {rank} (process {live[rank]}) on {self._place.name} hangs: {_EVIDENCE[evidence]}"]
@@ -191,7 +215,7 @@ class Watch:
         lines.append(f"full logs with the stacks of all ranks are in {self._run.logs}; {CONTINUES}")
         # One that is merely busy after another has ended may be tidying up.
         sure = evidence > (0 if hung is not None else 1)
-        return Fault(text="\n".join(lines), weight=CAUSE if sure else CONSEQUENCE)
+        return Fault(text="\n".join(lines), weight=CAUSE if sure else CONSEQUENCE, again=True)
 
     def end_all(self, child: Child) -> None:
         """Kill what is left of this host's processes, ranks first, and wait until they are gone."""
@@ -209,6 +233,11 @@ class Watch:
         for pid in self.live().values() or [child.pid]:
             send(pid, signum)
 
+    def ask_stacks(self) -> None:
+        """Let all ranks write where they are into their logs."""
+        for pid in self.live().values():
+            send(pid, STACKS)
+
     def _beats(self) -> dict[int, Beat]:
         found = {rank: read_beat(beat_file(self._run.logs, rank)) for rank in self._place.ranks}
         return {rank: beat for rank, beat in found.items() if beat is not None}
@@ -220,8 +249,7 @@ class Watch:
         """What each rank writes into its log when it is asked where it is; empty for one that does not react."""
         logs = {rank: self._run.logs / f"rank-{rank}.log" for rank in live}
         before = {rank: _size(path) for rank, path in logs.items()}
-        for pid in live.values():
-            send(pid, signal.SIGUSR1)
+        self.ask_stacks()
         end = time.monotonic() + _STACKS_S
         able = [rank for rank, pid in live.items() if state(pid) not in STOPPED]
         while time.monotonic() < end and any(_size(logs[rank]) == before[rank] for rank in able):
@@ -267,27 +295,38 @@ def _from(path: Path, offset: int) -> str:
         return ""
 
 
+@dataclass
+class _Stop:
+    """Whether somebody has asked the run to end."""
+
+    asked: bool = False
+    at_once: bool = False
+    since_s: float = 0.0
+
+
 @contextlib.contextmanager
-def _forwarding(child: Child, watch: Watch) -> Iterator[list[int]]:
-    """Pass SIGTERM, SIGINT and SIGHUP on to the ranks: they save and stop. A second SIGINT ends them at once."""
-    received: list[int] = []
+def _forwarding(child: Child, watch: Watch) -> Iterator[_Stop]:
+    """At SIGTERM, SIGINT, SIGHUP and SIGUSR1 let the ranks save and stop, at a second SIGINT end them at once; at
+    SIGUSR2 let them write their stacks into their logs.
+    """
+    stop = _Stop()
 
     def forward(signum: int, frame: Any) -> None:
-        received.append(signum)
-        if len(received) > 1 and signum == signal.SIGINT:
-            child.kill()
-            return
+        stop.at_once = stop.asked and signum == signal.SIGINT
+        stop.since_s = stop.since_s or time.monotonic()
+        stop.asked = True
         with contextlib.suppress(OSError):
             print("stopping: the ranks finish their step and save ...", file=sys.stderr, flush=True)
         watch.signal_ranks(child, signal.SIGTERM)
 
+    handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), forward)
+    handlers[STACKS] = lambda *_: watch.ask_stacks()
     # SIGHUP: the terminal or connection has gone; under nohup it is ignored, and stays so.
-    signals = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    old = {s: signal.signal(s, forward) for s in signals}
+        handlers[signal.SIGHUP] = forward
+    old = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     try:
-        yield received
+        yield stop
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)

@@ -41,12 +41,13 @@ def main() -> int:
     logs = run_path / "logs"
     error_file = logs / f"rank-{rank}.error.json"
     error_file.unlink(missing_ok=True)
+    stop = _StopFlag()  # a signal during the set-up counts too
     _die_with_parent()
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
     heartbeat.start(logs, rank)
     (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
     try:
-        train(run_path)
+        train(run_path, stop)
         return 0
     except BaseException as e:
         code, message = getattr(e, "exit_code", None), str(e)
@@ -62,7 +63,7 @@ def main() -> int:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def train(run_path: Path) -> None:
+def train(run_path: Path, stop: _StopFlag) -> None:
     """The training loop."""
     import torch
 
@@ -72,7 +73,6 @@ def train(run_path: Path) -> None:
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     run = RunDir(run_path)
-    stop = _StopFlag()
     with contextlib.ExitStack() as stack:
         s = stack.enter_context(Session.open(run))
         spec = s.spec
@@ -102,11 +102,12 @@ def train(run_path: Path) -> None:
 
 
 class _StopFlag:
-    """Raised by SIGTERM or SIGINT; a second SIGINT stops at once."""
+    """Raised by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.raised = False
         signal.signal(signal.SIGTERM, self._raise)
+        signal.signal(signal.SIGUSR1, self._raise)
         signal.signal(signal.SIGINT, self._raise)
 
     def _raise(self, signum: int, frame: Any) -> None:

@@ -110,7 +110,7 @@ def load_yaml(path: Path, label: str | None = None) -> Node:
     Raises NoInputError if the file cannot be read, SpecError with file:line:column if it is not a legal mapping.
     """
     label = printable(label if label is not None else str(path), 300)
-    node = parse_yaml(_read(path, label), label)
+    node = parse_yaml(read_text(path, label), label)
     if not node.is_mapping:
         raise SpecError(f"{node.place}: the file must hold `key: value` lines, not {describe(node.value)}")
     return node
@@ -155,22 +155,27 @@ def describe(value: Any) -> str:
     return f"'{printable(value, 60)}'" if isinstance(value, str) else repr(value)
 
 
-def _read(path: Path, label: str) -> str:
+def read_text(path: Path, label: str) -> str:
+    """What is written in a file of at most `MAX_BYTES`, which messages call `label`.
+
+    Raises NoInputError where it cannot be read or is no file, SpecError where it is too large or not UTF-8.
+    """
     try:
         if not path.exists():
             raise NoInputError(f"{label}: no such file (looked for {printable(str(path.absolute()), 300)})")
         if not path.is_file():  # a named pipe would block, a folder has no text
-            raise NoInputError(f"{label}: is not a file; name a YAML file")
+            raise NoInputError(f"{label}: is not a file; name a file of text")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise NoInputError(f"{label}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
-        raise SpecError(f"{label}: is larger than {MAX_BYTES} bytes, which no spec needs; is it the right file?")
+        raise SpecError(f"{label}: is larger than {MAX_BYTES} bytes, more than is ever needed; is it the right file?")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")  # editors on Windows write this mark
     try:
-        return raw.decode("utf-8-sig")  # editors on Windows write a byte order mark
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        good = raw[: error.start].decode("utf-8-sig")
+        good = raw[: error.start].decode("utf-8")
         line = len(re.findall("\r\n|\r|\n", good)) + 1
         column = len(re.split("\r\n|\r|\n", good)[-1]) + 1
         raise SpecError(f"{label}:{line}:{column}: is not UTF-8 text; save the file as UTF-8") from None

@@ -11,7 +11,7 @@ class ModelConfig(StrictConfig):
     """A pre-norm decoder: RMSNorm, attention, RMSNorm, SwiGLU; RoPE; no biases."""
 
     width: int = Field(ge=8, description="d, the residual width")
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=10_000)
     ffn_width: int = Field(ge=1, description="F, the hidden width of the SwiGLU MLP")
     vocab_size: int | None = Field(default=None, ge=2, description="none: taken from the data's tokenizer")
     tied_embeddings: bool = True

@@ -186,6 +186,15 @@ class LaunchConfig(StrictModel):
         description="a rank that makes no progress in a step for so long hangs; validation and saving may take four "
         "times as long, the set-up six times",
     )
+    stop_s: int = Field(
+        default=120, ge=1, description="how long ranks that a signal asks to stop may take to finish their step and save"
+    )
+    restarts: int = Field(
+        default=2,
+        ge=0,
+        le=1000,
+        description="starts in a row, after a rank has died or hung, that may bring no new checkpoint before the run ends",
+    )
     host_lost_s: int = Field(default=30, ge=2, description="a host that is not heard of for so long is lost")
     env: dict[str, str | None] = Field(
         default={}, description="variables for the ranks: a value, or null for the first host's own"

@@ -25,7 +25,7 @@ optimizer: {lr: 3.0e-3}
 schedule: {warmup_tokens: 512}
 train: {tokens: 10240, global_batch: 8, micro_batch: 2, validation_tokens: 512, validate_every_tokens: 2560}
 checkpoint: {every_tokens: 1280}
-launch: {processes: 1, threads: 1}
+launch: {processes: 1, threads: 1, restarts: 0}
 """
 
 

@@ -22,7 +22,7 @@ from headway.model.router import RoutedAttention
 class GroupedConfig(AttentionConfig):
     """What every mechanism with groups of query heads over shared keys and values has."""
 
-    heads: int = Field(ge=1, description="H, query heads")
+    heads: int = Field(ge=1, le=65_536, description="H, query heads")
 
     @property
     @abstractmethod

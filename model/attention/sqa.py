@@ -24,7 +24,7 @@ class SqaConfig(DenseConfig):
     """SQA: of the H/G query heads per KV head of a dense model, `kept` exist."""
 
     type: Literal["sqa"] = "sqa"
-    heads: int = Field(ge=1, description="H, query heads of the dense model that this one is a part of")
+    heads: int = Field(ge=1, le=65_536, description="H, query heads of the dense model that this one is a part of")
     kv_heads: int = Field(ge=1, description="G, KV heads")
     kept: int = Field(ge=1, description="query heads per KV head that exist, heads/kv_heads at most")
 

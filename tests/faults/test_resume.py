@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere goes on as if it had not been: bit for bit in its layout, within rounding in others."""
+"""A run that was stopped goes on as if it had not been: bit for bit in its layout, within rounding in others."""
 
 import json
 import os
@@ -56,12 +56,12 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one_bit_for_bit(headw
     assert headway.train(*common, "run_dir=whole").returncode == 0
     run, chance = headway.folder / "killed", random.Random(processes)
     for steps in (chance.randint(6, 14), chance.randint(20, 40)):
-        process = headway.start(*common, "run_dir=killed", "launch.restarts=0")
+        process = headway.start(*common, "run_dir=killed")
         headway.wait_for(lambda steps=steps: len(records(run)) >= steps, process)
         kill_a_rank(run, chance.randrange(processes))
         process.communicate(timeout=60)
         assert process.returncode not in (0, 64)
-    done = headway.train(*common, "run_dir=killed", "launch.restarts=0")
+    done = headway.train(*common, "run_dir=killed")
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["resumes"] == 2
     assert trajectory(run) == trajectory(headway.folder / "whole")

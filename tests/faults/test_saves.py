@@ -11,7 +11,7 @@ FIRST = (
     *("save:before_manifest", "save:after_manifest", "save:after_rename"),
     *("retention:before_delete", "retention:after_manifest"),
 )
-COMMON = ("launch.processes=2", "launch.restarts=0", "train.tokens=25600", "checkpoint.keep=1")
+COMMON = ("launch.processes=2", "train.tokens=25600", "checkpoint.keep=1")
 
 
 def trajectory(run):
@@ -33,7 +33,7 @@ def test_a_kill_inside_a_save_at_any_point_and_rank_costs_no_more_than_that_save
         newest = int(steps_on_disk(run / "checkpoints")[0].name[-4:])
         assert newest > reached or point.startswith("load"), point
         assert "passed over" not in done.stdout, point
-        if number:
+        if number and not point.startswith("load"):
             assert f"(step {reached}/" in done.stdout, point
         reached = newest
     done = headway.train(*COMMON, "run_dir=cut")

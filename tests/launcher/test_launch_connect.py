@@ -15,6 +15,7 @@ from headway.launcher.control import Hub, Link
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.faults import CAUSE, CONSEQUENCE, STOPPED, Fault
 from headway.launcher.load import load_spec
+from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir
 from headway.launcher.spec import Spec
 from headway.launcher.wire import Wire, interfaces
@@ -46,7 +47,7 @@ def meet(*hosts: tuple[Spec, RunDir, int, dict]) -> list[Joined | HeadwayError]:
 
     def one(host: tuple[Spec, RunDir, int, dict]) -> Joined | HeadwayError:
         try:
-            return join(*host, env={"A": "x"} if host[2] == 0 else {})
+            return join(*host, env={"A": "x"} if host[2] == 0 else {}, restarts=Restarts(host[1], 0))
         except HeadwayError as e:
             return e
 
@@ -165,7 +166,7 @@ def test_strangers_neither_join_nor_stop_the_others(load, run):
 
 def test_an_interface_that_is_not_there_is_answered_with_those_that_are(load, run):
     with pytest.raises(SpecError, match=r"launch\.interface: nope0 is not on this host.* lo"):
-        join(load("launch.hosts=2", "launch.interface=nope0"), run, 1, EQUAL, env={})
+        join(load("launch.hosts=2", "launch.interface=nope0"), run, 1, EQUAL, env={}, restarts=Restarts(run, 0))
     assert interfaces()["lo"] == "127.0.0.1"
 
 
@@ -175,7 +176,8 @@ def test_an_interface_that_is_not_there_is_answered_with_those_that_are(load, ru
 def trio(host_lost_s: float = 1.0) -> tuple[Hub, Link, Link]:
     pairs = [socket.socketpair() for _ in range(2)]
     names = {0: "host 0 (a)", 1: "host 1 (b)", 2: "host 2 (c)"}
-    hub = Hub({i + 1: Wire(pair[0]) for i, pair in enumerate(pairs)}, names, host_lost_s=host_lost_s)
+    wires = {i + 1: Wire(pair[0]) for i, pair in enumerate(pairs)}
+    hub = Hub(wires, names, Restarts(RunDir(Path("nowhere")), 1), host_lost_s=host_lost_s)
     one, two = (Link(Wire(pair[1]), names[0], host_lost_s=host_lost_s) for pair in pairs)
     return hub, one, two
 

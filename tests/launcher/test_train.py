@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_outside_a_save_ends_with_the_status_of_storage(tmp_
     class Left(BaseException):
         pass
 
-    def fail(path: Path) -> None:
+    def fail(path: Path, stop: object) -> None:
         raise error
 
     def leave(code: int) -> None:
@@ -311,6 +311,7 @@ def test_a_disk_that_is_full_outside_a_save_ends_with_the_status_of_storage(tmp_
     monkeypatch.setattr(worker, "train", fail)
     monkeypatch.setattr(worker, "_own_log", lambda path, main: None)
     monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "_StopFlag", lambda: None)
     monkeypatch.setattr(worker.os, "_exit", leave)
     with pytest.raises(Left) as caught:
         worker.main()

@@ -1,0 +1,230 @@
+"""What ends a run, what starts it again, and that nobody is left behind."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from headway.launcher.faults import CAUSE, Fault
+from headway.launcher.restarts import Restarts
+from headway.launcher.run_dir import RunDir
+
+SAVED = ("train.tokens=2560000", "launch.processes=2", "tracking.tensorboard=false")
+LONG = (*SAVED, "checkpoint.every_tokens=null")
+
+
+def records(run, kind="train"):
+    found = []
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # being written
+            break
+    return [r for r in found if r["kind"] == kind]
+
+
+def pids(run, ranks=2):
+    return [int((run / "logs" / f"rank-{rank}.pid").read_text()) for rank in range(ranks)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def trajectory(run):
+    return [(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in records(run)]
+
+
+# ---------------------------------------------------------------- starting again
+
+
+def test_ranks_that_die_are_started_again_by_the_launcher_itself(headway):
+    # F1, F28: a rank killed from outside, as the kernel does when memory is short.
+    assert headway.train("launch.processes=2", "run_dir=whole").returncode == 0
+    process = headway.start("launch.processes=2", "launch.restarts=2", "run_dir=killed")
+    run = headway.folder / "killed"
+    for steps in (7, 18, 31):
+        headway.wait_for(lambda steps=steps: len(records(run)) >= steps, process)
+        os.kill(pids(run)[steps % 2], signal.SIGKILL)
+        headway.wait_for(lambda steps=steps: len(records(run, "resume")) > 0, process)
+    stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 0, stderr
+    assert stdout.count("starting the ranks again from the newest checkpoint") == 3 and "SIGKILL" in stdout
+    assert trajectory(run) == trajectory(headway.folder / "whole")
+    lines = [json.loads(line) for line in (run / "logs" / "attempts.jsonl").read_text().splitlines()]
+    assert [line["started_again"] for line in lines] == [True] * 3 and "SIGKILL" in lines[0]["cause"]
+
+
+def test_starts_that_bring_no_checkpoint_end_when_the_budget_is_spent(headway):
+    env = {**headway.environment(), "HEADWAY_FAULT": "save:begin@1#1:kill"}
+    done = headway.train("launch.processes=2", "run_dir=doomed", "launch.restarts=1", env=env)
+    assert done.returncode == 70
+    assert done.stdout.count("starting the ranks again") == 1
+    assert "started again 1 time(s) without reaching another checkpoint (launch.restarts)" in done.stderr
+
+
+def test_the_budget_is_full_again_after_progress_and_mistakes_are_not_repeated(tmp_path):
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    restarts, death = Restarts(run, 2), Fault(text="rank 0 was killed", again=True)
+
+    def again(fault: Fault) -> bool:
+        granted = restarts.grant(fault)
+        assert granted is not None
+        return granted.again
+
+    assert [again(death) for _ in range(3)] == [True, True, False]
+    (run.checkpoints / "step-0000000005").mkdir(parents=True)
+    assert [again(death) for _ in range(3)] == [True, True, False]
+    (run.checkpoints / "step-0000000009").mkdir()
+    assert not again(Fault(text="a key is wrong", code=64, weight=CAUSE))
+    assert restarts.grant(None) is None
+    assert len((run.logs / "attempts.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_rank_without_memory_is_named_and_started_again(headway):
+    # F28: by a limit of its own
+    run = headway.folder / "runs" / "tiny"
+    process = headway.start("launch.processes=2", "train.tokens=2560000")
+    headway.wait_for(lambda: len(records(run)) >= 3, process)
+    subprocess.run(["prlimit", "--pid", str(pids(run)[1]), "--as=1000000"], check=True)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 70 and "rank 1" in stderr, stderr
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("signum", "target"),
+    [(signal.SIGUSR1, "launcher"), (signal.SIGTERM, "rank"), (signal.SIGUSR1, "rank"), (signal.SIGINT, "launcher")],
+    ids=str,
+)
+def test_a_signal_to_the_launcher_or_to_one_rank_saves_and_ends_with_75(headway, signum, target):
+    # F5
+    process, run = headway.start(*LONG, "run_dir=run"), headway.folder / "run"
+    headway.wait_for(lambda: len(records(run)) >= 3, process)
+    began = time.monotonic()
+    os.kill(process.pid if target == "launcher" else pids(run)[1], signum)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75, stderr
+    assert time.monotonic() - began < 30
+    last = records(run)[-1]["step"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:010d}"]
+    assert "same command continues" in stderr
+
+
+def test_a_signal_during_the_set_up_is_heeded_after_the_first_step(headway):
+    process, run = headway.start(*LONG, "run_dir=run"), headway.folder / "run"
+    headway.wait_for(lambda: (run / "logs" / "rank-1.beat").exists(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert len(records(run)) <= 1
+
+
+def test_ranks_that_do_not_stop_in_time_are_killed_and_nothing_is_claimed(headway):
+    process, run = headway.start(*LONG, "run_dir=run", "launch.stop_s=2"), headway.folder / "run"
+    headway.wait_for(lambda: len(records(run)) >= 3, process)
+    os.kill(pids(run)[1], signal.SIGSTOP)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 70 and "launch.stop_s" in stderr and "had not saved" in stderr, stderr
+    assert time.monotonic() - began < 2 + 5
+    assert not any(map(alive, pids(run)))
+
+
+def test_stacks_are_written_when_they_are_asked_for_and_the_training_goes_on(headway):
+    process, run = headway.start(*LONG, "run_dir=run"), headway.folder / "run"
+    headway.wait_for(lambda: len(records(run)) >= 3, process)
+    process.send_signal(signal.SIGUSR2)
+    log = run / "logs" / "rank-1.log"
+    headway.wait_for(lambda: "most recent call first" in log.read_text(), process, 10)
+    before = len(records(run))
+    headway.wait_for(lambda: len(records(run)) > before + 2, process, 20)
+
+
+# ---------------------------------------------------------------- nobody left, nobody twice
+
+
+def test_ranks_end_with_their_launcher_every_time(headway):
+    # F3: five times of five
+    run = headway.folder / "run"
+    for attempt in range(5):
+        process = headway.start(*SAVED, "run_dir=run")
+        headway.wait_for(lambda attempt=attempt: len(records(run)) > 2 + 3 * attempt, process)
+        ranks, launcher = pids(run), int((run / "run.lock").read_text())
+        os.kill(launcher, signal.SIGKILL)
+        end = time.monotonic() + 5
+        while any(map(alive, ranks)) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not any(map(alive, ranks)), attempt
+        process.wait(timeout=10)
+
+
+def test_a_rank_that_is_stopped_is_found_within_the_limit_and_five_seconds_and_replaced(headway):
+    # F4: limit 4 s
+    overrides = ("launch.processes=2", "launch.hang_s=4", "launch.restarts=1", "train.tokens=51200")
+    process = headway.start(*overrides, "run_dir=run")
+    run = headway.folder / "run"
+    headway.wait_for(lambda: len(records(run)) >= 8, process)
+    began = time.monotonic()
+    stopped = pids(run)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    headway.wait_for(lambda: not alive(stopped), process, 30)
+    assert time.monotonic() - began <= 4 + 5
+    stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 0, stderr
+    assert "rank 1" in stdout and "it is stopped (SIGSTOP" in stdout and "starting the ranks again" in stdout
+
+
+def test_two_launchers_on_one_folder_cannot_both_write(headway):
+    first, second = (headway.start(*LONG, "run_dir=run") for _ in range(2))
+    end = time.monotonic() + 30
+    while first.poll() is None and second.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    refused, other = (first, second) if first.poll() is not None else (second, first)
+    assert refused.returncode == 64 and "a live run holds this folder" in refused.communicate()[1]
+    assert other.poll() is None
+
+
+def test_an_address_in_use_is_said_before_anything_starts(headway):
+    # F29; hosts that are missing or cannot be reached: tests/launcher/test_launch_connect.py
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        began = time.monotonic()
+        done = headway.train(f"launch.port={taken.getsockname()[1]}")
+    assert done.returncode == 64 and re.search(r"launch\.port: \d+ is taken", done.stderr)
+    assert time.monotonic() - began < 15
+
+
+def test_torchrun_leaves_no_folder_behind_when_it_is_killed(headway_alone, tmp_path):
+    # F24
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    os.environ["TMPDIR"], before = str(temporary), os.environ.get("TMPDIR")
+    try:
+        process, run = headway_alone.start(*LONG, "run_dir=run"), headway_alone.folder / "run"
+        headway_alone.wait_for(lambda: len(records(run)) >= 1, process)
+        process.kill()
+        process.wait()
+    finally:
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+    assert list(temporary.iterdir()) == []
