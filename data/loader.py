@@ -164,6 +164,11 @@ class Loader:
             sequences += len(samples)
         return StepBatch(step=step, micro=tuple(micro), targets=targets, digest=digest % (1 << 64), sequences=sequences)
 
+    def sequences(self, step: int) -> list[int]:
+        """Numbers of the sequences of this rank's part of the global batch of `step`, in order."""
+        places = range(self._first_place, self._first_place + self._per_rank)
+        return [self.source.index(step * self._global_batch + place) for place in places]
+
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 

@@ -120,7 +120,7 @@ class _HeadwayLoop:
         batch = next(s.loader)
         data_s = time.perf_counter() - t0
         agreed = s.agree(batch, False)
-        stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=s.lr())
+        stats = s.train_step(batch, agreed)
         s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
         total_s = time.perf_counter() - t0
         parts = {

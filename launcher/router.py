@@ -49,8 +49,8 @@ class RouterMonitor:
             layer.reset_router_stats()
             layer.watch_routers(closely=closely)
 
-    def after_step(self, step: int) -> dict[str, Any]:
-        """Update router biases; where a record is due, {"layer_00": {"router": figures}}, else {}.
+    def after_step(self, step: int, *, applied: bool = True) -> dict[str, Any]:
+        """Update router biases if the step was `applied`; {"layer_00": {"router": figures}} where a record is due.
 
         Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. Every rank calls it.
         """
@@ -68,7 +68,8 @@ class RouterMonitor:
         for (i, name, _), load in zip(loads, summed, strict=False):
             self._loads[i, name] = load + self._loads.get((i, name), 0)
         for i, layer in self._layers.items():
-            layer.after_step(given.get(i, {}))
+            if applied:
+                layer.after_step(given.get(i, {}))
             layer.reset_router_stats()
         if self._due_from(step) != step:
             return {}

@@ -15,6 +15,7 @@ import torch
 from headway.data.config import DataError
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher import heartbeat
+from headway.launcher.guard import Guard, dump
 from headway.launcher.heads import HeadProbe, probe_batch
 from headway.launcher.initial import load_initial
 from headway.launcher.router import RouterMonitor
@@ -84,6 +85,7 @@ class Session:
         self._last_validation: float | None = None
         self._validated_step: int | None = None
         self.saving = Saving(run, spec, layout, self.engine)
+        self.guard = Guard(spec.guard)
         self._step_times: deque[float] = deque(maxlen=50)
         self._resume()
         self.loader = Loader(
@@ -172,9 +174,14 @@ class Session:
             written=written == world,
         )
 
+    def train_step(self, batch: StepBatch, agreed: Agreed) -> StepStats:
+        """Forward, backward and update."""
+        allows = self.guard.allows if self.guard.vetoes else None
+        return self.engine.train_step(batch.micro, targets=agreed.targets, lr=self.lr(), allows=allows)
+
     def record(self, stats: StepStats, *, digest: str, data_s: float, step_s: float) -> None:
         """Count the step, update router biases, write its record."""
-        router = self.router.after_step(self.step + 1)
+        router = self.router.after_step(self.step + 1, applied=not stats.skipped)
         lr = self.lr()
         self.step += 1
         self.train_s += step_s
@@ -188,6 +195,7 @@ class Session:
             "grad_norm": stats.grad_norm,
             "lr": lr,
             "targets": stats.targets,
+            "skipped": stats.skipped,
             "batch_hash": digest,
             "step_s": step_s,
             "data_s": data_s,
@@ -202,6 +210,10 @@ class Session:
         recent = sorted(self._step_times)
         left = (self.spec.steps - self.step) * recent[len(recent) // 2]
         self.tracker.train(record, seconds_left=left)
+        if stats.skipped:
+            self.saving.settle(self.tracker)  # the run may end here: what was saved before must not be lost
+            dump(self.run.path / "skipped", self.step, digest, self.loader, self.engine, self.layout)
+        self.guard.after_step(self.step, stats, self.tracker, saved_step=self.saving.saved_step)
 
     def due(self, what: str) -> bool:
         """Whether the step just taken crossed the interval of "validation" or "checkpoint", or was the last."""
@@ -253,6 +265,7 @@ class Session:
             "resumes": self.resumes,
             "validation_loss": self._last_validation,
             "validation_step": self._validated_step,
+            "guard": self.guard.state(),
         }
         self.saving.begin(self.tracker, state)
         if last:
@@ -267,6 +280,7 @@ class Session:
             self.train_s, self.resumes = found.state["train_s"], found.state["resumes"] + 1
             self._last_validation = found.state.get("validation_loss")
             self._validated_step = found.state.get("validation_step")
+            self.guard.restore(found.state.get("guard", {}))
         elif self.spec.init.weights is not None:
             load_initial(self.spec, self.engine, self.layout)
         self.engine.before_step(self.tokens)

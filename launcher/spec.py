@@ -10,7 +10,14 @@ from headway.data.config import DataConfig, StrictModel
 from headway.launcher.layouts import check_layout, data_parallel
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
-from headway.parallel.config import CheckpointConfig, LaunchConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from headway.parallel.config import (
+    CheckpointConfig,
+    GuardConfig,
+    LaunchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
 
 
 class InitConfig(StrictModel):
@@ -62,6 +69,7 @@ class Spec(StrictModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import json
-import math
 import os
 import signal
 import sys
@@ -17,7 +17,7 @@ from typing import Any
 
 from headway.launcher import heartbeat
 
-PREEMPTED, NUMERIC, STORAGE = 75, 70, 74
+PREEMPTED, STORAGE = 75, 74
 
 # Full, over quota, too large, failing, read-only: what a log or metrics file meets on a disk that is not well.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -29,12 +29,6 @@ class Preempted(Exception):
     exit_code = PREEMPTED
 
 
-class NumericError(Exception):
-    """The loss is no number any more."""
-
-    exit_code = NUMERIC
-
-
 def main() -> int:
     """Train the run in the folder named by the first argument; the exit status tells the launcher how it ended."""
     run_path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -44,9 +38,9 @@ def main() -> int:
     stop = _StopFlag()  # a signal during the set-up counts too
     _die_with_parent()
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
-    heartbeat.start(logs, rank)
-    (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
     try:
+        heartbeat.start(logs, rank)
+        (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
         train(run_path, stop)
         return 0
     except BaseException as e:
@@ -83,12 +77,7 @@ def train(run_path: Path, stop: _StopFlag) -> None:
             data_s = time.perf_counter() - t0
             heartbeat.beat("step", s.step + 1)
             agreed = s.agree(batch, stop.raised)
-            stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=s.lr())
-            if not math.isfinite(stats.loss) or stats.skipped:
-                raise NumericError(
-                    f"step {s.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}. The last checkpoint is of "
-                    f"step {s.saving.saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
-                )
+            stats = s.train_step(batch, agreed)
             s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
             if s.due("validation"):
                 s.validate()
@@ -122,6 +111,18 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+class _Log(io.TextIOWrapper):
+    """Text into a log. What a full or failing disk does not take is lost, and ends no training."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+    def write(self, text: str, /) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
 def _own_log(path: Path, *, main: bool) -> None:
     """Send stderr of every rank, and stdout of all but rank 0, to the rank's log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,9 @@ def _own_log(path: Path, *, main: bool) -> None:
     if not main:
         os.dup2(fd, 1)
     os.close(fd)
+    sys.stderr = _Log(os.fdopen(2, "wb", buffering=0, closefd=False))
+    if not main:
+        sys.stdout = _Log(os.fdopen(1, "wb", buffering=0, closefd=False))
     print(f"=== attempt of {time.strftime('%Y-%m-%dT%H:%M:%S%z')}, process {os.getpid()}", file=sys.stderr, flush=True)
 
 

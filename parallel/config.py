@@ -86,6 +86,20 @@ class CheckpointConfig(StrictModel):
 SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 """Names of variables whose values belong into no file and no message (NCCL_IB_PKEY, TOKENIZERS_... are none)."""
 
+
+class GuardConfig(StrictModel):
+    """What happens when losses are no numbers, or jump (`headway.launcher.guard` has the formula)."""
+
+    max_skipped: int = Field(
+        default=5, ge=1, description="steps in a row that may be skipped because a loss or gradient is not finite"
+    )
+    spike: Literal["off", "warn", "skip", "stop"] = Field(
+        default="warn", description="skip: the step's update is not applied; stop: the run ends (exit 70)"
+    )
+    window: int = Field(default=64, ge=4, le=4096, description="losses that a spike is judged against")
+    deviations: float = Field(default=10.0, gt=0, description="spreads above their median that make a spike")
+
+
 _TAKEN = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|HEADWAY_.*|SLURM_.*|PATH|HOME|PYTHON.*|LD_.*|"
     r"BASH_ENV|ENV|SHELLOPTS|IFS)"
@@ -187,13 +201,13 @@ class LaunchConfig(StrictModel):
         "times as long, the set-up six times",
     )
     stop_s: int = Field(
-        default=120, ge=1, description="how long ranks that a signal asks to stop may take to finish their step and save"
+        default=120, ge=1, description="how long ranks that a signal asks to stop may take for their step and saving"
     )
     restarts: int = Field(
         default=2,
         ge=0,
         le=1000,
-        description="starts in a row, after a rank has died or hung, that may bring no new checkpoint before the run ends",
+        description="how often in a row ranks are started again, after one has died or hung, without a new checkpoint",
     )
     host_lost_s: int = Field(default=30, ge=2, description="a host that is not heard of for so long is lost")
     env: dict[str, str | None] = Field(

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from headway.model.base import Attention, Ranks
 from headway.model.decoder import Decoder
 from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.fault_points import passing
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
 
@@ -172,6 +173,10 @@ class Engine:
                 model=model, optimizer=inner, config=config, dist_init_required=False, mpu=self._grid()
             )
         self._inner = inner
+        self._gate = _Gate(inner)
+        self._loss_sums: list[Tensor] = []  # of the last step's micro-batches
+        self._aux_losses: list[Tensor] = []
+        self._summed: tuple[float, float] | None = None
         self._deepspeed = deepspeed
         self.applied_steps = 0
         self._create_optimizer_state()
@@ -189,8 +194,18 @@ class Engine:
         for layer in self.attention_layers.values():
             layer.before_step(tokens)
 
-    def train_step(self, micro: Sequence[MicroBatch], *, targets: int, lr: float) -> StepStats:
+    def train_step(
+        self,
+        micro: Sequence[MicroBatch],
+        *,
+        targets: int,
+        lr: float,
+        allows: Callable[[float], bool] | None = None,
+    ) -> StepStats:
         """One optimizer step over this rank's micro batches.
+
+        A step whose gradient is not finite anywhere changes nothing on any rank (`StepStats.skipped`); neither does one
+        whose loss `allows` refuses, which is asked on every rank before the update.
 
         `targets` is the number of target tokens of the global batch (all ranks, all micro batches): the loss is their
         mean, so a micro batch with fewer targets weighs less.
@@ -198,10 +213,10 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
-        loss_sum, aux_loss, times = self._passes(micro, self._per_target(targets))
-        sums = torch.stack([loss_sum, aux_loss]).to(self.layout.device)
-        loss_sum, aux_sum = self.layout.sum(sums).tolist()
-        skipped = self._engine.skipped_steps != skipped_before
+        self._gate.close(allows and (lambda: allows(self._sum_losses()[0] / max(1, targets))))
+        times = self._passes(micro, self._per_target(targets))
+        loss_sum, aux_sum = self._sum_losses()
+        skipped = self._engine.skipped_steps != skipped_before or self._gate.refused
         self.applied_steps += not skipped
         return StepStats(
             loss=loss_sum / max(1, targets),
@@ -218,27 +233,48 @@ class Engine:
         """DeepSpeed averages gradients over data ranks and micro batches; this makes a mean over tokens of it."""
         return self.layout.data_ranks * self.accumulation / max(1, targets)
 
-    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> tuple[Tensor, Tensor, list[float] | None]:
-        """Forward, backward and optimizer step: this rank's share of the sums of losses (float64), and seconds."""
+    def _sum_losses(self) -> tuple[float, float]:
+        """Sums of the step's losses and router losses over all ranks; they meet once a step."""
+        if self._summed is None:
+            loss_sum, aux_sum = self.layout.sum(self._own_losses()).tolist()
+            self._summed = (loss_sum, aux_sum)
+        return self._summed
+
+    def _own_losses(self) -> Tensor:
+        """This rank's share of the sums of the losses and the router losses, [2] float64."""
+        mine = self._loss_sums if self.layout.tp_rank == 0 else []  # it is the same on all that share the layers
+        zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        return torch.stack([sum((t.double() for t in part), zero) for part in (mine, self._aux_losses)])
+
+    def last_losses(self) -> list[float]:
+        """Sum of the losses of each micro-batch of the last step, where this rank computes them."""
+        return [float(loss) for loss in self._loss_sums]
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters that hold NaN or infinity, as far as this rank holds them."""
+        return [p.name for p in self._logical if not bool(torch.isfinite(p.parameter.detach()).all())]
+
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> list[float] | None:
+        """Forward, backward and optimizer step; seconds of each where they can be told apart."""
         self._engine.train()
         layout, times = self.layout, [0.0, 0.0, 0.0]
-        sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+        self._loss_sums, self._aux_losses, self._summed = [], [], None
         for batch in micro:
             t0 = time.perf_counter()
             out = self._engine(*self._inputs(batch))
             # Each rank's routers say the mean over its own groups.
             aux_loss = out.aux_loss / layout.tp_size
-            loss = out.loss_sum * per_target + aux_loss
+            out_loss = passing("step:loss", out.loss_sum)
+            loss = out_loss * per_target + aux_loss
             t1 = time.perf_counter()
             self._engine.backward(loss)
+            self._loss_sums.append(out_loss.detach())
+            self._aux_losses.append(aux_loss.detach())
             t2 = time.perf_counter()
             self._engine.step()
             t3 = time.perf_counter()
-            if layout.tp_rank == 0:  # the loss is the same on all ranks that share the layers
-                sums[0] += out.loss_sum.detach()
-            sums[1] += aux_loss.detach()
             times = [a + b for a, b in zip(times, (t1 - t0, t2 - t1, t3 - t2), strict=True)]
-        return sums[0], sums[1], times
+        return times
 
     @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
@@ -362,6 +398,28 @@ class Engine:
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+
+
+class _Gate:
+    """Before the optimizer's update: whether it is made. DeepSpeed calls it once for each of its parameter groups."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._update, self._ask = optimizer.step, None
+        self._answer: bool | None = None
+        optimizer.step = self._step
+
+    def close(self, ask: Callable[[], bool] | None) -> None:
+        """Until `ask`, which is collective, allows the next step; None: it is made without a question."""
+        self._ask, self._answer = ask, None
+
+    @property
+    def refused(self) -> bool:
+        return self._answer is False
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ask is not None and self._answer is None:
+            self._answer = self._ask()
+        return None if self.refused else self._update(*args, **kwargs)
 
 
 class _Grid:

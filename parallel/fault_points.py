@@ -3,7 +3,8 @@
     HEADWAY_FAULT="save:after_file@1#2:kill"     rank 1 is killed when it passes the point for the second time
 
 After the point's name: `@RANK` (any), `#N` (the first time), then what happens: kill, stop (SIGSTOP), exit, enospc, eio
-(both raise OSError), sleep=SECONDS. Several are divided by `;`. Nothing is done, and next to nothing costs, without it.
+(both raise OSError), sleep=SECONDS, and where a number passes nan, inf or times=FACTOR. Several are divided by `;`.
+Nothing is done, and next to nothing costs, without it.
 """
 
 from __future__ import annotations
@@ -15,30 +16,46 @@ import signal
 import time
 from collections import Counter
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "HEADWAY_FAULT"
 POINTS = (
     *("save:begin", "save:after_file", "save:before_manifest", "save:after_manifest", "save:after_rename"),
-    *("retention:after_manifest", "retention:before_delete", "load:after_verify"),
+    *("retention:after_manifest", "retention:before_delete", "load:after_verify", "step:loss"),
 )
 _FAULT = re.compile(
-    r"(?P<point>[a-z_]+:[a-z_]+)(@(?P<rank>\d+))?(#(?P<nth>\d+))?:(?P<act>kill|stop|exit|enospc|eio|sleep=[0-9.]+)"
+    r"(?P<point>[a-z_]+:[a-z_]+)(@(?P<rank>\d+))?(#(?P<nth>\d+))?:(?P<act>kill|stop|exit|enospc|eio|nan|inf|"
+    r"(sleep|times)=[0-9.]+)"
 )
 _passed: Counter[tuple[str, str]] = Counter()
 
 
 def point(name: str) -> None:
     """Let what HEADWAY_FAULT says of this place happen; `name` is one of POINTS."""
+    for act in _due(name):
+        _happen(act)
+
+
+def passing(name: str, number: Tensor) -> Tensor:
+    """`number`, or what HEADWAY_FAULT makes of it when it passes this place."""
+    for act in _due(name):
+        number = number * float(act.removeprefix("times="))
+    return number
+
+
+def _due(name: str) -> list[str]:
+    """What is to happen here and now."""
     text = os.environ.get(VARIABLE)
     if text is None:
-        return
+        return []
     assert name in POINTS, name
     _passed[text, name] += 1
-    for fault in _faults(text):
-        rank = fault["rank"]
-        here = fault["point"] == name and (rank is None or rank == os.environ.get("RANK"))
-        if here and _passed[text, name] == int(fault["nth"] or 1):
-            _happen(fault["act"] or "")
+    own = (None, os.environ.get("RANK"))
+    here = [fault for fault in _faults(text) if fault["point"] == name and fault["rank"] in own]
+    return [fault["act"] for fault in here if _passed[text, name] == int(fault["nth"] or 1)]
 
 
 @cache

@@ -31,6 +31,7 @@ from headway.model.layers import RMSNorm, parameter
 from headway.model.shard import cut
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine, MicroBatch
+from headway.parallel.fault_points import passing
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalParameter
 
@@ -95,6 +96,8 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
     hidden, _, labels, *_ = inputs
     stage = layer.stage
     loss_sum, hits = score(hidden, layer.weight, labels, stage.placement.ranks)
+    if torch.is_grad_enabled():
+        loss_sum = passing("step:loss", loss_sum)
     targets = (labels != IGNORED).sum()
     found = [loss_sum.detach(), targets.new_zeros(()) if hits is None else hits, targets]
     stage.losses.append(torch.stack([t.double() for t in found]))
@@ -232,15 +235,21 @@ class PipelineEngine(Engine):
         """DeepSpeed's pipeline brings its own."""
         return None
 
-    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> tuple[Tensor, Tensor, None]:
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> None:
+        self._summed = None
         self._stage.reset()
         self._stage.per_target = per_target
         self._engine.train_batch(self._iterator(micro))
         self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it keeps a record of every step, on CUDA with two events
+
+    def _own_losses(self) -> Tensor:
         aux = [t.double() for t in self._stage.aux_losses]
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         # Each rank's routers say the mean over its own groups.
-        return self._lead_sums()[0], sum(aux, zero) / self.layout.tp_size, None
+        return torch.stack([self._lead_sums()[0], sum(aux, zero) / self.layout.tp_size])
+
+    def last_losses(self) -> list[float]:
+        return [float(found[0]) for found in self._stage.losses]
 
     def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
         self._stage.reset()
