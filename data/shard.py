@@ -65,7 +65,7 @@ class OpenShard:
         found = np.empty(count, dtype=dtype)
         while True:
             trusted = self._state
-            got = os.preadv(self._descriptor, [found], offset)
+            got = os.preadv(self._descriptor, [found.data], offset)
             # After the read: a write stamps the file before it changes the content.
             if state_of(os.fstat(self._descriptor)) == trusted:
                 break

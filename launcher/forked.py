@@ -263,7 +263,7 @@ class _Agent:
     def __init__(self, request: dict[str, Any]) -> None:
         self._request, self._asked_s = request, None
         self._live: dict[int, int] = {}  # process -> rank
-        self._failed: tuple[int, int, int] | None = None
+        self._failed: list[tuple[int, int, int]] = []  # (rank, process, status), in the order in which they ended
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -291,11 +291,10 @@ class _Agent:
         while self._live:
             self._collect()
             time.sleep(0.02)
-        if self._failed is None:
-            return 0
-        rank, pid, status = self._failed
-        print(f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {status} (pid: {pid})", file=sys.stderr)
-        return status if count == 1 and status > 0 else 1
+        for rank, pid, status in self._failed:
+            print(f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {status} (pid: {pid})", file=sys.stderr)
+        statuses = [status for *_, status in self._failed]
+        return next((status for status in statuses if count == 1 and status > 0), int(bool(statuses)))
 
     def _collect(self) -> None:
         for pid in list(self._live):
@@ -303,8 +302,8 @@ class _Agent:
             if not found:
                 continue
             rank, status = self._live.pop(pid), os.waitstatus_to_exitcode(raw)
-            if status and self._failed is None:
-                self._failed = (rank, pid, status)
+            if status:
+                self._failed.append((rank, pid, status))
                 self._ask()
         if self._asked_s is not None and time.monotonic() - self._asked_s > _GRACE_S:
             self._send(signal.SIGKILL)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.launcher.lines import decode
 from headway.launcher.records_heads import Floats, Heads, Router, read_heads, read_routers
 
 
@@ -147,11 +148,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return decode(line.decode(errors="replace")) or {}
 
 
 def _number(value: Any) -> float:

@@ -9,12 +9,14 @@ import json
 import math
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.errors import SpecError
+from headway.launcher.lines import decode, encode
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec
@@ -89,13 +91,18 @@ class RunDir:
             try:
                 _flock(fd, wait_s)
             except OSError as e:
-                holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
+                if not isinstance(e, BlockingIOError):
+                    raise SpecError(
+                        f"run_dir: {self.path} is on a file system without locks ({e.strerror}), so nothing keeps two "
+                        "runs from writing into it; mount it with flock, or use another run_dir=..."
+                    ) from e
+                holder = os.pread(fd, 128, 0).decode(errors="replace").strip()
                 raise SpecError(
                     f"{self.path}: a live run holds this folder (process {holder or 'unknown'}); wait for it, stop it, "
                     f"or give another run_dir=..."
                 ) from e
             os.ftruncate(fd, 0)
-            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            os.pwrite(fd, f"{os.getpid()} on {socket.gethostname()[:64]}".encode(), 0)
             try:
                 yield
             finally:
@@ -140,16 +147,14 @@ class RunDir:
             return
         with self.metrics.open(encoding="utf-8", errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        yield record
+                if (record := decode(line)) is not None:
+                    yield record
 
     def truncate_metrics(self, *, last_step: int) -> None:
         """Drop records after `last_step`: they are trained again."""
         tmp = self.metrics.with_suffix(".tmp")
         with tmp.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in self.read_metrics() if _step_of(r) <= last_step)
+            f.writelines(encode(r) + "\n" for r in self.read_metrics() if _step_of(r) <= last_step)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(self.metrics)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headway.launcher.board import board_heads, board_routers
+from headway.launcher.lines import LineFile, encode
 from headway.launcher.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+
+_EVENTS = "events.out.tfevents."
 
 
 class Tracker:
@@ -23,13 +30,16 @@ class Tracker:
         self, run: RunDir, *, main: bool, tensorboard: bool, log_every_steps: int, total_steps: int, start_step: int
     ) -> None:
         self._main, self._every, self._total, self._start = main, log_every_steps, total_steps, start_step
-        self._file, self._board, self._validation = None, None, None
+        self._file: LineFile | None = None
+        self._board: SummaryWriter | None = None
+        self._validation: float | None = None
         if not main:
             return
-        self._file = run.metrics.open("a", encoding="utf-8")
+        self._file = LineFile(run.metrics)
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
+            _put_in_order(run.tensorboard)
             # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
             self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
@@ -52,8 +62,9 @@ class Tracker:
                 "perf/data_wait_share": record["data_s"] / max(1e-9, record["step_s"]),
             },
         )
-        if self._board is not None and "router" in record:
-            board_routers(self._board, record["router"], step)
+        with self._view() as board:
+            if board is not None and "router" in record:
+                board_routers(board, record["router"], step)
         if step % self._every == 0 or step in (self._start + 1, self._total):
             say(self._line(record, seconds_left))
 
@@ -78,8 +89,9 @@ class Tracker:
     def heads(self, record: dict[str, Any]) -> None:
         """Head diversity of every layer that has a pool of heads."""
         self._write(record)
-        if self._board is not None:
-            board_heads(self._board, record["layers"], record["step"])
+        with self._view() as board:
+            if board is not None:
+                board_heads(board, record["layers"], record["step"])
 
     def event(self, record: dict[str, Any], text: str) -> None:
         """Something that happened (resume, failed save): one record and one console line."""
@@ -90,26 +102,36 @@ class Tracker:
     def flush(self) -> None:
         """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+            self._file.sync()
+        with self._view() as board:
+            if board is not None:
+                board.flush()
 
     def close(self) -> None:
+        with self._view() as board:
+            if board is not None:
+                board.close()
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is not None and (error := self._file.write(encode(record))) is not None:
+            say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+        with self._view() as board:
+            if board is not None:
+                for tag, value in values.items():
+                    board.add_scalar(tag, value, step)
+
+    @contextlib.contextmanager
+    def _view(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard, which is a view: when its disk fails there is none any more, and the training goes on."""
+        try:
+            yield self._board
+        except (OSError, RuntimeError, ValueError) as e:
+            self._board = None
+            say(f"TENSORBOARD IS NOT WRITTEN ANY MORE: {e}; metrics.jsonl has every record")
 
     def _line(self, r: dict[str, Any], seconds_left: float | None) -> str:
         width = len(str(self._total))
@@ -125,6 +147,16 @@ class Tracker:
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
             f"mfu - mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
         )
+
+
+def _put_in_order(folder: Path) -> None:
+    """Let event files of earlier attempts sort before the next one: their names begin with the time, and TensorBoard
+    reads them in the order of their names, whatever the clock did in between.
+    """
+    earlier = sorted(folder.glob(f"{_EVENTS}0000000*"))
+    latest = sorted(set(folder.glob(f"{_EVENTS}*")) - set(earlier))
+    for number, path in enumerate(latest, start=len(earlier)):
+        path.rename(path.with_name(f"{_EVENTS}{number:010d}.{path.name.removeprefix(_EVENTS)}"))
 
 
 def say(text: str) -> None:
