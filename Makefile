@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results mechanisms probes plans parity lint types format clean
+.PHONY: help study test test-all results mechanisms probes plans parity soak lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -63,6 +63,10 @@ plans: $(VENV)/.installed
 parity: $(VENV)/.installed
 	PYTHONPATH=tests/parity $(BIN)/python tests/parity/parity_run.py
 	$(BIN)/python tests/parity/start_up.py
+
+# Kills, full disks, damaged files and moves between layouts, at random, for half an hour on two cores.
+soak: $(VENV)/.installed
+	$(BIN)/python -P tests/faults/soak.py --minutes 30 --kills 200 --out $(RESULTS)/soak.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

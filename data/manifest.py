@@ -128,8 +128,12 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {rebuild_hint(root)}") from error
     try:
+        known = json.loads(text)
+        # Before pydantic sees them: it makes a message for each.
+        if isinstance(known, dict) and (unknown := sorted(known.keys() - Manifest.model_fields.keys())):
+            raise DataError(f"{path}: not a manifest of this version (unknown key {unknown[0]!r:.80}); build it again")
         manifest = Manifest.model_validate_json(text)
-    except (ValidationError, RecursionError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path}: not a manifest of this version ({where}: {first['msg']}); build it again") from None

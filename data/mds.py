@@ -67,7 +67,11 @@ def read_index(root: Path, split: Split, manifest: Manifest) -> list[ShardInfo]:
         shards = [_shard_info(entry, manifest.dtype) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not an index of our shards ({error}); {rebuild_hint(root)}") from error
+    seen: set[str] = set()
     for shard in shards:
+        if shard.stored_name in seen:
+            raise DataError(f"{path}: names {shard.stored_name} twice; {rebuild_hint(root)}")
+        seen.add(shard.stored_name)
         if f"{split}/{shard.stored_name}" not in manifest.files:
             raise DataError(f"{path}: names {shard.stored_name}, which the manifest does not; {rebuild_hint(root)}")
     documents = sum(shard.samples for shard in shards)
@@ -245,7 +249,7 @@ def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
     path = root / split / LENGTHS_NAME
     try:
         lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy lets many kinds through for a damaged header, tokenize.TokenError among them
         raise DataError(f"{path}: missing or not an array ({error}); {rebuild_hint(root)}") from error
     counts = manifest.counts(split)
     if (

@@ -96,7 +96,9 @@ def load(path: Path, *, eos_token: str = EOS_TOKEN) -> CorpusTokenizer:
         raise DataError(f"{path}: missing, or larger than {_MAX_FILE_BYTES >> 20} MiB; give a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics of its Rust code are none
         raise DataError(f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error})") from None
     return CorpusTokenizer(tokenizer, eos_token=eos_token)
 
@@ -112,10 +114,14 @@ def vocab_size_of(path: Path) -> int:
     Raises DataError when the file is not a tokenizer.json with a vocabulary.
     """
     try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"larger than {_MAX_FILE_BYTES >> 20} MiB")
         content = json.loads(path.read_bytes())
         vocab = content["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in content.get("added_tokens") or []]
-        return int(max(ids)) + 1
+        if not all(type(number) is int and 0 <= number < 1 << 32 for number in ids):
+            raise ValueError("an id that is no number of a token")
+        return max(ids) + 1
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer.json with a vocabulary ({type(error).__name__}: {error})") from None

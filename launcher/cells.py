@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -64,8 +65,10 @@ def failure(outcome: dict[str, Any]) -> str:
 def _held_by_live_process(run_dir: Path) -> bool:
     # Reading the holder's id, and not trying the lock, so that looking at a study can never keep a run out.
     try:
-        pid = int((run_dir / "run.lock").read_text())
-        os.kill(pid, 0)
+        pid, _, host = (run_dir / "run.lock").read_text().partition(" on ")
+        if host not in ("", socket.gethostname()[:64]):
+            return False  # its processes cannot be seen from here
+        os.kill(int(pid), 0)
     except PermissionError:
         return True
     except (OSError, ValueError):

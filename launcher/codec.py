@@ -99,7 +99,9 @@ def token_of(file: Path, token_id: int) -> str:
 
     try:
         token = Tokenizer.from_file(str(file)).id_to_token(token_id)
-    except Exception as e:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
         raise DataError(f"{file}: not a tokenizer.json of Hugging Face tokenizers ({e}); restore it") from None
     if token is None:
         raise DataError(f"{file}: has no token {token_id}, which ends documents; give the tokenizer of the model")

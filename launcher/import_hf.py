@@ -124,7 +124,9 @@ def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
         token_of(file, shape.eos_token_id)
     try:
         tokenizer: Any = Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
         raise WeightsError(f"{file}: not a tokenizer.json ({e}); restore it, or remove it") from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= shape.vocab_size:

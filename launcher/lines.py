@@ -14,7 +14,7 @@ _MOST_BYTES = 64 << 20  # records that wait for room on the disk
 
 
 def encode(record: dict[str, Any]) -> str:
-    """The record, which has a key at least, as one line of JSON, without its end; the last key is the CRC-32 of what stands before it."""
+    """The record (not an empty one) as a line of JSON; its last key is the CRC-32 of what stands before it."""
     body = json.dumps(record)[:-1]
     return f'{body}{_KEY}{zlib.crc32(body.encode()):08x}"}}'
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import xxhash
 from pydantic import Field, ValidationError
@@ -71,10 +72,20 @@ class Checkpoint:
 def file_hash(path: Path) -> str:
     """xxh3-128 of a file, hexadecimal; a symbolic link is an OSError."""
     digest = xxhash.xxh3_128()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as f:
+    with _open(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file itself: neither a link nor a pipe, which would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(f"{path} is no file")
+    return file
 
 
 def fsync(path: Path) -> None:
@@ -101,12 +112,16 @@ def step_of(path: Path) -> int:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Into the folder; it lasts when this returns."""
     path, value = folder / MANIFEST, manifest.model_dump(mode="json")
-    path.write_text(json.dumps({"xxh3_128": _own_hash(value), "manifest": value}, indent=1, sort_keys=True))
+    path.write_text(json.dumps({"xxh3_128": own_hash(value), "manifest": value}, indent=1, sort_keys=True))
     fsync(path)
 
 
-def _own_hash(value: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(value, indent=1, sort_keys=True).encode()).hexdigest()
+def own_hash(value: Any) -> str:
+    """Of a manifest, as it stands in MANIFEST.json beside it."""
+    # Compact, which is fast; format 1 was not.
+    old = isinstance(value, dict) and value.get("format") == 1
+    text = json.dumps(value, sort_keys=True, **({"indent": 1} if old else {"separators": (",", ":")}))
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
@@ -115,13 +130,13 @@ def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
     `run`: the run that it must be of. Raises CheckpointError naming the file that is wrong.
     """
     try:
-        with os.fdopen(os.open(path / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as f:
+        with _open(path / MANIFEST) as f:
             text = f.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise CheckpointError(f"{path / MANIFEST}: larger than {_MAX_BYTES >> 20} MiB, so not a manifest")
         outer = json.loads(text)
         value = outer["manifest"]
-        if outer["xxh3_128"] != _own_hash(value):
+        if outer["xxh3_128"] != own_hash(value):
             raise CheckpointError(f"{path / MANIFEST}: its own hash does not match")
         if value["format"] not in (1, FORMAT):
             raise CheckpointError(

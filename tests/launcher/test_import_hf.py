@@ -134,7 +134,7 @@ REFUSED = {
     "another head size": (edited(head_dim=16), "too few|is \\[.*makes it"),
     "a smaller head size": (edited(head_dim=4), "makes it"),
     "no size": (edited(vocab_size="absent"), "vocab_size: None"),
-    "a size that fills memory": (edited(num_hidden_layers=1 << 30), "too few"),
+    "a size that fills memory": (edited(num_hidden_layers=10_000), "too few"),
     "a width that fills memory": (edited(hidden_size=1 << 30), "too few"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{" * 100_000), "not JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "No such file"),

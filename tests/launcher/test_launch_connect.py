@@ -1,4 +1,4 @@
-"""Hosts find each other, agree, and end together; here the hosts are threads that talk over the loopback."""
+"""Hosts find each other, agree, and end together; here the hosts are threads on the loopback (F29)."""
 
 import json
 import socket

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -111,7 +112,8 @@ def test_a_second_launch_on_a_live_folder_is_refused(headway):
     second = headway.train("run_dir=held", "train.tokens=2560000")
     assert second.returncode == 64
     holder = (run / "run.lock").read_text()
-    assert f"a live run holds this folder (process {holder})" in second.stderr and holder.isdigit()
+    assert f"a live run holds this folder (process {holder})" in second.stderr
+    assert re.fullmatch(rf"\d+ on {re.escape(socket.gethostname())}", holder)
     before = steps_done(run)
     headway.wait_for(lambda: steps_done(run) > before, process)
 
@@ -120,7 +122,7 @@ def test_a_finished_run_is_not_trained_again_and_a_folder_of_another_spec_is_ref
     assert headway.train("train.tokens=512").returncode == 0
     again = headway.train("train.tokens=512")
     assert again.returncode == 0 and "already complete" in again.stdout
-    other = headway.train("train.tokens=512", "optimizer.lr=0.004")
+    other = headway.train("train.tokens=512", "optimizer.lr=0.004")  # F14
     assert other.returncode == 64
     assert "run of another spec" in other.stderr and "optimizer.lr: 0.003 in the folder, 0.004 now" in other.stderr
     assert headway.train("train.tokens=512", "tracking.log_every_steps=2").returncode == 0

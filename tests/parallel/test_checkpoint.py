@@ -119,8 +119,7 @@ def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path):
     outer = json.loads(path.read_text())
     name, entry = next(iter(outer["manifest"]["files"].items()))
     outer["manifest"]["files"] = {f"../{name}": entry}
-    body = json.dumps(outer["manifest"], indent=1, sort_keys=True)
-    outer["xxh3_128"] = manifest.xxhash.xxh3_128(body.encode()).hexdigest()
+    outer["xxh3_128"] = manifest.own_hash(outer["manifest"])
     path.write_text(json.dumps(outer, indent=1, sort_keys=True))
     with pytest.raises(CheckpointError, match="should match pattern"):
         checkpoint.read_manifest(path.parent)
@@ -437,9 +436,27 @@ def test_a_manifest_that_is_none_of_ours_is_one_message(tmp_path, damage):
     write(tmp_path, 1)
     path = tmp_path / "step-0000000001" / "MANIFEST.json"
     value = json.loads(path.read_text())["manifest"] | damage
-    path.write_text(json.dumps({"xxh3_128": manifest._own_hash(value), "manifest": value}))
+    path.write_text(json.dumps({"xxh3_128": manifest.own_hash(value), "manifest": value}))
     with pytest.raises(CheckpointError, match="step-0000000001"):
         checkpoint.read_manifest(path.parent)
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path):
+    write(tmp_path, 1)
+    path = tmp_path / "step-0000000001" / "MANIFEST.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="no file"):
+        checkpoint.read_manifest(path.parent)
+
+
+def test_a_folder_without_any_checkpoint_is_a_new_run_and_one_of_damaged_ones_is_not(tmp_path):
+    # F11
+    for root in (tmp_path, tmp_path / "absent"):
+        assert checkpoint.newest_valid(root, ALONE, warn=print) is None
+    (tmp_path / "step-0000000001").mkdir()
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        checkpoint.newest_valid(tmp_path, ALONE, warn=print)
 
 
 def test_a_link_in_the_place_of_a_file_is_refused(tmp_path):

@@ -1,0 +1,21 @@
+"""The short soak: real trainings, killed and damaged at random, end as the uninterrupted ones do."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+import soak
+
+
+@pytest.mark.timeout(420)
+def test_trainings_survive_what_happens_to_them():
+    # F1: 25 kills; F30
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    figures = soak.soak(seconds=90, kills=25, at_most_s=300, seed=seed)
+    assert figures["kills"] >= 25 and figures["trainings"] >= 3
+    assert figures["compared_bitwise"] + figures["layout_changes"] > 0
