@@ -1,7 +1,8 @@
 """What a user can do wrong, and the exit status each kind of mistake ends the program with.
 
-Every class of mistake carries `exit_code`: 64 spec, 65 data (`headway.data.config.DataError`), 66 no input, 70 numeric
-or our own, 74 input and output (`headway.parallel.config.CheckpointError`), 75 preempted: start the same command again.
+Every class of mistake carries `exit_code`: 64 spec, 65 data (`headway.data.config.DataError`) and weights
+(`headway.model.hf.WeightsError`), 66 no input, 70 numeric or our own, 74 input and output
+(`headway.parallel.config.CheckpointError`), 75 preempted: start the same command again.
 """
 
 from __future__ import annotations

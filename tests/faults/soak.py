@@ -42,13 +42,11 @@ data:
   seq_len: 32
   source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
 optimizer: {lr: 1.0e-4}
-train: {tokens: 61440, global_batch: 8, micro_batch: 1, validation_tokens: 512, validate_every_tokens: 15360}
+train: {tokens: 38400, global_batch: 8, micro_batch: 1, validation_tokens: 512, validate_every_tokens: 12800}
 checkpoint: {every_tokens: 1280, keep: 3, max_failures: 1000}
 tracking: {tensorboard: false}
 launch: {processes: 2, threads: 1, hang_s: 3, timeout_s: 60}
 """
-STEPS = 240
-
 LAYOUTS = {
     "one": (1, ()),
     "dp2": (2, ()),
@@ -64,13 +62,13 @@ FIXED = ("dp2", "dp2 zero 3", "pp2")
 
 SAVE_POINTS = ("save:begin", "save:after_file", "save:before_manifest", "save:after_manifest", "save:after_rename")
 ANY_RANK = SAVE_POINTS[:2]  # what rank 0 alone does comes later
-FAULTS = {"rank": 10, "launcher": 3, "all": 3, "save": 6, "stopped": 1, "term": 2, "full": 2, "none": 2}
+FAULTS = {"rank": 10, "launcher": 3, "all": 3, "save": 6, "stopped": 1, "term": 2, "full": 2, "none": 1}
 """What can happen, and how often one happens against the others."""
 KILLS = ("rank", "launcher", "all", "save", "stopped")
 
-MEAN_LIFE_S = 2.5
+MEAN_LIFE_S = 2.0
 LIMIT_S = 60.0
-"""Within which a start that has met its fault must have ended."""
+"""So long a start may be silent before it is called hung: hang_s of the set-up is 18 s, of torchrun's grace 30."""
 DISK_BYTES = 24 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -270,7 +268,7 @@ def damage(folder: Path, kind: str, chance: random.Random) -> None:
 
 
 def close(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Equal but for rounding, which 240 steps carry on."""
+    """Equal but for rounding, which 150 steps carry on."""
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=1e-4) if isinstance(x, float) and isinstance(y, float) else x == y
         for x, y in zip(a, b, strict=True)
@@ -317,10 +315,12 @@ def nobody_left(run: Path) -> None:
 
 
 def ended(launcher: Forked, log: Path) -> int:
-    end = time.monotonic() + LIMIT_S
+    end, said = time.monotonic() + LIMIT_S, 0
     while (status := launcher.poll()) is None:
+        if (size := log.stat().st_size) != said:
+            end, said = time.monotonic() + LIMIT_S, size
         if time.monotonic() > end:
-            raise Broken(f"not ended within {LIMIT_S:.0f} s: {log.read_text()[-3000:]}")
+            raise Broken(f"nothing was heard for {LIMIT_S:.0f} s: {log.read_text()[-3000:]}")
         time.sleep(0.01)
     return status
 
