@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from headway.launcher.identity import identity_hash, run_identity
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.run_dir import RunDir, flatten, spec_hash
 from headway.launcher.spec import Spec
@@ -26,6 +27,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "format": 1,
         "name": spec.name,
         "spec_hash": spec_hash(spec.model_dump(mode="json")),
+        "identity": identity_hash(run_identity(spec, info["fingerprint"])),
         "git_commit": git_commit(),
         "versions": versions(),
         "machine": machine(),

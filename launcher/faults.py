@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.errors import HeadwayError
+from headway.launcher.heartbeat import beat_file, read_beat
 from headway.launcher.hosts import Place
+from headway.launcher.oom import MemoryWatch
 from headway.launcher.run_dir import RunDir, read_mapping
+from headway.parallel.manifest import step_of, steps_on_disk
 
 PREEMPTED = 75
 ATTEMPT = "=== attempt of "
 CONTINUES = "the same command continues from the last checkpoint"
+
+_WITHIN_STEP = ("data", "first step", "step")  # sections of a step that is not finished
 
 # How much a fault explains. The hosts of a run compare theirs: a cause is worth more than its consequences.
 CONSEQUENCE, STOPPED, CAUSE = 1, 2, 3
@@ -61,10 +66,19 @@ class Ended(HeadwayError):
         self.fault, self.exit_code = fault, fault.code
 
 
-def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, died: Mapping[int, int | None]) -> Fault:
+def explain(
+    run: RunDir,
+    place: Place,
+    status: int | None,
+    *,
+    signalled: bool,
+    died: Mapping[int, int | None],
+    memory: MemoryWatch | None = None,
+) -> Fault:
     """Why the processes of this host ended with `status`, None where they were ended by us.
 
-    `died`: ranks in the order in which they were seen to end, and how, where that could be seen.
+    `died`: ranks in the order in which they were seen to end, and how, where that could be seen. `memory` knows of
+    those that the kernel ended.
     """
     files = [path for rank in place.ranks if (path := run.logs / f"rank-{rank}.error.json").exists()]
     files.sort(key=lambda path: path.stat().st_mtime)
@@ -77,13 +91,12 @@ def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, d
         return Fault(text=f"rank {first['rank']}: {first['message']}", code=first["exit_code"], weight=weight)
     causes = [r for r in reports if not _PEER_LOST.search(r["message"]) and r["type"] != "KeyboardInterrupt"]
     if signalled and not causes:
-        return Fault(
-            text=f"stopped by a signal before the state was saved; {CONTINUES}", code=PREEMPTED, weight=STOPPED
-        )
+        return stopped(run, place, "before the ranks could save")
     killed = [] if causes else _killed_ranks(run, place, status, reports, died)
     lines = []
     for rank, pid, code in killed:
-        lines.append(f"rank {rank} (process {pid}) on {place.name} {_how(code)}")
+        short = memory.reason(int(pid)) if memory is not None and code in (None, -9) and pid.isdigit() else None
+        lines.append(f"rank {rank} (process {pid}) on {place.name} {_how(code)}{f': {short}' if short else ''}")
         lines += quoted(tail(run.logs / f"rank-{rank}.log"))
     for r in [] if killed else (causes or reports)[:1]:
         lines.append(f"rank {r['rank']} on {place.name} failed: {r['type']}: {r['message']}")
@@ -93,8 +106,33 @@ def explain(run: RunDir, place: Place, status: int | None, *, signalled: bool, d
     lines.append(f"full logs are in {run.logs}; {CONTINUES}")
     told = next((code for *_, code in killed if code in _EXIT_CODES), None)
     weight = CAUSE if killed or causes else CONSEQUENCE
-    again = told is None and not signalled
+    # What fails before anything is trained does so again: a device that is not there, a model that does not fit.
+    again = told is None and not signalled and (not causes or _has_stepped(run, place))
     return Fault(text="\n".join(lines), code=told or HeadwayError.exit_code, weight=weight, again=again)
+
+
+def stopped(run: RunDir, place: Place, how: str) -> Fault:
+    """The end of a run that a signal asked to stop, where no rank says that all was saved. `how`: for the message.
+
+    The status is that of a stop in order only where no step is lost.
+    """
+    saved, done = _saved_and_done(run, place)
+    lost = f"steps {saved + 1} to {done} are lost, and" if done > saved else "no step is lost, and"
+    text = f"stopped by a signal, {how}; {lost} the same command continues from step {saved}"
+    return Fault(text=text, code=HeadwayError.exit_code if done > saved else PREEMPTED, weight=STOPPED)
+
+
+def _saved_and_done(run: RunDir, place: Place) -> tuple[int, int]:
+    """The step of the newest checkpoint, and the last one that a rank of this host has finished in this start."""
+    saved = max((step_of(path) for path in steps_on_disk(run.checkpoints)), default=0)
+    beats = [beat for rank in place.ranks if (beat := read_beat(beat_file(run.logs, rank))) is not None]
+    return saved, max((b.step - (b.section in _WITHIN_STEP) for b in beats), default=0)
+
+
+def _has_stepped(run: RunDir, place: Place) -> bool:
+    """Whether a rank of this host has finished a step in this start."""
+    beats = [read_beat(beat_file(run.logs, rank)) for rank in place.ranks]
+    return any(beat is not None and beat.section not in ("setup", "data", "first step") for beat in beats)
 
 
 def _is_report(value: dict[str, Any]) -> bool:

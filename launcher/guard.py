@@ -12,11 +12,10 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from headway.data.loader import Loader
 from headway.launcher.errors import HeadwayError
-from headway.launcher.tracking import Tracker
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import Engine, StepStats
 from headway.parallel.layout import Layout
@@ -30,6 +29,12 @@ class NumericError(HeadwayError):
     """Training has left the numbers in which it makes sense."""
 
     exit_code = 70
+
+
+class Tells(Protocol):
+    """Where events are said; `headway.launcher.tracking.Tracker` is one."""
+
+    def event(self, record: dict[str, Any], text: str) -> None: ...
 
 
 class Guard:
@@ -68,7 +73,7 @@ class Guard:
         """Whether `allows` must be asked before each step."""
         return self._config.spike == "skip"
 
-    def after_step(self, step: int, stats: StepStats, tracker: Tracker, *, saved_step: int) -> None:
+    def after_step(self, step: int, stats: StepStats, tracker: Tells, *, saved_step: int) -> None:
         """Count and report. Raises NumericError where the run must end."""
         finite, limit = math.isfinite(stats.loss) and math.isfinite(stats.grad_norm), self.limit()
         spike = math.isfinite(stats.loss) and stats.loss > limit
@@ -101,7 +106,7 @@ class Guard:
                 f"{saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
             )
 
-    def _report_spike(self, step: int, stats: StepStats, tracker: Tracker, limit: float, saved_step: int) -> None:
+    def _report_spike(self, step: int, stats: StepStats, tracker: Tells, limit: float, saved_step: int) -> None:
         self.spikes += 1
         applied = "not applied" if stats.skipped else "applied"
         text = f"step {step} LOSS SPIKE: {stats.loss:.4f}, above {limit:.4f} (guard.spike); the step was {applied}"

@@ -46,7 +46,7 @@ class Heartbeat:
 
     def __init__(self, path: Path, rank: int) -> None:
         self._rank, self._host, self._stepped = rank, socket.gethostname()[:64], False
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._path, self._fd = path, -1
         self.beat("setup", 0)
 
     def beat(self, section: str, step: int) -> None:
@@ -58,6 +58,8 @@ class Heartbeat:
         # The monotonic clock of the host: the launcher reads the same one, and nobody sets it back.
         beat = {"rank": self._rank, "host": self._host, "section": section, "step": step, "time_s": time.monotonic()}
         with contextlib.suppress(OSError):  # a disk that is not well must not end a training
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             os.pwrite(self._fd, json.dumps(beat).ljust(_BYTES).encode()[:_BYTES], 0)
 
 
@@ -95,6 +97,20 @@ def read_beat(path: Path) -> Beat | None:
     kinds = (int, str, str, int, (int, float))
     fields = (beat.rank, beat.host, beat.section, beat.step, beat.time_s)
     return beat if all(map(isinstance, fields, kinds)) and math.isfinite(beat.time_s) else None
+
+
+def can_beat(path: Path) -> bool:
+    """Whether a record can be written into `path` now, as a rank does it. A full disk takes one where one has stood."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(fd, b" " * _BYTES, 0)
+            os.fsync(fd)  # network file systems tell of a full disk only then
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
 
 
 def allowed_s(section: str, hang_s: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -36,12 +35,14 @@ from headway.launcher.hosts import (
     start_others,
     this_host,
 )
+from headway.launcher.identity import code_hash
 from headway.launcher.layouts import check_vocabulary
 from headway.launcher.load import load_spec
 from headway.launcher.machine import versions
 from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec import Spec
+from headway.launcher.stopping import stoppable
 from headway.launcher.supervise import Alone, Control, supervise
 from headway.launcher.wire import interfaces
 
@@ -66,6 +67,13 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
             for host, name in enumerate(names[1:], start=1):
                 print(shlex.join(remote_command(name, host, arguments, Path.cwd())))
         return 0
+    with stoppable():
+        return _train_here(spec, run, names, arguments, node_rank)
+
+
+def _train_here(
+    spec: Spec, run: RunDir, names: Sequence[str] | None, arguments: Sequence[str], node_rank: int | None
+) -> int:
     host = this_host(spec, node_rank, os.environ)
     if host > 0:
         return _on_another_host(spec, run, host)
@@ -151,7 +159,7 @@ def _with_others(
 ) -> int:
     from headway.launcher.connect import join
 
-    equal = {"code": _code_hash(), "data": info["fingerprint"], **versions()}
+    equal = {"code": code_hash(), "data": info["fingerprint"], **versions()}
     joined = join(spec, run, host, equal, env=env, restarts=restarts)
     place = joined.place
     print(
@@ -189,15 +197,6 @@ def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _code_hash() -> str:
-    """Of Headway's own sources: hosts with different ones do not compute the same."""
-    folder, found = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for name in ("launcher", "parallel", "model", "data", "kernels"):
-        for path in sorted((folder / name).rglob("*.py")):
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- before anything is started

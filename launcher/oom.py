@@ -47,7 +47,7 @@ class MemoryWatch:
         """Process `pid` runs now."""
         group = _group_of(pid)
         if group is not None:
-            self._groups.setdefault(pid, group)
+            self._groups[pid] = group
 
     def reason(self, pid: int) -> str | None:
         """Why process `pid`, which was ended by SIGKILL, was; None where nothing says that memory was short."""

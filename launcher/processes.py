@@ -49,6 +49,15 @@ def send(pid: int, signum: int) -> None:
         os.kill(pid, signum)
 
 
+def become_child() -> None:
+    """`die_with_parent`, for a child that starts ranks: signals that only ranks and launchers understand, and that
+    Slurm may send to all processes of a job, must not end what stands between them.
+    """
+    die_with_parent()
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def die_with_parent() -> None:
     """For a child before it becomes another program: the kernel ends it when the parent ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

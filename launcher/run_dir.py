@@ -28,6 +28,7 @@ FREE_KEYS = (
     "run_dir",
     "tracking",
     "checkpoint",
+    "guard.replicas_every_steps",
     "launch",
     "parallel.tensor",
     "parallel.pipeline",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headway.launcher import heartbeat
+from headway.launcher.identity import identity_hash, run_identity
 from headway.launcher.machine import git_commit, versions
 from headway.launcher.run_dir import RunDir, read_mapping, spec_hash
 from headway.launcher.spec import Spec
@@ -83,12 +84,14 @@ class Saving:
 def _about(run: RunDir, spec: Spec) -> dict[str, Any]:
     """Where a checkpoint comes from, for those who find it and for resumes that must not take another run's."""
     resolved = spec.model_dump(mode="json")
+    fingerprint = read_mapping(run.card).get("data_fingerprint")
     return {
         "run": run.run_id(),
         "attempt": secrets.token_hex(8),
         "spec": resolved,
         "spec_hash": spec_hash(resolved),
-        "data_fingerprint": read_mapping(run.card).get("data_fingerprint"),
+        "data_fingerprint": fingerprint,
+        "identity": identity_hash(run_identity(spec, fingerprint)),
         "git_commit": git_commit(),
         "versions": versions(),
     }

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ import torch
 from headway.data.config import DataError
 from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher import heartbeat
-from headway.launcher.guard import Guard, dump
+from headway.launcher.guard import Guard, NumericError, dump
 from headway.launcher.heads import HeadProbe, probe_batch
+from headway.launcher.identity import check_identity
 from headway.launcher.initial import load_initial
 from headway.launcher.router import RouterMonitor
 from headway.launcher.run_dir import RunDir, read_json, write_json
 from headway.launcher.saving import Saving
 from headway.launcher.spec import Spec
 from headway.launcher.tracking import Tracker, say
-from headway.parallel import checkpoint
+from headway.parallel import checkpoint, replicas
 from headway.parallel.build import make_engine
 from headway.parallel.engine import StepStats
 from headway.parallel.layout import Layout, init_layout
@@ -86,6 +88,7 @@ class Session:
         self._validated_step: int | None = None
         self.saving = Saving(run, spec, layout, self.engine)
         self.guard = Guard(spec.guard)
+        self._compared_step: int | None = None  # that of the last comparison of replicas
         self._step_times: deque[float] = deque(maxlen=50)
         self._resume()
         self.loader = Loader(
@@ -100,6 +103,7 @@ class Session:
             timeout_s=0.8 * min(spec.launch.hang_s, spec.launch.timeout_s),
             fingerprint=read_json(run.card, {}).get("data_fingerprint"),  # of what the launcher has verified
         )
+        self.compare_replicas()
         if self.step == 0:
             self._measure_heads()  # where they start from: random heads are nearly orthogonal
 
@@ -108,7 +112,13 @@ class Session:
     def open(cls, run: RunDir) -> Iterator[Session]:
         """Join the process group, build or resume everything, and close it in the right order."""
         spec = Spec.model_validate_json(run.spec.read_text())
-        layout = init_layout(device=spec.launch.device, timeout_s=spec.launch.timeout_s, parallel=spec.parallel)
+        fingerprint = read_json(run.card, {}).get("data_fingerprint")
+        layout = init_layout(
+            device=spec.launch.device,
+            timeout_s=spec.launch.timeout_s,
+            parallel=spec.parallel,
+            check=partial(check_identity, spec, fingerprint),
+        )
         # The launcher's lock dies with the launcher; this one tells a new launcher that a rank is still alive.
         lock = run.locked("worker.lock") if layout.is_main else contextlib.nullcontext()
         with lock:
@@ -214,6 +224,30 @@ class Session:
             self.saving.settle(self.tracker)  # the run may end here: what was saved before must not be lost
             dump(self.run.path / "skipped", self.step, digest, self.loader, self.engine, self.layout)
         self.guard.after_step(self.step, stats, self.tracker, saved_step=self.saving.saved_step)
+        every = self.spec.guard.replicas_every_steps
+        if every and self.step % every == 0:
+            self.compare_replicas()
+
+    def compare_replicas(self) -> None:
+        """Compare what ranks hold alike, once per step; collective. Raises NumericError (70) where it differs.
+
+        It is done before the first step and before each checkpoint too, so that a checkpoint always follows a good
+        comparison; reading the weights costs less than the copy of them, of masters and moments that follows.
+        """
+        if not self.spec.guard.replicas_every_steps or self._compared_step == self.step:
+            return
+        mismatch = replicas.compare(self.engine, self.layout)
+        if mismatch is None:
+            self._compared_step = self.step
+            return
+        self.saving.settle(self.tracker)  # it was begun after a good comparison
+        begun = "before the first step" if self._compared_step is None else f"after step {self._compared_step}"
+        raise NumericError(
+            f"step {self.step}: {mismatch} (guard.replicas_every_steps): memory, a processor or a link is at fault, "
+            f"look at the hosts named. The last good comparison was {begun}; the checkpoint of step "
+            f"{self.saving.saved_step} was saved by then, and the same command continues from it. Anything written "
+            "later, exports and validation losses, is suspect"
+        )
 
     def due(self, what: str) -> bool:
         """Whether the step just taken crossed the interval of "validation" or "checkpoint", or was the last."""
@@ -255,8 +289,9 @@ class Session:
     def checkpoint(self, *, last: bool = False) -> None:
         """Save; training goes on while the files are written. `last`: it does not, and they are waited for.
 
-        Raises CheckpointError as `Saving.settle` does.
+        Raises CheckpointError as `Saving.settle` does, NumericError as `compare_replicas` does.
         """
+        self.compare_replicas()
         state = {
             "step": self.step,
             "tokens": self.tokens,

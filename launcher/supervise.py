@@ -14,13 +14,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from headway.launcher.faults import CAUSE, CONSEQUENCE, CONTINUES, Ended, Fault, explain, host_log, quoted, tail
-from headway.launcher.faults import STOPPED as STOPPED_BY_SIGNAL
+from headway.launcher.faults import (
+    CAUSE,
+    CONSEQUENCE,
+    CONTINUES,
+    Ended,
+    Fault,
+    explain,
+    host_log,
+    quoted,
+    stopped,
+    tail,
+)
 from headway.launcher.forked import VARIABLE as FORK_SERVER
 from headway.launcher.forked import Forked
-from headway.launcher.heartbeat import STACKS, Beat, allowed_s, beat_file, read_beat
+from headway.launcher.heartbeat import STACKS, Beat, allowed_s, beat_file, can_beat, read_beat
 from headway.launcher.hosts import Place
-from headway.launcher.processes import STOPPED, die_with_parent, live_pid, send, state, status
+from headway.launcher.oom import MemoryWatch
+from headway.launcher.processes import STOPPED, become_child, live_pid, send, state, status
 from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir
 
@@ -91,16 +102,17 @@ def supervise(
     watch = Watch(run, place, hang_s)
     try:
         with _forwarding(child, watch) as stop:
-            fault = _see_through(child, watch, control, stop, stop_s)
+            fault = _see_through(run, place, child, watch, control, stop, stop_s)
             if child.returncode != 0 and (fault is None or fault.weight == CONSEQUENCE):
                 status = child.returncode if fault is None else None
-                told = explain(run, place, status, signalled=stop.asked, died=watch.died)
+                told = explain(run, place, status, signalled=stop.asked, died=watch.died, memory=watch.memory)
                 fault = told if fault is None or told.weight > CONSEQUENCE else fault
             if fault is not None and stop.asked:
                 fault = replace(fault, again=False)
             verdict = control.settle(fault)
     finally:
         watch.end_all(child)
+        watch.memory.close()
     if verdict is not None:
         raise Ended(verdict)
     return 0
@@ -118,11 +130,13 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on in order
-            preexec_fn=die_with_parent,
+            preexec_fn=become_child,
         )
 
 
-def _see_through(child: Child, watch: Watch, control: Control, stop: _Stop, stop_s: float) -> Fault | None:
+def _see_through(
+    run: RunDir, place: Place, child: Child, watch: Watch, control: Control, stop: _Stop, stop_s: float
+) -> Fault | None:
     """Until the child has ended, by itself or by us; the fault if that was seen here."""
     looked = failed = 0.0
     while child.poll() is None:
@@ -133,7 +147,7 @@ def _see_through(child: Child, watch: Watch, control: Control, stop: _Stop, stop
         now = time.monotonic()
         if stop.at_once or (stop.asked and now - stop.since_s > stop_s):
             watch.end_all(child)
-            return _cut_short(stop, stop_s)
+            return _cut_short(run, place, stop, stop_s)
         if now - looked < _WATCH_S:
             continue
         looked = now
@@ -148,10 +162,9 @@ def _see_through(child: Child, watch: Watch, control: Control, stop: _Stop, stop
     return None
 
 
-def _cut_short(stop: _Stop, stop_s: float) -> Fault:
-    why = "a second Ctrl-C" if stop.at_once else f"{stop_s:g} s after the signal (launch.stop_s)"
-    text = f"stopped by a signal; the ranks had not saved and ended yet, and were killed by {why}; {CONTINUES}"
-    return Fault(text=text, weight=STOPPED_BY_SIGNAL)
+def _cut_short(run: RunDir, place: Place, stop: _Stop, stop_s: float) -> Fault:
+    why = "at a second Ctrl-C" if stop.at_once else f"{stop_s:g} s after the signal (launch.stop_s)"
+    return stopped(run, place, f"and the ranks were killed {why}: they had not saved and ended yet")
 
 
 class Watch:
@@ -159,7 +172,10 @@ class Watch:
 
     def __init__(self, run: RunDir, place: Place, hang_s: float) -> None:
         self.died: dict[int, int | None] = {}
+        self.memory = MemoryWatch()
         self._run, self._place, self._hang_s = run, place, hang_s
+        self._probe = run.logs / f"host-{place.host}.beat"
+        can_beat(self._probe)  # it must stand there before the disk is full, as the ranks' beats do
         self._seen: dict[int, int] = {}
 
     def live(self) -> dict[int, int]:
@@ -172,6 +188,8 @@ class Watch:
         for rank, pid in self._seen.items():
             if rank not in live and rank not in self.died:
                 self.died[rank] = status(pid)
+        for pid in set(live.values()) - set(self._seen.values()):
+            self.memory.note(pid)
         self._seen |= live
 
     def broken(self) -> bool:
@@ -184,7 +202,8 @@ class Watch:
         """The beat of a rank that is overdue."""
         live = self.live()
         overdue = [b for r, b in self._beats().items() if r in live and self._late_s(b, now) > 0]
-        return min(overdue, key=lambda b: b.time_s, default=None)
+        # Nobody hangs for a disk that takes no beats: the training goes on, and only its signs cannot be seen.
+        return min(overdue, key=lambda b: b.time_s) if overdue and can_beat(self._probe) else None
 
     def find_culprit(self, hung: Beat | None) -> Fault:
         """Show the stacks of all live ranks in their logs, and say which one the others wait for.

@@ -98,6 +98,12 @@ class GuardConfig(StrictModel):
     )
     window: int = Field(default=64, ge=4, le=4096, description="losses that a spike is judged against")
     deviations: float = Field(default=10.0, gt=0, description="spreads above their median that make a spike")
+    replicas_every_steps: int | None = Field(
+        default=100,
+        ge=0,
+        description="steps from one comparison of what ranks hold alike to the next; each checkpoint begins with one "
+        "too. 0 or none: never",
+    )
 
 
 _TAKEN = re.compile(

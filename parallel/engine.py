@@ -309,6 +309,11 @@ class Engine:
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 
+    @property
+    def logical(self) -> Sequence[LogicalParameter]:
+        """Every trained parameter of this rank's layers, in the model's order."""
+        return self._logical
+
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Whole shape of every trained parameter of this rank's layers, under its single-device name."""
         return {p.name: p.whole_shape(self.layout.tp_size) for p in self._logical}

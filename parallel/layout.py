@@ -105,12 +105,19 @@ class Layout:
             dist.barrier()
 
 
-def init_layout(*, device: str, timeout_s: int, parallel: ParallelConfig | None = None) -> Layout:
+def init_layout(
+    *,
+    device: str,
+    timeout_s: int,
+    parallel: ParallelConfig | None = None,
+    check: Callable[[Layout], None] | None = None,
+) -> Layout:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and its subgroups.
 
     The timeout is made the default of every group created later as well: DeepSpeed passes none to the groups it makes,
     so a hanging rank would otherwise be noticed only after torch's own default. `parallel`: None for data parallel
-    ranks alone.
+    ranks alone. `check` is given all ranks as data parallel ones, before there are groups that ranks of different specs
+    would wait for.
     """
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -121,6 +128,8 @@ def init_layout(*, device: str, timeout_s: int, parallel: ParallelConfig | None 
     timeout = timedelta(seconds=timeout_s)
     _set_default_group_timeout(timeout)
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+    if check is not None:
+        check(Layout(rank=rank, local_rank=local_rank, device=where, dp_rank=rank, dp_size=dist.get_world_size()))
     return arrange(parallel or ParallelConfig(), local_rank=local_rank, device=where)
 
 

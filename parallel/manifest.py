@@ -120,7 +120,7 @@ def own_hash(value: Any) -> str:
     """Of a manifest, as it stands in MANIFEST.json beside it."""
     # Compact, which is fast; format 1 was not.
     old = isinstance(value, dict) and value.get("format") == 1
-    text = json.dumps(value, sort_keys=True, **({"indent": 1} if old else {"separators": (",", ":")}))
+    text = json.dumps(value, sort_keys=True, indent=1 if old else None, separators=None if old else (",", ":"))
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ are read, F23 threads that end, F24 what killed processes leave.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -484,7 +485,7 @@ def test_ranks_that_did_not_read_the_global_batch_of_the_step_stop(fault, whole)
     first, second = (loader(config(whole), rank, 2) for rank in range(2))
     batches = [first.batch(4), second.batch(5 if "ahead" in fault else 4)]
     if "fewer" in fault:
-        batches[1] = type(batches[1])(**(vars(batches[1]) | {"sequences": 3}))
+        batches[1] = dataclasses.replace(batches[1], sequences=3)
     sent: list[torch.Tensor] = []
     with pytest.raises(StopIteration):  # the other's part of the sum
         agreement(batches[1], batches[1].step, lambda mine: next(iter(sent.append(mine) or [])))

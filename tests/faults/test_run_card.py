@@ -1,0 +1,96 @@
+"""A rank that is not of one kind with the others is refused before a model is built, and named."""
+
+import pytest
+
+from headway.data.config import DataError
+from headway.launcher import identity
+from headway.launcher.errors import HeadwayError, SpecError
+from headway.launcher.identity import check_identity, identity_hash, run_identity
+from headway.launcher.spec import Spec
+
+SPEC = {
+    "model": {"width": 32, "layers": 2, "ffn_width": 48, "vocab_size": 32},
+    "attention": {"type": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8},
+    "data": {
+        "seq_len": 32,
+        "source": {"type": "synthetic", "task": "mqar", "vocab_size": 32, "pairs": 4, "queries": 4},
+    },
+    "optimizer": {"lr": 3e-3},
+    "train": {"tokens": 10240, "global_batch": 8, "micro_batch": 2},
+}
+
+
+class Among:
+    """The place of one rank: what it gathers are the other ranks' values, on hosts a, b, c, and its own."""
+
+    def __init__(self, rank, specs, cards):
+        self.rank, self.specs, self.cards = rank, specs, cards
+
+    def gather_json(self, value):
+        if "card" not in value:
+            return [identity.flatten(spec.model_dump(mode="json")) for spec in self.specs]
+        assert value["card"] == self.cards[self.rank]
+        return [{"host": "abc"[rank], "card": card} for rank, card in enumerate(self.cards)]
+
+
+def spec(**changes):
+    return Spec.model_validate({**SPEC, **changes}, strict=False)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("changes", "key", "values"),
+    [
+        ({"seed": 7}, "seed", ("7", "1")),
+        ({"optimizer": {"lr": 1e-3}}, "optimizer.lr", ("0.001", "0.003")),
+        ({"parallel": {"zero": 2}}, "parallel.zero", ("2", "1")),
+    ],
+)
+def test_a_rank_with_another_spec_or_seed_is_named_on_all_ranks(odd, changes, key, values):
+    # F20
+    specs = [spec(**(changes if rank == odd else {})) for rank in range(3)]
+    cards = [run_identity(s, "f00d") for s in specs]
+    for rank in range(3):
+        with pytest.raises(SpecError) as caught:
+            check_identity(specs[rank], "f00d", Among(rank, specs, cards))
+        usual = 0 if odd else 1
+        expected = f"rank {odd} on {'abc'[odd]} has {key} {values[0]}, rank {usual} on {'abc'[usual]} has {values[1]}"
+        assert expected in str(caught.value) and caught.value.exit_code == 64
+        assert str(caught.value).count(" has ") == 2  # one line: nothing else differs
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "key", "error", "code"),
+    [
+        ("versions", lambda: {"python": "3.11.0", "torch": "2.0.0"}, "torch", HeadwayError, 70),
+        ("code_hash", lambda: "0123456789abcdef", "code", HeadwayError, 70),
+    ],
+)
+def test_a_rank_with_another_torch_or_other_sources_is_named(monkeypatch, name, change, key, error, code):
+    # F20
+    whole = spec()
+    usual = run_identity(whole, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, name, change)
+        other = run_identity(whole, None)
+        with pytest.raises(error) as seen_there:
+            check_identity(whole, None, Among(1, [whole] * 3, [usual, other, usual]))
+    with pytest.raises(error) as seen_here:
+        check_identity(whole, None, Among(0, [whole] * 3, [usual, other, usual]))
+    assert str(seen_here.value) == str(seen_there.value) and seen_here.value.exit_code == code
+    assert f"rank 1 on b has {key} {other[key]}, rank 0 on a has {usual[key]}" in str(seen_here.value)
+
+
+def test_a_rank_that_sees_other_data_is_named():
+    # F20
+    whole = spec()
+    cards = [run_identity(whole, "f00d"), run_identity(whole, "beef")]
+    with pytest.raises(DataError, match="rank 1 on b has data fingerprint beef, rank 0 on a has f00d"):
+        check_identity(whole, "beef", Among(1, [whole] * 2, cards))
+
+
+def test_equal_ranks_pass_and_the_hash_of_the_card_tells_cards_apart():
+    whole, card = spec(), run_identity(spec(), "f00d")
+    check_identity(whole, "f00d", Among(0, [whole] * 2, [card, card]))
+    assert identity_hash(card) == identity_hash(dict(reversed(card.items())))
+    assert identity_hash(card) != identity_hash(run_identity(spec(seed=2), "f00d"))

@@ -1,0 +1,164 @@
+"""A stop is asked for at an awkward moment: it ends soon, says the truth about what is saved, and the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from headway.launcher.errors import HeadwayError
+from headway.launcher.faults import CAUSE, PREEMPTED, STOPPED, Ended, explain, stopped
+from headway.launcher.heartbeat import Heartbeat, beat_file, read_beat
+from headway.launcher.hosts import Place
+from headway.launcher.processes import become_child
+from headway.launcher.run_dir import RunDir
+from headway.launcher.stopping import stoppable
+
+HERE = Place(host=0, hosts=1, processes=2, name="here")
+COMMON = ("launch.processes=2", "run_dir=run", "tracking.tensorboard=false")
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    return run
+
+
+def records(run, kind="train"):
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except OSError:
+        return []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [r for r in found if r["kind"] == kind]
+
+
+def trajectory(run):
+    train = [(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in records(run)]
+    return train + [(r["step"], r["loss"]) for r in records(run, "validation")]
+
+
+# ---------------------------------------------------------------- what is being done when it comes
+
+
+def test_a_stop_during_validation_or_a_save_is_soon_over_and_loses_nothing(headway):
+    # F5: 50,000 tokens take a second or so to validate here; the save is held up for one.
+    common = (*COMMON, "train.validation_tokens=51200", "train.validate_every_tokens=5120")
+    run = headway.folder / "run"
+
+    def section() -> str:
+        beat = read_beat(beat_file(run / "logs", 0))
+        return beat.section if beat is not None else ""
+
+    process = headway.start(*common)
+    headway.wait_for(lambda: section() == "validate", process)
+    steps = len(records(run))
+    stop(process, signal.SIGTERM)
+    assert records(run)[-1]["step"] == steps + 1 and newest(run) == steps + 1
+
+    os.environ["HEADWAY_FAULT"] = "save:begin@0#1:sleep=1"
+    try:
+        process = headway.start(*common)
+    finally:
+        del os.environ["HEADWAY_FAULT"]
+    headway.wait_for(lambda: list((run / "checkpoints").glob(".staging-*")), process)
+    stop(process, signal.SIGUSR1)
+    assert newest(run) == records(run)[-1]["step"] > steps + 1
+    assert not list((run / "checkpoints").glob(".staging-*"))
+
+    assert headway.train(*common).returncode == 0
+    assert headway.train(*common[:1], *common[2:], "run_dir=whole").returncode == 0
+    assert trajectory(run) == trajectory(headway.folder / "whole")
+
+
+def stop(process: subprocess.Popen, signum: int) -> None:
+    began = time.monotonic()
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED, stderr
+    assert time.monotonic() - began < 30
+
+
+def newest(run) -> int:
+    return max(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))
+
+
+def test_a_stop_between_two_starts_ends_the_launcher_at_once(headway):
+    env = {"HEADWAY_FAULT": "save:begin@1#1:kill"}
+    os.environ |= env
+    try:
+        process = headway.start(*COMMON, "launch.restarts=3")
+    finally:
+        del os.environ["HEADWAY_FAULT"]
+    attempts = headway.folder / "run" / "logs" / "attempts.jsonl"
+    headway.wait_for(lambda: attempts.exists() and len(attempts.read_text().splitlines()) == 2, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)  # it waits for two seconds now
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == PREEMPTED and "stopped by SIGTERM while no ranks ran" in stderr, stderr
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_before_the_ranks_are_started_is_one_in_order(signum):
+    with pytest.raises(Ended) as ended, stoppable():
+        os.kill(os.getpid(), signal.SIGUSR2)  # asks for the stacks of ranks; there are none
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+    assert ended.value.exit_code == PREEMPTED and not ended.value.fault.again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---------------------------------------------------------------- what is said about it
+
+
+@pytest.mark.parametrize(
+    ("beats", "saved", "code", "words"),
+    [
+        ([("setup", 0), ("setup", 0)], 0, PREEMPTED, "no step is lost, and the same command continues from step 0"),
+        ([("data", 1), ("step", 1)], 0, PREEMPTED, "continues from step 0"),
+        ([("step", 8), ("data", 9)], 5, 70, "steps 6 to 8 are lost, and the same command continues from step 5"),
+        ([("save", 8), ("save", 8)], 5, 70, "steps 6 to 8 are lost"),
+        ([("save", 8), ("save", 8)], 8, PREEMPTED, "no step is lost, and the same command continues from step 8"),
+        ([], 8, PREEMPTED, "continues from step 8"),
+    ],
+)
+def test_a_stop_that_was_cut_short_claims_to_be_in_order_only_where_nothing_is_lost(run, beats, saved, code, words):
+    for rank, (section, step) in enumerate(beats):
+        heart = Heartbeat(beat_file(run.logs, rank), rank)
+        heart.beat("step", 1)  # else the next one is called the first
+        heart.beat(section, step)
+    if saved:
+        (run.checkpoints / f"step-{saved:010d}").mkdir(parents=True)
+    for fault in (stopped(run, HERE, "and killed"), explain(run, HERE, 1, signalled=True, died={})):
+        assert fault.code == code and fault.weight == STOPPED and not fault.again and words in fault.text
+
+
+@pytest.mark.parametrize(("section", "again"), [("setup", False), ("first step", False), ("step", True)])
+def test_an_error_that_comes_before_the_first_step_is_not_tried_again(run, section, again):
+    heart = Heartbeat(beat_file(run.logs, 0), 0)
+    for _ in range({"setup": 0, "first step": 1, "step": 2}[section]):
+        heart.beat("step", 1)
+    report = {"rank": 0, "exit_code": None, "type": "RuntimeError", "message": "no such device"}
+    (run.logs / "rank-0.error.json").write_text(json.dumps(report))
+    fault = explain(run, HERE, 1, signalled=False, died={})
+    assert fault.again is again and fault.weight == CAUSE and fault.code == HeadwayError.exit_code
+    assert explain(run, HERE, 1, signalled=False, died={1: -9}).again is again  # its peer, which lost it
+    (run.logs / "rank-0.error.json").unlink()
+    assert explain(run, HERE, 1, signalled=False, died={1: -9}).again  # killed: that may be over
+
+
+def test_what_stands_between_launcher_and_ranks_outlives_the_signals_that_are_for_them():
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], preexec_fn=become_child)
+    try:
+        for signum in (signal.SIGUSR1, signal.SIGUSR2):
+            child.send_signal(signum)
+        time.sleep(0.2)
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
