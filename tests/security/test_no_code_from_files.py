@@ -23,6 +23,7 @@ from headway.launcher.run_dir import RunDir, read_json
 from headway.model import hf
 from headway.parallel import checkpoint, manifest
 from headway.parallel.config import CheckpointError
+from headway.parallel.manifest import own_hash
 
 NAME = "tensors-00000-of-00001.safetensors"
 
@@ -79,8 +80,7 @@ def seal(folder: Path, **changes) -> None:
         }
     }
     value = {"format": manifest.FORMAT, "step": 3, "layout": {}, "state": {}, "files": files, "about": {}} | changes
-    body = json.dumps(value, indent=1, sort_keys=True)
-    outer = {"xxh3_128": xxhash.xxh3_128_hexdigest(body.encode()), "manifest": value}
+    outer = {"xxh3_128": own_hash(value), "manifest": value}
     (folder / manifest.MANIFEST).write_text(json.dumps(outer))
 
 

@@ -115,6 +115,13 @@ def hosts():
             holder.communicate()
 
 
+@pytest.fixture(scope="module")
+def headway_once(headway_once):
+    """Each host imports for itself: what a server outside of it forked would live in another network."""
+    headway_once.server = None
+    return headway_once
+
+
 @pytest.fixture
 def two_hosts(headway_once, hosts):
     two = TwoHosts(headway_once, hosts)
