@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from headway.launcher.identity import identity_hash, run_identity
+from headway.launcher.identity import code_hash, identity_hash, run_identity
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.run_dir import RunDir, flatten, spec_hash
 from headway.launcher.spec import Spec
@@ -47,6 +47,29 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_step": spec.tokens_per_step,
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, from_step: int) -> dict[str, Any]:
+    """The card with a list of every start of the run so far: those of the card `before` it, and this one.
+
+    `from_step`: of the newest checkpoint there. The first and the newest 199 are kept; a card from before there were
+    lists counts as one start.
+    """
+    earlier = before.get("attempts")
+    if not isinstance(earlier, list):
+        earlier = [{key: before.get(key) for key in _OF_A_START}] if before.get("started_at") else []
+    this = {key: card[key] for key in _OF_A_START} | {
+        "code": code_hash(),
+        "layout": _layout(spec),
+        "zero": spec.parallel.zero,
+        "from_step": from_step,
+    }
+    attempts = [*earlier, this]
+    return {**card, "attempts": attempts[:1] + attempts[1:][-199:]}
+
+
+_OF_A_START = ("started_at", "git_commit", "versions", "machine")
+"""What of a card may be another thing at each start of one run."""
 
 
 def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:

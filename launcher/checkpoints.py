@@ -24,11 +24,12 @@ from headway.parallel.manifest import (
 )
 
 DAMAGED = 74
+_DELETION_S = 1.0
 
 
 def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     """Newest first: step, tokens, validation loss, size, layout, age; sizes and manifests are checked, not hashes."""
-    rows = [_row(folder) for folder in _folders(path, step)]
+    rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -54,6 +55,8 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
         try:
             verify_hashes(folder, read_manifest(folder, run=RunDir(path).run_id()))
         except (CheckpointError, OSError) as e:
+            if _deleted(folder):
+                continue
             error = str(e)
         results.append({"step": step_of(folder), "error": error})
         if not as_json:
@@ -99,13 +102,21 @@ def _folders(path: Path, step: int | None) -> list[Path]:
     return folders
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def _deleted(folder: Path) -> bool:
+    """Whether a training has just deleted this checkpoint: the manifest goes first, and the rest takes a moment."""
+    end = time.monotonic() + _DELETION_S
+    while folder.is_dir() and not (folder / MANIFEST).exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    return not folder.is_dir()
+
+
+def _row(folder: Path) -> dict[str, Any] | None:
     row: dict[str, Any] = {"step": step_of(folder), "error": None}
     try:
         manifest = read_manifest(folder)
         age_s = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
     except (CheckpointError, OSError) as e:
-        return row | {"error": str(e)}
+        return None if _deleted(folder) else row | {"error": str(e)}
     state, at_step = manifest.state, manifest.state.get("validation_step") == manifest.step
     return row | {
         "tokens": state.get("tokens", 0),

@@ -23,6 +23,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway probe run probes.yaml         what each variant can do on synthetic tasks
   headway generate RUN "prompt"         continue a prompt with a run's newest checkpoint
   headway checkpoint list|verify|show RUN   what a run has saved, and whether it is whole
+  headway board RUN...                  TensorBoard over runs and studies, on this machine alone
   headway export RUN OUT --to hf        a run's weights as a Llama of Hugging Face, logits compared
   headway import FOLDER --to DIR        a Llama of Hugging Face to generate with and train from
 
@@ -42,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|probe|bench|generate|checkpoint|export|import|schema"
+    names = "doctor|data|plan|train|study|probe|bench|generate|checkpoint|board|export|import|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
             p.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
     bench = verb("bench", "measure speed", spec=False)
-    kinds = bench.add_subparsers(dest="action", metavar="step|mechanism|data", required=True)
+    kinds = bench.add_subparsers(dest="action", metavar="step|mechanism|data|checkpoint", required=True)
     for name, text in (
         ("step", "a training step: tokens/s, share of each part, cost over a bare PyTorch loop"),
         ("data", "the loader alone: tokens/s and time per batch"),
@@ -112,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
     p.add_argument("--tokens", type=int, default=2048, help="tokens per pass: shorter sequences come in batches")
     p.add_argument("--out", type=Path, default=None, help="where the JSON is written, and a table beside it")
+    p = kinds.add_parser("checkpoint", help=(text := "what training waits for a save, and steps beside its writing"))
+    p.description = text
+    _spec_arguments(p)
+    p.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2")
+    p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
     generate = verb("generate", "continue a prompt with a run's newest checkpoint", spec=False)
     generate.add_argument("run", type=Path, help="folder of the run")
     generate.add_argument("prompt", help="text to continue; token ids where the run learned synthetic data")
@@ -146,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("run", type=Path, help="folder of the run")
         p.add_argument("--step", type=int, default=None, help="the checkpoint of this step only")
         p.add_argument("--json", action="store_true", help="print JSON")
+    board = verb("board", "TensorBoard over runs and studies, on this machine alone", spec=False)
+    board.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or of a study")
+    board.add_argument("--rebuild", action="store_true", help="make the event files anew from metrics.jsonl first")
+    board.add_argument("--no-server", action="store_true", help="stop after --rebuild")
+    board.add_argument("--port", type=int, default=None, metavar="N", help="default 6006 or the next; 0: any")
+    board.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="beyond this machine it needs --expose")
+    board.add_argument("--expose", action="store_true", help="others may read it: it asks nobody for a password")
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument(
         "out",
@@ -217,6 +230,10 @@ def _run(args: argparse.Namespace) -> int:
             return bench_mechanism(
                 args.spec, args.overrides, lengths=args.lengths, rounds=args.rounds, tokens=args.tokens, out=args.out
             )
+        case "bench", "checkpoint":
+            from headway.launcher.bench_checkpoint import bench_checkpoint
+
+            return bench_checkpoint(args.spec, args.overrides, rounds=args.rounds, out=args.out)
         case "bench", _:
             from headway.launcher.bench import bench_data
 
@@ -232,6 +249,11 @@ def _run(args: argparse.Namespace) -> int:
             verb = {"list": checkpoints.list_checkpoints, "verify": checkpoints.verify_checkpoints}
             act = verb.get(action or "", checkpoints.show_checkpoint)
             return act(args.run, step=args.step, as_json=args.json)
+        case "board", _:
+            from headway.launcher.board_server import board
+
+            options = {"host": args.host, "port": args.port, "expose": args.expose}
+            return board(args.runs, **options, rebuild_files=args.rebuild, serve=not args.no_server)
         case "export", _:
             from headway.launcher.export import export
 

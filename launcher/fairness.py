@@ -101,7 +101,35 @@ def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
         if len(values) > 1:
             shown = "; ".join(f"{value} in {', '.join(cells)}" for value, cells in values.items())
             lines.append(f"{key}: {shown}")
-    return lines
+    return lines + [line for cell, record in runs.items() for line in _changed_on_the_way(cell, record.run)]
+
+
+def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
+    """One line per fact that was not the same at each start of a run: a part of it was trained with something else."""
+    seen: dict[str, dict[str, int]] = {}
+    for attempt in _attempts_that_count(run):
+        values = {key: attempt.get(key) for key in ("git_commit", "code")}
+        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine")})
+        for key, value in values.items():
+            if value is not None:
+                seen.setdefault(key, {}).setdefault(str(value), attempt.get("from_step") or 0)
+    return [
+        f"{key} changed within {cell}: " + ", ".join(f"{value} from step {step}" for value, step in values.items())
+        for key, values in seen.items()
+        if len(values) > 1
+    ]
+
+
+def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Starts of which something is left: what was trained after the step that a later one began from was dropped."""
+    attempts, kept = run.get("attempts"), list[dict[str, Any]]()
+    for attempt in attempts if isinstance(attempts, list) else []:
+        if not isinstance(attempt, dict):
+            continue
+        while kept and (kept[-1].get("from_step") or 0) >= (attempt.get("from_step") or 0):
+            kept.pop()
+        kept.append(attempt)
+    return kept
 
 
 def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baseline: str) -> Pairing:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.card import banner, run_card
+from headway.launcher.card import banner, run_card, with_attempts
 from headway.launcher.commands import (
     check_caches,
     command,
@@ -45,6 +45,7 @@ from headway.launcher.spec import Spec
 from headway.launcher.stopping import stoppable
 from headway.launcher.supervise import Alone, Control, supervise
 from headway.launcher.wire import interfaces
+from headway.parallel.manifest import step_of, steps_on_disk
 
 __all__ = ["check_port", "check_same_data", "resolve", "train", "worker_environment"]
 
@@ -119,7 +120,8 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
         if run.is_complete():
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
             return 0
-        card = run_card(spec, info)
+        newest = next(map(step_of, steps_on_disk(run.checkpoints)), 0)
+        card = with_attempts(run_card(spec, info), read_mapping(run.card), spec, from_step=newest)
         write_json(run.card, card)
         print(banner(spec, run, card), flush=True)
         # A rank that outlives a killed launcher holds it; one the kernel is about to end needs a moment to be gone.

@@ -1,7 +1,7 @@
 """Read what a training run left in its folder. Needs no torch, trusts no line: a torn last line is normal after a kill.
 
 spec.json     the resolved Spec
-run.json      what ran: spec hash, versions, machine, data fingerprint, cost per token
+run.json      what ran: spec hash, versions, machine, data fingerprint, cost per token; `attempts`: each start of it
 metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), and
               kinds this reader ignores
 summary.json  written last; `complete` is true only for a run that reached its last step
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from headway.launcher.lines import decode
+from headway.launcher.lines import Damage, Lost, decode, gaps, read_lines
 from headway.launcher.records_heads import Floats, Heads, Router, read_heads, read_routers
 
 
@@ -55,7 +55,7 @@ class RunRecord:
     """One run folder. Missing files leave empty dicts and curves; nothing is invented.
 
     `accuracy`: at each validation, the share (0..1) of targets whose largest logit is the label's; nan where
-    unrecorded.
+    unrecorded. `lost`: what metrics.jsonl lacks, which is in no curve.
     """
 
     path: Path
@@ -70,6 +70,7 @@ class RunRecord:
     batch_hash: dict[int, str] = field(repr=False)
     routers: tuple[Router, ...] = field(repr=False)
     heads: Heads | None = field(repr=False)
+    lost: Lost
 
     @property
     def complete(self) -> bool:
@@ -101,7 +102,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}}
-    for record in _records(path / "metrics.jsonl"):
+    damage = Damage()
+    for record in _records(path / "metrics.jsonl", damage):
         kind, step = record.get("kind"), record.get("step")
         if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
             by_kind[kind][step] = record
@@ -119,6 +121,7 @@ def read_run(path: Path) -> RunRecord:
         batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},
         routers=read_routers(steps),
         heads=read_heads(heads),
+        lost=Lost(lines=len(damage.lines), gaps=gaps(step for step in by_kind["train"] if step > 0)),
     )
 
 
@@ -139,10 +142,9 @@ def last_progress(path: Path) -> tuple[int, float | None]:
     return 0, None
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path, damage: Damage) -> list[dict[str, Any]]:
     try:
-        with path.open("rb") as file:
-            return [_parse(line) for line in file]
+        return list(read_lines(path, damage))
     except OSError:
         return []
 

@@ -85,6 +85,10 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
             "and part of every difference may come from the data.",
             "warn",
         )
+    lost = [f"{c.key}: {c.record.lost}" for c in result.cells if c.record.lost]
+    if lost:
+        yield Text("Records were lost; what is left of these runs is shown as it is:", "warn")
+        yield Items(lost)
     confounds = [d for d in result.differences if d.kind == "CONFOUND"]
     found = len(confounds) + len(result.circumstances) + len(result.deviations)
     if found:

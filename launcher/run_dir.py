@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import secrets
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.errors import SpecError
-from headway.launcher.lines import decode, encode
+from headway.launcher.lines import Damage, Lost, encode, gaps, read_lines
 
 if TYPE_CHECKING:
     from headway.launcher.spec import Spec
@@ -142,28 +141,39 @@ class RunDir:
         found = read_json(self.id, None)
         return found if isinstance(found, str) else None
 
-    def read_metrics(self) -> Iterator[dict[str, Any]]:
+    def read_metrics(self, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
         """Every whole record, one at a time; a line that a crash cut off or damaged is left out."""
-        if not self.metrics.exists():
-            return
-        with self.metrics.open(encoding="utf-8", errors="replace") as f:
-            for line in f:
-                if (record := decode(line)) is not None:
-                    yield record
+        yield from read_lines(self.metrics, damage)
 
-    def truncate_metrics(self, *, last_step: int) -> None:
-        """Drop records after `last_step`: they are trained again."""
+    def truncate_metrics(self, *, last_step: int) -> Lost:
+        """Drop records after `last_step`: they are trained again. Returns what is lost of those before.
+
+        A power cut leaves the old file or the new one, and what is appended to the new one from now on is found.
+        """
         tmp = self.metrics.with_suffix(".tmp")
+        damage, trained = Damage(), set[int]()
         with tmp.open("w", encoding="utf-8") as f:
-            f.writelines(encode(r) + "\n" for r in self.read_metrics() if _step_of(r) <= last_step)
+            for record in self.read_metrics(damage):
+                step = record.get("step", 0)
+                if not isinstance(step, int | float) or not step <= last_step:
+                    continue
+                f.write(encode(record) + "\n")
+                if record.get("kind") == "train" and isinstance(step, int) and step > 0:
+                    trained.add(step)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(self.metrics)
+        sync(self.path)
+        return Lost(lines=len(damage.lines), gaps=gaps(trained, last_step))
 
 
-def _step_of(record: dict[str, Any]) -> float:
-    step = record.get("step", 0)
-    return step if isinstance(step, int | float) else math.inf  # damaged: no record of a step
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _flock(fd: int, wait_s: float) -> None:

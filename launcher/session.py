@@ -319,8 +319,7 @@ class Session:
         elif self.spec.init.weights is not None:
             load_initial(self.spec, self.engine, self.layout)
         self.engine.before_step(self.tokens)
-        if self.layout.is_main:
-            self.run.truncate_metrics(last_step=self.step)
+        lost = self.run.truncate_metrics(last_step=self.step) if self.layout.is_main else None
         self.tracker = Tracker(
             self.run,
             main=self.layout.is_main,
@@ -334,6 +333,9 @@ class Session:
                 {"kind": "resume", "step": self.step, "ranks": self.layout.world_size, "zero": self.spec.parallel.zero},
                 f"resumed from {found.path} (step {self.step}/{self.spec.steps})",
             )
+        if lost:
+            record = {"kind": "records_lost", "step": self.step, "lines": lost.lines, "gaps": lost.gaps}
+            self.tracker.event(record, f"RECORDS WERE LOST in {self.run.metrics}: {lost}")
 
     def finish(self) -> None:
         """Write summary.json: the run is complete."""
@@ -342,6 +344,7 @@ class Session:
         heartbeat.beat("finish", self.step)
         if not self.layout.is_main:
             return
+        self.tracker.require()
         steady = sorted(r["step_s"] for r in self.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
         median = steady[len(steady) // 2] if steady else None
         summary = {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from headway.launcher.board import board_heads, board_routers
+from headway.launcher.board import board_diversity, board_train, board_validation
+from headway.launcher.board_files import put_in_order
 from headway.launcher.lines import LineFile, encode
 from headway.launcher.run_dir import RunDir
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 
-_EVENTS = "events.out.tfevents."
+_GONE = "IS NOT WRITTEN ANY MORE: {}; metrics.jsonl has every record, and `headway board RUN --rebuild` makes it anew"
 
 
 class Tracker:
@@ -39,9 +38,12 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            _put_in_order(run.tensorboard)
-            # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            try:
+                put_in_order(run.tensorboard)
+                # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
+                self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            except (OSError, RuntimeError, ValueError) as e:
+                say(f"TENSORBOARD {_GONE.format(e)}")
 
     def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
         """One optimizer step."""
@@ -49,22 +51,7 @@ class Tracker:
         step = record["step"]
         if not self._main:
             return
-        self._scalars(
-            step,
-            {
-                "train/loss": record["loss"],
-                "train/perplexity": math.exp(min(50.0, record["loss"])),
-                "train/aux_loss": record["aux_loss"],
-                "train/grad_norm": record["grad_norm"],
-                "train/lr": record["lr"],
-                "train/tokens": record["tokens"],
-                "perf/tokens_per_s": record["tokens_per_s"],
-                "perf/data_wait_share": record["data_s"] / max(1e-9, record["step_s"]),
-            },
-        )
-        with self._view() as board:
-            if board is not None and "router" in record:
-                board_routers(board, record["router"], step)
+        self._view(lambda board: board_train(board, record))
         if step % self._every == 0 or step in (self._start + 1, self._total):
             say(self._line(record, seconds_left))
 
@@ -72,14 +59,7 @@ class Tracker:
         """One validation."""
         self._write(record)
         self._validation = record["loss"]
-        self._scalars(
-            record["step"],
-            {
-                "val/loss": record["loss"],
-                "val/perplexity": math.exp(min(50.0, record["loss"])),
-                "val/accuracy": record["accuracy"],
-            },
-        )
+        self._view(lambda board: board_validation(board, record))
         if self._main:
             say(
                 f"validation after step {record['step']}: loss {record['loss']:.4f} "
@@ -89,9 +69,7 @@ class Tracker:
     def heads(self, record: dict[str, Any]) -> None:
         """Head diversity of every layer that has a pool of heads."""
         self._write(record)
-        with self._view() as board:
-            if board is not None:
-                board_heads(board, record["layers"], record["step"])
+        self._view(lambda board: board_diversity(board, record))
 
     def event(self, record: dict[str, Any], text: str) -> None:
         """Something that happened (resume, failed save): one record and one console line."""
@@ -101,16 +79,18 @@ class Tracker:
 
     def flush(self) -> None:
         """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
+        if self._file is not None and (error := self._file.sync()) is not None:
+            say(f"RECORDS ARE NOT SAFE ON THE DISK: {error.strerror}; a kill now would lose some of metrics.jsonl")
+        self._view(lambda board: board.flush())
+
+    def require(self) -> None:
+        """Raises OSError unless every record is written: only then may a run be called complete."""
         if self._file is not None:
-            self._file.sync()
-        with self._view() as board:
-            if board is not None:
-                board.flush()
+            self._file.require()
 
     def close(self) -> None:
-        with self._view() as board:
-            if board is not None:
-                board.close()
+        """Raises OSError where records are left that could not be written."""
+        self._view(lambda board: board.close())
         if self._file is not None:
             self._file.close()
 
@@ -118,20 +98,15 @@ class Tracker:
         if self._file is not None and (error := self._file.write(encode(record))) is not None:
             say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
 
-    def _scalars(self, step: int, values: dict[str, float]) -> None:
-        with self._view() as board:
-            if board is not None:
-                for tag, value in values.items():
-                    board.add_scalar(tag, value, step)
-
-    @contextlib.contextmanager
-    def _view(self) -> Iterator[SummaryWriter | None]:
+    def _view(self, draw: Callable[[SummaryWriter], object]) -> None:
         """TensorBoard, which is a view: when its disk fails there is none any more, and the training goes on."""
+        if self._board is None:
+            return
         try:
-            yield self._board
+            draw(self._board)
         except (OSError, RuntimeError, ValueError) as e:
             self._board = None
-            say(f"TENSORBOARD IS NOT WRITTEN ANY MORE: {e}; metrics.jsonl has every record")
+            say(f"TENSORBOARD {_GONE.format(e)}")
 
     def _line(self, r: dict[str, Any], seconds_left: float | None) -> str:
         width = len(str(self._total))
@@ -147,16 +122,6 @@ class Tracker:
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
             f"mfu - mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
         )
-
-
-def _put_in_order(folder: Path) -> None:
-    """Let event files of earlier attempts sort before the next one: their names begin with the time, and TensorBoard
-    reads them in the order of their names, whatever the clock did in between.
-    """
-    earlier = sorted(folder.glob(f"{_EVENTS}0000000*"))
-    latest = sorted(set(folder.glob(f"{_EVENTS}*")) - set(earlier))
-    for number, path in enumerate(latest, start=len(earlier)):
-        path.rename(path.with_name(f"{_EVENTS}{number:010d}.{path.name.removeprefix(_EVENTS)}"))
 
 
 def say(text: str) -> None:

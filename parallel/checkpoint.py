@@ -101,14 +101,16 @@ def newest_readable(root: Path, *, warn: Callable[[str], None]) -> Checkpoint:
 
     Raises CheckpointError where there is none.
     """
-    candidates = steps_on_disk(root)
-    for path in candidates:
-        try:
-            manifest = read_manifest(path)
-            verify_hashes(path, manifest)
-            return Checkpoint(path=path, step=manifest.step, manifest=manifest)
-        except (CheckpointError, OSError) as e:
-            warn(f"checkpoint passed over: {e}")
+    candidates: list[Path] | None = None
+    while (now := steps_on_disk(root)) != candidates:  # the training may have replaced all that stood there
+        candidates = now
+        for path in candidates:
+            try:
+                manifest = read_manifest(path)
+                verify_hashes(path, manifest)
+                return Checkpoint(path=path, step=manifest.step, manifest=manifest)
+            except (CheckpointError, OSError) as e:
+                warn(f"checkpoint passed over: {e}")
     found = f"none of {len(candidates)} checkpoints is whole" if candidates else "there is no checkpoint yet"
     raise CheckpointError(f"{root}: {found}; train the run until it has saved one (checkpoint.every_tokens)")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 8 << 20  # 100,000 tensors; what a hostile one of this size costs to read is a second and 200 MB
 _STEP = re.compile(r"step-(\d{10})")
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -110,9 +110,15 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Into the folder; it lasts when this returns."""
+    """Into the folder; it lasts when this returns. Raises CheckpointError for one too large to be read back."""
     path, value = folder / MANIFEST, manifest.model_dump(mode="json")
-    path.write_text(json.dumps({"xxh3_128": own_hash(value), "manifest": value}, indent=1, sort_keys=True))
+    text = json.dumps({"xxh3_128": own_hash(value), "manifest": value}, indent=1, sort_keys=True)
+    if len(text) > _MAX_BYTES:
+        raise CheckpointError(
+            f"{path}: {len(text)} bytes are more than the {_MAX_BYTES >> 20} MiB that are read back; use fewer layers, "
+            "or shorter values in the spec"
+        )
+    path.write_text(text)
     fsync(path)
 
 

@@ -130,7 +130,7 @@ class Saver:
         if error is None and layout.is_main:
             try:
                 self._commit(staging, final, reports, pending)
-            except OSError as e:
+            except (OSError, CheckpointError) as e:
                 error = f"{final}: {e}"
         error = next((r["error"] for r in layout.gather_json({"error": error}) if r["error"]), None)
         if layout.is_main:

@@ -4,15 +4,31 @@ import errno
 import json
 import os
 import random
+import re
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from headway.launcher import lines
-from headway.launcher.lines import LineFile, decode, encode
-from headway.launcher.records import read_run
+from headway.launcher.card import with_attempts
+from headway.launcher.compare import StudyResult
+from headway.launcher.fairness import run_differences
+from headway.launcher.lines import Damage, LineFile, decode, encode, gaps, read_lines
+from headway.launcher.load import load_spec
+from headway.launcher.records import RunRecord, read_run
+from headway.launcher.report import _warnings
+from headway.launcher.report_html import to_markdown
 from headway.launcher.run_dir import RunDir
+from headway.launcher.session import Session
 from headway.launcher.tracking import Tracker
+
+YAML = Path(__file__).resolve().parents[2] / "yaml"
 
 
 def record(step: int, loss: float = 2.5) -> dict:
@@ -24,6 +40,20 @@ def record(step: int, loss: float = 2.5) -> dict:
 def tracker(run: RunDir, start: int = 0, *, tensorboard: bool = False) -> Tracker:
     run.path.mkdir(exist_ok=True)
     return Tracker(run, main=True, tensorboard=tensorboard, log_every_steps=100, total_steps=100, start_step=start)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def shown(run: RunDir, tag: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def run_record(card: dict) -> RunRecord:
+    return cast(RunRecord, SimpleNamespace(run=card, summary={}))
 
 
 def test_a_line_is_json_and_its_record_comes_back():
@@ -76,52 +106,198 @@ def test_records_wait_for_room_on_the_disk_and_none_is_lost(tmp_path, monkeypatc
 
 
 def test_records_that_never_found_room_are_no_silent_loss(tmp_path, monkeypatch):
-    def full(fd, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     file = LineFile(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(lines, "_MOST_BYTES", 1000)
     monkeypatch.setattr(lines.os, "write", full)
     assert isinstance(file.write("a"), OSError) and file.write("b") is None  # said once
+    with pytest.raises(OSError, match="could not be written"):
+        file.write("c" * 1000)  # more than may wait in memory
     with pytest.raises(OSError, match="could not be written"):
         file.close()
 
 
-def test_a_tensorboard_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["folder", "call", "thread"])
+def test_a_tensorboard_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, capsys, where):
+    # F27
     run = RunDir(tmp_path / "run")
+    if where == "folder":
+        run.path.mkdir()
+        run.tensorboard.write_text("no folder")
     track = tracker(run, tensorboard=True)
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    assert track._board is not None
-    monkeypatch.setattr(track._board, "add_scalar", full)
-    for step in (1, 2):
+    if where == "call":
+        monkeypatch.setattr(track._board, "add_scalar", full)
+    if where == "thread":
+        monkeypatch.setattr(RecordWriter, "write", full)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it prints what the thread died of
+    for step in range(1, 30):
         track.train(record(step), seconds_left=None)
-    track.flush()
+        track.flush()
     track.close()
     assert capsys.readouterr().out.count("TENSORBOARD IS NOT WRITTEN ANY MORE") == 1
-    assert [r["step"] for r in run.read_metrics()] == [1, 2]
+    assert [r["step"] for r in run.read_metrics()] == list(range(1, 30))
 
 
-@pytest.mark.parametrize("clock", [-86_400, 86_400, 0, "1970"])
-def test_each_step_is_shown_once_whatever_the_clock_did_between_two_attempts(tmp_path, monkeypatch, clock):
+DAY = 86_400.0
+CLOCKS = {  # what the clock shows at the start of each of three attempts, and in the middle of the last
+    "back a day": [0.0, -DAY, -2 * DAY, -2 * DAY],
+    "forward a day": [0.0, DAY, 2 * DAY, 2 * DAY],
+    "equal": [0.0, 0.0, 0.0, 0.0],
+    "1970": [0.0, -1.7e9, -1.7e9 - 500, -1.7e9 - 400],
+    "during the run": [0.0, 1.0, 2.0, -DAY],
+    "times of files reversed": [0.0, 1.0, 2.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_each_step_is_shown_once_whatever_the_clock_did(tmp_path, monkeypatch, clock):
     # F12
-    import time
+    run = RunDir(tmp_path / "run")
+    for attempt, (start, offset) in enumerate(zip((0, 2, 4), CLOCKS[clock][:3], strict=True)):
+        monkeypatch.setattr(time, "time", lambda now=1.7e9 + 1000 + offset: now)
+        if clock == "times of files reversed":
+            for age, path in enumerate(sorted(run.path.glob("**/*"))):
+                os.utime(path, (1e9 - age, 1e9 - age))
+        run.path.mkdir(exist_ok=True)
+        run.truncate_metrics(last_step=start)
+        track = tracker(run, start=start, tensorboard=True)
+        for step in range(start + 1, start + 5):
+            track.train(record(step, loss=float(attempt)), seconds_left=None)
+            monkeypatch.setattr(
+                time, "time", lambda now=1.7e9 + 1000 + (CLOCKS[clock][3] if attempt == 2 else offset): now
+            )
+        track.close()
+    wanted = [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 2.0), (8, 2.0)]
+    assert [(r["step"], r["loss"]) for r in run.read_metrics()] == wanted
+    assert shown(run, "train/loss") == wanted
 
-    now, run = time.time, RunDir(tmp_path / "run")
-    first = tracker(run, tensorboard=True)
-    for step in (1, 2, 3, 4):
-        first.train(record(step), seconds_left=None)
-    first.close()
-    monkeypatch.setattr(time, "time", (lambda: 1000.0) if clock == "1970" else lambda: now() + clock)
+
+def test_no_duration_is_measured_with_a_clock_that_can_jump():
+    # F12
+    allowed = {"launcher/checkpoints.py": 1, "data/manifest.py": 1}  # ages of files, compared with the files' own times
+    root = Path(__file__).resolve().parents[2]
+    files = [
+        p for folder in ("launcher", "parallel", "model", "data", "kernels") for p in (root / folder).rglob("*.py")
+    ]
+    found = {str(p.relative_to(root)): n for p in files if (n := len(re.findall(r"\btime\.time\(", p.read_text())))}
+    assert found == allowed
+
+
+# ---------------------------------------------------------------- what is lost is said
+
+
+def test_a_line_that_lost_its_checksum_is_damaged_among_lines_that_have_theirs(tmp_path):
+    path, damage = tmp_path / "metrics.jsonl", Damage()
+    forged = encode(record(2)).replace('"crc"', '"crb"').replace('"loss": 2.5', '"loss": 1.5')
+    path.write_text("\n".join([encode(record(1)), forged, encode(record(3)), encode(record(4))[:50]]))
+    assert [r["step"] for r in read_lines(path, damage)] == [1, 3]
+    assert damage.lines == [2]  # the last one is being written, or was cut by a kill: that is no damage
+    path.write_text(json.dumps(record(1)) + "\n" + encode(record(2)) + "\n")
+    assert [r["step"] for r in read_lines(path)] == [1, 2]  # an older run that goes on
+
+
+def test_what_is_lost_is_counted_and_named(tmp_path):
+    run = RunDir(tmp_path)
+    whole = [encode(record(step)) for step in range(1, 10)]
+    whole[4] = whole[4].replace("2.5", "3.5")
+    run.metrics.write_text("\n".join(whole[:2] + whole[4:]) + "\n")
+    lost = "1 line is damaged and no record of step 3 to 5"
+    assert str(read_run(run.path).lost) == lost
+    cells = [SimpleNamespace(key="gqa/seed-1", record=read_run(run.path))]
+    facts = SimpleNamespace(pairing=SimpleNamespace(status="PAIRED"), differences=[], circumstances=[], deviations=[])
+    page = to_markdown(list(_warnings(cast(StudyResult, SimpleNamespace(cells=cells, **vars(facts))))))
+    assert f"gqa/seed-1: {lost}" in page
+    assert str(run.truncate_metrics(last_step=11)) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
+    assert not run.truncate_metrics(last_step=2)
+    assert gaps([], 3) == ((1, 3),) and gaps([1, 2, 3], 3) == () and gaps([2, 4]) == ((1, 1), (3, 3))
+
+
+def test_a_file_of_records_that_cannot_be_read_is_not_replaced_by_an_empty_one(tmp_path):
+    run = RunDir(tmp_path)
+    run.metrics.mkdir()
+    with pytest.raises(OSError):
+        run.truncate_metrics(last_step=2)
+    assert run.metrics.is_dir()
+
+
+def test_a_power_cut_after_records_are_cut_leaves_one_of_the_two_files(tmp_path, monkeypatch):
+    run, order = RunDir(tmp_path), []
+    run.metrics.write_text("".join(encode(record(step)) + "\n" for step in (1, 2, 3)))
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: order.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd))
+    monkeypatch.setattr(Path, "replace", lambda self, to: order.append("replace") or replace(self, to))
     run.truncate_metrics(last_step=2)
-    second = tracker(run, start=2, tensorboard=True)
-    for step in (3, 4, 5):
-        second.train(record(step, loss=9.0), seconds_left=None)
-    second.close()
-    assert read_run(run.path).train.tokens.tolist() == [8, 16, 24, 32, 40]
-    board = EventAccumulator(str(run.tensorboard))
-    board.Reload()
-    shown = {event.step: event.value for event in board.Scalars("train/loss")}
-    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5]
-    assert shown[3] == 9.0
+    assert order == [str(tmp_path / "metrics.tmp"), "replace", str(tmp_path)]
+
+
+def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path):
+    run, done = RunDir(tmp_path), threading.Event()
+
+    def write():
+        file = LineFile(run.metrics)
+        for step in range(1, 1500):
+            file.write(encode(record(step)))
+        file.close()
+        done.set()
+
+    threading.Thread(target=write).start()
+    while not done.is_set():
+        damage = Damage()
+        steps = [r["step"] for r in run.read_metrics(damage)]
+        assert steps == list(range(1, len(steps) + 1)) and damage.lines == []
+    assert len(list(run.read_metrics())) == 1499
+
+
+def test_a_run_whose_records_are_not_all_written_is_not_called_complete(tmp_path, monkeypatch, capsys):
+    run = RunDir(tmp_path)
+    track, write = tracker(run), os.write
+    monkeypatch.setattr(lines.os, "write", full)
+    track.train(record(1), seconds_left=None)
+    track.flush()
+    assert "RECORDS ARE NOT SAFE ON THE DISK: No space left" in capsys.readouterr().out
+    session = SimpleNamespace(
+        _last_validation=2.0, step=1, layout=SimpleNamespace(is_main=True), run=run, tracker=track
+    )
+    with pytest.raises(OSError, match="could not be written") as caught:
+        Session.finish(cast(Session, session))
+    assert caught.value.errno == errno.ENOSPC  # which a rank ends with 74 for
+    assert not run.summary.exists()
+    monkeypatch.setattr(lines.os, "write", write)
+    track.close()
+    assert [r["step"] for r in run.read_metrics()] == [1]
+
+
+def test_code_that_changed_between_two_starts_of_a_run_is_a_confound():
+    spec = load_spec(YAML / "base" / "tiny.yaml").spec
+
+    def card(commit: str) -> dict:
+        versions = {"torch": "2.13"}
+        return {"started_at": "2030-01-01T00:00:00Z", "git_commit": commit, "versions": versions, "machine": {}}
+
+    first = with_attempts(card("aaa"), {}, spec, from_step=0)
+    same = with_attempts(card("aaa"), first, spec, from_step=40)
+    other = with_attempts(card("bbb"), same, spec, from_step=80)
+    again = with_attempts(card("aaa"), other, spec, from_step=80)  # nothing of bbb is left
+    found = [run_differences({"gqa/seed-1": run_record(c)}) for c in (first, same, other, again)]
+    assert found == [[], [], ["git_commit changed within gqa/seed-1: aaa from step 0, bbb from step 80"], []]
+    many = {**other, "attempts": [first["attempts"][0], *[other["attempts"][-1]] * 300]}
+    kept = with_attempts(card("ccc"), many, spec, from_step=90)["attempts"]
+    assert [len(kept), kept[0]["git_commit"], kept[-1]["git_commit"]] == [200, "aaa", "ccc"]
+    older = with_attempts(card("bbb"), card("aaa"), spec, from_step=5)  # a card from before there were lists
+    assert [a["git_commit"] for a in older["attempts"]] == ["aaa", "bbb"]
+
+
+def test_a_resumed_run_says_which_records_it_lost(headway):
+    # F27
+    assert headway.train("train.tokens=2560", "train.validate_every_tokens=1280").returncode == 0
+    run = RunDir(headway.folder / "runs" / "tiny")
+    text = run.metrics.read_text().splitlines(keepends=True)
+    (place,) = [i for i, line in enumerate(text) if '"kind": "train", "step": 3,' in line]
+    run.metrics.write_text("".join([*text[:place], text[place].replace("loss", "lost"), *text[place + 1 :]]))
+    run.summary.unlink()
+    done = headway.train("train.tokens=2560", "train.validate_every_tokens=1280")
+    assert done.returncode == 0 and "RECORDS WERE LOST" in done.stdout
+    assert "1 line is damaged and no record of step 3" in done.stdout
+    (lost,) = [r for r in run.read_metrics() if r["kind"] == "records_lost"]
+    assert (lost["lines"], lost["gaps"]) == (1, [[3, 3]])
+    assert [a["from_step"] for a in json.loads(run.card.read_text())["attempts"]] == [0, 10]
+    assert str(read_run(run.path).lost) == "no record of step 3"

@@ -42,9 +42,12 @@ def test_a_kill_inside_a_save_at_any_point_and_rank_costs_no_more_than_that_save
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-0000000100"]
 
 
-@pytest.mark.parametrize("point", ["save:begin@0", "save:begin@1", "save:after_file@1", "save:before_manifest@0"])
+@pytest.mark.parametrize(
+    "point",
+    ["save:begin@0", "save:begin@1", "save:after_file@1", "save:before_manifest@0", "save:after_manifest@0"],
+)
 def test_a_save_without_room_fails_on_all_ranks_alike_and_training_goes_on(headway, point):
-    # F6: data on either rank, and the manifest
+    # F6: data on either rank, the manifest, the rename
     env = {**headway.environment(), "HEADWAY_FAULT": f"{point}#2:enospc"}
     done = headway.train("launch.processes=2", "run_dir=full", "train.tokens=5120", env=env)
     assert done.returncode == 0, done.stderr
