@@ -53,6 +53,8 @@ class ForkServer:
         self._folder = tempfile.TemporaryDirectory(prefix="headway-fork-")
         self.path = Path(self._folder.name) / "socket"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        # Importing torch's compiler makes a folder, which would else stay in the temporary one.
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
         command = [sys.executable, "-P", "-m", "headway.launcher.forked", str(self.path), str(os.getpid())]
         log = (Path(self._folder.name) / "log").open("wb")
         self._process = subprocess.Popen([*command, "x" * _TITLE_BYTES], env=env, stdin=subprocess.DEVNULL, stderr=log)
