@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +372,7 @@ def soak(*, seconds: float, kills: int, at_most_s: float, seed: int) -> dict[str
         "seed": seed,
         "seconds": round(time.monotonic() - begin, 1),
         "kills": campaign.figures.kills,
-        **asdict(campaign.figures),
+        **{key: dict(v) if isinstance(v, Counter) else v for key, v in vars(campaign.figures).items()},
         "disk_filled": mounted,
         "left_behind": 0,
         "wrong": 0,
