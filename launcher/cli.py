@@ -26,6 +26,7 @@ _DESCRIPTION = """Headway pretrains language models to find out which attention 
   headway board RUN...                  TensorBoard over runs and studies, on this machine alone
   headway export RUN OUT --to hf        a run's weights as a Llama of Hugging Face, logits compared
   headway import FOLDER --to DIR        a Llama of Hugging Face to generate with and train from
+  headway chaos                         ten kinds of faults, done to stock DeepSpeed and to Headway, here and now
 
 Any spec value can be set behind the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2"""
 
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "doctor|data|plan|train|study|probe|bench|generate|checkpoint|board|export|import|schema"
+    names = "doctor|data|plan|train|study|probe|bench|generate|checkpoint|board|export|import|chaos|schema"
     verbs = parser.add_subparsers(dest="verb", metavar=names, required=True)
 
     def verb(name: str, help_text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -159,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--port", type=int, default=None, metavar="N", help="default 6006 or the next; 0: any")
     board.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="beyond this machine it needs --expose")
     board.add_argument("--expose", action="store_true", help="others may read it: it asks nobody for a password")
+    chaos = verb("chaos", "ten kinds of faults, done to stock DeepSpeed and to Headway, here and now", spec=False)
+    chaos.add_argument("--faults", default=None, metavar="F1,F8", help="only these (default: F1 to F10)")
+    chaos.add_argument("--seconds", type=float, default=170, metavar="N", help="no trial begins later (default 170)")
+    chaos.add_argument("--seed", type=int, default=None, metavar="N", help="default: another one every time, printed")
+    chaos.add_argument("--json", type=Path, default=None, metavar="OUT", help="every trial, and the table beside it")
     schema = verb("schema", "write the JSON schema of specs, for completion in editors", spec=False)
     schema.add_argument(
         "out",
@@ -263,6 +269,11 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher.import_hf import import_hf
 
             return import_hf(args.folder, args.to)
+        case "chaos", _:
+            from headway.launcher.chaos.drill import chaos
+
+            faults = None if args.faults is None else args.faults.split(",")
+            return chaos(faults=faults, seconds=args.seconds, seed=args.seed, out=args.json)
         case "schema", _:
             from headway.launcher.schema import write_schema
 

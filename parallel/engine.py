@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headway.model.base import Attention, Ranks
 from headway.model.decoder import Decoder
 from headway.parallel.config import OptimizerConfig, ParallelConfig
-from headway.parallel.fault_points import passing
+from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
 
@@ -152,6 +152,7 @@ class Engine:
         deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
         model.to(layout.device)
         prepare_tensor_parallel(self._logical, layout, sequence_parallel=parallel.sequence_parallel)
+        watch("step:gradient", self._logical[0].parameter)
         inner = torch.optim.AdamW(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.lr,

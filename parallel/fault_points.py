@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VARIABLE = "HEADWAY_FAULT"
 POINTS = (
     *("save:begin", "save:after_file", "save:before_manifest", "save:after_manifest", "save:after_rename"),
-    *("retention:after_manifest", "retention:before_delete", "load:after_verify", "step:loss"),
+    *("retention:after_manifest", "retention:before_delete", "load:after_verify", "step:loss", "step:gradient"),
 )
 _FAULT = re.compile(
     r"(?P<point>[a-z_]+:[a-z_]+)(@(?P<rank>\d+))?(#(?P<nth>\d+))?:(?P<act>kill|stop|exit|enospc|eio|nan|inf|"
@@ -44,6 +44,12 @@ def passing(name: str, number: Tensor) -> Tensor:
     for act in _due(name):
         number = number * float(act.removeprefix("times="))
     return number
+
+
+def watch(name: str, parameter: Tensor) -> None:
+    """Let what HEADWAY_FAULT says happen to the gradients of this parameter alone, at each backward pass."""
+    if name in os.environ.get(VARIABLE, ""):
+        parameter.register_hook(lambda gradient: passing(name, gradient))
 
 
 def _due(name: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from safetensors.torch import load_file
 
 from headway.launcher.errors import HeadwayError
 from headway.launcher.guard import Guard
@@ -18,6 +19,17 @@ TP, PP, CP, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context
 
 def records(run, kind="train"):
     return [r for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
+
+
+def saved(run):
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def state(run, step):
+    tensors = {}
+    for path in saved(run)[step - 1].glob("*.safetensors"):
+        tensors |= {name: (t.shape, t.numpy().tobytes()) for name, t in load_file(path).items()}
+    return tensors
 
 
 def poisoned(headway, fault, *overrides):
@@ -47,12 +59,22 @@ def alone(headway_once):
         ("step:loss@1#10:inf", [TWO, PP, BF16]),
         ("step:loss@3#10:nan", [FOUR, TP, PP]),
         ("step:loss@2#6:nan", [FOUR, PP, BF16]),
+        # one parameter's gradient on one rank, with losses that are numbers
+        ("step:gradient@1#6:inf", [TWO]),
+        ("step:gradient@0#6:nan", [TWO, "parallel.zero=3", BF16]),
+        ("step:gradient@1#10:inf", [TWO, TP]),
+        ("step:gradient@0#10:nan", [TWO, TP, BF16]),
+        ("step:gradient@0#10:inf", [TWO, PP]),
+        ("step:gradient@1#10:nan", [TWO, PP, BF16]),
+        ("step:gradient@1#10:nan", [TWO, CP]),
+        ("step:gradient@2#10:inf", [FOUR, TP, PP]),
+        ("step:gradient@1#6:inf", [FOUR, PP, BF16]),
     ],
     ids=str,
 )
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, alone, fault, overrides):
     # F17
-    done = poisoned(headway, fault, *overrides, "run_dir=run")
+    done = poisoned(headway, fault, *overrides, "run_dir=run", "checkpoint.every_tokens=256", "checkpoint.keep=6")
     assert done.returncode == 0, done.stderr
     run = headway.folder / "run"
     steps, validations = records(run), records(run, "validation")
@@ -66,9 +88,16 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, a
         assert math.isnan(expected) or math.isclose(found, expected, rel_tol=tolerance)
     dump = json.loads((run / "skipped" / "step-0000000003.json").read_text())
     assert dump["batch_hash"] == steps[2]["batch_hash"] and len(dump["ranks"]) == int(overrides[0][-1])
-    assert any(not isinstance(x, float) for rank in dump["ranks"] for x in rank["micro_batch_loss_sums"])
+    sums = [x for rank in dump["ranks"] for x in rank["micro_batch_loss_sums"]]
+    assert any(not isinstance(x, float) for x in sums) == ("step:loss" in fault)
     readers = {rank["data_rank"]: rank["sequences"] for rank in dump["ranks"]}
     assert sum(map(len, readers.values())) == 8
+    # masters, moments and router biases, bit for bit, and Adam's counter
+    before, after, then = (state(run, step) for step in (2, 3, 4))
+    assert before == after and before.keys() == then.keys() and before != then
+    assert {name.partition("/")[0] for name in before} >= {"param", "exp_avg", "exp_avg_sq"}
+    manifests = [json.loads((s / "MANIFEST.json").read_text())["manifest"] for s in saved(run)]
+    assert [m["state"]["applied_steps"] for m in manifests] == [1, 2, 2, 3, 4, 5]
 
 
 def test_too_many_in_a_row_end_the_run_and_a_resume_goes_on_counting(headway):
