@@ -1,9 +1,18 @@
 """A rank that is not of one kind with the others is refused before a model is built, and named."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from headway.data.config import DataError
 from headway.launcher import identity
+from headway.launcher.commands import free_port, worker_environment
 from headway.launcher.errors import HeadwayError, SpecError
 from headway.launcher.identity import check_identity, identity_hash, run_identity
 from headway.launcher.spec import Spec
@@ -94,3 +103,57 @@ def test_equal_ranks_pass_and_the_hash_of_the_card_tells_cards_apart():
     check_identity(whole, "f00d", Among(0, [whole] * 2, [card, card]))
     assert identity_hash(card) == identity_hash(dict(reversed(card.items())))
     assert identity_hash(card) != identity_hash(run_identity(spec(seed=2), "f00d"))
+
+
+# ---------------------------------------------------------------- real ranks
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def other_spec(folder, environment):
+    path = folder / "spec.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 7}))
+    return "seed 7", "1", 64
+
+
+def other_data(folder, environment):
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_fingerprint": "beef"}))
+    return "data fingerprint beef", "None", 65
+
+
+def other_sources(folder, environment):
+    """As on a host where somebody has edited a file."""
+    for name in ("launcher", "parallel", "model", "data", "kernels"):
+        shutil.copytree(ROOT / name, folder / "code" / "headway" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "code" / "headway" / "model" / "decoder.py").open("a") as f:
+        f.write("# edited\n")
+    environment["PYTHONPATH"] = str(folder / "code")
+    return "code", "", 70
+
+
+@pytest.mark.parametrize("odd", [other_spec, other_data, other_sources])
+def test_real_ranks_of_two_kinds_end_before_a_model_is_built(headway, odd):
+    # F20: two workers, each started from a folder of its own as hosts without a common file system are
+    done = headway.train("run_dir=rank-0", "train.tokens=256", "launch.processes=2")
+    assert done.returncode == 0, done.stderr
+    folders = [headway.folder / "rank-0", headway.folder / "rank-1"]
+    shutil.rmtree(folders[0] / "checkpoints")
+    shutil.copytree(*folders)
+    whole = Spec.model_validate_json((folders[0] / "spec.json").read_text())
+    common = {**os.environ, **worker_environment(whole), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    here, usual, status = odd(folders[1], environments[1])
+    ranks = [
+        subprocess.Popen([sys.executable, "-P", "-m", "headway.launcher.worker", str(folder)], env=environment)
+        for folder, environment in zip(folders, environments, strict=True)
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [status, status]
+    said = [
+        json.loads((folder / "logs" / f"rank-{i}.error.json").read_text())["message"]
+        for i, folder in enumerate(folders)
+    ]
+    assert said[0] == said[1] and re.search(rf"rank 1 on \S+ has {here}.*, rank 0 on \S+ has .*{usual}$", said[0], re.M)
+    assert not list(folders[0].glob("checkpoints/*"))
