@@ -150,7 +150,11 @@ def test_real_ranks_of_two_kinds_end_before_a_model_is_built(headway, odd):
         subprocess.Popen([sys.executable, "-P", "-m", "headway.launcher.worker", str(folder)], env=environment)
         for folder, environment in zip(folders, environments, strict=True)
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [status, status]
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [status, status]
+    finally:
+        for rank in ranks:
+            rank.kill()
     said = [
         json.loads((folder / "logs" / f"rank-{i}.error.json").read_text())["message"]
         for i, folder in enumerate(folders)

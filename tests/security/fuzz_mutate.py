@@ -217,7 +217,13 @@ def _whole(rng: random.Random) -> bytes:
 
 
 def _tree(rng: random.Random, tree: Any, seal: Callable[[Any], None] | None) -> bytes:
-    tree = copy.deepcopy(tree)
+    try:
+        return _changed_tree(rng, copy.deepcopy(tree), seal)
+    except RecursionError:  # two nestings in one another are more than can be copied here
+        return b'{"a":' * 1200 + b"[0]" + b"}" * 1200
+
+
+def _changed_tree(rng: random.Random, tree: Any, seal: Callable[[Any], None] | None) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         tree = _changed(rng, tree)
     if seal is not None and rng.random() < 0.75:
