@@ -3,6 +3,10 @@
 Each round takes steps without a save, begins one, takes steps until it is committed as the worker does, and takes steps
 without a save again. Steps beside the writing are paired with the median of their own round, so that a machine whose
 speed drifts slows both. The cost of a checkpoint is what training waited for plus what its steps took longer.
+
+The other things that a run does to survive are timed at the end of each round: hashing the files (the writer does it),
+the signs of life of a step, and hashing the parameters for the comparison of replicas, without its exchange of a few
+numbers.
 """
 
 from __future__ import annotations
@@ -13,18 +17,21 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.bench import spread
 from headway.launcher.errors import SpecError
+from headway.launcher.heartbeat import Heartbeat
 from headway.launcher.launch import resolve, worker_environment
 from headway.launcher.load import load_spec
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
-from headway.parallel.config import CheckpointConfig, CheckpointError
+from headway.parallel.config import CheckpointConfig, CheckpointError, GuardConfig
+from headway.parallel.manifest import file_hash, steps_on_disk
 
 if TYPE_CHECKING:
     from headway.launcher.session import Session
@@ -97,8 +104,10 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
     quiet = [seconds for r in measured for seconds in r["quiet_s"]]
     ratios = [seconds / statistics.median(r["quiet_s"]) for r in measured for seconds in r["beside_s"]]
     stall, cost = [r["stall_s"] for r in measured], [r["cost_s"] for r in measured]
-    minutes = CheckpointConfig().every_minutes
-    assert minutes is not None
+    minutes, every_steps = CheckpointConfig().every_minutes, GuardConfig().replicas_every_steps
+    assert minutes is not None and every_steps is not None
+    hash_s, beats_s, replicas_s = (spread([r[name] for r in measured]) for name in ("hash_s", "beats_s", "replicas_s"))
+    step_s = statistics.median(quiet)
     return {
         "kind": "checkpoint",
         "bytes": found.bytes,
@@ -113,12 +122,21 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
         "default_interval_s": 60 * minutes,
         "stall_share_at_default_interval": statistics.median(stall) / (60 * minutes),
         "cost_share_at_default_interval": statistics.median(cost) / (60 * minutes),
+        "hash_s": hash_s,
+        "hash_share_at_default_interval": hash_s["median"] / (60 * minutes),
+        "beats_s": beats_s,
+        "beats_share": beats_s["median"] / step_s,
+        "replicas_s": replicas_s,
+        "default_replicas_every_steps": every_steps,
+        "replicas_share_at_default_interval": replicas_s["median"] / (every_steps * step_s),
         "raw_rounds": measured,
     }
 
 
 def _round(session: Session, run: RunDir) -> dict[str, Any]:
-    """Seconds of one save and of the steps around and beside it."""
+    """Seconds of one save and of the steps around and beside it, and of what else guards a run."""
+    from headway.parallel.replicas import hashed
+
     quiet = [_step(session)[0] for _ in range(QUIET_STEPS)]
     t0 = time.perf_counter()
     session.checkpoint()
@@ -131,13 +149,31 @@ def _round(session: Session, run: RunDir) -> dict[str, Any]:
     stall_s += time.perf_counter() - t0
     quiet += [_step(session)[0] for _ in range(QUIET_STEPS)]
     saved = next(r for r in run.read_metrics() if r["kind"] == "checkpoint" and r["step"] == step)
+    files = list(steps_on_disk(run.checkpoints)[0].iterdir())
     return {
         "stall_s": stall_s,
         "write_s": saved["write_s"],
         "cost_s": stall_s + sum(beside) - len(beside) * statistics.median(quiet),
         "quiet_s": quiet,
         "beside_s": beside,
+        "hash_s": _seconds(lambda: [file_hash(path) for path in files]),
+        "beats_s": _seconds(partial(_beats, Heartbeat(run.path / "beat", 0), step), times=100),
+        "replicas_s": _seconds(lambda: [hashed(p.parameter.data) for p in session.engine.logical]),
     }
+
+
+def _seconds(act: Callable[[], Any], *, times: int = 1) -> float:
+    """Of one call, the mean of so many."""
+    t0 = time.perf_counter()
+    for _ in range(times):
+        act()
+    return (time.perf_counter() - t0) / times
+
+
+def _beats(heart: Heartbeat, step: int) -> None:
+    """Those of one step of the worker."""
+    heart.beat("data", step)
+    heart.beat("step", step)
 
 
 def _step(session: Session) -> tuple[float, bool]:
@@ -172,11 +208,14 @@ def _file_system(folder: Path) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The measurement in four lines."""
+    """The measurement in five lines."""
 
     def ms(name: str) -> str:
         s = result[name]
         return f"{1e3 * s['median']:.1f} ms (quartiles {1e3 * s['q1']:.1f} to {1e3 * s['q3']:.1f}, n={s['n']})"
+
+    def share(name: str) -> str:
+        return f"{100 * result[name]:.4f} %"
 
     ratio, write_s = result["step_beside_over_step"], result["write_s"]["median"]
     rate = result["bytes"] / write_s / 1e6
@@ -189,5 +228,8 @@ def summary(result: dict[str, Any]) -> str:
             f"  at one checkpoint in {result['default_interval_s'] / 60:g} minutes: waiting "
             f"{100 * result['stall_share_at_default_interval']:.3f} % of the time, with slower steps "
             f"{100 * result['cost_share_at_default_interval']:.3f} %",
+            f"  hashing the files, beside training: {share('hash_share_at_default_interval')}; in it: signs of life "
+            f"{share('beats_share')}, hashes of replicas every {result['default_replicas_every_steps']} steps "
+            f"{share('replicas_share_at_default_interval')}",
         ]
     )

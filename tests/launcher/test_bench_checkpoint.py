@@ -33,6 +33,15 @@ def test_every_save_is_paired_with_the_steps_of_its_round(measured):
     # A quarter of an hour, as checkpoint.every_minutes says by default.
     stall = statistics.median(r["stall_s"] for r in rounds)
     assert result["stall_share_at_default_interval"] == pytest.approx(stall / 900)
+    # What else guards a run: of the interval, of a step, of a hundred steps.
+    hashing, beats, replicas = (
+        statistics.median(r[name] for r in rounds) for name in ("hash_s", "beats_s", "replicas_s")
+    )
+    step = result["step_s"]["median"]
+    assert min(hashing, beats, replicas) > 0
+    assert result["hash_share_at_default_interval"] == pytest.approx(hashing / 900)
+    assert result["beats_share"] == pytest.approx(beats / step)
+    assert result["replicas_share_at_default_interval"] == pytest.approx(replicas / (100 * step))
 
 
 def test_the_summary_is_printed_and_nothing_else_is_left(measured):
