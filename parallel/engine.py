@@ -108,7 +108,9 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
     """Import DeepSpeed without its start-up chatter and without compiling its shared-memory operation on CPU.
 
     The operation is built by a compiler at first use (about 46 s) and only speeds up CPU collectives within a host;
-    gloo does the same work. `cpu`: train on the CPU even where there is a GPU, which DeepSpeed would otherwise take.
+    gloo does the same work. Whether it could be built stands in a table, which DeepSpeed fills by running a compiler in
+    every rank; where the rank is killed meanwhile a folder stays behind. So the table is given. `cpu`: train on the CPU
+    even where there is a GPU, which DeepSpeed would otherwise take.
     """
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -118,9 +120,7 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if cpu:
-        table = getattr(deepspeed.ops, "__compatible_ops__", {})
-        if "deepspeed_shm_comm" in table:
-            table["deepspeed_shm_comm"] = False
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     return deepspeed
 
 

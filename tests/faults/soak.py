@@ -363,7 +363,7 @@ def soak(*, seconds: float, kills: int, at_most_s: float, seed: int) -> dict[str
             os.environ.pop("TMPDIR")
             if before is not None:
                 os.environ["TMPDIR"] = before
-        left = sorted(p.name for p in temporary.iterdir() if not p.name.startswith("headway-fork-"))
+        left = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*"))
         left += sorted(p.name for p in set(SHARED_MEMORY.iterdir()) - shared)
         if left:
             raise Broken(f"left behind: {left}")

@@ -129,3 +129,24 @@ def test_a_run_on_the_cpu_keeps_deepspeed_off_a_gpu_that_is_there(monkeypatch):
     quiet_deepspeed(cpu=True)
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     monkeypatch.delenv("DS_ACCELERATOR")
+
+
+def test_no_compiler_runs_and_no_temporary_folder_is_made_when_ranks_start(tmp_path):
+    """Where a rank is killed in the midst of it, the folder would stay."""
+    script = """if True:
+    import subprocess, sys
+    from datetime import timedelta
+    from headway.parallel.engine import quiet_deepspeed
+
+    seen = []
+    watched = ("tempfile.mkdtemp", "tempfile.mkstemp", "subprocess.Popen")
+    sys.addaudithook(lambda event, args: seen.append((event, args)) if event in watched else None)
+    deepspeed = quiet_deepspeed(cpu=True)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False, init_method=sys.argv[1],
+                               rank=0, world_size=1)
+    print(seen)
+    """
+    command = [sys.executable, "-P", "-c", script, f"file://{tmp_path}/store"]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().splitlines()[-1:] == ["[]"], done.stdout + done.stderr[-2000:]
