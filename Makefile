@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Workers and tools must never import the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results mechanisms probes plans parity soak lint types format clean
+.PHONY: help study test test-all results mechanisms probes plans parity soak chaos checkpoint-cost lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -34,7 +34,7 @@ study: $(VENV)/.installed
 RESULTS := docs/results
 BENCH := $(BIN)/headway bench
 REPORT := report.md report.csv curves.csv study.json loss.png effects.png routers.png heads.png routers.csv heads.csv
-results: study mechanisms probes
+results: study mechanisms probes checkpoint-cost
 	mkdir -p $(RESULTS)/quickstart
 	cp $(addprefix studies/quickstart/,$(REPORT)) $(RESULTS)/quickstart/
 	$(BENCH) step yaml/base/quickstart.yaml --out $(RESULTS)/bench/step-gqa.json
@@ -67,6 +67,14 @@ parity: $(VENV)/.installed
 # Kills, full disks, damaged files and moves between layouts, at random, for half an hour on two cores.
 soak: $(VENV)/.installed
 	$(BIN)/python -P tests/faults/soak.py --minutes 30 --kills 200 --out $(RESULTS)/soak.json
+
+# Ten kinds of faults, done to stock DeepSpeed and to Headway; three minutes.
+chaos: $(VENV)/.installed
+	$(BIN)/headway chaos --json $(RESULTS)/chaos.json
+
+# What training pays for checkpoints; five minutes on one core.
+checkpoint-cost: $(VENV)/.installed
+	$(BENCH) checkpoint yaml/bench/checkpoint-82m.yaml launch.threads=1 --rounds 10 --out $(RESULTS)/bench/checkpoint.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.device import fused
+from headway.kernels.rope import apply_rope
+
 GateName = Literal[
     "sigmoid2", "sigmoid", "softmax", "softmax_n", "detached_renorm", "straight_through", "renorm", "hard"
 ]
@@ -34,8 +37,12 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the k largest of `scores` [..., N], largest first; of equal scores the lower index wins.
 
     `torch.topk` leaves ties to chance; `argmax` is documented to return the first maximum. k passes of it take a
-    quarter of a stable sort's time at N=4, k=2 on CPU.
+    quarter of a stable sort's time at N=4, k=2 on CPU. On a GPU one kernel of ours (`headway.kernels.triton_routing`).
     """
+    if fused(scores):
+        from headway.kernels import ops
+
+        return ops.top_k(scores, k)
     chosen = []
     for i in range(k):
         best = scores.argmax(-1, keepdim=True)
@@ -59,6 +66,15 @@ def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
     """
     if gate == "hard":
         return torch.ones_like(idx, dtype=logits.dtype)
+    if fused(logits):
+        from headway.kernels import ops
+
+        return ops.gates(logits, idx, gate)
+    return gates_twin(logits, idx, gate)
+
+
+def gates_twin(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    """`gates` in PyTorch, for every gate but "hard"."""
     if gate == "sigmoid2":
         return 2 * torch.sigmoid(logits.gather(-1, idx))
     if gate == "sigmoid":
@@ -88,8 +104,34 @@ def select(pool: Tensor, idx: Tensor) -> Tensor:
     return chosen.view(*idx.shape, pool.shape[-1])
 
 
+def select_rope(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """The chosen slices of `select`, turned by their token's position; [B, S, G, k, D].
+
+    After the gather: fewer rotations than before it, and the same ones, as the angle is the token's. On a GPU one pass.
+    """
+    if fused(pool):
+        from headway.kernels import ops
+
+        return ops.select_rope(pool, idx, *rope)
+    return select_rope_twin(pool, idx, rope)
+
+
+def select_rope_twin(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """`select_rope` in PyTorch."""
+    return apply_rope(select(pool, idx).flatten(2, 3), rope).unflatten(2, idx.shape[2:])
+
+
 def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
     """Inverse of `select`, gated: slots [B, S, G, k, D] times gate [B, S, G, k] -> [B, S, G, N, D], zero elsewhere."""
+    if fused(slots):
+        from headway.kernels import ops
+
+        return ops.expand(slots, idx, gate, experts)
+    return expand_twin(slots, idx, gate, experts)
+
+
+def expand_twin(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
+    """`expand` in PyTorch."""
     channels = slots.shape[-1]
     gated = (slots * gate.to(slots.dtype).unsqueeze(-1)).reshape(-1, channels)
     pool = gated.new_zeros(idx.numel() // idx.shape[-1] * experts, channels)

@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.experts import Projections, project
-from headway.kernels.routing import select
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard
@@ -186,15 +185,15 @@ class GroupedQueryExperts(GroupedQueryAttention):
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         config, queries = self.config, None
-        if config.router.reads_queries:
+        reads = config.router.reads_queries
+        if reads or config.projections == "dense":
             queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
-        idx, gate, aux_loss = self.router(x, context, k=config.top_k, queries=queries)
+        idx, gate, aux_loss = self.router(x, context, k=config.top_k, queries=queries if reads else None)
         if queries is None:
-            q = project(x, self.w_q, idx, self.members, config.projections)
+            q = self.q_rope(project(x, self.w_q, idx, self.members, config.projections).flatten(2, 3), context.rope)
         else:
-            q = select(queries, idx)
+            q = self.q_rope.of_chosen(queries, idx, context.rope)  # [B, S, G k, D], group-major as the core expects
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
-        q = self.q_rope(q.flatten(2, 3), context.rope)  # [B, S, G k, D], group-major as the core expects
         o = context.attend(q, k, v).unflatten(2, idx.shape[2:])  # [B, S, G, k, D]
         y = self.output(o, gate, self.shared_head(x, k, v, context))
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))

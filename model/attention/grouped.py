@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from headway.kernels.rope import apply_rope
+from headway.kernels.routing import select, select_rope
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import RMSNorm, parameter
 from headway.model.router import RoutedAttention
@@ -108,6 +109,12 @@ class QkNorm(nn.Module):
 
     def forward(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # [B, S, *, D] -> same
         return apply_rope(heads if self.norm is None else self.norm(heads), rope)
+
+    def of_chosen(self, pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The same of chosen heads alone: pool [B, S, G, M, D], idx [B, S, G, k] -> [B, S, G k, D]."""
+        if self.norm is None:
+            return select_rope(pool, idx, rope).flatten(2, 3)
+        return self(select(pool, idx).flatten(2, 3), rope)
 
 
 def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:

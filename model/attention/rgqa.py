@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from headway.kernels.experts import Projections, combine, project
-from headway.kernels.routing import GateName, select
+from headway.kernels.routing import GateName
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
@@ -251,14 +251,13 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
 
     def chosen_queries(self, x: Tensor, context: Context) -> tuple[Tensor, Routing]:
         """Rotated queries [B, S, G slots, D], group-major as the core expects, and which heads they are."""
-        if self.config.router.reads_queries:
+        reads, queries = self.config.router.reads_queries, None
+        if reads or self.config.projections == "dense":
             queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
-            heads = self.route(x, context, queries)
-            q = select(queries, heads.idx)
-        else:
-            heads = self.route(x, context, None)
-            q = project(x, self.w_q, heads.idx, self.members, self.config.projections)
-        # After the gather: fewer rotations, and the same ones, as the angle is the token's.
+        heads = self.route(x, context, queries if reads else None)
+        if queries is not None:
+            return self.q_rope.of_chosen(queries, heads.idx, context.rope), heads
+        q = project(x, self.w_q, heads.idx, self.members, self.config.projections)
         return self.q_rope(q.flatten(2, 3), context.rope), heads
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:

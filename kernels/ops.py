@@ -1,0 +1,235 @@
+"""Operations that run as Triton kernels on a GPU, registered with PyTorch.
+
+Autograd, torch.compile and CUDA graphs see one operation with known shapes each, and nothing asks the host.
+
+On a CPU each runs its twin, so that what stands around the kernels is tested without a GPU; the functions of
+`headway.kernels.routing` do not come here on a CPU.
+
+Legend: B batch, S sequence, G groups, N experts or heads per group, k chosen ones, D channels, r rotated channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.kernels import routing
+from headway.kernels.rope import apply_rope
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[B, S, G, n] -> [B S G, n], contiguous."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _slots(slots: Tensor) -> Tensor:
+    """[B, S, G, k, D] -> [B S G, k, D], without a copy where slots are views of one row."""
+    flat = slots.flatten(0, 2)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+# ---------------------------------------------------------------- choice
+
+
+@torch.library.custom_op("headway::top_k", mutates_args=(), device_types="cuda")
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """`routing.top_k`; no gradient."""
+    from headway.kernels.triton_routing import launch_top_k
+
+    idx = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
+    launch_top_k(_flat(scores), idx.view(-1, k))
+    return idx
+
+
+@top_k.register_kernel("cpu")
+def _(scores: Tensor, k: int) -> Tensor:
+    return routing.top_k(scores, k)
+
+
+@top_k.register_fake
+def _(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
+
+
+# ---------------------------------------------------------------- gates
+
+
+@torch.library.custom_op("headway::gates", mutates_args=(), device_types="cuda")
+def gates(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    """`routing.gates`."""
+    from headway.kernels.triton_routing import launch_gates
+
+    out = torch.empty_like(idx, dtype=logits.dtype)
+    launch_gates(_flat(logits), _flat(idx), gate, out.view(-1, idx.shape[-1]))
+    return out
+
+
+@gates.register_kernel("cpu")
+def _(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    return routing.gates_twin(logits, idx, gate).contiguous()
+
+
+@gates.register_fake
+def _(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    return torch.empty_like(idx, dtype=logits.dtype)
+
+
+@torch.library.custom_op("headway::gates_backward", mutates_args=(), device_types="cuda")
+def gates_backward(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    """Gradient of the logits."""
+    from headway.kernels.triton_routing import launch_gates_backward
+
+    out = torch.empty_like(logits)
+    launch_gates_backward(_flat(logits), _flat(idx), gate, _flat(grad), out.view(-1, logits.shape[-1]))
+    return out
+
+
+@gates_backward.register_kernel("cpu")
+def _(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    given = torch.zeros_like(logits).scatter_(-1, idx, grad)  # each gate's gradient, at its expert
+    if gate in ("sigmoid", "sigmoid2"):
+        s = torch.sigmoid(logits)
+        return given * s * (1 - s) * (2 if gate == "sigmoid2" else 1)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, idx, True)
+    p = torch.softmax(logits.masked_fill(~chosen, float("-inf")) if gate == "renorm" else logits, -1)
+    found = p * (given - (given * p).sum(-1, keepdim=True))
+    if gate == "softmax_n":
+        return found * logits.shape[-1]
+    return found / (p * chosen).sum(-1, keepdim=True) if gate == "detached_renorm" else found
+
+
+@gates_backward.register_fake
+def _(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save_gates(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    logits, idx, ctx.gate = inputs
+    ctx.save_for_backward(logits, idx)
+
+
+def _differentiate_gates(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return gates_backward(grad, *ctx.saved_tensors, ctx.gate), None, None
+
+
+gates.register_autograd(_differentiate_gates, setup_context=_save_gates)
+
+
+# ---------------------------------------------------------------- pool -> slots, rotated
+
+
+@torch.library.custom_op("headway::select_rope", mutates_args=(), device_types="cuda")
+def select_rope(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """pool [B, S, G, N, D], idx [B, S, G, k], cos and sin [S, r] -> [B, S, G, k, D]."""
+    from headway.kernels.triton_slots import launch_select_rope, select_rope_forward
+
+    out = pool.new_empty((*idx.shape, pool.shape[-1]))
+    arguments = (pool.contiguous(), idx.contiguous(), cos.contiguous(), sin.contiguous())
+    launch_select_rope(select_rope_forward, *arguments, pool.shape[-2], out)
+    return out
+
+
+@select_rope.register_kernel("cpu")
+def _(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return routing.select_rope_twin(pool, idx, (cos, sin)).contiguous()
+
+
+@select_rope.register_fake
+def _(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return pool.new_empty((*idx.shape, pool.shape[-1]))
+
+
+@torch.library.custom_op("headway::select_rope_backward", mutates_args=(), device_types="cuda")
+def select_rope_backward(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """grad [B, S, G, k, D] -> the pool's gradient [B, S, G, N, D]."""
+    from headway.kernels import triton_slots
+
+    out = grad.new_empty((*idx.shape[:-1], heads, grad.shape[-1]))
+    arguments = (grad.contiguous(), idx.contiguous(), cos.contiguous(), sin.contiguous())
+    triton_slots.launch_select_rope(triton_slots.select_rope_backward, *arguments, heads, out)
+    return out
+
+
+@select_rope_backward.register_kernel("cpu")
+def _(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    turned = apply_rope(grad.flatten(2, 3), (cos, -sin)).view_as(grad)
+    return routing.expand_twin(turned, idx, torch.ones_like(idx, dtype=grad.dtype), heads).contiguous()
+
+
+@select_rope_backward.register_fake
+def _(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return grad.new_empty((*idx.shape[:-1], heads, grad.shape[-1]))
+
+
+def _save_select(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    pool, *rest = inputs
+    ctx.heads = pool.shape[-2]
+    ctx.save_for_backward(*rest)
+
+
+def _differentiate_select(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return select_rope_backward(grad, *ctx.saved_tensors, ctx.heads), None, None, None
+
+
+select_rope.register_autograd(_differentiate_select, setup_context=_save_select)
+
+
+# ---------------------------------------------------------------- slots -> pool, gated
+
+
+@torch.library.custom_op("headway::expand", mutates_args=(), device_types="cuda")
+def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
+    """`routing.expand`."""
+    from headway.kernels.triton_slots import launch_expand
+
+    out = slots.new_empty((*idx.shape[:-1], experts, slots.shape[-1]))
+    launch_expand(_slots(slots), _flat(idx), _flat(gate), experts, out)
+    return out
+
+
+@expand.register_kernel("cpu")
+def _(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
+    return routing.expand_twin(slots, idx, gate, experts).contiguous()
+
+
+@expand.register_fake
+def _(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
+    return slots.new_empty((*idx.shape[:-1], experts, slots.shape[-1]))
+
+
+@torch.library.custom_op("headway::expand_backward", mutates_args=(), device_types="cuda")
+def expand_backward(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """grad [B, S, G, N, D] -> gradients of slots [B, S, G, k, D] and of gate [B, S, G, k], as wide as each."""
+    from headway.kernels.triton_slots import launch_expand_backward
+
+    grad_slots, grad_gate = slots.new_empty(slots.shape), torch.empty_like(gate, memory_format=torch.contiguous_format)
+    arguments = (grad.contiguous(), _slots(slots), _flat(idx), _flat(gate))
+    launch_expand_backward(*arguments, grad.shape[-2], grad_slots, grad_gate)
+    return grad_slots, grad_gate
+
+
+@expand_backward.register_kernel("cpu")
+def _(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    picked = routing.select(grad, idx)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad_gate = (picked.to(wide) * slots.to(wide)).sum(-1).to(gate.dtype)
+    return (picked * gate.to(slots.dtype).unsqueeze(-1)).contiguous(), grad_gate.contiguous()
+
+
+@expand_backward.register_fake
+def _(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return slots.new_empty(slots.shape), torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+def _save_expand(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _differentiate_expand(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    grad_slots, grad_gate = expand_backward(grad, *ctx.saved_tensors)
+    return grad_slots, None, grad_gate, None
+
+
+expand.register_autograd(_differentiate_expand, setup_context=_save_expand)

@@ -1,0 +1,32 @@
+"""Kernels compile for an H100 as they are launched: without spills, within its memory, products on tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+MODULES = sorted(f"headway.kernels.{path.stem}" for path in KERNELS.glob("triton_*.py"))
+SHARED_BYTES = 227 << 10  # of one block on compute capability 9.0
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def compiled(request, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    script = [sys.executable, "-P", str(Path(__file__).with_name("offline.py")), request.param]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_compile_for_sm_90_without_spills_and_within_shared_memory(compiled):
+    assert compiled
+    for found in compiled:
+        assert found["instructions"] > 50, found  # there is code that was looked at
+        assert found["local_bytes"] == found["spill_instructions"] == 0, found
+        assert found["shared_bytes"] <= SHARED_BYTES, found
+        assert (found["tensor_core_instructions"] > 0) == found["tensor_cores"], found
