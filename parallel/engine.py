@@ -120,7 +120,7 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if cpu:
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+        deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     return deepspeed
 
 

@@ -169,7 +169,9 @@ class Soak:
         nobody_left(run)
         self.figures.exits[str(status)] += 1
         said = log.read_text(errors="replace")
-        if status in (64, 65, 66) or (fault == "term" and status not in (0, 75)) or (fault == "none" and status):
+        # Before the command can heed a signal it has said nothing and begun nothing: then the signal ends it.
+        in_order = (0, 75) if said else (0, 75, -signal.SIGTERM)
+        if status in (64, 65, 66) or (fault == "term" and status not in in_order) or (fault == "none" and status):
             raise Broken(f"{fault}: ended with {status}: {said[-3000:]}")
         return said
 
