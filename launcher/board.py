@@ -70,7 +70,31 @@ def board_diversity(board: SummaryWriter, record: dict[str, Any], wall_s: float 
     board_heads(board, record["layers"], record["step"], wall_s)
 
 
-DRAW = {"train": board_train, "validation": board_validation, "heads": board_diversity}
+def board_saved(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+    """A save that was committed: a record of kind "checkpoint"."""
+    scalars = {"stall_s": record["stall_s"], "write_s": record["write_s"], "failed_in_a_row": 0}
+    for name, value in scalars.items():
+        board.add_scalar(f"checkpoint/{name}", value, record["step"], wall_s)
+
+
+def board_not_saved(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+    """A save that failed: a record of kind "checkpoint_failed"."""
+    board.add_scalar("checkpoint/failed_in_a_row", record.get("in_a_row", 1), record["step"], wall_s)
+
+
+def board_skipped(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+    """A step that was not applied: a record of kind "skipped"."""
+    board.add_scalar("guard/skipped_steps", record["total"], record["step"], wall_s)
+
+
+DRAW = {
+    "train": board_train,
+    "validation": board_validation,
+    "heads": board_diversity,
+    "checkpoint": board_saved,
+    "checkpoint_failed": board_not_saved,
+    "skipped": board_skipped,
+}
 """Kind of a record -> what shows it. The board holds what they make of metrics.jsonl, and nothing else."""
 
 

@@ -45,6 +45,7 @@ from headway.launcher.spec import Spec
 from headway.launcher.stopping import stoppable
 from headway.launcher.supervise import Alone, Control, supervise
 from headway.launcher.wire import interfaces
+from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import step_of, steps_on_disk
 
 __all__ = ["check_port", "check_same_data", "resolve", "train", "worker_environment"]
@@ -121,6 +122,8 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
             return 0
         newest = next(map(step_of, steps_on_disk(run.checkpoints)), 0)
+        if not newest:
+            check_no_history(run)
         card = with_attempts(run_card(spec, info), read_mapping(run.card), spec, from_step=newest)
         write_json(run.card, card)
         print(banner(spec, run, card), flush=True)
@@ -133,6 +136,17 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
             place = Place(host=0, hosts=1, processes=spec.launch.processes, name=socket.gethostname())
             return _until_done(run, spec, lambda budget: _see_through(spec, run, place, Alone(budget), env, None))
         return _until_done(run, spec, lambda budget: _with_others(spec, run, 0, info, env, budget))
+
+
+def check_no_history(run: RunDir) -> None:
+    """Raises CheckpointError where a run without a checkpoint says that it had some: it would begin anew at step 0."""
+    told = (r.get("step") for r in run.read_metrics() if r.get("kind") == "checkpoint")
+    saved = max((step for step in told if isinstance(step, int)), default=0)
+    if saved:
+        raise CheckpointError(
+            f"{run.checkpoints}: there is no checkpoint, but the run's records tell of one of step {saved}. Put it "
+            f"back and start again; or delete {run.path}, or give another run_dir, to begin anew at step 0"
+        )
 
 
 def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> int:

@@ -70,7 +70,7 @@ class Saving:
             return tracker.event(record, f"checkpoint of step {step} {seconds}")
         self.failures += 1
         tracker.event(
-            {"kind": "checkpoint_failed", "step": step, "error": outcome.error},
+            {"kind": "checkpoint_failed", "step": step, "in_a_row": self.failures, "error": outcome.error},
             f"CHECKPOINT OF STEP {step} FAILED ({self.failures} in a row): {outcome.error}; "
             f"the last whole one is of step {self.saved_step}",
         )

@@ -28,6 +28,7 @@ from headway.launcher.tracking import Tracker, say
 from headway.parallel import checkpoint, replicas
 from headway.parallel.build import make_engine
 from headway.parallel.engine import StepStats
+from headway.parallel.fault_points import memory
 from headway.parallel.layout import Layout, init_layout
 from headway.parallel.schedule import learning_rate
 
@@ -224,6 +225,7 @@ class Session:
             self.saving.settle(self.tracker)  # the run may end here: what was saved before must not be lost
             dump(self.run.path / "skipped", self.step, digest, self.loader, self.engine, self.layout)
         self.guard.after_step(self.step, stats, self.tracker, saved_step=self.saving.saved_step)
+        memory("step:weights", self.engine.logical[0].parameter.data)
         every = self.spec.guard.replicas_every_steps
         if every and self.step % every == 0:
             self.compare_replicas()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from headway.launcher.board import board_diversity, board_train, board_validation
+from headway.launcher.board import DRAW, board_diversity, board_train, board_validation
 from headway.launcher.board_files import put_in_order
 from headway.launcher.lines import LineFile, encode
 from headway.launcher.run_dir import RunDir
@@ -74,6 +74,8 @@ class Tracker:
     def event(self, record: dict[str, Any], text: str) -> None:
         """Something that happened (resume, failed save): one record and one console line."""
         self._write(record)
+        if record["kind"] in DRAW:
+            self._view(lambda board: DRAW[record["kind"]](board, record))
         if self._main:
             say(text)
 

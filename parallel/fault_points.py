@@ -3,7 +3,8 @@
     HEADWAY_FAULT="save:after_file@1#2:kill"     rank 1 is killed when it passes the point for the second time
 
 After the point's name: `@RANK` (any), `#N` (the first time), then what happens: kill, stop (SIGSTOP), exit, enospc, eio
-(both raise OSError), sleep=SECONDS, and where a number passes nan, inf or times=FACTOR. Several are divided by `;`.
+(both raise OSError), sleep=SECONDS, where a number passes nan, inf or times=FACTOR, and of weights flip (one bit).
+Several are divided by `;`.
 Nothing is done, and next to nothing costs, without it.
 """
 
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 VARIABLE = "HEADWAY_FAULT"
 POINTS = (
     *("save:begin", "save:after_file", "save:before_manifest", "save:after_manifest", "save:after_rename"),
-    *("retention:after_manifest", "retention:before_delete", "load:after_verify", "step:loss", "step:gradient"),
+    *("retention:after_manifest", "retention:before_delete", "load:after_verify"),
+    *("step:loss", "step:gradient", "step:weights"),
 )
 _FAULT = re.compile(
-    r"(?P<point>[a-z_]+:[a-z_]+)(@(?P<rank>\d+))?(#(?P<nth>\d+))?:(?P<act>kill|stop|exit|enospc|eio|nan|inf|"
+    r"(?P<point>[a-z_]+:[a-z_]+)(@(?P<rank>\d+))?(#(?P<nth>\d+))?:(?P<act>kill|stop|exit|enospc|eio|nan|inf|flip|"
     r"(sleep|times)=[0-9.]+)"
 )
 _passed: Counter[tuple[str, str]] = Counter()
@@ -44,6 +46,15 @@ def passing(name: str, number: Tensor) -> Tensor:
     for act in _due(name):
         number = number * float(act.removeprefix("times="))
     return number
+
+
+def memory(name: str, tensor: Tensor) -> None:
+    """Let what HEADWAY_FAULT says happen to these numbers, where they are."""
+    for act in _due(name):
+        import torch
+
+        assert act == "flip", act
+        tensor.view(-1).view(torch.uint8)[1] ^= 1
 
 
 def watch(name: str, parameter: Tensor) -> None:
