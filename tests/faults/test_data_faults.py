@@ -286,6 +286,33 @@ def test_ranks_end_within_seconds_with_file_and_rank_when_a_shard_is_cut_short(h
     assert f"{root}/train/shard." in errors and "rank " in errors and "Traceback" not in errors
 
 
+def test_runs_killed_several_times_in_a_pass_over_the_data_and_at_its_end_read_what_one_run_reads(headway, whole):
+    # F16: a kill after each save, of which one is the last step of the first pass
+    with loader(config(whole)) as batches:
+        assert batches.source.num_sequences is not None
+        epoch = -(-batches.source.num_sequences // GLOBAL_BATCH)
+    saves = (epoch // 3, epoch // 3 + 5, epoch, epoch + 4)
+    common = (f"data.source={{type: mds, path: {whole}}}", "data.workers=2", "data.shuffle_window=2")
+    common += ("launch.processes=2", f"train.tokens={256 * (epoch + 9)}", "tracking.tensorboard=false")
+    assert headway.train(*common, "run_dir=whole").returncode == 0
+    done = 0
+    for step in saves:
+        fault = {"HEADWAY_FAULT": "save:after_rename@0#1:kill"}
+        once = f"checkpoint.every_tokens={256 * step}"
+        killed = headway.train(*common, once, "run_dir=killed", env={**headway.environment(), **fault})
+        assert killed.returncode == 70, killed.stdout + killed.stderr
+        assert f"(step {done}/" in killed.stdout or not done
+        done = step
+    again = headway.train(*common, "run_dir=killed", "checkpoint.every_tokens=null")
+    assert again.returncode == 0 and f"(step {done}/" in again.stdout, again.stdout + again.stderr
+    trajectories = []
+    for name in ("whole", "killed"):
+        lines = (headway.folder / name / "metrics.jsonl").read_text().splitlines()
+        steps = [r for line in lines if (r := json.loads(line))["kind"] == "train"]
+        trajectories.append([(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in steps])
+    assert trajectories[0] == trajectories[1] and len(trajectories[0]) == epoch + 9
+
+
 # ---------------------------------------------------------------- F23: threads that end
 
 

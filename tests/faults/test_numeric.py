@@ -2,17 +2,21 @@
 
 import json
 import math
+import shutil
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from headway.launcher.errors import HeadwayError
 from headway.launcher.guard import Guard
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import StepStats
+from headway.parallel.manifest import file_hash, own_hash
 
 # A validation after every step shows whether the parameters have changed.
 COMMON = ("train.tokens=1536", "train.validate_every_tokens=256", "tracking.tensorboard=false")
+COMMON += ("schedule.warmup_tokens=1280",)  # five steps
 ALONE, TWO, FOUR = "launch.processes=1", "launch.processes=2", "launch.processes=4"
 TP, PP, CP, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.precision=bf16"
 
@@ -53,7 +57,10 @@ def alone(headway_once):
         ("step:loss@1#6:nan", [TWO, "parallel.zero=3"]),
         ("step:loss@1#6:nan", [TWO, BF16]),
         ("step:loss@0#5:inf", [TWO, BF16, "parallel.zero=3"]),
+        ("step:loss@1#6:inf", [TWO, BF16, "parallel.zero=2"]),
         ("step:loss@1#10:nan", [TWO, TP]),
+        ("step:loss@0#10:nan", [TWO, TP, BF16]),
+        ("step:loss@1#10:inf", [TWO, CP, BF16]),
         ("step:loss@0#10:nan", [TWO, CP]),
         ("step:loss@1#10:nan", [TWO, PP]),
         ("step:loss@1#10:inf", [TWO, PP, BF16]),
@@ -61,7 +68,12 @@ def alone(headway_once):
         ("step:loss@2#6:nan", [FOUR, PP, BF16]),
         # one parameter's gradient on one rank, with losses that are numbers
         ("step:gradient@1#6:inf", [TWO]),
+        ("step:gradient@0#5:nan", [TWO, BF16]),
+        ("step:gradient@1#5:inf", [TWO, "parallel.zero=2"]),
+        ("step:gradient@0#6:nan", [TWO, "parallel.zero=2", BF16]),
+        ("step:gradient@0#6:inf", [TWO, "parallel.zero=3"]),
         ("step:gradient@0#6:nan", [TWO, "parallel.zero=3", BF16]),
+        ("step:gradient@0#10:inf", [TWO, CP, BF16]),
         ("step:gradient@1#10:inf", [TWO, TP]),
         ("step:gradient@0#10:nan", [TWO, TP, BF16]),
         ("step:gradient@0#10:inf", [TWO, PP]),
@@ -92,12 +104,40 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, a
     assert any(not isinstance(x, float) for x in sums) == ("step:loss" in fault)
     readers = {rank["data_rank"]: rank["sequences"] for rank in dump["ranks"]}
     assert sum(map(len, readers.values())) == 8
+    assert all(rank["parameters_not_finite"] == [] for rank in dump["ranks"])
+    # The schedule goes by tokens, whatever was skipped.
+    assert [r["lr"] for r in steps[:5]] == pytest.approx([6e-4, 12e-4, 18e-4, 24e-4, 30e-4])
     # masters, moments and router biases, bit for bit, and Adam's counter
     before, after, then = (state(run, step) for step in (2, 3, 4))
     assert before == after and before.keys() == then.keys() and before != then
     assert {name.partition("/")[0] for name in before} >= {"param", "exp_avg", "exp_avg_sq"}
     manifests = [json.loads((s / "MANIFEST.json").read_text())["manifest"] for s in saved(run)]
     assert [m["state"]["applied_steps"] for m in manifests] == [1, 2, 2, 3, 4, 5]
+
+
+def test_weights_that_are_no_numbers_are_named_and_end_the_run(headway):
+    # F17: as another program may have written them
+    common = (*COMMON, "run_dir=run", "checkpoint.every_tokens=512", "guard.max_skipped=2")
+    assert headway.train(*common).returncode == 0
+    run = headway.folder / "run"
+    (run / "summary.json").unlink()
+    newest, middle = saved(run)[-1], saved(run)[-2]
+    shutil.rmtree(newest)
+    (path,) = middle.glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.startswith("param/blocks.0.") and tensors[key].dim() == 2)
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, path, metadata=about)
+    manifest = json.loads((middle / "MANIFEST.json").read_text())["manifest"]
+    manifest["files"][path.name] |= {"bytes": path.stat().st_size, "xxh3_128": file_hash(path)}
+    sealed = {"xxh3_128": own_hash(manifest), "manifest": manifest}
+    (middle / "MANIFEST.json").write_text(json.dumps(sealed))
+    done = headway.train(*common)
+    assert done.returncode == 70 and "2 steps in a row" in done.stderr, done.stdout + done.stderr
+    dumps = sorted((run / "skipped").iterdir())
+    assert json.loads(dumps[0].read_text())["ranks"][0]["parameters_not_finite"] == [name.removeprefix("param/")]
 
 
 def test_too_many_in_a_row_end_the_run_and_a_resume_goes_on_counting(headway):

@@ -102,3 +102,23 @@ def test_a_run_ends_with_exit_70_and_says_which_checkpoint_is_good(monkeypatch):
     assert settled == ["tracker"]
     guard.replicas_every_steps = 0
     Session.compare_replicas(cast(Any, session))  # off
+
+
+def test_a_bit_that_flips_in_a_run_ends_it_at_the_next_comparison_with_the_rank_named(headway):
+    # F19: comparisons after steps 5 and 10; on rank 2 a bit flips after step 10
+    settings = ("launch.processes=4", "guard.replicas_every_steps=5", "checkpoint.every_tokens=null", "run_dir=run")
+    fault = {"HEADWAY_FAULT": "step:weights@2#10:flip"}
+    done = headway.train(*settings, "train.micro_batch=1", env={**headway.environment(), **fault})
+    assert done.returncode == 70, done.stderr
+    assert "step 10: " in done.stderr and "rank 2" in done.stderr and "after step 5" in done.stderr
+    checkpoints = headway.folder / "run" / "checkpoints"
+    assert not checkpoints.exists() or not list(checkpoints.iterdir())
+
+
+def test_no_checkpoint_is_made_of_weights_that_differ(headway):
+    # F19: no comparison is due, but one comes before every save
+    settings = ("launch.processes=4", "train.micro_batch=1", "guard.replicas_every_steps=1000", "run_dir=run")
+    fault = {"HEADWAY_FAULT": "step:weights@1#10:flip"}
+    done = headway.train(*settings, env={**headway.environment(), **fault})
+    assert done.returncode == 70 and "step 10: " in done.stderr and "rank 1" in done.stderr, done.stderr
+    assert [p.name for p in (headway.folder / "run" / "checkpoints").iterdir()] == ["step-0000000005"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from headway.parallel.manifest import steps_on_disk
 
@@ -57,6 +58,10 @@ def test_a_save_without_room_fails_on_all_ranks_alike_and_training_goes_on(headw
     assert "the last whole one is of step 5" in said[1] and "checkpoint of step 15 written" in said[2]
     folder = headway.folder / "full" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-0000000015", "step-0000000020"]
+    shown = EventAccumulator(str(headway.folder / "full" / "tensorboard"))
+    shown.Reload()
+    failures = [(event.step, event.value) for event in shown.Scalars("checkpoint/failed_in_a_row")]
+    assert failures == [(5, 0), (10, 1), (15, 0), (20, 0)]
 
 
 def test_saves_that_never_succeed_end_the_run_with_the_status_of_storage(headway):

@@ -91,6 +91,15 @@ def test_a_view_of_which_a_bit_flipped_is_whole_again(run):
     assert view(run) == before
 
 
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_view_that_was_cut_off_shows_each_step_once_after_a_resume(run, cut):
+    # F27
+    newest = max(run.tensorboard.iterdir(), key=lambda path: path.name)
+    newest.write_bytes(newest.read_bytes()[:-cut])
+    train(run, 9, 15)
+    assert [step for step, _ in view(run)["train/loss"]] == list(range(1, 16))
+
+
 def test_a_run_goes_on_after_its_view_was_made_anew(run):
     rebuild(run)
     train(run, 9, 15, loss=4.0)

@@ -81,7 +81,9 @@ def test_a_host_that_does_not_come_is_named_by_its_number_everywhere(load, run):
 
 
 def test_a_first_host_that_does_not_answer_is_named_with_its_address(load, run):
+    start = time.monotonic()
     (text,) = messages(meet((load("launch.hosts=2", "launch.rendezvous_s=1"), run, 1, EQUAL)))
+    assert time.monotonic() - start < 5
     assert "host 0 did not answer at 127.0.0.1 port" in text and "refused" in text and "--node-rank 0" in text
 
 
@@ -90,6 +92,15 @@ def test_a_host_with_another_spec_is_named_with_both_values(load, run):
     for f in found:
         assert isinstance(f, HeadwayError) and f.exit_code == SpecError.exit_code
         assert "host 1 (" in str(f) and "has optimizer.lr = 0.004" in str(f) and "has 0.003" in str(f)
+
+
+def test_hosts_that_differ_in_how_many_they_are_say_so(load, run):
+    # F29
+    settings = ("launch.rendezvous_s=3",)
+    found = meet((load("launch.hosts=2", *settings), run, 0, EQUAL), (load("launch.hosts=3", *settings), run, 1, EQUAL))
+    for f in found:
+        assert isinstance(f, HeadwayError)
+        assert "launch.hosts" in str(f) and "3" in str(f) and "2" in str(f), str(f)
 
 
 @pytest.mark.parametrize("key", ["torch", "data"])

@@ -141,6 +141,20 @@ def test_a_run_that_ended_just_before_its_summary_is_completed_from_its_last_che
         assert after[key] == before[key]
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(headway):
+    # F11
+    assert headway.train("train.tokens=2560").returncode == 0
+    run = headway.folder / "runs" / "tiny"
+    (run / "summary.json").unlink()
+    (run / "checkpoints").rename(headway.folder / "elsewhere")
+    before = (run / "metrics.jsonl").read_bytes()
+    done = headway.train("train.tokens=2560")
+    assert done.returncode == 74 and "records tell of one of step 10" in done.stderr, done.stderr
+    assert "Put it back" in done.stderr and (run / "metrics.jsonl").read_bytes() == before
+    (headway.folder / "elsewhere").rename(run / "checkpoints")
+    assert headway.train("train.tokens=2560").returncode == 0
+
+
 def test_a_folder_that_is_no_run_is_left_alone(headway):
     other = headway.folder / "thesis"
     other.mkdir()
@@ -231,6 +245,40 @@ def test_the_console_line_says_what_a_person_looks_for(headway):
 @pytest.fixture
 def spec(headway) -> Spec:
     return load_spec(headway.spec).spec
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.tokens=20480", "train.global_batch=16", "model.vocab_size=64", "seed=7", "optimizer.lr=1e-4"),
+        *("schedule.warmup_tokens=256", "data.seq_len=64", "model.width=64", "parallel.precision=bf16"),
+        *("attention.top_k=2", "attention={type: gqa, heads: 4, kv_heads: 2, head_dim: 8}", "guard.spike=skip"),
+    ],
+)
+def test_a_key_that_decides_the_result_cannot_change_at_a_resume(headway, spec, tmp_path, override):
+    # F14
+    run = RunDir(tmp_path)
+    run.adopt(spec)
+    (run.checkpoints / "step-0000000001").mkdir(parents=True)
+    other = load_spec(headway.spec, [override]).spec
+    with pytest.raises(SpecError, match=re.escape(override.partition("=")[0].partition(".")[0])):
+        run.adopt(other)
+    run.adopt(spec)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("name=other", "tracking.tensorboard=false", "checkpoint.keep=7", "guard.replicas_every_steps=7"),
+        *("launch.processes=2", "parallel.zero=2", "data.workers=1", "data.prefetch=1", "parallel.recompute=block"),
+    ],
+)
+def test_a_key_that_does_not_may(headway, spec, tmp_path, override):
+    # F14
+    run = RunDir(tmp_path)
+    run.adopt(spec)
+    (run.checkpoints / "step-0000000001").mkdir(parents=True)
+    run.adopt(load_spec(headway.spec, [override]).spec)
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 1, "opt'])

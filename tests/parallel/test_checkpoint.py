@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -374,6 +375,24 @@ def test_a_checkpoint_of_another_run_or_with_a_stranger_in_it_is_passed_over(tmp
     found = checkpoint.newest_valid(tmp_path, ALONE, warn=said.append, run="mine")
     assert found is not None and found.step == 1
     assert "notes.txt" in said[0] and "another run ('other'" in said[1]
+
+
+@pytest.mark.parametrize("foreign", ["tensors", "manifest"])
+def test_files_of_two_attempts_are_no_checkpoint(tmp_path, foreign):
+    # F9: the same step of two attempts, the tensors or the manifest of the second in the folder of the first
+    for value, attempt in enumerate(("first", "second")):
+        for step in (1, 2):
+            about = {"run": attempt}
+            saving = saver.Saver(tmp_path / attempt, Model(value), ALONE, CheckpointConfig(keep=9), about=about)
+            saving.start(step, {"applied_steps": step})
+            assert saving.commit().error is None
+    mixed, other = (tmp_path / attempt / "step-0000000002" for attempt in ("first", "second"))
+    name = "MANIFEST.json" if foreign == "manifest" else next(other.glob("*.safetensors")).name
+    assert (mixed / name).read_bytes() != (other / name).read_bytes()
+    shutil.copy(other / name, mixed / name)
+    said: list[str] = []
+    found = checkpoint.newest_valid(tmp_path / "first", ALONE, warn=said.append, run="first")
+    assert found is not None and found.step == 1 and "step-0000000002" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["truncate", "flip"])
