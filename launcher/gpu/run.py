@@ -20,7 +20,7 @@ from headway.launcher.gpu.rows import GPU, REDUCED, Absent, Failed, Machine, Row
 from headway.launcher.identity import code_hash
 from headway.launcher.machine import git_commit, machine, versions
 
-PARTS = ("ceilings", "correctness", "steps", "levers", "products", "prefill")
+PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "products", "prefill")
 MARGIN_S = 5.0
 WRONG_RESULT = 70
 """Exit status where a kernel's result is wrong; measurements went on nevertheless."""
@@ -67,13 +67,21 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
 
 
 def all_rows(here: Machine) -> list[Row]:
-    """Every row, the most valuable first."""
+    """Every row, the most valuable first: limits, right results, the first size's steps and parts, then other sizes."""
     from headway.launcher.gpu.ceilings import ceilings
     from headway.launcher.gpu.correctness import correctness
+    from headway.launcher.gpu.layers import layers
+    from headway.launcher.gpu.levers import levers
     from headway.launcher.gpu.prefill import prefill
+    from headway.launcher.gpu.products import products
     from headway.launcher.gpu.steps import steps
 
-    return [*ceilings(), *correctness(), *steps(here), *prefill(here)]
+    rows = [*ceilings(), *correctness()]
+    for size in here.scale.sizes:
+        of_size = Machine(device=here.device, scale=dataclasses.replace(here.scale, sizes=(size,)))
+        for part in (steps, levers, layers, products, prefill):
+            rows += part(of_size)
+    return rows
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -113,6 +113,11 @@ class Variant:
     baseline: str = "gqa"
     active: tuple[int, int] | None = None
 
+    @property
+    def routed(self) -> bool:
+        """Whether it has routers, and so takes kernels of ours."""
+        return not isinstance(self.attention, GqaConfig)
+
 
 def variants(size: Size) -> list[Variant]:
     """gqa first, each other one after its baseline."""
@@ -170,13 +175,16 @@ def decoder(size: Size, attention: AttentionConfig, device: torch.device, dtype:
     model = model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    initialise(model, seed=1, draw=_draw_on(device))
+    initialise(model, seed=1, draw=draw_on(device))
     model.before_step(0)
+    for layer in model.attention_layers():
+        layer.watch_routers(closely=False)  # training counts details now and then, not in every step
     return model.to(dtype)
 
 
-def _draw_on(device: torch.device) -> Callable[..., torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
+def draw_on(device: torch.device) -> Callable[..., torch.Tensor]:
+    """A `draw` of `initialise` on the device itself."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(1)
 
     def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)

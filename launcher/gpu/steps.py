@@ -24,6 +24,7 @@ from headway.launcher.gpu.ceilings import BACKENDS, with_backend
 from headway.launcher.gpu.rows import Machine, Row
 from headway.launcher.gpu.shapes import Size, Variant, decoder, model_config, variants
 from headway.launcher.gpu.timing import Call, in_turns, median, ratio, short, summary
+from headway.model.activations import Sharing, footprint
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
 from headway.model.base import Context
 from headway.model.cost import account
@@ -33,6 +34,8 @@ AGAIN = "gqa, the same again"
 """Not another model: the noise of the comparison."""
 PLAIN = "rgqa, plain PyTorch"
 """R-GQA at k=1 without our kernels: index_select and scatter, as anybody would write it first."""
+
+MLP_PRODUCTS = "products of the mlp"
 
 
 def steps(machine: Machine) -> list[Row]:
@@ -83,9 +86,7 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
     """Seconds of each mechanism's pass, its ratio to its baseline round by round, tokens/s, FLOPs, memory."""
     tokens, labels = batch_of(machine, size, seq_len)
     contestants = list(_contestants(size, machine))
-    memory = {
-        c.name: _peak(machine, functools.partial(train_pass, c.model, tokens, labels, c.how)) for c in contestants
-    }
+    memory = {c.name: peak(machine, functools.partial(train_pass, c.model, tokens, labels, c.how)) for c in contestants}
     calls: dict[str, Call] = {c.name: lambda _, c=c: train_pass(c.model, tokens, labels, c.how) for c in contestants}
     seconds = in_turns(calls, machine.device, rounds=machine.scale.step_rounds)
     found = []
@@ -145,7 +146,7 @@ def train_pass(model: Decoder, tokens: Tensor, labels: Tensor, how: Any = contex
     model.zero_grad(set_to_none=True)
 
 
-def _peak(machine: Machine, call: Any) -> int | None:
+def peak(machine: Machine, call: Any) -> int | None:
     """Bytes at the most in use during a call, beyond those before it."""
     if not machine.is_gpu:
         call()
@@ -181,11 +182,16 @@ def profile(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
         "whole"
     ]
     times = {name: parts[name][2] * median(s) for name, s in seconds.items()}
+    mlp_products_s = times.pop(MLP_PRODUCTS)
+    sharing = Sharing(bf16=dtype == torch.bfloat16, device=device.type, masked=False, seq_len=seq_len)
+    kept = footprint(model_config(size, gqa), gqa, sharing).kept(tokens.numel()) * size.layers
     return {
         "size": size.name,
         "seq_len": seq_len,
         "tokens": tokens.numel(),
         "parts_s": times,
+        "within_mlp_s": mlp_products_s,
+        "kept_bytes": kept,  # for the backward pass, by the planner's count
         "rest_s": median(whole) - sum(times.values()),
         "whole_s": summary(whole),
         "routed_share": sum(times[name] for name in ("queries", "core", "output")) / median(whole),
@@ -228,6 +234,11 @@ def _parts(model: Decoder, gqa: Any, tokens: Tensor, labels: Tensor) -> dict[str
         "core": (context.attend, [heads, keys, values], layers),
         "output": (F.linear, [heads.detach().flatten(2).requires_grad_(), attention.w_o], layers),
         "mlp": (lambda x, *_: mlp(x), [x, *mlp.parameters()], layers),
+        MLP_PRODUCTS: (
+            lambda x, gate, up, down: F.linear(F.linear(x, gate) + F.linear(x, up), down),
+            [x, mlp.w_gate, mlp.w_up, mlp.w_down],
+            layers,
+        ),
         "norms": (lambda x, _: norm(x), [x, norm.gain], 2 * layers),
         "loss": (loss, [x, head], 1),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.launcher.bench import spread
+from headway.launcher.spread import spread
 
 Call = Callable[[int], Any]
 """What is timed; it is given a number that grows, by which it takes one of several inputs."""
