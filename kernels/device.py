@@ -14,6 +14,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)  # bf16 in the kernels
 _ALLOWED = ContextVar("allowed", default=True)
+_INTERPRETED = ContextVar("interpreted", default=False)
 
 
 @contextlib.contextmanager
@@ -24,6 +25,16 @@ def twins() -> Iterator[None]:
         yield
     finally:
         _ALLOWED.reset(token)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within this context kernels take tensors of a CPU too: for checks, where TRITON_INTERPRET=1."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
 
 
 @functools.cache
@@ -40,8 +51,24 @@ def _capable(index: int) -> bool:
 def fused(tensor: Tensor) -> bool:
     """Whether Triton kernels take this tensor: on an NVIDIA GPU of compute capability 8.0 or more, fp32 or narrower.
 
-    Always False on the CPU, so that results there depend on PyTorch alone, and where Triton is absent.
+    Always False on the CPU (but for checks of kernels), so that results there depend on PyTorch alone, and where Triton
+    is absent.
     """
-    if tensor.device.type != "cuda" or tensor.dtype not in _DTYPES or not has_triton() or not _ALLOWED.get():
+    if tensor.dtype not in _DTYPES or not has_triton() or not _ALLOWED.get():
         return False
+    if tensor.device.type != "cuda":
+        return tensor.device.type == "cpu" and _INTERPRETED.get()
     return _capable(tensor.device.index or 0)
+
+
+def architecture(device: torch.device) -> str:
+    """The word "cpu", or the GPU's, such as "sm_90"."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(device.index or 0)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

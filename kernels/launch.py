@@ -19,7 +19,7 @@ class Shipped:
 
     kernel: Any
     signature: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, Any]
     warps: int
     stages: int = 1
     tensor_cores: bool = False

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.kernels.choice import TABLE, Form, override
 from headway.launcher.errors import SpecError
 from headway.launcher.gpu.run import read_rows
 from headway.launcher.gpu_tables import bound, comparisons, headline, sections
@@ -21,7 +22,8 @@ from headway.launcher.report_html import Block, Heading, Image, Items, Text, to_
 def report_gpu(folder: Path, *, out: Path | None = None, refit: bool = False) -> int:
     """Write report.md, report.html and speed.png into `out` (default: `folder`). Returns 0.
 
-    `refit` also puts the planner's constants of this GPU into launcher/plan_measured.json. Raises SpecError where the
+    `refit` also puts the planner's constants of this GPU into launcher/plan_measured.json, and the faster form of each
+    product into kernels/choice.json. Raises SpecError where the
     folder holds no rows, or not those that constants are made of.
     """
     card, rows = load(folder)
@@ -108,6 +110,20 @@ def _refit(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: P
         raise SpecError(f"--refit: {error}") from None
     write(gpu.name, entry)
     print(f"the planner's constants of {gpu.name} are made of it: {FILE}", file=sys.stderr)
+    if faster := faster_forms(rows):
+        override(faster)
+        print(f"{len(faster)} choices of dense or routed are made of it: {TABLE}", file=sys.stderr)
+
+
+def faster_forms(rows: Sequence[Mapping[str, Any]]) -> dict[str, Form]:
+    """Key of kernels/choice.json -> the form that was faster with tokens spread evenly."""
+    found: dict[str, Form] = {}
+    for row in rows:
+        if row["status"] == "measured" and row["key"].startswith("forms/"):
+            for product in row["data"]["products"]:
+                if product["kind"] == "even":
+                    found[product["key"]] = "routed" if product["ratio"]["median"] > 1 else "dense"
+    return found
 
 
 def _draw(data: Mapping[str, Any], out: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headway.launcher.gpu_tables_parts import ceilings, cores, correctness, layers, levers, prefill, products
+from headway.launcher.gpu_tables_parts import ceilings, cores, correctness, forms, layers, levers, prefill, products
 from headway.launcher.gpu_text import NOT_MEASURED, duration, number, spread_text
 from headway.launcher.plan_hardware import Gpu
 from headway.launcher.report_html import Block, Heading, Table, Text
@@ -85,6 +85,7 @@ def sections(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], gpu: Gp
         *(block for row in comparisons(data) for block in _steps(data, row, gpu)),
         *levers(data),
         *layers(data),
+        *forms(data),
         *products(data),
         *prefill(data),
     ]

@@ -105,6 +105,20 @@ def layers(data: Mapping[str, Any]) -> list[Block]:
     return [Heading("Attention layers"), Table(table)]
 
 
+def forms(data: Mapping[str, Any]) -> list[Block]:
+    """Dense or routed."""
+    table = [["product", "shape", "tokens on", "dense", "routed", "routed over dense (quartiles)"]]
+    for key, row in data.items():
+        if not key.startswith("forms/"):
+            continue
+        for p in row["products"]:
+            times = [duration(p[form]["median"]) for form in ("dense", "routed")]
+            table.append([p["product"], row["shape"], p["kind"], *times, spread_text(p["ratio"])])
+    if len(table) == 1:
+        return [Heading("Dense or routed"), Text(f"{NOT_MEASURED.capitalize()}.")]
+    return [Heading("Dense or routed"), Table(table), Text("Of the routed form the making of lists is part.")]
+
+
 def products(data: Mapping[str, Any]) -> list[Block]:
     """Each operation beside its twin and its floor."""
     table = [["operation", "shape", "time", "over plain PyTorch (quartiles)", "of its floor"]]

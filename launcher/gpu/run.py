@@ -20,7 +20,7 @@ from headway.launcher.gpu.rows import GPU, REDUCED, Absent, Failed, Machine, Row
 from headway.launcher.identity import code_hash
 from headway.launcher.machine import git_commit, machine, versions
 
-PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "products", "prefill")
+PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "forms", "products", "prefill")
 MARGIN_S = 5.0
 WRONG_RESULT = 70
 """Exit status where a kernel's result is wrong; measurements went on nevertheless."""
@@ -70,6 +70,7 @@ def all_rows(here: Machine) -> list[Row]:
     """Every row, the most valuable first: limits, right results, the first size's steps and parts, then other sizes."""
     from headway.launcher.gpu.ceilings import ceilings
     from headway.launcher.gpu.correctness import correctness
+    from headway.launcher.gpu.forms import forms
     from headway.launcher.gpu.layers import layers
     from headway.launcher.gpu.levers import levers
     from headway.launcher.gpu.prefill import prefill
@@ -79,7 +80,7 @@ def all_rows(here: Machine) -> list[Row]:
     rows = [*ceilings(), *correctness()]
     for size in here.scale.sizes:
         of_size = Machine(device=here.device, scale=dataclasses.replace(here.scale, sizes=(size,)))
-        for part in (steps, levers, layers, products, prefill):
+        for part in (steps, levers, layers, forms, products, prefill):
             rows += part(of_size)
     return rows
 

@@ -128,19 +128,19 @@ def variants(size: Size) -> list[Variant]:
     switch: dict[str, Any] = {"kv_heads": size.switch_heads, "head_dim": size.switch_head_dim}
     found = [Variant(name="gqa", attention=GqaConfig(**pool))]
     for k in (1, 2):
-        attention = RgqaConfig(**pool, top_k=k)
+        attention = RgqaConfig(**pool, top_k=k, projections="auto")
         found.append(Variant(name=f"rgqa k={k}/{members}", attention=attention, active=(k, members)))
     return [
         *found,
-        Variant(name="switchhead", attention=SwitchHeadConfig(**switch, experts=4, top_k=2)),
+        Variant(name="switchhead", attention=SwitchHeadConfig(**switch, experts=4, top_k=2, projections="auto")),
         Variant(
             name="hybrid",
-            attention=HybridConfig(**pool, top_k=1, value_experts=4, value_top_k=2),
+            attention=HybridConfig(**pool, top_k=1, value_experts=4, value_top_k=2, projections="auto"),
         ),
         Variant(name="gqa, half as many KV heads as heads", attention=GqaConfig(**experts), baseline="gqa"),
         Variant(
             name="gqe",
-            attention=GqeConfig(**experts, top_k=1),
+            attention=GqeConfig(**experts, top_k=1, projections="auto"),
             baseline="gqa, half as many KV heads as heads",
             active=(heads // 2 + 1, heads),
         ),

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.experts import Projections, project
+from headway.kernels.experts import Projections, project, routed_choice, routed_forms
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard
@@ -52,7 +52,9 @@ class GqeConfig(GroupedConfig):
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
     projections: Projections = Field(
-        default="dense", description="of queries; dense: all heads, then the chosen ones; grouped: one product per head"
+        default="dense",
+        description="of queries; dense: all heads, then the chosen ones; grouped: one product per head; routed: that "
+        "in one kernel on a GPU; auto: routed where it is expected to be faster",
     )
     balance: BalanceConfig = Field(
         default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="what keeps experts in use"
@@ -184,13 +186,19 @@ class GroupedQueryExperts(GroupedQueryAttention):
             self.init_stds |= {"w_k_shared": init_std, "w_v_shared": init_std}
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        config, queries = self.config, None
-        reads = config.router.reads_queries
-        if reads or config.projections == "dense":
+        config, form, queries = self.config, self.config.projections, None
+        reads, members, head_dim = config.router.reads_queries, self.members, self.head_dim
+        groups = self.w_q.shape[0] // (members * head_dim)
+        forms = routed_forms(form, x, groups=groups, experts=members, k=config.top_k, head_dim=head_dim)
+        if reads or (form != "grouped" and forms is None):
             queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
         idx, gate, aux_loss = self.router(x, context, k=config.top_k, queries=queries if reads else None)
-        if queries is None:
-            q = self.q_rope(project(x, self.w_q, idx, self.members, config.projections).flatten(2, 3), context.rope)
+        if queries is None and forms is None:
+            q = self.q_rope(project(x, self.w_q, idx, members, form).flatten(2, 3), context.rope)
+        elif queries is None:
+            routed = routed_choice(form, x, idx, members, head_dim=head_dim)
+            assert routed is not None, "the same question as before"
+            q = self.q_rope.of_routed(x, self.w_q, routed, context.rope)
         else:
             q = self.q_rope.of_chosen(queries, idx, context.rope)  # [B, S, G k, D], group-major as the core expects
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]

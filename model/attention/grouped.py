@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from headway.kernels.experts import Routed, project_routed
 from headway.kernels.rope import apply_rope
 from headway.kernels.routing import select, select_rope
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
@@ -115,6 +116,12 @@ class QkNorm(nn.Module):
         if self.norm is None:
             return select_rope(pool, idx, rope).flatten(2, 3)
         return self(select(pool, idx).flatten(2, 3), rope)
+
+    def of_routed(self, x: Tensor, weight: Tensor, routed: Routed, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The same of heads that are made for their choice alone: x [B, S, d], weight [H D, d] -> [B, S, G k, D]."""
+        if self.norm is None:
+            return project_routed(x, weight, routed, rope).flatten(2, 3)
+        return self(project_routed(x, weight, routed).flatten(2, 3), rope)
 
 
 def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:

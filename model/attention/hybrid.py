@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.experts import combine, project
+from headway.kernels.experts import combine, project, routed_choice
 from headway.model.attention.rgqa import RoutedGroupedConfig, RoutedGroupedQueryAttention
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, Shard
@@ -173,19 +173,21 @@ class HybridAttention(RoutedGroupedQueryAttention):
             self.add_module(name, routing.router.build(routing, width=width, groups=groups, experts=pool.experts))
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        q, heads = self.chosen_queries(x, context)  # [B, S, G slots, D]
+        q, heads, routed = self.chosen_queries(x, context)  # [B, S, G slots, D]
         values, outputs = self.route_experts(x, context)
         k, v = self._attended(x, context, values)  # [B, S, G, D]
         o = context.attend(q, k, v).unflatten(2, heads.idx.shape[2:])  # [B, S, G, slots, D]
         aux_loss, form = self._aux_loss(heads, values, outputs), self.config.projections
         if outputs is None and self.config.output == "head":
-            return AttentionOutput(combine(o, self.w_o, heads.idx, heads.gate, self.members, form), aux_loss)
+            return AttentionOutput(combine(o, self.w_o, heads.idx, heads.gate, self.members, form, routed), aux_loss)
         o = o * heads.gate.to(o.dtype).unsqueeze(-1)
         if outputs is None:
             return AttentionOutput(F.linear(o.flatten(2), self.w_o), aux_loss)
         # W_O is linear and the slots share their experts: one sum per group enters each of them.
         slots = o.sum(3, keepdim=True).expand(*outputs.idx.shape, o.shape[-1])
-        y = combine(slots, self.w_o, outputs.idx, outputs.gate, self.config.output_experts, form)
+        experts = self.config.output_experts
+        routed = routed_choice(form, x, outputs.idx, experts, head_dim=self.head_dim)
+        y = combine(slots, self.w_o, outputs.idx, outputs.gate, experts, form, routed)
         return AttentionOutput(y, aux_loss)
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
@@ -231,7 +233,9 @@ class HybridAttention(RoutedGroupedQueryAttention):
     def _attended(self, x: Tensor, context: Context, values: Routing) -> tuple[Tensor, Tensor]:
         """Keys and mixed values [B, K, G, D] of all tokens x's may see."""
         config = self.config
-        chosen = project(x, self.w_v, values.idx, config.value_experts, config.projections)  # [B, S, G, k_v, D]
+        experts, form = config.value_experts, config.projections
+        routed = routed_choice(form, x, values.idx, experts, head_dim=self.head_dim)
+        chosen = project(x, self.w_v, values.idx, experts, form, routed)  # [B, S, G, k_v, D]
         v = (chosen * values.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
         return context.keys_and_values(self.k_rope(self.heads_of(x, self.w_k), context.rope), v)
 

@@ -41,7 +41,9 @@ class MoaConfig(GroupedConfig):
     )
     router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
     projections: Projections = Field(
-        default="dense", description="dense: all heads, then the chosen ones; grouped: one product per head"
+        default="dense",
+        description="dense: all heads, then the chosen ones; grouped: one product per head; routed: that in one kernel "
+        "on a GPU; auto: routed where it is expected to be faster",
     )
     balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01, z=0.001), description="what keeps experts in use")
 

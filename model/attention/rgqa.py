@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.experts import Projections, combine, project
+from headway.kernels.experts import Projections, Routed, combine, project, routed_choice, routed_forms
 from headway.kernels.routing import GateName
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
@@ -82,7 +82,8 @@ class RoutedGroupedConfig(GroupedConfig):
     balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="what keeps heads in use")
     projections: Projections = Field(
         default="dense",
-        description="dense: all heads, then the chosen ones; grouped: one product per head, of those who chose it",
+        description="dense: all heads, then the chosen ones; grouped: one product per head, of those who chose it; "
+        "routed: that in one kernel on a GPU; auto: routed where it is expected to be faster",
     )
 
     @model_validator(mode="after")
@@ -197,7 +198,11 @@ class RoutedGroupedConfig(GroupedConfig):
         return params
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4d(G slots)D + 4dGD + router and the core; executed densely: Q and W_O for all H heads."""
+        """Useful: 4d(G slots)D + 4dGD + router and the core; executed densely: Q and W_O for all H heads.
+
+        Routed products are counted as dense: W_O's forward product and the gradient of x are, and what a GPU leaves
+        out of the others depends on it.
+        """
         rest = 4 * width * self.groups * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
         rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.routed)
         if self.always_on_gate != "none":
@@ -240,25 +245,38 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
             self.w_o = parameter(width, config.groups * config.slots * config.head_dim)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        q, (idx, gate, aux_loss) = self.chosen_queries(x, context)
+        q, (idx, gate, aux_loss), routed = self.chosen_queries(x, context)
         k, v = self.keys_and_values(x, context)  # [B, S, G, D]
         o = context.attend(q, k, v).unflatten(2, idx.shape[2:])  # [B, S, G, slots, D]
         if self.config.output == "slot":
             y = F.linear((o * gate.to(o.dtype).unsqueeze(-1)).flatten(2), self.w_o)
         else:
-            y = combine(o, self.w_o, idx, gate, self.members, self.config.projections)
+            y = combine(o, self.w_o, idx, gate, self.members, self.config.projections, routed)
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 
-    def chosen_queries(self, x: Tensor, context: Context) -> tuple[Tensor, Routing]:
-        """Rotated queries [B, S, G slots, D], group-major as the core expects, and which heads they are."""
-        reads, queries = self.config.router.reads_queries, None
-        if reads or self.config.projections == "dense":
+    def chosen_queries(self, x: Tensor, context: Context) -> tuple[Tensor, Routing, Routed | None]:
+        """Rotated queries [B, S, G slots, D], group-major as the core expects, which heads they are, and these heads'
+        lists where products are routed.
+        """
+        form, reads, queries = self.config.projections, self.config.router.reads_queries, None
+        if reads or self._is_dense(x):
             queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))  # [B, S, G, M, D]
         heads = self.route(x, context, queries if reads else None)
+        routed = routed_choice(form, x, heads.idx, self.members, head_dim=self.head_dim)
         if queries is not None:
-            return self.q_rope.of_chosen(queries, heads.idx, context.rope), heads
-        q = project(x, self.w_q, heads.idx, self.members, self.config.projections)
-        return self.q_rope(q.flatten(2, 3), context.rope), heads
+            return self.q_rope.of_chosen(queries, heads.idx, context.rope), heads, routed
+        if routed is not None:
+            return self.q_rope.of_routed(x, self.w_q, routed, context.rope), heads, routed
+        q = project(x, self.w_q, heads.idx, self.members, form)
+        return self.q_rope(q.flatten(2, 3), context.rope), heads, None
+
+    def _is_dense(self, x: Tensor) -> bool:
+        """Whether all heads' queries are made, of which the chosen ones are taken."""
+        form, slots = self.config.projections, self.config.always_on + self.top_k
+        groups = self.w_q.shape[0] // (self.members * self.head_dim)
+        return form != "grouped" and (
+            routed_forms(form, x, groups=groups, experts=self.members, k=slots, head_dim=self.head_dim) is None
+        )
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
         """The same function, masked dense: GQA over all H heads, outputs times the gate, zero where not chosen."""

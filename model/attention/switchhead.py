@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from headway.kernels.experts import Projections, combine, project
+from headway.kernels.experts import Projections, combine, project, routed_choice
 from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
@@ -54,7 +54,8 @@ class SwitchHeadConfig(AttentionConfig):
     balance: BalanceConfig = Field(default=BalanceConfig(), description="losses of either router; published: none")
     projections: Projections = Field(
         default="dense",
-        description="dense: all experts, then the chosen; grouped: one product per expert, of those who chose it",
+        description="dense: all experts, then the chosen; grouped: one product per expert, of those who chose it; "
+        "routed: that in one kernel on a GPU; auto: routed where it is expected to be faster",
     )
 
     @model_validator(mode="after")
@@ -146,18 +147,20 @@ class SwitchHeadAttention(RoutedAttention):
         self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        experts = self.config.experts
+        experts, form, head_dim = self.config.experts, self.config.projections, self.config.head_dim
         source, destination = self.route(x, context)
+        out = routed_choice(form, x, destination.idx, experts, head_dim=head_dim)
         q, k = self._queries_and_keys(x, context)
         if source is None:
             v = self._each_value(x).squeeze(-2)
         else:
-            chosen = project(x, self.w_v, source.idx, experts, self.config.projections)  # [B, S, n, k, D]
+            into = out if source is destination else routed_choice(form, x, source.idx, experts, head_dim=head_dim)
+            chosen = project(x, self.w_v, source.idx, experts, form, into)  # [B, S, n, k, D]
             v = (chosen * source.gate.to(x.dtype).unsqueeze(-1)).sum(-2)
         k, v = context.keys_and_values(k, v)
         o = context.attend(q, k, v)  # [B, S, n, D]
         slots = o.unsqueeze(-2).expand(*destination.idx.shape, o.shape[-1])  # one output, k output experts
-        y = combine(slots, self.w_o, destination.idx, destination.gate, experts, self.config.projections)
+        y = combine(slots, self.w_o, destination.idx, destination.gate, experts, form, out)
         return AttentionOutput(y, _aux_loss(source, destination))
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:

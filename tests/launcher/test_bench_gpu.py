@@ -324,6 +324,31 @@ def test_the_planner_takes_the_constants_that_a_refit_finds(tmp_path, monkeypatc
     assert plan_measured.assumptions(GPUS["h200"], width=2048, head_dim=64, seq_len=2048) == ASSUMPTIONS
 
 
+def test_a_refit_fills_the_table_of_dense_and_routed_products(tmp_path, monkeypatch):
+    from headway.kernels import choice
+    from headway.launcher import plan_measured
+
+    for module, name in ((plan_measured, "FILE"), (choice, "TABLE")):
+        file = tmp_path / name
+        file.write_text('{"gpus": {}, "entries": {}}')
+        monkeypatch.setattr(module, name, file)
+    products = [
+        {
+            "product": p,
+            "kind": kind,
+            "key": f"sm_90/{p}/x",
+            "dense": times(1.0),
+            "routed": times(1.0),
+            "ratio": times(r),
+        }
+        for p, kind, r in (("gather", "even", 1.3), ("gather", "one head", 0.5), ("weight_grad", "even", 0.9))
+    ]
+    row = {"shape": "x", "products": products}
+    write_gpu(tmp_path, [*gpu_rows(), {"key": "forms/x", "status": "measured", "data": row, "id": "code device"}])
+    report_gpu(tmp_path, refit=True)
+    assert choice.measured() == {"sm_90/gather/x": "routed", "sm_90/weight_grad/x": "dense"}
+
+
 @pytest.mark.parametrize("gone", ["ceilings/copy", "ceilings/matmul", "ceilings/core", "steps/profile"])
 def test_a_refit_without_its_rows_says_which_are_missing(gone, tmp_path):
     write_gpu(tmp_path, [row for row in gpu_rows() if not row["key"].startswith(gone)])

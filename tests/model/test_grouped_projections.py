@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headway.kernels.experts import combine, project
+from headway.kernels.experts import combine, project, routed_choice
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.moa import MoaConfig
@@ -32,10 +32,11 @@ MECHANISMS = {
 }
 
 
+@pytest.mark.parametrize("form", ["grouped", "routed"])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_a_layer_is_the_same_with_dense_and_with_grouped_projections(layer, context, x, name):
+def test_a_layer_is_the_same_with_dense_and_with_other_projections(layer, context, x, name, form):
     config = MECHANISMS[name]
-    dense, grouped = layer(config), layer(config.model_copy(update={"projections": "grouped"}))
+    dense, grouped = layer(config), layer(config.model_copy(update={"projections": form}))
     x.requires_grad_()
     mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
     for used in (None, mask):
@@ -50,6 +51,33 @@ def test_a_layer_is_the_same_with_dense_and_with_grouped_projections(layer, cont
             torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_auto_is_dense_on_a_cpu_bit_for_bit(layer, context, x, name):
+    config = MECHANISMS[name]
+    x.requires_grad_()
+    found = []
+    for module in (layer(config), layer(config.model_copy(update={"projections": "auto"}))):
+        y = module(x, context(config)).y
+        found.append([y, *torch.autograd.grad(y.sum(), [x, *module.parameters()], allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_auto_routes_where_the_model_of_costs_says_so(monkeypatch):
+    from headway.kernels import experts
+    from headway.kernels.routed import Forms
+
+    x, shape = torch.empty(16, 2048, 2048, device="meta"), {"groups": 4, "experts": 4, "head_dim": 128}
+    assert experts.routed_forms("auto", x, k=1, **shape) is None  # no kernel runs there
+    monkeypatch.setattr(experts, "fused", lambda tensor: True)
+    monkeypatch.setattr(experts, "architecture", lambda device: "sm_90")
+    assert experts.routed_forms("auto", x, k=1, **shape) == Forms(gather=True, weight_grad=True)
+    assert experts.routed_forms("auto", x, k=4, **shape) is None
+    assert experts.routed_forms("auto", x[:1, :64], k=1, **shape) is None
+    assert experts.routed_forms("auto", x, k=1, **(shape | {"head_dim": 256})) is None
+    assert experts.routed_forms("dense", x, k=1, **shape) is None
+
+
 @pytest.mark.parametrize("name", [n for n in MECHANISMS if n not in ("rgqa-norm", "switchhead-gate-only")])
 def test_grouped_projections_execute_what_is_useful_and_no_more(name):
     config = MECHANISMS[name]
@@ -58,14 +86,15 @@ def test_grouped_projections_execute_what_is_useful_and_no_more(name):
     assert grouped.useful == grouped.executed == dense.useful < dense.executed
 
 
-@pytest.mark.parametrize("form", ["dense", "grouped"])
+@pytest.mark.parametrize("form", ["dense", "grouped", "routed"])
 def test_an_expert_that_nobody_chose_gets_a_zero_gradient(form):
     x = torch.randn(1, 5, 4, dtype=torch.float64)
     w_in = torch.randn(3 * 2, 4, dtype=torch.float64, requires_grad=True)
     w_out = torch.randn(4, 3 * 2, dtype=torch.float64, requires_grad=True)
     idx = torch.tensor([0, 2, 2, 0, 2]).view(1, 5, 1, 1)
-    slots = project(x, w_in, idx, 3, form)
-    y = combine(slots, w_out, idx, torch.ones(1, 5, 1, 1, dtype=torch.float64), 3, form)
+    routed = routed_choice(form, x, idx, 3, head_dim=2)
+    slots = project(x, w_in, idx, 3, form, routed)
+    y = combine(slots, w_out, idx, torch.ones(1, 5, 1, 1, dtype=torch.float64), 3, form, routed)
     y.square().sum().backward()
     assert w_in.grad is not None and w_out.grad is not None
     assert (w_in.grad[2:4] == 0).all() and (w_out.grad[:, 2:4] == 0).all()

@@ -1,0 +1,246 @@
+"""Routed projections as operators: only what was chosen is multiplied, where that pays; dense where it cannot.
+
+Products that give one row per slot (the projection, its weight gradient, the slots' gradient) read lists of the pairs
+of each expert. Products that sum over slots into a d-wide row (the gradient of x, the combination) are dense: a routed
+one would spill 4 d bytes per slot. On a GPU Triton kernels do the routed ones; elsewhere PyTorch computes the same.
+
+Legend: T tokens, S sequence, d width, G groups, N experts per group, k slots, D channels of one expert, R rotated
+channels, P = T G k pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.device import fused
+from headway.kernels.rope import apply_rope
+from headway.kernels.routing import expand, select
+
+
+class Forms(NamedTuple):
+    """Which products are routed; the others are dense."""
+
+    gather: bool  # the projection, and the slots' gradient
+    weight_grad: bool
+
+
+ROUTED, DENSE = Forms(gather=True, weight_grad=True), Forms(gather=False, weight_grad=False)
+
+
+class PairLists(NamedTuple):
+    """The choice of experts, and its pairs sorted by expert; made once per layer and read by every product."""
+
+    idx: Tensor  # [T, G, k], int64
+    order: Tensor  # [P], int32
+    offsets: Tensor  # [G N + 1], int32
+
+
+def pair_lists(idx: Tensor, experts: int) -> PairLists:
+    """idx [T, G, k], different within a group -> its lists."""
+    return PairLists(idx, *make_lists(idx, experts))
+
+
+def routed_project(
+    x: Tensor, w: Tensor, lists: PairLists, rope: tuple[Tensor, Tensor] | None = None, forms: Forms = ROUTED
+) -> Tensor:
+    """x [T, d], w [G N D, d] -> what each token's experts make of it [T, G, k, D], turned by `rope` where given.
+
+    rope (cos, sin), each [S, R], as `rope_tables` makes them; T is a multiple of S. Raises ValueError for x and w of
+    different dtypes.
+    """
+    _check(x, w)
+    cos, sin = rope if rope is not None else (x.new_zeros(1, 0, dtype=torch.float32),) * 2
+    return project(x, w, cos, sin, *lists, *forms)
+
+
+def routed_combine(slots: Tensor, w: Tensor, lists: PairLists, gate: Tensor, forms: Forms = ROUTED) -> Tensor:
+    """Gated sum of what the chosen experts make of their slots: slots [T, G, k, D], w [d, G N D] -> [T, d].
+
+    Raises ValueError for slots and w of different dtypes.
+    """
+    _check(slots, w)
+    return combine(slots, w, gate, *lists, *forms)
+
+
+def _check(a: Tensor, w: Tensor) -> None:
+    if a.dtype != w.dtype:
+        raise ValueError(
+            f"routed products take one dtype: activations are {a.dtype}, the weight {w.dtype}; cast one of them, or "
+            "use projections dense"
+        )
+
+
+@torch.library.custom_op("headway::pair_lists", mutates_args=())
+def make_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Order and offsets of `PairLists`."""
+    if fused(idx.new_empty(0, dtype=torch.float32)):
+        from headway.kernels import triton_lists
+
+        return triton_lists.pair_lists(idx, experts)
+    groups = idx.shape[1]
+    expert = (idx + experts * torch.arange(groups, device=idx.device)[:, None]).flatten()
+    sizes = expert.new_zeros(groups * experts).index_add_(0, expert, torch.ones_like(expert))
+    return expert.argsort(stable=True).int(), F.pad(sizes.cumsum(0), (1, 0)).int()
+
+
+@make_lists.register_fake
+def _(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return idx.new_empty(idx.numel(), dtype=torch.int32), idx.new_empty(idx.shape[1] * experts + 1, dtype=torch.int32)
+
+
+def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q [T, G, k, D], the position of token t being t modulo S."""
+    if not cos.shape[1]:
+        return q
+    return apply_rope(q.flatten(1, 2).unflatten(0, (-1, cos.shape[0])), (cos, sin)).view(q.shape)
+
+
+# ---------------------------------------------------------------- one row per slot, from rows of x
+
+
+@torch.library.custom_op("headway::routed_project", mutates_args=())
+def project(
+    x: Tensor, w: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
+    weight_grad: bool,
+) -> Tensor:  # fmt: skip
+    """`routed_project`, of the parts of its lists and forms."""
+    experts = offsets.numel() - 1
+    if gather and fused(x):
+        from headway.kernels import triton_gather
+
+        out = x.new_empty(*idx.shape, w.shape[0] // experts)
+        triton_gather.gather_project(x, w, (order, offsets), (cos, sin), out)
+        return out
+    pool = F.linear(x, w).view(1, idx.shape[0], idx.shape[1], experts // idx.shape[1], -1)
+    return _turned(select(pool, idx[None])[0], cos, sin).contiguous()
+
+
+@project.register_fake
+def _(
+    x: Tensor, w: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
+    weight_grad: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*idx.shape, w.shape[0] // (offsets.shape[0] - 1))
+
+
+@torch.library.custom_op("headway::routed_weight_grad", mutates_args=())
+def make_weight_grad(
+    a: Tensor, b: Tensor, gate: Tensor | None, idx: Tensor, order: Tensor, offsets: Tensor, rows: bool, routed: bool
+) -> Tensor:
+    """Per expert a^T (gate b), the gradient of a weight [G N D, d] (rows) or [d, G N D]; fp32, float64 where a is.
+
+    Dense products accumulate in fp32 and are rounded to a's dtype, as those of any linear layer.
+    """
+    experts, d, channels = offsets.numel() - 1, a.shape[1], b.shape[3]
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if routed and fused(a):
+        from headway.kernels import triton_weight_grad
+
+        out = a.new_empty((experts * channels, d) if rows else (d, experts * channels), dtype=torch.float32)
+        triton_weight_grad.weight_grad(a, b, gate, (order, offsets), rows, out)
+        return out
+    factor = torch.ones_like(idx, dtype=b.dtype) if gate is None else gate
+    pool = expand(b[None], idx[None], factor[None], experts // idx.shape[1])[0].flatten(1)  # [T, G N D]
+    return (pool.t() @ a if rows else a.t() @ pool).to(wide)
+
+
+@make_weight_grad.register_fake
+def _(
+    a: Tensor, b: Tensor, gate: Tensor | None, idx: Tensor, order: Tensor, offsets: Tensor, rows: bool, routed: bool
+) -> Tensor:
+    columns = (offsets.shape[0] - 1) * b.shape[3]
+    shape = (columns, a.shape[1]) if rows else (a.shape[1], columns)
+    return a.new_empty(shape, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.weight_grad = inputs[8]
+
+
+def _project_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, cos, sin, idx, order, offsets = ctx.saved_tensors
+    d_slots = _turned(d_out.contiguous(), cos, -sin).contiguous()  # the inverse rotation turns the other way
+    d_x = d_w = None
+    if ctx.needs_input_grad[0]:
+        ones = torch.ones_like(idx, dtype=d_slots.dtype)
+        pool = expand(d_slots[None], idx[None], ones[None], (offsets.shape[0] - 1) // idx.shape[1])
+        d_x = pool[0].flatten(1) @ w
+    if ctx.needs_input_grad[1]:
+        d_w = make_weight_grad(x, d_slots, None, idx, order, offsets, True, ctx.weight_grad).to(w.dtype)
+    return d_x, d_w, None, None, None, None, None, None, None
+
+
+project.register_autograd(_project_backward, setup_context=_project_context)
+
+
+# ---------------------------------------------------------------- slots to one row per token
+
+
+@torch.library.custom_op("headway::routed_combine", mutates_args=())
+def combine(
+    slots: Tensor, w: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
+    weight_grad: bool,
+) -> Tensor:  # fmt: skip
+    """`routed_combine`, of the parts of its lists and forms."""
+    experts = (offsets.numel() - 1) // idx.shape[1]
+    return F.linear(expand(slots[None], idx[None], gate[None], experts)[0].flatten(1), w)
+
+
+@combine.register_fake
+def _(
+    slots: Tensor, w: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
+    weight_grad: bool,
+) -> Tensor:  # fmt: skip
+    return slots.new_empty(slots.shape[0], w.shape[0])
+
+
+@torch.library.custom_op("headway::routed_slot_grad", mutates_args=())
+def make_slot_grad(
+    dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, routed: bool
+) -> tuple[Tensor, Tensor]:
+    """(gate (dy W) [T, G, k, D], <dy W, slots> [T, G, k] in fp32, or float64 where dy is)."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if routed and fused(dy):
+        from headway.kernels import triton_gather
+
+        out, d_gate = slots.new_empty(slots.shape), gate.new_empty(gate.shape, dtype=torch.float32)
+        triton_gather.gather_slot_grad(dy, w, slots, gate, (order, offsets), out, d_gate)
+        return out, d_gate
+    experts = (offsets.numel() - 1) // idx.shape[1]
+    pool = (dy @ w).view(1, idx.shape[0], idx.shape[1], experts, -1)
+    made = select(pool, idx[None])[0].to(wide)  # [T, G, k, D]
+    return (made * gate.unsqueeze(-1)).to(slots.dtype), (made * slots).sum(-1)
+
+
+@make_slot_grad.register_fake
+def _(
+    dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, routed: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return slots.new_empty(slots.shape), gate.new_empty(gate.shape, dtype=wide)
+
+
+def _combine_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.forms = inputs[6:]
+
+
+def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    slots, w, gate, idx, order, offsets = ctx.saved_tensors
+    gather, weight_grad = ctx.forms
+    dy = dy.contiguous()
+    d_slots = d_w = d_gate = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+        d_slots, d_gate = make_slot_grad(dy, w, slots, gate, idx, order, offsets, gather)
+        d_gate = d_gate.to(gate.dtype)
+    if ctx.needs_input_grad[1]:
+        d_w = make_weight_grad(dy, slots, gate, idx, order, offsets, False, weight_grad).to(w.dtype)
+    return d_slots, d_w, d_gate, None, None, None, None, None
+
+
+combine.register_autograd(_combine_backward, setup_context=_combine_context)
