@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from headway.launcher.errors import SpecError
 from headway.launcher.fields import AUTO
@@ -20,7 +20,9 @@ def replaced(tree: Node) -> tuple[Node, dict[str, Place]]:
     1 is legal wherever any number is: what else is wrong with the spec is then found as ever.
     """
     train = tree.value.get("train")
-    node = train.value.get("micro_batch") if train is not None and train.is_mapping else None
+    if train is None or not train.is_mapping:
+        return tree, {}
+    node = train.value.get("micro_batch")
     if node is None or node.value != AUTO:
         return tree, {}
     # New nodes: the old ones may belong to a layer that is merged again.
@@ -29,7 +31,7 @@ def replaced(tree: Node) -> tuple[Node, dict[str, Place]]:
     return Node({**tree.value, "train": inner}, tree.place, tree.key_place), {MICRO_BATCH: node.at}
 
 
-def refuse(spec: Spec, places: dict[str, Any], path: str, reason: str) -> NoReturn:
+def refuse(spec: Spec, places: dict[str, Place], path: str, reason: str) -> NoReturn:
     """Raises SpecError for the keys that say `auto`, with what can be done instead. `spec` has 1 in their place."""
     raise SpecError(
         "\n".join(f"{place}: {key}: {AUTO} {reason}; {alternatives(spec, path)}" for key, place in places.items())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
+from headway.launcher.auto import refuse, replaced
 from headway.launcher.check import validate
 from headway.launcher.errors import SpecError
-from headway.launcher.auto import refuse, replaced
 from headway.launcher.fields import AUTO, Shape, root_shape
 from headway.launcher.merge import extra_layer, format_value, merge, override_layer, read_layers
 from headway.launcher.yamlio import Node
@@ -94,7 +94,7 @@ def load_spec(
     tree, auto = replaced(tree) if of_run else (tree, {})
     spec = validate(tree, root)
     if auto and no_auto is not None:
-        refuse(spec, auto, str(path), no_auto)
+        refuse(cast("Spec", spec), auto, str(path), no_auto)
     return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree, auto=frozenset(auto))
 
 

@@ -161,7 +161,7 @@ def required(found: Found) -> int:
     number = found.choice.micro_batch
     if number is None:
         raise SpecError(
-            f"{MICRO_BATCH}: {AUTO}: not even {found.choice.trials[-1].micro_batch} sequence a pass fits into the "
+            f"{MICRO_BATCH}: {AUTO}: not even one sequence a pass fits into the "
             f"{in_gib(found.limit_bytes)} that a rank can have on {found.device}; use parallel.recompute=block, more "
             f"ranks with parallel.zero=3, or a shorter data.seq_len; or write {MICRO_BATCH}: 1 to try it all the same"
         )

@@ -1,8 +1,8 @@
 """`python -m headway.launcher.micro_batch_child`: forward and backward passes of one rank, in a process of their own.
 
 Memory that runs out ends this process and no other, and all of it is free again afterwards. Lines of JSON: the spec
-comes first and is answered by the device; then each {"micro_batch": m} by {"seconds": [...], "passes_bytes": n}, n being
-what the passes add to parameters and gradients on a GPU and null on a CPU, or by {"out_of_memory": text}.
+comes first and is answered by the device; then each {"micro_batch": m} by {"seconds": [...], "passes_bytes": n}, or by
+{"out_of_memory": text}. n is what the passes add to parameters and gradients on a GPU, null on a CPU.
 """
 
 from __future__ import annotations

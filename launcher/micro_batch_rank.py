@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -91,10 +92,8 @@ class Rank:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._words):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # what it was not told any more
                     pipe.close()
-                except BrokenPipeError:  # what it was not told any more
-                    pass
 
     def __enter__(self) -> Rank:
         return self
@@ -104,11 +103,9 @@ class Rank:
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended; reading its answer tells how
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # it has ended; reading its answer tells how
-            pass
 
     def _answer(self) -> dict[str, Any] | str:
         """What the child says next, or that the kernel ended it."""

@@ -47,7 +47,7 @@ def plan(
     if as_json:
         figures = {**cost, **layout_figures(own, chosen, between)}
         if auto is not None:
-            figures["micro_batch_auto"] = auto.why
+            figures["micro_batch_auto"] = auto_line(spec.train.micro_batch, auto, chosen)
         if found is not None:
             figures["search"] = search_figures(found, chosen, between)
         print(json.dumps(figures, indent=1))
@@ -64,8 +64,9 @@ def plan(
 
 def auto_line(number: int, auto: Choice, gpu: Gpu) -> str:
     """What `train.micro_batch: auto` is planned with."""
+    why = auto.why if auto.micro_batch is not None else "not even one sequence fits"
     return (
-        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {auto.why}; `headway train` measures on the "
+        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {why}; `headway train` measures on the "
         "host it starts on, and may take another"
     )
 
