@@ -29,7 +29,7 @@ ENOUGH_S = 1.0
 """Passes are timed for so long, `ROUNDS` at least."""
 
 LONG_S = 10.0
-"""Passes of a size that take longer than this are cut short: three of them have a spread."""
+"""Beyond this, two passes of a size are enough to have a spread, and one to warm up."""
 
 MOST = 25
 """Passes that are timed at most."""
@@ -98,23 +98,30 @@ def _measure(model: Decoder, spec: Spec, size: int, device: torch.device) -> dic
         return _now_s(device) - start
 
     gc.collect()
-    for _ in range(WARM_UP):
-        run()
+    warm_up(run)
     if device.type == "cpu":
-        return {"seconds": _times(run), "passes_bytes": None}
+        return {"seconds": times(run), "passes_bytes": None}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    seconds = _times(run)
+    seconds = times(run)
     return {"seconds": seconds, "passes_bytes": torch.cuda.max_memory_allocated() - before}
 
 
-def _times(run: Callable[[], float]) -> list[float]:
+def warm_up(run: Callable[[], float]) -> None:
+    """Passes that are not counted: the first of a shape may compile, choose kernels, and get memory."""
+    for _ in range(WARM_UP):
+        if run() > LONG_S:
+            break
+
+
+def times(run: Callable[[], float]) -> list[float]:
+    """Seconds of `ROUNDS` passes or more, fewer where they are long."""
     seconds: list[float] = []
     while len(seconds) < MOST:
         seconds.append(run())
         spent = sum(seconds)
-        if (spent > ENOUGH_S and len(seconds) >= ROUNDS) or (spent > LONG_S and len(seconds) >= 3):
+        if (spent > ENOUGH_S and len(seconds) >= ROUNDS) or (spent > LONG_S and len(seconds) >= 2):
             break
     return seconds
 

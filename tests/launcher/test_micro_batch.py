@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher import free_memory, micro_batch
+from headway.launcher import free_memory, micro_batch, micro_batch_child
 from headway.launcher.cli import main
 from headway.launcher.commands import full_environment
 from headway.launcher.errors import HeadwayError, SpecError
@@ -56,10 +56,11 @@ class Machine:
         self.rates, self.dies_at, self.planned, self.spread = rates, dies_at, planned, spread
         self.tried, self.clock_s = [], 0.0
 
-    def planned_bytes(self, size):
-        return float(size) if self.planned else None
+    def planned_bytes(self, micro_batch):
+        return float(micro_batch) if self.planned else None
 
-    def run(self, size):
+    def run(self, micro_batch):
+        size = micro_batch
         self.tried.append(size)
         if size == self.dies_at:
             return "out of memory"
@@ -218,6 +219,19 @@ def test_the_real_process_measures_passes_of_every_size(tiny):
     assert process.poll() == -signal.SIGKILL  # it does not outlive the search
 
 
+@pytest.mark.parametrize(("pass_s", "warm_up", "timed"), [(0.001, 2, 25), (0.3, 2, 5), (6.0, 2, 2), (30.0, 1, 2)])
+def test_long_passes_are_repeated_less_often(pass_s, warm_up, timed):
+    calls = []
+
+    def run():
+        calls.append(pass_s)
+        return pass_s
+
+    micro_batch_child.warm_up(run)
+    assert len(calls) == warm_up
+    assert micro_batch_child.times(run) == [pass_s] * timed
+
+
 def test_memory_of_a_host_is_the_least_that_any_control_group_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory, "GROUPS", tmp_path)
     monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
@@ -364,7 +378,9 @@ def test_where_nothing_fits_the_message_says_what_to_change(tiny, tmp_path, monk
     nothing = micro_batch.Found(spec=spec, choice=by_plan(spec, 1.0), device="cpu", on_cpu=True, limit_bytes=1.0)
     monkeypatch.setattr(micro_batch, "find", lambda spec: nothing)
     run = micro_batch.RunDir(tmp_path / "run")
-    with pytest.raises(SpecError, match=r"auto: not even one sequence .* parallel.recompute=block, .* micro_batch: 1"):
+    with pytest.raises(
+        SpecError, match=r"auto: not even one sequence .* parallel.recompute=block, .*write train.micro_batch: 1"
+    ):
         micro_batch.settle(run, spec)
     assert not run.path.exists()
 
