@@ -52,7 +52,7 @@ def main() -> int:
             model = model or _model(spec, device)
             answer = _measure(model, spec, size, device)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-            if not _is_out_of_memory(e):
+            if not is_out_of_memory(e):
                 raise
             answer = {"out_of_memory": str(e).splitlines()[0][:200] if str(e) else "out of memory"}
         _say(answers, answer)
@@ -132,7 +132,7 @@ def _now_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch says it of a CPU in a RuntimeError without a class of its own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
