@@ -49,7 +49,7 @@ def main() -> int:
     for line in sys.stdin:
         size = json.loads(line)["micro_batch"]
         try:
-            model = model or _model(spec, device)
+            model = model or model_of(spec, device)
             answer = _measure(model, spec, size, device)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
             if not is_out_of_memory(e):
@@ -71,7 +71,8 @@ def _device(device: torch.device) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(), "free_bytes": free, "total_bytes": total}
 
 
-def _model(spec: Spec, device: torch.device) -> Decoder:
+def model_of(spec: Spec, device: torch.device) -> Decoder:
+    """The whole model, as a rank of the spec runs it, with gradients of zeros."""
     assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
     placement = Placement(recompute=spec.parallel.recompute == "block")
     model = Decoder(

@@ -21,6 +21,7 @@ from headway.launcher.micro_batch_search import search
 from headway.launcher.schema import schema_of
 from headway.launcher.study_config import load_study
 from headway.launcher.study_plan import plan_study
+from headway.model.decoder import Block
 
 TINY = """
 name: tiny
@@ -117,12 +118,22 @@ def test_the_real_process_measures_passes_of_every_size(tiny):
     assert process.poll() == -signal.SIGKILL  # it does not outlive the search
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_is_measured_is_the_model_as_the_spec_says(tiny, recompute, precision, dtype):
+    spec = spec_of(tiny, f"parallel.recompute={recompute}", f"parallel.precision={precision}")
+    model = micro_batch_child.model_of(spec, torch.device("cpu"))
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    assert {block.placement.recompute for block in blocks} == {recompute == "block"} and len(blocks) == 2
+    assert all(p.dtype == dtype and p.grad is not None for p in model.parameters())
+
+
 def test_memory_that_ran_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as short:
         torch.empty(1 << 56, dtype=torch.uint8)
     assert micro_batch_child.is_out_of_memory(short.value)
     with pytest.raises(RuntimeError) as other:
-        torch.zeros(2) + torch.zeros(3)
+        torch.zeros(2).add_(torch.zeros(3))
     assert not micro_batch_child.is_out_of_memory(other.value)
 
 
@@ -272,6 +283,16 @@ def test_a_run_that_was_started_keeps_its_number_on_any_host(tiny, tmp_path, mon
     several = spec_of(tiny, "launch.hosts=2", "launch.address=first")
     settled = micro_batch.number_of(run, several)
     assert settled is not None and settled.train.micro_batch == 2
+
+
+def test_several_hosts_continue_a_run_that_has_its_number(tiny, tmp_path, capsys):
+    settled_run(tmp_path, 2)
+    several = ["launch.hosts=2", "launch.address=first", f"run_dir={tmp_path / 'run'}", "--dry-run"]
+    assert main(["train", str(tiny), *several]) == 0
+    said = capsys.readouterr().out
+    assert "host 1 of 2" in said and "auto" not in said
+    assert main(["train", str(tiny), "--dry-run"]) == 0
+    assert "# train.micro_batch: auto is measured before this is started" in capsys.readouterr().out
 
 
 def test_a_number_that_does_not_go_with_more_processes_names_those_it_goes_with(tiny, tmp_path):
