@@ -19,6 +19,7 @@ from headway.launcher.load import load_spec
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.run_dir import RunDir
 from headway.launcher.spec import Spec
+from headway.launcher.spread import spread
 
 if TYPE_CHECKING:
     from headway.launcher.session import Session
@@ -219,12 +220,6 @@ def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | 
 def _check_steps(steps: int) -> None:
     if steps < 2:
         raise SpecError(f"--steps: {steps} measured steps have no spread; give at least 2")
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values), "n": len(values)}
 
 
 def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[str], out: Path | None) -> None:

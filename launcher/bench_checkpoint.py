@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.launcher.bench import spread
 from headway.launcher.errors import SpecError
 from headway.launcher.heartbeat import Heartbeat
 from headway.launcher.launch import resolve, worker_environment
@@ -30,6 +29,7 @@ from headway.launcher.load import load_spec
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.run_dir import RunDir, write_json
 from headway.launcher.spec import Spec
+from headway.launcher.spread import spread
 from headway.parallel.config import CheckpointConfig, CheckpointError, GuardConfig
 from headway.parallel.manifest import file_hash, steps_on_disk
 

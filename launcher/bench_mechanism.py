@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.launcher.bench import spread
 from headway.launcher.errors import SpecError
 from headway.launcher.launch import worker_environment
 from headway.launcher.machine import git_commit, machine, versions
 from headway.launcher.plots_style import STYLE, WIDTH_IN
+from headway.launcher.spread import spread
 from headway.launcher.study_config import load_study
 from headway.launcher.study_plan import plan_study
 

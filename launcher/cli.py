@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
             p.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
     bench = verb("bench", "measure speed", spec=False)
-    kinds = bench.add_subparsers(dest="action", metavar="step|mechanism|data|checkpoint|micro-batch", required=True)
+    names = "step|mechanism|data|checkpoint|micro-batch|gpu|report"
+    kinds = bench.add_subparsers(dest="action", metavar=names, required=True)
     for name, text in (
         ("step", "a training step: tokens/s, share of each part, cost over a bare PyTorch loop"),
         ("data", "the loader alone: tokens/s and time per batch"),
@@ -123,6 +124,17 @@ def _parser() -> argparse.ArgumentParser:
     p.description = text
     _spec_arguments(p)
     p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
+    p = kinds.add_parser("gpu", help=(text := "what a GPU can do, and what kernels and mechanisms make of it"))
+    p.description = text
+    p.add_argument("--minutes", type=float, default=8.0, metavar="N", help="what does not fit is left (default 8)")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="rows go here; the same again goes on")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every row, reduced, to try it out")
+    p.add_argument("--parts", type=_words, default=None, metavar="A,B", help="only these parts (default: all)")
+    p = kinds.add_parser("report", help=(text := "tables and plots of a folder that bench gpu wrote"))
+    p.description = text
+    p.add_argument("folder", type=Path, metavar="DIR", help="folder with rows.jsonl")
+    p.add_argument("--out", type=Path, default=None, metavar="DIR", help="where report.md goes (default: DIR)")
+    p.add_argument("--refit", action="store_true", help="make the planner's constants of this device anew from it")
     generate = verb("generate", "continue a prompt with a run's newest checkpoint", spec=False)
     generate.add_argument("run", type=Path, help="folder of the run")
     generate.add_argument("prompt", help="text to continue; token ids where the run learned synthetic data")
@@ -178,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         help="file, or a folder for the schemas of all kinds; default: standard output",
     )
     return parser
+
+
+def _words(text: str) -> list[str]:
+    """a,b -> [a, b]."""
+    return [word.strip() for word in text.split(",")]
 
 
 def _lengths(text: str) -> list[int]:
@@ -248,6 +265,14 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher.bench_micro_batch import bench_micro_batch
 
             return bench_micro_batch(args.spec, args.overrides, out=args.out)
+        case "bench", "gpu":
+            from headway.launcher.gpu.run import PARTS, bench_gpu
+
+            return bench_gpu(minutes=args.minutes, out=args.out, device=args.device, parts=args.parts or PARTS)
+        case "bench", "report":
+            from headway.launcher.gpu_report import report_gpu
+
+            return report_gpu(args.folder, out=args.out, refit=args.refit)
         case "bench", _:
             from headway.launcher.bench import bench_data
 

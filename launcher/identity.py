@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,10 @@ class Gathers(Protocol):
     def gather_json(self, value: Any) -> list[Any]: ...
 
 
-def code_hash() -> str:
+def code_hash(folders: Sequence[str] = ("launcher", "parallel", "model", "data", "kernels")) -> str:
     """Of Headway's own sources: ranks with different ones do not compute the same. sha256, 16 hex digits."""
     folder, found = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for name in ("launcher", "parallel", "model", "data", "kernels"):
+    for name in folders:
         for path in sorted((folder / name).rglob("*.py")):
             found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return found.hexdigest()[:16]

@@ -1,4 +1,5 @@
-"""Expected tokens per second: an estimate from datasheets and assumptions (`plan_hardware`), measured nowhere.
+"""Expected tokens per second: an estimate from datasheets and assumptions (`plan_hardware`), or from what was measured
+of a GPU (`plan_measured`).
 
 A stage's time per micro-batch: matrix products and the attention core at their shares of the matrix rate, element-wise
 work by the bytes it moves, exchanges within layers, none of them hidden behind another. Then m micro-batches and the
@@ -8,10 +9,15 @@ bubble of the pipeline, the exchange of gradients, the optimizer. Legend: P stag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from headway.launcher.plan_hardware import ASSUMPTIONS, Assumptions, Gpu, Network
+from headway.launcher.plan_hardware import Assumptions, Gpu, Network
+from headway.launcher.plan_measured import assumptions
 from headway.launcher.plan_stages import Grid, Stage
 from headway.launcher.plan_traffic import Flow, flows
+
+if TYPE_CHECKING:
+    from headway.launcher.spec import Spec
 
 OPTIMIZER_BYTES = 38.0
 """Memory traffic of AdamW per parameter of a rank's partition: gradient, moments, master read; three written; bf16."""
@@ -65,11 +71,16 @@ def bubble(grid: Grid) -> float:
 def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: float) -> Speed:
     """`useful_flops_per_token`: of a training step, over the whole model."""
     spec = grid.spec
-    low, high = (_times(grid, gpu, network, assumed) for assumed in ASSUMPTIONS)
+    low, high = (_times(grid, gpu, network, assumed) for assumed in assumptions_of(spec, gpu))
     rates = (spec.tokens_per_step / low.step_s, spec.tokens_per_step / high.step_s)
     peak = matrix_rate(grid, gpu) * spec.launch.world_size
     slow, fast = (rate * useful_flops_per_token / peak for rate in rates)
     return Speed(tokens_per_s=rates, mfu=(slow, fast), times=(low, high))
+
+
+def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
+    """Low and high for the spec's shape."""
+    return assumptions(gpu, width=spec.model.width, head_dim=spec.attention.head_dim, seq_len=spec.data.seq_len)
 
 
 def matrix_rate(grid: Grid, gpu: Gpu) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 from headway.launcher.layouts import warnings
 from headway.launcher.plan_hardware import ASSUMPTIONS, GIB, RESERVED_BYTES, USABLE, Gpu, Network, usable_bytes
 from headway.launcher.plan_layouts import Layout, Search
-from headway.launcher.plan_speed import bubble
+from headway.launcher.plan_measured import measured
+from headway.launcher.plan_speed import assumptions_of, bubble
 from headway.launcher.plan_traffic import Flow, flows
 from headway.launcher.spec import Spec
 
@@ -82,17 +83,20 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
     return [
         *_table(rows),
         "",
-        *assumption_lines(gpu, network),
+        *assumption_lines(gpu, network, layout.spec),
         *(f"warning: {text}" for text in _warnings(layout, gpu)),
     ]
 
 
-def assumption_lines(gpu: Gpu, network: Network) -> list[str]:
-    """What the estimates rest on."""
-    low, high = ASSUMPTIONS
+def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> list[str]:
+    """What the estimates rest on; shares of a measured GPU are those of the spec's shape."""
+    entry = measured().get(gpu.name)
+    low, high = ASSUMPTIONS if spec is None else assumptions_of(spec, gpu)
+    basis = "from datasheets, measured nowhere. Assumed" if entry is None else f"from {entry.source}. Taken"
+    if entry is not None and spec is None:
+        basis = f"from {entry.source}, by each model's shape. Where nothing is measured"
     return [
-        "Speeds are estimates from datasheets, measured nowhere. Assumed, low to high: matrix products at "
-        f"{low.matmul:.0%} to {high.matmul:.0%}",
+        f"Speeds are estimates {basis}, low to high: matrix products at {low.matmul:.0%} to {high.matmul:.0%}",
         f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (with document masks "
         f"{low.masked_core:.0%} to {high.masked_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links and "
         "network",

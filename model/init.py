@@ -22,12 +22,13 @@ def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, seed: int, prefix: str = "") -> None:
+def initialise(module: nn.Module, *, seed: int, prefix: str = "", draw: Callable[..., Tensor] = draw) -> None:
     """Draw every parameter: mean + normal with the std that its module states in `init_stds` and `init_means`.
 
     Vectors in neither are gains and become 1. Buffers named in `init_stds` are drawn too (fixed random routers). A
     module with `after_init` is told when its own are drawn. `prefix` is the module's place in the model
-    ("blocks.0.attn."), for a module initialised on its own.
+    ("blocks.0.attn."), for a module initialised on its own. Another `draw` serves measurements, where values do not
+    matter; on the meta device there is nothing to draw.
     """
     for path, owner in module.named_modules():
         stds: dict[str, float] = getattr(owner, "init_stds", {})
@@ -37,11 +38,13 @@ def initialise(module: nn.Module, *, seed: int, prefix: str = "") -> None:
             *((n, b) for n, b in owner.named_buffers(recurse=False) if n in stds),
         ]
         for name, tensor in own:
+            if tensor.is_meta:
+                continue
             if tensor.ndim == 1 and name not in stds and name not in means:
                 tensor.fill_(1.0)
                 continue
             full_name = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
             drawn = draw(full_name, tensor.shape, std=stds[name], seed=seed)
             tensor.copy_(drawn + means[name] if name in means else drawn)
-        if hasattr(owner, "after_init"):
+        if hasattr(owner, "after_init") and not any(tensor.is_meta for _, tensor in own):
             cast(Callable[[], None], owner.after_init)()

@@ -81,7 +81,7 @@ def calls():
         yield name, ops.gates, routing.gates_twin, (pool[..., 0].contiguous(), idx, name)
 
 
-@pytest.mark.parametrize(("name", "op", "twin", "arguments"), calls(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "op", "twin", "arguments"), [pytest.param(*call, id=call[0]) for call in calls()])
 def test_a_registered_operation_is_its_twin_with_gradients_shapes_and_tracing(name, op, twin, arguments):
     differentiable = [
         x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "top_k" else x

@@ -220,7 +220,14 @@ def test_tensorboard_holds_every_step_once_after_a_resume(headway):
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     assert [e.step for e in board.Scalars("train/loss")] == list(range(1, 41))
-    assert {t.split("/")[0] for t in board.Tags()["scalars"]} == {"train", "val", "perf", "router", "heads", "checkpoint"}
+    assert {t.split("/")[0] for t in board.Tags()["scalars"]} == {
+        "train",
+        "val",
+        "perf",
+        "router",
+        "heads",
+        "checkpoint",
+    }
     assert board.Tags()["images"] == ["router/load_router"]
 
 
