@@ -71,7 +71,8 @@ def expected(shape: Shape, info: Any = None) -> str:
     if shape.nullable and words:
         words.append("null")
     span = legal_range(info)
-    return " or ".join(words) + (f" ({span})" if span and words else "")
+    text = " or ".join(words) + (f" ({span})" if span and words else "")
+    return " or ".join([text, *shape.words])
 
 
 def legal_range(info: Any) -> str:
@@ -115,6 +116,8 @@ def type_advice(node: Node, shape: Shape) -> str:
     """What to write instead of a value of the wrong type; empty when there is nothing better to say."""
     value = node.value
     if isinstance(value, str):
+        if close := closest(value, shape.words):
+            return f". Did you mean {close[0]}?"
         if bool in shape.scalars and value.lower() in _BOOLEAN_WORDS:
             truth = value.lower() in ("yes", "on", "y", "true")
             return f". Write {str(truth).lower()}" + (" without quotes" if node.quoted else "")

@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
             p.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
     bench = verb("bench", "measure speed", spec=False)
-    kinds = bench.add_subparsers(dest="action", metavar="step|mechanism|data|checkpoint|gpu|report", required=True)
+    names = "step|mechanism|data|checkpoint|micro-batch|gpu|report"
+    kinds = bench.add_subparsers(dest="action", metavar=names, required=True)
     for name, text in (
         ("step", "a training step: tokens/s, share of each part, cost over a bare PyTorch loop"),
         ("data", "the loader alone: tokens/s and time per batch"),
@@ -118,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     p.description = text
     _spec_arguments(p)
     p.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2")
+    p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
+    p = kinds.add_parser("micro-batch", help=(text := "what train.micro_batch: auto finds on this host, and why"))
+    p.description = text
+    _spec_arguments(p)
     p.add_argument("--out", type=Path, default=None, help="where the JSON is written")
     p = kinds.add_parser("gpu", help=(text := "what a GPU can do, and what kernels and mechanisms make of it"))
     p.description = text
@@ -220,7 +225,7 @@ def _run(args: argparse.Namespace) -> int:
         case "train", _ if args.print_config:
             from headway.launcher.load import format_config, load_spec
 
-            print(format_config(load_spec(args.spec, args.overrides)))
+            print(format_config(load_spec(args.spec, args.overrides, no_auto=None)))
             return 0
         case "train", _:
             from headway.launcher.launch import train
@@ -256,6 +261,10 @@ def _run(args: argparse.Namespace) -> int:
             from headway.launcher.bench_checkpoint import bench_checkpoint
 
             return bench_checkpoint(args.spec, args.overrides, rounds=args.rounds, out=args.out)
+        case "bench", "micro-batch":
+            from headway.launcher.bench_micro_batch import bench_micro_batch
+
+            return bench_micro_batch(args.spec, args.overrides, out=args.out)
         case "bench", "gpu":
             from headway.launcher.gpu.run import PARTS, bench_gpu
 

@@ -9,13 +9,29 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
 
+AUTO = "auto"
+"""The word for a value that Headway finds itself."""
+
 _MAX_DEPTH = 8  # of the paths that are listed; a mechanism may hold mechanisms
+
+
+@dataclass(frozen=True)
+class Word:
+    """Beside a field's type: a word that a file may say instead of a value, and that is replaced before validation.
+
+    So the field keeps its one type for all who read it, and editors and messages know the word.
+    """
+
+    text: str
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"const": self.text, "type": "string"}]}
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class Shape:
 
     scalars: frozenset[type] = frozenset()
     literals: tuple[Any, ...] = ()
+    words: tuple[str, ...] = ()  # that may stand instead of a value, see `Word`
     model: type[BaseModel] | None = None
     variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by the value of `discriminator`
     discriminator: str = "type"
@@ -64,7 +81,9 @@ def root_shape(root: type[BaseModel]) -> Shape:
 
 def field_shape(info: FieldInfo) -> Shape:
     discriminator = info.discriminator if isinstance(info.discriminator, str) else None
-    return _shape(info.annotation, discriminator)
+    shape = _shape(info.annotation, discriminator)
+    words = tuple(item.text for item in info.metadata if isinstance(item, Word))
+    return replace(shape, words=words) if words else shape
 
 
 def paths(shape: Shape, tag_at: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[str]:

@@ -39,6 +39,7 @@ from headway.launcher.identity import code_hash
 from headway.launcher.layouts import check_vocabulary
 from headway.launcher.load import load_spec
 from headway.launcher.machine import versions
+from headway.launcher.micro_batch import check_one_host, number_of, settle
 from headway.launcher.restarts import Restarts
 from headway.launcher.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec import Spec
@@ -57,12 +58,19 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     `node_rank`: which of the run's hosts this is. Raises SpecError, DataError or CheckpointError before any process is
     started when something is not right.
     """
-    spec = load_spec(path, overrides).spec
+    loaded = load_spec(path, overrides, no_auto=None)
+    spec, auto = loaded.spec, bool(loaded.auto)
     run, arguments = RunDir.of(spec), [str(path), *overrides]
+    if auto and (settled := number_of(run, spec)) is not None:
+        spec, auto = settled, False
+    if auto:
+        check_one_host(spec, path)
     names = read_hostfile(spec)
     if spec.launch.method == "slurm" and node_rank is None and "SLURM_STEP_ID" not in os.environ:
         return _as_job(spec, run, arguments, dry_run=dry_run)
     if dry_run:
+        if auto:
+            print("# train.micro_batch: auto is measured before this is started")
         print(dry_run_text(spec, run, names=names))
         if spec.launch.ssh and names is not None:
             print("# host 0 starts the launchers of the others by")
@@ -70,23 +78,23 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
                 print(shlex.join(remote_command(name, host, arguments, Path.cwd())))
         return 0
     with stoppable():
-        return _train_here(spec, run, names, arguments, node_rank)
+        return _train_here(spec, run, names, arguments, node_rank, auto=auto)
 
 
 def _train_here(
-    spec: Spec, run: RunDir, names: Sequence[str] | None, arguments: Sequence[str], node_rank: int | None
+    spec: Spec, run: RunDir, names: Sequence[str] | None, arguments: Sequence[str], node_rank: int | None, *, auto: bool
 ) -> int:
     host = this_host(spec, node_rank, os.environ)
     if host > 0:
         return _on_another_host(spec, run, host)
     if names is None or not spec.launch.ssh or node_rank is not None:
-        return _on_first_host(spec, run, names)
+        return _on_first_host(spec, run, names, auto=auto)
     check_ssh(names[1:])
     run.refuse_foreign()
     run.logs.mkdir(parents=True, exist_ok=True)
     others = start_others(names, arguments, Path.cwd(), run.logs)
     try:
-        return _on_first_host(spec, run, names)
+        return _on_first_host(spec, run, names, auto=auto)
     except HeadwayError as e:
         raise Ended(Fault(text="\n".join([str(e), *_said(others, run)]), code=e.exit_code)) from e
     finally:
@@ -108,8 +116,8 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
     return submit(script, run)
 
 
-def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
-    """Take the run folder, and train; alone, or with the hosts that come."""
+def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto: bool) -> int:
+    """Take the run folder, and train; alone, or with the hosts that come. `auto`: find the micro-batch first."""
     spec, info = resolve(spec)
     check_port(spec)
     env = forwarded(spec, os.environ)
@@ -117,6 +125,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None) -> int:
     run.refuse_foreign()
     with run.locked():
         check_same_data(run, info)
+        spec = settle(run, spec) if auto else spec
         run.adopt(spec)
         if run.is_complete():
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")

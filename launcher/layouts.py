@@ -126,6 +126,20 @@ def warnings(spec: Spec) -> list[str]:
     return found
 
 
+def micro_batches(spec: Spec) -> list[int]:
+    """The values of train.micro_batch that are legal: divisors of a data-parallel rank's sequences of one step."""
+    return _divisors(spec.train.global_batch // data_parallel(spec))
+
+
+def listed(values: Iterable[int]) -> str:
+    """`4`; `1 or 2`; `1, 2 or 4`; `1 to 24`."""
+    numbers = list(values)
+    if len(numbers) > 3 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 # ---------------------------------------------------------------- the rules, in the order they are asked
 
 
@@ -135,7 +149,7 @@ def _stages(spec: Spec) -> str | None:
         return None
     return (
         f"parallel.pipeline: {stages} stages for {layers} layers, and each needs one at least; "
-        f"use parallel.pipeline {_listed(legal_pipeline(spec))}, or model.layers {stages}"
+        f"use parallel.pipeline {listed(legal_pipeline(spec))}, or model.layers {stages}"
     )
 
 
@@ -155,7 +169,7 @@ def _tensor(spec: Spec) -> str | None:
     if reason is None:
         return None
     other = f"model.ffn_width {_up(width, ranks)}" if width % ranks else _other_attention(spec, ranks)
-    return f"parallel.tensor: {reason}; use parallel.tensor {_listed(legal_tensor(spec))}, or {other}"
+    return f"parallel.tensor: {reason}; use parallel.tensor {listed(legal_tensor(spec))}, or {other}"
 
 
 def _vocabulary(spec: Spec) -> str | None:
@@ -164,7 +178,7 @@ def _vocabulary(spec: Spec) -> str | None:
         return None
     return (
         f"parallel.tensor: a vocabulary of {size} does not divide over {ranks} tensor-parallel ranks; "
-        f"use parallel.tensor {_listed(legal_tensor(spec))}, or model.vocab_size {_up(size, ranks)} (it may be larger "
+        f"use parallel.tensor {listed(legal_tensor(spec))}, or model.vocab_size {_up(size, ranks)} (it may be larger "
         "than that of the data)"
     )
 
@@ -175,7 +189,7 @@ def _sequence_parallel(spec: Spec) -> str | None:
         return None
     if parallel.tensor == 1:
         more = [t for t in legal_tensor(spec) if t > 1 and seq_len % (parallel.context * t) == 0]
-        other = f"parallel.tensor {_listed(more)}" if more else "a model and data.seq_len that two ranks can share"
+        other = f"parallel.tensor {listed(more)}" if more else "a model and data.seq_len that two ranks can share"
         return (
             "parallel.sequence_parallel: norms and residuals are shared by the tensor-parallel ranks, of which there "
             f"is one; use parallel.sequence_parallel false, or {other}"
@@ -194,7 +208,7 @@ def _context(spec: Spec) -> str | None:
     ranks, tensor, seq_len = spec.parallel.context, spec.parallel.tensor, spec.data.seq_len
     if ranks == 1:
         return None
-    choices = f"use parallel.context {_listed(legal_context(spec))}"
+    choices = f"use parallel.context {listed(legal_context(spec))}"
     if seq_len % ranks:
         near = _multiples_near(seq_len, ranks)
         return (
@@ -224,7 +238,7 @@ def _world(spec: Spec) -> str | None:
     key = max(legal, key=lambda name: getattr(parallel, name))
     others = ranks // getattr(parallel, key)
     fits = [n for n in legal[key](spec) if world % (others * n) == 0]
-    smaller = f"parallel.{key} {_listed(fits)}, or " if fits else ""
+    smaller = f"parallel.{key} {listed(fits)}, or " if fits else ""
     return (
         f"parallel.{key}: tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context} = "
         f"{ranks} ranks do not divide launch.hosts x launch.processes = {launch.hosts} x {launch.processes} = {world}; "
@@ -237,7 +251,7 @@ def _batch(spec: Spec) -> str | None:
     batch, micro_batch, ranks = spec.train.global_batch, spec.train.micro_batch, data_parallel(spec)
     if batch % (micro_batch * ranks) == 0:
         return None
-    fits = "" if batch % ranks else f", or train.micro_batch {_listed(_divisors(batch // ranks))}"
+    fits = "" if batch % ranks else f", or train.micro_batch {listed(_divisors(batch // ranks))}"
     return (
         f"train.global_batch: {batch} sequences do not divide into micro_batch x data-parallel ranks = {micro_batch} x "
         f"{ranks}; use train.global_batch {_multiples_near(batch, micro_batch * ranks)}{fits}"
@@ -298,7 +312,7 @@ def _other_tensor(spec: Spec, context: int) -> str:
         return context in legal_context(spec.model_copy(update={"parallel": changed}))
 
     fits = [t for t in legal_tensor(spec) if shared(t)]
-    return f"parallel.tensor {_listed(fits)}" if fits else f"KV heads that {context} divides"
+    return f"parallel.tensor {listed(fits)}" if fits else f"KV heads that {context} divides"
 
 
 def _divisors(number: int) -> list[int]:
@@ -313,13 +327,4 @@ def _up(number: int, of: int) -> int:
 def _multiples_near(number: int, of: int) -> str:
     """The two multiples around a number that is none; the first two where it is smaller."""
     below = max(number // of, 1)
-    return _listed([below * of, (below + 1) * of])
-
-
-def _listed(values: Iterable[int]) -> str:
-    """`4`; `1 or 2`; `1, 2 or 4`; `1 to 24`."""
-    numbers = list(values)
-    if len(numbers) > 3 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]} to {numbers[-1]}"
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}" if most else last
+    return listed([below * of, (below + 1) * of])

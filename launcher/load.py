@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
+from headway.launcher.auto import refuse, replaced
 from headway.launcher.check import validate
 from headway.launcher.errors import SpecError
-from headway.launcher.fields import Shape, root_shape
+from headway.launcher.fields import AUTO, Shape, root_shape
 from headway.launcher.merge import extra_layer, format_value, merge, override_layer, read_layers
 from headway.launcher.yamlio import Node
 
@@ -44,13 +45,19 @@ class Loaded(Generic[M]):
     origins: dict[str, Origin]
     notes: list[str]  # inherited keys that a change of `type` dropped
     tree: Node
+    auto: frozenset[str] = frozenset()  # dotted keys that say `auto`; the spec has the smallest legal value there
 
+
+NO_AUTO = "is for `headway train`, which measures before it starts; this command needs a number"
+"""Why most commands refuse `auto`."""
 
 Layer = tuple[Mapping[str, Any] | Node, str]  # values (keys may be dotted), and where they come from
 
 
 @overload
-def load_spec(path: Path | str, overrides: Sequence[str] = (), *, extra: Sequence[Layer] = ()) -> Loaded[Spec]: ...
+def load_spec(
+    path: Path | str, overrides: Sequence[str] = (), *, extra: Sequence[Layer] = (), no_auto: str | None = ...
+) -> Loaded[Spec]: ...
 @overload
 def load_spec(
     path: Path | str, overrides: Sequence[str] = (), *, root: type[M], extra: Sequence[Layer] = ()
@@ -61,13 +68,18 @@ def load_spec(
     *,
     root: type[BaseModel] | None = None,
     extra: Sequence[Layer] = (),
+    no_auto: str | None = NO_AUTO,
 ) -> Loaded[Any]:
     """Read, merge and validate. `root` is the model to fill (default: `headway.launcher.spec.Spec`).
+
+    `no_auto`: why the caller needs numbers where a spec may say `auto`, for the SpecError that then says so; None for
+    a caller that looks at `Loaded.auto`.
 
     Layers, lowest first: the chain of `base:` files, the file, each `(values, origin)` of `extra`, all `overrides`
     together. A root model that has a field `base` of its own keeps it: then nothing is inherited.
     Raises NoInputError (66) if the file cannot be read, SpecError (64) with file:line:column for everything else.
     """
+    of_run = root is None
     if root is None:
         from headway.launcher.spec import Spec  # imports torch: only when a spec is wanted
 
@@ -79,8 +91,11 @@ def load_spec(
         layers.append(override_layer(overrides, shape))
     tree, notes = _merge_all(layers, shape)
     _refuse_other_kind(tree, root)
+    tree, auto = replaced(tree) if of_run else (tree, {})
     spec = validate(tree, root)
-    return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree)
+    if auto and no_auto is not None:
+        refuse(cast("Spec", spec), auto, str(path), no_auto)
+    return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree, auto=frozenset(auto))
 
 
 def load_mapping(path: Path | str, *, inherit: bool = False) -> Node:
@@ -92,7 +107,10 @@ def load_mapping(path: Path | str, *, inherit: bool = False) -> Node:
 
 def format_config(loaded: Loaded[Any]) -> str:
     """Every resolved value as `dotted.key = value   # origin`, defaults included; what was dropped stands below."""
-    rows = [(key, format_value(value), loaded.origins[key].text) for key, value in _leaves(loaded.spec)]
+    rows = [
+        (key, AUTO if key in loaded.auto else format_value(value), loaded.origins[key].text)
+        for key, value in _leaves(loaded.spec)
+    ]
     wide = max((len(key) for key, _, _ in rows), default=0)
     # one very long value (a list of paths) must not push every origin off the screen
     value_wide = min(max((len(value) for _, value, _ in rows), default=0), 40)

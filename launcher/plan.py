@@ -10,7 +10,9 @@ from typing import Any
 from headway.launcher.launch import resolve
 from headway.launcher.layouts import vocabulary
 from headway.launcher.load import load_spec
-from headway.launcher.plan_hardware import find_gpu, find_network
+from headway.launcher.micro_batch_plan import by_plan, with_number
+from headway.launcher.micro_batch_search import Choice
+from headway.launcher.plan_hardware import Gpu, find_gpu, find_network, usable_bytes
 from headway.launcher.plan_layouts import plan_layout, search
 from headway.launcher.plan_text import cost_lines, layout_figures, layout_lines, search_figures, search_lines
 from headway.launcher.spec import Spec
@@ -31,7 +33,11 @@ def plan(
     network is not known, or the spec is not legal.
     """
     chosen, between = find_gpu(gpu), find_network(network)
-    spec = with_vocabulary(load_spec(path, overrides).spec)
+    loaded = load_spec(path, overrides, no_auto=None)
+    spec, auto = with_vocabulary(loaded.spec), None
+    if loaded.auto:
+        auto = by_plan(spec, usable_bytes(chosen))
+        spec = with_number(spec, auto.micro_batch or 1)  # that it does not fit either is said below
     cost = cost_of(spec)
     useful = 3 * cost["flops_per_token_useful"]
     own = plan_layout(spec, chosen, between, useful_flops_per_token=useful)
@@ -40,16 +46,29 @@ def plan(
         found = search(spec, gpus=gpus, gpu=chosen, network=between, useful_flops_per_token=useful)
     if as_json:
         figures = {**cost, **layout_figures(own, chosen, between)}
+        if auto is not None:
+            figures["micro_batch_auto"] = auto_line(spec.train.micro_batch, auto, chosen)
         if found is not None:
             figures["search"] = search_figures(found, chosen, between)
         print(json.dumps(figures, indent=1))
         return 0
     lines = [*cost_lines(spec, cost), "", *layout_lines(own, chosen, between)]
+    if auto is not None:
+        lines.insert(0, auto_line(spec.train.micro_batch, auto, chosen))
     if found is not None:
         assert gpus is not None
         lines += ["", *search_lines(found, gpus, chosen)]
     print("\n".join(lines))
     return 0
+
+
+def auto_line(number: int, auto: Choice, gpu: Gpu) -> str:
+    """What `train.micro_batch: auto` is planned with."""
+    why = auto.why if auto.micro_batch is not None else "not even one sequence fits"
+    return (
+        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {why}; `headway train` measures on the "
+        "host it starts on, and may take another"
+    )
 
 
 def with_vocabulary(spec: Spec) -> Spec:

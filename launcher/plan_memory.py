@@ -62,11 +62,19 @@ class Memory:
     exchange: float
 
     @property
-    def peak(self) -> float:
-        """The largest of: the loss, the backward pass of a block, the exchange of gradients before the step."""
+    def passes(self) -> float:
+        """What forward and backward passes add at their fullest: in the loss, or in the backward pass of a block."""
+        return self.activations + self.routing + self.mask + max(self.logits, self.recomputed + self.backward)
+
+    def peak_with(self, passes: float) -> float:
+        """The larger of the passes' fullest moment, were they to add `passes`, and the exchange of gradients."""
         held = self.parameters + self.master + self.moments + self.gradients + self.bucket + self.gathered
-        passes = self.activations + self.routing + self.mask + max(self.logits, self.recomputed + self.backward)
         return held + max(passes - self.late_gradients, self.exchange)
+
+    @property
+    def peak(self) -> float:
+        """At the fullest moment of a step."""
+        return self.peak_with(self.passes)
 
     def by_part(self) -> dict[str, float]:
         return asdict(self)

@@ -53,6 +53,7 @@ class RunDir:
         self.spec = path / "spec.json"
         self.id = path / "run_id.json"
         self.card = path / "run.json"
+        self.micro_batch = path / "micro_batch.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
@@ -66,7 +67,8 @@ class RunDir:
     def refuse_foreign(self) -> None:
         """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
         ours = {"run.lock", "worker.lock", "logs", "slurm", self.id.name, _temporary(self.id).name}
-        ours.add(_temporary(self.spec).name)
+        # What is written before the spec, by a start that was cut short.
+        ours |= {_temporary(self.spec).name, self.micro_batch.name, _temporary(self.micro_batch).name}
         if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from pydantic import Field, model_validator
 
 from headway.data.config import DataConfig, StrictModel
+from headway.launcher.fields import AUTO, Word
 from headway.launcher.layouts import check_layout, data_parallel
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
@@ -42,7 +43,9 @@ class TrainConfig(StrictModel):
 
     tokens: int = Field(gt=0, description="training tokens; rounded up to whole steps")
     global_batch: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
-    micro_batch: int = Field(ge=1, description="sequences per forward pass of one data-parallel rank")
+    micro_batch: Annotated[int, Word(AUTO)] = Field(
+        ge=1, description="sequences per forward pass of one data-parallel rank; `auto`: `headway train` measures"
+    )
     validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
     validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
 

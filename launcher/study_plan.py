@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from headway.model.cost import Cost
 
 
+NO_AUTO = "would give each variant a micro-batch of its own, and the variants of a study must cut their batches alike"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
     """A variant with its size. `matched` is None for the baseline and where the study matches nothing.
@@ -222,7 +225,7 @@ class _Resolver:
             (self.study.variants[variant], f"variant {variant}"),
             *more,
         ]
-        loaded = load_spec(self.study.base, extra=layers)
+        loaded = load_spec(self.study.base, extra=layers, no_auto=NO_AUTO)
         return loaded.spec, loaded.notes
 
     def overrides(self, spec: Spec, cell_keys: dict[str, Any]) -> tuple[str, ...]:
