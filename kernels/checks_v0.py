@@ -38,14 +38,14 @@ def _poisoned(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.full(shape, float("nan"), dtype=like.dtype, device=like.device)
 
 
-def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+def random_normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
     """Equal on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def _choice(shape: tuple[int, ...], k: int, device: torch.device) -> Tensor:
+def random_choice(shape: tuple[int, ...], k: int, device: torch.device) -> Tensor:
     """k different heads for each row, in random order."""
-    return _random(shape, device, torch.float32, 7).argsort(-1)[..., :k].contiguous()
+    return random_normal(shape, device, torch.float32, 7).argsort(-1)[..., :k].contiguous()
 
 
 def _cases() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -57,14 +57,14 @@ def select_rope(device: torch.device, dtype: torch.dtype) -> Errors:
     """Gather and rotation, and the way back."""
     found: Errors = {}
     for name, (batch, seq_len, groups, heads, k, channels, rotated) in _cases():
-        pool = _random((batch, seq_len, groups, heads, channels), device, dtype, 1)
-        idx = _choice((batch, seq_len, groups, heads), k, device)
+        pool = random_normal((batch, seq_len, groups, heads, channels), device, dtype, 1)
+        idx = random_choice((batch, seq_len, groups, heads), k, device)
         cos, sin = rope_tables(seq_len, rotated, 1e4, device)
         out = _poisoned((*idx.shape, channels), pool)
         triton_slots.launch_select_rope(triton_slots.select_rope_forward, pool, idx, cos, sin, heads, out)
         exact = pool.double().requires_grad_()
         expected = routing.select_rope_twin(exact, idx, (cos.double(), sin.double()))
-        grad = _random(tuple(out.shape), device, dtype, 2)
+        grad = random_normal(tuple(out.shape), device, dtype, 2)
         expected.backward(grad.double())
         back = _poisoned(tuple(pool.shape), pool)
         triton_slots.launch_select_rope(triton_slots.select_rope_backward, grad, idx, cos, sin, heads, back)
@@ -79,12 +79,12 @@ def expand(device: torch.device, dtype: torch.dtype) -> Errors:
     found: Errors = {}
     for name, (batch, seq_len, groups, heads, k, channels, _) in _cases():
         rows = batch * seq_len * groups
-        idx = _choice((rows, heads), k, device)
-        gate = _random((rows, k), device, torch.float32, 3)
-        grad = _random((rows, heads, channels), device, dtype, 4)
+        idx = random_choice((rows, heads), k, device)
+        gate = random_normal((rows, k), device, torch.float32, 3)
+        grad = random_normal((rows, heads, channels), device, dtype, 4)
         for kind, slots in (
-            ("own", _random((rows, k, channels), device, dtype, 5)),
-            ("one", _random((rows, 1, channels), device, dtype, 5).expand(rows, k, channels)),
+            ("own", random_normal((rows, k, channels), device, dtype, 5)),
+            ("one", random_normal((rows, 1, channels), device, dtype, 5).expand(rows, k, channels)),
         ):
             out, grad_slots = (_poisoned(shape, slots) for shape in ((rows, heads, channels), (rows, k, channels)))
             grad_gate = _poisoned((rows, k), gate)
@@ -105,7 +105,7 @@ def top_k(device: torch.device, dtype: torch.dtype) -> Errors:
     """The twin's choice exactly, with ties, infinities and NaN among the scores; always in fp32, as routers are."""
     found: Errors = {}
     for rows, experts, k in ((70, 5, 2), (64, 4, 1), (1, 8, 8), (129, 3, 3), (65, 20, 4)):
-        scores = _random((rows, experts), device, torch.float32, 8)
+        scores = random_normal((rows, experts), device, torch.float32, 8)
         tied = scores.round()
         strange = scores.clone()
         strange[::3, experts - 1] = float("inf")
@@ -124,8 +124,8 @@ def gates(device: torch.device, dtype: torch.dtype) -> Errors:
     """Every gate and its gradient, also at logits so far apart that a softmax over all of them is 0 at the chosen."""
     found: Errors = {}
     for rows, experts, k in ((70, 5, 2), (64, 4, 1), (129, 8, 3)):
-        idx = _choice((rows, experts), k, device)
-        logits, grad = (_random((rows, n), device, torch.float32, n) for n in (experts, k))
+        idx = random_choice((rows, experts), k, device)
+        logits, grad = (random_normal((rows, n), device, torch.float32, n) for n in (experts, k))
         for name in triton_routing.GATES:
             if name == "hard" or (name == "renorm" and k == 1):  # constant: no gradient to compare
                 continue

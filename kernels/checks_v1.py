@@ -58,7 +58,8 @@ CASES = {
 }
 
 
-def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def kernels_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it operators take the kernels: on a GPU as always, on a CPU where TRITON_INTERPRET=1."""
     wanted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return interpreted() if wanted else contextlib.nullcontext()
 
@@ -74,7 +75,7 @@ def lists_check(case: Case, device: torch.device, dtype: torch.dtype) -> Errors:
     """The lists equal a stable sort; the error is the count of pairs that differ."""
     idx = _choice(case, torch.Generator().manual_seed(1))
     expert = (idx + case.experts * torch.arange(case.groups)[:, None]).flatten()
-    with _kernels(device):
+    with kernels_on(device):
         lists = pair_lists(idx.to(device), case.experts)
     sizes = torch.bincount(expert, minlength=case.groups * case.experts)
     wrong = (lists.order.cpu() != expert.argsort(stable=True)).sum(), (lists.offsets.diff().cpu() != sizes).sum()
@@ -94,7 +95,7 @@ def products_check(case: Case, device: torch.device, dtype: torch.dtype) -> Erro
     gate = given(tokens, case.groups, case.k, kind=torch.float32)
     slots = given(tokens, case.groups, case.k, case.head_dim)
     rope = rope_tables(case.seq, case.rotated, 100.0, torch.device("cpu"))
-    with _kernels(device):
+    with kernels_on(device):
         lists = pair_lists(idx.to(device), case.experts)
     cos, sin = (table.to(device) for table in rope)
 
@@ -127,7 +128,7 @@ def _both(
     far = [tensor.double().requires_grad_() for tensor in given]
     reference = exact(*far)
     d_out = torch.randn(reference.shape, generator=made).to(given[0].dtype)
-    with _kernels(device):
+    with kernels_on(device):
         out = fast(*near)
         got = torch.autograd.grad(out, near, d_out.to(device))
     wanted = torch.autograd.grad(reference, far, d_out.double())

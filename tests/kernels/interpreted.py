@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import contextlib
 import importlib
+import itertools
 import json
 import sys
 
@@ -20,14 +21,14 @@ import torch
 
 @contextlib.contextmanager
 def broken(name):
-    """Let a launch function write a wrong first number."""
+    """Let a launch function write a wrong first number, another one each time."""
     module, _, function = name.rpartition(".")
     module = importlib.import_module(module)
-    right = getattr(module, function)
+    right, number = getattr(module, function), itertools.count()
 
     def wrong(*args):
         right(*args)
-        args[-1].view(-1)[0] = -7
+        args[-1].view(-1)[0] = -7 - next(number)
 
     setattr(module, function, wrong)
     yield

@@ -10,6 +10,7 @@ import torch
 
 from headway.launcher.errors import SpecError
 from headway.launcher.gpu import run as gpu_run
+from headway.launcher.gpu.correctness import compare
 from headway.launcher.gpu.rows import Absent, Failed, Machine, Row
 from headway.launcher.gpu.shapes import GPU_SIZES, decoder, model_config, variants
 from headway.launcher.gpu_report import load, report_gpu
@@ -162,6 +163,20 @@ def test_mistakes_name_the_way_out(arguments, words, tmp_path):
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"no machine\.json"):
         report_gpu(tmp_path)
+
+
+def test_an_error_beyond_its_tolerance_is_a_wrong_result(monkeypatch):
+    here = Machine(device=torch.device("cpu"), scale=gpu_run.REDUCED)
+    with pytest.raises(Absent, match="TRITON_INTERPRET=1"):
+        compare(lambda device, dtype: {}, torch.float32, here)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(Absent, match="bf16"):
+        compare(lambda device, dtype: {}, torch.bfloat16, here)
+    found = compare(lambda device, dtype: {"slots": (1e-7, 2e-6), "exact": (0.0, 0.0)}, torch.float32, here)
+    assert found["worst"] == pytest.approx(0.05) and len(found["comparisons"]) == 2
+    for error in (3e-6, float("nan")):
+        with pytest.raises(Failed, match="d pool"):
+            compare(lambda device, dtype, e=error: {"slots": (0.0, 2e-6), "d pool": (e, 2e-6)}, torch.float32, here)
 
 
 # ---------------------------------------------------------------- shapes

@@ -1,0 +1,41 @@
+"""What kernels keep besides being right, in Triton's interpreter: bit for bit, row by row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headway.kernels.checks_invariants import CHECKS
+
+SCRIPT = Path(__file__).with_name("interpreted.py")
+SLOTS, GATHER = "headway.kernels.triton_slots", "headway.kernels.triton_gather"
+
+
+def interpreted(*arguments):
+    command = [sys.executable, "-P", str(SCRIPT), "headway.kernels.checks_invariants", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {(r["check"], r["broken"]): r["errors"] for r in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return interpreted()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_keep_it_bit_for_bit(found, name):
+    assert len(found[name, ""]) >= 5
+    for what, (differing, _) in found[name, ""].items():
+        assert differing == 0, what
+
+
+def test_a_row_that_knows_of_others_is_noticed():
+    """The first number of a result is another one in each run."""
+    broken = [f"rows alone={SLOTS}.launch_expand", f"permuted tokens={GATHER}.gather_project"]
+    for errors in interpreted(*broken).values():
+        assert any(differing > 0 for differing, _ in errors.values())
