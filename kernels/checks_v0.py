@@ -1,4 +1,4 @@
-"""Each kernel of `triton_routing` and `triton_slots` against float64, for tests under the interpreter and for a GPU.
+"""Each kernel that routes and moves slots against float64, for tests under the interpreter and for a GPU.
 
 `CHECKS[name](device, dtype)` -> what was compared -> (relative error, tolerance). An error of NaN fails: outputs hold
 NaN before the kernel runs. Importing this module needs Triton. Tolerances: fp32 rounding where dtype is fp32, one
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from headway.kernels import routing, triton_routing, triton_slots
+from headway.kernels import routing, triton_balance, triton_routing, triton_slots
 from headway.kernels.rope import rope_tables
 
 Errors = dict[str, tuple[float, float]]
@@ -145,9 +145,32 @@ def gates(device: torch.device, dtype: torch.dtype) -> Errors:
     return found
 
 
+def balance_sums(device: torch.device, dtype: torch.dtype) -> Errors:
+    """Counts exactly, shares and their gradient; sequences of parts of a chunk, and of more than one."""
+    found: Errors = {}
+    for batch, seq_len, groups, experts, k in ((2, 37, 3, 5, 2), (1, 1100, 1, 4, 1), (3, 1, 2, 8, 3)):
+        logits = random_normal((batch, seq_len, groups, experts), device, torch.float32, 10)
+        idx = random_choice((batch, seq_len, groups, experts), k, device)
+        grad = random_normal((batch, groups, experts), device, torch.float32, 11)
+        for sigmoid in (False, True):
+            out, back = _poisoned((2, batch, groups, experts), logits), _poisoned(tuple(logits.shape), logits)
+            triton_balance.launch_sums(logits, idx, sigmoid, out)
+            triton_balance.launch_sums_backward(logits, grad, sigmoid, back)
+            exact = logits.double().requires_grad_()
+            expected = routing.balance_sums_twin(exact, idx, sigmoid)
+            expected[1].backward(grad.double())
+            assert exact.grad is not None
+            name = f"{batch} {seq_len} {groups} {experts} {k} {'sigmoid' if sigmoid else 'softmax'}"
+            found[f"{name}: counts"] = float((out[0] != expected[0]).sum()), 0.0
+            found[f"{name}: shares"] = relative(out[1], expected[1].detach()), TOLERANCES[torch.float32]
+            found[f"{name}: d logits"] = relative(back, exact.grad), TOLERANCES[torch.float32]
+    return found
+
+
 CHECKS: dict[str, Callable[[torch.device, torch.dtype], Errors]] = {
     "select_rope": select_rope,
     "expand": expand,
     "top_k": top_k,
     "gates": gates,
+    "balance_sums": balance_sums,
 }

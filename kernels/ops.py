@@ -117,6 +117,64 @@ def _differentiate_gates(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 gates.register_autograd(_differentiate_gates, setup_context=_save_gates)
 
 
+# ---------------------------------------------------------------- sums for balancing
+
+
+@torch.library.custom_op("headway::balance_sums", mutates_args=(), device_types="cuda")
+def balance_sums(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
+    """`routing.balance_sums`, stacked: [2, B, G, N]."""
+    from headway.kernels.triton_balance import launch_sums
+
+    out = logits.new_empty((2, logits.shape[0], *logits.shape[2:]))
+    launch_sums(logits.contiguous(), idx.contiguous(), sigmoid, out)
+    return out
+
+
+@balance_sums.register_kernel("cpu")
+def _(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
+    return routing.balance_sums_twin(logits, idx, sigmoid)
+
+
+@balance_sums.register_fake
+def _(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
+    return logits.new_empty((2, logits.shape[0], *logits.shape[2:]))
+
+
+@torch.library.custom_op("headway::balance_sums_backward", mutates_args=(), device_types="cuda")
+def balance_sums_backward(grad: Tensor, logits: Tensor, sigmoid: bool) -> Tensor:
+    """grad [B, G, N] of the shares' sums -> the logits' gradient [B, S, G, N]."""
+    from headway.kernels.triton_balance import launch_sums_backward
+
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    launch_sums_backward(logits.contiguous(), grad.contiguous(), sigmoid, out)
+    return out
+
+
+@balance_sums_backward.register_kernel("cpu")
+def _(grad: Tensor, logits: Tensor, sigmoid: bool) -> Tensor:
+    s, g = torch.sigmoid(logits), grad.unsqueeze(1)
+    p = s / s.sum(-1, keepdim=True) if sigmoid else torch.softmax(logits, -1)
+    found = p * (g - (p * g).sum(-1, keepdim=True))
+    return (found * (1 - s) if sigmoid else found).contiguous()
+
+
+@balance_sums_backward.register_fake
+def _(grad: Tensor, logits: Tensor, sigmoid: bool) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_balance_sums(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    logits, _, ctx.sigmoid = inputs
+    ctx.save_for_backward(logits)
+
+
+def _differentiate_balance_sums(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return balance_sums_backward(grad[1], *ctx.saved_tensors, ctx.sigmoid), None, None
+
+
+balance_sums.register_autograd(_differentiate_balance_sums, setup_context=_save_balance_sums)
+
+
 # ---------------------------------------------------------------- pool -> slots, rotated
 
 

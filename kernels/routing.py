@@ -89,6 +89,29 @@ def gates_twin(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
     return p if gate == "softmax" else p / p.detach().sum(-1, keepdim=True)
 
 
+def balance_sums(logits: Tensor, idx: Tensor, *, sigmoid: bool) -> tuple[Tensor, Tensor]:
+    """Over each sequence: how often each expert is chosen, and the sum of its shares; both [B, G, N].
+
+    logits [B, S, G, N], idx [B, S, G, k]. Shares of a token sum to 1 over the experts of a group: the softmax of its
+    logits, or with `sigmoid` their sigmoids over the sum of them. Counts have no gradient.
+    """
+    if fused(logits):
+        from headway.kernels import ops
+
+        counts, shares = ops.balance_sums(logits, idx, sigmoid).unbind()
+        return counts.detach(), shares
+    counts, shares = balance_sums_twin(logits, idx, sigmoid).unbind()
+    return counts.detach(), shares
+
+
+def balance_sums_twin(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
+    """`balance_sums` in PyTorch, stacked: [2, B, G, N]."""
+    chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
+    scores = torch.sigmoid(logits)
+    p = scores / scores.sum(-1, keepdim=True) if sigmoid else torch.softmax(logits, -1)
+    return torch.stack([chosen.sum(1), p.sum(1)])
+
+
 def _rows(idx: Tensor, experts: int) -> Tensor:
     """idx [B, S, G, k] -> row numbers [B S G k] in a pool flattened to [B S G N, D]; no row occurs twice."""
     first = torch.arange(idx.numel() // idx.shape[-1], device=idx.device) * experts

@@ -56,6 +56,19 @@ class BalanceConfig(StrictConfig):
     def has_loss(self) -> bool:
         return any((self.f_p, self.cv2, self.z, self.entropy))
 
+    @property
+    def needs_sums_alone(self) -> bool:
+        """Whether the loss is one of counts and summed shares over sequences (`loss_of_sums`), or there is none."""
+        return not any((self.cv2, self.z, self.entropy))
+
+    def loss_of_sums(self, counts: Tensor, shares: Tensor, seq_len: int, *, slots: int, mean: Mean = alone) -> Tensor:
+        """`loss` where `needs_sums_alone`: counts of choices and sums of shares over S tokens, each [B, G, N]."""
+        divisor = slots if self.f_p_convention == "share" else 1
+        f_and_p = torch.stack([counts, shares]) / seq_len
+        if self.scope == "micro_batch":
+            f_and_p = f_and_p.mean(1)
+        return self.f_p * _f_p(f_and_p, divisor, mean)
+
     def loss(self, logits: Tensor, p: Tensor, chosen: Tensor, *, slots: int, mean: Mean = alone) -> Tensor:
         """Scalar: the weighted sum. logits, p (sums to 1 over N), chosen (0/1): [B, S, G, N]; `slots` = k.
 
@@ -77,8 +90,13 @@ class BalanceConfig(StrictConfig):
 
 def f_p_loss(p: Tensor, chosen: Tensor, over: Over, *, slots: int, mean: Mean = alone) -> Tensor:
     """N sum_n f_n P_n, mean over groups (and sequences); `over` are the token dimensions, f is divided by `slots`."""
-    f, share = mean(torch.stack([chosen.mean(over), p.mean(over)])).unbind()  # together: one exchange
-    return p.shape[-1] * (f / slots * share).sum(-1).mean()
+    return _f_p(torch.stack([chosen.mean(over), p.mean(over)]), slots, mean)
+
+
+def _f_p(f_and_p: Tensor, slots: int, mean: Mean) -> Tensor:
+    """Of means over tokens [2, ..., G, N]."""
+    f, share = mean(f_and_p).unbind()  # together: one exchange
+    return share.shape[-1] * (f / slots * share).sum(-1).mean()
 
 
 def cv2_loss(p: Tensor, over: Over, mean: Mean = alone) -> Tensor:

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from headway.kernels.routing import GateName, gates, router_logits, top_k
+from headway.kernels.device import fused
+from headway.kernels.routing import GateName, balance_sums, gates, router_logits, top_k
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, Context, Ranks, RouterStats, StrictConfig
 from headway.model.layers import FixedBuffers, parameter
 from headway.model.router_meter import RouterMeter
 
 HASH_BUCKETS = 4093
+SIGMOIDS = ("sigmoid", "sigmoid2")
+"""Gates whose shares are sigmoids over their sum; those of the others are a softmax."""
 """Rows of a token-hash router's table; prime, so that ids that differ by a round number do not meet."""
 
 
@@ -213,15 +216,20 @@ class Router(FixedBuffers):
         logits = self.logits(x, context, queries)
         idx = context.choice(lambda: top_k(self._scores(logits.detach()), k), self.experts)
         gate = gates(logits, idx, self.gate)
-        aux_loss = None
-        if self.training:
-            chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
+        return Routing(idx, gate, self._account(logits, idx, gate, context, k) if self.training else None)
+
+    def _account(self, logits: Tensor, idx: Tensor, gate: Tensor, context: Context, k: int) -> Tensor | None:
+        """Count statistics; the balancing loss, None where there is none."""
+        mean, has_loss = context.sequence.mean, self.balance.has_loss
+        if fused(logits) and self.balance.needs_sums_alone and not (self.meter.closely and context.counts):
+            counts, shares = balance_sums(logits, idx, sigmoid=self.gate in SIGMOIDS)  # [B, G, N]: one pass
             if context.counts:
-                self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
-            if self.balance.has_loss:
-                probabilities, everyones = self._probabilities(logits), context.sequence.mean
-                aux_loss = self.balance.loss(logits, probabilities, chosen, slots=k, mean=everyones)
-        return Routing(idx, gate, aux_loss)
+                self.meter.count(counts.sum(0))
+            return self.balance.loss_of_sums(counts, shares, idx.shape[1], slots=k, mean=mean) if has_loss else None
+        chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
+        if context.counts:
+            self.meter.update(logits.detach(), chosen, gate.detach(), context.tokens)
+        return self.balance.loss(logits, self._probabilities(logits), chosen, slots=k, mean=mean) if has_loss else None
 
     def _scores(self, logits: Tensor) -> Tensor:
         """What is ranked; no gradient."""
@@ -250,7 +258,7 @@ class Router(FixedBuffers):
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """The distribution over a group's experts whose mean is balanced; of sigmoid gates, their shares."""
-        if self.gate not in ("sigmoid", "sigmoid2"):
+        if self.gate not in SIGMOIDS:
             return torch.softmax(logits, -1)
         score = torch.sigmoid(logits)
         return score / score.sum(-1, keepdim=True)

@@ -36,10 +36,15 @@ class RouterMeter:
         """logits, chosen (1 or 0) [B, S, G, N]; gate [B, S, G, k]; tokens [B, S] ids, None: not counted by token."""
         chosen = chosen.float()
         load = chosen.sum((0, 1))
-        self._load = load if self._load is None else self._load + load
+        self.count(load)
         if self.closely:
             detail = _detail(logits.float(), chosen, gate, tokens, load)
             self._detail = detail if self._detail is None else self._detail + detail
+
+    def count(self, load: Tensor) -> None:
+        """Add a load [G, N] alone; no gradient."""
+        load = load.float()
+        self._load = load if self._load is None else self._load + load
 
     def stats(self) -> RouterStats | None:
         """None before the first update."""

@@ -14,7 +14,7 @@ from headway.kernels.rope import rope_tables
 
 CPU = torch.device("cpu")
 GATED = ("sigmoid", "sigmoid2", "renorm", "softmax", "softmax_n", "detached_renorm", "straight_through")
-CHECKS = ("select_rope", "expand", "top_k", "gates")
+CHECKS = ("select_rope", "expand", "top_k", "gates", "balance_sums")
 
 
 def interpreted(*arguments):
@@ -45,6 +45,7 @@ def test_one_wrong_number_of_a_kernel_is_noticed():
         *(f"expand={slots}.launch_{name}" for name in ("expand", "expand_backward")),
         f"top_k={choice}.launch_top_k",
         *(f"gates={choice}.launch_{name}" for name in ("gates", "gates_backward")),
+        *(f"balance_sums=headway.kernels.triton_balance.launch_{name}" for name in ("sums", "sums_backward")),
     ]
     found = interpreted("headway.kernels.checks_v0", *launches)
     assert len(found) == len(launches)
@@ -79,6 +80,8 @@ def calls():
         yield name, ops.expand, routing.expand_twin, (value, idx, gate, 4)
     for name in GATED:
         yield name, ops.gates, routing.gates_twin, (pool[..., 0].contiguous(), idx, name)
+    for name, sigmoid in (("sums of a softmax", False), ("sums of sigmoids", True)):
+        yield name, ops.balance_sums, routing.balance_sums_twin, (pool[..., 0].contiguous(), idx, sigmoid)
 
 
 @pytest.mark.parametrize(("name", "op", "twin", "arguments"), [pytest.param(*call, id=call[0]) for call in calls()])

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from headway.model import router
+from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
 
 N = 4
@@ -80,3 +82,23 @@ def test_descending_a_loss_from_collapse_spreads_the_probabilities(name):
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - 2.0 * gradient).detach().requires_grad_()
     assert logits.softmax(-1)[..., 0].mean().item() < start - 0.1
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("convention", ["share", "count"])
+@pytest.mark.parametrize("gate", ["sigmoid2", "softmax"])
+def test_sums_of_one_pass_give_the_loss_and_the_load_of_the_whole(
+    layer, context, x, monkeypatch, gate, convention, scope
+):
+    balance = BalanceConfig(f_p=0.3, f_p_convention=convention, scope=scope)
+    config = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=2, gate=gate, balance=balance)
+    found = []
+    for one_pass in (False, True):
+        monkeypatch.setattr(router, "fused", lambda tensor, one_pass=one_pass: one_pass)
+        module = layer(config).train()
+        module.watch_routers(closely=False)
+        out = module(x, context(config))
+        gradient = torch.autograd.grad(out.aux_loss, module.router.w)[0]
+        found.append((out.aux_loss, gradient, module.router_stats()["router"].load))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
