@@ -79,7 +79,7 @@ def blocks_of(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: P
         blocks.append(
             Text("A reduced run on a CPU, to try the harness: no number here says anything of a GPU.", "warn")
         )
-    wrong = [row for row in rows if row["status"] == "wrong"]
+    wrong = [row for row in rows if row["status"] in ("wrong", "crashed")]
     if wrong:
         names = ", ".join(row["key"] for row in wrong)
         blocks.append(Text(f"WRONG RESULTS: {names}. Speeds of these kernels count for nothing.", "warn"))

@@ -89,6 +89,7 @@ def _graph(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> 
     """The whole pass as one CUDA graph."""
     if not machine.is_gpu:
         raise Absent("CUDA graphs need a GPU")
+    machine.free()  # the graph has memory of its own
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

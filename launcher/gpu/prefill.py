@@ -28,7 +28,7 @@ def prefill(machine: Machine) -> list[Row]:
         Row(
             key=f"prefill/{size.name} {seq_len}",
             what=f"prefill of {seq_len} tokens and decoding after them, {size.name}",
-            seconds=8 + seq_len / 8192,
+            seconds=8 + 0.3 * (seq_len / 8192) ** 2,
             run=functools.partial(compare, size, seq_len),
         )
         for size in machine.scale.sizes

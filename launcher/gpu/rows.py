@@ -91,6 +91,16 @@ class Machine:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def lost(self) -> bool:
+        """Whether the device answers nothing any more, as after a kernel that wrote where it must not."""
+        if not self.is_gpu:
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
+
     def free(self) -> None:
         """Give unused memory back, so that the next row finds it in one piece."""
         if self.is_gpu:

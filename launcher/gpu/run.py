@@ -27,7 +27,7 @@ WRONG_RESULT = 70
 
 
 def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequence[str] = PARTS) -> int:
-    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong.
+    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong or broke the device.
 
     `device` "cpu" runs every row in a reduced form, whose numbers say nothing of a GPU. Raises SpecError for a device
     that is not there, unknown parts, or no time.
@@ -57,7 +57,10 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
         line = _measured(row, here)
         _append(out / "rows.jsonl", line | {"id": card["id"], "reduced": not here.is_gpu})
         _say(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
-        wrong += [row.key] if line["status"] == "wrong" else []
+        wrong += [row.key] if line["status"] in ("wrong", "crashed") else []
+        if line["status"] == "crashed":
+            _say(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
+            break
     if late:
         _say(f"not measured, no time: {', '.join(late)}; the same command goes on with them")
     if wrong:
@@ -154,7 +157,7 @@ def _same(row: dict[str, Any], card: dict[str, Any]) -> bool:
 
 
 def _measured(row: Row, here: Machine) -> dict[str, Any]:
-    """The row's line: measured, absent (not here), wrong (a kernel's result), or failed (why)."""
+    """The row's line: measured, absent (not here), wrong (a kernel's result), failed (why), crashed (the device)."""
     import torch
 
     line: dict[str, Any] = {"key": row.key, "what": row.what, "status": "measured"}
@@ -169,7 +172,10 @@ def _measured(row: Row, here: Machine) -> dict[str, Any]:
         line |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0][:300]}"}
     except Exception as error:  # one row's failure must not cost the rows after it
         line |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:600]}
-    here.free()
+    if line["status"] == "failed" and here.lost():
+        line["status"] = "crashed"
+    else:
+        here.free()
     return line | {"took_s": time.monotonic() - t0}
 
 

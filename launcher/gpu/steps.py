@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,11 +83,26 @@ def batch_of(machine: Machine, size: Size, seq_len: int) -> tuple[Tensor, Tensor
 
 
 def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Seconds of each mechanism's pass, its ratio to its baseline round by round, tokens/s, FLOPs, memory."""
-    tokens, labels = batch_of(machine, size, seq_len)
+    """Seconds of each mechanism's pass, its ratio to its baseline round by round, tokens/s, FLOPs, memory.
+
+    Where passes do not fit into memory, all of them compute their blocks again (`recompute`).
+    """
     contestants = list(_contestants(size, machine))
-    memory = {c.name: peak(machine, functools.partial(train_pass, c.model, tokens, labels, c.how)) for c in contestants}
-    calls: dict[str, Call] = {c.name: lambda _, c=c: train_pass(c.model, tokens, labels, c.how) for c in contestants}
+    try:
+        return _compare(contestants, size, seq_len, machine)
+    except torch.OutOfMemoryError:
+        pass  # outside, so that what the failed pass held is free
+    machine.free()
+    for c in contestants:
+        c.model.placement = replace(c.model.placement, recompute=True)
+    return _compare(contestants, size, seq_len, machine) | {"recompute": True}
+
+
+def _compare(contestants: list[Contestant], size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
+    tokens, labels = batch_of(machine, size, seq_len)
+    passes = {c.name: functools.partial(train_pass, c.model, tokens, labels, c.how) for c in contestants}
+    memory = {name: peak(machine, run) for name, run in passes.items()}
+    calls: dict[str, Call] = {name: (lambda _, run=run: run()) for name, run in passes.items()}
     seconds = in_turns(calls, machine.device, rounds=machine.scale.step_rounds)
     found = []
     for c in contestants:
@@ -155,7 +170,7 @@ def peak(machine: Machine, call: Any) -> int | None:
     torch.cuda.reset_peak_memory_stats(machine.device)
     before = torch.cuda.memory_allocated(machine.device)
     call()
-    return torch.cuda.max_memory_allocated(machine.device) - before
+    return torch.cuda.max_memory_allocated(machine.device) - before or None  # a replayed graph asks for none
 
 
 def _optimizer_seconds(model: Decoder, machine: Machine) -> list[float]:

@@ -76,6 +76,7 @@ def _burst(call: Call, device: torch.device) -> tuple[Callable[[], Any], int]:
             run()
         return graph.replay, repeats
     except RuntimeError:  # what waits for the host cannot be captured; its time then includes that
+        torch.cuda.set_stream(torch.cuda.default_stream(device))
         torch.cuda.synchronize(device)
         return run, repeats
 

@@ -10,6 +10,7 @@ import torch
 
 from headway.launcher.errors import SpecError
 from headway.launcher.gpu import run as gpu_run
+from headway.launcher.gpu import steps
 from headway.launcher.gpu.correctness import compare
 from headway.launcher.gpu.rows import Absent, Failed, Machine, Row
 from headway.launcher.gpu.shapes import GPU_SIZES, decoder, model_config, variants
@@ -125,6 +126,34 @@ def test_a_wrong_kernel_is_said_aloud_and_ends_with_its_own_status(monkeypatch, 
     text = (tmp_path / "report.md").read_text()
     assert "WRONG RESULTS: correctness/expand bf16" in text.replace("\\", "")
     assert "| expand bf16 | WRONG |" in text
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_measuring_and_is_not_run_again(monkeypatch, tmp_path, capsys):
+    rows = row("correctness/a", raises(RuntimeError("illegal memory access"))), row("steps/b", lambda _: {})
+    fake_rows(monkeypatch, *rows)
+    monkeypatch.setattr(Machine, "lost", lambda self: True)
+    assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70
+    assert rows_of(tmp_path)["correctness/a"]["status"] == "crashed"
+    assert "THE DEVICE IS LOST after correctness/a" in capsys.readouterr().err
+    assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 0
+    assert rows_of(tmp_path)["steps/b"]["status"] == "measured"
+    report_gpu(tmp_path)
+    assert "WRONG RESULTS: correctness/a" in (tmp_path / "report.md").read_text()
+
+
+def test_passes_that_do_not_fit_are_all_computed_again(monkeypatch):
+    here, size = Machine(device=torch.device("cpu"), scale=gpu_run.REDUCED), gpu_run.REDUCED.sizes[0]
+    calls = []
+
+    def run(contestants, *args):
+        calls.append([c.model.placement.recompute for c in contestants])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+        return {}
+
+    monkeypatch.setattr(steps, "_compare", run)
+    assert steps.compare(size, 16, here) == {"recompute": True}
+    assert not any(calls[0]) and all(calls[1])
 
 
 def test_what_does_not_fit_into_the_time_is_left_and_named(monkeypatch, tmp_path, capsys):
