@@ -17,6 +17,7 @@ from headway.parallel.config import (
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
+    SpeedConfig,
 )
 
 
@@ -66,6 +67,7 @@ class Spec(StrictModel):
     init: InitConfig = InitConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    speed: SpeedConfig = SpeedConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention import MASKED_BLOCK, shares_kv_heads
+from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement
-from headway.model.layers import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +147,10 @@ class _Probe:
         with torch.no_grad():
             for tensor in [*block.parameters(), *block.buffers()]:
                 tensor.zero_()
-        block.place(Placement(ranks=ranks))
+        operations = Operations()
         if sharing.device == "cuda":
-            for module in block.modules():
-                if isinstance(module, RMSNorm):
-                    module.forward = partial(_FusedNorm.apply, module.gain)
+            operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)
+        block.place(Placement(ranks=ranks, operations=operations))
         self.block = block.train()
 
     def run(self, tokens: int) -> _Run:
@@ -227,6 +226,15 @@ class _Resized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grow: int, shrink: int, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], x.shape[1] * grow // shrink, *x.shape[2:])
+
+
+def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return _FusedNorm.apply(gain, x)
+
+
+def _fused_add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    added = x + y
+    return added, _FusedNorm.apply(gain, added)
 
 
 class _FusedNorm(torch.autograd.Function):

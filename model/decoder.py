@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
@@ -27,7 +28,7 @@ from headway.model.base import (
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.init import initialise
-from headway.model.layers import RMSNorm, SwiGLU, parameter
+from headway.model.layers import AddNorm, RMSNorm, SwiGLU, parameter, use_operations
 from headway.model.recompute import recomputed
 from headway.model.shard import cut, cut_attention
 
@@ -43,11 +44,15 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who shares a model's layers and its sequences; `recompute`: a block keeps its input and routing alone."""
+    """Who shares a model's layers and its sequences, and by which operations layers compute.
+
+    `recompute`: a block keeps its input and routing alone.
+    """
 
     ranks: Ranks = field(default_factory=Ranks)
     sequence: SequenceRanks = field(default_factory=SequenceRanks)
     recompute: bool = False
+    operations: Operations = field(default_factory=Operations)
 
 
 class Block(nn.Module):
@@ -61,7 +66,7 @@ class Block(nn.Module):
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
         self.attn_norm = RMSNorm(width, eps)
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
-        self.mlp_norm = RMSNorm(width, eps)
+        self.mlp_norm = AddNorm(width, eps)
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
         self.placement = Placement()
         self._attention_shards = attention.shards()
@@ -74,14 +79,15 @@ class Block(nn.Module):
     def place(self, placement: Placement) -> None:
         """Keep this rank's part of an initialised block."""
         self.placement = placement
+        use_operations(self, placement.operations)
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
-        x = x + leave(y)
-        return AttentionOutput(x + leave(self.mlp(enter(self.mlp_norm(x)))), aux_loss)
+        x, normed = self.mlp_norm(x, leave(y))
+        return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
 
 
 def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, placement: Placement) -> Block:
@@ -134,6 +140,7 @@ class Decoder(nn.Module):
         self.embedding = parameter(vocab_size, model.width)
         self.blocks = nn.ModuleList()
         self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}
         initialise(self, seed=seed)

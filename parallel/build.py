@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
+from headway.kernels.operations import make_operations
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder, Placement
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
-from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.config import OptimizerConfig, ParallelConfig, SpeedConfig
 from headway.parallel.engine import Engine, quiet_deepspeed
 from headway.parallel.layout import Layout
 from headway.parallel.partition import layer_costs, stage_bounds
@@ -20,6 +23,7 @@ def make_engine(
     seed: int,
     seq_len: int,
     parallel: ParallelConfig,
+    speed: SpeedConfig | None = None,
     optimizer: OptimizerConfig,
     layout: Layout,
     micro_batch: int,
@@ -28,7 +32,9 @@ def make_engine(
     """Parameters start equal on every layout, and only this rank's part of them is ever kept.
 
     `seq_len` decides how layers are dealt to stages, by their cost; `micro_batch` and `accumulation` as in `Engine`.
+    Raises LeverError where a lever of `speed` cannot be used on this machine.
     """
+    speed = speed or SpeedConfig()
     # Before anything else imports DeepSpeed: it chooses its device then.
     deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -36,6 +42,11 @@ def make_engine(
         ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
         sequence=sequence_ranks(layout),
         recompute=parallel.recompute == "block",
+        operations=make_operations(
+            compile=speed.compile,
+            device=layout.device,
+            dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+        ),
     )
     if layout.pp_size == 1:
         decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement)

@@ -43,6 +43,14 @@ class ParallelConfig(StrictModel):
         return self.tensor * self.pipeline * self.context
 
 
+class SpeedConfig(StrictModel):
+    """Levers of step speed: other ways to the same numbers, up to rounding."""
+
+    compile: Literal["none", "elementwise"] = Field(
+        default="none", description="elementwise: norms, SwiGLU's product and RoPE through torch.compile"
+    )
+
+
 class OptimizerConfig(StrictModel):
     """AdamW (Loshchilov and Hutter, 2019); weight decay reaches matrices only."""
 
