@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention import core
+from headway.kernels.backends import Backend, attention_core
 from headway.kernels.elementwise import add_norm, silu_mul
 from headway.kernels.levers import LeverError
+from headway.kernels.libraries import Loss, Norm, loss_of, norm_of
 from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
 from headway.kernels.rope import apply_rope, rope_tables
@@ -37,12 +39,25 @@ class Operations:
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
 
 
-def make_operations(*, compile: Compile, device: torch.device, dtype: torch.dtype) -> Operations:
+def make_operations(
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: Compile = "none",
+    attention: Backend = "auto",
+    norm: Norm = "torch",
+    loss: Loss = "chunked",
+) -> Operations:
     """Those that a spec asks for, on `device`; what is compiled or brought by a library has run once, with gradients.
 
     Raises LeverError (64) where one cannot run here; its message names the key.
     """
-    operations = Operations()
+    operations = Operations(
+        core=attention_core(attention, device_type=device.type, dtype=dtype),
+        loss=loss_of(loss, device_type=device.type, dtype=dtype),
+    )
+    if norm != "torch":
+        operations = with_norm(operations, norm_of(norm, device_type=device.type))
     if compile == "elementwise":
         operations = compiled(operations)
         try:
@@ -56,17 +71,23 @@ def make_operations(*, compile: Compile, device: torch.device, dtype: torch.dtyp
 
 
 def compiled(operations: Operations) -> Operations:
-    """Its elementwise functions through torch.compile, one kernel each way and per shape."""
+    """Its elementwise functions through torch.compile, one kernel each way and per shape; a library's norm as it is."""
     config: Any = torch._dynamo.config
     # Beyond the limit a function would raise; the default of 8 is less than the shapes of one model with windows.
     config.recompile_limit = max(config.recompile_limit, SHAPES)
-    return replace(
-        operations,
-        norm=_compile(operations.norm),
-        add_norm=_compile(operations.add_norm),
-        silu_mul=_compile(operations.silu_mul),
-        rope=_compile(operations.rope),
-    )
+    if operations.norm is rms_norm:
+        operations = replace(operations, norm=_compile(operations.norm), add_norm=_compile(operations.add_norm))
+    return replace(operations, silu_mul=_compile(operations.silu_mul), rope=_compile(operations.rope))
+
+
+def with_norm(operations: Operations, norm: Callable[[Tensor, Tensor, float], Tensor]) -> Operations:
+    """With a norm that a library brings, alone and behind the residual addition."""
+
+    def added_and_normed(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        added = x + y
+        return added, norm(added, gain, eps)
+
+    return replace(operations, norm=norm, add_norm=added_and_normed)
 
 
 def _compile(function: Any) -> Any:

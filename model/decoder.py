@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
 from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         Where ranks share each sequence, tokens and labels are this rank's part and segments are those of the whole.
         """
         hidden, aux_loss = self._hidden(tokens, segments)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement.ranks)
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def logits(
@@ -260,17 +260,17 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
     return ranks.leave(F.embedding(row.where(mine, 0), weight) * mine.unsqueeze(-1))
 
 
-def score(hidden: Tensor, weight: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
     """hidden [B, S, d] (cut as the residual stream is) -> loss sum and, where gradients are off, hits; both over all V.
 
     weight [V, d], or this rank's rows of it; labels [B, S].
     """
-    part = None
+    part, ranks = None, placement.ranks
     if ranks.count > 1:
         part = VocabularyPart(start=ranks.index * len(weight), sum=ranks.sum, largest=ranks.largest)
     head = (ranks.enter(hidden).flatten(0, 1), weight, labels.flatten())
     if torch.is_grad_enabled():
-        return linear_cross_entropy_sum(*head, part=part), None
+        return placement.operations.loss(*head, part=part), None
     return linear_cross_entropy_and_hits(*head, part=part)
 
 

@@ -38,15 +38,19 @@ def make_engine(
     # Before anything else imports DeepSpeed: it chooses its device then.
     deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    operations = make_operations(
+        compile=speed.compile,
+        attention=speed.attention,
+        norm=speed.norm,
+        loss=speed.loss,
+        device=layout.device,
+        dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+    )
     placement = Placement(
         ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
-        sequence=sequence_ranks(layout),
+        sequence=sequence_ranks(layout, operations.core),
         recompute=parallel.recompute == "block",
-        operations=make_operations(
-            compile=speed.compile,
-            device=layout.device,
-            dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
-        ),
+        operations=operations,
     )
     if layout.pp_size == 1:
         decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement)

@@ -49,6 +49,15 @@ class SpeedConfig(StrictModel):
     compile: Literal["none", "elementwise"] = Field(
         default="none", description="elementwise: norms, SwiGLU's product and RoPE through torch.compile"
     )
+    attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
+        default="auto",
+        description="what the attention core runs on where there is a GPU; auto: cuDNN before flash, flash first where "
+        "algorithms must be deterministic",
+    )
+    norm: Literal["torch", "apex", "liger"] = Field(default="torch", description="whose RMS norm")
+    loss: Literal["chunked", "torch", "liger"] = Field(
+        default="chunked", description="whose cross entropy of the head; chunked: Headway's own"
+    )
 
 
 class OptimizerConfig(StrictModel):

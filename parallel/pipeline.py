@@ -95,7 +95,7 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
     """The micro-batch's part of the mean over the targets of the global batch; its sums are noted on the stage."""
     hidden, _, labels, *_ = inputs
     stage = layer.stage
-    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement.ranks)
+    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement)
     if torch.is_grad_enabled():
         loss_sum = passing("step:loss", loss_sum)
     targets = (labels != IGNORED).sum()
