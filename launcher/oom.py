@@ -12,7 +12,7 @@ GROUPS = Path("/sys/fs/cgroup")
 KERNEL_LOG = Path("/dev/kmsg")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _RECORD_BYTES = 8192  # the kernel hands out one whole record at each read, and none is longer
-_ADVICE = "use a smaller train.micro_batch, parallel.recompute=block, or fewer processes on a host"
+_ADVICE = "use a smaller train.micro_batch, parallel.recompute=selective or block, or fewer processes on a host"
 
 
 @dataclass(frozen=True, kw_only=True)

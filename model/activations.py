@@ -25,6 +25,7 @@ from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement
+from headway.model.selective import SelectiveRecompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Sharing:
     """How a block's work is shared and computed, as far as it decides what is kept.
 
     `tensor`, `context`: ranks; `bf16`: or else fp32; `device`: "cuda" or "cpu", whose fused attention differs;
-    `masked`: documents do not see each other; `seq_len`: S of the whole sequence.
+    `masked`: documents do not see each other; `selective`: norms and SwiGLU's product are computed again; `seq_len`: S
+    of the whole sequence.
     """
 
     tensor: int = 1
@@ -41,6 +43,7 @@ class Sharing:
     bf16: bool = True
     device: str = "cuda"
     masked: bool = True
+    selective: bool = False
     seq_len: int
 
     @property
@@ -150,7 +153,8 @@ class _Probe:
         operations = Operations()
         if sharing.device == "cuda":
             operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)
-        block.place(Placement(ranks=ranks, operations=operations))
+        recompute = "selective" if sharing.selective else "none"
+        block.place(Placement(ranks=ranks, operations=operations, recompute=recompute))
         self.block = block.train()
 
     def run(self, tokens: int) -> _Run:
@@ -163,7 +167,7 @@ class _Probe:
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
         context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=self._attend))
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
-        with saved_storages(besides=known) as saved:
+        with saved_storages(besides=known, selective=self.block.selective) as saved:
             self.block(x, context)
         with torch.no_grad():
             self.block(x, replace(context, memory=memory))
@@ -203,8 +207,13 @@ class _Probe:
 
 
 @contextmanager
-def saved_storages(*, besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known."""
+def saved_storages(
+    *, besides: Iterable[Tensor], selective: SelectiveRecompute | None = None
+) -> Iterator[dict[int, int]]:
+    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known.
+
+    `selective`: that of the block which runs, since what goes through it autograd does not show to anybody else.
+    """
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # lest a freed storage leaves its address to another
@@ -216,6 +225,8 @@ def saved_storages(*, besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
             alive.append(tensor)
         return tensor
 
+    if selective is not None:
+        selective.observe = pack
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
 

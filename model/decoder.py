@@ -5,8 +5,9 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from headway.model.cost import layer_configs
 from headway.model.init import initialise
 from headway.model.layers import AddNorm, RMSNorm, SwiGLU, parameter, use_operations
 from headway.model.recompute import recomputed
+from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
 
 
@@ -46,12 +48,13 @@ class ModelOutput(NamedTuple):
 class Placement:
     """Who shares a model's layers and its sequences, and by which operations layers compute.
 
-    `recompute`: a block keeps its input and routing alone.
+    `recompute` block: a block keeps its input and routing alone; selective: all but what its norms and SwiGLU's product
+    give.
     """
 
     ranks: Ranks = field(default_factory=Ranks)
     sequence: SequenceRanks = field(default_factory=SequenceRanks)
-    recompute: bool = False
+    recompute: Literal["none", "selective", "block"] = "none"
     operations: Operations = field(default_factory=Operations)
 
 
@@ -69,6 +72,7 @@ class Block(nn.Module):
         self.mlp_norm = AddNorm(width, eps)
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
         self.placement = Placement()
+        self.selective: SelectiveRecompute | None = None
         self._attention_shards = attention.shards()
 
     @property
@@ -79,15 +83,22 @@ class Block(nn.Module):
     def place(self, placement: Placement) -> None:
         """Keep this rank's part of an initialised block."""
         self.placement = placement
-        use_operations(self, placement.operations)
+        operations = placement.operations
+        if placement.recompute == "selective":
+            self.selective = again = SelectiveRecompute()
+            pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "silu_mul")}
+            operations = replace(operations, **pieces)
+        use_operations(self, operations)
+        use_operations(self.attn, placement.operations)  # what its own norms give is rotated, and not kept
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
-        y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
-        x, normed = self.mlp_norm(x, leave(y))
-        return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
+        with self.selective or nullcontext():
+            y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
+            x, normed = self.mlp_norm(x, leave(y))
+            return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
 
 
 def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, placement: Placement) -> Block:
@@ -99,8 +110,8 @@ def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, se
 
 
 def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
-    """The block's output; under `recompute` what it needs for the backward pass is computed again then."""
-    if placement.recompute and torch.is_grad_enabled():
+    """The block's output; under `recompute: block` what it needs for the backward pass is computed again then."""
+    if placement.recompute == "block" and torch.is_grad_enabled():
         return recomputed(block, x, context)
     return block(x, context)
 

@@ -49,7 +49,7 @@ def make_engine(
     placement = Placement(
         ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
         sequence=sequence_ranks(layout, operations.core),
-        recompute=parallel.recompute == "block",
+        recompute=parallel.recompute,
         operations=operations,
     )
     if layout.pp_size == 1:

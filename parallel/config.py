@@ -31,8 +31,10 @@ class ParallelConfig(StrictModel):
     sequence_parallel: bool = Field(
         default=False, description="norms and residuals by parts of the sequence over the tensor-parallel ranks"
     )
-    recompute: Literal["none", "block"] = Field(
-        default="none", description="block: keep a block's input alone and compute the rest again for its gradient"
+    recompute: Literal["none", "selective", "block"] = Field(
+        default="none",
+        description="block: keep a block's input alone and compute the rest again for its gradient; selective: compute "
+        "norms and SwiGLU's product again",
     )
     zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; 1 where there is a pipeline")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
