@@ -5,6 +5,8 @@ Legend: B batch, S sequence, H query heads (or slots), G KV heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,13 +26,21 @@ def shares_kv_heads(device_type: str, dtype: torch.dtype, *, masked: bool) -> bo
     return device_type == "cpu" or (not masked and dtype in (torch.bfloat16, torch.float16))
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
+def core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    window: int | None = None,
+    scores: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
     """Causal attention, scale 1/sqrt(D). q [B, S, H, D]; k, v [B, K, G, D], K >= S; returns [B, S, H, D].
 
     Query head i uses KV head i // (H/G). Where K > S the queries are the last S of K positions (decoding with a cache).
     `window` w: a query sees w keys at most, its own included; blocks of keys outside every window are not touched.
     `mask` is None (plain causal) or broadcastable to [B, H, S, S], with K = S: bool (True = may see) or additive in q's
-    dtype; it must already forbid later positions.
+    dtype; it must already forbid later positions. `scores` is called as PyTorch's operation is.
 
     `enable_gqa` and repeating the KV heads take the same time on CPU (S=2048, H=8, G=2, D=32, forward and backward:
     87 and 88 ms causal, 150 to 170 ms masked); the former keeps one copy of K and V for the backward pass, not H/G.
@@ -45,7 +55,7 @@ def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | 
         repeats, grouped = q.shape[1] // k.shape[1], False
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     if plain:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys, enable_gqa=grouped)
+        out = scores(q, k, v, is_causal=queries == keys, enable_gqa=grouped)
         return out.transpose(1, 2)
     rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
     if queries < 2 * rows:
@@ -57,7 +67,7 @@ def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | 
         first = 0 if window is None else max(0, last - (end - start) - window + 1)
         part = visible(start, end, first, last, keys - queries, mask, window, q.device)
         args = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last])
-        blocks.append(F.scaled_dot_product_attention(*args, attn_mask=part, enable_gqa=grouped))
+        blocks.append(scores(*args, attn_mask=part, enable_gqa=grouped))
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
     return out.transpose(1, 2)
 

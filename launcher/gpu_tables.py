@@ -130,7 +130,7 @@ def _steps(data: Mapping[str, Any], row: Mapping[str, Any], gpu: Gpu | None) -> 
             "Of roofline: executed FLOPs at the best rates above, over the measured time. Memory: beyond the weights."
         ),
     ]
-    if row.get("recompute"):
+    if row["recompute"] != "none":
         blocks.append(Text("Passes did not fit into memory: here all of them compute their blocks again.", "warn"))
     profile = data.get(f"steps/profile {size} {seq_len}")
     if profile is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from headway.launcher.errors import SpecError
+from headway.launcher.speed import why_not_speed
 from headway.model.cost import layer_configs
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def why_not(spec: Spec) -> str | None:
     The vocabulary is looked at where the spec knows it. Cheap enough for a search over many layouts, which copies a
     spec (`model_copy`), since one that breaks a rule cannot be built.
     """
-    rules = (_stages, _zero, _tensor, _vocabulary, _sequence_parallel, _context, _world, _batch)
+    rules = (_stages, _zero, _tensor, _vocabulary, _sequence_parallel, _context, _world, _batch, why_not_speed)
     return next((reason for rule in rules if (reason := rule(spec)) is not None), None)
 
 

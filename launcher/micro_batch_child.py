@@ -20,7 +20,9 @@ import torch
 
 from headway.launcher.micro_batch_search import ROUNDS, WARM_UP
 from headway.launcher.spec import Spec
+from headway.model.base import SequenceRanks
 from headway.model.decoder import Decoder, Placement
+from headway.parallel.operations import operations_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +76,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 def model_of(spec: Spec, device: torch.device) -> Decoder:
     """The whole model, as a rank of the spec runs it, with gradients of zeros."""
     assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
-    placement = Placement(recompute=spec.parallel.recompute == "block")
+    operations = operations_of(spec.speed, spec.parallel, device)
+    placement = Placement(
+        recompute=spec.parallel.recompute, operations=operations, sequence=SequenceRanks(attend=operations.core)
+    )
     model = Decoder(
         spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed, placement=placement
     ).to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)

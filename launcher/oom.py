@@ -13,7 +13,8 @@ KERNEL_LOG = Path("/dev/kmsg")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _RECORD_BYTES = 8192  # the kernel hands out one whole record at each read, and none is longer
 _ADVICE = (
-    "use a smaller train.micro_batch (auto finds one that fits), parallel.recompute=block, or fewer processes on a host"
+    "use a smaller train.micro_batch (auto finds one that fits), parallel.recompute=selective or block, or fewer "
+    "processes on a host"
 )
 
 

@@ -57,7 +57,7 @@ class Memory:
     routing: float  # routers' choices under recomputation
     mask: float  # which token sees which: one [S, S] per sequence of the micro-batch
     logits: float  # chunk of logits, gradients of head and hidden states
-    recomputed: float  # what the block keeps that is computed again
+    recomputed: float  # what the block, or its norms and SwiGLU's product, keep that is computed again
     backward: float  # gradients inside the block whose backward pass runs
     exchange: float
 
@@ -119,7 +119,7 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         blocks, largest = between * len(prints), max(kept)
         routing = grid.in_flight(stage) * grid.tokens * sum(footprint.routing_per_token for footprint in prints)
     else:
-        blocks = sum(kept)
+        blocks, largest = sum(kept), max(grid.dropped(block) for block in stage.blocks)
     if spec.parallel.pipeline > 1:
         blocks += between  # what went to the next stage stays until its gradient is back
     activations = grid.in_flight(stage) * blocks

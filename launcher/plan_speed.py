@@ -127,7 +127,7 @@ def _micro_batch(
         whole = block.flops_per_token(width=model.width, seq_len=spec.data.seq_len).executed
         products += (3 + again) * (whole - core + 6 * model.width * model.ffn_width)
         cores += (1 + again + CORE_BACKWARD) * core
-        kept += grid.footprint(block).kept(grid.tokens) * (1 + again / 3)
+        kept += grid.footprint(block).kept(grid.tokens) * (1 + again / 3) + grid.dropped(block) * (1 + 1 / 3)
     if stage.last:
         products += 3 * 2 * grid.vocab_size * model.width
         kept += 12.0 * grid.tokens * grid.vocab_rows  # the logits

@@ -4,7 +4,7 @@ rank's attention sees in a forward pass, P stages, m micro-batches per step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from headway.launcher.layouts import accumulation, data_parallel, vocabulary
@@ -80,6 +80,11 @@ class Grid:
     def footprint(self, block: AttentionConfig) -> Footprint:
         return footprint(self.spec.model, block, self.sharing)
 
+    def dropped(self, block: AttentionConfig) -> float:
+        """Bytes that the block does not keep because it computes them again, under selective recomputation."""
+        everything = footprint(self.spec.model, block, replace(self.sharing, selective=False))
+        return everything.kept(self.tokens) - self.footprint(block).kept(self.tokens)
+
     @property
     def sharing(self) -> Sharing:
         parallel, data = self.spec.parallel, self.spec.data
@@ -90,6 +95,7 @@ class Grid:
             bf16=parallel.precision == "bf16",
             device="cpu" if self.spec.launch.device == "cpu" else "cuda",
             masked=data.document_mask,
+            selective=parallel.recompute == "selective",
             seq_len=data.seq_len,
         )
 

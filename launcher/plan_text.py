@@ -23,7 +23,7 @@ MEMORY_WORDS = {
     "routing": "routers' choices, for recomputation",
     "mask": "document mask",
     "logits": "logits and the loss's gradients",
-    "recomputed": "block that is computed again",
+    "recomputed": "what is computed again",
     "backward": "gradients inside a block",
     "exchange": "copies while gradients are exchanged",
 }
@@ -178,7 +178,7 @@ def describe(layout: Layout) -> str:
     }
     words = [f"{name} {n}" for name, n in sizes.items() if n > 1] or ["one process"]
     words += ["sequence parallel"] * parallel.sequence_parallel + [f"ZeRO-{parallel.zero}", parallel.precision]
-    words += ["recompute block"] * (parallel.recompute == "block")
+    words += [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
     return ", ".join([*words, f"{grid.accumulation} x {layout.spec.train.micro_batch} sequences a step and data rank"])
 
 

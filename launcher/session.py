@@ -64,6 +64,7 @@ class Session:
             seed=spec.seed,
             seq_len=data.seq_len,
             parallel=spec.parallel,
+            speed=spec.speed,
             optimizer=spec.optimizer,
             layout=layout,
             micro_batch=train.micro_batch,

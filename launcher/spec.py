@@ -18,6 +18,7 @@ from headway.parallel.config import (
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
+    SpeedConfig,
 )
 
 
@@ -69,6 +70,7 @@ class Spec(StrictModel):
     init: InitConfig = InitConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    speed: SpeedConfig = SpeedConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig

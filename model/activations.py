@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention import MASKED_BLOCK, shares_kv_heads
+from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement
-from headway.model.layers import RMSNorm
+from headway.model.selective import SelectiveRecompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Sharing:
     """How a block's work is shared and computed, as far as it decides what is kept.
 
     `tensor`, `context`: ranks; `bf16`: or else fp32; `device`: "cuda" or "cpu", whose fused attention differs;
-    `masked`: documents do not see each other; `seq_len`: S of the whole sequence.
+    `masked`: documents do not see each other; `selective`: norms and SwiGLU's product are computed again; `seq_len`: S
+    of the whole sequence.
     """
 
     tensor: int = 1
@@ -41,6 +43,7 @@ class Sharing:
     bf16: bool = True
     device: str = "cuda"
     masked: bool = True
+    selective: bool = False
     seq_len: int
 
     @property
@@ -147,11 +150,11 @@ class _Probe:
         with torch.no_grad():
             for tensor in [*block.parameters(), *block.buffers()]:
                 tensor.zero_()
-        block.place(Placement(ranks=ranks))
+        operations = Operations()
         if sharing.device == "cuda":
-            for module in block.modules():
-                if isinstance(module, RMSNorm):
-                    module.forward = partial(_FusedNorm.apply, module.gain)
+            operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)
+        recompute = "selective" if sharing.selective else "none"
+        block.place(Placement(ranks=ranks, operations=operations, recompute=recompute))
         self.block = block.train()
 
     def run(self, tokens: int) -> _Run:
@@ -164,7 +167,7 @@ class _Probe:
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
         context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=self._attend))
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
-        with saved_storages(besides=known) as saved:
+        with saved_storages(besides=known, selective=self.block.selective) as saved:
             self.block(x, context)
         with torch.no_grad():
             self.block(x, replace(context, memory=memory))
@@ -204,8 +207,13 @@ class _Probe:
 
 
 @contextmanager
-def saved_storages(*, besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known."""
+def saved_storages(
+    *, besides: Iterable[Tensor], selective: SelectiveRecompute | None = None
+) -> Iterator[dict[int, int]]:
+    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known.
+
+    `selective`: that of the block which runs, since what goes through it autograd does not show to anybody else.
+    """
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # lest a freed storage leaves its address to another
@@ -217,6 +225,8 @@ def saved_storages(*, besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
             alive.append(tensor)
         return tensor
 
+    if selective is not None:
+        selective.observe = pack
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
 
@@ -227,6 +237,15 @@ class _Resized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grow: int, shrink: int, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], x.shape[1] * grow // shrink, *x.shape[2:])
+
+
+def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return _FusedNorm.apply(gain, x)
+
+
+def _fused_add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    added = x + y
+    return added, _FusedNorm.apply(gain, added)
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -5,14 +5,16 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
+from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
@@ -27,9 +29,12 @@ from headway.model.base import (
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.init import initialise
-from headway.model.layers import RMSNorm, SwiGLU, parameter
+from headway.model.layers import AddNorm, RMSNorm, SwiGLU, parameter, use_operations
 from headway.model.recompute import recomputed
+from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
+
+Recompute = Literal["none", "selective", "block"]
 
 
 class ModelOutput(NamedTuple):
@@ -43,11 +48,16 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who shares a model's layers and its sequences; `recompute`: a block keeps its input and routing alone."""
+    """Who shares a model's layers and its sequences, and by which operations layers compute.
+
+    `recompute` block: a block keeps its input and routing alone; selective: all but what its norms and SwiGLU's product
+    give.
+    """
 
     ranks: Ranks = field(default_factory=Ranks)
     sequence: SequenceRanks = field(default_factory=SequenceRanks)
-    recompute: bool = False
+    recompute: Recompute = "none"
+    operations: Operations = field(default_factory=Operations)
 
 
 class Block(nn.Module):
@@ -61,9 +71,10 @@ class Block(nn.Module):
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
         self.attn_norm = RMSNorm(width, eps)
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
-        self.mlp_norm = RMSNorm(width, eps)
+        self.mlp_norm = AddNorm(width, eps)
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
         self.placement = Placement()
+        self.selective: SelectiveRecompute | None = None
         self._attention_shards = attention.shards()
 
     @property
@@ -74,14 +85,22 @@ class Block(nn.Module):
     def place(self, placement: Placement) -> None:
         """Keep this rank's part of an initialised block."""
         self.placement = placement
+        operations = placement.operations
+        if placement.recompute == "selective":
+            self.selective = again = SelectiveRecompute()
+            pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "silu_mul")}
+            operations = replace(operations, **pieces)
+        use_operations(self, operations)
+        use_operations(self.attn, placement.operations)  # what its own norms give is rotated, and not kept
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
-        y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
-        x = x + leave(y)
-        return AttentionOutput(x + leave(self.mlp(enter(self.mlp_norm(x)))), aux_loss)
+        with self.selective or nullcontext():
+            y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
+            x, normed = self.mlp_norm(x, leave(y))
+            return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
 
 
 def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, placement: Placement) -> Block:
@@ -93,8 +112,8 @@ def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, se
 
 
 def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
-    """The block's output; under `recompute` what it needs for the backward pass is computed again then."""
-    if placement.recompute and torch.is_grad_enabled():
+    """The block's output; under `recompute: block` what it needs for the backward pass is computed again then."""
+    if placement.recompute == "block" and torch.is_grad_enabled():
         return recomputed(block, x, context)
     return block(x, context)
 
@@ -134,6 +153,7 @@ class Decoder(nn.Module):
         self.embedding = parameter(vocab_size, model.width)
         self.blocks = nn.ModuleList()
         self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}
         initialise(self, seed=seed)
@@ -159,7 +179,7 @@ class Decoder(nn.Module):
         Where ranks share each sequence, tokens and labels are this rank's part and segments are those of the whole.
         """
         hidden, aux_loss = self._hidden(tokens, segments)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement.ranks)
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def logits(
@@ -253,17 +273,17 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
     return ranks.leave(F.embedding(row.where(mine, 0), weight) * mine.unsqueeze(-1))
 
 
-def score(hidden: Tensor, weight: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
     """hidden [B, S, d] (cut as the residual stream is) -> loss sum and, where gradients are off, hits; both over all V.
 
     weight [V, d], or this rank's rows of it; labels [B, S].
     """
-    part = None
+    part, ranks = None, placement.ranks
     if ranks.count > 1:
         part = VocabularyPart(start=ranks.index * len(weight), sum=ranks.sum, largest=ranks.largest)
     head = (ranks.enter(hidden).flatten(0, 1), weight, labels.flatten())
     if torch.is_grad_enabled():
-        return linear_cross_entropy_sum(*head, part=part), None
+        return placement.operations.loss(*head, part=part), None
     return linear_cross_entropy_and_hits(*head, part=part)
 
 

@@ -6,9 +6,10 @@ from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder, Placement
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
-from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.config import OptimizerConfig, ParallelConfig, SpeedConfig
 from headway.parallel.engine import Engine, quiet_deepspeed
 from headway.parallel.layout import Layout
+from headway.parallel.operations import operations_of
 from headway.parallel.partition import layer_costs, stage_bounds
 
 
@@ -20,6 +21,7 @@ def make_engine(
     seed: int,
     seq_len: int,
     parallel: ParallelConfig,
+    speed: SpeedConfig | None = None,
     optimizer: OptimizerConfig,
     layout: Layout,
     micro_batch: int,
@@ -28,14 +30,18 @@ def make_engine(
     """Parameters start equal on every layout, and only this rank's part of them is ever kept.
 
     `seq_len` decides how layers are dealt to stages, by their cost; `micro_batch` and `accumulation` as in `Engine`.
+    Raises LeverError where a lever of `speed` cannot be used on this machine.
     """
+    speed = speed or SpeedConfig()
     # Before anything else imports DeepSpeed: it chooses its device then.
     deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    operations = operations_of(speed, parallel, layout.device)
     placement = Placement(
         ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
-        sequence=sequence_ranks(layout),
-        recompute=parallel.recompute == "block",
+        sequence=sequence_ranks(layout, operations.core),
+        recompute=parallel.recompute,
+        operations=operations,
     )
     if layout.pp_size == 1:
         decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement)

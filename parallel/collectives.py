@@ -46,15 +46,15 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
     )
 
 
-def sequence_ranks(layout: Layout) -> SequenceRanks:
-    """The context-parallel ranks of `layout`."""
+def sequence_ranks(layout: Layout, core: Callable[..., Tensor] = core) -> SequenceRanks:
+    """The context-parallel ranks of `layout`, with the attention core of each."""
     if layout.cp_size == 1:
-        return SequenceRanks()
+        return SequenceRanks(attend=core)
     return SequenceRanks(
         index=layout.cp_rank,
         count=layout.cp_size,
         mean=lambda tensor: _Sum.apply(layout.context_group, tensor) / layout.cp_size,
-        attend=_Ulysses(layout),
+        attend=_Ulysses(layout, core),
         gather=lambda tensor: _gathered(tensor.detach(), layout.context_group),
     )
 
@@ -66,11 +66,12 @@ class _Ulysses:
     KV heads that do not divide, such as a single one, are not dealt out: keys and values are gathered, queries stay.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, core: Callable[..., Tensor]) -> None:
         from deepspeed.sequence.layer import DistributedAttention
 
         self._group, self._index, self._count = layout.context_group, layout.cp_rank, layout.cp_size
-        self._dealt = DistributedAttention(_Core(), self._group, scatter_idx=2, gather_idx=1)
+        self._core = core
+        self._dealt = DistributedAttention(_Core(core), self._group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
         """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> as q."""
@@ -80,14 +81,18 @@ class _Ulysses:
         first, last = self._index * rows, (self._index + 1) * rows
         # Keys after this rank's last query are never seen; the core takes queries for the last of the keys' positions.
         k, v = (_Gather.apply(self._group, t)[:, :last] for t in (k, v))
-        return core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
+        return self._core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
 
 
 class _Core(nn.Module):
     """The core in the form DeepSpeed's signature names."""
 
+    def __init__(self, core: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._core = core
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None) -> Tensor:
-        return core(q, k, v, mask, window=window)
+        return self._core(q, k, v, mask, window=window)
 
 
 def _enter(copy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

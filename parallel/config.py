@@ -31,8 +31,10 @@ class ParallelConfig(StrictModel):
     sequence_parallel: bool = Field(
         default=False, description="norms and residuals by parts of the sequence over the tensor-parallel ranks"
     )
-    recompute: Literal["none", "block"] = Field(
-        default="none", description="block: keep a block's input alone and compute the rest again for its gradient"
+    recompute: Literal["none", "selective", "block"] = Field(
+        default="none",
+        description="block: keep a block's input alone and compute the rest again for its gradient; selective: compute "
+        "norms and SwiGLU's product again",
     )
     zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; 1 where there is a pipeline")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
@@ -41,6 +43,23 @@ class ParallelConfig(StrictModel):
     def model_ranks(self) -> int:
         """Ranks that work on one part of the batch: tensor x pipeline x context."""
         return self.tensor * self.pipeline * self.context
+
+
+class SpeedConfig(StrictModel):
+    """Levers of step speed: other ways to the same numbers, up to rounding."""
+
+    compile: Literal["none", "elementwise"] = Field(
+        default="none", description="elementwise: norms, SwiGLU's product and RoPE through torch.compile"
+    )
+    attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
+        default="auto",
+        description="what the attention core runs on where there is a GPU; auto: cuDNN before flash, flash first where "
+        "algorithms must be deterministic",
+    )
+    norm: Literal["torch", "apex", "liger"] = Field(default="torch", description="whose RMS norm")
+    loss: Literal["chunked", "torch", "liger"] = Field(
+        default="chunked", description="whose cross entropy of the head; chunked: Headway's own"
+    )
 
 
 class OptimizerConfig(StrictModel):

@@ -95,7 +95,7 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
     """The micro-batch's part of the mean over the targets of the global batch; its sums are noted on the stage."""
     hidden, _, labels, *_ = inputs
     stage = layer.stage
-    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement.ranks)
+    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement)
     if torch.is_grad_enabled():
         loss_sum = passing("step:loss", loss_sum)
     targets = (labels != IGNORED).sum()
@@ -126,9 +126,10 @@ class BlockLayer(nn.Module):
 class NormLayer(nn.Module):
     """The norm before the head."""
 
-    def __init__(self, model: ModelConfig, *, seed: int) -> None:
+    def __init__(self, model: ModelConfig, *, seed: int, stage: Stage) -> None:
         super().__init__()
         self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm.use(stage.placement.operations)
         initialise(self, seed=seed)
 
     def forward(self, inputs: Inputs) -> Inputs:
@@ -213,7 +214,7 @@ class PipelineEngine(Engine):
             LayerSpec(BlockLayer, model, mechanism, i, seed=seed, stage=self._stage)
             for i, mechanism in enumerate(layer_configs(model, attention, vocab_size=vocab_size))
         ]
-        return [first, *blocks, LayerSpec(NormLayer, model, seed=seed), last]
+        return [first, *blocks, LayerSpec(NormLayer, model, seed=seed, stage=self._stage), last]
 
     def _named(self, stages: nn.Module, model: ModelConfig, vocab_size: int) -> list[LogicalParameter]:
         """The stage's parameters under their single-device names."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headway.kernels.levers import LeverError
 from headway.launcher.gpu.rows import Absent, Machine, Row
 from headway.launcher.gpu.shapes import Size, decoder, variants
 from headway.launcher.gpu.steps import batch_of, peak, train_pass
@@ -18,8 +18,8 @@ from headway.launcher.gpu.timing import Call, in_turns, ratio, summary
 from headway.model.decoder import Decoder
 
 Pass = Callable[[], Any]
-Lever = Callable[[Decoder, Tensor, Tensor, Machine], Pass]
-"""Given a model of its own and a batch: the pass with the lever. Raises Absent where it cannot be pulled here."""
+Lever = Callable[[Tensor, Tensor, Machine], Pass]
+"""Given a batch: the pass with the lever, on a model of its own. Raises Absent or LeverError where it cannot be."""
 
 
 def levers(machine: Machine) -> list[Row]:
@@ -32,9 +32,17 @@ def levers(machine: Machine) -> list[Row]:
                     key=f"levers/{size.name} {seq_len}",
                     what=f"levers of a dense pass, {size.name}, {seq_len} tokens",
                     seconds=60,
-                    run=functools.partial(compare, size, seq_len),
+                    run=functools.partial(compare, size, seq_len, False),
                 )
             )
+        rows.append(
+            Row(
+                key=f"levers/graph {size.name}",
+                what=f"a dense pass as one CUDA graph, {size.name}",
+                seconds=15,
+                run=functools.partial(compare, size, machine.scale.lengths[0], True),
+            )
+        )
         rows.append(
             Row(
                 key=f"levers/optimizer {size.name}",
@@ -46,23 +54,26 @@ def levers(machine: Machine) -> list[Row]:
     return rows
 
 
-def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Seconds and memory of the pass with each lever, and times as fast as the pass without."""
+def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[str, Any]:
+    """Seconds and memory of the pass with each lever, and times as fast as the pass without.
+
+    `graphs`: of CUDA graphs alone, which hold the memory of a whole pass for themselves.
+    """
     gqa = variants(size)[0].attention
     tokens, labels = batch_of(machine, size, seq_len)
 
-    def fresh() -> Decoder:
-        return decoder(size, gqa, machine.device, machine.scale.dtype).train()
+    def fresh(**levers: Any) -> Decoder:
+        return decoder(size, gqa, machine.device, machine.scale.dtype, **levers).train()
 
     base = functools.partial(train_pass, fresh(), tokens, labels)
     found: list[dict[str, Any]] = [{"name": "none"}]
     passes: dict[str, Pass] = {"none": base}
-    for name, lever in LEVERS.items():
+    for name, lever in levers_of(fresh, graphs).items():
         found.append({"name": name})
         try:
-            passes[name] = lever(fresh(), tokens, labels, machine)
+            passes[name] = lever(tokens, labels, machine)
             found[-1]["peak_bytes"] = peak(machine, passes[name])
-        except Absent as why:
+        except (Absent, LeverError) as why:
             found[-1]["refused"] = str(why)
         except RuntimeError as error:  # a compiler or a capture that fails says why, and others are measured still
             found[-1]["refused"] = f"{type(error).__name__}: {error}"[:300]
@@ -78,17 +89,44 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
     return {"about": about, "levers": found}
 
 
-def _compiled(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
-    """Each block by torch.compile; on a CPU traced alone, as there it is the way that is tried and not its speed."""
+def levers_of(fresh: Callable[..., Decoder], graphs: bool) -> dict[str, Lever]:
+    """By the key of a spec where it has one. `fresh` makes a model with such keys."""
+    if graphs:
+        return {"one CUDA graph": functools.partial(_graph, fresh)}
+
+    def keyed(**keys: Any) -> Lever:
+        def pulled(tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
+            if "compile" in keys and not machine.is_gpu:
+                raise Absent("a CPU's compiler takes half a minute for it; tests have it")
+            return functools.partial(train_pass, fresh(**keys), tokens, labels)
+
+        return pulled
+
+    spec_keys: dict[str, dict[str, str]] = {
+        "speed.compile: elementwise": {"compile": "elementwise"},
+        **{f"speed.attention: {name}": {"attention": name} for name in ("cudnn", "flash", "fa3")},
+        **{f"speed.norm: {name}": {"norm": name} for name in ("apex", "liger")},
+        **{f"speed.loss: {name}": {"loss": name} for name in ("torch", "liger")},
+        **{f"parallel.recompute: {name}": {"recompute": name} for name in ("selective", "block")},
+    }
+    return {name: keyed(**keys) for name, keys in spec_keys.items()} | {
+        "whole blocks by torch.compile": functools.partial(_compiled, fresh),
+        "two passes of half the tokens": functools.partial(_half, fresh),
+    }
+
+
+def _compiled(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
+    """On a CPU traced alone, as there it is the way that is tried and not its speed."""
+    model = fresh()
     for block in model.blocks:
         block.compile(dynamic=False, backend="inductor" if machine.is_gpu else "aot_eager")
     return functools.partial(train_pass, model, tokens, labels)
 
 
-def _graph(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
-    """The whole pass as one CUDA graph."""
+def _graph(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
     if not machine.is_gpu:
         raise Absent("CUDA graphs need a GPU")
+    model = fresh()
     machine.free()  # the graph has memory of its own
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
@@ -102,30 +140,17 @@ def _graph(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> 
     return graph.replay
 
 
-def _recomputed(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
-    model.placement = replace(model.placement, recompute=True)
-    return functools.partial(train_pass, model, tokens, labels)
-
-
-def _half(model: Decoder, tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
+def _half(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
     """The same tokens in two passes of half as many."""
     if len(tokens) < 2:
         raise Absent("one sequence alone cannot be halved")
-    halves = list(zip(tokens.chunk(2), labels.chunk(2), strict=True))
+    model, halves = fresh(), list(zip(tokens.chunk(2), labels.chunk(2), strict=True))
 
     def run() -> None:
         for part in halves:
             train_pass(model, *part)
 
     return run
-
-
-LEVERS: dict[str, Lever] = {
-    "blocks by torch.compile": _compiled,
-    "one CUDA graph": _graph,
-    "blocks computed again (recompute)": _recomputed,
-    "two passes of half the tokens": _half,
-}
 
 
 def optimizers(size: Size, machine: Machine) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from headway.kernels.operations import make_operations
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionConfig, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.cost import account
-from headway.model.decoder import Decoder
+from headway.model.decoder import Decoder, Placement, Recompute
 from headway.model.init import initialise
 
 FFN_STEP = 32
@@ -168,10 +169,25 @@ def model_config(size: Size, attention: AttentionConfig) -> ModelConfig:
     return made(FFN_STEP * max(1, steps))
 
 
-def decoder(size: Size, attention: AttentionConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Random parameters with the usual spreads, drawn on the device: a billion numbers take a CPU many seconds."""
+def decoder(
+    size: Size,
+    attention: AttentionConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    /,
+    *,
+    recompute: Recompute = "none",
+    **levers: Any,
+) -> Decoder:
+    """Random parameters with the usual spreads, drawn on the device: a billion numbers take a CPU many seconds.
+
+    `levers`: of `headway.kernels.operations.make_operations`, as `speed` of a spec has them.
+    """
+    operations = make_operations(device=device, dtype=dtype, **levers)
+    placement = Placement(recompute=recompute, operations=operations, sequence=SequenceRanks(attend=operations.core))
+    config = model_config(size, attention)
     with torch.device("meta"):
-        model = Decoder(model_config(size, attention), attention, vocab_size=size.vocab_size, seed=1)
+        model = Decoder(config, attention, vocab_size=size.vocab_size, seed=1, placement=placement)
     model = model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from headway.kernels.device import twins
 from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.rope import rope_tables
-from headway.launcher.gpu.ceilings import BACKENDS, with_backend
+from headway.launcher.gpu.ceilings import BACKENDS
 from headway.launcher.gpu.rows import Machine, Row
 from headway.launcher.gpu.shapes import Size, Variant, decoder, model_config, variants
 from headway.launcher.gpu.timing import Call, in_turns, median, ratio, short, summary
@@ -28,7 +28,7 @@ from headway.model.activations import Sharing, footprint
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
 from headway.model.base import Context
 from headway.model.cost import account
-from headway.model.decoder import Decoder
+from headway.model.decoder import Decoder, Recompute
 
 AGAIN = "gqa, the same again"
 """Not another model: the noise of the comparison."""
@@ -87,19 +87,17 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
 
     Where passes do not fit into memory, all of them compute their blocks again (`recompute`).
     """
-    contestants = list(_contestants(size, machine))
     try:
-        return _compare(contestants, size, seq_len, machine)
+        return _compare(size, seq_len, machine, "none")
     except torch.OutOfMemoryError:
         pass  # outside, so that what the failed pass held is free
     machine.free()
-    for c in contestants:
-        c.model.placement = replace(c.model.placement, recompute=True)
-    return _compare(contestants, size, seq_len, machine) | {"recompute": True}
+    return _compare(size, seq_len, machine, "block")
 
 
-def _compare(contestants: list[Contestant], size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
+def _compare(size: Size, seq_len: int, machine: Machine, recompute: Recompute) -> dict[str, Any]:
     tokens, labels = batch_of(machine, size, seq_len)
+    contestants = list(_contestants(size, machine, recompute))
     passes = {c.name: functools.partial(train_pass, c.model, tokens, labels, c.how) for c in contestants}
     memory = {name: peak(machine, run) for name, run in passes.items()}
     calls: dict[str, Call] = {name: (lambda _, run=run: run()) for name, run in passes.items()}
@@ -136,19 +134,20 @@ def _compare(contestants: list[Contestant], size: Size, seq_len: int, machine: M
         "tokens": tokens.numel(),
         "contestants": found,
         "optimizer_s": summary(optimizer),
+        "recompute": recompute,
     }
 
 
-def _contestants(size: Size, machine: Machine) -> Iterator[Contestant]:
+def _contestants(size: Size, machine: Machine, recompute: Recompute) -> Iterator[Contestant]:
     device, dtype = machine.device, machine.scale.dtype
     for variant in variants(size):
-        model = decoder(size, variant.attention, device, dtype).train()
+        model = decoder(size, variant.attention, device, dtype, recompute=recompute).train()
         yield Contestant(name=variant.name, variant=variant, model=model)
         if variant.name == "gqa":
             yield Contestant(name=AGAIN, variant=variant, model=model)
             for backend in BACKENDS if machine.is_gpu else ():
-                how = functools.partial(with_backend, backend, device)
-                yield Contestant(name=f"gqa, {backend}", variant=variant, model=model, how=how)
+                other = decoder(size, variant.attention, device, dtype, recompute=recompute, attention=backend)
+                yield Contestant(name=f"gqa, {backend}", variant=variant, model=other.train())
         if variant.name.startswith("rgqa k=1"):
             yield Contestant(name=PLAIN, variant=variant, model=model, how=twins)
 
@@ -224,7 +223,7 @@ def _parts(model: Decoder, gqa: Any, tokens: Tensor, labels: Tensor) -> dict[str
     heads = torch.randn(batch, seq_len, gqa.query_heads, gqa.head_dim, **kind).requires_grad_()
     keys, values = (torch.randn(batch, seq_len, gqa.groups, gqa.head_dim, **kind).requires_grad_() for _ in range(2))
     rope = rope_tables(seq_len, gqa.rotated, gqa.rope_base, tokens.device)
-    context = Context(rope=rope, tokens=tokens)
+    context = Context(rope=rope, tokens=tokens, sequence=model.placement.sequence)
     mlp, norm = block.mlp, block.attn_norm
     head = model.embedding if model.head is None else model.head
 

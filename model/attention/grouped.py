@@ -11,13 +11,13 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway.kernels.experts import Routed, project_routed
-from headway.kernels.rope import apply_rope
+from headway.kernels.operations import Operations
 from headway.kernels.routing import select, select_rope
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
-from headway.model.layers import RMSNorm, parameter
+from headway.model.layers import Replaceable, RMSNorm, parameter
 from headway.model.router import RoutedAttention
 
 
@@ -101,15 +101,19 @@ def check_groups(heads: int, kv_heads: int) -> None:
         )
 
 
-class QkNorm(nn.Module):
+class QkNorm(Replaceable):
     """Optional norm of queries or keys, then their rotation. The gain [D] is shared by the heads."""
 
     def __init__(self, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(config.head_dim, norm_eps) if config.qk_norm else None
+        self.use(Operations())
+
+    def use(self, operations: Operations) -> None:
+        self._rope = operations.rope
 
     def forward(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # [B, S, *, D] -> same
-        return apply_rope(heads if self.norm is None else self.norm(heads), rope)
+        return self._rope(heads if self.norm is None else self.norm(heads), rope)
 
     def of_chosen(self, pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The same of chosen heads alone: pool [B, S, G, M, D], idx [B, S, G, k] -> [B, S, G k, D]."""

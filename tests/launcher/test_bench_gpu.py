@@ -145,15 +145,15 @@ def test_passes_that_do_not_fit_are_all_computed_again(monkeypatch):
     here, size = Machine(device=torch.device("cpu"), scale=gpu_run.REDUCED), gpu_run.REDUCED.sizes[0]
     calls = []
 
-    def run(contestants, *args):
-        calls.append([c.model.placement.recompute for c in contestants])
+    def run(size, seq_len, machine, recompute):
+        calls.append(recompute)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("tried to allocate 3 GiB")
-        return {}
+        return {"recompute": recompute}
 
     monkeypatch.setattr(steps, "_compare", run)
-    assert steps.compare(size, 16, here) == {"recompute": True}
-    assert not any(calls[0]) and all(calls[1])
+    assert steps.compare(size, 16, here) == {"recompute": "block"}
+    assert calls == ["none", "block"]
 
 
 def test_what_does_not_fit_into_the_time_is_left_and_named(monkeypatch, tmp_path, capsys):
@@ -309,6 +309,7 @@ def gpu_rows():
             "seq_len": seq_len,
             "tokens": 16384,
             "optimizer_s": times(8e-3),
+            "recompute": "none",
             "contestants": [gqa, rgqa | {"seconds": times(0.2 / ratio)}],
         }
     return [{"key": k, "status": "measured", "data": d, "id": "code device"} for k, d in rows.items()]

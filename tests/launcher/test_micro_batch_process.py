@@ -109,13 +109,13 @@ def test_the_real_process_measures_passes_of_every_size(tiny):
     assert process.poll() == -signal.SIGKILL  # it does not outlive the search
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_what_is_measured_is_the_model_as_the_spec_says(tiny, recompute, precision, dtype):
     spec = spec_of(tiny, f"parallel.recompute={recompute}", f"parallel.precision={precision}")
     model = micro_batch_child.model_of(spec, torch.device("cpu"))
     blocks = [block for block in model.modules() if isinstance(block, Block)]
-    assert {block.placement.recompute for block in blocks} == {recompute == "block"} and len(blocks) == 2
+    assert {block.placement.recompute for block in blocks} == {recompute} and len(blocks) == 2
     assert all(p.dtype == dtype and p.grad is not None for p in model.parameters())
 
 

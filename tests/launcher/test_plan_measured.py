@@ -37,6 +37,7 @@ CASES = [
     f"{TENSOR} {BF16} data.seq_len=128",
     f"{TENSOR} {EXPERTS} parallel.sequence_parallel=true",
     f"{TENSOR} {ROUTED} parallel.sequence_parallel=true parallel.recompute=block",
+    f"parallel.recompute=selective {BF16} data.seq_len=128",
     f"{TENSOR} attention.type=gqe attention.top_k=1 attention.qk_norm=true",
     f"parallel.context=2 train.micro_batch=8 {HYBRID}",
     "parallel.pipeline=2 train.micro_batch=1 attention.type=wgqa",

@@ -1,6 +1,7 @@
 """What a block is said to keep for its backward pass is what autograd keeps when the real block runs."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from headway.model.activations import Sharing, block_parameters, footprint, save
 from headway.model.attention.registry import MECHANISMS
 from headway.model.base import Context
 from headway.model.config import ModelConfig
-from headway.model.decoder import Block, document_mask
+from headway.model.decoder import Block, Placement, document_mask
 
 MODEL = ModelConfig(width=96, layers=2, ffn_width=200)
 GROUPED = {"heads": 8, "kv_heads": 2, "head_dim": 16}
@@ -28,10 +29,11 @@ def config(name: str, **changes):
     return MECHANISMS[name].model_validate({"type": name, **CONFIGS[name], **changes})
 
 
-def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool) -> int:
+def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recompute: Any = "none") -> int:
     """Bytes of the storages that autograd saves in a forward pass of the real block, its real core included."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     block = Block(MODEL, attention).to(dtype)
+    block.place(Placement(recompute=recompute))
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(std=0.05)
@@ -40,7 +42,7 @@ def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool) -> in
     tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
     mask = document_mask(torch.zeros_like(tokens), dtype) if masked else None
     shared = [*rope, tokens, *([] if mask is None else [mask])]
-    with saved_storages(besides=[*block.parameters(), *block.buffers(), *shared]) as saved:
+    with saved_storages(besides=[*block.parameters(), *block.buffers(), *shared], selective=block.selective) as saved:
         block(x, Context(rope=rope, mask=mask, tokens=tokens))
     return sum(saved.values())
 
@@ -55,6 +57,25 @@ def test_kept_bytes_are_those_of_autograd(name: str, bf16: bool, masked: bool) -
         said = footprint(MODEL, attention, sharing).kept(batch * seq_len)
         # 2 %: sums of losses and counts of a few bytes are rounded into the slope.
         assert said == pytest.approx(kept(attention, batch=batch, seq_len=seq_len, bf16=bf16, masked=masked), rel=0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_selective_recomputation_keeps_what_the_real_block_keeps_under_it(name: str) -> None:
+    attention = config(name)
+    for batch, seq_len in ((1, 32), (2, 64)):
+        sharing = Sharing(bf16=False, device="cpu", selective=True, seq_len=seq_len)
+        said = footprint(MODEL, attention, sharing).kept(batch * seq_len)
+        real = kept(attention, batch=batch, seq_len=seq_len, bf16=False, masked=True, recompute="selective")
+        assert said == pytest.approx(real, rel=0.02)
+
+
+def test_on_a_gpu_both_norms_and_the_inner_part_of_swiglu_are_not_kept() -> None:
+    everything, selective = (
+        footprint(MODEL, config("gqa"), Sharing(seq_len=64, masked=False, selective=s)) for s in (False, True)
+    )
+    # Two norms' results and numbers per row, silu(gate) and its product with up; bf16.
+    less = 2 * (2 * MODEL.width + 2 * MODEL.ffn_width) + 2 * 4
+    assert everything.kept_per_token - selective.kept_per_token == less
 
 
 def test_a_mask_over_blocks_of_rows_keeps_one_more_output() -> None:

@@ -1,0 +1,96 @@
+"""Which implementation the attention core runs on: PyTorch's backends by name and order, or FlashAttention-3.
+
+Legend: B batch, S sequence, H query heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from headway.kernels.attention import core
+from headway.kernels.levers import LeverError, importable
+
+Backend = Literal["auto", "cudnn", "flash", "fa3", "math"]
+
+FA3_MODULE = "flash_attn_interface"
+_CUDNN, _FLASH, _MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+_ORDER: dict[str, list[SDPBackend]] = {
+    "auto": [_CUDNN, _FLASH, SDPBackend.EFFICIENT_ATTENTION, _MATH],
+    "cudnn": [_CUDNN],
+    "flash": [_FLASH],
+    "math": [_MATH],
+}
+
+
+def attention_core(backend: Backend, *, device_type: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """`headway.kernels.attention.core` on a backend, for tensors of `dtype` on `device_type`.
+
+    On the CPU the core as it is: there PyTorch chooses. Raises LeverError (64) for what cannot run there.
+    """
+    if device_type != "cuda":
+        if backend in ("auto", "math"):
+            return core
+        raise LeverError(f"speed.attention: {backend} runs on NVIDIA GPUs, and this run is on {device_type}; {_ANY}")
+    if backend in ("cudnn", "flash", "fa3") and dtype == torch.float32:
+        raise LeverError(f"speed.attention: {backend} takes no fp32; {_ANY}, or parallel.precision: bf16")
+    if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        raise LeverError(
+            "speed.attention: cudnn has no deterministic backward pass, which is asked for; use speed.attention: auto "
+            "or flash"
+        )
+    if backend != "fa3":
+        return partial(core, scores=partial(ordered_scores, backend))
+    if not importable(FA3_MODULE):
+        raise LeverError(
+            f"speed.attention: fa3 needs FlashAttention-3 ({FA3_MODULE}), which is not installed; use speed.attention: "
+            "auto or flash"
+        )
+    return partial(_fa3_core, importlib.import_module(FA3_MODULE).flash_attn_func)
+
+
+_ANY = "use speed.attention: auto or math"
+
+
+def order(backend: Backend) -> list[SDPBackend]:
+    """PyTorch's backends in the order in which they are tried. cuDNN's backward pass has no deterministic mode."""
+    backends = _ORDER[backend]
+    if backend == "auto" and torch.are_deterministic_algorithms_enabled():
+        return [_FLASH, *(each for each in backends if each != _FLASH)]
+    return backends
+
+
+def ordered_scores(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention` on the first of `order(backend)` that takes q [B, H, S, D]; k, v [B, G, S, D]."""
+    if backend == "flash" and options.get("attn_mask") is not None:
+        raise LeverError(_no_mask(backend, "windows"))
+    with sdpa_kernel(order(backend), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _fa3_core(
+    attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None
+) -> Tensor:
+    """Its causality, as the core's, is that of the last positions: query i of S sees keys up to K - S + i."""
+    if mask is not None:
+        raise LeverError(_no_mask("fa3", "document masks"))
+    out = attention(
+        q,
+        k,
+        v,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out[0] if isinstance(out, tuple) else out  # some releases return the log-sums too
+
+
+def _no_mask(backend: str, what: str) -> str:
+    return f"speed.attention: {backend} takes no {what}; use speed.attention: auto or cudnn"

@@ -1,0 +1,101 @@
+"""Norms and losses of libraries that may be installed, in the signatures of our own.
+
+Legend: T tokens, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.levers import LeverError, importable
+from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_sum
+from headway.kernels.norm import rms_norm
+
+Norm = Literal["torch", "apex", "liger"]
+Loss = Literal["chunked", "torch", "liger"]
+
+APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
+"""NVIDIA apex is known by its compiled modules: the package `apex` on PyPI is another project."""
+
+
+def norm_of(name: Norm, *, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """RMS norm by PyTorch or a library. Raises LeverError (64) where the library cannot be used."""
+    if name == "torch":
+        return rms_norm
+    present = all(map(importable, APEX_MODULES)) if name == "apex" else importable("liger_kernel")
+    _check("norm", name, present, device_type, "use speed.norm: torch, or torch with speed.compile: elementwise")
+    if name == "apex":
+        fused = _attribute("norm", name, "apex.normalization.fused_layer_norm", "fused_rms_norm_affine")
+        return lambda x, gain, eps: fused(x, gain, (x.shape[-1],), eps)
+    function = _attribute("norm", name, "liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
+    # "gemma" multiplies by the gain in fp32 and rounds once, as PyTorch does. Not in place: the gradient of the norm's
+    # output is not its own to write into.
+    return lambda x, gain, eps: cast(Tensor, function.apply(x, gain, eps, 0.0, "gemma", False))
+
+
+def loss_of(name: Loss, *, device_type: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """`linear_cross_entropy_sum`, or the same by PyTorch or a library; theirs know no parts of the vocabulary.
+
+    PyTorch's own returns its sum in the dtype of the hidden states and takes the gradient's scale in it: in bf16 8 bits
+    of the loss, so bf16 is refused. Raises LeverError (64) where one cannot be used.
+    """
+    if name == "chunked":
+        return linear_cross_entropy_sum
+    legal = "use speed.loss: chunked" + (" or liger" if name == "torch" else " or torch")
+    if name == "torch":
+        if dtype != torch.float32:
+            raise LeverError(f"speed.loss: torch rounds the loss to bf16 in parallel.precision: bf16; {legal}")
+        if not hasattr(F, "linear_cross_entropy"):
+            raise LeverError(f"speed.loss: torch needs PyTorch 2.13 or later, this is {torch.__version__}; {legal}")
+        return torch_loss
+    _check("loss", name, importable("liger_kernel"), device_type, legal)
+    module = _attribute(
+        "loss", name, "liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss"
+    )
+    fused = module(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
+
+    def liger_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, part: VocabularyPart | None = None) -> Tensor:
+        _whole(part)
+        return cast(Tensor, fused(weight, hidden, labels))
+
+    return liger_loss
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, part: VocabularyPart | None = None) -> Tensor:
+    """hidden [T, d], weight [V, d], labels [T] -> scalar. PyTorch's chunked form, which forms gradients forward."""
+    _whole(part)
+    functional: Any = F  # named in PyTorch 2.13 and later
+    nn: Any = torch.nn
+    options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
+    return cast(
+        Tensor,
+        functional.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORED, options=options),
+    )
+
+
+def _whole(part: VocabularyPart | None) -> None:
+    assert part is None, "a spec with parts of the vocabulary takes the chunked loss alone"
+
+
+def _check(key: str, name: str, present: bool, device_type: str, legal: str) -> None:
+    if not present:
+        what = f"NVIDIA apex with {' and '.join(APEX_MODULES)}" if name == "apex" else "liger-kernel"
+        raise LeverError(f"speed.{key}: {name} needs {what}, which is not installed; {legal}")
+    if device_type != "cuda":
+        raise LeverError(f"speed.{key}: {name} has kernels for GPUs alone, and this run is on {device_type}; {legal}")
+
+
+def _attribute(key: str, name: str, module: str, attribute: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, OSError) as error:
+        raise LeverError(
+            f"speed.{key}: {name} is installed without {module}.{attribute} ({error}); install another release, or "
+            f"leave speed.{key} out"
+        ) from error

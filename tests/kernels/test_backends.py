@@ -1,0 +1,155 @@
+"""Which implementation the attention core is sent to, in which order, and what is said where one cannot run."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+from headway.kernels import backends, levers
+from headway.kernels.attention import core
+from headway.kernels.backends import attention_core, order, ordered_scores
+from headway.kernels.levers import LeverError
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def qkv() -> Heads:
+    g = torch.Generator().manual_seed(1)
+    shapes = ((2, 5, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6))
+    q, k, v = (torch.randn(*shape, generator=g, requires_grad=True) for shape in shapes)
+    return q, k, v
+
+
+class Fa3:
+    """FlashAttention-3's function by PyTorch: the same arguments, causality of the last positions, GQA native."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, with_sums: bool = False) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.with_sums = with_sums
+        module = ModuleType(backends.FA3_MODULE)
+        vars(module)["flash_attn_func"] = self
+        monkeypatch.setitem(sys.modules, backends.FA3_MODULE, module)
+        monkeypatch.setattr(backends, "importable", lambda name: name == backends.FA3_MODULE)
+
+    def __call__(self, q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
+        self.calls.append({"causal": causal, "window_size": window_size, "deterministic": deterministic})
+        queries, keys = q.shape[1], k.shape[1]
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        near = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window_size[0] >= 0:
+            near &= distance <= window_size[0]
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=near, scale=softmax_scale, enable_gqa=True)
+        out = out.transpose(1, 2)
+        return (out, torch.zeros(())) if self.with_sums else out
+
+
+def test_the_cpu_keeps_the_core_it_has():
+    assert attention_core("auto", device_type="cpu", dtype=FP32) is core
+    assert attention_core("math", device_type="cpu", dtype=BF16) is core
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
+def test_what_needs_a_gpu_says_so_on_the_cpu(name):
+    with pytest.raises(LeverError, match=rf"speed\.attention: {name} runs on NVIDIA GPUs.* auto or math") as caught:
+        attention_core(name, device_type="cpu", dtype=BF16)
+    assert caught.value.exit_code == 64
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
+def test_fp32_is_refused_where_no_kernel_takes_it(name):
+    with pytest.raises(LeverError, match=r"takes no fp32; use speed\.attention: auto or math"):
+        attention_core(name, device_type="cuda", dtype=FP32)
+
+
+def test_auto_prefers_cudnn():
+    assert order("auto")[:2] == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    assert order("auto")[-1] == SDPBackend.MATH
+
+
+def test_where_algorithms_must_be_deterministic_flash_comes_first_and_cudnn_alone_is_refused(deterministic):
+    assert order("auto")[:2] == [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    assert sorted(map(str, order("auto"))) == sorted(map(str, backends._ORDER["auto"]))
+    with pytest.raises(LeverError, match="no deterministic backward"):
+        attention_core("cudnn", device_type="cuda", dtype=BF16)
+
+
+def test_the_order_reaches_pytorch_with_priority(monkeypatch, qkv: Heads):
+    asked = []
+    real = backends.sdpa_kernel
+
+    def spy(chosen, *, set_priority):
+        asked.append((chosen, set_priority))
+        return real([SDPBackend.MATH])
+
+    monkeypatch.setattr(backends, "sdpa_kernel", spy)
+    run = attention_core("auto", device_type="cuda", dtype=BF16)
+    torch.testing.assert_close(run(*qkv, None), core(*qkv, None), rtol=0, atol=1e-6)
+    assert asked == [(order("auto"), True)]
+    windowed = run(*qkv, None, window=2)
+    torch.testing.assert_close(windowed, core(*qkv, None, window=2), rtol=0, atol=1e-6)
+
+
+def test_a_named_backend_is_the_only_one_and_math_has_the_same_gradients(qkv: Heads):
+    assert [order(name) for name in ("cudnn", "flash", "math")] == [
+        [SDPBackend.CUDNN_ATTENTION],
+        [SDPBackend.FLASH_ATTENTION],
+        [SDPBackend.MATH],
+    ]
+    run = attention_core("math", device_type="cuda", dtype=FP32)
+    both = [torch.autograd.grad(f(*qkv, None).square().sum(), qkv) for f in (run, core)]
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_flash_does_not_take_a_mask_in_silence(qkv: Heads):
+    q, k, v = (t.transpose(1, 2) for t in qkv)
+    with pytest.raises(LeverError, match=r"speed\.attention: flash .* auto or cudnn"):
+        ordered_scores("flash", q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool))
+
+
+def test_flash_attention_3_is_asked_for_by_name_and_missing_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "importable", lambda name: False)
+    with pytest.raises(LeverError, match=r"fa3 needs FlashAttention-3 .*not installed; use speed\.attention: auto or"):
+        attention_core("fa3", device_type="cuda", dtype=BF16)
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attention_3_gets_causality_windows_and_fewer_kv_heads(monkeypatch, qkv: Heads, with_sums):
+    fake = Fa3(monkeypatch, with_sums=with_sums)
+    run = attention_core("fa3", device_type="cuda", dtype=BF16)
+    q, k, v = qkv
+    for args, window in ((qkv, None), (qkv, 2), ((q[:, -1:], k, v), None)):
+        torch.testing.assert_close(run(*args, None, window=window), core(*args, None, window=window))
+    assert [call["window_size"] for call in fake.calls] == [(-1, -1), (1, 0), (-1, -1)]
+    assert all(call["causal"] and not call["deterministic"] for call in fake.calls)
+    with pytest.raises(LeverError, match="fa3 takes no document masks"):
+        run(*qkv, torch.ones(5, 5, dtype=torch.bool))
+
+
+def test_flash_attention_3_is_deterministic_where_that_is_asked(monkeypatch, qkv: Heads, deterministic):
+    fake = Fa3(monkeypatch)
+    attention_core("fa3", device_type="cuda", dtype=BF16)(*qkv, None)
+    assert fake.calls[0]["deterministic"] is True
+
+
+def test_a_module_that_is_half_there_is_not_importable(monkeypatch):
+    def broken(name):
+        raise ValueError(f"{name}.__spec__ is None")
+
+    assert levers.importable("torch") and not levers.importable("no_such_module_of_ours")
+    monkeypatch.setattr(levers.importlib.util, "find_spec", broken)
+    assert not levers.importable("torch")

@@ -1,0 +1,84 @@
+"""Operations that levers replace: the defaults are PyTorch's, and compiled ones agree with them, forward and back."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from headway.kernels import operations as module
+from headway.kernels.attention import core
+from headway.kernels.elementwise import add_norm, silu_mul
+from headway.kernels.levers import LeverError
+from headway.kernels.loss import linear_cross_entropy_sum
+from headway.kernels.norm import rms_norm
+from headway.kernels.operations import Operations, compiled, make_operations, with_norm
+from headway.kernels.rope import apply_rope, rope_tables
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ to compile for the CPU")
+
+
+def test_the_defaults_are_the_plain_functions():
+    made = make_operations(device=CPU, dtype=FP32)
+    assert made == Operations()
+    assert (made.norm, made.rope, made.silu_mul, made.add_norm) == (rms_norm, apply_rope, silu_mul, add_norm)
+    assert (made.core, made.loss) == (core, linear_cross_entropy_sum)
+
+
+def test_pieces_are_their_formulas_bit_by_bit():
+    a, b, gain = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+    assert torch.equal(silu_mul(a, b), F.silu(a) * b)
+    added, normed = add_norm(a, b, gain, 1e-5)
+    assert torch.equal(added, a + b) and torch.equal(normed, rms_norm(a + b, gain, 1e-5))
+
+
+def test_a_librarys_norm_stands_behind_the_addition_too_and_is_not_compiled(monkeypatch):
+    def norm(x, gain, eps):
+        return rms_norm(x, gain, eps)
+
+    a, b, gain = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+    given = with_norm(Operations(), norm)
+    both = given.add_norm(a, b, gain, 1e-5), add_norm(a, b, gain, 1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(*both, strict=True))
+    monkeypatch.setattr(module, "_compile", lambda function: ("compiled", function))
+    made = compiled(given)
+    assert made.norm is norm and made.add_norm is given.add_norm
+    assert (made.silu_mul, made.rope) == (("compiled", silu_mul), ("compiled", apply_rope))
+
+
+def test_a_compiler_that_fails_is_found_before_training_and_named(monkeypatch):
+    def broken(function):
+        def fail(*args):
+            raise RuntimeError("no such compiler\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(module, "_compile", broken)
+    with pytest.raises(LeverError, match=r"no such compiler\); use speed\.compile: none, or install") as caught:
+        make_operations(compile="elementwise", device=CPU, dtype=FP32)
+    assert "trace" not in str(caught.value) and caught.value.exit_code == 64
+
+
+@pytest.fixture(scope="module")
+def fused() -> Operations:
+    return make_operations(compile="elementwise", device=CPU, dtype=FP32)
+
+
+@needs_compiler
+def test_compiled_pieces_have_the_values_and_gradients_of_the_plain_ones(fused):
+    g = torch.Generator().manual_seed(3)
+    x, y, z = (torch.randn(2, 3, 2, 10, generator=g, requires_grad=True) for _ in range(3))
+    gain = torch.randn(10, generator=g, requires_grad=True)
+    rope = rope_tables(3, 6, 100.0, CPU)
+
+    def run(operations: Operations) -> list[torch.Tensor]:
+        added, normed = operations.add_norm(x, y, gain, 1e-5)
+        turned = operations.rope(operations.norm(normed, gain, 1e-5), rope)
+        out = operations.silu_mul(turned, z) + added
+        return [out, *torch.autograd.grad((out * out.detach().cos()).sum(), (x, y, z, gain))]
+
+    for mine, plain in zip(run(fused), run(Operations()), strict=True):
+        assert (mine - plain).norm() <= 2e-6 * plain.norm()
+    with torch.no_grad():
+        assert torch.allclose(fused.silu_mul(x, z), silu_mul(x, z), rtol=1e-5, atol=1e-6)
