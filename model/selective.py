@@ -23,9 +23,9 @@ class Recipe:
     """A piece and its inputs. Computed again at the first question, once for all that ask."""
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Any]) -> None:
-        # A parameter stays itself: where it is partitioned, its numbers are there again for the backward pass.
+        # A gain of width d is held as it is now: a partitioned one may not be gathered when the result is asked for.
         self._function = function
-        self._inputs = [x.detach().requires_grad_(x.requires_grad) if _is_inner(x) else x for x in inputs]
+        self._inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
         self._outputs: tuple[Tensor, ...] | None = None
         self._kept: list[Tensor] = []
 
@@ -41,9 +41,9 @@ class Recipe:
         self.outputs()
         return self._kept[index]
 
-    def _collect(self, tensor: Tensor) -> Tensor:
+    def _collect(self, tensor: Tensor) -> None:
+        """The graph of the second pass is never used, and is to hold nothing."""
         self._kept.append(tensor.detach())
-        return tensor
 
 
 class SelectiveRecompute:
@@ -84,7 +84,7 @@ class SelectiveRecompute:
             nonlocal count
             count += 1
             if tensor.untyped_storage().data_ptr() in given:
-                return tensor
+                return _held(tensor)
             return recipe, count - 1
 
         for x in inputs:
@@ -102,7 +102,7 @@ class SelectiveRecompute:
         found = self._results.get(tensor.untyped_storage().data_ptr())
         if found is None or found[0]._version != found[1]:
             self.observe(tensor)
-            return tensor
+            return _held(tensor)
         _, _, recipe, index = found
         return recipe, index, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
@@ -121,9 +121,9 @@ def _unpack_kept(packed: Any) -> Tensor:
     return recipe.kept(index)
 
 
-def _is_inner(x: Any) -> bool:
-    """Whether x is a tensor of the pass, not a parameter."""
-    return isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter)
+def _held(tensor: Tensor) -> Tensor:
+    """As autograd is to hold it: without its graph, which would hold itself; a parameter is itself, to be gathered."""
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Selective recomputation changes no bit of a training pass, and keeps less for the backward pass."""
 
+import gc
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +15,7 @@ from headway.model.attention.gqa import GqaConfig
 from headway.model.base import Context
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Decoder, Placement, make_block
-from headway.model.selective import SelectiveRecompute
+from headway.model.selective import Recipe, SelectiveRecompute
 
 MODEL = ModelConfig(width=20, layers=2, ffn_width=28, init_std=0.3)
 GQA = GqaConfig(heads=4, kv_heads=2, head_dim=6)
@@ -114,6 +115,23 @@ def test_a_result_is_computed_again_once_however_many_ask():
     for mine, theirs in zip(torch.autograd.grad(loss, (a, b, w)), expected, strict=True):
         assert torch.equal(mine, theirs)
     assert len(calls) == 2
+
+
+def recipes() -> list[Recipe]:
+    return [each for each in gc.get_objects() if type(each) is Recipe]
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_outlives_the_graph(backward):
+    made, before = block("selective"), len(recipes())
+    x, context = inputs()
+    loss = made(x, context).y.square().sum()
+    assert len(recipes()) == before + 3  # two norms, SwiGLU's product
+    if backward:
+        loss.backward()
+        assert len(recipes()) == before
+    del loss, x
+    assert len(recipes()) == before
 
 
 def test_a_result_that_is_written_into_is_kept_as_it_is():
