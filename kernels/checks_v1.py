@@ -54,6 +54,7 @@ CASES = {
     "eight experts, three slots, not rotated": Case(seq=37, experts=8, k=3, head_dim=32, rotated=0, groups=3),
     "five experts, every one chosen": Case(seq=19, experts=5, k=5, head_dim=16, rotated=8),
     "all tokens on one expert": Case(seq=301, experts=4, k=1, head_dim=16, rotated=16, groups=1, skew=True),
+    "odd head size, one channel not rotated": Case(seq=21, experts=3, k=2, head_dim=17, rotated=16),
     "one token": Case(seq=1, experts=4, k=2, head_dim=16, rotated=16),
 }
 

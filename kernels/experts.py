@@ -18,12 +18,11 @@ from torch import Tensor
 
 from headway.kernels.choice import Product, Shape, choose
 from headway.kernels.device import architecture, fused
+from headway.kernels.launch import LARGEST_HEAD
 from headway.kernels.routed import DENSE, ROUTED, Forms, PairLists, pair_lists, routed_combine, routed_project
 from headway.kernels.routing import expand, select
 
 Projections = Literal["dense", "grouped", "routed", "auto"]
-LARGEST_HEAD = 128
-"""Channels of one expert that the routed kernels take; auto leaves larger ones dense."""
 
 
 class Routed(NamedTuple):
@@ -36,11 +35,12 @@ class Routed(NamedTuple):
 def routed_forms(form: Projections, x: Tensor, *, groups: int, experts: int, k: int, head_dim: int) -> Forms | None:
     """Which products of x [B, S, d] with k of N `experts` are routed; None: none is, and all are made densely.
 
-    A function of shapes and of the GPU's architecture, so all ranks agree. Where kernels do not run, auto is dense.
+    A function of shapes, x's dtype and the GPU's architecture, so all ranks agree. Where kernels do not run, auto is
+    dense; so it is in fp32, which the model of costs does not know: routed products have no tensor cores for it.
     """
     if form == "routed":
         return ROUTED
-    if form != "auto" or not fused(x) or head_dim > LARGEST_HEAD:
+    if form != "auto" or not fused(x) or x.element_size() > 2 or head_dim > LARGEST_HEAD:
         return None
     batch, seq_len, width = x.shape
     shape = Shape(tokens=batch * seq_len, width=width, head_dim=head_dim, groups=groups, experts=experts, k=k)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_HEAD = 128
+"""Channels of one expert that routed products take; accumulators of wider ones do not fit into registers."""
 _ELEMENTS = 4096
 """Of one tile of a kernel that only moves data: 32 for each of 128 threads."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.device import fused
+from headway.kernels.launch import LARGEST_HEAD
 from headway.kernels.rope import apply_rope
 from headway.kernels.routing import expand, select
 
@@ -50,9 +51,9 @@ def routed_project(
     """x [T, d], w [G N D, d] -> what each token's experts make of it [T, G, k, D], turned by `rope` where given.
 
     rope (cos, sin), each [S, R], as `rope_tables` makes them; T is a multiple of S. Raises ValueError for x and w of
-    different dtypes.
+    different dtypes, and on a GPU for D above 128 where the product is to be routed.
     """
-    _check(x, w)
+    _check(x, w, w.shape[0] // (lists.offsets.shape[0] - 1), forms)
     cos, sin = rope if rope is not None else (x.new_zeros(1, 0, dtype=torch.float32),) * 2
     return project(x, w, cos, sin, *lists, *forms)
 
@@ -60,17 +61,22 @@ def routed_project(
 def routed_combine(slots: Tensor, w: Tensor, lists: PairLists, gate: Tensor, forms: Forms = ROUTED) -> Tensor:
     """Gated sum of what the chosen experts make of their slots: slots [T, G, k, D], w [d, G N D] -> [T, d].
 
-    Raises ValueError for slots and w of different dtypes.
+    Raises ValueError as `routed_project` does: the slots' gradient is a product of the same kind.
     """
-    _check(slots, w)
+    _check(slots, w, slots.shape[-1], forms)
     return combine(slots, w, gate, *lists, *forms)
 
 
-def _check(a: Tensor, w: Tensor) -> None:
+def _check(a: Tensor, w: Tensor, head_dim: int, forms: Forms) -> None:
     if a.dtype != w.dtype:
         raise ValueError(
             f"routed products take one dtype: activations are {a.dtype}, the weight {w.dtype}; cast one of them, or "
             "use projections dense"
+        )
+    if forms.gather and head_dim > LARGEST_HEAD and fused(a):
+        raise ValueError(
+            f"routed products take experts of {LARGEST_HEAD} channels at most, not {head_dim}; use projections auto, "
+            f"or head_dim {LARGEST_HEAD}"
         )
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded
+from headway.kernels.launch import LARGEST_HEAD, Shipped, padded
 from headway.kernels.triton_lists import schedule
 
 
@@ -23,10 +23,11 @@ from headway.kernels.triton_lists import schedule
 def _channel(n, D: tl.constexpr, R: tl.constexpr):
     """The output channel in accumulator column n: planes (i, i + R/2) stand side by side, so do the unrotated halves.
 
-    Rows of W are output channels, so this costs nothing in the load; both halves are stored contiguously.
+    Rows of W are output channels, so this costs nothing in the load; both halves are stored contiguously. Where D - R
+    is odd the second half of the unrotated ones ends one early: its last would be channel D, which there is not.
     """
     turned = (n % 2) * (R // 2) + n // 2
-    tail = R + (n % 2) * ((D - R) // 2) + (n - R) // 2
+    tail = R + (n % 2) * ((D - R + 1) // 2) + (n - R) // 2
     return tl.where(n < R, turned, tail)
 
 
@@ -47,8 +48,10 @@ def gather_gemm(
         token = pair // GK
         n = tl.arange(0, BN)
         channel = n
+        made = n < D
         if R > 0:
             channel = _channel(n, D, R)
+            made = (n < D + D % 2) & (channel < D)
         kk = tl.arange(0, BK)
         a_at = A + token[:, None].to(tl.int64) * d + kk[None, :]
         w_at = W + h.to(tl.int64) * W_EXPERT + kk[:, None] * W_IN + channel[None, :] * W_OUT
@@ -56,7 +59,7 @@ def gather_gemm(
         for k0 in range(0, d, BK):
             inside = kk < d - k0
             a = tl.load(a_at + k0, mask=real[:, None] & inside[None, :], other=0.0)
-            w = tl.load(w_at + k0 * W_IN, mask=inside[:, None] & (n < D)[None, :], other=0.0)
+            w = tl.load(w_at + k0 * W_IN, mask=inside[:, None] & made[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
         out_at = OUT + pair[:, None].to(tl.int64) * D
         if R > 0:
@@ -67,13 +70,13 @@ def gather_gemm(
             sin = tl.load(SIN + angle, mask=plane, other=0.0)
             x1, x2 = tl.split(tl.reshape(acc, (BM, BN // 2, 2)))
             first = tl.where(u < R // 2, u, u + R // 2)
-            second = first + tl.where(u < R // 2, R // 2, (D - R) // 2)
-            kept = real[:, None] & (u < D // 2)[None, :]
+            second = first + tl.where(u < R // 2, R // 2, (D - R + 1) // 2)
+            kept = real[:, None] & (u < (D + 1) // 2)[None, :]
             kind = OUT.dtype.element_ty
             tl.store(out_at + first[None, :], (x1 * cos - x2 * sin).to(kind), mask=kept)
-            tl.store(out_at + second[None, :], (x2 * cos + x1 * sin).to(kind), mask=kept)
+            tl.store(out_at + second[None, :], (x2 * cos + x1 * sin).to(kind), mask=kept & (second < D)[None, :])
         else:
-            kept = real[:, None] & (n < D)[None, :]
+            kept = real[:, None] & made[None, :]
             if GATED:
                 slots = tl.load(SLOTS + pair[:, None].to(tl.int64) * D + n[None, :], mask=kept, other=0.0)
                 tl.store(DGATE + pair, tl.sum(acc * slots.to(tl.float32), 1), mask=real)
@@ -83,17 +86,11 @@ def gather_gemm(
 
 PRECISION: dict[str, Any] = {"PRECISION": "ieee"}
 """Of products of fp32 operands; others run on tensor cores as they are."""
-LARGEST_HEAD = 128
-"""Channels; accumulators of wider heads do not fit into registers."""
 
 
 def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep.
-
-    Raises ValueError for wider heads.
-    """
-    if D > LARGEST_HEAD:
-        raise ValueError(f"routed projections take heads of {LARGEST_HEAD} channels at most, not {D}; use dense ones")
+    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep."""
+    assert D <= LARGEST_HEAD, "wider heads are refused before"
     width = padded(D)
     blocks = {"BM": 128, "BN": width, "BK": 128 // element_bytes}
     return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 4}
@@ -137,17 +134,18 @@ def gather_slot_grad(
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for head sizes 64, 96 and 128 in bf16, for compilation without a GPU."""
-    signature = dict.fromkeys(["A", "W", "OUT", "SLOTS"], "*bf16")
-    signature |= dict.fromkeys(["ORDER", "OFFSETS", "TILES"], "*i32")
+    """What is launched for head sizes 16 to 128 in bf16, and 128 in fp32, for compilation without a GPU."""
+    signature = dict.fromkeys(["ORDER", "OFFSETS", "TILES"], "*i32")
     signature |= dict.fromkeys(["GATE", "DGATE", "COS", "SIN"], "*fp32") | {"S": "i32"}
     found = []
-    for D in (64, 96, 128):
-        blocks, options = _config(D, 2)
+    for D, kind in ((16, "bf16"), (64, "bf16"), (96, "bf16"), (128, "bf16"), (128, "fp32")):
+        blocks, options = _config(D, 2 if kind == "bf16" else 4)
+        types = signature | dict.fromkeys(["A", "W", "OUT", "SLOTS"], f"*{kind}")
+        on_tensor_cores = kind == "bf16"
         for gated in (False, True):
             strides = (D, 16 * D, 1) if gated else (D * 2048, 1, 2048)
             constants = dict(zip(("W_EXPERT", "W_IN", "W_OUT"), strides, strict=True)) | blocks
             constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else D, "GATED": gated}
             warps, stages = options["num_warps"], options["num_stages"]
-            found.append(Shipped(gather_gemm, signature, constants | PRECISION, warps, stages, tensor_cores=True))
+            found.append(Shipped(gather_gemm, types, constants | PRECISION, warps, stages, on_tensor_cores))
     return found

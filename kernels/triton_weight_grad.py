@@ -77,9 +77,14 @@ def add_chunks(
 
 
 def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile and launch options by head size; fp32 tiles are half as deep, to fit shared memory."""
+    """Tile and launch options by head size. Products in fp32 are made in registers, which larger tiles would spill."""
     width = padded(D)
-    blocks = {"BD": 128 if width != 128 else 256, "BN": width, "BT": 128 // element_bytes}
+    if element_bytes == 4:
+        return {"BD": 64, "BN": width, "BT": 32 if width <= 64 else 16}, {
+            "num_warps": 4 if width <= 32 else 8,
+            "num_stages": 3,
+        }
+    blocks = {"BD": 128 if width != 128 else 256, "BN": width, "BT": 64}
     return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 3}
 
 
@@ -113,17 +118,18 @@ def weight_grad(
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for head sizes 64, 96 and 128 in bf16, for compilation without a GPU."""
+    """What is launched for head sizes 16 to 128 in bf16, and 128 in fp32, for compilation without a GPU."""
     lists = {"ORDER": "*i32", "OFFSETS": "*i32", "ITEMS": "*i32", "chunk": "i32"}
-    signature = {"A": "*bf16", "B": "*bf16", "GATE": "*fp32", "DW": "*fp32", "PART": "*fp32", **lists}
+    signature = {"GATE": "*fp32", "DW": "*fp32", "PART": "*fp32", **lists}
     sums = {"DW": "*fp32", "PART": "*fp32", "ITEMS": "*i32", "extra": "i32"}
     found = []
-    for D in (64, 96, 128):
-        blocks, options = _config(D, 2)
+    for D, kind in ((16, "bf16"), (64, "bf16"), (96, "bf16"), (128, "bf16"), (128, "fp32")):
+        blocks, options = _config(D, 2 if kind == "bf16" else 4)
+        types = signature | {"A": f"*{kind}", "B": f"*{kind}"}
         layout = {"d": 2048, "D": D, "H": 16, "W_EXPERT": D * 2048, "W_IN": 1, "W_OUT": 2048}
         warps, stages = options["num_warps"], options["num_stages"]
         for gated in (False, True):
             constants = layout | blocks | {"GK": 4, "GATED": gated} | PRECISION
-            found.append(Shipped(grouped_dw, signature, constants, warps, stages, tensor_cores=True))
+            found.append(Shipped(grouped_dw, types, constants, warps, stages, tensor_cores=kind == "bf16"))
         found.append(Shipped(add_chunks, sums, layout | {"BD": 32, "BN": blocks["BN"]}, 4))
     return found

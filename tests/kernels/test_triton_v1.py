@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.kernels import device
 from headway.kernels.checks_v1 import CHECKS
 from headway.kernels.rope import rope_tables
 from headway.kernels.routed import (
@@ -112,3 +113,21 @@ def test_two_dtypes_are_refused_in_words():
         routed_project(x.bfloat16(), w, lists)
     with pytest.raises(ValueError, match="projections dense"):
         routed_combine(slots.bfloat16(), w_o, lists, gate)
+
+
+@pytest.mark.parametrize("forms", [Forms(True, False), Forms(False, True)])
+def test_heads_too_wide_for_registers_are_refused_before_a_kernel_is_launched_and_stay_legal_where_dense(forms):
+    lists = pair_lists(torch.zeros(3, 1, 1, dtype=torch.int64), 2)
+    x, w, slots, gate = torch.ones(3, 4), torch.ones(2 * 256, 4), torch.ones(3, 1, 1, 256), torch.ones(3, 1, 1)
+    calls = (
+        lambda: routed_project(x, w, lists, forms=forms),
+        lambda: routed_combine(slots, w.t(), lists, gate, forms),
+    )
+    for call in calls:
+        call()  # the twins take any size
+        with device.interpreted():
+            if not forms.gather:
+                call()
+                continue
+            with pytest.raises(ValueError, match=r"128 channels at most, not 256; use projections auto"):
+                call()
