@@ -83,11 +83,14 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright
 
+# Two workers, a file of tests to one of them: many tests wait for processes of their own, and two cores are busier so.
+TESTS = $(BIN)/pytest -n 2 --dist loadfile
+
 test: lint types
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(TESTS) -m 'not slow and not gpu'
 
 test-all: lint types
-	$(BIN)/pytest -m 'not gpu'
+	$(TESTS) -m 'not gpu'
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
