@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.kernels.attention import core
-from headway.kernels.levers import LeverError, importable
+from headway.kernels.levers import FA3_MODULE, LeverError, importable
 
 Backend = Literal["auto", "cudnn", "flash", "fa3", "math"]
 
-FA3_MODULE = "flash_attn_interface"
 _CUDNN, _FLASH, _MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 _ORDER: dict[str, list[SDPBackend]] = {
     "auto": [_CUDNN, _FLASH, SDPBackend.EFFICIENT_ATTENTION, _MATH],

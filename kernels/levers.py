@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
+APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
+"""NVIDIA apex is known by its compiled modules: the package `apex` on PyPI is another project."""
+
+FA3_MODULE = "flash_attn_interface"
+LIGER_MODULE = "liger_kernel"
+
 
 class LeverError(Exception):
     """A lever that the spec asks for cannot be used here. The message names its key and two legal values."""

@@ -13,22 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels.levers import LeverError, importable
+from headway.kernels.levers import APEX_MODULES, LIGER_MODULE, LeverError, importable
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
 
 Norm = Literal["torch", "apex", "liger"]
 Loss = Literal["chunked", "torch", "liger"]
 
-APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
-"""NVIDIA apex is known by its compiled modules: the package `apex` on PyPI is another project."""
-
 
 def norm_of(name: Norm, *, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
     """RMS norm by PyTorch or a library. Raises LeverError (64) where the library cannot be used."""
     if name == "torch":
         return rms_norm
-    present = all(map(importable, APEX_MODULES)) if name == "apex" else importable("liger_kernel")
+    present = all(map(importable, APEX_MODULES)) if name == "apex" else importable(LIGER_MODULE)
     _check("norm", name, present, device_type, "use speed.norm: torch, or torch with speed.compile: elementwise")
     if name == "apex":
         fused = _attribute("norm", name, "apex.normalization.fused_layer_norm", "fused_rms_norm_affine")
@@ -54,7 +51,7 @@ def loss_of(name: Loss, *, device_type: str, dtype: torch.dtype) -> Callable[...
         if not hasattr(F, "linear_cross_entropy"):
             raise LeverError(f"speed.loss: torch needs PyTorch 2.13 or later, this is {torch.__version__}; {legal}")
         return torch_loss
-    _check("loss", name, importable("liger_kernel"), device_type, legal)
+    _check("loss", name, importable(LIGER_MODULE), device_type, legal)
     module = _attribute(
         "loss", name, "liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss"
     )

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
+from headway.kernels.levers import APEX_MODULES, FA3_MODULE, LIGER_MODULE, importable
+
 PYTHONS = ((3, 11), (3, 12))
 _GIB = 1 << 30
 
@@ -50,7 +51,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, _apex(), _triton(), _flash_attention()]
+    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention()]
 
 
 def _python() -> Fact:
@@ -156,12 +157,35 @@ def _torch_and_devices() -> list[Fact]:
     return facts
 
 
+def _levers() -> list[Fact]:
+    """What of torch and the C++ compiler the section `speed` of a spec can use."""
+    gxx = shutil.which(os.environ.get("CXX", "g++"))
+    cpu = (
+        Fact("speed.compile", "ok", f"elementwise can compile for the CPU with {gxx}")
+        if gxx
+        else Fact("speed.compile", "absent", "no g++ for the CPU", "use none; on a GPU Triton and gcc compile")
+    )
+    try:
+        import torch.nn.functional as functional
+    except Exception:  # it has a line of its own
+        return [cpu]
+    if hasattr(functional, "linear_cross_entropy"):
+        return [cpu, Fact("speed.loss", "ok", "chunked (Headway's own); torch, in precision fp32")]
+    absent = "a PyTorch before 2.13, without linear_cross_entropy"
+    return [cpu, Fact("speed.loss", "absent", absent, "chunked, Headway's own, is used")]
+
+
+def _liger() -> Fact:
+    if importable(LIGER_MODULE):
+        return Fact("liger", "ok", f"{_version('liger-kernel') or 'version unknown'}, for speed.norm and speed.loss")
+    return Fact("liger", "absent", "no liger-kernel", "PyTorch's norm and the chunked loss are used")
+
+
 def _apex() -> Fact:
-    """NVIDIA apex is known by its compiled modules: the package `apex` on PyPI is another project."""
     instead = "the fused operations of PyTorch are used"
-    if all(_importable(module) for module in APEX_MODULES):
-        return Fact("apex", "ok", f"NVIDIA apex with {', '.join(APEX_MODULES)}")
-    if not _importable("apex"):
+    if all(importable(module) for module in APEX_MODULES):
+        return Fact("apex", "ok", f"NVIDIA apex with {', '.join(APEX_MODULES)}, for speed.norm")
+    if not importable("apex"):
         return Fact("apex", "absent", "no NVIDIA apex", instead)
     note = "a package apex without NVIDIA's fused modules (the one on PyPI is another project)"
     return Fact("apex", "absent", note, f"{instead}; see Dockerfile for how to build NVIDIA's")
@@ -169,7 +193,7 @@ def _apex() -> Fact:
 
 def _triton() -> Fact:
     version = _version("triton")
-    if version is not None and _importable("triton"):
+    if version is not None and importable("triton"):
         return Fact("triton", "ok", version)
     return Fact(
         "triton", "absent", "no Triton", "the operations of PyTorch are used; pip install 'headway[gpu]' adds it"
@@ -177,14 +201,9 @@ def _triton() -> Fact:
 
 
 def _flash_attention() -> Fact:
-    for module, name in (("flash_attn_interface", "FlashAttention-3"), ("flash_attn", "FlashAttention-2")):
-        if _importable(module):
-            return Fact("flash-attn", "ok", name)
-    return Fact("flash-attn", "absent", "no flash-attn", "scaled_dot_product_attention of PyTorch is used")
-
-
-def _importable(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a module that is half there
-        return False
+    instead = "scaled_dot_product_attention of PyTorch is used, on a GPU cuDNN's before flash"
+    if importable(FA3_MODULE):
+        return Fact("flash-attn", "ok", "FlashAttention-3, for speed.attention: fa3")
+    if importable("flash_attn"):
+        return Fact("flash-attn", "absent", "FlashAttention-2 alone, which PyTorch has too", instead)
+    return Fact("flash-attn", "absent", "no flash-attn", instead)

@@ -90,7 +90,7 @@ def test_optional_accelerators_say_what_is_used_instead(monkeypatch: pytest.Monk
         "PyTorch are used" in module._triton().use and "scaled_dot_product_attention" in module._flash_attention().use
     )
     pretend_modules(monkeypatch, "flash_attn", "flash_attn_interface")
-    assert module._flash_attention().found == "FlashAttention-3"
+    assert module._flash_attention().found == "FlashAttention-3, for speed.attention: fa3"
 
 
 def test_no_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +114,18 @@ def test_devices_are_listed_or_what_is_used_without_any() -> None:
         assert "cuda:0" in names
     else:
         assert "gloo" in fact("cuda").use
+
+
+def test_levers_of_speed_say_what_is_used_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_modules(monkeypatch, "flash_attn")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delattr("torch.nn.functional.linear_cross_entropy", raising=False)
+    compiled, loss = module._levers()
+    assert compiled.state == loss.state == "absent"
+    assert "use none" in compiled.use and loss.use == "chunked, Headway's own, is used"
+    assert module._liger().state == "absent" and "chunked loss" in module._liger().use
+    assert module._flash_attention().state == "absent"  # FlashAttention-2 is not used
+    pretend_modules(monkeypatch, "liger_kernel")
+    monkeypatch.setenv("CXX", "sh")  # any program that is there
+    monkeypatch.setattr("torch.nn.functional.linear_cross_entropy", None, raising=False)
+    assert [each.state for each in (*module._levers(), module._liger())] == ["ok", "ok", "ok"]
