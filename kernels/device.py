@@ -6,46 +6,60 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)  # bf16 in the kernels
-_ALLOWED = ContextVar("allowed", default=True)
-_INTERPRETED = ContextVar("interpreted", default=False)
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class _Forms:
+    """What is in force in the whole process: autograd runs the backward pass of a GPU in threads of its own, which see
+    no context variable of the caller, and `torch.compile` cannot trace one.
+    """
+
+    twins_alone = False
+    interpreted = False
+
+
+_FORMS = _Forms()
 
 
 @contextlib.contextmanager
 def twins() -> Iterator[None]:
     """Within this context the twins in PyTorch are taken on a GPU too: the form that measurements compare with."""
-    token = _ALLOWED.set(False)
+    before, _FORMS.twins_alone = _FORMS.twins_alone, True
     try:
         yield
     finally:
-        _ALLOWED.reset(token)
+        _FORMS.twins_alone = before
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Within this context kernels take tensors of a CPU too: for checks, where TRITON_INTERPRET=1."""
-    token = _INTERPRETED.set(True)
+    before, _FORMS.interpreted = _FORMS.interpreted, True
     try:
         yield
     finally:
-        _INTERPRETED.reset(token)
+        _FORMS.interpreted = before
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported for that."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
 def _capable(index: int) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= _CAPABILITY
+    return torch.version.cuda is not None and _capability(index) >= _CAPABILITY
 
 
 def fused(tensor: Tensor) -> bool:
@@ -54,10 +68,10 @@ def fused(tensor: Tensor) -> bool:
     Always False on the CPU (but for checks of kernels), so that results there depend on PyTorch alone, and where Triton
     is absent.
     """
-    if tensor.dtype not in _DTYPES or not has_triton() or not _ALLOWED.get():
+    if tensor.dtype not in _DTYPES or not has_triton() or _FORMS.twins_alone:
         return False
     if tensor.device.type != "cuda":
-        return tensor.device.type == "cpu" and _INTERPRETED.get()
+        return tensor.device.type == "cpu" and _FORMS.interpreted
     return _capable(tensor.device.index or 0)
 
 
@@ -68,7 +82,7 @@ def architecture(device: torch.device) -> str:
     return _architecture(device.index or 0)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _architecture(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = _capability(index)
     return f"sm_{major}{minor}"

@@ -43,6 +43,12 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         from headway.kernels import ops
 
         return ops.top_k(scores, k)
+    return top_k_twin(scores, k)
+
+
+@torch.no_grad()
+def top_k_twin(scores: Tensor, k: int) -> Tensor:
+    """`top_k` in PyTorch."""
     chosen = []
     for i in range(k):
         best = scores.argmax(-1, keepdim=True)

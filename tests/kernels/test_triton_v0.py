@@ -104,6 +104,17 @@ def test_a_registered_operation_is_its_twin_with_gradients_shapes_and_tracing(na
     torch.library.opcheck(op, tuple(differentiable))
 
 
+def test_operations_of_the_backward_pass_pass_torchs_own_check_too():
+    pool, idx, gate, cos, sin = inputs()
+    slots, logits = torch.randn(2, 5, 3, 2, 8, dtype=pool.dtype), pool[..., 0].contiguous()
+    for name in GATED:
+        torch.library.opcheck(ops.gates_backward, (torch.randn_like(gate), logits, idx, name))
+    torch.library.opcheck(ops.select_rope_backward, (slots, idx, cos, sin, 4))
+    torch.library.opcheck(ops.expand_backward, (pool, slots, idx, gate))
+    for sigmoid in (False, True):
+        torch.library.opcheck(ops.balance_sums_backward, (torch.randn(2, 3, 4, dtype=pool.dtype), logits, sigmoid))
+
+
 def test_operations_compile_into_one_graph():
     pool, idx, gate, cos, sin = inputs(torch.float32)
 

@@ -103,7 +103,8 @@ def test_operators_pass_torchs_own_check(routed):
     torch.library.opcheck(project, (x, w, table, table, *lists, *forms))
     torch.library.opcheck(combine, (slots, w_o, gate, *lists, *forms))
     plain = [t.detach() for t in (x, slots, gate)]
-    torch.library.opcheck(make_weight_grad, (plain[0], plain[1], plain[2], *lists, True, routed))
+    for rows, factor in ((True, None), (False, plain[2])):
+        torch.library.opcheck(make_weight_grad, (plain[0], plain[1], factor, *lists, rows, routed))
     torch.library.opcheck(make_slot_grad, (plain[0], w_o.detach(), plain[1], plain[2], *lists, routed))
 
 

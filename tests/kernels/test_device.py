@@ -1,0 +1,54 @@
+"""Which form takes a tensor is a fact of the process: in backward passes and in compiled code as in a plain call."""
+
+import threading
+
+import pytest
+import torch
+
+from headway.kernels import device
+
+
+def in_another_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))  # as autograd's, which has no context of the caller
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_of_the_backward_pass_see_what_is_in_force(monkeypatch):
+    monkeypatch.setattr(device, "_TRITON", True)
+    x = torch.zeros(1)
+    assert not device.fused(x)
+    with device.interpreted():
+        assert device.fused(x) and in_another_thread(lambda: device.fused(x))
+        with device.twins():
+            assert not device.fused(x) and not in_another_thread(lambda: device.fused(x))
+        assert device.fused(x)
+    assert not device.fused(x)
+
+
+def test_what_was_in_force_comes_back_after_an_error():
+    for context in (device.interpreted, device.twins):
+        with pytest.raises(KeyError), context():
+            raise KeyError
+    assert not device._FORMS.interpreted and not device._FORMS.twins_alone
+
+
+def test_a_compiled_function_asks_without_a_graph_break_and_again_when_the_answer_changes(monkeypatch):
+    monkeypatch.setattr(device, "_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    device._capability.cache_clear()
+
+    def asked(x):
+        gpu = device._capable(0) and device._architecture(0) == "sm_90"
+        return x + (1 if device.fused(x) else 2) + (10 if gpu else 20)
+
+    compiled = torch.compile(asked, fullgraph=True, backend="eager")
+    try:
+        assert compiled(torch.zeros(1)) == 12
+        with device.interpreted():
+            assert compiled(torch.zeros(1)) == 11
+    finally:
+        device._capability.cache_clear()
