@@ -84,7 +84,8 @@ types: $(VENV)/.installed
 	$(BIN)/pyright
 
 # Two workers, a file of tests to one of them: many tests wait for processes of their own, and two cores are busier so.
-TESTS = $(BIN)/pytest -n 2 --dist loadfile
+# In the order of collection, or the short soak, one test in a file of its own, would come last.
+TESTS = $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint types
 	$(TESTS) -m 'not slow and not gpu'

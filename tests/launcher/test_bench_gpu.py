@@ -18,6 +18,7 @@ from headway.launcher.gpu_report import load, report_gpu
 from headway.launcher.gpu_tables import bound, mfu
 from headway.launcher.load import load_spec
 from headway.launcher.plan_hardware import ASSUMPTIONS, GPUS
+from headway.model.attention.gqa import GqaConfig
 from headway.model.cost import account
 
 MODELS = Path(__file__).parents[2] / "yaml" / "models"
@@ -216,6 +217,7 @@ def test_models_are_those_that_the_yaml_files_train(size):
     spec = load_spec(MODELS / f"{size.name.split(',')[0].lower()}.yaml").spec
     made = model_config(size, variants(size)[0].attention)
     assert made.model_dump(exclude={"norm_eps", "init_std"}) == spec.model.model_dump(exclude={"norm_eps", "init_std"})
+    assert isinstance(spec.attention, GqaConfig)
     assert size.heads * size.head_dim == spec.attention.heads * spec.attention.head_dim
 
 
