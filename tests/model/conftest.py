@@ -75,6 +75,12 @@ MECHANISMS: dict[str, AttentionConfig] = {
     "wgqa-row": WgqaConfig(heads=4, kv_heads=2, head_dim=6, weights="row", rope_fraction=2 / 3),
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=10, experts=3, top_k=2, rope_fraction=0.4),
     "switchhead-grouped": SwitchHeadConfig(kv_heads=2, head_dim=6, experts=3, top_k=2, projections="grouped"),
+    "rgqa-routed": RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=2, always_on=1, projections="routed"),
+    "switchhead-routed": SwitchHeadConfig(kv_heads=2, head_dim=6, experts=3, top_k=2, projections="routed"),
+    "gqe-routed": GqeConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, projections="routed"),
+    "hybrid-routed": HybridConfig(
+        heads=6, kv_heads=2, head_dim=6, top_k=2, value_experts=3, value_top_k=2, projections="routed"
+    ),
     "gqe-grouped": GqeConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, projections="grouped"),
 }
 

@@ -134,14 +134,6 @@ def test_all_heads_with_hard_gates_are_gqa(decoder, tokens, qk_norm):
     assert (decoder(routed.model_copy(update={"top_k": 3})).logits(tokens) - gqa).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_decoding_in_chunks_equals_the_full_pass(decoder, tokens, name):
-    model = decoder(MECHANISMS[name]).eval()
-    cache = model.new_cache()
-    parts = [model.logits(part, cache=cache) for part in tokens.split((5, 4, 1, 1), 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("form", ["auto", "routed"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_stated_costs_are_those_of_dense_products(name, form):
