@@ -90,7 +90,7 @@ def levers(data: Mapping[str, Any]) -> list[Block]:
 def layers(data: Mapping[str, Any]) -> list[Block]:
     """Attention alone."""
     head = ["layer", "tokens", "forward", "over baseline (quartiles)", "with backward", "over baseline"]
-    table = [[*head, "plain PyTorch over it"]]
+    table = [[*head, "plain PyTorch", "one product per expert"]]
     for key, row in data.items():
         if not key.startswith("layers/"):
             continue
@@ -99,10 +99,15 @@ def layers(data: Mapping[str, Any]) -> list[Block]:
             cells = [name, f"{row['seq_len']:,}"]
             for form in ("forward", "both"):
                 cells += [duration(c[form]["seconds"]["median"]), spread_text(c[form]["ratio"])]
-            table.append([*cells, spread_text(c["plain"]["ratio"]) if "plain" in c else ""])
+            table.append(
+                [*cells, *(spread_text(c[form]["ratio"]) if form in c else "" for form in ("plain", "grouped"))]
+            )
     if len(table) == 1:
         return [Heading("Attention layers"), Text(f"{NOT_MEASURED.capitalize()}.")]
-    return [Heading("Attention layers"), Table(table)]
+    text = (
+        "Each ratio is over the baseline's time in the same rounds; the last two are of forward and backward together."
+    )
+    return [Heading("Attention layers"), Table(table), Text(text)]
 
 
 def forms(data: Mapping[str, Any]) -> list[Block]:

@@ -221,7 +221,8 @@ class Router(FixedBuffers):
     def _account(self, logits: Tensor, idx: Tensor, gate: Tensor, context: Context, k: int) -> Tensor | None:
         """Count statistics; the balancing loss, None where there is none."""
         mean, has_loss = context.sequence.mean, self.balance.has_loss
-        if fused(logits) and self.balance.needs_sums_alone and not (self.meter.closely and context.counts):
+        # Not by `context.counts`: a pass that repeats one must keep what that one kept.
+        if fused(logits) and self.balance.needs_sums_alone and not self.meter.closely:
             counts, shares = balance_sums(logits, idx, sigmoid=self.gate in SIGMOIDS)  # [B, G, N]: one pass
             if context.counts:
                 self.meter.count(counts.sum(0))

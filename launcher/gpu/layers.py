@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from headway.launcher.gpu.timing import Call, randn, ratio, short, summary
 from headway.model.base import Attention, Context
 from headway.model.init import initialise
 
-FORMS = ("forward", "both", "plain")
-"""Forward; forward and backward; the same without our kernels, where there are any."""
+FORMS = ("forward", "both", "plain", "grouped")
+"""Forward; forward and backward; of routed layers the latter without our kernels, and with one product per expert over
+sorted rows, whose sizes the host reads: what published kernels for mixtures of heads do, in PyTorch.
+"""
 
 
 def layers(machine: Machine) -> list[Row]:
@@ -35,7 +38,7 @@ def layers(machine: Machine) -> list[Row]:
 
 
 def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Of each mechanism and form: seconds, and times as fast as its baseline's (plain: as gqa's with backward)."""
+    """Of each mechanism and form: seconds, and times as fast as its baseline's forward, or forward and backward."""
     batch, compared = max(1, machine.scale.tokens // seq_len), variants(size)
     x = randn((batch, seq_len, size.width), machine.device, machine.scale.dtype).requires_grad_()
     grad = randn((batch, seq_len, size.width), machine.device, machine.scale.dtype, 1)
@@ -43,14 +46,18 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
     for v in compared:
         rope = rope_tables(seq_len, v.attention.rotated, v.attention.rope_base, machine.device)
         run = _Layer(layer_of(size, v, machine), x, grad, Context(rope=rope))
-        calls |= {f"{v.name}: {form}": getattr(run, form) for form in FORMS if form != "plain" or v.routed}
-    seconds = short(calls, machine.device, rounds=max(2, machine.scale.rounds // 3))
+        calls |= {f"{v.name}: {form}": getattr(run, form) for form in FORMS[: 3 if v.routed else 2]}
+        if v.routed:
+            grouped = replace(v, attention=v.attention.model_copy(update={"projections": "grouped"}))
+            calls[f"{v.name}: grouped"] = _Layer(layer_of(size, grouped, machine), x, grad, Context(rope=rope)).both
+    waiting = [name for name in calls if name.endswith(": grouped")]
+    seconds = short(calls, machine.device, rounds=max(2, machine.scale.rounds // 3), waiting=waiting)
     found = []
     for v in compared:
         row: dict[str, Any] = {"name": v.name, "baseline": v.baseline, "active": v.active}
         for form in FORMS:
             if (own := seconds.get(f"{v.name}: {form}")) is not None:
-                base = seconds[f"{v.baseline}: {'both' if form == 'plain' else form}"]
+                base = seconds[f"{v.baseline}: {form if form == 'forward' else 'both'}"]
                 row[form] = {"seconds": summary(own), "ratio": ratio(base, own)}
         found.append(row)
     return {"size": size.name, "seq_len": seq_len, "tokens": batch * seq_len, "contestants": found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,17 +47,20 @@ def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int) ->
     return found
 
 
-def short(calls: Mapping[str, Call], device: torch.device, *, rounds: int) -> dict[str, list[float]]:
+def short(
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int, waiting: Collection[str] = ()
+) -> dict[str, list[float]]:
     """`in_turns` for calls of microseconds: each is repeated, as a CUDA graph where it can be captured.
 
-    A graph leaves out the host's time for starting operations, which is no property of a kernel.
+    A graph leaves out the host's time for starting operations, which is no property of a kernel. Calls in `waiting`
+    wait for the host and are not tried: their time includes that.
     """
-    bursts = {name: _burst(call, device) for name, call in calls.items()}
+    bursts = {name: _burst(call, device, capture=name not in waiting) for name, call in calls.items()}
     found = in_turns({name: (lambda _, run=run: run()) for name, (run, _) in bursts.items()}, device, rounds=rounds)
     return {name: [s / bursts[name][1] for s in seconds] for name, seconds in found.items()}
 
 
-def _burst(call: Call, device: torch.device) -> tuple[Callable[[], Any], int]:
+def _burst(call: Call, device: torch.device, *, capture: bool) -> tuple[Callable[[], Any], int]:
     """One call that makes several, and how many."""
     for i in range(WARMUP):
         call(i)
@@ -68,14 +71,14 @@ def _burst(call: Call, device: torch.device) -> tuple[Callable[[], Any], int]:
         for i in range(repeats):
             call(i)
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not capture:
         return run, repeats
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         return graph.replay, repeats
-    except RuntimeError:  # what waits for the host cannot be captured; its time then includes that
+    except RuntimeError:  # what cannot be captured after all is started by the host each time
         torch.cuda.set_stream(torch.cuda.default_stream(device))
         torch.cuda.synchronize(device)
         return run, repeats

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from headway.kernels import routing
 from headway.model import router
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
+from headway.model.recompute import recomputed
 
 N = 4
 
@@ -102,3 +104,17 @@ def test_sums_of_one_pass_give_the_loss_and_the_load_of_the_whole(
         found.append((out.aux_loss, gradient, module.router_stats()["router"].load))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("closely", [True, False])
+def test_a_pass_that_is_computed_again_takes_the_same_way(layer, context, x, monkeypatch, closely):
+    """PyTorch refuses a repeated pass that keeps other tensors than the first."""
+    for module in (router, routing):  # operations as on a GPU, with their twins
+        monkeypatch.setattr(module, "fused", lambda tensor: True)
+    config = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=2, balance=BalanceConfig(f_p=0.3))
+    module = layer(config).train()
+    module.watch_routers(closely=closely)
+    x.requires_grad_()
+    out = recomputed(module, x, context(config))
+    (out.y.sum() + out.aux_loss).backward()
+    assert x.grad is not None and module.router_stats()["router"].load.sum() == x.shape[0] * x.shape[1] * 2 * 2
