@@ -116,5 +116,6 @@ def test_a_pass_that_is_computed_again_takes_the_same_way(layer, context, x, mon
     module.watch_routers(closely=closely)
     x.requires_grad_()
     out = recomputed(module, x, context(config))
+    assert out.aux_loss is not None
     (out.y.sum() + out.aux_loss).backward()
     assert x.grad is not None and module.router_stats()["router"].load.sum() == x.shape[0] * x.shape[1] * 2 * 2
