@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)  # bf16 in the kernels
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -52,12 +54,20 @@ def has_triton() -> bool:
     return _TRITON
 
 
+def _constant(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, without importing the compiler for it: that takes seconds, and
+    makes a folder for compiled code in the temporary one before a launcher could say where it belongs.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _capable(index: int) -> bool:
     return torch.version.cuda is not None and _capability(index) >= _CAPABILITY
 
@@ -82,7 +92,7 @@ def architecture(device: torch.device) -> str:
     return _architecture(device.index or 0)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _architecture(index: int) -> str:
     major, minor = _capability(index)
     return f"sm_{major}{minor}"

@@ -37,7 +37,8 @@ def test_what_was_in_force_comes_back_after_an_error():
 
 def test_a_compiled_function_asks_without_a_graph_break_and_again_when_the_answer_changes(monkeypatch):
     monkeypatch.setattr(device, "_TRITON", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    capability = torch.compiler.disable(lambda index: (9, 0))  # like the real one it cannot be traced
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     device._capability.cache_clear()
 

@@ -21,6 +21,11 @@ def test_help_is_there_within_half_a_second_and_loads_no_torch():
     assert subprocess.run([sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_a_launcher_loads_no_compiler():  # it takes seconds, and makes a folder before its place is known
+    code = "import sys, headway.launcher.launch; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
 def test_an_unknown_verb_or_option_ends_with_64(headway):
     for arguments in (["fly"], [], ["train"], ["train", "tiny.yaml", "--fast"], ["doctor", "a=b"]):
         done = headway.run(*arguments)

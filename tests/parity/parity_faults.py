@@ -44,8 +44,8 @@ def stages_apart() -> Iterator[None]:
 def own_mean() -> Iterator[None]:
     """Each rank that shares sequences takes router losses over its own part of them."""
 
-    def ranks(layout: Layout) -> Any:
-        return replace(real(layout), mean=lambda tensor: tensor)
+    def ranks(layout: Layout, core: Callable[..., Tensor]) -> Any:
+        return replace(real(layout, core), mean=lambda tensor: tensor)
 
     real = build.sequence_ranks
     with mock.patch.object(build, "sequence_ranks", ranks):
