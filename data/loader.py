@@ -211,6 +211,7 @@ class Loader:
         if self._prefetch is not None:
             self._prefetch.close()
             self._prefetch = None
+        self.source.close()
 
     def __enter__(self) -> Loader:
         return self

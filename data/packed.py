@@ -18,6 +18,7 @@ from headway.data.config import DataError
 from headway.data.manifest import Split
 from headway.data.mds import MdsSplit
 from headway.data.order import GlobalOrder
+from headway.data.prefetch import join
 from headway.data.source import Sample
 
 
@@ -53,6 +54,8 @@ class PackedText:
         self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
         self._order = None
         self._fetched_ahead: tuple[int, ...] = ()
+        self._closed, self._fetch_lock = False, threading.Lock()
+        self._fetching: list[threading.Thread] = []
         if split == "train":
             self._order = GlobalOrder(self.sequences_per_shard(), seed=seed, window=shuffle_window)
 
@@ -71,17 +74,28 @@ class PackedText:
 
     def _fetch_ahead(self, shards: tuple[int, ...]) -> None:
         """Fetch the shards of the next window while this one is read."""
-        if shards == self._fetched_ahead:
-            return
-        self._fetched_ahead = shards
 
         def fetch() -> None:
             for shard in shards:
+                if self._closed:
+                    return
                 # An error here is no news yet: reading the shard meets it again and raises it where it is seen.
                 with contextlib.suppress(DataError, OSError):
                     self._documents.local_path(shard)
 
-        threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
+        with self._fetch_lock:  # every data thread comes here
+            if self._closed or shards == self._fetched_ahead:
+                return
+            self._fetched_ahead = shards
+            thread = threading.Thread(target=fetch, name="fetch-ahead", daemon=True)
+            self._fetching = [*(other for other in self._fetching if other.is_alive()), thread]
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads, each with the shard it fetches; one that hangs is left to itself."""
+        with self._fetch_lock:
+            self._closed = True
+        join(self._fetching)
 
     def reading(self) -> list[Path]:
         return self._documents.reading()

@@ -18,6 +18,13 @@ _LOOK_S = 0.5
 _CLOSE_S = 2.0
 
 
+def join(threads: list[threading.Thread]) -> None:
+    """Wait for all of them, two seconds at most: daemons that hang do not hold up a run that ends."""
+    end = time.monotonic() + _CLOSE_S
+    for thread in threads:
+        thread.join(timeout=max(0.0, end - time.monotonic()))
+
+
 class Prefetch(Generic[Item]):
     """Prepares `prepare(first)`, `prepare(first + 1)`, ... in `workers` threads, at most `ahead` beyond the consumer.
 
@@ -72,9 +79,7 @@ class Prefetch(Generic[Item]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        end = time.monotonic() + _CLOSE_S
-        for thread in self._threads:
-            thread.join(timeout=max(0.0, end - time.monotonic()))
+        join(self._threads)
 
     def _may_claim(self) -> bool:
         return self._claimed <= self._wanted + self._ahead and (self._end is None or self._claimed < self._end)

@@ -46,3 +46,7 @@ class Source(Protocol):
     def reading(self) -> list[Path]:
         """Files that threads wait for at this moment."""
         ...
+
+    def close(self) -> None:
+        """End the threads. Sequences can still be had."""
+        ...

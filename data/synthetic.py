@@ -62,6 +62,9 @@ class SyntheticTask:
     def reading(self) -> list[Path]:
         return []
 
+    def close(self) -> None:
+        pass
+
     def loss_floor(self) -> float:
         """Mean loss of the best possible predictor, in nats per target: 0, since every answer follows from the past."""
         return 0.0

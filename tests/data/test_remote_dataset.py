@@ -12,13 +12,18 @@ from headway.data import fetch
 from headway.data.build import build
 from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
 from headway.data.loader import Loader
+from headway.data.manifest import Manifest
 from headway.data.verify import verify
 
 
-def digests(source: MdsSource, steps: int = 12) -> list[int]:
+def loader(source: MdsSource) -> Loader:
     cfg = DataConfig(source=source, seq_len=32, workers=0, shuffle_window=2)
-    with Loader(cfg, split="train", global_batch=8, micro_batch=8, dp_rank=0, dp_size=1) as loader:
-        return [next(loader).digest for _ in range(steps)]
+    return Loader(cfg, split="train", global_batch=8, micro_batch=8, dp_rank=0, dp_size=1)
+
+
+def digests(source: MdsSource, steps: int = 12) -> list[int]:
+    with loader(source) as batches:
+        return [next(batches).digest for _ in range(steps)]
 
 
 def cached(remote: str | Path, cache: Path) -> MdsSource:
@@ -30,10 +35,8 @@ def remote(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset, tmp_path / "remote"))
 
 
-def wait_for_fetches() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "fetch-ahead":
-            thread.join()
+def fetches() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fetch-ahead"]
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
@@ -45,17 +48,42 @@ def test_a_remote_folder_gives_the_same_batches_as_a_local_one(
     assert info.fingerprint == verify(source).fingerprint
     assert not list((tmp_path / "cache").rglob("*.mds"))  # shards come when they are read
     assert digests(there) == digests(source)
-    wait_for_fetches()
     shutil.rmtree(remote / "train")  # all that was read stays readable
     assert digests(there) == digests(source)
 
 
 def test_the_next_window_is_fetched_while_one_is_read(remote: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    digests(cached(remote, cache), steps=1)
-    wait_for_fetches()
+    with loader(cached(remote, cache)) as batches:
+        next(batches)
+        for thread in fetches():
+            thread.join()
     # A window of two shards, two more fetched ahead; a sequence may reach into one after the first two.
     assert 4 <= len(list(cache.rglob("*.mds"))) <= 6
+
+
+def test_fetching_ahead_ends_with_the_loader(remote: Path, tmp_path: Path, monkeypatch) -> None:
+    fetched: list[str] = []
+    under_way, closing = threading.Event(), threading.Event()
+
+    def slowly(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
+        path = real(root, remote, name, manifest)
+        if threading.current_thread().name == "fetch-ahead":
+            fetched.append(name)
+            under_way.set()
+            closing.wait(10)
+        return path
+
+    real = fetch.fetch_file
+    monkeypatch.setattr(fetch, "fetch_file", slowly)
+    batches = loader(cached(remote, tmp_path / "cache"))
+    next(batches)
+    assert under_way.wait(10) and fetches()
+    threading.Timer(0.2, closing.set).start()  # close has begun by then, and waits
+    batches.close()
+    assert not fetches() and len(fetched) == 1  # the one that was under way, of two
+    batches.batch(5)
+    assert not fetches()
 
 
 def test_compressed_shards_are_fetched_and_unpacked(config: CorpusConfig, source: MdsSource, tmp_path: Path) -> None:
@@ -75,7 +103,6 @@ def test_a_shard_damaged_on_the_way_is_refused_and_not_kept(remote: Path, tmp_pa
     verify(there)
     with pytest.raises(DataError, match=r"remote/train/shard\.\d+\.mds: .* but the manifest says"):
         digests(there)
-    wait_for_fetches()
     assert not list((tmp_path / "cache" / "train").glob("*.mds"))
 
 
@@ -91,7 +118,6 @@ def test_a_shard_missing_in_the_remote_is_named(remote: Path, tmp_path: Path) ->
 def test_a_damaged_cache_is_found_by_the_preflight(remote: Path, tmp_path: Path) -> None:
     there = cached(remote, tmp_path / "cache")
     digests(there)
-    wait_for_fetches()
     shard = sorted((tmp_path / "cache" / "train").glob("*.mds"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DataError, match=rf"{shard.name}: .*cut short or replaced"):

@@ -421,9 +421,6 @@ def test_ten_killed_readers_leave_nothing_behind_and_nothing_in_the_way(whole, t
     (cache / ".verified.json").write_text('{"train/shard.000')
     verify(MdsSource(type="mds", path=str(cache), remote=str(whole)))
     assert digests(config(cache, remote=whole), EPOCH) == digests(config(whole), EPOCH)
-    for thread in threading.enumerate():
-        if thread.name == "fetch-ahead":
-            thread.join()
     assert halves() == []
 
 
