@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.11 or 3.12, gcc and make:
+# Two commands do everything on a machine with Python 3.11 or 3.12, gcc, g++ and make:
 #   make study   environment, built-in corpus, the quickstart study, its report
 #   make test    the same environment, lint, types, tests
 #   make results every number that README and docs quote, measured anew (an hour; mechanisms and probes are parts of it)

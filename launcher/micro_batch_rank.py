@@ -42,33 +42,32 @@ class Rank:
     """
 
     def __init__(self, spec: Spec, environment: Mapping[str, str], *, command: Sequence[str] = COMMAND) -> None:
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child runs
-        self._process = subprocess.Popen(
-            list(command),
-            env=dict(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._words,
-            start_new_session=True,
-            preexec_fn=become_child,
-        )
-        self._rest = b""
-        try:
+        with contextlib.ExitStack() as stack:
+            self._words = stack.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                list(command),
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._words,
+                start_new_session=True,
+                preexec_fn=become_child,
+            )
+            stack.callback(self._end)
+            self._rest = b""
             self._send(spec.model_dump_json())
             told = self._answer()
             if isinstance(told, str):
                 raise HeadwayError(f"train.micro_batch: auto: {told}, before anything was tried")
-        except BaseException:
-            self.close()
-            raise
-        self.device: str = told["device"]
-        self.on_cpu = told["total_bytes"] is None
-        launch = spec.launch.model_copy(update={"device": "cpu" if self.on_cpu else "cuda"})
-        self.spec = spec.model_copy(update={"launch": launch})
-        if self.on_cpu:
-            self.limit_bytes = USABLE * available_bytes() / launch.processes - PROCESS_BYTES
-        else:
-            self.limit_bytes = USABLE * min(told["free_bytes"], told["total_bytes"] - RESERVED_BYTES)
+            self.device: str = told["device"]
+            self.on_cpu = told["total_bytes"] is None
+            launch = spec.launch.model_copy(update={"device": "cpu" if self.on_cpu else "cuda"})
+            self.spec = spec.model_copy(update={"launch": launch})
+            if self.on_cpu:
+                self.limit_bytes = USABLE * available_bytes() / launch.processes - PROCESS_BYTES
+            else:
+                self.limit_bytes = USABLE * min(told["free_bytes"], told["total_bytes"] - RESERVED_BYTES)
+            self._open = stack.pop_all()
 
     def planned_bytes(self, micro_batch: int) -> float | None:
         """On a CPU, where memory that runs out takes other processes with it, the plan decides what is tried."""
@@ -88,18 +87,21 @@ class Rank:
 
     def close(self) -> None:
         """End the child, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._words):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # what it was not told any more
-                    pipe.close()
+        self._open.close()
 
     def __enter__(self) -> Rank:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what it was not told any more
+                    pipe.close()
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

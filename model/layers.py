@@ -49,14 +49,18 @@ def use_operations(module: nn.Module, operations: Operations) -> None:
             part.use(operations)
 
 
-class RMSNorm(Replaceable):
-    """Norm over the last axis with a gain."""
+class _Gain(Replaceable):
+    """What has the gain of a norm."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.gain = parameter(width)
         self.eps = eps
         self.use(Operations())
+
+
+class RMSNorm(_Gain):
+    """Norm over the last axis with a gain."""
 
     def use(self, operations: Operations) -> None:
         self._norm = operations.norm
@@ -65,14 +69,8 @@ class RMSNorm(Replaceable):
         return self._norm(x, self.gain, self.eps)
 
 
-class AddNorm(Replaceable):
+class AddNorm(_Gain):
     """x + y, and the norm of that with a gain: the residual addition together with the norm behind it."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.gain = parameter(width)
-        self.eps = eps
-        self.use(Operations())
 
     def use(self, operations: Operations) -> None:
         self._add_norm = operations.add_norm

@@ -15,7 +15,7 @@ from headway.kernels.choice import Product, Shape
 from headway.kernels.device import architecture
 from headway.kernels.rope import rope_tables
 from headway.kernels.routed import DENSE, ROUTED, Forms, make_weight_grad, pair_lists, routed_project
-from headway.launcher.gpu.rows import Machine, Row
+from headway.launcher.gpu.rows import Machine, Row, product_rows
 from headway.launcher.gpu.shapes import Size
 from headway.launcher.gpu.timing import Call, randn, ratio, short, summary
 
@@ -26,17 +26,7 @@ KINDS = ("even", "one head")
 
 def forms(machine: Machine) -> list[Row]:
     """For each size, number of chosen heads and number of tokens a row."""
-    return [
-        Row(
-            key=f"forms/{size.name} k={k} {tokens}",
-            what=f"dense or routed products, {tokens} tokens, {size.name}, {k} of {size.heads // size.kv_heads} heads",
-            seconds=10,
-            run=functools.partial(compare, size, k, tokens),
-        )
-        for size in machine.scale.sizes
-        for tokens in machine.scale.product_tokens
-        for k in (1, 2)
-    ]
+    return product_rows(machine, "forms", "dense or routed products", compare, seconds=10)
 
 
 def compare(size: Size, k: int, tokens: int, machine: Machine) -> dict[str, Any]:

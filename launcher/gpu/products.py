@@ -16,7 +16,7 @@ from torch import Tensor
 from headway.kernels import routing
 from headway.kernels.device import twins
 from headway.kernels.rope import rope_tables
-from headway.launcher.gpu.rows import Machine, Row
+from headway.launcher.gpu.rows import Machine, Row, product_rows
 from headway.launcher.gpu.shapes import Size
 from headway.launcher.gpu.timing import Call, randn, ratio, short, summary
 
@@ -33,17 +33,7 @@ class Operation:
 
 def products(machine: Machine) -> list[Row]:
     """For each size, number of chosen heads and number of tokens a row."""
-    return [
-        Row(
-            key=f"products/{size.name} k={k} {tokens}",
-            what=f"operations on {tokens} tokens, {size.name}, {k} of {size.heads // size.kv_heads} heads",
-            seconds=8,
-            run=functools.partial(compare, size, k, tokens),
-        )
-        for size in machine.scale.sizes
-        for tokens in machine.scale.product_tokens
-        for k in (1, 2)
-    ]
+    return product_rows(machine, "products", "operations", compare, seconds=8)
 
 
 def compare(size: Size, k: int, tokens: int, machine: Machine) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,3 +120,25 @@ class Row:
     @property
     def part(self) -> str:
         return self.key.split("/", 1)[0]
+
+
+def product_rows(
+    machine: Machine,
+    part: str,
+    what: str,
+    compare: Callable[[Size, int, int, Machine], dict[str, Any]],
+    *,
+    seconds: float,
+) -> list[Row]:
+    """`compare(size, k, tokens, machine)` for each size, number of tokens, and number k of chosen heads of a group."""
+    return [
+        Row(
+            key=f"{part}/{size.name} k={k} {tokens}",
+            what=f"{what}, {tokens} tokens, {size.name}, {k} of {size.heads // size.kv_heads} heads",
+            seconds=seconds,
+            run=functools.partial(compare, size, k, tokens),
+        )
+        for size in machine.scale.sizes
+        for tokens in machine.scale.product_tokens
+        for k in (1, 2)
+    ]

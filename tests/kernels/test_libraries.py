@@ -74,7 +74,6 @@ def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return hidden, weight, labels
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13 has no linear_cross_entropy")
 def test_pytorchs_chunked_loss_is_ours_with_gradients():
     hidden, weight, labels = example(FP32)
     loss = loss_of("torch", device_type="cpu", dtype=FP32)
@@ -87,7 +86,6 @@ def test_pytorchs_chunked_loss_is_ours_with_gradients():
     assert not both[0][1][labels == -100].any()
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13 has no linear_cross_entropy")
 def test_pytorchs_loss_of_ignored_labels_alone_is_zero():
     hidden, weight, labels = example(FP32)
     total = loss_of("torch", device_type="cpu", dtype=FP32)(hidden, weight, torch.full_like(labels, -100))

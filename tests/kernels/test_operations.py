@@ -1,7 +1,5 @@
 """Operations that levers replace: the defaults are PyTorch's, and compiled ones agree with them, forward and back."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,6 @@ from headway.kernels.operations import Operations, compiled, make_operations, wi
 from headway.kernels.rope import apply_rope, rope_tables
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ to compile for the CPU")
 
 
 def test_the_defaults_are_the_plain_functions():
@@ -65,7 +62,6 @@ def fused() -> Operations:
     return make_operations(compile="elementwise", device=CPU, dtype=FP32)
 
 
-@needs_compiler
 def test_compiled_pieces_have_the_values_and_gradients_of_the_plain_ones(fused):
     g = torch.Generator().manual_seed(3)
     x, y, z = (torch.randn(2, 3, 2, 10, generator=g, requires_grad=True) for _ in range(3))

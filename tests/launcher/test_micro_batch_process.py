@@ -16,26 +16,6 @@ from headway.launcher.micro_batch_rank import Rank
 from headway.launcher.micro_batch_search import search
 from headway.model.decoder import Block
 
-TINY = """
-name: tiny
-model: {width: 32, layers: 2, ffn_width: 48, vocab_size: 32}
-attention: {type: rgqa, heads: 4, kv_heads: 2, head_dim: 8, top_k: 1}
-data: {seq_len: 32, source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}}
-optimizer: {lr: 3.0e-3}
-train:
-  tokens: 10240
-  global_batch: 8
-  micro_batch: auto
-  validation_tokens: 512
-launch: {processes: 1, threads: 1, restarts: 0, device: cpu}
-"""
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return tmp_path / "tiny.yaml"
-
 
 def spec_of(path, *overrides):
     return load_spec(path, overrides, no_auto=None).spec
@@ -53,8 +33,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_process_killed_mid_way_means_that_the_size_does_not_fit(tiny):
-    with Rank(spec_of(tiny), os.environ, command=[sys.executable, "-S", "-c", DEAD_AT_FOUR]) as rank:
+def test_a_process_killed_mid_way_means_that_the_size_does_not_fit(auto_spec):
+    with Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", DEAD_AT_FOUR]) as rank:
         found = search(
             [1, 2, 4, 8],
             rank,
@@ -68,9 +48,9 @@ def test_a_process_killed_mid_way_means_that_the_size_does_not_fit(tiny):
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit('no such model')", "import sys; sys.exit('no such model')"])
-def test_a_process_that_fails_otherwise_is_an_error_with_its_last_words(tiny, program):
+def test_a_process_that_fails_otherwise_is_an_error_with_its_last_words(auto_spec, program):
     with pytest.raises(HeadwayError, match=r"(?s)status 1.*write a number.*no such model"):
-        Rank(spec_of(tiny), os.environ, command=[sys.executable, "-S", "-c", program])
+        Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", program])
 
 
 GPU = """
@@ -84,8 +64,8 @@ for line in sys.stdin:
 """
 
 
-def test_on_a_gpu_measured_passes_replace_those_of_the_plan_and_all_else_is_added(tiny):
-    with Rank(spec_of(tiny), os.environ, command=[sys.executable, "-S", "-c", GPU]) as rank:
+def test_on_a_gpu_measured_passes_replace_those_of_the_plan_and_all_else_is_added(auto_spec):
+    with Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", GPU]) as rank:
         assert rank.planned_bytes(8) is None  # it is tried, whatever the plan says
         timed = rank.run(8)
         assert rank.run(16) == "CUDA out of memory"
@@ -96,8 +76,8 @@ def test_on_a_gpu_measured_passes_replace_those_of_the_plan_and_all_else_is_adde
     assert timed.memory_bytes == states + 2**30 != memory.peak
 
 
-def test_the_real_process_measures_passes_of_every_size(tiny):
-    spec = spec_of(tiny, "parallel.recompute=block", "data.document_mask=true")
+def test_the_real_process_measures_passes_of_every_size(auto_spec):
+    spec = spec_of(auto_spec, "parallel.recompute=block", "data.document_mask=true")
     with Rank(spec, full_environment(spec, {})) as rank:
         assert rank.on_cpu and rank.device == "cpu" and rank.spec.launch.device == "cpu"
         for size in (1, 2):
@@ -111,8 +91,8 @@ def test_the_real_process_measures_passes_of_every_size(tiny):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_what_is_measured_is_the_model_as_the_spec_says(tiny, recompute, precision, dtype):
-    spec = spec_of(tiny, f"parallel.recompute={recompute}", f"parallel.precision={precision}")
+def test_what_is_measured_is_the_model_as_the_spec_says(auto_spec, recompute, precision, dtype):
+    spec = spec_of(auto_spec, f"parallel.recompute={recompute}", f"parallel.precision={precision}")
     model = micro_batch_child.model_of(spec, torch.device("cpu"))
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     assert {block.placement.recompute for block in blocks} == {recompute} and len(blocks) == 2

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,12 @@ import pytest
 
 HERE = Path(__file__).parent
 LAYOUTS = ("tensor", "pipeline", "zero3")
-COMPILES = shutil.which("g++") is not None
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(HERE / "speed_cases.py"), *(["elementwise"] * COMPILES)]
+    command = [*launcher, str(HERE / "speed_cases.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -31,7 +29,6 @@ def test_selective_recomputation_is_the_same_training_bit_by_bit(found, layout):
     assert found[layout]["plain"][0] != found[layout]["plain"][1]
 
 
-@pytest.mark.skipif(not COMPILES, reason="Inductor needs g++ to compile for the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_pieces_train_alike_whatever_is_computed_again(found, layout):
     for mine, plain in zip(found[layout]["compiled"], found[layout]["plain"], strict=True):
@@ -40,7 +37,5 @@ def test_compiled_pieces_train_alike_whatever_is_computed_again(found, layout):
 
 @pytest.mark.parametrize("layout", ["pipeline", "zero3"])
 def test_pytorchs_loss_trains_alike(found, layout):
-    if "torch's loss" not in found[layout]:
-        pytest.skip("PyTorch before 2.13 has no linear_cross_entropy")
     for mine, plain in zip(found[layout]["torch's loss"], found[layout]["plain"], strict=True):
         assert mine == pytest.approx(plain, rel=2e-5)
