@@ -12,7 +12,7 @@ LIGER_MODULE = "liger_kernel"
 
 
 class LeverError(Exception):
-    """A lever that the spec asks for cannot be used here. The message names its key and two legal values."""
+    """A lever that the spec asks for cannot be used here. The message names its key and what is legal."""
 
     exit_code = 64
 

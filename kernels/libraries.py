@@ -44,7 +44,8 @@ def loss_of(name: Loss, *, device_type: str, dtype: torch.dtype) -> Callable[...
     """
     if name == "chunked":
         return linear_cross_entropy_sum
-    legal = "use speed.loss: chunked" + (" or liger" if name == "torch" else " or torch")
+    other = "liger" if name == "torch" else "torch" if dtype == torch.float32 else None
+    legal = "use speed.loss: chunked" + (f" or {other}" if other else "")
     if name == "torch":
         if dtype != torch.float32:
             raise LeverError(f"speed.loss: torch rounds the loss to bf16 in parallel.precision: bf16; {legal}")

@@ -115,6 +115,12 @@ def test_ligers_loss_sums_in_fp32_and_ignores_what_we_ignore(monkeypatch):
     torch.testing.assert_close(total, linear_cross_entropy_sum(*args))
 
 
+def test_no_advice_leads_to_the_next_refusal():  # torch's loss is refused in bf16
+    for dtype, legal in ((FP32, "chunked or torch"), (BF16, "chunked")):
+        with pytest.raises(LeverError, match=rf"use speed\.loss: {legal}$"):
+            loss_of("liger", device_type="cpu", dtype=dtype)
+
+
 @pytest.mark.parametrize(("key", "find"), [("norm", norm_of), ("loss", loss_of)])
 def test_liger_on_the_cpu_and_a_missing_or_foreign_liger_say_what_to_use(monkeypatch, key, find):
     dtype = {"dtype": BF16} if key == "loss" else {}

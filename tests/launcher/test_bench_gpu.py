@@ -12,7 +12,7 @@ from headway.launcher.errors import SpecError
 from headway.launcher.gpu import run as gpu_run
 from headway.launcher.gpu import steps
 from headway.launcher.gpu.correctness import compare
-from headway.launcher.gpu.rows import Absent, Failed, Machine, Row
+from headway.launcher.gpu.rows import GPU, Absent, Failed, Machine, Row
 from headway.launcher.gpu.shapes import GPU_SIZES, decoder, model_config, variants
 from headway.launcher.gpu_report import load, report_gpu
 from headway.launcher.gpu_tables import bound, mfu
@@ -54,6 +54,18 @@ def test_every_row_runs_on_a_bare_machine(measured):
         wanted = "absent" if key.startswith("correctness/") else "measured"
         assert row["status"] == wanted, row
         assert row["reduced"] is True
+
+
+def test_a_gpu_is_measured_at_every_size_length_and_number_of_chosen_heads():
+    keys = {row.key for row in gpu_run.all_rows(Machine(device=torch.device("cpu"), scale=GPU))}
+    for size in ("940M", "940M, head size 64", "250M", "162M"):
+        for seq_len in (2048, 8192, 32_768):
+            assert {f"{part}/{size} {seq_len}" for part in ("steps", "layers", "prefill")} <= keys
+        assert f"prefill/{size} 131072" in keys
+        for k in (1, 2):
+            assert {
+                f"{part}/{size} k={k} {tokens}" for part in ("products", "forms") for tokens in (4096, 32_768)
+            } <= keys
 
 
 def test_the_same_command_again_measures_nothing_twice(measured):
