@@ -64,10 +64,6 @@ class Layout:
         return self.rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
-
-    @property
     def is_data_lead(self) -> bool:
         """True on one of the ranks that read the same sequences."""
         return self.tp_rank == 0 and self.cp_rank == 0 and self.pp_rank == 0

@@ -230,9 +230,6 @@ def _parts(model: Decoder, gqa: Any, tokens: Tensor, labels: Tensor) -> dict[str
     def loss(x: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy_sum(x.flatten(0, 1), weight, labels.flatten())
 
-    def rotation(q: Tensor, k: Tensor) -> Tensor:
-        return torch.cat([attention.q_rope(q, rope), attention.k_rope(k, rope)], 2)
-
     return {
         "queries": (F.linear, [x, attention.w_q], layers),
         "keys and values": (
