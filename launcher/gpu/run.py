@@ -24,10 +24,12 @@ PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "forms", "produ
 MARGIN_S = 5.0
 WRONG_RESULT = 70
 """Exit status where a kernel's result is wrong; measurements went on nevertheless."""
+_WRONG = ("wrong", "crashed")
 
 
 def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequence[str] = PARTS) -> int:
-    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong or broke the device.
+    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong or broke the device,
+    now or in a row that stands in `out`.
 
     `device` "cpu" runs every row in a reduced form, whose numbers say nothing of a GPU. Raises SpecError for a device
     that is not there, unknown parts, or no time.
@@ -42,12 +44,13 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
     card = _card(here)
     out.mkdir(parents=True, exist_ok=True)
     (out / "machine.json").write_text(json.dumps(card, indent=1) + "\n")
-    done = {row["key"] for row in read_rows(out) if _same(row, card) and row["status"] != "failed"}
+    done = {row["key"]: row["status"] for row in read_rows(out) if _same(row, card) and row["status"] != "failed"}
     rows = [row for row in all_rows(here) if row.part in parts]
     late, wrong = [], []
     for i, row in enumerate(rows, 1):
         if row.key in done:
             _say(f"{i}/{len(rows)} {row.key}: is there")
+            wrong += [row.key] if done[row.key] in _WRONG else []
             continue
         left = deadline - time.monotonic()
         if left < (row.seconds if here.is_gpu else 0.0):
@@ -57,7 +60,7 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
         line = _measured(row, here)
         _append(out / "rows.jsonl", line | {"id": card["id"], "reduced": not here.is_gpu})
         _say(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
-        wrong += [row.key] if line["status"] in ("wrong", "crashed") else []
+        wrong += [row.key] if line["status"] in _WRONG else []
         if line["status"] == "crashed":
             _say(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
             break

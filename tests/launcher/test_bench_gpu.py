@@ -135,6 +135,8 @@ def test_a_wrong_kernel_is_said_aloud_and_ends_with_its_own_status(monkeypatch, 
     fake_rows(monkeypatch, row("correctness/expand bf16", raises(Failed("1 of 1 comparisons: d pool", comparisons))))
     assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70
     assert "WRONG RESULTS: correctness/expand bf16" in capsys.readouterr().err
+    assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70  # not measured again, and not forgotten
+    assert "WRONG RESULTS: correctness/expand bf16" in capsys.readouterr().err
     report_gpu(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "WRONG RESULTS: correctness/expand bf16" in text.replace("\\", "")
@@ -148,7 +150,7 @@ def test_a_kernel_that_breaks_the_device_ends_the_measuring_and_is_not_run_again
     assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70
     assert rows_of(tmp_path)["correctness/a"]["status"] == "crashed"
     assert "THE DEVICE IS LOST after correctness/a" in capsys.readouterr().err
-    assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 0
+    assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70  # the crash is not forgotten
     assert rows_of(tmp_path)["steps/b"]["status"] == "measured"
     report_gpu(tmp_path)
     assert "WRONG RESULTS: correctness/a" in (tmp_path / "report.md").read_text()
