@@ -57,7 +57,7 @@ probes: $(VENV)/.installed
 
 # What the shipped layouts need and give, and the way to 512 GPUs: computed, in seconds, on any machine.
 plans: $(VENV)/.installed
-	$(BIN)/python -P -m headway.launcher.plan_tables $(RESULTS)/plans
+	$(BIN)/python -P -m headway.launcher.plan.tables $(RESULTS)/plans
 
 # The losses of every mechanism on every layout against one process (40 minutes on two cores at most).
 parity: $(VENV)/.installed

@@ -20,7 +20,8 @@ from headway.kernels.choice import Product, Shape, choose
 from headway.kernels.device import architecture, fused
 from headway.kernels.launch import LARGEST_HEAD
 from headway.kernels.routed import DENSE, ROUTED, Forms, PairLists, pair_lists, routed_combine, routed_project
-from headway.kernels.routing import expand, select
+from headway.kernels.routing import expand
+from headway.kernels.twins import select
 
 Projections = Literal["dense", "grouped", "routed", "auto"]
 

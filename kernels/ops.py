@@ -3,7 +3,7 @@
 Autograd, torch.compile and CUDA graphs see one operation with known shapes each, and nothing asks the host.
 
 On a CPU each runs its twin, so that what stands around the kernels is tested without a GPU; the functions of
-`headway.kernels.routing` do not come here on a CPU.
+`headway.kernels.twins` do not come here on a CPU.
 
 Legend: B batch, S sequence, G groups, N experts or heads per group, k chosen ones, D channels, r rotated channels.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels import routing
+from headway.kernels import twins
 from headway.kernels.rope import apply_rope
 
 
@@ -36,7 +36,7 @@ def _slots(slots: Tensor) -> Tensor:
 @torch.library.custom_op("headway::top_k", mutates_args=(), device_types="cuda")
 def top_k(scores: Tensor, k: int) -> Tensor:
     """`routing.top_k`; no gradient."""
-    from headway.kernels.triton_routing import launch_top_k
+    from headway.kernels.triton.routing import launch_top_k
 
     idx = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
     launch_top_k(_flat(scores), idx.view(-1, k))
@@ -45,7 +45,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 @top_k.register_kernel("cpu")
 def _(scores: Tensor, k: int) -> Tensor:
-    return routing.top_k_twin(scores, k)
+    return twins.top_k_twin(scores, k)
 
 
 @top_k.register_fake
@@ -59,7 +59,7 @@ def _(scores: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("headway::gates", mutates_args=(), device_types="cuda")
 def gates(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
     """`routing.gates`."""
-    from headway.kernels.triton_routing import launch_gates
+    from headway.kernels.triton.routing import launch_gates
 
     out = torch.empty_like(idx, dtype=logits.dtype)
     launch_gates(_flat(logits), _flat(idx), gate, out.view(-1, idx.shape[-1]))
@@ -68,7 +68,7 @@ def gates(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
 
 @gates.register_kernel("cpu")
 def _(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
-    return routing.gates_twin(logits, idx, gate).contiguous()
+    return twins.gates_twin(logits, idx, gate).contiguous()
 
 
 @gates.register_fake
@@ -79,7 +79,7 @@ def _(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
 @torch.library.custom_op("headway::gates_backward", mutates_args=(), device_types="cuda")
 def gates_backward(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
     """Gradient of the logits."""
-    from headway.kernels.triton_routing import launch_gates_backward
+    from headway.kernels.triton.routing import launch_gates_backward
 
     out = torch.empty_like(logits)
     launch_gates_backward(_flat(logits), _flat(idx), gate, _flat(grad), out.view(-1, logits.shape[-1]))
@@ -123,7 +123,7 @@ gates.register_autograd(_differentiate_gates, setup_context=_save_gates)
 @torch.library.custom_op("headway::balance_sums", mutates_args=(), device_types="cuda")
 def balance_sums(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
     """`routing.balance_sums`, stacked: [2, B, G, N]."""
-    from headway.kernels.triton_balance import launch_sums
+    from headway.kernels.triton.balance import launch_sums
 
     out = logits.new_empty((2, logits.shape[0], *logits.shape[2:]))
     launch_sums(logits.contiguous(), idx.contiguous(), sigmoid, out)
@@ -132,7 +132,7 @@ def balance_sums(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
 
 @balance_sums.register_kernel("cpu")
 def _(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
-    return routing.balance_sums_twin(logits, idx, sigmoid)
+    return twins.balance_sums_twin(logits, idx, sigmoid)
 
 
 @balance_sums.register_fake
@@ -143,7 +143,7 @@ def _(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
 @torch.library.custom_op("headway::balance_sums_backward", mutates_args=(), device_types="cuda")
 def balance_sums_backward(grad: Tensor, logits: Tensor, sigmoid: bool) -> Tensor:
     """grad [B, G, N] of the shares' sums -> the logits' gradient [B, S, G, N]."""
-    from headway.kernels.triton_balance import launch_sums_backward
+    from headway.kernels.triton.balance import launch_sums_backward
 
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch_sums_backward(logits.contiguous(), grad.contiguous(), sigmoid, out)
@@ -181,7 +181,7 @@ balance_sums.register_autograd(_differentiate_balance_sums, setup_context=_save_
 @torch.library.custom_op("headway::select_rope", mutates_args=(), device_types="cuda")
 def select_rope(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """pool [B, S, G, N, D], idx [B, S, G, k], cos and sin [S, r] -> [B, S, G, k, D]."""
-    from headway.kernels.triton_slots import launch_select_rope, select_rope_forward
+    from headway.kernels.triton.slots import launch_select_rope, select_rope_forward
 
     out = pool.new_empty((*idx.shape, pool.shape[-1]))
     arguments = (pool.contiguous(), idx.contiguous(), cos.contiguous(), sin.contiguous())
@@ -191,7 +191,7 @@ def select_rope(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @select_rope.register_kernel("cpu")
 def _(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return routing.select_rope_twin(pool, idx, (cos, sin)).contiguous()
+    return twins.select_rope_twin(pool, idx, (cos, sin)).contiguous()
 
 
 @select_rope.register_fake
@@ -202,7 +202,7 @@ def _(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.custom_op("headway::select_rope_backward", mutates_args=(), device_types="cuda")
 def select_rope_backward(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """grad [B, S, G, k, D] -> the pool's gradient [B, S, G, N, D]."""
-    from headway.kernels import triton_slots
+    from headway.kernels.triton import slots as triton_slots
 
     out = grad.new_empty((*idx.shape[:-1], heads, grad.shape[-1]))
     arguments = (grad.contiguous(), idx.contiguous(), cos.contiguous(), sin.contiguous())
@@ -213,7 +213,7 @@ def select_rope_backward(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, he
 @select_rope_backward.register_kernel("cpu")
 def _(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     turned = apply_rope(grad.flatten(2, 3), (cos, -sin)).view_as(grad)
-    return routing.expand_twin(turned, idx, torch.ones_like(idx, dtype=grad.dtype), heads).contiguous()
+    return twins.expand_twin(turned, idx, torch.ones_like(idx, dtype=grad.dtype), heads).contiguous()
 
 
 @select_rope_backward.register_fake
@@ -240,7 +240,7 @@ select_rope.register_autograd(_differentiate_select, setup_context=_save_select)
 @torch.library.custom_op("headway::expand", mutates_args=(), device_types="cuda")
 def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
     """`routing.expand`."""
-    from headway.kernels.triton_slots import launch_expand
+    from headway.kernels.triton.slots import launch_expand
 
     out = slots.new_empty((*idx.shape[:-1], experts, slots.shape[-1]))
     launch_expand(_slots(slots), _flat(idx), _flat(gate), experts, out)
@@ -249,7 +249,7 @@ def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
 
 @expand.register_kernel("cpu")
 def _(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
-    return routing.expand_twin(slots, idx, gate, experts).contiguous()
+    return twins.expand_twin(slots, idx, gate, experts).contiguous()
 
 
 @expand.register_fake
@@ -260,7 +260,7 @@ def _(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
 @torch.library.custom_op("headway::expand_backward", mutates_args=(), device_types="cuda")
 def expand_backward(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """grad [B, S, G, N, D] -> gradients of slots [B, S, G, k, D] and of gate [B, S, G, k], as wide as each."""
-    from headway.kernels.triton_slots import launch_expand_backward
+    from headway.kernels.triton.slots import launch_expand_backward
 
     grad_slots, grad_gate = slots.new_empty(slots.shape), torch.empty_like(gate, memory_format=torch.contiguous_format)
     arguments = (grad.contiguous(), _slots(slots), _flat(idx), _flat(gate))
@@ -270,7 +270,7 @@ def expand_backward(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> t
 
 @expand_backward.register_kernel("cpu")
 def _(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    picked = routing.select(grad, idx)
+    picked = twins.select(grad, idx)
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad_gate = (picked.to(wide) * slots.to(wide)).sum(-1).to(gate.dtype)
     return (picked * gate.to(slots.dtype).unsqueeze(-1)).contiguous(), grad_gate.contiguous()

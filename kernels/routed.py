@@ -19,7 +19,8 @@ from torch import Tensor
 from headway.kernels.device import fused
 from headway.kernels.launch import LARGEST_HEAD
 from headway.kernels.rope import apply_rope
-from headway.kernels.routing import expand, select
+from headway.kernels.routing import expand
+from headway.kernels.twins import select
 
 
 class Forms(NamedTuple):
@@ -84,7 +85,7 @@ def _check(a: Tensor, w: Tensor, head_dim: int, forms: Forms) -> None:
 def make_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Order and offsets of `PairLists`."""
     if fused(idx.new_empty(0, dtype=torch.float32)):
-        from headway.kernels import triton_lists
+        from headway.kernels.triton import lists as triton_lists
 
         return triton_lists.pair_lists(idx, experts)
     groups = idx.shape[1]
@@ -116,7 +117,7 @@ def project(
     """`routed_project`, of the parts of its lists and forms."""
     experts = offsets.numel() - 1
     if gather and fused(x):
-        from headway.kernels import triton_gather
+        from headway.kernels.triton import gather as triton_gather
 
         out = x.new_empty(*idx.shape, w.shape[0] // experts)
         triton_gather.gather_project(x, w, (order, offsets), (cos, sin), out)
@@ -144,7 +145,7 @@ def make_weight_grad(
     experts, d, channels = offsets.numel() - 1, a.shape[1], b.shape[3]
     wide = torch.promote_types(a.dtype, torch.float32)
     if routed and fused(a):
-        from headway.kernels import triton_weight_grad
+        from headway.kernels.triton import weight_grad as triton_weight_grad
 
         out = a.new_empty((experts * channels, d) if rows else (d, experts * channels), dtype=torch.float32)
         triton_weight_grad.weight_grad(a, b, gate, (order, offsets), rows, out)
@@ -212,7 +213,7 @@ def make_slot_grad(
     """(gate (dy W) [T, G, k, D], <dy W, slots> [T, G, k] in fp32, or float64 where dy is)."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     if routed and fused(dy):
-        from headway.kernels import triton_gather
+        from headway.kernels.triton import gather as triton_gather
 
         out, d_gate = slots.new_empty(slots.shape), gate.new_empty(gate.shape, dtype=torch.float32)
         triton_gather.gather_slot_grad(dy, w, slots, gate, (order, offsets), out, d_gate)

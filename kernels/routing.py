@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.device import fused
-from headway.kernels.rope import apply_rope
+from headway.kernels.twins import balance_sums_twin, expand_twin, gates_twin, select_rope_twin, top_k_twin
 
 GateName = Literal[
     "sigmoid2", "sigmoid", "softmax", "softmax_n", "detached_renorm", "straight_through", "renorm", "hard"
@@ -37,25 +37,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the k largest of `scores` [..., N], largest first; of equal scores the lower index wins.
 
     `torch.topk` leaves ties to chance; `argmax` is documented to return the first maximum. k passes of it take a
-    quarter of a stable sort's time at N=4, k=2 on CPU. On a GPU one kernel of ours (`headway.kernels.triton_routing`).
+    quarter of a stable sort's time at N=4, k=2 on CPU. On a GPU one kernel of ours (`headway.kernels.triton.routing`).
     """
     if fused(scores):
         from headway.kernels import ops
 
         return ops.top_k(scores, k)
     return top_k_twin(scores, k)
-
-
-@torch.no_grad()
-def top_k_twin(scores: Tensor, k: int) -> Tensor:
-    """`top_k` in PyTorch."""
-    chosen = []
-    for i in range(k):
-        best = scores.argmax(-1, keepdim=True)
-        chosen.append(best)
-        if i + 1 < k:
-            scores = scores.scatter(-1, best, float("-inf"))
-    return torch.cat(chosen, -1)
 
 
 def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
@@ -79,22 +67,6 @@ def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
     return gates_twin(logits, idx, gate)
 
 
-def gates_twin(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
-    """`gates` in PyTorch, for every gate but "hard"."""
-    if gate == "sigmoid2":
-        return 2 * torch.sigmoid(logits.gather(-1, idx))
-    if gate == "sigmoid":
-        return torch.sigmoid(logits.gather(-1, idx))
-    if gate == "renorm":
-        return torch.softmax(logits.gather(-1, idx), -1)
-    p = torch.softmax(logits, -1).gather(-1, idx)
-    if gate == "softmax_n":
-        return logits.shape[-1] * p
-    if gate == "straight_through":
-        return 1 + (p - p.detach())
-    return p if gate == "softmax" else p / p.detach().sum(-1, keepdim=True)
-
-
 def balance_sums(logits: Tensor, idx: Tensor, *, sigmoid: bool) -> tuple[Tensor, Tensor]:
     """Over each sequence: how often each expert is chosen, and the sum of its shares; both [B, G, N].
 
@@ -110,29 +82,6 @@ def balance_sums(logits: Tensor, idx: Tensor, *, sigmoid: bool) -> tuple[Tensor,
     return counts.detach(), shares
 
 
-def balance_sums_twin(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
-    """`balance_sums` in PyTorch, stacked: [2, B, G, N]."""
-    chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
-    scores = torch.sigmoid(logits)
-    p = scores / scores.sum(-1, keepdim=True) if sigmoid else torch.softmax(logits, -1)
-    return torch.stack([chosen.sum(1), p.sum(1)])
-
-
-def _rows(idx: Tensor, experts: int) -> Tensor:
-    """idx [B, S, G, k] -> row numbers [B S G k] in a pool flattened to [B S G N, D]; no row occurs twice."""
-    first = torch.arange(idx.numel() // idx.shape[-1], device=idx.device) * experts
-    return (first[:, None] + idx.flatten(0, -2)).flatten()
-
-
-def select(pool: Tensor, idx: Tensor) -> Tensor:
-    """pool [B, S, G, N, D], idx [B, S, G, k] -> the chosen slices [B, S, G, k, D].
-
-    Whole rows are copied: forward and backward cost a quarter of `gather` along N on CPU.
-    """
-    chosen = pool.flatten(0, -2).index_select(0, _rows(idx, pool.shape[-2]))
-    return chosen.view(*idx.shape, pool.shape[-1])
-
-
 def select_rope(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """The chosen slices of `select`, turned by their token's position; [B, S, G, k, D].
 
@@ -145,11 +94,6 @@ def select_rope(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tenso
     return select_rope_twin(pool, idx, rope)
 
 
-def select_rope_twin(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """`select_rope` in PyTorch."""
-    return apply_rope(select(pool, idx).flatten(2, 3), rope).unflatten(2, idx.shape[2:])
-
-
 def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
     """Inverse of `select`, gated: slots [B, S, G, k, D] times gate [B, S, G, k] -> [B, S, G, N, D], zero elsewhere."""
     if fused(slots):
@@ -157,11 +101,3 @@ def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
 
         return ops.expand(slots, idx, gate, experts)
     return expand_twin(slots, idx, gate, experts)
-
-
-def expand_twin(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
-    """`expand` in PyTorch."""
-    channels = slots.shape[-1]
-    gated = (slots * gate.to(slots.dtype).unsqueeze(-1)).reshape(-1, channels)
-    pool = gated.new_zeros(idx.numel() // idx.shape[-1] * experts, channels)
-    return pool.index_copy(0, _rows(idx, experts), gated).view(*idx.shape[:-1], experts, channels)

@@ -107,7 +107,7 @@ SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.
 
 
 class GuardConfig(StrictModel):
-    """What happens when losses are no numbers, or jump (`headway.launcher.guard` has the formula)."""
+    """What happens when losses are no numbers, or jump (`headway.launcher.train.guard` has the formula)."""
 
     max_skipped: int = Field(
         default=5, ge=1, description="steps in a row that may be skipped because a loss or gradient is not finite"

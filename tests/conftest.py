@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.launcher.forked import ForkServer
+from headway.launcher.hosts.forked import ForkServer
 
 QUICK = Path(__file__).with_name("quick.py")
 
@@ -55,7 +55,7 @@ class Headway:
     def command(self, *args: str) -> list[str]:
         if self.server is not None:
             return [sys.executable, "-S", "-E", str(QUICK), str(self.server.path), *args]
-        return [sys.executable, "-P", "-m", "headway.launcher.cli", *args]
+        return [sys.executable, "-P", "-m", "headway.launcher", *args]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, **(self.server.environment if self.server is not None else {})}

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base.errors import SpecError
 from headway.launcher.chaos import report
 from headway.launcher.chaos.faults import FAULTS, HALF, Fault, Missed
 from headway.launcher.chaos.readers import readings
 from headway.launcher.chaos.sides import STEPS, Headway, Side, Stock
 from headway.launcher.chaos.verdict import Readings, Trial, held, judge
-from headway.launcher.errors import SpecError
-from headway.launcher.forked import ForkServer
-from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.hosts.forked import ForkServer
+from headway.launcher.run.machine import git_commit, machine, versions
 
 BROKEN = 70
 _MARGIN = 1.3  # a trial may take longer than the one before it

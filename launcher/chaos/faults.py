@@ -16,7 +16,7 @@ from typing import Any
 from headway.launcher.chaos.options import damaged
 from headway.launcher.chaos.sides import STEPS, Headway, Process, Settings, Side, Stock, alive
 from headway.launcher.chaos.verdict import Seen
-from headway.launcher.processes import send
+from headway.launcher.hosts.processes import send
 
 HALF = STEPS // 2
 LIMIT_S = 5.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from headway.launcher.chaos.options import damaged
 from headway.launcher.chaos.sides import Side, Stock
 from headway.launcher.chaos.verdict import Readings
-from headway.launcher.forked import Forked
+from headway.launcher.hosts.forked import Forked
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import MANIFEST, read_manifest, verify_hashes
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from headway.launcher.base.errors import HeadwayError
 from headway.launcher.chaos import options as stock
 from headway.launcher.chaos.verdict import Seen
-from headway.launcher.errors import HeadwayError
-from headway.launcher.forked import Forked, ForkServer
-from headway.launcher.processes import die_with_parent, send, state
+from headway.launcher.hosts.forked import Forked, ForkServer
+from headway.launcher.hosts.processes import die_with_parent, send, state
 from headway.parallel.manifest import MANIFEST, step_of, steps_on_disk
 
 STEPS = 12
@@ -302,7 +302,7 @@ class Headway(Side):
         return Forked.headway(self.server, self._words(run, settings), cwd=self.folder, log=log, **env)
 
     def _alone(self, run: Path, settings: Settings, log: int) -> Process:
-        return _shell(["headway.launcher.cli", *self._words(run, settings)], log)
+        return _shell(["headway.launcher", *self._words(run, settings)], log)
 
     def losses(self, run: Path) -> dict[int, tuple[Any, ...]]:
         keys = ("loss", "grad_norm", "lr", "batch_hash")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from headway.kernels.experts import Routed, project_routed
 from headway.kernels.operations import Operations
-from headway.kernels.routing import select, select_rope
+from headway.kernels.routing import select_rope
+from headway.kernels.twins import select
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
 from headway.model.layers import Replaceable, RMSNorm, parameter
 from headway.model.router import RoutedAttention

@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.forked import Forked, ForkServer
-from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.hosts.forked import Forked, ForkServer
+from headway.launcher.run.machine import git_commit, machine, versions
 from headway.parallel import checkpoint
 
 SPEC = """

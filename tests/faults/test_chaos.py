@@ -9,7 +9,7 @@ from headway.launcher.chaos.drill import chaos
 from headway.launcher.chaos.options import damaged
 from headway.launcher.chaos.report import table
 from headway.launcher.chaos.verdict import Readings, Seen, Trial, Verdict, held, judge
-from headway.launcher.cli import main
+from headway.launcher.cli.main import main
 
 RIGHT = {"begun_from": (5,), "had": 6, "complete": True, "same_losses": True}
 

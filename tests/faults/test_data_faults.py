@@ -31,12 +31,12 @@ from headway.data.loader import Loader
 from headway.data.manifest import canonical_json, hash_file
 from headway.data.prefetch import Prefetch
 from headway.data.verify import verify
-from headway.launcher.card import run_card
-from headway.launcher.errors import SpecError
-from headway.launcher.launch import check_same_data, resolve
-from headway.launcher.load import load_spec
-from headway.launcher.run_dir import RunDir, write_json
-from headway.launcher.session import Session
+from headway.launcher.base.errors import SpecError
+from headway.launcher.run.card import run_card
+from headway.launcher.run.resolve import check_same_data, resolve
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.spec.load import load_spec
+from headway.launcher.train.session import Session
 
 GLOBAL_BATCH, SEQ_LEN, EPOCH = 8, 32, 140
 SHARD = "train/shard.00001.mds"

@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from headway.launcher.errors import HeadwayError
-from headway.launcher.guard import Guard
+from headway.launcher.base.errors import HeadwayError
+from headway.launcher.train.guard import Guard
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import StepStats
 from headway.parallel.manifest import file_hash, own_hash

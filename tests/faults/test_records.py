@@ -15,18 +15,18 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from headway.launcher import lines
-from headway.launcher.card import with_attempts
-from headway.launcher.compare import StudyResult
-from headway.launcher.fairness import run_differences
-from headway.launcher.lines import Damage, LineFile, decode, encode, gaps, read_lines
-from headway.launcher.load import load_spec
-from headway.launcher.records import RunRecord, read_run
-from headway.launcher.report import _warnings
-from headway.launcher.report_html import to_markdown
-from headway.launcher.run_dir import RunDir
-from headway.launcher.session import Session
-from headway.launcher.tracking import Tracker
+from headway.launcher.compare.analyse import StudyResult
+from headway.launcher.compare.fairness import run_differences
+from headway.launcher.report.page import to_markdown
+from headway.launcher.report.study import _warnings
+from headway.launcher.run import lines
+from headway.launcher.run.card import with_attempts
+from headway.launcher.run.lines import Damage, LineFile, decode, encode, gaps, read_lines
+from headway.launcher.run.records import RunRecord, read_run
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.load import load_spec
+from headway.launcher.train.session import Session
+from headway.launcher.train.tracking import Tracker
 
 YAML = Path(__file__).resolve().parents[2] / "yaml"
 
@@ -173,7 +173,10 @@ def test_each_step_is_shown_once_whatever_the_clock_did(tmp_path, monkeypatch, c
 
 def test_no_duration_is_measured_with_a_clock_that_can_jump():
     # F12
-    allowed = {"launcher/checkpoints.py": 1, "data/manifest.py": 1}  # ages of files, compared with the files' own times
+    allowed = {
+        "launcher/run/checkpoints.py": 1,
+        "data/manifest.py": 1,
+    }  # ages of files, compared with the files' own times
     root = Path(__file__).resolve().parents[2]
     files = [
         p for folder in ("launcher", "parallel", "model", "data", "kernels") for p in (root / folder).rglob("*.py")

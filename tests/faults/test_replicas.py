@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from headway.launcher.guard import NumericError
-from headway.launcher.session import Session
+from headway.launcher.train.guard import NumericError
+from headway.launcher.train.session import Session
 from headway.parallel import replicas
 from headway.parallel.replicas import Mismatch, hashed
 

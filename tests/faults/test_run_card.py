@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from headway.data.config import DataError
-from headway.launcher import identity
-from headway.launcher.commands import free_port, worker_environment
-from headway.launcher.errors import HeadwayError, SpecError
-from headway.launcher.identity import check_identity, identity_hash, run_identity
-from headway.launcher.spec import Spec
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.hosts.commands import free_port, worker_environment
+from headway.launcher.run import identity
+from headway.launcher.run.identity import check_identity, identity_hash, run_identity
+from headway.launcher.spec.spec import Spec
 
 SPEC = {
     "model": {"width": 32, "layers": 2, "ffn_width": 48, "vocab_size": 32},
@@ -147,7 +147,7 @@ def test_real_ranks_of_two_kinds_end_before_a_model_is_built(headway, odd):
     environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     here, usual, status = odd(folders[1], environments[1])
     ranks = [
-        subprocess.Popen([sys.executable, "-P", "-m", "headway.launcher.worker", str(folder)], env=environment)
+        subprocess.Popen([sys.executable, "-P", "-m", "headway.launcher.train.worker", str(folder)], env=environment)
         for folder, environment in zip(folders, environments, strict=True)
     ]
     try:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher.faults import CAUSE, Fault
-from headway.launcher.restarts import Restarts
-from headway.launcher.run_dir import RunDir
+from headway.launcher.hosts.faults import CAUSE, Fault
+from headway.launcher.hosts.restarts import Restarts
+from headway.launcher.run.run_dir import RunDir
 
 SAVED = ("train.tokens=2560000", "launch.processes=2", "tracking.tensorboard=false")
 LONG = (*SAVED, "checkpoint.every_tokens=null")
@@ -260,7 +260,7 @@ def test_two_launchers_on_one_folder_cannot_both_write(headway):
 
 
 def test_an_address_in_use_is_said_before_anything_starts(headway):
-    # F29; hosts that are missing or cannot be reached: tests/launcher/test_launch_connect.py
+    # F29; hosts that are missing or cannot be reached: tests/launcher/hosts/test_launch_connect.py
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

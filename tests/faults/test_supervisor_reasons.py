@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher import oom, run_dir
-from headway.launcher.errors import SpecError
-from headway.launcher.faults import CAUSE, Ended, explain
-from headway.launcher.heartbeat import Heartbeat, beat_file, can_beat
-from headway.launcher.hosts import Place
-from headway.launcher.oom import MemoryWatch
-from headway.launcher.restarts import Restarts
-from headway.launcher.run_dir import RunDir
-from headway.launcher.supervise import Alone, Watch, supervise
-from headway.launcher.worker import _Log
+from headway.launcher.base.errors import SpecError
+from headway.launcher.hosts import oom
+from headway.launcher.hosts.faults import CAUSE, Ended, explain
+from headway.launcher.hosts.oom import MemoryWatch
+from headway.launcher.hosts.place import Place
+from headway.launcher.hosts.restarts import Restarts
+from headway.launcher.hosts.supervise import Alone, Watch, supervise
+from headway.launcher.run import run_dir
+from headway.launcher.run.heartbeat import Heartbeat, beat_file, can_beat
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.train.worker import _Log
 
 HERE = Place(host=0, hosts=1, processes=2, name="here")
 FULL = Path("/dev/full")
@@ -47,7 +48,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 RANK = """
 import ctypes, os, sys, time
 from pathlib import Path
-from headway.launcher import heartbeat
+from headway.launcher.run import heartbeat
 rank, logs = int(sys.argv[3]), Path(sys.argv[2]) / "logs"
 os.dup2(os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 heartbeat.start(logs, rank)
@@ -67,7 +68,7 @@ while True:
 @pytest.mark.parametrize("kinds", [("collective", "loop"), ("lock", "collective")])
 def test_a_rank_in_an_endless_loop_or_with_the_interpreters_lock_ends_the_run_in_time_and_is_named(run, kinds):
     # F4: at a limit of 2 s, within 5 s more
-    worker = ["headway.launcher.worker", str(run.path.resolve())]
+    worker = ["headway.launcher.train.worker", str(run.path.resolve())]
     command = [sys.executable, "-P", "-c", AGENT, RANK, *worker, *kinds]
     with pytest.raises(Ended) as ended:
         supervise(run, HERE, Alone(Restarts(run, 0)), command, dict(os.environ), hang_s=2, stop_s=5)

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from headway.launcher.errors import HeadwayError
-from headway.launcher.faults import CAUSE, PREEMPTED, STOPPED, Ended, explain, stopped
-from headway.launcher.heartbeat import Heartbeat, beat_file, read_beat
-from headway.launcher.hosts import Place
-from headway.launcher.processes import become_child
-from headway.launcher.run_dir import RunDir
-from headway.launcher.stopping import stoppable
+from headway.launcher.base.errors import HeadwayError
+from headway.launcher.hosts.faults import CAUSE, PREEMPTED, STOPPED, Ended, explain, stopped
+from headway.launcher.hosts.place import Place
+from headway.launcher.hosts.processes import become_child
+from headway.launcher.hosts.stopping import stoppable
+from headway.launcher.run.heartbeat import Heartbeat, beat_file, read_beat
+from headway.launcher.run.run_dir import RunDir
 
 HERE = Place(host=0, hosts=1, processes=2, name="here")
 COMMON = ("launch.processes=2", "run_dir=run", "tracking.tensorboard=false")

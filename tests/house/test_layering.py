@@ -74,13 +74,13 @@ def test_imports_go_down_only(file: Path) -> None:
         ("model", "def f():\n    from headway.parallel.layout import Layout"),
         ("model", "from ..data import config"),
         ("data", "from headway.model import base"),
-        ("parallel", "import headway.launcher.errors"),
+        ("parallel", "import headway.launcher.base.errors"),
         ("parallel", "from headway import data"),
         ("kernels", "import numpy"),
         ("kernels", "from headway.model.base import Shard"),
         ("launcher", "import data"),
         ("launcher", "from model.base import Shard"),
-        ("data", "import importlib\nimportlib.import_module('headway.launcher.errors')"),
+        ("data", "import importlib\nimportlib.import_module('headway.launcher.base.errors')"),
     ],
 )
 def test_an_upward_or_bare_import_is_seen(folder: str, source: str) -> None:

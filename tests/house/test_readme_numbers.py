@@ -6,7 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
-from headway.launcher.stats import paired_difference
+from headway.launcher.compare.stats import paired_difference
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SOURCE = """\
 import yaml
-from headway.launcher.yamlio import parse_yaml
+from headway.launcher.spec.yamlio import parse_yaml
 
 good = parse_yaml("a: 1", "x.yaml").value
 bad = parse_yaml(3, "x.yaml")

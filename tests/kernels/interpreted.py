@@ -1,6 +1,6 @@
 """Run the checks of kernels on the CPU, in Triton's interpreter.
 
-    python -P tests/kernels/interpreted.py headway.kernels.checks_v0 [CHECK=MODULE.FUNCTION ...]
+    python -P tests/kernels/interpreted.py headway.kernels.checks.v0 [CHECK=MODULE.FUNCTION ...]
 
 Prints one JSON object a line for each check, or for each of those named, with the launch function broken. In a process
 of its own: Triton decides at its import whether it interprets, and PyTorch may have imported it before.

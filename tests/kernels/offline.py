@@ -1,6 +1,6 @@
 """Compile kernels for an H100 or H200 (sm_90) without a GPU, and look at the machine code.
 
-    python -P tests/kernels/offline.py headway.kernels.triton_slots ...
+    python -P tests/kernels/offline.py headway.kernels.triton.slots ...
 
 Prints one JSON object a line for every entry of each module's `shipped()`: kernel, constants, registers, bytes of
 spills and of shared memory, and how many instructions use tensor cores. Not under Triton's interpreter, which compiles

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from headway.kernels.checks_invariants import CHECKS
+from headway.kernels.checks.invariants import CHECKS
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
-SLOTS, GATHER = "headway.kernels.triton_slots", "headway.kernels.triton_gather"
+SLOTS, GATHER = "headway.kernels.triton.slots", "headway.kernels.triton.gather"
 
 
 def interpreted(*arguments):
-    command = [sys.executable, "-P", str(SCRIPT), "headway.kernels.checks_invariants", *arguments]
+    command = [sys.executable, "-P", str(SCRIPT), "headway.kernels.checks.invariants", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

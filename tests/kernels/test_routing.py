@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from headway.kernels.routing import GateName, expand, gates, router_logits, select, top_k
+from headway.kernels.routing import GateName, expand, gates, router_logits, top_k
+from headway.kernels.twins import select
 
 LOGITS = torch.tensor([[0.3, -1.2, 2.0, 0.7], [0.0, 0.5, 0.5, -3.0]], dtype=torch.float64)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.kernels import ops, routing
+from headway.kernels import ops, routing, twins
 from headway.kernels.device import fused
 from headway.kernels.rope import rope_tables
 
@@ -28,7 +28,7 @@ def interpreted(*arguments):
 
 @pytest.fixture(scope="module")
 def errors():
-    return interpreted("headway.kernels.checks_v0")
+    return interpreted("headway.kernels.checks.v0")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -39,15 +39,15 @@ def test_kernels_match_float64_at_odd_sizes_forward_and_backward(name, errors):
 
 
 def test_one_wrong_number_of_a_kernel_is_noticed():
-    slots, choice = "headway.kernels.triton_slots", "headway.kernels.triton_routing"
+    slots, choice = "headway.kernels.triton.slots", "headway.kernels.triton.routing"
     launches = [
         f"select_rope={slots}.launch_select_rope",
         *(f"expand={slots}.launch_{name}" for name in ("expand", "expand_backward")),
         f"top_k={choice}.launch_top_k",
         *(f"gates={choice}.launch_{name}" for name in ("gates", "gates_backward")),
-        *(f"balance_sums=headway.kernels.triton_balance.launch_{name}" for name in ("sums", "sums_backward")),
+        *(f"balance_sums=headway.kernels.triton.balance.launch_{name}" for name in ("sums", "sums_backward")),
     ]
-    found = interpreted("headway.kernels.checks_v0", *launches)
+    found = interpreted("headway.kernels.checks.v0", *launches)
     assert len(found) == len(launches)
     for broken, errors in found.items():
         assert any(not error <= tolerance for error, tolerance in errors.values()), broken
@@ -73,15 +73,15 @@ def calls():
     yield (
         "select_rope",
         ops.select_rope,
-        lambda p, i, c, s: routing.select_rope_twin(p, i, (c, s)),
+        lambda p, i, c, s: twins.select_rope_twin(p, i, (c, s)),
         (pool, idx, cos, sin),
     )
     for name, value in (("expand", slots), ("expand of one row for all slots", one)):
-        yield name, ops.expand, routing.expand_twin, (value, idx, gate, 4)
+        yield name, ops.expand, twins.expand_twin, (value, idx, gate, 4)
     for name in GATED:
-        yield name, ops.gates, routing.gates_twin, (pool[..., 0].contiguous(), idx, name)
+        yield name, ops.gates, twins.gates_twin, (pool[..., 0].contiguous(), idx, name)
     for name, sigmoid in (("sums of a softmax", False), ("sums of sigmoids", True)):
-        yield name, ops.balance_sums, routing.balance_sums_twin, (pool[..., 0].contiguous(), idx, sigmoid)
+        yield name, ops.balance_sums, twins.balance_sums_twin, (pool[..., 0].contiguous(), idx, sigmoid)
 
 
 @pytest.mark.parametrize(("name", "op", "twin", "arguments"), [pytest.param(*call, id=call[0]) for call in calls()])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headway.kernels import device
-from headway.kernels.checks_v1 import CHECKS
+from headway.kernels.checks.v1 import CHECKS
 from headway.kernels.rope import rope_tables
 from headway.kernels.routed import (
     Forms,
@@ -32,7 +32,7 @@ NARROW = "products: four experts, two slots, half rotated"
 def interpreted(*arguments):
     """Errors of the checks by name and by the launch function that was broken, in a process of their own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", str(SCRIPT), "headway.kernels.checks_v1", *arguments]
+    command = [sys.executable, "-P", str(SCRIPT), "headway.kernels.checks.v1", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {(r["check"], r["broken"]): r["errors"] for r in map(json.loads, done.stdout.splitlines())}
@@ -50,7 +50,7 @@ def test_kernels_equal_float64(kernels, name):
 
 
 def test_one_wrong_number_of_a_kernel_is_noticed():
-    gather, weights = "headway.kernels.triton_gather", "headway.kernels.triton_weight_grad"
+    gather, weights = "headway.kernels.triton.gather", "headway.kernels.triton.weight_grad"
     launches = [f"{gather}.gather_project", f"{gather}.gather_slot_grad", f"{weights}.weight_grad"]
     found = interpreted(*(f"{NARROW}={launch}" for launch in launches))
     assert len(found) == len(launches)

@@ -25,10 +25,12 @@ import sys
 
 import torch
 
-from headway.kernels import triton_gather, triton_lists, triton_weight_grad
-from headway.kernels.checks_v0 import relative
+from headway.kernels.checks.v0 import relative
 from headway.kernels.device import interpreted
 from headway.kernels.rope import rope_tables
+from headway.kernels.triton import gather as triton_gather
+from headway.kernels.triton import lists as triton_lists
+from headway.kernels.triton import weight_grad as triton_weight_grad
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.moa import MoaConfig

@@ -7,7 +7,7 @@ from headway.model.attention.grouped import GroupedConfig
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
-from headway.model.llama import llama_config, llama_name, read_llama_config
+from headway.model.huggingface.llama import llama_config, llama_name, read_llama_config
 
 MODEL = ModelConfig(width=32, layers=2, ffn_width=48, tied_embeddings=False, norm_eps=1e-6, init_std=0.1)
 

@@ -77,7 +77,7 @@ def test_later_tokens_change_nothing_before_them_though_they_change_lists_and_ti
 
 
 def test_one_wrong_number_of_a_kernel_shows_in_the_layer():
-    gather, weights = "headway.kernels.triton_gather", "headway.kernels.triton_weight_grad"
+    gather, weights = "headway.kernels.triton.gather", "headway.kernels.triton.weight_grad"
     launches = (f"{gather}.gather_project", f"{gather}.gather_slot_grad", f"{weights}.weight_grad")
     found = interpreted(*(f"rgqa={launch}" for launch in launches))
     assert len(found) == len(launches)

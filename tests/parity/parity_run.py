@@ -150,7 +150,7 @@ def _environment(size: int) -> dict[str, str]:
 def main() -> int:
     from parity_table import write
 
-    from headway.launcher.machine import git_commit
+    from headway.launcher.run.machine import git_commit
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results")

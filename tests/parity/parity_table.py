@@ -31,7 +31,7 @@ from parity_cases import (
 from parity_compare import BF16_DENSE, BF16_ROUTED, FP32, Tolerance, relative
 from parity_run import Outcome
 
-from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.run.machine import git_commit, machine, versions
 
 Outcomes = dict[Case, Outcome]
 COMMAND = "make parity"

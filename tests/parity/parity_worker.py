@@ -35,8 +35,8 @@ from parity_cases import (
 from parity_faults import FAULTS
 from safetensors.torch import load_file
 
-from headway.launcher.heads import HeadProbe
-from headway.launcher.router import RouterMonitor
+from headway.launcher.train.heads import HeadProbe
+from headway.launcher.train.router import RouterMonitor
 from headway.parallel import checkpoint
 from headway.parallel.build import make_engine
 from headway.parallel.engine import Engine

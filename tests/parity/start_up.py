@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.run.machine import git_commit, machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S, ROUNDS = 60.0, 3
@@ -23,7 +23,7 @@ OVERRIDES = (
 
 def first_step_s(folder: Path) -> float:
     """Seconds from the start of the command to the record of the first step."""
-    words = ["-m", "headway.launcher.cli", "train", str(ROOT / "yaml" / "base" / "tiny.yaml"), *OVERRIDES]
+    words = ["-m", "headway.launcher", "train", str(ROOT / "yaml" / "base" / "tiny.yaml"), *OVERRIDES]
     began = time.perf_counter()
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(

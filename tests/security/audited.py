@@ -47,10 +47,11 @@ def _where(path: str, args: tuple[Any, ...]) -> str:
 
 def train(spec_file: str, overrides: list[str]) -> None:
     """What `headway train` does, and then what its one rank does."""
-    from headway.launcher import cli, worker
-    from headway.launcher.launch import resolve
-    from headway.launcher.load import load_spec
-    from headway.launcher.run_dir import RunDir
+    from headway.launcher.cli import main as cli
+    from headway.launcher.run.resolve import resolve
+    from headway.launcher.run.run_dir import RunDir
+    from headway.launcher.spec.load import load_spec
+    from headway.launcher.train import worker
 
     assert cli.main(["train", spec_file, *overrides, "--dry-run"]) == 0
     spec = resolve(load_spec(spec_file, overrides).spec)[0]

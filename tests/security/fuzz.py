@@ -30,7 +30,7 @@ from typing import Any
 from fuzz_mutate import mutated
 from fuzz_targets import ROOT, Target, outcome, targets
 
-from headway.launcher.machine import git_commit, machine, versions
+from headway.launcher.run.machine import git_commit, machine, versions
 
 LIMIT_S, LIMIT_BYTES = 2.0, 200 << 20
 

@@ -21,19 +21,19 @@ from headway.data import tokenizer as tokenizers
 from headway.data.config import CorpusConfig, TrainTokenizer
 from headway.data.manifest import Manifest, canonical_json, read_manifest
 from headway.data.mds import read_index, read_lengths
-from headway.launcher.errors import exit_code
-from headway.launcher.faults import explain, read_pid, tail
-from headway.launcher.heartbeat import read_beat
-from headway.launcher.hosts import Place, read_hostfile
-from headway.launcher.launch import check_same_data
-from headway.launcher.load import format_config, load_spec
-from headway.launcher.processes import live_pid
-from headway.launcher.records import last_progress, read_run
-from headway.launcher.run_dir import RunDir
-from headway.launcher.study_config import load_study
-from headway.launcher.wire import Wire
-from headway.launcher.yamlio import load_yaml
-from headway.model import hf
+from headway.launcher.base.errors import exit_code
+from headway.launcher.hosts.faults import explain, read_pid, tail
+from headway.launcher.hosts.place import Place, read_hostfile
+from headway.launcher.hosts.processes import live_pid
+from headway.launcher.hosts.wire import Wire
+from headway.launcher.run.heartbeat import read_beat
+from headway.launcher.run.records import last_progress, read_run
+from headway.launcher.run.resolve import check_same_data
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.load import format_config, load_spec
+from headway.launcher.spec.yamlio import load_yaml
+from headway.launcher.study.config import load_study
+from headway.model.huggingface import folder as hf
 from headway.parallel import checkpoint
 from headway.parallel import manifest as manifests
 

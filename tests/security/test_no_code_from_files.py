@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from headway.data import tokenizer
 from headway.data.config import DataError
-from headway.launcher.codec import token_of
-from headway.launcher.errors import exit_code
-from headway.launcher.import_hf import import_hf
-from headway.launcher.launch import check_same_data
-from headway.launcher.records import read_run
-from headway.launcher.run_dir import RunDir, read_json
-from headway.model import hf
+from headway.launcher.base.errors import exit_code
+from headway.launcher.exchange.import_hf import import_hf
+from headway.launcher.run.codec import token_of
+from headway.launcher.run.records import read_run
+from headway.launcher.run.resolve import check_same_data
+from headway.launcher.run.run_dir import RunDir, read_json
+from headway.model.huggingface import folder as hf
 from headway.parallel import checkpoint, manifest
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import own_hash

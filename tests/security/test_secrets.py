@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from headway.launcher.commands import dry_run_text, forwarded
-from headway.launcher.errors import SpecError, format_error
-from headway.launcher.load import format_config, load_spec
-from headway.launcher.run_dir import RunDir
+from headway.launcher.base.errors import SpecError, format_error
+from headway.launcher.hosts.commands import dry_run_text, forwarded
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.load import format_config, load_spec
 
 VALUE = "sesame-7f3a"
 SECRETS = [

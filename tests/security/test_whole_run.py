@@ -175,7 +175,7 @@ def test_a_run_started_by_the_command_ignores_its_surroundings_and_keeps_secrets
     ]
     run = here / "r;$(touch canary)"
     done: Any = subprocess.run(
-        [sys.executable, "-P", "-m", "headway.launcher.cli", "train", "tiny.yaml", *options],
+        [sys.executable, "-P", "-m", "headway.launcher", "train", "tiny.yaml", *options],
         cwd=here,
         env=env,
         capture_output=True,
@@ -187,7 +187,7 @@ def test_a_run_started_by_the_command_ignores_its_surroundings_and_keeps_secrets
     assert not list(tmp_path.rglob("canary"))
     # Python of this command was started with the user's PYTHONPATH, that of the ranks was not.
     started = (tmp_path / "started").read_text().splitlines()
-    assert len(started) == 1 and "headway.launcher.cli" in started[0]
+    assert len(started) == 1 and "headway.launcher" in started[0]
     assert SECRET.encode() not in done.stdout + done.stderr
     assert texts(run) and [str(path) for path, text in texts(run).items() if SECRET.encode() in text] == []
     assert {path.stat().st_mode & 0o077 for path in run.rglob("*")} == {0}

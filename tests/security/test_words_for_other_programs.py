@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher.commands import (
+from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.hosts.commands import (
     INHERITED,
     check_caches,
     command,
@@ -19,12 +20,11 @@ from headway.launcher.commands import (
     full_environment,
     worker_environment,
 )
-from headway.launcher.errors import NoInputError, SpecError
-from headway.launcher.hosts import check_ssh, read_hostfile, remote_command, start_others
-from headway.launcher.load import load_spec
-from headway.launcher.run_dir import RunDir
-from headway.launcher.slurm import job_script, submit
-from headway.launcher.yamlio import MAX_BYTES
+from headway.launcher.hosts.place import check_ssh, read_hostfile, remote_command, start_others
+from headway.launcher.hosts.slurm import job_script, submit
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.yamlio import MAX_BYTES
 
 LETTERS = "a /;$(){}`'\"\\|&<>*?[]!#~=%^é\t-\u202e"
 EVIL = (

@@ -1,0 +1,75 @@
+"""The routing operations in plain PyTorch: references of the Triton kernels, and what runs on a CPU.
+
+Legend: B batch, S sequence, G groups, N experts per group, k chosen ones (slots), D channels of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.kernels.rope import apply_rope
+
+
+@torch.no_grad()
+def top_k_twin(scores: Tensor, k: int) -> Tensor:
+    """`top_k` in PyTorch."""
+    chosen = []
+    for i in range(k):
+        best = scores.argmax(-1, keepdim=True)
+        chosen.append(best)
+        if i + 1 < k:
+            scores = scores.scatter(-1, best, float("-inf"))
+    return torch.cat(chosen, -1)
+
+
+def gates_twin(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
+    """`gates` in PyTorch, for every gate but "hard"."""
+    if gate == "sigmoid2":
+        return 2 * torch.sigmoid(logits.gather(-1, idx))
+    if gate == "sigmoid":
+        return torch.sigmoid(logits.gather(-1, idx))
+    if gate == "renorm":
+        return torch.softmax(logits.gather(-1, idx), -1)
+    p = torch.softmax(logits, -1).gather(-1, idx)
+    if gate == "softmax_n":
+        return logits.shape[-1] * p
+    if gate == "straight_through":
+        return 1 + (p - p.detach())
+    return p if gate == "softmax" else p / p.detach().sum(-1, keepdim=True)
+
+
+def balance_sums_twin(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
+    """`balance_sums` in PyTorch, stacked: [2, B, G, N]."""
+    chosen = torch.zeros_like(logits).scatter(-1, idx, 1.0)
+    scores = torch.sigmoid(logits)
+    p = scores / scores.sum(-1, keepdim=True) if sigmoid else torch.softmax(logits, -1)
+    return torch.stack([chosen.sum(1), p.sum(1)])
+
+
+def _rows(idx: Tensor, experts: int) -> Tensor:
+    """idx [B, S, G, k] -> row numbers [B S G k] in a pool flattened to [B S G N, D]; no row occurs twice."""
+    first = torch.arange(idx.numel() // idx.shape[-1], device=idx.device) * experts
+    return (first[:, None] + idx.flatten(0, -2)).flatten()
+
+
+def select(pool: Tensor, idx: Tensor) -> Tensor:
+    """pool [B, S, G, N, D], idx [B, S, G, k] -> the chosen slices [B, S, G, k, D].
+
+    Whole rows are copied: forward and backward cost a quarter of `gather` along N on CPU.
+    """
+    chosen = pool.flatten(0, -2).index_select(0, _rows(idx, pool.shape[-2]))
+    return chosen.view(*idx.shape, pool.shape[-1])
+
+
+def select_rope_twin(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """`select_rope` in PyTorch."""
+    return apply_rope(select(pool, idx).flatten(2, 3), rope).unflatten(2, idx.shape[2:])
+
+
+def expand_twin(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
+    """`expand` in PyTorch."""
+    channels = slots.shape[-1]
+    gated = (slots * gate.to(slots.dtype).unsqueeze(-1)).reshape(-1, channels)
+    pool = gated.new_zeros(idx.numel() // idx.shape[-1] * experts, channels)
+    return pool.index_copy(0, _rows(idx, experts), gated).view(*idx.shape[:-1], experts, channels)

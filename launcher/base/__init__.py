@@ -1,0 +1,1 @@
+"""What every room may use: errors, console output, new folders, verb registration. Imports no other room."""

@@ -1,0 +1,1 @@
+"""Speed measurements: steps, mechanisms, loader, checkpoints, micro-batches. Imports study and below."""

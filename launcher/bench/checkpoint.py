@@ -1,0 +1,236 @@
+"""`headway bench checkpoint`: what training waits for a checkpoint, and how much slower steps are beside its writing.
+
+Each round takes steps without a save, begins one, takes steps until it is committed as the worker does, and takes steps
+without a save again. Steps beside the writing are paired with the median of their own round, so that a machine whose
+speed drifts slows both. The cost of a checkpoint is what training waited for plus what its steps took longer.
+
+The other things that a run does to survive are timed at the end of each round: hashing the files (the writer does it),
+the signs of life of a step, and hashing the parameters for the comparison of replicas, without its exchange of a few
+numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.base.spread import spread
+from headway.launcher.hosts.commands import worker_environment
+from headway.launcher.run.heartbeat import Heartbeat
+from headway.launcher.run.machine import git_commit, machine, versions
+from headway.launcher.run.resolve import resolve
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.spec import Spec
+from headway.parallel.config import CheckpointConfig, CheckpointError, GuardConfig
+from headway.parallel.manifest import file_hash, steps_on_disk
+
+if TYPE_CHECKING:
+    from headway.launcher.train.session import Session
+    from headway.parallel.checkpoint import Checkpoint
+
+WARMUP = 1
+"""Rounds that are not counted: the first save deletes no older checkpoint, the first steps fill caches."""
+QUIET_STEPS = 3
+"""Steps without a save on either side of one."""
+
+
+def bench_checkpoint(path: Path, overrides: Sequence[str], *, rounds: int, out: Path | None) -> int:
+    """Measure `rounds` saves of the spec at `path` in one process, on the file system of its `run_dir`.
+
+    Raises SpecError for several processes or too few rounds, CheckpointError where a save fails.
+    """
+    if rounds < 2:
+        raise SpecError(f"--rounds: {rounds} measured saves have no spread; give at least 2")
+    spec, _ = resolve(load_spec(path, overrides).spec)
+    if spec.launch.world_size != 1:
+        raise SpecError("launch.processes: bench checkpoint measures one process; give launch.processes=1")
+    os.environ.update(worker_environment(spec))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with tempfile.TemporaryDirectory(dir=_place(spec), prefix="bench-checkpoint-") as folder:
+        result = _measure(_prepared(spec), Path(folder), rounds)
+    result |= {
+        "command": shlex.join(["headway", "bench", "checkpoint", str(path), *overrides, "--rounds", str(rounds)]),
+        "spec": spec.model_dump(mode="json"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    print(summary(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {out}")
+    return 0
+
+
+def _place(spec: Spec) -> Path:
+    """The nearest folder there is on the way to the run's: its disk is the one that counts."""
+    wanted = Path(spec.run_dir or f"runs/{spec.name}").absolute()
+    return next(folder for folder in wanted.parents if folder.is_dir())
+
+
+def _prepared(spec: Spec) -> Spec:
+    """Saves begin when the benchmark says so, and each one deletes the one before it; the run never ends."""
+    settings = {"every_tokens": None, "every_minutes": None, "keep": 1, "keep_every_tokens": None, "keep_best": False}
+    return spec.model_copy(
+        update={
+            "checkpoint": spec.checkpoint.model_copy(update={**settings, "max_failures": 1}),
+            "train": spec.train.model_copy(update={"tokens": max(spec.train.tokens, 100_000 * spec.tokens_per_step)}),
+        }
+    )
+
+
+def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
+    from headway.launcher.train.session import Session
+
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    write_json(run.spec, spec.model_dump(mode="json"))
+    with Session.open(run) as session:
+        measured = [_round(session, run) for _ in range(WARMUP + rounds)][WARMUP:]
+        found = _newest(run)
+    quiet = [seconds for r in measured for seconds in r["quiet_s"]]
+    ratios = [seconds / statistics.median(r["quiet_s"]) for r in measured for seconds in r["beside_s"]]
+    stall, cost = [r["stall_s"] for r in measured], [r["cost_s"] for r in measured]
+    minutes, every_steps = CheckpointConfig().every_minutes, GuardConfig().replicas_every_steps
+    assert minutes is not None and every_steps is not None
+    hash_s, beats_s, replicas_s = (spread([r[name] for r in measured]) for name in ("hash_s", "beats_s", "replicas_s"))
+    step_s = statistics.median(quiet)
+    return {
+        "kind": "checkpoint",
+        "bytes": found.bytes,
+        "parameters": sum(p.numel() for p in session.engine.module.parameters()),
+        "file_system": _file_system(folder),
+        "tokens_per_step": spec.tokens_per_step,
+        "stall_s": spread(stall),
+        "write_s": spread([r["write_s"] for r in measured]),
+        "step_s": spread(quiet),
+        "step_beside_over_step": spread(ratios),
+        "cost_s": spread(cost),
+        "default_interval_s": 60 * minutes,
+        "stall_share_at_default_interval": statistics.median(stall) / (60 * minutes),
+        "cost_share_at_default_interval": statistics.median(cost) / (60 * minutes),
+        "hash_s": hash_s,
+        "hash_share_at_default_interval": hash_s["median"] / (60 * minutes),
+        "beats_s": beats_s,
+        "beats_share": beats_s["median"] / step_s,
+        "replicas_s": replicas_s,
+        "default_replicas_every_steps": every_steps,
+        "replicas_share_at_default_interval": replicas_s["median"] / (every_steps * step_s),
+        "raw_rounds": measured,
+    }
+
+
+def _round(session: Session, run: RunDir) -> dict[str, Any]:
+    """Seconds of one save and of the steps around and beside it, and of what else guards a run."""
+    from headway.parallel.replicas import hashed
+
+    quiet = [_step(session)[0] for _ in range(QUIET_STEPS)]
+    t0 = time.perf_counter()
+    session.checkpoint()
+    stall_s, step, beside, written = time.perf_counter() - t0, session.step, [], False
+    while not written:
+        seconds, written = _step(session)
+        beside.append(seconds)
+    t0 = time.perf_counter()
+    session.saving.settle(session.tracker)
+    stall_s += time.perf_counter() - t0
+    quiet += [_step(session)[0] for _ in range(QUIET_STEPS)]
+    saved = next(r for r in run.read_metrics() if r["kind"] == "checkpoint" and r["step"] == step)
+    files = list(steps_on_disk(run.checkpoints)[0].iterdir())
+    return {
+        "stall_s": stall_s,
+        "write_s": saved["write_s"],
+        "cost_s": stall_s + sum(beside) - len(beside) * statistics.median(quiet),
+        "quiet_s": quiet,
+        "beside_s": beside,
+        "hash_s": _seconds(lambda: [file_hash(path) for path in files]),
+        "beats_s": _seconds(partial(_beats, Heartbeat(run.path / "beat", 0), step), times=100),
+        "replicas_s": _seconds(lambda: [hashed(p.parameter.data) for p in session.engine.logical]),
+    }
+
+
+def _seconds(act: Callable[[], Any], *, times: int = 1) -> float:
+    """Of one call, the mean of so many."""
+    t0 = time.perf_counter()
+    for _ in range(times):
+        act()
+    return (time.perf_counter() - t0) / times
+
+
+def _beats(heart: Heartbeat, step: int) -> None:
+    """Those of one step of the worker."""
+    heart.beat("data", step)
+    heart.beat("step", step)
+
+
+def _step(session: Session) -> tuple[float, bool]:
+    """Seconds of one step of the worker, and whether the pending save was written when it began."""
+    t0 = time.perf_counter()
+    batch = next(session.loader)
+    data_s = time.perf_counter() - t0
+    agreed = session.agree(batch, False)
+    stats = session.train_step(batch, agreed)
+    session.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
+    return time.perf_counter() - t0, agreed.written
+
+
+def _newest(run: RunDir) -> Checkpoint:
+    from headway.parallel.checkpoint import newest_readable
+
+    damaged: list[str] = []
+    found = newest_readable(run.checkpoints, warn=damaged.append)
+    if damaged:
+        raise CheckpointError(f"a measured checkpoint is not whole ({damaged[0]}); mend the disk and measure again")
+    return found
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system that holds the folder; unknown where the kernel does not tell."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    around = [m for m in mounts if folder.resolve().is_relative_to(m[1])]
+    return max(around, key=lambda m: len(m[1]))[2] if around else "unknown"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The measurement in five lines."""
+
+    def ms(name: str) -> str:
+        s = result[name]
+        return f"{1e3 * s['median']:.1f} ms (quartiles {1e3 * s['q1']:.1f} to {1e3 * s['q3']:.1f}, n={s['n']})"
+
+    def share(name: str) -> str:
+        return f"{100 * result[name]:.4f} %"
+
+    ratio, write_s = result["step_beside_over_step"], result["write_s"]["median"]
+    rate = result["bytes"] / write_s / 1e6
+    return "\n".join(
+        [
+            f"{result['bytes'] / 1e6:,.1f} MB of {result['parameters']:,} parameters on {result['file_system']}",
+            f"  training waits {ms('stall_s')}; files are written beside it in {write_s:.2f} s ({rate:,.0f} MB/s)",
+            f"  a step takes {ms('step_s')}, beside the writing {ratio['median']:.3f} times as long "
+            f"(quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f}, n={ratio['n']})",
+            f"  at one checkpoint in {result['default_interval_s'] / 60:g} minutes: waiting "
+            f"{100 * result['stall_share_at_default_interval']:.3f} % of the time, with slower steps "
+            f"{100 * result['cost_share_at_default_interval']:.3f} %",
+            f"  hashing the files, beside training: {share('hash_share_at_default_interval')}; in it: signs of life "
+            f"{share('beats_share')}, hashes of replicas every {result['default_replicas_every_steps']} steps "
+            f"{share('replicas_share_at_default_interval')}",
+        ]
+    )

@@ -1,0 +1,82 @@
+"""Inference: time until the first new token (prefill) by length, then time and cache per token of decoding.
+
+One sequence. Ratios are those of a whole model, and of its core alone where the share of active heads bounds it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from headway.launcher.bench.gpu.rows import Machine, Row
+from headway.launcher.bench.gpu.shapes import Size, decoder, model_config, variants
+from headway.launcher.bench.gpu.timing import Call, in_turns, median, ratio, summary
+from headway.model.cost import account
+from headway.model.decoder import Decoder
+
+DECODED = 8
+"""Tokens that one timed decoding adds to the cache."""
+COMPARED = ("gqa", "gqa, half as many KV heads as heads", "gqe", "switchhead")
+"""Besides rgqa with one head per group."""
+
+
+def prefill(machine: Machine) -> list[Row]:
+    """For each size, the largest first, a row per length."""
+    return [
+        Row(
+            key=f"prefill/{size.name} {seq_len}",
+            what=f"prefill of {seq_len} tokens and decoding after them, {size.name}",
+            seconds=8 + 0.3 * (seq_len / 8192) ** 2,
+            run=functools.partial(compare, size, seq_len),
+        )
+        for size in machine.scale.sizes
+        for seq_len in machine.scale.prefill_lengths
+    ]
+
+
+def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
+    """Seconds of prefill and per decoded token, pairwise ratios, bytes of the cache per token."""
+    compared = [v for v in variants(size) if v.name in COMPARED or v.name.startswith("rgqa k=1")]
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, size.vocab_size, (1, seq_len), generator=generator).to(machine.device)
+    models = {v.name: decoder(size, v.attention, machine.device, machine.scale.dtype).eval() for v in compared}
+    rounds = max(2, machine.scale.step_rounds // 2)
+    fills: dict[str, Call] = {name: functools.partial(_prefill, model, tokens) for name, model in models.items()}
+    filled = in_turns(fills, machine.device, rounds=rounds)
+    steps: dict[str, Call] = {}
+    for name, model in models.items():
+        cache = model.new_cache()
+        with torch.no_grad():
+            model.logits(tokens, cache=cache, last=True)
+        steps[name] = functools.partial(_decode, model, tokens[:, -1:], cache)
+    decoded = in_turns(steps, machine.device, rounds=rounds)
+    found = []
+    for v in compared:
+        cost = account(model_config(size, v.attention), v.attention, vocab_size=size.vocab_size, seq_len=seq_len)
+        found.append(
+            {
+                "name": v.name,
+                "baseline": v.baseline,
+                "active": v.active,
+                "prefill": summary(filled[v.name]),
+                "prefill_ratio": ratio(filled[v.baseline], filled[v.name]),
+                "decode_s_per_token": median(decoded[v.name]) / DECODED,
+                "decode_ratio": ratio(decoded[v.baseline], decoded[v.name]),
+                "kv_bytes_per_token": cost.kv_bytes_per_token,
+            }
+        )
+    return {"size": size.name, "seq_len": seq_len, "contestants": found}
+
+
+@torch.no_grad()
+def _prefill(model: Decoder, tokens: torch.Tensor, _: int) -> None:
+    model.logits(tokens, cache=model.new_cache(), last=True)
+
+
+@torch.no_grad()
+def _decode(model: Decoder, token: torch.Tensor, cache: Any, _: int) -> None:
+    """The cache grows by a few tokens each time, alike for all."""
+    for _ in range(DECODED):
+        model.logits(token, cache=cache, last=True)

@@ -1,0 +1,165 @@
+"""`headway bench report`: tables and a plot of what `headway bench gpu` wrote, and the planner's constants made of it.
+
+Only rows of the code and device that machine.json names are shown; whatever has no row says "not measured".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.kernels.choice import TABLE, Form, override
+from headway.launcher.base.errors import SpecError
+from headway.launcher.bench.gpu.run import read_rows
+from headway.launcher.bench.gpu.tables import bound, comparisons, headline, sections
+from headway.launcher.plan.hardware import GPUS, Gpu
+from headway.launcher.report.page import Block, Heading, Image, Items, Text, to_html, to_markdown
+
+
+def report_gpu(folder: Path, *, out: Path | None = None, refit: bool = False) -> int:
+    """Write report.md, report.html and speed.png into `out` (default: `folder`). Returns 0.
+
+    `refit` also puts the planner's constants of this GPU into launcher/plan_measured.json, and the faster form of each
+    product into kernels/choice.json. Raises SpecError where the
+    folder holds no rows, or not those that constants are made of.
+    """
+    card, rows = load(folder)
+    out = out or folder
+    out.mkdir(parents=True, exist_ok=True)
+    blocks = blocks_of(card, rows, out)
+    title = f"Speed on {card['device']}"
+    (out / "report.md").write_text(to_markdown(blocks))
+    (out / "report.html").write_text(to_html(blocks, title=title, folder=out))
+    print(f"written to {out / 'report.md'} and {out / 'report.html'}")
+    if refit:
+        _refit(card, rows, folder)
+    return 0
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """machine.json, and the newest row of each key that belongs to it."""
+    try:
+        card = json.loads((folder / "machine.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SpecError(
+            f"{folder}: no machine.json of `headway bench gpu` ({error}); name the folder given as its --out"
+        ) from None
+    newest = {row["key"]: row for row in read_rows(folder) if row["id"] == card["id"]}
+    if not newest:
+        raise SpecError(
+            f"{folder}: no row of the code and device in machine.json; run headway bench gpu --out {folder}"
+        )
+    return card, list(newest.values())
+
+
+def gpu_of(card: Mapping[str, Any]) -> Gpu | None:
+    """The planner's entry for the device measured, by its name."""
+    words = card["device"].lower().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)
+
+
+def blocks_of(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path) -> list[Block]:
+    """The whole report; draws its figure into `out`."""
+    gpu, versions = gpu_of(card), card["versions"]
+    reduced = card["scale"] != "gpu"
+    data = {row["key"]: row["data"] for row in rows if row["status"] in ("measured", "wrong")}
+    blocks: list[Block] = [
+        Heading(f"Speed on {card['device']}", 1),
+        Text(
+            f"`headway bench gpu`, code {card['code']} (commit {card['git_commit'] or 'unknown'}), "
+            f"{card['measured_at']}, torch {versions['torch']}, Triton {versions['triton']}, CUDA {versions['cuda']}. "
+            "Random data, clocks as the machine sets them, medians with quartiles; contestants take turns round by "
+            "round, and ratios are of equal rounds. Raw times: rows.jsonl."
+        ),
+    ]
+    if reduced:
+        blocks.append(
+            Text("A reduced run on a CPU, to try the harness: no number here says anything of a GPU.", "warn")
+        )
+    wrong = [row for row in rows if row["status"] in ("wrong", "crashed")]
+    if wrong:
+        names = ", ".join(row["key"] for row in wrong)
+        blocks.append(Text(f"WRONG RESULTS: {names}. Speeds of these kernels count for nothing.", "warn"))
+    blocks += headline({} if reduced else data, gpu)
+    blocks += sections(data, rows, gpu)
+    if not reduced and (plot := _draw(data, out)) is not None:
+        blocks.insert(3 + bool(wrong), Image(plot))
+    left = [
+        f"{row['key']}: {row['status']}, {row.get('why', '')}" for row in rows if row["status"] not in ("measured",)
+    ]
+    if left:
+        blocks += [Heading("Rows without a number"), Items(left)]
+    return blocks
+
+
+def _refit(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    from headway.launcher.plan.measured import FILE, fit, write
+
+    gpu = gpu_of(card)
+    if gpu is None:
+        raise SpecError(
+            f"--refit: the planner does not know {card['device']!r}; it knows {', '.join(GPUS)}. Add a datasheet entry "
+            "to launcher/plan_hardware.py first, or leave --refit out"
+        )
+    try:
+        entry = fit(rows, source=f"{folder}, {card['measured_at']}")
+    except ValueError as error:
+        raise SpecError(f"--refit: {error}") from None
+    write(gpu.name, entry)
+    print(f"the planner's constants of {gpu.name} are made of it: {FILE}", file=sys.stderr)
+    if faster := faster_forms(rows):
+        override(faster)
+        print(f"{len(faster)} choices of dense or routed are made of it: {TABLE}", file=sys.stderr)
+
+
+def faster_forms(rows: Sequence[Mapping[str, Any]]) -> dict[str, Form]:
+    """Key of kernels/choice.json -> the form that was faster with tokens spread evenly."""
+    found: dict[str, Form] = {}
+    for row in rows:
+        if row["status"] == "measured" and row["key"].startswith("forms/"):
+            for product in row["data"]["products"]:
+                if product["kind"] == "even":
+                    found[product["key"]] = "routed" if product["ratio"]["median"] > 1 else "dense"
+    return found
+
+
+def _draw(data: Mapping[str, Any], out: Path) -> Any:
+    """Ratio over gqa by length, a panel per size; dashed: the Amdahl bound of the same run."""
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in comparisons(data):
+        panels.setdefault(row["size"], []).append(row)
+    if not panels:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from headway.launcher.report.plots.study import save
+    from headway.launcher.report.plots.style import COLOURS, STYLE, WIDTH_IN
+
+    with plt.rc_context({**STYLE, "svg.hashsalt": "bench gpu"}):
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH_IN, 4.5), squeeze=False, sharey=True)
+        for axis, (size, rows) in zip(axes[0], panels.items(), strict=True):
+            names = [c["name"] for c in rows[0]["contestants"] if c["active"] or c["name"] in ("switchhead", "hybrid")]
+            for name, colour in zip(names, COLOURS * 2, strict=False):
+                found = [(row["seq_len"], c) for row in rows for c in row["contestants"] if c["name"] == name]
+                xs, ratios = [x for x, _ in found], [c["ratio"] for _, c in found]
+                errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
+                axis.errorbar(xs, [r["median"] for r in ratios], errors, marker="o", color=colour, label=name)
+                bounds = [(x, b) for x, c in found if (b := bound(data, size, x, c)) is not None]
+                if bounds:
+                    axis.plot(*zip(*bounds, strict=True), color=colour, linestyle="--", linewidth=1)
+            axis.set_xscale("log", base=2)
+            axis.set_title(size)
+            axis.set_xlabel("tokens per sequence")
+            axis.axhline(1.0, color="#000000", linewidth=1)
+        axes[0][0].set_ylabel("times as fast as its baseline")
+        axes[0][0].legend()
+        caption = (
+            "Forward and backward over the baseline's of the same rounds; dashed: the most that routing can bring."
+        )
+        return save(figure, out, "speed", title="Speed-up by length", caption=caption)

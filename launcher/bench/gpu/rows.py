@@ -1,0 +1,144 @@
+"""What a row of `headway bench gpu` is, and at which sizes rows are measured: on a GPU, and reduced on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headway.launcher.bench.gpu.shapes import GPU_SIZES, TINY, Size
+
+
+class Absent(Exception):
+    """What a row measures is not here; the text says what."""
+
+
+class Failed(Exception):
+    """What a row found is wrong: the text says what, `data` is what was found."""
+
+    def __init__(self, text: str, data: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.data = data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Sizes of all rows. Reduced ones keep every row runnable without a GPU; their numbers say nothing of one."""
+
+    name: str
+    dtype: torch.dtype
+    rounds: int
+    step_rounds: int
+    copied_bytes: int
+    cached_bytes: int  # of a tensor that stays in L2
+    rows: int  # of matrix products
+    inner: tuple[int, ...]  # K of matrix products
+    square: int  # side of the product that gives the highest rate
+    head_dims: tuple[int, ...]
+    lengths: tuple[int, ...]
+    prefill_lengths: tuple[int, ...]
+    tokens: int  # of a micro-batch, at least; a longer sequence comes alone
+    product_tokens: tuple[int, ...]
+    sizes: tuple[Size, ...]
+
+
+GPU = Scale(
+    name="gpu",
+    dtype=torch.bfloat16,
+    rounds=15,
+    step_rounds=7,
+    copied_bytes=1 << 30,
+    cached_bytes=16 << 20,
+    rows=32_768,
+    inner=(768, 1024, 2048, 3072, 5760),
+    square=8192,
+    head_dims=(64, 96, 128),
+    lengths=(2048, 8192, 32_768),
+    prefill_lengths=(2048, 8192, 32_768, 131_072),
+    tokens=16_384,
+    product_tokens=(4096, 32_768),
+    sizes=GPU_SIZES,
+)
+REDUCED = Scale(
+    name="cpu, reduced",
+    dtype=torch.float32,
+    rounds=2,
+    step_rounds=2,
+    copied_bytes=1 << 16,
+    cached_bytes=1 << 12,
+    rows=64,
+    inner=(16, 32),
+    square=32,
+    head_dims=(8,),
+    lengths=(16, 32),
+    prefill_lengths=(16, 32),
+    tokens=32,
+    product_tokens=(32,),
+    sizes=(TINY,),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where rows run."""
+
+    device: torch.device
+    scale: Scale
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def lost(self) -> bool:
+        """Whether the device answers nothing any more, as after a kernel that wrote where it must not."""
+        if not self.is_gpu:
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
+
+    def free(self) -> None:
+        """Give unused memory back, so that the next row finds it in one piece."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement: `part/...` names it; `seconds` is what it is expected to take on a GPU."""
+
+    key: str
+    what: str
+    seconds: float
+    run: Callable[[Machine], dict[str, Any]]
+
+    @property
+    def part(self) -> str:
+        return self.key.split("/", 1)[0]
+
+
+def product_rows(
+    machine: Machine,
+    part: str,
+    what: str,
+    compare: Callable[[Size, int, int, Machine], dict[str, Any]],
+    *,
+    seconds: float,
+) -> list[Row]:
+    """`compare(size, k, tokens, machine)` for each size, number of tokens, and number k of chosen heads of a group."""
+    return [
+        Row(
+            key=f"{part}/{size.name} k={k} {tokens}",
+            what=f"{what}, {tokens} tokens, {size.name}, {k} of {size.heads // size.kv_heads} heads",
+            seconds=seconds,
+            run=functools.partial(compare, size, k, tokens),
+        )
+        for size in machine.scale.sizes
+        for tokens in machine.scale.product_tokens
+        for k in (1, 2)
+    ]

@@ -1,0 +1,199 @@
+"""Measures rows by value until the time is over, and writes each one down when it is done.
+
+OUT/machine.json says what was measured with; OUT/rows.jsonl has a line per row. The same command again goes on where it
+stopped: rows that stand there for the same code and device are not measured twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.bench.gpu.rows import GPU, REDUCED, Absent, Failed, Machine, Row
+from headway.launcher.run.identity import code_hash
+from headway.launcher.run.machine import git_commit, machine, versions
+
+PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "forms", "products", "prefill")
+MARGIN_S = 5.0
+WRONG_RESULT = 70
+"""Exit status where a kernel's result is wrong; measurements went on nevertheless."""
+_WRONG = ("wrong", "crashed")
+
+
+def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequence[str] = PARTS) -> int:
+    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong or broke the device,
+    now or in a row that stands in `out`.
+
+    `device` "cpu" runs every row in a reduced form, whose numbers say nothing of a GPU. Raises SpecError for a device
+    that is not there, unknown parts, or no time.
+    """
+    deadline = time.monotonic() + 60 * minutes - MARGIN_S
+    if minutes <= 0:
+        raise SpecError(f"--minutes: {minutes:g} leaves no time; give 8, or 2 for the first rows")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise SpecError(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}; give one of them, or leave it out")
+    here = _machine(device)
+    card = _card(here)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "machine.json").write_text(json.dumps(card, indent=1) + "\n")
+    done = {row["key"]: row["status"] for row in read_rows(out) if _same(row, card) and row["status"] != "failed"}
+    rows = [row for row in all_rows(here) if row.part in parts]
+    late, wrong = [], []
+    for i, row in enumerate(rows, 1):
+        if row.key in done:
+            _say(f"{i}/{len(rows)} {row.key}: is there")
+            wrong += [row.key] if done[row.key] in _WRONG else []
+            continue
+        left = deadline - time.monotonic()
+        if left < (row.seconds if here.is_gpu else 0.0):
+            late.append(row.key)
+            continue
+        _say(f"{i}/{len(rows)} {row.key}: {row.what} ({max(0.0, left):.0f} s left)")
+        line = _measured(row, here)
+        _append(out / "rows.jsonl", line | {"id": card["id"], "reduced": not here.is_gpu})
+        _say(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
+        wrong += [row.key] if line["status"] in _WRONG else []
+        if line["status"] == "crashed":
+            _say(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
+            break
+    if late:
+        _say(f"not measured, no time: {', '.join(late)}; the same command goes on with them")
+    if wrong:
+        _say(f"WRONG RESULTS: {', '.join(wrong)}; do not train with these kernels")
+    print(f"written to {out / 'rows.jsonl'}; tables: headway bench report {out}")
+    return WRONG_RESULT if wrong else 0
+
+
+def all_rows(here: Machine) -> list[Row]:
+    """Every row, the most valuable first: limits, right results, the first size's steps and parts, then other sizes."""
+    from headway.launcher.bench.gpu.ceilings import ceilings
+    from headway.launcher.bench.gpu.correctness import correctness
+    from headway.launcher.bench.gpu.forms import forms
+    from headway.launcher.bench.gpu.layers import layers
+    from headway.launcher.bench.gpu.levers import levers
+    from headway.launcher.bench.gpu.prefill import prefill
+    from headway.launcher.bench.gpu.products import products
+    from headway.launcher.bench.gpu.steps import steps
+
+    rows = [*ceilings(), *correctness()]
+    for size in here.scale.sizes:
+        of_size = Machine(device=here.device, scale=dataclasses.replace(here.scale, sizes=(size,)))
+        for part in (steps, levers, layers, forms, products, prefill):
+            rows += part(of_size)
+    return rows
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows written so far, in order; a line that was cut off is left out."""
+    try:
+        lines = (folder / "rows.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and {"key", "status", "id"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def _machine(device: str) -> Machine:
+    import torch
+
+    if device == "cpu":
+        return Machine(device=torch.device("cpu"), scale=REDUCED)
+    if not torch.cuda.is_available():
+        raise SpecError(
+            "bench gpu: no GPU is to be seen here (headway doctor says more); run it where one is, or give --device "
+            "cpu, which tries every row in a reduced form"
+        )
+    return Machine(device=torch.device("cuda", 0), scale=GPU)
+
+
+def _card(here: Machine) -> dict[str, Any]:
+    """What decides the numbers; `id` names code and device."""
+    import torch
+
+    card: dict[str, Any] = {
+        "code": code_hash(("kernels", "model", "launcher/bench/gpu")),
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(here.device) if here.is_gpu else "cpu",
+        "scale": here.scale.name,
+        "machine": machine(),
+        "versions": versions() | {"triton": _triton_version(), "cuda": torch.version.cuda},
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if here.is_gpu:
+        found = torch.cuda.get_device_properties(here.device)
+        card["gpu"] = {
+            "memory_bytes": found.total_memory,
+            "multiprocessors": found.multi_processor_count,
+            "capability": [found.major, found.minor],
+            "l2_bytes": getattr(found, "L2_cache_size", None),
+        }
+    card["id"] = f"{card['code']} {card['device']} torch {torch.__version__} triton {card['versions']['triton']}"
+    return card
+
+
+def _triton_version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _same(row: dict[str, Any], card: dict[str, Any]) -> bool:
+    return row["id"] == card["id"]
+
+
+def _measured(row: Row, here: Machine) -> dict[str, Any]:
+    """The row's line: measured, absent (not here), wrong (a kernel's result), failed (why), crashed (the device)."""
+    import torch
+
+    line: dict[str, Any] = {"key": row.key, "what": row.what, "status": "measured"}
+    t0 = time.monotonic()
+    try:
+        line["data"] = row.run(here)
+    except Absent as why:
+        line |= {"status": "absent", "why": str(why)}
+    except Failed as found:
+        line |= {"status": "wrong", "why": str(found), "data": found.data}
+    except torch.OutOfMemoryError as error:
+        line |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0][:300]}"}
+    except Exception as error:  # one row's failure must not cost the rows after it
+        line |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:600]}
+    if line["status"] == "failed" and here.lost():
+        line["status"] = "crashed"
+    else:
+        here.free()
+    return line | {"took_s": time.monotonic() - t0}
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps(line, default=_plain) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

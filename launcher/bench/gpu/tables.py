@@ -1,0 +1,167 @@
+"""Tables of `headway bench report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from headway.launcher.bench.gpu.tables_parts import (
+    ceilings,
+    cores,
+    correctness,
+    forms,
+    layers,
+    levers,
+    prefill,
+    products,
+)
+from headway.launcher.bench.gpu.text import NOT_MEASURED, duration, number, spread_text
+from headway.launcher.plan.hardware import Gpu
+from headway.launcher.report.page import Block, Heading, Table, Text
+
+HEADLINE = "940M"
+GOALS = {2048: (1.08, 1.12, 1.15), 8192: (1.28, 1.33, 1.37), 32_768: (1.80, 1.90, 1.98)}
+"""Times as fast as gqa that R-GQA with k=1/4 is to be, by length: accepted, target, stretch. Set before measuring."""
+MFU_GOALS = (0.52, 0.56, 0.60)
+"""Of dense gqa at 2048 tokens, likewise."""
+TOKENS_PER_UPDATE = 524_288
+"""Over which the optimizer's time is spread where a rate includes it."""
+
+
+def comparisons(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Rows of whole passes, as measured."""
+    for key, row in data.items():
+        if key.startswith("steps/") and "contestants" in row:
+            yield row
+
+
+def rate_seconds(row: Mapping[str, Any], contestant: Mapping[str, Any]) -> float:
+    """Seconds per token, the optimizer's share included."""
+    return contestant["seconds"]["median"] / row["tokens"] + row["optimizer_s"]["median"] / TOKENS_PER_UPDATE
+
+
+def mfu(row: Mapping[str, Any], contestant: Mapping[str, Any], gpu: Gpu | None) -> float | None:
+    """Useful FLOPs, causal, over the datasheet's rate."""
+    if gpu is None:
+        return None
+    return contestant["useful_flops_per_token"] / rate_seconds(row, contestant) / gpu.bf16_flops
+
+
+def bound(data: Mapping[str, Any], size: str, seq_len: int, contestant: Mapping[str, Any]) -> float | None:
+    """The most that routing can bring: gqa's own times with what is routed cut to the share of active heads.
+
+    Taken from the dense profile of the same run, which is that of the size's gqa; None without it, or for a mechanism
+    that is no routing of query heads over that gqa.
+    """
+    profile = data.get(f"steps/profile {size} {seq_len}")
+    if profile is None or not contestant["active"] or contestant["baseline"] != "gqa":
+        return None
+    active, pool = contestant["active"]
+    return 1 / (1 - (1 - active / pool) * min(1.0, profile["routed_share"]))
+
+
+def headline(data: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
+    """The goals set before measuring, beside what was measured."""
+    at = {row["seq_len"]: row for row in comparisons(data) if row["size"] == HEADLINE}
+    table = [["goal (accept / target / stretch)", "measured", "bound of the same run"]]
+    dense = at.get(2048)
+    found = None if dense is None else mfu(dense, dense["contestants"][0], gpu)
+    table.append(
+        [
+            f"dense gqa, {HEADLINE}, 2048 tokens: MFU " + " / ".join(f"{goal:.0%}" for goal in MFU_GOALS),
+            NOT_MEASURED if found is None else f"{found:.1%}",
+            "",
+        ]
+    )
+    for seq_len, goals in GOALS.items():
+        row = at.get(seq_len)
+        c = None if row is None else next(c for c in row["contestants"] if c["name"].startswith("rgqa k=1"))
+        table.append(
+            [
+                f"rgqa k=1/4 over gqa, {seq_len} tokens: " + " / ".join(f"{goal:.2f}" for goal in goals),
+                NOT_MEASURED if c is None else spread_text(c["ratio"]),
+                number(None if c is None else bound(data, HEADLINE, seq_len, c)),
+            ]
+        )
+    return [Heading("Goals"), Table(table)]
+
+
+def sections(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], gpu: Gpu | None) -> list[Block]:
+    """Everything else, in the order of measuring."""
+    return [
+        *ceilings(data),
+        *correctness(rows),
+        *(block for row in comparisons(data) for block in _steps(data, row, gpu)),
+        *levers(data),
+        *layers(data),
+        *forms(data),
+        *products(data),
+        *prefill(data),
+    ]
+
+
+def _steps(data: Mapping[str, Any], row: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
+    size, seq_len = row["size"], row["seq_len"]
+    head = [
+        "mechanism",
+        "parameters",
+        "tokens/s",
+        "MFU",
+        "over baseline (quartiles)",
+        "by FLOPs",
+        "bound",
+        "of roofline",
+    ]
+    table = [[*head, "memory"]]
+    for c in row["contestants"]:
+        found = mfu(row, c, gpu)
+        ideal = roofline_s_per_token(data, row, c)
+        table.append(
+            [
+                c["name"] if c["baseline"] == "gqa" else f"{c['name']} (over {c['baseline']})",
+                f"{c['params'] / 1e6:,.0f}M",
+                f"{1 / rate_seconds(row, c):,.0f}",
+                "" if found is None else f"{found:.1%}",
+                spread_text(c["ratio"]),
+                number(c["useful_flop_ratio"]),
+                number(bound(data, size, seq_len, c), missing=""),
+                "" if ideal is None else f"{ideal * row['tokens'] / c['seconds']['median']:.0%}",
+                "" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**30:.1f} GiB",
+            ]
+        )
+    blocks: list[Block] = [
+        Heading(f"{size}, {seq_len:,} tokens"),
+        Table(table),
+        Text(
+            f"Forward and backward over {row['tokens']:,} tokens; tokens/s and MFU with an update every "
+            f"{TOKENS_PER_UPDATE:,} tokens ({duration(row['optimizer_s']['median'])}). By FLOPs: what the useful FLOPs "
+            "of the whole model promise. Bound: gqa's own time with queries, core and output cut to the active heads. "
+            "Of roofline: executed FLOPs at the best rates above, over the measured time. Memory: beyond the weights."
+        ),
+    ]
+    if row["recompute"] != "none":
+        blocks.append(Text("Passes did not fit into memory: here all of them compute their blocks again.", "warn"))
+    profile = data.get(f"steps/profile {size} {seq_len}")
+    if profile is not None:
+        whole = profile["whole_s"]["median"]
+        parts = {**profile["parts_s"], "rest": profile["rest_s"]}
+        shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in parts.items())
+        blocks.append(Text(f"Where dense gqa spends its {duration(whole)}, parts measured alone: {shares}."))
+    return blocks
+
+
+def roofline_s_per_token(
+    data: Mapping[str, Any], row: Mapping[str, Any], contestant: Mapping[str, Any]
+) -> float | None:
+    """Executed FLOPs at the best rates that this run found on the machine; None where it did not look."""
+    products = data.get("ceilings/matmul")
+    rates = [
+        shape["both_flops_per_s"]
+        for _, shape in cores(data)
+        if "both_flops_per_s" in shape and shape["seq_len"] == row["seq_len"]
+    ]
+    if products is None or not rates:
+        return None
+    core = contestant["core_flops_per_token"]
+    dense = contestant["executed_flops_per_token"] - core
+    return dense / products["best_flops_per_s"] + core * 3.5 / 3 / max(rates)

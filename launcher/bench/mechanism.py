@@ -1,0 +1,274 @@
+"""`headway bench mechanism`: forward, forward and backward, and prefill of every variant of a study, over lengths.
+
+All variants take turns in one process, round by round, and each is paired with the baseline of its own round, so that a
+machine whose speed drifts slows all of them. Beside each ratio stands what FLOPs alone promise (Amdahl's bound on what
+a cheaper attention can save): the variant's useful FLOPs over the baseline's, whole model, and the same for the FLOPs
+that are executed. Time may fall below it: softmax and the memory traffic of score maps are no FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.base.spread import spread
+from headway.launcher.hosts.commands import worker_environment
+from headway.launcher.report.plots.style import STYLE, WIDTH_IN
+from headway.launcher.run.machine import git_commit, machine, versions
+from headway.launcher.study.config import load_study
+from headway.launcher.study.plan import plan_study
+
+if TYPE_CHECKING:
+    import torch
+
+    from headway.launcher.spec.spec import Spec
+    from headway.model.decoder import Decoder
+
+PHASES = ("forward", "forward_backward", "prefill")
+WARMUP = 2
+FAR = 1.5
+"""A time ratio this many times its useful-FLOP ratio is marked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """FLOPs per token, forward, of the whole model; in prefill the head is computed for the last token only."""
+
+    useful: float
+    executed: float
+
+
+def bench_mechanism(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    lengths: Sequence[int],
+    rounds: int,
+    tokens: int,
+    out: Path | None,
+) -> int:
+    """Measure every variant of the study at `path` at its matched size. `tokens` per pass: shorter sequences come in
+    batches. Raises SpecError for lengths or rounds that measure nothing.
+    """
+    if rounds < 2:
+        raise SpecError(f"--rounds: {rounds} rounds have no spread; give at least 2")
+    if not lengths or min(lengths) < 2 or len(set(lengths)) != len(lengths):
+        raise SpecError(f"--lengths: {list(lengths)}; give different lengths of at least 2 tokens, such as 256,1024")
+    plan = plan_study(load_study(path), overrides)
+    seed = plan.study.config.seeds[0]
+    specs = {cell.variant: (cell.spec, cell.vocab_size) for cell in plan.cells if cell.seed == seed}
+    baseline = plan.study.config.baseline_name
+    any_spec = specs[baseline][0]
+    os.environ.update(worker_environment(any_spec))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    use_cuda = any_spec.launch.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if use_cuda else "cpu")
+    result: dict[str, Any] = {
+        "kind": "mechanism",
+        "command": shlex.join(
+            [
+                *["headway", "bench", "mechanism", str(path), *overrides],
+                *["--lengths", ",".join(map(str, lengths)), "--rounds", str(rounds), "--tokens", str(tokens)],
+            ]
+        ),
+        "study": plan.study.config.study,
+        "baseline": baseline,
+        "device": device.type,
+        "precision": any_spec.parallel.precision,
+        "rounds": rounds,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "specs": {name: spec.model_dump(mode="json") for name, (spec, _) in specs.items()},
+        "rows": [],
+    }
+    for i, length in enumerate(lengths):
+        _say(f"{length} tokens ({i + 1} of {len(lengths)}): {len(specs)} variants, {rounds} rounds of {len(PHASES)}")
+        result["rows"] += _measure(specs, baseline, length, rounds=rounds, tokens=tokens, device=device)
+        if out is not None:  # after each length: an interrupted measurement keeps what it has
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+            out.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+    if out is not None:
+        draw(result, out.with_suffix(".png"))
+        print(f"written to {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+    return 0
+
+
+def _measure(
+    specs: dict[str, tuple[Spec, int]],
+    baseline: str,
+    length: int,
+    *,
+    rounds: int,
+    tokens: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Rows of one length: for each variant and phase the spread of seconds and of the pairwise ratio."""
+    import torch
+
+    batch = max(1, tokens // length)
+    passes: dict[str, dict[str, Callable[[], None]]] = {}
+    for name, (spec, vocab_size) in specs.items():
+        ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(1)).to(device)
+        passes[name] = _passes(_model(spec, vocab_size, device), ids)
+    seconds = {name: {phase: [] for phase in PHASES} for name in specs}
+    names = list(specs)
+    for i in range(WARMUP + rounds):
+        for phase in PHASES:
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                elapsed = _timed(passes[name][phase], device)
+                if i >= WARMUP:
+                    seconds[name][phase].append(elapsed)
+    rows = []
+    for name, (spec, vocab_size) in specs.items():
+        for phase in PHASES:
+            ours, theirs = seconds[name][phase], seconds[baseline][phase]
+            rates = _rates(spec, vocab_size, length, prefill=phase == "prefill")
+            base = _rates(*specs[baseline], length, prefill=phase == "prefill")
+            ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])
+            rows.append(
+                {
+                    "variant": name,
+                    "seq_len": length,
+                    "sequences": batch,
+                    "phase": phase,
+                    "seconds": spread(ours),
+                    "ratio": ratio,
+                    "useful_flop_ratio": rates.useful / base.useful,
+                    "executed_flop_ratio": rates.executed / base.executed,
+                    "distance": ratio["median"] / (rates.useful / base.useful),
+                    "raw_seconds": ours,
+                }
+            )
+    return rows
+
+
+def _model(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
+    import torch
+
+    from headway.model.decoder import Decoder
+
+    model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed)
+    model.before_step(spec.steps * spec.tokens_per_step)  # schedules at their end, where costs are stated
+    return model.to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
+
+
+def _passes(model: Decoder, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """What is timed. The training passes count router statistics and losses, as training does."""
+    import torch
+
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.train()(tokens, labels)
+
+    def forward_backward() -> None:
+        out = model.train()(tokens, labels)
+        (out.loss_sum / tokens.numel() + out.aux_loss).backward()
+        model.zero_grad(set_to_none=True)
+
+    def prefill() -> None:
+        with torch.no_grad():
+            model.eval().logits(tokens, cache=model.new_cache(), last=True)
+
+    return {"forward": forward, "forward_backward": forward_backward, "prefill": prefill}
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    t0 = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - t0
+
+
+def _rates(spec: Spec, vocab_size: int, length: int, *, prefill: bool) -> Rates:
+    from headway.model.cost import account
+
+    flops = account(spec.model, spec.attention, vocab_size=vocab_size, seq_len=length).flops_per_token
+    saved = 2 * vocab_size * spec.model.width * (1 - 1 / length) if prefill else 0.0
+    return Rates(useful=flops.useful - saved, executed=flops.executed - saved)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The measurement as a table per length."""
+    lines = [
+        f"# Time of each mechanism over {result['baseline']}'s",
+        "",
+        f"`{result['command']}`, commit {result['git_commit']}, {result['measured_at']}, {result['device']}, "
+        f"{result['precision']}. Each cell: median of {result['rounds']} pairwise ratios (quartiles), then "
+        "the ratio of useful FLOPs of the whole model, which is what FLOPs alone promise, and of executed FLOPs; time "
+        "may fall below, as softmax and the memory traffic of score maps are no FLOPs. "
+        f"`far`: the time ratio is more than {FAR} times the useful one.",
+    ]
+    lengths = list(dict.fromkeys(row["seq_len"] for row in result["rows"]))
+    for length in lengths:
+        rows = [row for row in result["rows"] if row["seq_len"] == length]
+        lines += ["", f"## {length} tokens, {rows[0]['sequences']} sequences", ""]
+        head = ["variant", "forward", "forward + backward", "prefill", "useful", "executed", "own time"]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            of = {row["phase"]: row for row in rows if row["variant"] == name}
+            train = of["forward_backward"]
+            cells = [name, *(_cell(of[phase]) for phase in PHASES)]
+            cells += [f"{train['useful_flop_ratio']:.3f}", f"{train['executed_flop_ratio']:.3f}"]
+            cells += [" / ".join(f"{1e3 * of[p]['seconds']['median']:.1f}" for p in PHASES) + " ms"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """One panel per length: time ratio of forward and backward over the ratio of useful FLOPs, a point per variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["phase"] == "forward_backward"]
+    lengths = list(dict.fromkeys(row["seq_len"] for row in rows))
+    low = 0.95 * min(row["useful_flop_ratio"] for row in rows)
+    high = 1.05 * max(max(row["useful_flop_ratio"], 1.0) for row in rows)
+    with plt.rc_context(STYLE):
+        size = (WIDTH_IN * max(1.0, len(lengths) / 2), 5.5)
+        figure, axes = plt.subplots(1, len(lengths), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for axis, length in zip(axes[0], lengths, strict=True):
+            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="what FLOPs promise")
+            axis.plot([low, high], [FAR * low, FAR * high], color="#999999", linestyle="--", label=f"{FAR} times that")
+            for row in (row for row in rows if row["seq_len"] == length):
+                x, r = row["useful_flop_ratio"], row["ratio"]
+                axis.errorbar(x, r["median"], [[r["median"] - r["q1"]], [r["q3"] - r["median"]]], fmt="o", markersize=4)
+                axis.annotate(row["variant"], (x, r["median"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.set_title(f"{length} tokens")
+            axis.set_xlabel(f"useful FLOPs over {result['baseline']}'s")
+        axes[0][0].set_ylabel(f"forward and backward time over {result['baseline']}'s")
+        axes[0][0].legend(loc="upper left")
+        figure.savefig(file, dpi=150, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    r = row["ratio"]
+    far = " far" if row["distance"] > FAR else ""
+    return f"{r['median']:.2f} ({r['q1']:.2f} to {r['q3']:.2f}){far}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,28 @@
+"""`headway bench micro-batch`: what `train.micro_batch: auto` finds on this host, without training."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from headway.launcher.plan.micro_batch.settle import find, required, table
+from headway.launcher.plan.planner import with_vocabulary
+from headway.launcher.run.run_dir import write_json
+from headway.launcher.spec.load import load_spec
+
+
+def bench_micro_batch(path: Path, overrides: Sequence[str], *, out: Path | None) -> int:
+    """Print what `auto` finds for the spec on this host, whatever its `train.micro_batch` says; nothing is trained.
+
+    Raises SpecError where nothing fits.
+    """
+    found = find(with_vocabulary(load_spec(path, overrides, no_auto=None).spec))
+    print(table(found), flush=True)
+    if out is not None:
+        command = shlex.join(["headway", "bench", "micro-batch", str(path), *overrides])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {"kind": "micro-batch", "command": command, **found.record()})
+        print(f"written to {out}")
+    required(found)
+    return 0

@@ -1,0 +1,268 @@
+"""The fork server: ranks and commands forked from a process that has imported everything.
+
+`headway.launcher.hosts.forked` starts it (`headway fork-server SOCKET OWNER PADDING`) and is its client. What takes
+torchrun's place is `_Agent`: it forks the ranks of one start, keeps their store, and ends all of them when one has
+failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from headway.launcher.base.command import COMMAND
+from headway.launcher.hosts.processes import die_with_parent
+
+_GRACE_S = 30.0  # what ranks have to end once they are asked to, as under torchrun
+_MODULES = (
+    "headway.launcher.cli.main",
+    "headway.launcher.launch.start",
+    "headway.launcher.train.session",
+    "headway.launcher.train.worker",
+    "headway.parallel.pipeline",
+    "deepspeed.runtime.pipe.engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with every engine, and with it torch's compiler
+    "safetensors.torch",
+    "torch._dynamo",  # imported with every optimizer
+    "torch.optim.adamw",
+    "torch.utils.tensorboard.writer",
+)
+
+
+def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
+    """Serve until the process `owner` ends it. Returns 1 where forking would not be safe."""
+    die_with_parent()
+    if os.getppid() != owner:
+        return 1
+    _import_everything()
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads != 1:
+        print(f"{threads} threads run after the imports, so forking is not safe", file=sys.stderr)
+        return 1
+    with socket.socket(socket.AF_UNIX) as door:
+        hidden = path.with_name(".socket")
+        door.bind(str(hidden))
+        door.listen(64)
+        hidden.rename(path)  # whoever sees it may connect
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        _Server(door, command).serve()
+
+
+def _import_everything() -> None:
+    """What ranks and launchers import, DeepSpeed's engines and TensorBoard included."""
+    from headway.parallel.engine import quiet_deepspeed
+
+    quiet_deepspeed(cpu=True)
+    for name in _MODULES:
+        importlib.import_module(name)
+
+
+class _Server:
+    """Forks an agent for each request, tells how it ended, and ends it when nobody listens any more."""
+
+    def __init__(self, door: socket.socket, command: Callable[[list[str]], int]) -> None:
+        self._door, self._command, self._clients = door, command, dict[int, socket.socket]()
+
+    def serve(self) -> NoReturn:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._door, selectors.EVENT_READ)
+                while True:
+                    for key, _ in selector.select(0.02):
+                        if key.fileobj is self._door:
+                            connection = self._door.accept()[0]
+                            self._start(connection)
+                            selector.register(connection, selectors.EVENT_READ)
+                        else:  # a client says nothing more: it is gone
+                            selector.unregister(key.fileobj)
+                            self._end(key.fileobj)
+                    for connection in self._collect():
+                        with contextlib.suppress(KeyError, ValueError):
+                            selector.unregister(connection)
+                        connection.close()
+        finally:
+            for pid in self._clients:
+                _kill_group(pid)
+
+    def _start(self, connection: socket.socket) -> None:
+        size, descriptors, *_ = socket.recv_fds(connection, 8, 2)
+        body, want = b"", int.from_bytes(size, "little")
+        while len(body) < want:
+            body += connection.recv(want - len(body))
+        request = json.loads(body)
+        pid = os.fork()
+        if pid == 0:
+            self._door.close()
+            for other in (connection, *self._clients.values()):
+                other.close()
+            _become(partial(_command_line, self._command) if "arguments" in request else _agent, request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._clients[pid] = connection
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+
+    def _end(self, connection: Any) -> None:
+        for pid, other in self._clients.items():
+            if other is connection:
+                _kill_group(pid)
+
+    def _collect(self) -> list[socket.socket]:
+        closed = []
+        for pid in list(self._clients):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                connection = self._clients.pop(pid)
+                with contextlib.suppress(OSError):
+                    connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                closed.append(connection)
+        return closed
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- in forked processes
+
+
+def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], descriptors: list[int]) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for place, descriptor in zip((1, 2), descriptors, strict=True):
+            os.dup2(descriptor, place)
+            os.close(descriptor)
+        os.chdir(request["cwd"])
+        code = program(request)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _command_line(command: Callable[[list[str]], int], request: dict[str, Any]) -> int:
+    """`headway ARGUMENTS`, of which `command` is the entry point."""
+    os.environ.clear()
+    os.environ.update(request["env"])
+    arguments = request["arguments"]
+    _show_as([*COMMAND, *arguments])
+    return command(arguments)
+
+
+def _agent(request: dict[str, Any]) -> int:
+    return _Agent(request).run()
+
+
+class _Agent:
+    """What torchrun is to the ranks of one host."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._request, self._asked_s = request, None
+        self._live: dict[int, int] = {}  # process -> rank
+        self._failed: list[tuple[int, int, int]] = []  # (rank, process, status), in the order in which they ended
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(self) -> int:
+        count = self._request["processes"]
+        pipes = [os.pipe() for _ in range(count)]
+        for rank in range(count):
+            pid = os.fork()
+            if pid == 0:
+                for reader, writer in pipes:
+                    os.close(writer)
+                    if reader != pipes[rank][0]:
+                        os.close(reader)
+                _become_rank(self._request, rank, pipes[rank][0])
+            self._live[pid] = rank
+        # Only now: it has threads of its own.
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        for reader, writer in pipes:
+            os.close(reader)
+            with contextlib.suppress(BrokenPipeError):
+                os.write(writer, str(store.port).encode())
+            os.close(writer)
+        while self._live:
+            self._collect()
+            time.sleep(0.02)
+        for rank, pid, status in self._failed:
+            print(f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {status} (pid: {pid})", file=sys.stderr)
+        statuses = [status for *_, status in self._failed]
+        return next((status for status in statuses if count == 1 and status > 0), int(bool(statuses)))
+
+    def _collect(self) -> None:
+        for pid in list(self._live):
+            found, raw = os.waitpid(pid, os.WNOHANG)
+            if not found:
+                continue
+            rank, status = self._live.pop(pid), os.waitstatus_to_exitcode(raw)
+            if status:
+                self._failed.append((rank, pid, status))
+                self._ask()
+        if self._asked_s is not None and time.monotonic() - self._asked_s > _GRACE_S:
+            self._send(signal.SIGKILL)
+
+    def _ask(self, *_: object) -> None:
+        self._asked_s = self._asked_s or time.monotonic()
+        self._send(signal.SIGTERM)
+
+    def _send(self, signum: int) -> None:
+        for pid in self._live:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+
+def _become_rank(request: dict[str, Any], rank: int, port_from: int) -> NoReturn:
+    code = 1
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)
+        die_with_parent()
+        port = os.read(port_from, 16).decode()
+        os.close(port_from)
+        count = str(request["processes"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+        sys.argv = list(request["worker"])
+        _show_as([sys.executable, "-P", "-m", *request["worker"]])
+        code = importlib.import_module(request["worker"][0]).main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _show_as(words: list[str]) -> None:
+    """Let the kernel show `words` as this process's command line, by which launchers know a rank.
+
+    It shows the memory in which the arguments of the server stood.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])
+    text = b"\0".join(os.fsencode(word) for word in words)[: end - begin - 1]
+    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)

@@ -1,0 +1,1 @@
+"""Analysis of a study: paired differences, intervals, fairness, findings. Imports launch and below."""

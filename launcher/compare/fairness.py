@@ -1,0 +1,167 @@
+"""Is a comparison fair: what differs between the variants besides the mechanism, and did they see the same data?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from headway.launcher.run.records import RunRecord
+from headway.launcher.run.run_dir import difference, flatten, identity
+
+Kind = Literal["intervention", "matching", "CONFOUND"]
+
+NOT_COMPARED = ("name", "run_dir")
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One key in which a variant is not the baseline. `kind` matching: solved to keep the budget equal."""
+
+    variant: str
+    key: str
+    baseline: Any
+    value: Any
+    kind: Kind
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """Whether the runs of a seed read the same batches. `status` PAIRED: every common step of every seed was equal."""
+
+    status: Literal["PAIRED", "UNPAIRED", "UNKNOWN"]
+    lines: tuple[str, ...]
+
+
+def spec_differences(
+    variant: str,
+    spec: dict[str, Any],
+    baseline: dict[str, Any],
+    *,
+    declared: set[str],
+    written: set[str],
+    free: str | None,
+) -> list[Difference]:
+    """Every key in which two resolved specs (JSON) differ, classed.
+
+    `declared` holds the dotted keys that the variant and the baseline name in the study: these are the intervention,
+    and so is what a declared `...type` brings: keys that exist on one side only, and keys of both types that nobody
+    wrote and that each has at its own default. `written` holds the dotted keys that stand in a file or argument of
+    either side. `free` is the dimension that matching solved. Whatever is left was not asked for: a confound.
+    """
+    ours, theirs = flatten(spec), flatten(baseline)
+    types = {key.rpartition("type")[0] for key in declared if key.rpartition(".")[2] == "type"}
+    found = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = theirs.get(key, ABSENT), ours.get(key, ABSENT)
+        if a == b or key in NOT_COMPARED:
+            continue
+        with_type = next((t for t in sorted(types) if t and key.startswith(t)), None)
+        default = ours.get(f"{with_type}type") != theirs.get(f"{with_type}type") and key not in written
+        brought = with_type if ABSENT in (a, b) or default else None
+        kind: Kind = "CONFOUND"
+        note = "differs, and the study does not say so"
+        if key == free:
+            kind, note = "matching", "solved to match the budget"
+        elif any(key == d or key.startswith(f"{d}.") for d in declared):
+            kind, note = "intervention", "named in the study"
+        elif brought:
+            kind, note = "intervention", f"comes with {brought}type"
+        found.append(Difference(variant=variant, key=key, baseline=a, value=b, kind=kind, note=note))
+    return found
+
+
+def changed_sections(differences: list[Difference]) -> list[str]:
+    """Top-level sections the intervention touches; with more than one, no single cause can be named."""
+    return sorted({d.key.split(".")[0] for d in differences if d.kind == "intervention"})
+
+
+def deviation(planned: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, planned, trained) where a run was not what the study planned."""
+    return difference(identity(planned), identity(trained)) if trained else []
+
+
+def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
+    """One line per fact about the circumstances (data, code, versions, machine) that is not equal in all runs.
+
+    Keys of `runs` are cell names.
+    """
+    facts: dict[str, dict[str, list[str]]] = {}
+    for cell, record in runs.items():
+        run = record.run
+        values = {key: run.get(key) for key in ("data_fingerprint", "vocab_size", "git_commit", "code_version")}
+        values |= flatten({key: run.get(key) or {} for key in ("versions", "machine")})
+        values |= {"tokens": record.summary.get("tokens"), "tokens_per_step": run.get("tokens_per_step")}
+        for key, value in values.items():
+            facts.setdefault(key, {}).setdefault(str(value), []).append(cell)
+    lines = []
+    for key, values in sorted(facts.items()):
+        if len(values) > 1:
+            shown = "; ".join(f"{value} in {', '.join(cells)}" for value, cells in values.items())
+            lines.append(f"{key}: {shown}")
+    return lines + [line for cell, record in runs.items() for line in _changed_on_the_way(cell, record.run)]
+
+
+def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
+    """One line per fact that was not the same at each start of a run: a part of it was trained with something else."""
+    seen: dict[str, dict[str, int]] = {}
+    for attempt in _attempts_that_count(run):
+        values = {key: attempt.get(key) for key in ("git_commit", "code")}
+        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine")})
+        for key, value in values.items():
+            if value is not None:
+                seen.setdefault(key, {}).setdefault(str(value), attempt.get("from_step") or 0)
+    return [
+        f"{key} changed within {cell}: " + ", ".join(f"{value} from step {step}" for value, step in values.items())
+        for key, values in seen.items()
+        if len(values) > 1
+    ]
+
+
+def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Starts of which something is left: what was trained after the step that a later one began from was dropped."""
+    attempts, kept = run.get("attempts"), list[dict[str, Any]]()
+    for attempt in attempts if isinstance(attempts, list) else []:
+        if not isinstance(attempt, dict):
+            continue
+        while kept and (kept[-1].get("from_step") or 0) >= (attempt.get("from_step") or 0):
+            kept.pop()
+        kept.append(attempt)
+    return kept
+
+
+def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baseline: str) -> Pairing:
+    """Compare batch hashes (variant -> seed -> step -> hash) at every step the variants of a seed have in common."""
+    seeds = sorted({seed for by_seed in hashes.values() for seed in by_seed})
+    lines, differs, compared = [], False, False
+    for seed in seeds:
+        runs = {variant: by_seed[seed] for variant, by_seed in hashes.items() if by_seed.get(seed)}
+        reference = baseline if baseline in runs else next(iter(runs), None)
+        for variant, steps in runs.items():
+            if variant == reference or reference is None:
+                continue
+            common = sorted(steps.keys() & runs[reference].keys())
+            wrong = next((step for step in common if steps[step] != runs[reference][step]), None)
+            compared = compared or bool(common)
+            if wrong is not None:
+                differs = True
+                lines.append(
+                    f"seed {seed}: {variant} and {reference} read different batches, first at step {wrong} "
+                    f"(hash {steps[wrong]} against {runs[reference][wrong]})"
+                )
+            else:
+                lines.append(f"seed {seed}: {variant} and {reference}: {len(common)} common steps, all hashes equal")
+    lines += _same_data_in_all_seeds(hashes.get(baseline, {}))
+    status = "UNPAIRED" if differs else "PAIRED" if compared else "UNKNOWN"
+    if status == "UNKNOWN":
+        lines.append("no two runs of a seed have batch hashes of a common step")
+    return Pairing(status=status, lines=tuple(lines))
+
+
+def _same_data_in_all_seeds(by_seed: Mapping[int, Mapping[int, str]]) -> list[str]:
+    first = [steps[min(steps)] for steps in by_seed.values() if steps]
+    if len(first) > 1 and len(set(first)) == 1:
+        return ["every seed read the same first batch: the spread over seeds leaves out the variation of the data"]
+    return []

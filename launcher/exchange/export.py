@@ -1,0 +1,191 @@
+"""`headway export`: a run's weights as a folder for others, as a Llama of Hugging Face or with a config of our own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
+from headway.launcher.base.new_folder import new_folder, refuse_taken
+from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
+from headway.launcher.run.codec import Codec
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.weights import find_checkpoint, load_decoder
+from headway.launcher.spec.spec import Spec
+from headway.model.convert import fold_decoder
+from headway.model.decoder import Decoder
+from headway.model.huggingface import folder as hf
+from headway.model.huggingface.llama import folded, llama_config, llama_name
+from headway.parallel.checkpoint import Checkpoint
+from headway.parallel.config import CheckpointError
+
+MIN_SHARD_BYTES = 1 << 10
+SPARE_BYTES = 64 << 20
+"""Disk that is left for what is not tensors."""
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    to: Literal["hf", "safetensors"],
+    step: int | None = None,
+    max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+) -> int:
+    """Write the weights of a run's newest whole checkpoint, or that of `step`, into the new folder `out`.
+
+    `to` hf: a LlamaForCausalLM; its logits are compared with ours where transformers is installed. Raises SpecError
+    where a Llama has no counterpart of the mechanism or `out` is taken, NoInputError where `path` is no run,
+    CheckpointError where the checkpoint is not whole, DataError where the run's tokenizer is gone, HeadwayError where
+    logits differ. `out` is then not there.
+    """
+    if max_shard_bytes < MIN_SHARD_BYTES:
+        raise SpecError(f"--max-shard-bytes: {max_shard_bytes} is too small; use 5e9, or leave it out")
+    refuse_taken(out, option="OUT")
+    run = RunDir(path)
+    if not run.spec.is_file():
+        raise NoInputError(f"{path} holds no spec.json: name the folder of a run; `headway train` says where it is")
+    spec = Spec.model_validate_json(run.spec.read_text())
+    codec = Codec.of(spec, run)
+    if to == "hf":
+        _llama_config(spec, codec)
+    found = find_checkpoint(run, step)
+    decoder = load_decoder(spec, found)
+    with new_folder(out, option="OUT") as folder:
+        if to == "hf":
+            result = _write_llama(folder, spec, found, decoder, codec, max_shard_bytes)
+        else:
+            result = _write_ours(folder, spec, found, decoder, codec, max_shard_bytes)
+    size = sum(p.stat().st_size for p in out.iterdir())
+    print(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
+    return 0
+
+
+def _llama_config(spec: Spec, codec: Codec) -> dict[str, Any]:
+    assert spec.model.vocab_size is not None
+    try:
+        return llama_config(
+            spec.model,
+            spec.attention,
+            vocab_size=spec.model.vocab_size,
+            seq_len=spec.data.seq_len,
+            eos_token_id=codec.eos_id,
+        )
+    except ValueError as e:
+        raise SpecError(f"--to hf: {e}") from None
+
+
+def _write_llama(
+    folder: Path, spec: Spec, found: Checkpoint, decoder: Decoder, codec: Codec, max_shard_bytes: int
+) -> str:
+    plain = decoder if folded(spec.attention) is spec.attention else fold_decoder(decoder, spec.model)
+    tensors = {llama_name(name): tensor for name, tensor in plain.state_dict().items()}
+    _write_tensors(folder, tensors, max_shard_bytes)
+    config = _llama_config(spec, codec)
+    hf.write_json(folder / hf.CONFIG, config)
+    ends = {"bos_token_id": codec.eos_id, "eos_token_id": codec.eos_id}
+    hf.write_json(folder / "generation_config.json", ends)
+    if codec.file is not None:
+        shutil.copyfile(codec.file, folder / hf.TOKENIZER)
+        eos = codec.eos_token
+        hf.write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": spec.data.seq_len,
+                "bos_token": eos,
+                "eos_token": eos,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+    tokens = {"random": random_tokens(config["vocab_size"], spec.data.seq_len), "validation": validation_tokens(spec)}
+    result = said(differences(folder, decoder, tokens))
+    text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
+    (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
+    return result
+
+
+def said(found: dict[str, Difference] | None) -> str:
+    """What was compared, for people."""
+    if found is None:
+        return "logits not compared: transformers is not installed"
+    return "largest difference of logits to transformers: " + ", ".join(
+        f"{difference} on {name} tokens" for name, difference in found.items()
+    )
+
+
+def _write_ours(
+    folder: Path, spec: Spec, found: Checkpoint, decoder: Decoder, codec: Codec, max_shard_bytes: int
+) -> str:
+    assert spec.model.vocab_size is not None
+    files = _write_tensors(folder, decoder.state_dict(), max_shard_bytes)
+    if codec.file is not None:
+        shutil.copyfile(codec.file, folder / hf.TOKENIZER)
+        files.append(hf.TOKENIZER)
+    config = hf.ExportedConfig(
+        source=_origin(spec, found),
+        model=spec.model,
+        attention=spec.attention,
+        vocab_size=spec.model.vocab_size,
+        seq_len=spec.data.seq_len,
+        tokens=int(found.state["tokens"]),
+        bos_token_id=None,
+        eos_token_id=codec.eos_id,
+        files={},
+    )
+    hf.write_exported(folder, config, files)
+    (folder / "README.md").write_text(readme(config), encoding="utf-8")
+    ids = validation_tokens(spec)
+    again = hf.load_exported(folder)
+    with torch.no_grad():
+        if not torch.equal(again.logits(ids), decoder.logits(ids)):
+            raise HeadwayError(f"{folder}: read back, its logits differ; nothing was written. Please report this")
+    return "read back: logits equal bit for bit"
+
+
+def readme(config: hf.ExportedConfig) -> str:
+    """README.md of a folder in our own format."""
+    return (
+        f"# Weights of a {config.attention.type} decoder\n\n{config.source[0].upper()}{config.source[1:]}.\n\n"
+        "safetensors in fp32; config.json holds the decoder's `model` and `attention` and the sha256 of every file.\n\n"
+        "    from headway.model.huggingface.folder import load_exported\n\n"
+        '    decoder = load_exported("FOLDER")      # reads tensors and JSON; executes nothing of the folder\n'
+        "    logits = decoder.logits(tokens)        # tokens [B, S] int64 -> [B, S, V]\n\n"
+        '`headway generate FOLDER "prompt"` continues text; a spec with `init.weights: FOLDER` trains on from here.\n'
+    )
+
+
+def _origin(spec: Spec, found: Checkpoint) -> str:
+    return f"run {spec.name}, attention {spec.attention.type}, step {found.step}, {found.state['tokens']} tokens"
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:
+    """Written, read back and compared. Raises CheckpointError where the disk is too small or gives back others."""
+    need = sum(t.numel() * t.element_size() for t in tensors.values()) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"{folder.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free space, or name another folder"
+        )
+    names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+    back = hf.TensorFiles(folder)
+    back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if not torch.equal(back[name], tensor):
+            raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+    return names
+
+
+def validation_tokens(spec: Spec) -> Tensor:
+    """[SEQUENCES at most, LENGTH at most] int64 of the run's validation data."""
+    from headway.data.loader import validation_batches
+
+    batches = validation_batches(
+        spec.data, tokens=SEQUENCES * spec.data.seq_len, micro_batch=SEQUENCES, dp_rank=0, dp_size=1
+    )
+    return batches[0].tokens[:, :LENGTH].long()

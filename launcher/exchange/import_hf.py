@@ -1,0 +1,166 @@
+"""`headway import`: a Llama of Hugging Face as weights to generate with and to train from, and the spec of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, float32
+
+from headway.launcher.base.errors import NoInputError, SpecError, printable
+from headway.launcher.base.new_folder import new_folder, refuse_taken
+from headway.launcher.exchange.export import readme, said
+from headway.launcher.exchange.llama_check import differences, random_tokens
+from headway.launcher.run.codec import token_of
+from headway.launcher.run.run_dir import flatten
+from headway.launcher.spec.merge import format_value
+from headway.model.decoder import Decoder
+from headway.model.huggingface import folder as hf
+from headway.model.huggingface.folder import TensorFiles, WeightsError
+from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, read_llama_config
+
+SPEC = "model.yaml"
+_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def import_hf(source: Path, out: Path) -> int:
+    """Write the Llama in the folder `source` into the new folder `out`: weights in fp32, config, tokenizer, spec.
+
+    Its logits are compared with those of transformers where that is installed. Raises NoInputError where `source` is no
+    folder, WeightsError where it is another architecture or not whole, SpecError where `out` is taken, HeadwayError
+    where logits differ. `out` is then not there.
+    """
+    if not source.is_dir():
+        raise NoInputError(f"{source}: no such folder; name one with config.json and model.safetensors")
+    refuse_taken(out, option="--to")
+    _refuse_pickles(source)
+    config = source / hf.CONFIG
+    raw = hf.read_mapping(config)
+    if raw.get("format") == hf.FORMAT:
+        raise SpecError(f"{source}: these are weights of Headway already; use them as they are, or name another folder")
+    try:
+        shape = read_llama_config(raw)
+    except ValueError as e:
+        raise WeightsError(f"{config}: {_first(e)}") from None
+    tensors = TensorFiles(source)
+    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
+    fill(decoder.eval().requires_grad_(False), tensors, shape)
+    bos, eos = _ends(source, shape)
+    with new_folder(out, option="--to") as folder:
+        files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
+        if (source / hf.TOKENIZER).exists():
+            shutil.copyfile(source / hf.TOKENIZER, folder / hf.TOKENIZER)
+            files.append(hf.TOKENIZER)
+        exported = hf.ExportedConfig(
+            source=f"LlamaForCausalLM of the folder {printable(source.resolve().name)}",
+            model=shape.model,
+            attention=shape.attention,
+            vocab_size=shape.vocab_size,
+            seq_len=shape.seq_len,
+            tokens=0,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            files={},
+        )
+        hf.write_exported(folder, exported, files)
+        (folder / "README.md").write_text(readme(exported), encoding="utf-8")
+        (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
+        tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
+        result = said(differences(source, hf.load_exported(folder), tokens))
+    print(f"{out}: {sum(p.numel() for p in decoder.parameters()):,} parameters; {result}")
+    print(f"train from it with a spec that begins with `base: {out / SPEC}`")
+    return 0
+
+
+def _refuse_pickles(source: Path) -> None:
+    if any((source / name).exists() for name in (hf.WEIGHTS, hf.INDEX)):
+        return
+    pickles = sorted(path.name for path in source.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise WeightsError(
+            f"{source / pickles[0]}: is a pickle, and reading one runs whatever it says; use the checkpoint's "
+            f"safetensors, or have its author convert it"
+        )
+
+
+def fill(decoder: Decoder, files: TensorFiles, shape: LlamaShape) -> None:
+    """Set every tensor of the decoder from a Llama's. Raises WeightsError for missing, unknown and misshapen ones."""
+    state, source = decoder.state_dict(), files.folder
+    wanted = {llama_name(name): tuple(tensor.shape) for name, tensor in state.items()}
+    derived = {name for name in set(files) - set(wanted) if is_derived(name, files[name], shape)}
+    files.check(wanted | {name: files.shape(name) for name in derived})
+    for name, tensor in state.items():
+        tensor.copy_(_as_fp32(files[llama_name(name)], llama_name(name), source))
+    head = llama_name("head")
+    if head in derived and not bool((_as_fp32(files[head], head, source) == state["embedding"]).all()):
+        raise WeightsError(
+            f"{source}: {head} differs from the embedding, and config.json says that they are tied; use a whole "
+            f"checkpoint, or mend tie_word_embeddings"
+        )
+
+
+def _as_fp32(tensor: Tensor, name: str, source: Path) -> Tensor:
+    if str(tensor.dtype) not in _DTYPES:
+        raise WeightsError(
+            f"{source}: {name} is {tensor.dtype}; use a checkpoint in float32, or one in bfloat16 or float16"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise WeightsError(f"{source}: {name} holds numbers that are not finite; restore the folder, or name another")
+    return tensor.to(float32)
+
+
+def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
+    """(token put before a prompt, token that ends a document), as tokenizer.json and config.json say."""
+    file = source / hf.TOKENIZER
+    if not file.exists():
+        return None, shape.eos_token_id
+    hf.read_small(file)
+    from tokenizers import Tokenizer
+
+    if shape.eos_token_id is not None:
+        token_of(file, shape.eos_token_id)
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
+        raise WeightsError(f"{file}: not a tokenizer.json ({e}); restore it, or remove it") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= shape.vocab_size:
+        raise WeightsError(
+            f"{file}: has the token {largest}, config.json a vocab_size of {shape.vocab_size}; use the tokenizer of "
+            f"this checkpoint, or remove it"
+        )
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
+    return (whole[0] if begins else None), shape.eos_token_id
+
+
+def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
+    """The sections of a spec that are decided; the others are the user's."""
+    model = config.model.model_dump(mode="json")
+    attention = config.attention.model_dump(mode="json", exclude_defaults=True)
+    sections = {
+        "model": model,
+        "attention": {"type": config.attention.type, **attention},
+        "init": {"weights": str(out), "sha256": hf.sha256_of(folder / hf.CONFIG)},
+    }
+    lines = [
+        f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` trains on from its weights; it",
+        f"# adds data (with this tokenizer, sequences of {config.seq_len} tokens at most), optimizer and train.",
+    ]
+    for section, values in sections.items():
+        lines += ["", f"{section}:"]
+        lines += [f"  {key}: {format_value(value)}" for key, value in flatten(values).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _first(error: ValueError) -> str:
+    """One line of what is wrong."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return str(error)

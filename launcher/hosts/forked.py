@@ -1,0 +1,108 @@
+"""Ranks forked from a process that has imported everything: they start in about a second instead of ten.
+
+`ForkServer` is that process, for one host and for whoever starts many short runs (the chaos drill, soak, tests). While
+the environment variable HEADWAY_FORK_SERVER names its socket, launchers let it start their ranks; in all else a run is
+the one that torchrun starts. The server itself is the
+hidden verb `headway fork-server`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base.command import COMMAND
+
+VARIABLE = "HEADWAY_FORK_SERVER"
+_TITLE_BYTES = 4096  # room for the command line that a rank shows
+_READY_S = 120.0
+
+
+class ForkServer:
+    """Starts the process; use it in a `with` statement, around launchers that are given `environment`."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="headway-fork-")
+        self.path = Path(self._folder.name) / "socket"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        # Importing torch's compiler makes a folder, which would else stay in the temporary one.
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
+        command = [*COMMAND, "fork-server", str(self.path), str(os.getpid())]
+        log = (Path(self._folder.name) / "log").open("wb")
+        self._process = subprocess.Popen([*command, "x" * _TITLE_BYTES], env=env, stdin=subprocess.DEVNULL, stderr=log)
+        log.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the launchers whose ranks the server is to start."""
+        return {VARIABLE: str(self.path)}
+
+    def wait_ready(self) -> None:
+        """Until it has imported everything. Raises RuntimeError with its last words where it cannot."""
+        end = time.monotonic() + _READY_S
+        while not self.path.exists():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the fork server did not start: {self.path.with_name('log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End it and every rank it has started."""
+        self._process.terminate()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> ForkServer:
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Forked:
+    """What the server has started, as `subprocess.Popen` shows it: torchrun around ranks, or a `headway` command."""
+
+    def __init__(self, server: str | Path, request: Mapping[str, Any], stdout: int, stderr: int) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(server))
+        body = json.dumps({"cwd": str(Path.cwd()), **request}).encode()
+        socket.send_fds(self._socket, [len(body).to_bytes(8, "little")], [stdout, stderr])
+        self._socket.sendall(body)
+        with self._socket.makefile("rb", buffering=0) as answer:
+            self.pid: int = json.loads(answer.readline())["pid"]
+        self.returncode: int | None = None
+        self._socket.setblocking(False)
+
+    @classmethod
+    def ranks(cls, server: str, worker: list[str], processes: int, env: Mapping[str, str], stderr: int) -> Forked:
+        """`processes` ranks of the module and arguments `worker`, each to call its `main()`, in environment `env`."""
+        return cls(server, {"worker": worker, "processes": processes, "env": dict(env)}, 1, stderr)
+
+    @classmethod
+    def headway(cls, server: ForkServer, arguments: list[str], *, cwd: Path, log: int, **env: str) -> Forked:
+        """`headway ARGUMENTS` in `cwd`, with `env` added to the environment; all it says goes to the descriptor."""
+        environment = {**os.environ, **server.environment, **env}
+        return cls(server.path, {"arguments": arguments, "env": environment, "cwd": str(cwd)}, log, log)
+
+    def poll(self) -> int | None:
+        """How it ended, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            with contextlib.suppress(BlockingIOError):
+                answer = self._socket.recv(4096)
+                self.returncode = json.loads(answer)["status"] if answer else -signal.SIGKILL
+                self._socket.close()
+        return self.returncode
+
+    def wait(self) -> int:
+        while (status := self.poll()) is None:
+            time.sleep(0.01)
+        return status

@@ -1,0 +1,171 @@
+"""The hosts of a run: which one this is, what hostfiles say, and starting the others by ssh."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headway.launcher.base.command import COMMAND
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.spec.yamlio import read_text
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+PORT = 29_500
+"""Of the rendezvous where several hosts meet and the spec names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This host among those of the run; `name` is what messages call it."""
+
+    host: int
+    hosts: int
+    processes: int
+    name: str
+
+    @property
+    def ranks(self) -> range:
+        """Ranks that run here."""
+        return range(self.host * self.processes, (self.host + 1) * self.processes)
+
+    @property
+    def is_first(self) -> bool:
+        return self.host == 0
+
+
+def this_host(spec: Spec, node_rank: int | None, environment: Mapping[str, str]) -> int:
+    """Number of this host in the run: `--node-rank`, or what Slurm says within a step of a job.
+
+    Raises SpecError where neither says it, or the run has no such host.
+    """
+    launch = spec.launch
+    if node_rank is None and "SLURM_STEP_ID" in environment and launch.hosts > 1:
+        node_rank = int(environment["SLURM_NODEID"])
+    if node_rank is None and (launch.hosts == 1 or launch.ssh):
+        return 0
+    if node_rank is None:
+        raise SpecError(
+            f"launch.hosts: this run has {launch.hosts} hosts, and nothing says which one this is; give --node-rank 0 "
+            f"on the first ({launch.address}) and 1 to {launch.hosts - 1} on the others, or launch.hosts=1"
+        )
+    if not 0 <= node_rank < launch.hosts:
+        raise SpecError(
+            f"--node-rank: {node_rank} for a run of {launch.hosts} host(s); give 0 to {launch.hosts - 1}, or another "
+            "launch.hosts"
+        )
+    return node_rank
+
+
+def rendezvous_port(spec: Spec) -> int:
+    """Where several hosts meet for torch; their launchers talk at the next port."""
+    return spec.launch.port or PORT
+
+
+# ---------------------------------------------------------------- hostfiles
+
+
+def read_hostfile(spec: Spec) -> list[str] | None:
+    """Names of the hosts in `launch.hostfile`, the first one first; None where the spec names none.
+
+    Raises NoInputError where it cannot be read and SpecError where it does not fit the spec. Names become arguments of
+    other programs, so only plain ones are taken.
+    """
+    path = spec.launch.hostfile
+    if path is None:
+        return None
+    lines = read_text(Path(path), f"launch.hostfile: {path}").splitlines()
+    names: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,252})\s+slots=([0-9]{1,4})", text, re.ASCII)
+        if found is None or found[1] in names:
+            what = "named twice" if found else "not `name slots=N`"
+            raise SpecError(f"{path}:{number}: {text[:80]!r} is {what}; mend the line, or leave launch.hostfile out")
+        if int(found[2]) != spec.launch.processes:
+            raise SpecError(
+                f"{path}:{number}: {found[2]} slots, but launch.processes is {spec.launch.processes} on every host; "
+                f"write slots={spec.launch.processes}, or use launch.processes={found[2]}"
+            )
+        names.append(found[1])
+    if len(names) != spec.launch.hosts:
+        raise SpecError(
+            f"launch.hostfile: {path} names {len(names)} hosts and launch.hosts is {spec.launch.hosts}; use "
+            f"launch.hosts={max(1, len(names))}, or a file of {spec.launch.hosts}"
+        )
+    return names
+
+
+def hostfile_text(spec: Spec, names: Sequence[str] | None) -> str:
+    """What DeepSpeed's launcher reads. Without names of the user's any will do: it opens no connection by them."""
+    names = names or [f"host-{n}" for n in range(spec.launch.hosts)]
+    return "".join(f"{name} slots={spec.launch.processes}\n" for name in names)
+
+
+# ---------------------------------------------------------------- by ssh
+
+
+def remote_command(name: str, host: int, arguments: Sequence[str], folder: Path) -> list[str]:
+    """`headway train` of another host, in the same folder there. What the remote shell reads is quoted by us."""
+    inner = [*COMMAND, "train", *arguments, "--node-rank", str(host)]
+    text = f"cd {shlex.quote(str(folder))} && exec {shlex.join(inner)}"
+    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", name, text]
+
+
+def check_ssh(names: Sequence[str]) -> None:
+    """Raises HeadwayError naming the hosts on which ssh runs no command without asking."""
+    probes = {
+        name: subprocess.Popen(
+            ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", name, "true"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    failed = []
+    for name, probe in probes.items():
+        try:
+            _, said = probe.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            _, said = probe.communicate()
+            said = said or "no answer within 30 s"
+        if probe.returncode:
+            failed.append(f"{name}: {said.strip().splitlines()[-1] if said.strip() else f'status {probe.returncode}'}")
+    if failed:
+        raise HeadwayError(
+            f"launch.ssh: ssh runs no command on {'; '.join(failed)}\n"
+            f"make `ssh -o BatchMode=yes {failed[0].partition(':')[0]} true` work (keys, known_hosts), or use "
+            "launch.ssh=false and start the same command with --node-rank on each host"
+        )
+
+
+def start_others(
+    names: Sequence[str], arguments: Sequence[str], folder: Path, logs: Path
+) -> list[subprocess.Popen[bytes]]:
+    """Start the launcher on every host but the first, by ssh; what they say goes to logs/ssh-N.log."""
+    started = []
+    for host, name in enumerate(names[1:], start=1):
+        with (logs / f"ssh-{host}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    remote_command(name, host, arguments, folder),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C stops the run through the first host's ranks
+                    env={n: v for n, v in os.environ.items() if n != "SSH_ASKPASS"},
+                )
+            )
+    return started

@@ -1,0 +1,59 @@
+"""Starting the ranks of a run again after one has died or hung, as often as that brings it further."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import replace
+
+from headway.launcher.hosts.faults import Fault
+from headway.launcher.run.run_dir import RunDir
+from headway.parallel.manifest import step_of, steps_on_disk
+
+_LONGEST_S = 60.0
+
+
+class Restarts:
+    """The budget of a run, kept by its first host: `limit` starts in a row that bring no new checkpoint."""
+
+    def __init__(self, run: RunDir, limit: int) -> None:
+        self._run, self._limit = run, limit
+        self._in_vain, self._reached = 0, self._newest()
+
+    def grant(self, fault: Fault | None) -> Fault | None:
+        """The fault, saying whether the ranks are started again after it."""
+        if fault is None:
+            return None
+        newest = self._newest()
+        if newest > self._reached:
+            self._in_vain, self._reached = 0, newest
+        again = fault.again and self._in_vain < self._limit
+        text = fault.text
+        if fault.again and not again and self._limit:
+            text += f"\nstarted again {self._in_vain} time(s) without reaching another checkpoint (launch.restarts)"
+        self._in_vain += again
+        self._note(fault, newest, again)
+        return replace(fault, again=again, text=text)
+
+    def pause(self, fault: Fault) -> None:
+        """Say why, and wait: longer each time."""
+        seconds = min(_LONGEST_S, 0.5 * 2**self._in_vain) if self._in_vain else 0.0
+        print(
+            f"{fault.text}\nstarting the ranks again from the newest checkpoint in {seconds:g} s "
+            f"({max(1, self._in_vain)} of {self._limit} without a new checkpoint)",
+            flush=True,
+        )
+        time.sleep(seconds)
+
+    def _newest(self) -> int:
+        with contextlib.suppress(OSError):
+            return max((step_of(p) for p in steps_on_disk(self._run.checkpoints)), default=0)
+        return 0
+
+    def _note(self, fault: Fault, newest: int, again: bool) -> None:
+        """One line a start, for whoever asks later why the run took so long."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cause": fault.text.splitlines()[0]}
+        line |= {"exit": fault.code, "newest_checkpoint": newest, "started_again": again}
+        with contextlib.suppress(OSError), (self._run.logs / "attempts.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")

@@ -1,0 +1,251 @@
+"""`headway train`: check everything that can be checked, then start the processes and see them through."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.hosts.commands import (
+    check_caches,
+    command,
+    dry_run_text,
+    forwarded,
+    full_environment,
+    hostfile,
+    torchrun_folder,
+)
+from headway.launcher.hosts.faults import Ended, Fault, quoted, tail
+from headway.launcher.hosts.place import (
+    Place,
+    check_ssh,
+    hostfile_text,
+    read_hostfile,
+    remote_command,
+    rendezvous_port,
+    start_others,
+    this_host,
+)
+from headway.launcher.hosts.restarts import Restarts
+from headway.launcher.hosts.stopping import stoppable
+from headway.launcher.hosts.supervise import Alone, Control, supervise
+from headway.launcher.hosts.wire import interfaces
+from headway.launcher.plan.micro_batch.settle import check_one_host, number_of, settle
+from headway.launcher.run.card import banner, run_card, with_attempts
+from headway.launcher.run.identity import code_hash
+from headway.launcher.run.machine import versions
+from headway.launcher.run.resolve import check_same_data, resolve
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.spec import Spec
+from headway.parallel.config import CheckpointError
+from headway.parallel.manifest import step_of, steps_on_disk
+
+
+def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None, dry_run: bool = False) -> int:
+    """Run the spec to its end, resuming what its folder holds; returns the exit status.
+
+    `node_rank`: which of the run's hosts this is. Raises SpecError, DataError or CheckpointError before any process is
+    started when something is not right.
+    """
+    loaded = load_spec(path, overrides, no_auto=None)
+    spec, auto = loaded.spec, bool(loaded.auto)
+    run, arguments = RunDir.of(spec), [str(path), *overrides]
+    if auto and (settled := number_of(run, spec)) is not None:
+        spec, auto = settled, False
+    if auto:
+        check_one_host(spec, path)
+    names = read_hostfile(spec)
+    if spec.launch.method == "slurm" and node_rank is None and "SLURM_STEP_ID" not in os.environ:
+        return _as_job(spec, run, arguments, dry_run=dry_run)
+    if dry_run:
+        if auto:
+            print("# train.micro_batch: auto is measured before this is started")
+        print(dry_run_text(spec, run, names=names))
+        if spec.launch.ssh and names is not None:
+            print("# host 0 starts the launchers of the others by")
+            for host, name in enumerate(names[1:], start=1):
+                print(shlex.join(remote_command(name, host, arguments, Path.cwd())))
+        return 0
+    with stoppable():
+        return _train_here(spec, run, names, arguments, node_rank, auto=auto)
+
+
+def _train_here(
+    spec: Spec, run: RunDir, names: Sequence[str] | None, arguments: Sequence[str], node_rank: int | None, *, auto: bool
+) -> int:
+    host = this_host(spec, node_rank, os.environ)
+    if host > 0:
+        return _on_another_host(spec, run, host)
+    if names is None or not spec.launch.ssh or node_rank is not None:
+        return _on_first_host(spec, run, names, auto=auto)
+    check_ssh(names[1:])
+    run.refuse_foreign()
+    run.logs.mkdir(parents=True, exist_ok=True)
+    others = start_others(names, arguments, Path.cwd(), run.logs)
+    try:
+        return _on_first_host(spec, run, names, auto=auto)
+    except HeadwayError as e:
+        raise Ended(Fault(text="\n".join([str(e), *_said(others, run)]), code=e.exit_code)) from e
+    finally:
+        _end_others(others)
+
+
+def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool) -> int:
+    from headway.launcher.hosts.slurm import FIRST, PORT, job_script, submit
+
+    script = job_script(spec, run, arguments, Path.cwd())
+    if dry_run:
+        print(f"# sbatch {shlex.quote(str(run.path / 'slurm' / 'job.sbatch'))}\n{script}", end="")
+        launch = spec.launch.model_copy(update={"address": FIRST})
+        text = dry_run_text(spec.model_copy(update={"launch": launch}), run, port=PORT)
+        print("\n".join(["# what the launcher then starts:", *(f"# {line}" for line in text.splitlines())]))
+        return 0
+    forwarded(spec, os.environ)
+    run.refuse_foreign()
+    return submit(script, run)
+
+
+def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto: bool) -> int:
+    """Take the run folder, and train; alone, or with the hosts that come. `auto`: find the micro-batch first."""
+    spec, info = resolve(spec)
+    check_port(spec)
+    env = forwarded(spec, os.environ)
+    check_caches(os.environ)
+    run.refuse_foreign()
+    with run.locked():
+        check_same_data(run, info)
+        spec = settle(run, spec) if auto else spec
+        run.adopt(spec)
+        if run.is_complete():
+            print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+            return 0
+        newest = next(map(step_of, steps_on_disk(run.checkpoints)), 0)
+        if not newest:
+            check_no_history(run)
+        card = with_attempts(run_card(spec, info), read_mapping(run.card), spec, from_step=newest)
+        write_json(run.card, card)
+        print(banner(spec, run, card), flush=True)
+        # A rank that outlives a killed launcher holds it; one the kernel is about to end needs a moment to be gone.
+        with run.locked("worker.lock", wait_s=10):
+            pass
+        if spec.launch.method == "deepspeed":
+            hostfile(run).write_text(hostfile_text(spec, names))
+        if spec.launch.hosts == 1:
+            place = Place(host=0, hosts=1, processes=spec.launch.processes, name=socket.gethostname())
+            return _until_done(run, spec, lambda budget: _see_through(spec, run, place, Alone(budget), env, None))
+        return _until_done(run, spec, lambda budget: _with_others(spec, run, 0, info, env, budget))
+
+
+def check_no_history(run: RunDir) -> None:
+    """Raises CheckpointError where a run without a checkpoint says that it had some: it would begin anew at step 0."""
+    told = (r.get("step") for r in run.read_metrics() if r.get("kind") == "checkpoint")
+    saved = max((step for step in told if isinstance(step, int)), default=0)
+    if saved:
+        raise CheckpointError(
+            f"{run.checkpoints}: there is no checkpoint, but the run's records tell of one of step {saved}. Put it "
+            f"back and start again; or delete {run.path}, or give another run_dir, to begin anew at step 0"
+        )
+
+
+def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> int:
+    """`start`, and again after a fault for which the budget has a start left. Raises Ended as it does."""
+    restarts = Restarts(run, spec.launch.restarts)
+    while True:
+        try:
+            return start(restarts)
+        except Ended as e:
+            if not e.fault.again:
+                raise
+            restarts.pause(e.fault)
+
+
+def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
+    """Train with the first host, which holds the run folder."""
+    if run.is_complete():
+        print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+        return 0
+    spec, info = resolve(spec)
+    return _until_done(run, spec, lambda budget: _with_others(spec, run, host, info, {}, budget))
+
+
+def _with_others(
+    spec: Spec, run: RunDir, host: int, info: Mapping[str, Any], env: dict[str, str], restarts: Restarts
+) -> int:
+    from headway.launcher.hosts.connect import join
+
+    equal = {"code": code_hash(), "data": info["fingerprint"], **versions()}
+    joined = join(spec, run, host, equal, env=env, restarts=restarts)
+    place = joined.place
+    print(
+        f"{place.name}: all {place.hosts} hosts are here; ranks {place.ranks[0]} to {place.ranks[-1]} run on this one"
+    )
+    return _see_through(spec, run, place, joined.control, joined.env, joined.interface)
+
+
+def _see_through(
+    spec: Spec, run: RunDir, place: Place, control: Control, extra: Mapping[str, str], interface: str | None
+) -> int:
+    env = full_environment(spec, extra, interface=interface)
+    words = command(spec, run, host=place.host)
+    launch = spec.launch
+    try:
+        status = supervise(run, place, control, words, env, hang_s=launch.hang_s, stop_s=launch.stop_s)
+    finally:
+        shutil.rmtree(torchrun_folder(run), ignore_errors=True)
+    if place.is_first and not run.is_complete():  # DeepSpeed's launcher ends well when a signal ended what it started
+        raise HeadwayError(
+            f"{run.path}: the processes ended before the training did; see {run.logs}, and start the same command again"
+        )
+    return status
+
+
+def _said(others: Sequence[subprocess.Popen[bytes]], run: RunDir) -> list[str]:
+    """The last lines of those that ended badly."""
+    bad = [host for host, process in enumerate(others, start=1) if process.poll()]
+    return [line for host in bad for line in [f"host {host} said:", *quoted(tail(run.logs / f"ssh-{host}.log", 3))]]
+
+
+def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in others:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+# ---------------------------------------------------------------- before anything is started
+
+
+def check_port(spec: Spec) -> None:
+    """Raises SpecError when the rendezvous port of the run, if it is known, is taken on this host, the first one."""
+    launch = spec.launch
+    port = rendezvous_port(spec) if launch.hosts > 1 else launch.port
+    if port is None:
+        return
+    address = launch.address if launch.hosts > 1 and launch.address else "127.0.0.1"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((socket.gethostbyname(address), port))
+        except socket.gaierror as e:
+            raise SpecError(
+                f"launch.address: {address} has no IPv4 address ({e.strerror}); use another name, or an address"
+            ) from e
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                have = ", ".join(f"{at} ({name})" for name, at in interfaces().items())
+                raise SpecError(
+                    f"launch.address: {address} is not an address of this host, which has {have}; start host 0 there, "
+                    "or use one of these"
+                ) from e
+            free = "leave launch.port out to take any free port, or name another"
+            free = free if launch.hosts == 1 else "name another launch.port, or end what listens there"
+            raise SpecError(f"launch.port: {port} is taken ({e.strerror}); {free}") from e

@@ -1,0 +1,165 @@
+"""Sizes matched by measured time, kept in the study's folder: a study that is continued keeps what it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.match.matching import (
+    MatchConfig,
+    Matched,
+    Spread,
+    beyond_tolerance,
+    candidate,
+    check_free,
+    nothing_legal,
+    spec_cost,
+    spec_with,
+    value_at,
+)
+from headway.launcher.match.search import Candidates, Illegal
+from headway.launcher.match.time import Build, Pass, Ratios, TimeSolver, compare, decoder_pass
+from headway.launcher.run.machine import machine, versions
+from headway.launcher.run.run_dir import identity, read_json, write_json
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+FILE = "matching.json"
+"""In the study's folder: key of a measurement -> what was measured."""
+
+HEAVIEST = 8.0
+"""Sizes with this many times the baseline's FLOPs or parameters are not built: they cannot be as fast."""
+
+
+class Measurements:
+    """What was measured for a study: kept by specs, match, machine and versions; what is missing is measured.
+
+    `stored` is the content of `matching.json`; `build` makes the pass that is timed
+    (default: `decoder_pass`).
+    """
+
+    def __init__(self, stored: dict[str, Any] | None = None, *, build: Build | None = None) -> None:
+        self.stored = dict(stored or {})
+        self._build = build or decoder_pass
+        self._baseline: tuple[str, Pass] | None = None
+
+    @classmethod
+    def of(cls, out: Path) -> Measurements:
+        """Those in the study's folder; none where there are none yet, or the file is damaged."""
+        held = read_json(out / FILE, {})
+        return cls(held if isinstance(held, dict) else {})
+
+    def write(self, out: Path) -> None:
+        """Keep them in the study's folder."""
+        if self.stored:
+            write_json(out / FILE, self.stored)
+
+    def match(self, variant: str, spec: Spec, baseline: Spec, match: MatchConfig) -> Matched:
+        """Solve `match.free` so that `spec` takes the baseline's time; both specs have their vocabulary.
+
+        Raises SpecError where nothing is legal, where the time does not depend on the dimension, or where the nearest
+        size misses the baseline by more than the tolerance.
+        """
+        head = f"variant {variant}: match.free {match.free}"
+        check_free(spec, match, head)
+        key = _key(spec, baseline, match)
+        if key not in self.stored:
+            print(f"measuring {variant}: {match.free} for the time of the baseline's micro-batch", flush=True)
+            self.stored[key] = {
+                "variant": variant,
+                **self._solved(head, spec, baseline, match),
+                "machine": machine(),
+                "versions": versions(),
+                "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        kept = self.stored[key]["matched"]
+        return Matched(**{**kept, "spread": Spread(**kept["spread"])})
+
+    def _solved(self, head: str, spec: Spec, baseline: Spec, match: MatchConfig) -> dict[str, Any]:
+        theirs = self._baseline_pass(baseline, match)
+
+        def measure(value: int, rounds: int) -> Ratios:
+            ours = self._build(spec_with(spec, match.free, value), match.seq_len or spec.data.seq_len)
+            return compare(ours, theirs, rounds=rounds)
+
+        candidates = _buildable(spec, baseline, match)
+        solver = TimeSolver(measure, candidates)
+        if not solver.look(value_at(spec, match.free)):
+            raise SpecError(nothing_legal(head, candidates, match))
+        if not solver.is_affected():
+            raise SpecError(
+                f"{head}: the measured time does not depend on it beyond the noise, from {min(solver.points)} to "
+                f"{max(solver.points)}; free a dimension that costs time, such as model.ffn_width, or match quantity "
+                "flops"
+            )
+        value, ratios = solver.check()
+        matched = Matched(
+            free=match.free,
+            value=value,
+            cost=ratios.candidate_s,
+            target=ratios.baseline_s,
+            residual=ratios.median - 1,
+            spread=Spread(low=ratios.low - 1, high=ratios.high - 1, rounds=ratios.rounds),
+        )
+        if abs(matched.residual) > match.tolerance:
+            found = (
+                f"{1e3 * matched.cost:.4g} ms a pass against the baseline's {1e3 * matched.target:.4g} ms (quartiles "
+                f"{ratios.low - 1:+.2%} to {ratios.high - 1:+.2%} over {ratios.rounds} rounds)"
+            )
+            raise SpecError(beyond_tolerance(head, matched, match, candidates, found))
+        return {"matched": asdict(matched), "points": {v: asdict(r) for v, r in sorted(solver.points.items())}}
+
+    def _baseline_pass(self, baseline: Spec, match: MatchConfig) -> Pass:
+        key = _key(baseline, baseline, match)
+        if self._baseline is None or self._baseline[0] != key:
+            self._baseline = (key, self._build(baseline, match.seq_len or baseline.data.seq_len))
+        return self._baseline[1]
+
+
+def _buildable(spec: Spec, baseline: Spec, match: MatchConfig) -> Candidates:
+    """Legal sizes that are worth building; their counted cost is executed FLOPs."""
+    vocab_size, limit = spec.model.vocab_size, spec_cost(baseline, baseline.model.vocab_size or 0, match.seq_len)
+    assert vocab_size is not None
+
+    def cost(value: int) -> float:
+        counted = candidate(spec, match, value, vocab_size)[1]
+        for name, own, most in (
+            ("FLOPs", counted.flops_per_token.executed, limit.flops_per_token.executed),
+            ("parameters", counted.num_params, limit.num_params),
+        ):
+            if own > HEAVIEST * most:
+                raise Illegal(f"it has {own / most:.1f} times the baseline's {name}")
+        return counted.flops_per_token.executed
+
+    return Candidates(cost, multiple=match.multiple)
+
+
+def _key(spec: Spec, baseline: Spec, match: MatchConfig) -> str:
+    """sha256 (16 hex digits) over all that decides a measurement."""
+    facts = {
+        "match": match.model_dump(),
+        "machine": machine(),
+        "versions": versions(),
+        "specs": [
+            {**identity(s.model_dump(mode="json")), "launch": s.launch.model_dump(exclude={"port", "timeout_s"})}
+            for s in (baseline, spec)
+        ],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def spread_note(matched: Matched, match: MatchConfig) -> str | None:
+    """What to say of a measured size whose quartiles lie beyond the tolerance."""
+    spread = matched.spread
+    if spread is None or max(-spread.low, spread.high) <= match.tolerance:
+        return None
+    return (
+        f"the quartiles of its measured residual, {spread.low:+.2%} to {spread.high:+.2%} over {spread.rounds} rounds, "
+        f"reach beyond the tolerance of {match.tolerance:.2%}: the match is no more certain than that"
+    )

@@ -1,0 +1,179 @@
+"""What a plan assumes of GPUs, networks and software: one table each, with the source of every row.
+
+Nothing here was measured by this project. The datasheet figures are upper limits; `ASSUMPTIONS` says what share of them
+training is expected to reach, as a low and a high value, and every estimate of a plan is a range between the two. They
+were set by hand, with published speeds near 1B parameters in view.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from headway.launcher.base.errors import SpecError
+
+GIB = float(1 << 30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator. FLOP/s are of dense matrices, in the formats of `parallel.precision`."""
+
+    name: str
+    bf16_flops: float
+    fp32_flops: float  # without TF32, which PyTorch leaves off
+    memory_bytes: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float  # to another GPU of the host, each way
+    per_host: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Between hosts; every GPU has an equal share of its host's adapters."""
+
+    name: str
+    bytes_per_s: float  # per GPU, each way
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """Shares of the datasheet's figures that are reached, and times that no datasheet has."""
+
+    matmul: float  # of the matrix rate, all matrix products but the attention core's
+    core: float  # the same, attention core by flash attention
+    masked_core: float  # the same, with document masks, which flash attention does not take
+    memory: float  # of the memory rate, element-wise work
+    passes_over_kept: float  # times each byte kept for the backward pass is read or written by element-wise work
+    exchange: float  # of a link's or network's rate
+    latency_s: float  # of one exchange between ranks
+    launch_s: float  # of a block's forward and backward pass, however few its tokens: starting its operations
+
+
+LOW = Assumptions(
+    matmul=0.48,
+    core=0.25,
+    masked_core=0.10,
+    memory=0.70,
+    passes_over_kept=5.0,
+    exchange=0.50,
+    latency_s=40e-6,
+    launch_s=1.5e-3,
+)
+HIGH = Assumptions(
+    matmul=0.66,
+    core=0.40,
+    masked_core=0.22,
+    memory=0.90,
+    passes_over_kept=3.0,
+    exchange=0.85,
+    latency_s=15e-6,
+    launch_s=0.6e-3,
+)
+ASSUMPTIONS = (LOW, HIGH)
+
+RESERVED_BYTES = 2.0 * GIB
+"""CUDA's own context, communication buffers, libraries' workspaces: assumed, not measured."""
+
+USABLE = 0.94
+"""Share of the rest that fits before fragments get in the way: assumed, not measured."""
+
+_SHEET = "NVIDIA datasheet, dense; not measured here"
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="h100",
+            bf16_flops=989e12,
+            fp32_flops=67e12,
+            memory_bytes=80e9,
+            memory_bytes_per_s=3.35e12,
+            link_bytes_per_s=450e9,
+            per_host=8,
+            source=f"H100 SXM5 80 GB: {_SHEET}",
+        ),
+        Gpu(
+            name="h200",
+            bf16_flops=989e12,
+            fp32_flops=67e12,
+            memory_bytes=141e9,
+            memory_bytes_per_s=4.8e12,
+            link_bytes_per_s=450e9,
+            per_host=8,
+            source=f"H200 SXM 141 GB: {_SHEET}",
+        ),
+        Gpu(
+            name="a100",
+            bf16_flops=312e12,
+            fp32_flops=19.5e12,
+            memory_bytes=80e9,
+            memory_bytes_per_s=2.039e12,
+            link_bytes_per_s=300e9,
+            per_host=8,
+            source=f"A100 SXM4 80 GB: {_SHEET}",
+        ),
+        Gpu(
+            name="l40s",
+            bf16_flops=362e12,
+            fp32_flops=91.6e12,
+            memory_bytes=48e9,
+            memory_bytes_per_s=864e9,
+            link_bytes_per_s=32e9,
+            per_host=8,
+            source=f"L40S 48 GB, PCIe 4 x16: {_SHEET}",
+        ),
+        Gpu(
+            name="rtx3090",
+            bf16_flops=71e12,
+            fp32_flops=35.6e12,
+            memory_bytes=24e9,
+            memory_bytes_per_s=936e9,
+            link_bytes_per_s=32e9,
+            per_host=8,
+            source=f"GeForce RTX 3090 24 GB, PCIe 4 x16: {_SHEET}",
+        ),
+    )
+}
+
+NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network(name="ndr", bytes_per_s=50e9, source="InfiniBand NDR, 400 Gb/s per GPU: line rate; not measured here"),
+        Network(name="hdr", bytes_per_s=25e9, source="InfiniBand HDR, 200 Gb/s per GPU: line rate; not measured here"),
+        Network(
+            name="ethernet",
+            bytes_per_s=12.5e9 / 8,
+            source="Ethernet, 100 Gb/s per host of 8 GPUs: line rate; not measured here",
+        ),
+    )
+}
+
+T = TypeVar("T")
+
+
+def find_gpu(name: str) -> Gpu:
+    """Raises SpecError with the known names."""
+    return _find(GPUS, name, "--gpu")
+
+
+def find_network(name: str) -> Network:
+    """Raises SpecError with the known names."""
+    return _find(NETWORKS, name, "--network")
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """What a run can have of a GPU's memory, by assumption."""
+    return (gpu.memory_bytes - RESERVED_BYTES) * USABLE
+
+
+def _find(table: Mapping[str, T], name: str, option: str) -> T:
+    if name.lower() in table:
+        return table[name.lower()]
+    close = difflib.get_close_matches(name.lower(), table, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise SpecError(f"{option}: {name!r} is not known.{hint} Use one of: {', '.join(table)}")

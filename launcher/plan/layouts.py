@@ -1,0 +1,167 @@
+"""The search for a layout: every legal one over a number of GPUs, those that fit by estimated speed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.plan.hardware import Gpu, Network, usable_bytes
+from headway.launcher.plan.memory import Memory, worst
+from headway.launcher.plan.speed import Speed, speed
+from headway.launcher.plan.stages import Grid, grid_of
+from headway.launcher.spec.layouts import legal_tensor, why_not
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+NEAR = 0.05
+"""Estimates within this share of the best are the same: the simpler layout then comes first."""
+
+PASS_TOKENS = 16_384
+"""Tokens of a forward pass on a rank that are enough for large products; more only cost memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A spec in one layout, and what it is expected to need and give."""
+
+    spec: Spec
+    grid: Grid
+    memory: Memory
+    stage: int  # the fullest one
+    speed: Speed
+    useful_flops_per_token: float  # of training
+
+    @property
+    def overrides(self) -> list[str]:
+        """Arguments that put this layout on the spec it was searched for; `first-host` stands for the user's own."""
+        parallel, launch = self.spec.parallel, self.spec.launch
+        meet = launch.hosts > 1 and launch.address is None and launch.method != "slurm"
+        return [
+            f"launch.hosts={launch.hosts}",
+            f"launch.processes={launch.processes}",
+            *(["launch.address=first-host"] * meet),
+            f"parallel.tensor={parallel.tensor}",
+            f"parallel.pipeline={parallel.pipeline}",
+            f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
+            f"parallel.zero={parallel.zero}",
+            f"parallel.recompute={parallel.recompute}",
+            f"train.micro_batch={self.spec.train.micro_batch}",
+        ]
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.memory.peak <= usable_bytes(gpu)
+
+    @property
+    def complexity(self) -> tuple[int, ...]:
+        """What one would rather do without: stages, cut layers, recomputation, gathered parameters, small passes."""
+        parallel = self.spec.parallel
+        extras = parallel.zero + (parallel.recompute == "block")
+        return (parallel.pipeline, parallel.tensor, extras, -min(self.grid.tokens, PASS_TOKENS), self.grid.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What was found, fastest first, each with its best micro-batch. `too_big`: those that fit with none, here with the
+    one that needs least; `illegal`: the keys that forbid others, and how often.
+    """
+
+    best: list[Layout]
+    too_big: list[Layout]
+    illegal: Counter[str]
+
+
+def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_per_token: float) -> Search:
+    """Layouts of `spec` over `gpus` GPUs. Its context size, precision, batch and model stay as they are.
+
+    Raises SpecError where the number of GPUs is not one host's or whole hosts'.
+    """
+    legal: dict[tuple[object, ...], list[Layout]] = {}
+    illegal: Counter[str] = Counter()
+    for candidate in _candidates(spec, *_hosts(gpus, gpu)):
+        reason = why_not(candidate)
+        if reason is not None:
+            illegal[reason.partition(":")[0]] += 1
+            continue
+        layout = plan_layout(candidate, gpu, network, useful_flops_per_token=useful_flops_per_token)
+        parallel = candidate.parallel
+        key = (parallel.tensor, parallel.pipeline, parallel.zero, parallel.recompute)
+        legal.setdefault(key, []).append(layout)
+    fitting, too_big = [], []
+    for alike in legal.values():
+        fits = [layout for layout in alike if layout.fits(gpu)]
+        if fits:
+            fitting.append(_ordered(fits)[0])
+        else:
+            too_big.append(min(alike, key=lambda layout: layout.memory.peak))
+    return Search(best=_ordered(fitting), too_big=_ordered(too_big), illegal=illegal)
+
+
+def plan_layout(spec: Spec, gpu: Gpu, network: Network, *, useful_flops_per_token: float) -> Layout:
+    """Memory and speed of a legal spec as it stands."""
+    grid = grid_of(spec)
+    stage, memory = worst(grid)
+    estimate = speed(grid, gpu, network, useful_flops_per_token=useful_flops_per_token)
+    return Layout(
+        spec=spec,
+        grid=grid,
+        memory=memory,
+        stage=stage.index,
+        speed=estimate,
+        useful_flops_per_token=useful_flops_per_token,
+    )
+
+
+def _ordered(layouts: list[Layout]) -> list[Layout]:
+    """By speed; of those within a few per cent of each other the simplest first."""
+    rest, ordered = sorted(layouts, key=lambda layout: -layout.speed.middle), []
+    while rest:
+        near = [layout for layout in rest if layout.speed.middle >= (1 - NEAR) * rest[0].speed.middle]
+        chosen = min(near, key=lambda layout: (layout.complexity, -layout.speed.middle))
+        ordered.append(chosen)
+        rest.remove(chosen)
+    return ordered
+
+
+def _hosts(gpus: int, gpu: Gpu) -> tuple[int, int]:
+    """(hosts, GPUs of each)."""
+    if gpus <= gpu.per_host:
+        return 1, gpus
+    if gpus % gpu.per_host:
+        near = gpus // gpu.per_host * gpu.per_host
+        raise SpecError(
+            f"--gpus: {gpus} are not whole hosts of {gpu.per_host}, and all hosts run as many processes; "
+            f"use {near} or {near + gpu.per_host}"
+        )
+    return gpus // gpu.per_host, gpu.per_host
+
+
+def _candidates(spec: Spec, hosts: int, processes: int) -> Iterator[Spec]:
+    """Layouts worth looking at: tensor ranks within a host, sequence parallelism wherever layers are cut."""
+    launch = spec.launch.model_copy(update={"hosts": hosts, "processes": processes})
+    world, context = hosts * processes, spec.parallel.context
+    for tensor in (t for t in legal_tensor(spec) if processes % (t * context) == 0):
+        ranks = world // (tensor * context)
+        for pipeline in (p for p in range(1, spec.model.layers + 1) if ranks % p == 0):
+            batch = spec.train.global_batch // (ranks // pipeline)
+            for zero in (1, 2, 3) if pipeline == 1 and ranks > 1 else (1,):
+                for recompute in ("none", "block"):
+                    for micro_batch in _powers(batch):
+                        update = {
+                            "tensor": tensor,
+                            "pipeline": pipeline,
+                            "zero": zero,
+                            "recompute": recompute,
+                            "sequence_parallel": tensor > 1,
+                        }
+                        parallel = spec.parallel.model_copy(update=update)
+                        train = spec.train.model_copy(update={"micro_batch": micro_batch})
+                        yield spec.model_copy(update={"launch": launch, "parallel": parallel, "train": train})
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4 ... up to `most`."""
+    return [1 << i for i in range(max(most, 1).bit_length())]

@@ -1,0 +1,1 @@
+"""Finds the fastest micro-batch that fits: by the plan, or by trials in a child process."""

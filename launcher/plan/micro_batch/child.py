@@ -1,0 +1,149 @@
+"""`python -m headway.launcher.plan.micro_batch.child`: passes of one rank in a process of their own.
+
+Memory that runs out ends this process and no other, and all of it is free again afterwards. Lines of JSON: the spec
+comes first and is answered by the device; then each {"micro_batch": m} by {"seconds": [...], "passes_bytes": n}, or by
+{"out_of_memory": text}. n is what the passes add to parameters and gradients on a GPU, null on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from headway.launcher.plan.micro_batch.search import ROUNDS, WARM_UP
+from headway.launcher.spec.spec import Spec
+from headway.model.base import SequenceRanks
+from headway.model.decoder import Decoder, Placement
+from headway.parallel.operations import operations_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENOUGH_S = 1.0
+"""Passes are timed for so long, `ROUNDS` at least."""
+
+LONG_S = 10.0
+"""Beyond this, two passes of a size are enough to have a spread, and one to warm up."""
+
+MOST = 25
+"""Passes that are timed at most."""
+
+
+def main() -> int:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    with contextlib.suppress(OSError):  # when the host's memory runs out the kernel is to end this process first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    spec = Spec.model_validate_json(sys.stdin.readline())
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cuda = spec.launch.device == "cuda" or (spec.launch.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    _say(answers, _device(device))
+    model = None
+    for line in sys.stdin:
+        size = json.loads(line)["micro_batch"]
+        try:
+            model = model or model_of(spec, device)
+            answer = _measure(model, spec, size, device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            answer = {"out_of_memory": str(e).splitlines()[0][:200] if str(e) else "out of memory"}
+        _say(answers, answer)
+    return 0
+
+
+def _say(answers: TextIO, answer: dict[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"device": "cpu", "free_bytes": None, "total_bytes": None}
+    free, total = torch.cuda.mem_get_info()
+    return {"device": torch.cuda.get_device_name(), "free_bytes": free, "total_bytes": total}
+
+
+def model_of(spec: Spec, device: torch.device) -> Decoder:
+    """The whole model, as a rank of the spec runs it, with gradients of zeros."""
+    assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
+    operations = operations_of(spec.speed, spec.parallel, device)
+    placement = Placement(
+        recompute=spec.parallel.recompute, operations=operations, sequence=SequenceRanks(attend=operations.core)
+    )
+    model = Decoder(
+        spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed, placement=placement
+    ).to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
+    model.before_step(spec.train.tokens)  # the state that a schedule ends in
+    for parameter in model.parameters():  # there throughout, so that what passes add is all that comes and goes
+        parameter.grad = torch.zeros_like(parameter)
+    return model.train()
+
+
+def _measure(model: Decoder, spec: Spec, size: int, device: torch.device) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(spec.seed)
+    shape = (size, spec.data.seq_len + 1)
+    assert spec.model.vocab_size is not None
+    ids = torch.randint(spec.model.vocab_size, shape, generator=generator).to(device)
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    segments = torch.zeros_like(tokens, dtype=torch.int32) if spec.data.document_mask else None
+
+    def run() -> float:
+        start = _now_s(device)
+        out = model(tokens, labels, segments)
+        (out.loss_sum / tokens.numel() + out.aux_loss).backward()
+        return _now_s(device) - start
+
+    gc.collect()
+    warm_up(run)
+    if device.type == "cpu":
+        return {"seconds": times(run), "passes_bytes": None}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = times(run)
+    return {"seconds": seconds, "passes_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def warm_up(run: Callable[[], float]) -> None:
+    """Passes that are not counted: the first of a shape may compile, choose kernels, and get memory."""
+    for _ in range(WARM_UP):
+        if run() > LONG_S:
+            break
+
+
+def times(run: Callable[[], float]) -> list[float]:
+    """Seconds of `ROUNDS` passes or more, fewer where they are long."""
+    seconds: list[float] = []
+    while len(seconds) < MOST:
+        seconds.append(run())
+        spent = sum(seconds)
+        if (spent > ENOUGH_S and len(seconds) >= ROUNDS) or (spent > LONG_S and len(seconds) >= 2):
+            break
+    return seconds
+
+
+def _now_s(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch says it of a CPU in a RuntimeError without a class of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""`headway plan`: what a spec costs and needs, computed, without training and without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.plan.hardware import Gpu, find_gpu, find_network, usable_bytes
+from headway.launcher.plan.layouts import plan_layout, search
+from headway.launcher.plan.micro_batch.plan import by_plan, with_number
+from headway.launcher.plan.micro_batch.search import Choice
+from headway.launcher.plan.text import cost_lines, layout_figures, layout_lines, search_figures, search_lines
+from headway.launcher.run.resolve import resolve
+from headway.launcher.spec.layouts import vocabulary
+from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.spec import Spec
+
+
+def plan(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    gpus: int | None = None,
+    gpu: str = "h100",
+    network: str = "ndr",
+    as_json: bool = False,
+) -> int:
+    """Print parameters, FLOPs, memory, communication and expected speed of a spec in its own layout.
+
+    With `gpus`, also the layouts over so many GPUs that are expected to be fastest. Raises SpecError where a GPU or a
+    network is not known, or the spec is not legal.
+    """
+    chosen, between = find_gpu(gpu), find_network(network)
+    loaded = load_spec(path, overrides, no_auto=None)
+    spec, auto = with_vocabulary(loaded.spec), None
+    if loaded.auto:
+        auto = by_plan(spec, usable_bytes(chosen))
+        spec = with_number(spec, auto.micro_batch or 1)  # that it does not fit either is said below
+    cost = cost_of(spec)
+    useful = 3 * cost["flops_per_token_useful"]
+    own = plan_layout(spec, chosen, between, useful_flops_per_token=useful)
+    found = None
+    if gpus is not None:
+        found = search(spec, gpus=gpus, gpu=chosen, network=between, useful_flops_per_token=useful)
+    if as_json:
+        figures = {**cost, **layout_figures(own, chosen, between)}
+        if auto is not None:
+            figures["micro_batch_auto"] = auto_line(spec.train.micro_batch, auto, chosen)
+        if found is not None:
+            figures["search"] = search_figures(found, chosen, between)
+        print(json.dumps(figures, indent=1))
+        return 0
+    lines = [*cost_lines(spec, cost), "", *layout_lines(own, chosen, between)]
+    if auto is not None:
+        lines.insert(0, auto_line(spec.train.micro_batch, auto, chosen))
+    if found is not None:
+        assert gpus is not None
+        lines += ["", *search_lines(found, gpus, chosen)]
+    print("\n".join(lines))
+    return 0
+
+
+def auto_line(number: int, auto: Choice, gpu: Gpu) -> str:
+    """What `train.micro_batch: auto` is planned with."""
+    why = auto.why if auto.micro_batch is not None else "not even one sequence fits"
+    return (
+        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {why}; `headway train` measures on the "
+        "host it starts on, and may take another"
+    )
+
+
+def with_vocabulary(spec: Spec) -> Spec:
+    """The spec with its vocabulary filled in; the data are only read where neither model nor source says it."""
+    size = vocabulary(spec)
+    if size is None:
+        return resolve(spec)[0]
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"vocab_size": size})})
+
+
+def cost_of(spec: Spec) -> dict[str, Any]:
+    """Parameters, FLOPs and KV cache of a spec whose vocabulary is known."""
+    from headway.launcher.match.matching import spec_cost
+
+    assert spec.model.vocab_size is not None
+    cost = spec_cost(spec, spec.model.vocab_size)
+    tokens = spec.steps * spec.tokens_per_step
+    return {
+        "num_params": cost.num_params,
+        "params_by_part": cost.params_by_part,
+        "flops_per_token_useful": cost.flops_per_token.useful,
+        "flops_per_token_executed": cost.flops_per_token.executed,
+        "flops_per_token_attention_core": cost.attention_core_flops.useful,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "training_tokens": tokens,
+        "training_flops_useful": 3 * cost.flops_per_token.useful * tokens,
+    }

@@ -1,0 +1,154 @@
+"""Expected tokens per second: an estimate from datasheets and assumptions (`plan_hardware`), or from what was measured
+of a GPU (`plan_measured`).
+
+A stage's time per micro-batch: matrix products and the attention core at their shares of the matrix rate, element-wise
+work by the bytes it moves, exchanges within layers, none of them hidden behind another. Then m micro-batches and the
+bubble of the pipeline, the exchange of gradients, the optimizer. Legend: P stages, m micro-batches per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headway.launcher.plan.hardware import Assumptions, Gpu, Network
+from headway.launcher.plan.measured import assumptions
+from headway.launcher.plan.stages import Grid, Stage
+from headway.launcher.plan.traffic import Flow, flows
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+OPTIMIZER_BYTES = 38.0
+"""Memory traffic of AdamW per parameter of a rank's partition: gradient, moments, master read; three written; bf16."""
+
+CORE_BACKWARD = 2.5
+"""Attention core, backward over forward: flash attention computes the scores again (Dao, 2023, arXiv 2307.08691)."""
+
+NO_OVERLAP = ("data:", "pipeline: gradient of the tied")
+"""Kinds of exchange that happen once all passes are done, or between them, not within a micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one optimizer step on the slowest stage; they add up to `step_s`."""
+
+    matmul_s: float
+    core_s: float
+    elementwise_s: float
+    launch_s: float  # beyond the work itself: operations cannot be started faster
+    exchange_s: float  # within layers and between stages
+    bubble_s: float
+    gradients_s: float  # gradients and parameters between data ranks
+    optimizer_s: float
+
+    @property
+    def step_s(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """An estimate, as a range: all assumptions low, all high."""
+
+    tokens_per_s: tuple[float, float]
+    mfu: tuple[float, float]  # useful training FLOPs, causal, over the datasheet's rate of all GPUs
+    times: tuple[Times, Times]
+
+    @property
+    def middle(self) -> float:
+        """Geometric mean of the range."""
+        low, high = self.tokens_per_s
+        return (low * high) ** 0.5
+
+
+def bubble(grid: Grid) -> float:
+    """Share of a step in which a stage waits: (P-1)/(m+P-1) (Narayanan et al., 2021, arXiv 2104.04473)."""
+    stages = grid.spec.parallel.pipeline
+    return (stages - 1) / (grid.accumulation + stages - 1)
+
+
+def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: float) -> Speed:
+    """`useful_flops_per_token`: of a training step, over the whole model."""
+    spec = grid.spec
+    low, high = (_times(grid, gpu, network, assumed) for assumed in assumptions_of(spec, gpu))
+    rates = (spec.tokens_per_step / low.step_s, spec.tokens_per_step / high.step_s)
+    peak = matrix_rate(grid, gpu) * spec.launch.world_size
+    slow, fast = (rate * useful_flops_per_token / peak for rate in rates)
+    return Speed(tokens_per_s=rates, mfu=(slow, fast), times=(low, high))
+
+
+def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
+    """Low and high for the spec's shape."""
+    return assumptions(gpu, width=spec.model.width, head_dim=spec.attention.head_dim, seq_len=spec.data.seq_len)
+
+
+def matrix_rate(grid: Grid, gpu: Gpu) -> float:
+    """FLOP/s of matrix products in the run's precision, by datasheet."""
+    return gpu.bf16_flops if grid.spec.parallel.precision == "bf16" else gpu.fp32_flops
+
+
+def _times(grid: Grid, gpu: Gpu, network: Network, assumed: Assumptions) -> Times:
+    """Of the stage whose micro-batch takes longest, and of the one whose gradients do."""
+    each = [_micro_batch(grid, stage, gpu, network, assumed) for stage in grid.stages]
+    slowest = max(each, key=sum)
+    matmul, core, elementwise, launch, exchange = slowest
+    m = grid.accumulation
+    return Times(
+        matmul_s=m * matmul,
+        core_s=m * core,
+        elementwise_s=m * elementwise,
+        launch_s=m * launch,
+        exchange_s=m * exchange,
+        bubble_s=(grid.spec.parallel.pipeline - 1) * sum(slowest),
+        gradients_s=max(
+            sum(_seconds(grid, flow, gpu, network, assumed) for flow in flows(grid, stage) if _is_late(flow))
+            for stage in grid.stages
+        ),
+        optimizer_s=max(
+            OPTIMIZER_BYTES * stage.num_params / grid.data_ranks / (gpu.memory_bytes_per_s * assumed.memory)
+            for stage in grid.stages
+        ),
+    )
+
+
+def _micro_batch(
+    grid: Grid, stage: Stage, gpu: Gpu, network: Network, assumed: Assumptions
+) -> tuple[float, float, float, float, float]:
+    """Seconds of a forward and backward pass: matrix products, core, element-wise work, waiting for launches,
+    exchanges.
+    """
+    spec, model = grid.spec, grid.spec.model
+    parallel, rate = spec.parallel, matrix_rate(grid, gpu)
+    again = 1 if parallel.recompute == "block" else 0
+    products = cores = kept = 0.0
+    for block in stage.blocks:
+        core = block.core_flops_per_token(seq_len=spec.data.seq_len)
+        whole = block.flops_per_token(width=model.width, seq_len=spec.data.seq_len).executed
+        products += (3 + again) * (whole - core + 6 * model.width * model.ffn_width)
+        cores += (1 + again + CORE_BACKWARD) * core
+        kept += grid.footprint(block).kept(grid.tokens) * (1 + again / 3) + grid.dropped(block) * (1 + 1 / 3)
+    if stage.last:
+        products += 3 * 2 * grid.vocab_size * model.width
+        kept += 12.0 * grid.tokens * grid.vocab_rows  # the logits
+    core_rate = assumed.masked_core if spec.data.document_mask else assumed.core
+    matmul_s = products * grid.tokens / parallel.tensor / (rate * assumed.matmul)
+    core_s = cores * grid.tokens / parallel.tensor / (rate * core_rate)
+    elementwise_s = kept * assumed.passes_over_kept / (gpu.memory_bytes_per_s * assumed.memory)
+    launch_s = max(0.0, assumed.launch_s * len(stage.blocks) * (1 + again / 3) - matmul_s - core_s - elementwise_s)
+    within = [flow for flow in flows(grid, stage) if not _is_late(flow)]
+    exchange_s = sum(_seconds(grid, flow, gpu, network, assumed) for flow in within) / grid.accumulation
+    return matmul_s, core_s, elementwise_s, launch_s, exchange_s
+
+
+def _is_late(flow: Flow) -> bool:
+    return flow.kind.startswith(NO_OVERLAP)
+
+
+def _seconds(grid: Grid, flow: Flow, gpu: Gpu, network: Network, assumed: Assumptions) -> float:
+    """Of one step's exchanges of a kind. A group that leaves a host uses the adapters of its members there."""
+    on_host = max(1, min(flow.ranks, grid.spec.launch.processes // flow.every))
+    rate = gpu.link_bytes_per_s
+    if on_host < flow.ranks:
+        rate = min(rate, on_host * network.bytes_per_s)
+    return flow.bytes_per_step / (rate * assumed.exchange) + flow.exchanges_per_step * assumed.latency_s

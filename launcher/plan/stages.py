@@ -1,0 +1,149 @@
+"""What a layout makes of a model: the ranks, the stages, and the parameters and work of each. Legend: n tokens that a
+rank's attention sees in a forward pass, P stages, m micro-batches per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from headway.launcher.spec.layouts import accumulation, vocabulary
+from headway.model.activations import BlockParameters, Footprint, Sharing, block_parameters, footprint
+from headway.model.base import AttentionConfig
+from headway.model.cost import layer_configs
+from headway.parallel.partition import layer_costs, stage_bounds
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pipeline stage on one rank; where there is no pipeline, the whole model."""
+
+    index: int
+    blocks: tuple[AttentionConfig, ...]
+    parameters: dict[str, int]  # embedding, attention, mlp, norm, head: numbers on one rank
+    replicated: int  # of attention's and MLPs' parameters, those that every tensor-parallel rank holds
+    first: bool
+    last: bool
+
+    @property
+    def num_params(self) -> int:
+        return sum(self.parameters.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A spec's ranks and batch, in numbers."""
+
+    spec: Spec
+    vocab_size: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def data_parallel(self) -> int:
+        return self.spec.data_parallel
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that hold the same parameters: data and context parallel."""
+        return self.data_parallel * self.spec.parallel.context
+
+    @property
+    def accumulation(self) -> int:
+        return accumulation(self.spec)
+
+    @property
+    def tokens(self) -> int:
+        """n: of a micro-batch, on one rank."""
+        return self.spec.train.micro_batch * self.spec.data.seq_len // self.spec.parallel.context
+
+    @property
+    def residual_tokens(self) -> int:
+        """Tokens whose residual stream the rank keeps between layers."""
+        parallel = self.spec.parallel
+        return self.tokens // (parallel.tensor if parallel.sequence_parallel else 1)
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.spec.parallel.precision == "bf16" else 4
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.vocab_size // self.spec.parallel.tensor
+
+    def in_flight(self, stage: Stage) -> int:
+        """Micro-batches whose activations a stage keeps at once: 1F1B starts P - p before it has the first back."""
+        return min(self.spec.parallel.pipeline - stage.index, self.accumulation)
+
+    def footprint(self, block: AttentionConfig) -> Footprint:
+        return footprint(self.spec.model, block, self.sharing)
+
+    def dropped(self, block: AttentionConfig) -> float:
+        """Bytes that the block does not keep because it computes them again, under selective recomputation."""
+        everything = footprint(self.spec.model, block, replace(self.sharing, selective=False))
+        return everything.kept(self.tokens) - self.footprint(block).kept(self.tokens)
+
+    @property
+    def sharing(self) -> Sharing:
+        parallel, data = self.spec.parallel, self.spec.data
+        return Sharing(
+            tensor=parallel.tensor,
+            context=parallel.context,
+            sequence_parallel=parallel.sequence_parallel,
+            bf16=parallel.precision == "bf16",
+            device="cpu" if self.spec.launch.device == "cpu" else "cuda",
+            masked=data.document_mask,
+            selective=parallel.recompute == "selective",
+            seq_len=data.seq_len,
+        )
+
+
+def grid_of(spec: Spec) -> Grid:
+    """The ranks of a legal spec whose vocabulary is known."""
+    vocab_size = vocabulary(spec)
+    assert vocab_size is not None, "the vocabulary is filled in before a plan is made"
+    model, parallel = spec.model, spec.parallel
+    each = layer_configs(model, spec.attention, vocab_size=vocab_size)
+    held = [block_parameters(model, config, tensor=parallel.tensor) for config in each]
+    bounds = [0, len(each) + 3]
+    if parallel.pipeline > 1:
+        bounds = stage_bounds(layer_costs_of(spec, vocab_size), parallel.pipeline)
+    rows = vocab_size // parallel.tensor * model.width
+    stages = []
+    for p in range(parallel.pipeline):
+        first, last = p == 0, p == parallel.pipeline - 1
+        start, end = max(bounds[p] - 1, 0), min(bounds[p + 1] - 1, len(each))
+        parts = _sum_parts(held[start:end])
+        parts["norm"] += model.width if last else 0
+        # Tied, the last stage has a copy of the embedding, unless it is the first as well.
+        head = last and not (model.tied_embeddings and first)
+        parts = {"embedding": rows if first else 0, **parts, "head": rows if head else 0}
+        replicated = sum(block.replicated for block in held[start:end])
+        stages.append(
+            Stage(
+                index=p,
+                blocks=tuple(each[start:end]),
+                parameters=parts,
+                replicated=replicated,
+                first=first,
+                last=last,
+            )
+        )
+    return Grid(spec=spec, vocab_size=vocab_size, stages=tuple(stages))
+
+
+def layer_costs_of(spec: Spec, vocab_size: int) -> list[float]:
+    """Training FLOPs per token of [embedding, each block, norm, head], over all tensor-parallel ranks."""
+    return layer_costs(
+        spec.model,
+        spec.attention,
+        vocab_size=vocab_size,
+        seq_len=spec.data.seq_len,
+        recompute=spec.parallel.recompute == "block",
+    )
+
+
+def _sum_parts(blocks: list[BlockParameters]) -> dict[str, int]:
+    return {part: sum(block.by_part[part] for block in blocks) for part in ("attention", "mlp", "norm")}

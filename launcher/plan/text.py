@@ -1,0 +1,249 @@
+"""A plan in words and in JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headway.launcher.plan.hardware import ASSUMPTIONS, GIB, RESERVED_BYTES, USABLE, Gpu, Network, usable_bytes
+from headway.launcher.plan.layouts import Layout, Search
+from headway.launcher.plan.measured import measured
+from headway.launcher.plan.speed import assumptions_of, bubble
+from headway.launcher.plan.traffic import Flow, flows
+from headway.launcher.spec.layouts import warnings
+from headway.launcher.spec.spec import Spec
+
+MEMORY_WORDS = {
+    "parameters": "parameters",
+    "master": "fp32 master weights",
+    "moments": "Adam's moments",
+    "gradients": "gradients",
+    "bucket": "bucket for gradients, of fixed size",
+    "gathered": "gathered parameters of other ranks",
+    "activations": "activations",
+    "routing": "routers' choices, for recomputation",
+    "mask": "document mask",
+    "logits": "logits and the loss's gradients",
+    "recomputed": "what is computed again",
+    "backward": "gradients inside a block",
+    "exchange": "copies while gradients are exchanged",
+}
+SHOWN = 5
+
+
+def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
+    """What the model costs, whatever the layout."""
+    tokens = cost["training_tokens"]
+    return _table(
+        [
+            ("attention", spec.attention.type),
+            ("parameters", f"{cost['num_params']:,}"),
+            *((f"  {part}", f"{n:,}") for part, n in cost["params_by_part"].items()),
+            ("forward FLOPs/token, useful", f"{cost['flops_per_token_useful']:,.0f} at {spec.data.seq_len} tokens"),
+            *((f"  {part}", f"{n:,.0f}") for part, n in _flops_by_part(spec, cost).items()),
+            ("forward FLOPs/token, executed", f"{cost['flops_per_token_executed']:,.0f}"),
+            ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
+            ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
+            ("training FLOPs, useful", f"{cost['training_flops_useful']:.3e}"),
+        ]
+    )
+
+
+def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
+    """Memory, communication and speed of one layout, with what they rest on."""
+    grid, memory, speed = layout.grid, layout.memory, layout.speed
+    stage = grid.stages[layout.stage]
+    held = " ".join(f"{part} {n:,}" for part, n in stage.parameters.items() if n)
+    parts = [
+        (f"  {MEMORY_WORDS[part]}", in_gib(n)) for part, n in memory.by_part().items() if part in MEMORY_WORDS and n
+    ]
+    sent = _busiest(layout)
+    low, high = speed.tokens_per_s
+    days = [spec_seconds(layout.spec, rate) / 86_400 for rate in (high, low)]
+    times = " ".join(
+        f"{name.removesuffix('_s')} {share:.0%}" for name, share in _shares(layout).items() if share >= 0.005
+    )
+    rows = [
+        ("layout", describe(layout)),
+        ("parameters of a rank", f"{stage.num_params:,}  ({held})" + _which(layout)),
+        ("memory of a rank", f"peak {in_gib(memory.peak)}{_which(layout)}; not all parts at the same time"),
+        *parts,
+        (f"  on {gpu.name}", _fit(layout, gpu)),
+        ("communication", f"bytes that a rank sends in a step{'' if sent else ': none'}"),
+        *((f"  {flow.kind}", f"{_bytes(flow.bytes_per_step)} in {flow.exchanges_per_step:,.0f}") for flow in sent),
+        ("pipeline bubble", f"{bubble(grid):.1%} of a step"),
+        ("training FLOPs/token, useful", f"{layout.useful_flops_per_token:,.0f}"),
+        (
+            "tokens/s, estimated",
+            f"{rounded(low)} to {rounded(high)} on {layout.spec.launch.world_size} {gpu.name}, {network.name}",
+        ),
+        ("  MFU, causal", f"{speed.mfu[0]:.0%} to {speed.mfu[1]:.0%} of the datasheet's rate"),
+        ("  time of a step (low)", times),
+        ("  whole training", f"{days[0]:,.3g} to {days[1]:,.3g} days"),
+    ]
+    return [
+        *_table(rows),
+        "",
+        *assumption_lines(gpu, network, layout.spec),
+        *(f"warning: {text}" for text in _warnings(layout, gpu)),
+    ]
+
+
+def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> list[str]:
+    """What the estimates rest on; shares of a measured GPU are those of the spec's shape."""
+    entry = measured().get(gpu.name)
+    low, high = ASSUMPTIONS if spec is None else assumptions_of(spec, gpu)
+    basis = "from datasheets, measured nowhere. Assumed" if entry is None else f"from {entry.source}. Taken"
+    if entry is not None and spec is None:
+        basis = f"from {entry.source}, by each model's shape. Where nothing is measured"
+    return [
+        f"Speeds are estimates {basis}, low to high: matrix products at {low.matmul:.0%} to {high.matmul:.0%}",
+        f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (with document masks "
+        f"{low.masked_core:.0%} to {high.masked_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links and "
+        "network",
+        f"{low.exchange:.0%} to {high.exchange:.0%}; no exchange is hidden behind work. Of the GPU's memory "
+        f"{in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest used.",
+        f"{gpu.name}: {gpu.source}. {network.name}: {network.source}.",
+    ]
+
+
+def search_lines(found: Search, gpus: int, gpu: Gpu) -> list[str]:
+    """The best layouts with their overrides, and why others are not among them."""
+    lines = [f"layouts for {gpus} {gpu.name}, fastest first by the same estimate:"]
+    if not found.best:
+        lines = [
+            f"no layout for {gpus} {gpu.name} fits; use more GPUs, ones with more memory, or a shorter data.seq_len"
+        ]
+    for number, layout in enumerate(found.best[:SHOWN], 1):
+        low, high = layout.speed.tokens_per_s
+        lines += [
+            f"{number:>2}. {rounded(low)} to {rounded(high)} tokens/s, peak {in_gib(layout.memory.peak)}, "
+            f"bubble {bubble(layout.grid):.1%}: {describe(layout)}",
+            f"    {' '.join(layout.overrides)}",
+        ]
+    for layout in found.too_big[:SHOWN]:
+        lines.append(f"does not fit: {describe(layout)}: {_fit(layout, gpu)}")
+    if len(found.too_big) > SHOWN:
+        lines.append(f"              and {len(found.too_big) - SHOWN} more")
+    for key, count in found.illegal.most_common():
+        lines.append(f"not legal: {count} because of {key}")
+    return lines
+
+
+def layout_figures(layout: Layout, gpu: Gpu, network: Network) -> dict[str, Any]:
+    """One layout for JSON: bytes, seconds, tokens."""
+    grid = layout.grid
+    return {
+        "layout": {
+            **layout.spec.parallel.model_dump(),
+            "hosts": layout.spec.launch.hosts,
+            "processes": layout.spec.launch.processes,
+            "data": grid.data_parallel,
+            "micro_batch": layout.spec.train.micro_batch,
+            "accumulation": grid.accumulation,
+        },
+        "overrides": layout.overrides,
+        "gpu": gpu.name,
+        "network": network.name,
+        "params_per_rank": layout.grid.stages[layout.stage].parameters,
+        "fullest_stage": layout.stage,
+        "memory_bytes": {**layout.memory.by_part(), "peak": layout.memory.peak},
+        "usable_bytes": usable_bytes(gpu),
+        "fits": layout.fits(gpu),
+        "sent_bytes_per_step": {flow.kind: flow.bytes_per_step for flow in _busiest(layout)},
+        "pipeline_bubble": bubble(grid),
+        "training_flops_per_token_useful": layout.useful_flops_per_token,
+        "tokens_per_s_estimated": list(layout.speed.tokens_per_s),
+        "mfu_causal_estimated": list(layout.speed.mfu),
+        "step_seconds_estimated": [vars(times) for times in layout.speed.times],
+        "warnings": _warnings(layout, gpu),
+    }
+
+
+def search_figures(found: Search, gpu: Gpu, network: Network) -> dict[str, Any]:
+    return {
+        "best": [layout_figures(layout, gpu, network) for layout in found.best[:SHOWN]],
+        "too_big": [layout_figures(layout, gpu, network) for layout in found.too_big[:SHOWN]],
+        "illegal": dict(found.illegal),
+    }
+
+
+def describe(layout: Layout) -> str:
+    """`tensor 2, data 4, ZeRO-1, 2 x 8 sequences`: what differs from one process, and the micro-batches."""
+    parallel, grid = layout.spec.parallel, layout.grid
+    sizes = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "data": grid.data_parallel,
+    }
+    words = [f"{name} {n}" for name, n in sizes.items() if n > 1] or ["one process"]
+    words += ["sequence parallel"] * parallel.sequence_parallel + [f"ZeRO-{parallel.zero}", parallel.precision]
+    words += [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
+    return ", ".join([*words, f"{grid.accumulation} x {layout.spec.train.micro_batch} sequences a step and data rank"])
+
+
+def in_gib(nbytes: float) -> str:
+    """`1.5 GiB`, or smaller units for small models."""
+    if nbytes < GIB / 10:
+        return f"{nbytes / (1 << 20):.1f} MiB"
+    return f"{nbytes / GIB:.1f} GiB"
+
+
+def rounded(number: float) -> str:
+    """Three digits: an estimate has no more."""
+    return f"{float(f'{number:.3g}'):,.0f}"
+
+
+def spec_seconds(spec: Spec, tokens_per_s: float) -> float:
+    return spec.steps * spec.tokens_per_step / tokens_per_s
+
+
+def _busiest(layout: Layout) -> list[Flow]:
+    """What a rank of the stage that sends most sends."""
+    each = [flows(layout.grid, stage) for stage in layout.grid.stages]
+    return max(each, key=lambda sent: sum(flow.bytes_per_step for flow in sent))
+
+
+def _which(layout: Layout) -> str:
+    stages = len(layout.grid.stages)
+    return f" (stage {layout.stage + 1} of {stages}, the fullest)" if stages > 1 else ""
+
+
+def _fit(layout: Layout, gpu: Gpu) -> str:
+    peak, usable = layout.memory.peak, usable_bytes(gpu)
+    if peak <= usable:
+        return f"fits: {in_gib(peak)} of {in_gib(usable)} that are usable"
+    return f"DOES NOT FIT: {in_gib(peak)} of {in_gib(usable)} that are usable, {in_gib(peak - usable)} too much"
+
+
+def _warnings(layout: Layout, gpu: Gpu) -> list[str]:
+    found = warnings(layout.spec)
+    if not layout.fits(gpu):
+        found.append(f"{_fit(layout, gpu)}; headway plan SPEC --gpus N searches for a layout that fits")
+    return found
+
+
+def _shares(layout: Layout) -> dict[str, float]:
+    low = layout.speed.times[0]
+    return {name: seconds / low.step_s for name, seconds in vars(low).items()}
+
+
+def _flops_by_part(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
+    """Where the useful FLOPs go."""
+    assert spec.model.vocab_size is not None
+    core = cost["flops_per_token_attention_core"]
+    mlp = 6.0 * spec.model.layers * spec.model.width * spec.model.ffn_width
+    head = 2.0 * spec.model.vocab_size * spec.model.width
+    projections = cost["flops_per_token_useful"] - core - mlp - head
+    return {"attention projections, routers": projections, "attention core": core, "mlp": mlp, "head": head}
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:,.2f} {unit}"
+    return f"{n / 1e3:,.2f} kB"
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"{name:<42} {value}" for name, value in rows]

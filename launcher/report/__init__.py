@@ -1,0 +1,1 @@
+"""Reports of studies and probe tasks: text, tables, HTML. Imports compare and below."""

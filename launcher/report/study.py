@@ -1,0 +1,361 @@
+"""`headway study report`: report.md, report.html, tables as CSV and figures, from what the cells recorded."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult, analyse
+from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
+from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval
+from headway.launcher.match.matching import quantity_words
+from headway.launcher.match.table import matching_rows
+from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
+from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
+from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
+from headway.launcher.spec.merge import format_value
+
+
+def report(study_dir: Path | str) -> Path:
+    """Write the report of a study folder and return the path of report.html.
+
+    Cells that failed, are missing or not finished stand at its top and are in no mean. Raises SpecError where the
+    folder holds no study.
+    """
+    out = Path(study_dir)
+    result = analyse(out)
+    plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
+    blocks = list(_blocks(result, plots))
+    title = f"Study {result.record['study']}"
+    write_text(out / "report.md", to_markdown(blocks))
+    write_text(out / "report.html", to_html(blocks, title=title, folder=out))
+    write_csv(out / "report.csv", _cell_rows(result))
+    write_csv(out / "curves.csv", _curve_rows(result))
+    write_csv(out / "routers.csv", router_rows(result))
+    write_csv(out / "heads.csv", head_rows(result))
+    return out / "report.html"
+
+
+def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
+    yield Heading(f"Study {result.record['study']}", 1)
+    yield from _not_done(result)
+    yield from _warnings(result)
+    first, *rest = headline(result)
+    yield Text(" ".join([first, *rest]), "lead")
+    yield Heading("What these numbers cannot say", 3)
+    yield Items(limits(result))
+    if "loss" in plots:
+        yield Image(plots["loss"])
+    if "effects" in plots:
+        yield Image(plots["effects"])
+    yield from _compared(result)
+    yield from _equal_tokens(result)
+    yield from _speed(result)
+    yield from _equal_seconds(result)
+    yield from router_and_head_blocks(result, plots)
+    yield from _fairness(result)
+    yield from _provenance(result)
+
+
+# ---------------------------------------------------------------- top of the page
+
+
+def _not_done(result: StudyResult) -> Iterator[Block]:
+    missing = [c for c in result.cells if not c.done]
+    if missing:
+        yield Text(f"{len(missing)} of {len(result.cells)} cells are not in the numbers below:", "warn")
+        rows = [("cell", "state", "tokens", "why")]
+        rows += [(c.key, c.state, f"{c.record.tokens:,}", c.detail or "-") for c in missing]
+        yield Table(rows, frozenset({0, 1, 3}))
+    if result.leftovers:
+        yield Text(
+            f"In the folder, but not in the study any more and not in this report: {', '.join(result.leftovers)}."
+        )
+
+
+def _warnings(result: StudyResult) -> Iterator[Block]:
+    if result.pairing.status == "UNPAIRED":
+        wrong = next(line for line in result.pairing.lines if "different batches" in line)
+        yield Text(
+            f"UNPAIRED: variants did not read the same data ({wrong}). Intervals below are Welch's for unpaired runs, "
+            "and part of every difference may come from the data.",
+            "warn",
+        )
+    lost = [f"{c.key}: {c.record.lost}" for c in result.cells if c.record.lost]
+    if lost:
+        yield Text("Records were lost; what is left of these runs is shown as it is:", "warn")
+        yield Items(lost)
+    confounds = [d for d in result.differences if d.kind == "CONFOUND"]
+    found = len(confounds) + len(result.circumstances) + len(result.deviations)
+    if found:
+        yield Text(f"{found} confounds: see \u201cIs the comparison fair?\u201d below.", "warn")
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _compared(result: StudyResult) -> Iterator[Block]:
+    match, baseline = result.record["match"], result.baseline.name
+    yield Heading("What was compared")
+    if match:
+        yield Text(
+            f"`{match['free']}` was solved in multiples of {match['multiple']} so that every variant has the "
+            f"{quantity_words(match)} of {baseline}; residuals beyond {match['tolerance']:.2%} are refused. FLOPs are "
+            "forward, per token; training costs three times as much. Useful: what the mathematics needs; executed: "
+            "what this implementation computes."
+        )
+    else:
+        yield Text(
+            "Sizes are as written in the study; nothing was matched. FLOPs are forward, per token; training costs "
+            "three times as much. Useful: what the mathematics needs; executed: what this implementation computes."
+        )
+    yield Table(list(matching_rows(result.record)))
+    keys = [
+        f"{v.name}: "
+        + (
+            ", ".join(f"`{k}: {format_value(value)}`" for k, value in v.planned["keys"].items())
+            or "the base spec itself"
+        )
+        for v in result.variants
+    ]
+    yield Items(keys)
+
+
+def _spec_differences(result: StudyResult) -> Iterator[Block]:
+    """What was asked for and what was not in a table; defaults that a mechanism brings in one line per variant."""
+    base = result.baseline.name
+    yield Text(f"Every key in which a resolved spec differs from {base}'s:")
+    rows = [("variant", "key", base, "variant's", "class", "why")]
+    order = {"CONFOUND": 0, "intervention": 1, "matching": 2}
+    brought: dict[str, list[Difference]] = {}
+    for d in sorted(result.differences, key=lambda d: (order[d.kind], d.variant, d.key)):
+        if d.note.startswith("comes with"):
+            brought.setdefault(d.variant, []).append(d)
+            continue
+        kind = "consequence of matching" if d.kind == "matching" else d.kind
+        rows.append((d.variant, f"`{d.key}`", str(d.baseline), str(d.value), kind, d.note))
+    yield Table(rows, frozenset({0, 1, 4, 5}))
+    if brought:
+        yield Text("Defaults that come with a mechanism named in the study, and keys that go with it:")
+        yield Items([f"{name}: {_listed(differences)}" for name, differences in brought.items()])
+
+
+def _listed(differences: Sequence[Difference]) -> str:
+    has = [f"`{d.key}: {format_value(d.value)}`" for d in differences if d.value != ABSENT]
+    lacks = [f"`{d.key}`" for d in differences if d.value == ABSENT]
+    return ", ".join(has) + ("; " if has and lacks else "") + (f"no {', '.join(lacks)}" if lacks else "")
+
+
+def _equal_tokens(result: StudyResult) -> Iterator[Block]:
+    yield Heading("Loss at equal tokens")
+    if result.tokens is None:
+        yield Text("No token count at which every finished run was validated.")
+        return
+    per_byte, unigram = result.card("validation_bytes_per_token"), result.card("unigram_entropy_nats")
+    text = f"Validation loss in nats per token after {result.tokens:,} training tokens. Lower is better."
+    if unigram is not None:
+        text += (
+            f" A model that knows only token frequencies has {unigram:.4f} (unigram entropy of the validation text)."
+        )
+    yield Text(text)
+    how = "paired" if result.pairing.status != "UNPAIRED" else "UNPAIRED"
+    header = ["variant", "n", "mean", "sd over seeds", f"{how} difference [95 % interval]", "p"]
+    rows = [header + (["bits per byte"] if per_byte else [])]
+    for v in result.variants:
+        if v.loss is None:
+            rows.append([v.name, "0", *["-"] * (len(rows[0]) - 2)])
+            continue
+        sd = "-" if v.loss.sd is None else f"{v.loss.sd:.4f}"
+        difference = "baseline" if v is result.baseline else signed_interval(v.difference)
+        p = "-" if v.difference is None or v.difference.p_value is None else f"{v.difference.p_value:.3f}"
+        row = [v.name, str(v.loss.n), f"{v.loss.mean:.4f}", sd, difference, p]
+        rows.append(row + ([f"{bits_per_byte(v.loss.mean, per_byte):.4f}"] if per_byte else []))
+    yield Table(rows)
+
+
+def _speed(result: StudyResult) -> Iterator[Block]:
+    yield Heading("Training speed")
+    yield Text(
+        "Tokens per second of the training step (median step, first 10 % of the steps left out; validation and "
+        "checkpoints not counted), with the quartiles over steps. FLOP ratio: the ratio to the baseline if time "
+        "followed useful FLOPs; realised: the share of it that was reached."
+    )
+    rows = [["variant", "tokens/s", "quartiles", "ratio to baseline [95 %]", "FLOP ratio", "realised"]]
+    for v in result.variants:
+        if not v.speeds:
+            rows.append([v.name, *["-"] * 5])
+            continue
+        middle = median([s.tokens_per_s for s in v.speeds.values()])
+        low, high = (median([getattr(s, k) for s in v.speeds.values()]) for k in ("low", "high"))
+        theory, ratio = flop_ratio(v, result.baseline), v.speed_ratio
+        if ratio is None:
+            shown, realised = "baseline" if v is result.baseline else "-", "-"
+        else:
+            shown = f"{ratio.mean:.3f}" + ("" if ratio.low is None else f" [{ratio.low:.3f}, {ratio.high:.3f}]")
+            realised = f"{ratio.mean / theory:.0%}"
+        rows.append([v.name, f"{middle:,.0f}", f"{low:,.0f} \u2013 {high:,.0f}", shown, f"{theory:.3f}", realised])
+    yield Table(rows)
+
+
+def _equal_seconds(result: StudyResult) -> Iterator[Block]:
+    yield Heading("Loss at equal seconds")
+    known = [v for v in result.variants if v.seconds_loss is not None]
+    if result.seconds is None or not known:
+        yield Text("Needs finished runs that were validated at least twice.")
+        return
+    yield Text(
+        f"Validation loss after {result.seconds:,.1f} training seconds, when the fastest finished run ended; between "
+        "validations it is interpolated. A slower variant is caught in the middle of its learning-rate schedule "
+        "there, which counts against it: runs whose schedules end at that time would be the fairer test. Other load on "
+        "the machine during a run counts in its seconds."
+    )
+    rows = [["variant", "n", "mean", "difference [95 % interval]"]]
+    for v in result.variants:
+        mean = "-" if v.seconds_loss is None else f"{v.seconds_loss.mean:.4f}"
+        n = 0 if v.seconds_loss is None else v.seconds_loss.n
+        rows.append(
+            [v.name, str(n), mean, "baseline" if v is result.baseline else signed_interval(v.seconds_difference)]
+        )
+    yield Table(rows)
+
+
+def _fairness(result: StudyResult) -> Iterator[Block]:
+    yield Heading("Is the comparison fair?")
+    yield Text(f"Data: {result.pairing.status}.", "warn" if result.pairing.status == "UNPAIRED" else "plain")
+    yield Items(result.pairing.lines)
+    if result.differences:
+        yield from _spec_differences(result)
+    for v in result.others:
+        sections = changed_sections([d for d in result.differences if d.variant == v.name])
+        if len(sections) > 1:
+            yield Text(
+                f"{v.name} changes {' and '.join(sections)} at once: a difference cannot be put down to one of them "
+                "alone."
+            )
+    if result.circumstances:
+        yield Text("CONFOUND: not equal in all finished runs:", "warn")
+        yield Items(result.circumstances)
+    if result.deviations:
+        yield Text("CONFOUND: runs that are not what the study planned:", "warn")
+        yield Items(result.deviations)
+    resumed = [f"{c.key} ({c.record.summary['resumes']})" for c in result.cells if c.record.summary.get("resumes")]
+    if resumed:
+        yield Text(f"Resumed from a checkpoint (times): {', '.join(resumed)}.")
+
+
+def _provenance(result: StudyResult) -> Iterator[Block]:
+    yield Heading("Provenance")
+    machine, versions = result.card("machine") or {}, result.card("versions") or {}
+    started = sorted(c.record.run["started_at"] for c in result.cells if c.record.run.get("started_at"))
+    lines = [
+        f"Command: `{result.record.get('command', 'headway study run ' + str(result.record['path']))}`",
+        f"Commit: `{result.card('git_commit') or 'unknown'}`, code version "
+        f"{result.card('code_version') or versions.get('headway', 'unknown')}",
+        "Versions: " + (", ".join(f"{k} {v}" for k, v in versions.items()) or "unknown"),
+        "Machine: " + (", ".join(f"{k} {v}" for k, v in machine.items() if v is not None) or "unknown"),
+        f"Data: fingerprint `{result.card('data_fingerprint') or 'none (synthetic)'}`, vocabulary "
+        f"{result.card('vocab_size')}",
+        f"Runs started {started[0]} to {started[-1]}" if started else "No run has started",
+        f"Report written {time.strftime('%Y-%m-%dT%H:%M:%S%z')}; numbers per cell in `report.csv`, curves in "
+        "`curves.csv`",
+    ]
+    yield Items(lines)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
+    """One row per cell of the study, whatever its state; empty where a cell has no such number."""
+    variants = {v.name: v for v in result.variants}
+    for c in result.cells:
+        v, run = variants[c.variant], c.record.run
+        per_byte = run.get("validation_bytes_per_token")
+        yield {
+            "variant": c.variant,
+            "seed": c.seed,
+            "state": c.state,
+            "detail": c.detail,
+            "tokens": c.record.tokens,
+            "steps": len(c.record.train),
+            "compared_tokens": result.tokens if c.done else None,
+            "validation_loss_nats": c.loss,
+            "bits_per_byte": bits_per_byte(c.loss, per_byte) if c.loss is not None and per_byte else None,
+            "final_validation_loss_nats": c.record.summary.get("final_validation_loss"),
+            "train_s": c.record.train_s,
+            **_speed_columns(c),
+            **_size_columns(v),
+            "resumes": c.record.summary.get("resumes"),
+            "spec_hash": run.get("spec_hash"),
+            "data_fingerprint": run.get("data_fingerprint"),
+            "git_commit": run.get("git_commit"),
+            "run_dir": str(c.record.path),
+        }
+
+
+def _speed_columns(cell: CellResult) -> dict[str, Any]:
+    speed = cell.speed
+    return {
+        "tokens_per_s_median": speed and speed.tokens_per_s,
+        "tokens_per_s_low_quartile": speed and speed.low,
+        "tokens_per_s_high_quartile": speed and speed.high,
+        "data_wait_share": _data_wait_share(cell),
+    }
+
+
+def _size_columns(variant: VariantResult) -> dict[str, Any]:
+    matched = variant.planned["matched"]
+    return {
+        "num_params": variant.cost["num_params"],
+        "match_residual": matched["residual"] if matched else None,
+        "flops_per_token_useful": variant.cost["flops_per_token_useful"],
+        "flops_per_token_executed": variant.cost["flops_per_token_executed"],
+        "kv_bytes_per_token": variant.cost["kv_bytes_per_token"],
+    }
+
+
+def _data_wait_share(cell: CellResult) -> float | None:
+    total = float(cell.record.step_s.sum())
+    return float(cell.record.data_s.sum()) / total if total > 0 else None
+
+
+def _curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
+    flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
+    for c in result.cells:
+        for kind, curve in (("train", c.record.train), ("validation", c.record.validation)):
+            for step, tokens, loss, seconds in zip(curve.step, curve.tokens, curve.loss, curve.train_s, strict=True):
+                yield {
+                    "variant": c.variant,
+                    "seed": c.seed,
+                    "kind": kind,
+                    "step": int(step),
+                    "tokens": int(tokens),
+                    "train_flops_useful": tokens * flops[c.variant],
+                    "train_s": seconds,
+                    "loss_nats": loss,
+                }
+
+
+def write_csv(path: Path, found: Iterator[dict[str, Any]]) -> None:
+    """No file where there are no rows."""
+    rows = list(found)
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or the file as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

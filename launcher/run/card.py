@@ -1,0 +1,101 @@
+"""What is known of a run before it starts: the card in its folder, and the lines that a person reads first."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from headway.launcher.run.identity import code_hash, identity_hash, run_identity
+from headway.launcher.run.machine import git_commit, machine, versions
+from headway.launcher.run.run_dir import RunDir, flatten, spec_hash
+from headway.launcher.spec.spec import Spec
+
+
+def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
+    """What the report needs to know about a run besides its metrics."""
+    from headway.model.cost import account
+
+    assert spec.model.vocab_size is not None
+    cost = account(
+        spec.model,
+        spec.attention,
+        vocab_size=spec.model.vocab_size,
+        seq_len=spec.data.seq_len,
+        bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
+    )
+    return {
+        "format": 1,
+        "name": spec.name,
+        "spec_hash": spec_hash(spec.model_dump(mode="json")),
+        "identity": identity_hash(run_identity(spec, info["fingerprint"])),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "data_fingerprint": info["fingerprint"],
+        "vocab_size": spec.model.vocab_size,
+        "unigram_entropy_nats": info.get("unigram_entropy_nats"),
+        "validation_bytes_per_token": info.get("validation_bytes_per_token"),
+        "cost": {
+            "num_params": cost.num_params,
+            "params_by_part": cost.params_by_part,
+            "flops_per_token_useful": cost.flops_per_token.useful,
+            "flops_per_token_executed": cost.flops_per_token.executed,
+            "flops_per_token_attention_core": cost.attention_core_flops.useful,
+            "kv_bytes_per_token": cost.kv_bytes_per_token,
+        },
+        "steps": spec.steps,
+        "tokens_per_step": spec.tokens_per_step,
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, from_step: int) -> dict[str, Any]:
+    """The card with a list of every start of the run so far: those of the card `before` it, and this one.
+
+    `from_step`: of the newest checkpoint there. The first and the newest 199 are kept; a card from before there were
+    lists counts as one start.
+    """
+    earlier = before.get("attempts")
+    if not isinstance(earlier, list):
+        earlier = [{key: before.get(key) for key in _OF_A_START}] if before.get("started_at") else []
+    this = {key: card[key] for key in _OF_A_START} | {
+        "code": code_hash(),
+        "layout": _layout(spec),
+        "zero": spec.parallel.zero,
+        "from_step": from_step,
+    }
+    attempts = [*earlier, this]
+    return {**card, "attempts": attempts[:1] + attempts[1:][-199:]}
+
+
+_OF_A_START = ("started_at", "git_commit", "versions", "machine")
+"""What of a card may be another thing at each start of one run."""
+
+
+def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
+    """What is about to be trained, in the words of the spec."""
+    cost = card["cost"]
+    fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
+    attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
+    return "\n".join(
+        [
+            f"run        {run.path}  ({spec.name}, spec {card['spec_hash']})",
+            f"attention  {spec.attention.type}  " + " ".join(f"{k}={v}" for k, v in attention.items() if k != "type"),
+            f"parameters {cost['num_params']:,}  "
+            + " ".join(f"{part} {n:,}" for part, n in cost["params_by_part"].items()),
+            f"cost       {cost['flops_per_token_useful'] / 1e6:.2f} MFLOP/token forward (executed "
+            f"{cost['flops_per_token_executed'] / 1e6:.2f}), KV {cost['kv_bytes_per_token']:,.0f} bytes/token",
+            f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
+            f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
+            f"layout     {_layout(spec)}, ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",
+            f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
+        ]
+    )
+
+
+def _layout(spec: Spec) -> str:
+    launch, parallel = spec.launch, spec.parallel
+    hosts = f"{launch.hosts} hosts x " if launch.hosts > 1 else ""
+    sizes = {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
+    shared = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
+    return f"{hosts}{launch.processes} process(es) by {launch.method}{shared}"

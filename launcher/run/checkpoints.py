@@ -1,0 +1,135 @@
+"""`headway checkpoint list|verify|show`: what a run has saved, and whether every byte of it is as it was written.
+
+Only reads: a training may be going on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base.errors import NoInputError
+from headway.launcher.run.run_dir import RunDir
+from headway.parallel.config import CheckpointError
+from headway.parallel.manifest import (
+    MANIFEST,
+    Checkpoint,
+    Tensors,
+    read_manifest,
+    step_of,
+    steps_on_disk,
+    verify_hashes,
+)
+
+DAMAGED = 74
+_DELETION_S = 1.0
+
+
+def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
+    """Newest first: step, tokens, validation loss, size, layout, age; sizes and manifests are checked, not hashes."""
+    rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{'step':>10}  {'tokens':>15}  {'validation':>10}  {'size':>10}  {'age':>8}  layout")
+    for row in rows:
+        if row["error"] is not None:
+            print(f"{row['step']:>10}  DAMAGED: {row['error']}")
+            continue
+        loss = "-" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
+        layout = " ".join(f"{name} {size}" for name, size in row["layout"].items() if size > 1) or "one process"
+        print(
+            f"{row['step']:>10}  {row['tokens']:>15,}  {loss:>10}  {row['bytes'] / 1e6:>7.1f} MB  "
+            f"{_age(row['age_s']):>8}  {layout}"
+        )
+    return 0
+
+
+def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
+    """Hash every file; returns 74 and names the file where one is not as it was written."""
+    results = []
+    for folder in _folders(path, step):
+        error = None
+        try:
+            verify_hashes(folder, read_manifest(folder, run=RunDir(path).run_id()))
+        except (CheckpointError, OSError) as e:
+            if _deleted(folder):
+                continue
+            error = str(e)
+        results.append({"step": step_of(folder), "error": error})
+        if not as_json:
+            print(f"step {step_of(folder)}: {'every byte as it was written' if error is None else error}", flush=True)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    return DAMAGED if any(r["error"] for r in results) else 0
+
+
+def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
+    """What the newest checkpoint, or that of `step`, holds: where it comes from, its files, its tensors."""
+    folder = _folders(path, step)[0]
+    manifest = read_manifest(folder)
+    found = Checkpoint(path=folder, step=manifest.step, manifest=manifest)
+    tensors = Tensors(found)
+    shapes = {key: list(tensors.shape(key)) for key in sorted(tensors)}
+    about = {key: value for key, value in manifest.about.items() if key != "spec"}
+    if as_json:
+        print(json.dumps({**manifest.model_dump(mode="json"), "shapes": shapes}, indent=1))
+        return 0
+    print(f"{folder}  ({found.bytes / 1e6:.1f} MB in {len(manifest.files)} files, format {manifest.format})")
+    for name, facts in (("state", manifest.state), ("layout", manifest.layout), ("about", about)):
+        print(f"{name}:")
+        for key, value in facts.items():
+            print(f"  {key}: {json.dumps(value)}")
+    print(f"tensors ({len(shapes)}; param fp32 master, exp_avg and exp_avg_sq Adam's moments, buffer router state):")
+    for key, shape in shapes.items():
+        print(f"  {key} {shape}")
+    return 0
+
+
+def _folders(path: Path, step: int | None) -> list[Path]:
+    run = RunDir(path)
+    folders = steps_on_disk(run.checkpoints)
+    if step is not None:
+        there = ", ".join(str(step_of(p)) for p in folders) or "none"
+        folders = [p for p in folders if step_of(p) == step]
+        if not folders:
+            raise NoInputError(f"{run.checkpoints}: there is no checkpoint of step {step}; there are: {there}")
+    if not folders:
+        hint = "it has saved none yet" if run.spec.exists() else "it is no run folder; name the folder with spec.json"
+        raise NoInputError(f"{path}: there is no checkpoint ({hint})")
+    return folders
+
+
+def _deleted(folder: Path) -> bool:
+    """Whether a training has just deleted this checkpoint: the manifest goes first, and the rest takes a moment."""
+    end = time.monotonic() + _DELETION_S
+    while folder.is_dir() and not (folder / MANIFEST).exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    return not folder.is_dir()
+
+
+def _row(folder: Path) -> dict[str, Any] | None:
+    row: dict[str, Any] = {"step": step_of(folder), "error": None}
+    try:
+        manifest = read_manifest(folder)
+        age_s = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
+    except (CheckpointError, OSError) as e:
+        return None if _deleted(folder) else row | {"error": str(e)}
+    state, at_step = manifest.state, manifest.state.get("validation_step") == manifest.step
+    return row | {
+        "tokens": state.get("tokens", 0),
+        "validation_loss": state.get("validation_loss") if at_step else None,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "layout": manifest.layout,
+        "age_s": age_s,
+        "milestone": bool(state.get("milestone")),
+    }
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

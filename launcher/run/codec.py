@@ -1,0 +1,108 @@
+"""Text to token ids and back, with the tokenizer a model was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headway.data.config import DataError, MdsSource
+from headway.launcher.base.errors import SpecError
+from headway.launcher.run.run_dir import RunDir, read_json
+from headway.launcher.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from headway.data.tokenizer import CorpusTokenizer
+    from headway.model.huggingface.folder import ExportedConfig
+
+
+class Codec:
+    """Text or, where a model learned synthetic data or has no tokenizer, written-out ids to token ids and back.
+
+    `file`: the tokenizer.json; `eos_id` and `eos_token` end a document; `bos_id` begins every prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CorpusTokenizer | None,
+        vocab_size: int,
+        *,
+        file: Path | None = None,
+        eos_id: int | None = None,
+        eos_token: str | None = None,
+        bos_id: int | None = None,
+    ) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.file, self.eos_id, self.eos_token, self.bos_id = file, eos_id, eos_token, bos_id
+
+    @classmethod
+    def of(cls, spec: Spec, run: RunDir) -> Codec:
+        """Of a run. Raises DataError where its dataset is gone or another."""
+        source = spec.data.source
+        assert spec.model.vocab_size is not None
+        if not isinstance(source, MdsSource):
+            return cls(None, source.vocab_size)
+        from headway.data import tokenizer
+        from headway.data.manifest import TOKENIZER_NAME, read_manifest
+
+        root = Path(source.path).expanduser()
+        manifest = read_manifest(root)
+        trained_on = read_json(run.card, {}).get("data_fingerprint")
+        if trained_on is not None and manifest.fingerprint != trained_on:
+            raise DataError(
+                f"{root}: not the dataset this run was trained on (fingerprint {manifest.fingerprint[:16]}, the run "
+                f"{trained_on[:16]}): its token ids may mean other text; restore that dataset, or build it anew"
+            )
+        file = root / TOKENIZER_NAME
+        if tokenizer.sha256_of(file) != manifest.tokenizer_sha256:
+            raise DataError(f"{file}: not the tokenizer of the dataset; restore it, or build the dataset anew")
+        return cls._of_file(file, spec.model.vocab_size, eos_id=manifest.eos_id, bos_id=None)
+
+    @classmethod
+    def of_exported(cls, folder: Path, config: ExportedConfig) -> Codec:
+        """Of a folder of weights, whose files are verified already."""
+        from headway.model.huggingface.folder import TOKENIZER
+
+        if TOKENIZER not in config.files or config.eos_token_id is None:
+            return cls(None, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
+        return cls._of_file(
+            folder / TOKENIZER, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id
+        )
+
+    @classmethod
+    def _of_file(cls, file: Path, vocab_size: int, *, eos_id: int, bos_id: int | None) -> Codec:
+        from headway.data import tokenizer
+
+        eos_token = token_of(file, eos_id)
+        loaded = tokenizer.load(file, eos_token=eos_token)
+        return cls(loaded, vocab_size, file=file, eos_id=eos_id, eos_token=eos_token, bos_id=bos_id)
+
+    def encode(self, prompt: str) -> list[int]:
+        """At least one id; an empty prompt of text begins a document."""
+        begin = [] if self.bos_id is None else [self.bos_id]
+        if self._tokenizer is not None:
+            return begin + self._tokenizer.encode([prompt])[0] or [self._tokenizer.eos_id]
+        words = prompt.split()
+        if not words or not all(w.isdecimal() and w.isascii() and int(w) < self._vocab_size for w in words):
+            raise SpecError(
+                f"prompt: this model knows token ids (synthetic ones, or it has no tokenizer), not text; give numbers "
+                f"from 0 to {self._vocab_size - 1} separated by spaces, such as '5 40 7 33 5'"
+            )
+        return begin + [int(word) for word in words]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids)) if self._tokenizer is None else self._tokenizer.decode(ids)
+
+
+def token_of(file: Path, token_id: int) -> str:
+    """The text of a token of a tokenizer.json. Raises DataError where there is no such token or file."""
+    from tokenizers import Tokenizer
+
+    try:
+        token = Tokenizer.from_file(str(file)).id_to_token(token_id)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
+        raise DataError(f"{file}: not a tokenizer.json of Hugging Face tokenizers ({e}); restore it") from None
+    if token is None:
+        raise DataError(f"{file}: has no token {token_id}, which ends documents; give the tokenizer of the model")
+    return token

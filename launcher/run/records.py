@@ -1,0 +1,165 @@
+"""Read what a training run left in its folder. Needs no torch, trusts no line: a torn last line is normal after a kill.
+
+spec.json     the resolved Spec
+run.json      what ran: spec hash, versions, machine, data fingerprint, cost per token; `attempts`: each start of it
+metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), and
+              kinds this reader ignores
+summary.json  written last; `complete` is true only for a run that reached its last step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headway.launcher.run.lines import Damage, Lost, decode, gaps, read_lines
+from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A loss (nats per token) against training progress; all arrays have one entry per record, in order of steps.
+
+    `tokens` and `train_s` are cumulative; `train_s` leaves out validation and checkpoints.
+    """
+
+    step: Floats
+    tokens: Floats
+    loss: Floats
+    train_s: Floats
+
+    def __len__(self) -> int:
+        return int(self.step.size)
+
+    def loss_at_seconds(self, seconds: float) -> float | None:
+        """Linear interpolation between the two records around `seconds`; None outside the recorded range."""
+        known = np.isfinite(self.train_s) & np.isfinite(self.loss)
+        x, y = self.train_s[known], self.loss[known]
+        if x.size == 0 or not x[0] <= seconds <= x[-1]:
+            return None
+        return float(np.interp(seconds, x, y))
+
+    def loss_at_tokens(self, tokens: int) -> float | None:
+        """The loss recorded at exactly `tokens`; None where there is no such record."""
+        found = np.flatnonzero(self.tokens == tokens)
+        return float(self.loss[found[-1]]) if found.size else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run folder. Missing files leave empty dicts and curves; nothing is invented.
+
+    `accuracy`: at each validation, the share (0..1) of targets whose largest logit is the label's; nan where
+    unrecorded. `lost`: what metrics.jsonl lacks, which is in no curve.
+    """
+
+    path: Path
+    spec: dict[str, Any]
+    run: dict[str, Any]
+    summary: dict[str, Any]
+    train: Curve
+    validation: Curve
+    accuracy: Floats
+    step_s: Floats
+    data_s: Floats
+    batch_hash: dict[int, str] = field(repr=False)
+    routers: tuple[Router, ...] = field(repr=False)
+    heads: Heads | None = field(repr=False)
+    lost: Lost
+
+    @property
+    def complete(self) -> bool:
+        return self.summary.get("complete") is True
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens done."""
+        return int(self.train.tokens[-1]) if len(self.train) else 0
+
+    @property
+    def train_s(self) -> float | None:
+        """Training seconds done, without validation and checkpoints."""
+        value = self.summary.get("train_s")
+        if isinstance(value, int | float):
+            return float(value)
+        return float(self.train.train_s[-1]) if len(self.train) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where the file is missing, torn or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}}
+    damage = Damage()
+    for record in _records(path / "metrics.jsonl", damage):
+        kind, step = record.get("kind"), record.get("step")
+        if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
+            by_kind[kind][step] = record
+    steps, validations, heads = ([found[step] for step in sorted(found)] for found in by_kind.values())
+    return RunRecord(
+        path=path,
+        spec=read_json(path / "spec.json"),
+        run=read_json(path / "run.json"),
+        summary=read_json(path / "summary.json"),
+        train=_curve(steps),
+        validation=_curve(validations),
+        accuracy=_column(validations, "accuracy"),
+        step_s=_column(steps, "step_s"),
+        data_s=_column(steps, "data_s"),
+        batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},
+        routers=read_routers(steps),
+        heads=read_heads(heads),
+        lost=Lost(lines=len(damage.lines), gaps=gaps(step for step in by_kind["train"] if step > 0)),
+    )
+
+
+def last_progress(path: Path) -> tuple[int, float | None]:
+    """(tokens, training loss) of the last whole record in metrics.jsonl, reading only the end of the file."""
+    try:
+        with (path / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - (1 << 20)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0, None
+    for line in reversed(lines):
+        record = _parse(line)
+        if record.get("kind") == "train":
+            tokens = _number(record.get("tokens"))
+            return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
+    return 0, None
+
+
+def _records(path: Path, damage: Damage) -> list[dict[str, Any]]:
+    try:
+        return list(read_lines(path, damage))
+    except OSError:
+        return []
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    return decode(line.decode(errors="replace")) or {}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _column(records: list[dict[str, Any]], key: str) -> Floats:
+    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
+
+
+def _curve(records: list[dict[str, Any]]) -> Curve:
+    return Curve(**{key: _column(records, key) for key in ("step", "tokens", "loss", "train_s")})

@@ -1,0 +1,54 @@
+"""What a spec takes from its data: vocabulary size and fingerprint. Every shard is verified on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.spec.layouts import check_vocabulary
+from headway.launcher.spec.spec import Spec
+
+
+def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
+    """The spec with its vocabulary filled in, and what is known of the data. Verifies every shard.
+
+    Raises DataError for damaged data and SpecError for a vocabulary that cannot hold it.
+    """
+    source = spec.data.source
+    if source.type == "synthetic":
+        info: dict[str, Any] = {"fingerprint": None, "vocab_size": source.vocab_size}
+    else:
+        from headway.data.verify import verify
+
+        found = verify(source, seq_len=spec.data.seq_len)
+        info = {
+            "fingerprint": found.fingerprint,
+            "vocab_size": found.vocab_size,
+            "unigram_entropy_nats": found.unigram_entropy_nats,
+            "validation_bytes_per_token": found.validation_bytes_per_token,
+        }
+    size = spec.model.vocab_size
+    if size is not None and size < info["vocab_size"]:
+        raise SpecError(
+            f"model.vocab_size: {size} is smaller than the {info['vocab_size']} tokens of the data; use "
+            f"{info['vocab_size']}, or leave it out to take it from the data"
+        )
+    model = spec.model.model_copy(update={"vocab_size": size or info["vocab_size"]})
+    spec = spec.model_copy(update={"model": model})
+    check_vocabulary(spec)
+    if spec.init.weights is not None:
+        from headway.launcher.run.initial_weights import with_initial_hash
+
+        spec = with_initial_hash(spec)
+    return spec, info
+
+
+def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
+    """Raises SpecError when the folder was trained on data with another fingerprint."""
+    before = read_mapping(run.card).get("data_fingerprint")
+    if before is not None and before != info["fingerprint"]:
+        raise SpecError(
+            f"{run.path}: this run was started on other data (fingerprint {str(before)[:16]}, now "
+            f"{str(info['fingerprint'])[:16]}); restore that dataset, or give another run_dir=..."
+        )

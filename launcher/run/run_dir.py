@@ -1,0 +1,245 @@
+"""The run folder: resolved spec, metrics, checkpoints, logs, and the lock that keeps a second run out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.run.lines import Damage, Lost, encode, gaps, read_lines
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
+
+# What may differ between the spec of a run folder and the spec it is continued with: where things lie, what is recorded
+# and how the work is divided. Everything else changes the result and makes another run.
+FREE_KEYS = (
+    "name",
+    "run_dir",
+    "tracking",
+    "checkpoint",
+    "guard.replicas_every_steps",
+    "launch",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.sequence_parallel",
+    "parallel.recompute",
+    "parallel.zero",
+    "speed",
+    "data.workers",
+    "data.prefetch",
+    "data.retry_s",
+    "data.timeout_s",
+    "data.source.path",
+    "data.source.remote",
+    "init.weights",
+)
+
+
+class RunDir:
+    """Paths of one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = path / "spec.json"
+        self.id = path / "run_id.json"
+        self.card = path / "run.json"
+        self.micro_batch = path / "micro_batch.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+
+    @classmethod
+    def of(cls, spec: Spec) -> RunDir:
+        return cls(Path(spec.run_dir or f"runs/{spec.name}"))
+
+    def refuse_foreign(self) -> None:
+        """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
+        ours = {"run.lock", "worker.lock", "logs", "slurm", self.id.name, _temporary(self.id).name}
+        # What is written before the spec, by a start that was cut short.
+        ours |= {_temporary(self.spec).name, self.micro_batch.name, _temporary(self.micro_batch).name}
+        if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
+            foreign = sorted({p.name for p in self.path.iterdir()} - ours)
+            if foreign:
+                raise SpecError(
+                    f"run_dir: {self.path} is no run folder and not empty (it has {foreign[0]}); "
+                    f"give another run_dir=..."
+                )
+
+    def is_complete(self) -> bool:
+        """True when the run trained all its tokens."""
+        return read_mapping(self.summary).get("complete") is True
+
+    @contextlib.contextmanager
+    def locked(self, name: str = "run.lock", *, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder; raises SpecError when a live process still holds it after `wait_s`.
+
+        The kernel frees it when the holder dies.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                _flock(fd, wait_s)
+            except OSError as e:
+                if not isinstance(e, BlockingIOError):
+                    raise SpecError(
+                        f"run_dir: {self.path} is on a file system without locks ({e.strerror}), so nothing keeps two "
+                        "runs from writing into it; mount it with flock, or use another run_dir=..."
+                    ) from e
+                holder = os.pread(fd, 128, 0).decode(errors="replace").strip()
+                raise SpecError(
+                    f"{self.path}: a live run holds this folder (process {holder or 'unknown'}); wait for it, stop it, "
+                    f"or give another run_dir=..."
+                ) from e
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} on {socket.gethostname()[:64]}".encode(), 0)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)  # no name in a lock that nobody holds
+        finally:
+            os.close(fd)
+
+    def adopt(self, spec: Spec) -> None:
+        """Write `spec` into the folder, or check that the folder is that of the same run.
+
+        Raises SpecError with the keys that differ.
+        """
+        new = spec.model_dump(mode="json")
+        there = read_json(self.spec, None)
+        if not isinstance(there, dict) and self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*")):
+            raise SpecError(
+                f"{self.spec}: missing or unreadable, so nothing says which spec the checkpoints beside it belong to; "
+                f"restore it, or delete the folder to train anew"
+            )
+        if isinstance(there, dict):
+            differing = difference(identity(there), identity(new))
+            if differing:
+                shown = "\n".join(f"  {key}: {a!r} in the folder, {b!r} now" for key, a, b in differing[:10])
+                raise SpecError(
+                    f"{self.path}: this folder is a run of another spec:\n{shown}\n"
+                    f"give another run_dir=..., or delete the folder to train anew"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.run_id() is None:
+            write_json(self.id, secrets.token_hex(8))
+        write_json(self.spec, new)
+
+    def run_id(self) -> str | None:
+        """Made once for each run: checkpoints carry it, so that those of another run are not taken for this one's."""
+        found = read_json(self.id, None)
+        return found if isinstance(found, str) else None
+
+    def read_metrics(self, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
+        """Every whole record, one at a time; a line that a crash cut off or damaged is left out."""
+        yield from read_lines(self.metrics, damage)
+
+    def truncate_metrics(self, *, last_step: int) -> Lost:
+        """Drop records after `last_step`: they are trained again. Returns what is lost of those before.
+
+        A power cut leaves the old file or the new one, and what is appended to the new one from now on is found.
+        """
+        tmp = self.metrics.with_suffix(".tmp")
+        damage, trained = Damage(), set[int]()
+        with tmp.open("w", encoding="utf-8") as f:
+            for record in self.read_metrics(damage):
+                step = record.get("step", 0)
+                if not isinstance(step, int | float) or not step <= last_step:
+                    continue
+                f.write(encode(record) + "\n")
+                if record.get("kind") == "train" and isinstance(step, int) and step > 0:
+                    trained.add(step)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(self.metrics)
+        sync(self.path)
+        return Lost(lines=len(damage.lines), gaps=gaps(trained, last_step))
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+
+
+def identity(spec: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a resolved spec that decide its result."""
+    flat = flatten(spec)
+    return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
+
+
+def spec_hash(spec: dict[str, Any]) -> str:
+    """sha256 (16 hex digits) over `identity`."""
+    return hashlib.sha256(json.dumps(identity(spec), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) where they differ; a key that is absent counts as None."""
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """The JSON in `path`, or `default` when it is not there or cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return default
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is none."""
+    value = read_json(path, None)
+    return value if isinstance(value, dict) else {}
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, after a power cut as well."""
+    tmp = _temporary(path)
+    with tmp.open("w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=1) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.replace(path)

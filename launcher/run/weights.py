@@ -1,0 +1,36 @@
+"""A run's decoder with the weights of one of its checkpoints, in one process."""
+
+from __future__ import annotations
+
+import sys
+
+from headway.launcher.base.errors import NoInputError
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.spec import Spec
+from headway.model.decoder import Decoder
+from headway.parallel import checkpoint
+
+
+def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoint:
+    """The newest whole checkpoint, or that of `step`, every hash checked.
+
+    Raises CheckpointError where it is not whole or there is none, NoInputError where there is none of `step`.
+    """
+    if step is None:
+        return checkpoint.newest_readable(run.checkpoints, warn=lambda text: print(text, file=sys.stderr, flush=True))
+    steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.steps_on_disk(run.checkpoints)}
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise NoInputError(f"--step: there is no checkpoint of step {step} (there: {there}); name one, or leave it out")
+    manifest = checkpoint.read_manifest(steps[step])
+    checkpoint.verify_hashes(steps[step], manifest)
+    return checkpoint.Checkpoint(path=steps[step], step=step, manifest=manifest)
+
+
+def load_decoder(spec: Spec, found: checkpoint.Checkpoint) -> Decoder:
+    """The whole decoder on CPU in fp32, in evaluation mode, its schedules where the checkpoint left them."""
+    assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
+    decoder = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
+    checkpoint.load_weights(found, decoder)
+    decoder.before_step(int(found.state["tokens"]))
+    return decoder.eval().requires_grad_(False)

@@ -1,0 +1,240 @@
+"""A located tree against a pydantic model: the validated model, or one message that names every problem."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from headway.launcher.base.errors import SpecError, printable
+from headway.launcher.spec import advice
+from headway.launcher.spec.fields import Shape, paths, root_shape
+from headway.launcher.spec.merge import tag_of
+from headway.launcher.spec.yamlio import MAX_INT, Node, Place
+from headway.parallel.config import SECRET_NAME
+
+MAX_PROBLEMS = 10
+MAX_EXAMINED = 50  # of a file with thousands of unknown keys: each is compared with all that exist
+_LOCATED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*): (?=\S)")
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(tree: Node, root: type[M]) -> M:
+    """The model that `tree` describes. Lists become tuples and `1e6` becomes an integer where the field is one.
+
+    A float stands for an integer only if it is one exactly (`1.5e3` does, `1.5` does not).
+    Raises SpecError with one line per problem (ten at most): file:line:column, dotted key, the mistake, what is legal.
+    """
+    shape = root_shape(root)
+    # what concerns the whole spec is said of the file, not of its first line
+    tree = Node(tree.value, tree.place, Place(tree.place.source))
+    try:
+        return root.model_validate(_data(tree, shape))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        problems = _problems(details[:MAX_EXAMINED], tree, shape)
+    lines = [f"{problem.place}: {problem.text}" for problem in problems]
+    if (more := len(lines) - MAX_PROBLEMS + max(0, len(details) - MAX_EXAMINED)) > 0:
+        lines[MAX_PROBLEMS:] = [f"and {more} more"]
+    raise SpecError("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    place: Place
+    key: str
+    text: str
+    missing: bool = False
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """What pydantic's location means in the tree: the deepest node there is, and what may stand at the location."""
+
+    node: Node
+    exists: bool
+    shape: Shape
+    key: str
+    parent: Node
+    parent_shape: Shape
+
+    @property
+    def place(self) -> Place:
+        return self.node.at
+
+
+def _data(node: Node, shape: Shape) -> Any:
+    if node.is_mapping:
+        tag = tag_of(node, shape)
+        return {key: _data(item, shape.child(key, tag)) for key, item in node.value.items()}
+    if isinstance(node.value, list):
+        shapes = shape.places or (shape.items or Shape(),) * len(node.value)
+        items = [_data(item, shapes[i] if i < len(shapes) else Shape()) for i, item in enumerate(node.value)]
+        return tuple(items) if shape.is_tuple else items
+    if isinstance(node.value, float) and int in shape.scalars and float not in shape.scalars:
+        return _whole(node)
+    if isinstance(node.value, bool) and shape.literals and bool not in shape.scalars:
+        return [node.value]  # Literal[1] would take True, which equals 1; it takes no list
+    return node.value
+
+
+def _whole(node: Node) -> int | float:
+    """A float as the integer it is exactly, judged by what was written (1e23 as a double is not 10**23)."""
+    try:
+        written = Decimal(node.text if node.text is not None else repr(node.value))
+    except InvalidOperation:
+        return node.value
+    return int(written) if written == written.to_integral_value() and abs(written) < MAX_INT else node.value
+
+
+def _problems(errors: Sequence[ErrorDetails], tree: Node, root: Shape) -> list[_Problem]:
+    """One problem per dotted key, in the order of the files; what is missing comes last."""
+    found: dict[str, _Problem] = {}
+    for details in errors:
+        problem = _problem(details, tree, root)
+        # the arms of a union each complain about the same value; the message already names all of them
+        found.setdefault(problem.key, problem)
+    # an arm that the value was not meant for complains of its type, where the arm it was meant for looks inside
+    inner = [p for p in found.values() if not (p.kind.endswith("_type") and _looked_into(p.key, found))]
+    return sorted(inner, key=lambda p: (p.missing, p.place.source, p.place.line, p.place.column))
+
+
+def _looked_into(key: str, found: Mapping[str, _Problem]) -> bool:
+    return any(other.startswith((f"{key}.", f"{key}[")) for other in found)
+
+
+def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
+    kind, location = details["type"], details["loc"]
+    if kind == "missing" and isinstance(location[-1], int):
+        kind, location = "too_short", location[:-1]  # a place of a tuple
+    spot = _spot(location, tree, root)
+    context = details.get("ctx", {})
+    missing = False
+    if kind in ("value_error", "assertion_error"):
+        spot, text = _raised(str(context.get("error", details["msg"])), spot)
+    elif kind == "extra_forbidden":
+        text = _unknown_key(spot, tree, root)
+    elif kind in ("missing", "union_tag_not_found"):
+        spot, text = _missing(spot, kind)
+        missing = True
+    elif kind == "union_tag_invalid":
+        tag = spot.node.value[spot.shape.discriminator] if spot.node.is_mapping else spot.node
+        text = advice.not_one_of(tag.value, list(spot.shape.variants), "type")
+        spot = _below(spot, spot.shape.discriminator)
+    elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
+        text = "expected text or null; the value is not shown because of its name"
+    else:
+        text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot))
+    where = f"{printable(spot.key, 200)}: " if spot.key else ""
+    return _Problem(spot.place, spot.key, f"{where}{text}", missing, kind)
+
+
+def _spot(location: tuple[int | str, ...], tree: Node, root: Shape) -> _Spot:
+    spot = _Spot(tree, True, root, "", tree, root)
+    passed_tag = False
+    for element in location:
+        if spot.shape.variants and not passed_tag:
+            passed_tag = True  # pydantic puts the chosen tag into the location
+            continue
+        if isinstance(element, str) and not (spot.shape.has_keys or spot.shape.values is not None):
+            continue  # the name of a union's arm
+        if isinstance(element, str) and spot.node.is_mapping and "[" in element and element not in spot.node.value:
+            continue  # the same, such as `tagged-union[...]` or `function-after[...]`
+        if isinstance(element, str) and spot.shape.model is not None and not _names(element, spot):
+            continue  # the same, where one arm is a mapping with keys of its own
+        spot = _below(spot, element)
+        passed_tag = False
+    return spot
+
+
+def _names(element: str, spot: _Spot) -> bool:
+    """Whether `element` is a key at this spot, legal or written."""
+    legal = spot.shape.keys()
+    return element in legal or (spot.node.is_mapping and element in spot.node.value)
+
+
+def _below(spot: _Spot, element: int | str) -> _Spot:
+    node, shape = spot.node, spot.shape
+    if isinstance(element, int):
+        inner = shape.places[element] if element < len(shape.places) else shape.items or Shape()
+        items = node.value if isinstance(node.value, list) else []
+        child = items[element] if spot.exists and element < len(items) else None
+        key = f"{spot.key}[{element}]"
+    else:
+        inner = shape.child(element, tag_of(node, shape))
+        child = node.value.get(element) if spot.exists and node.is_mapping else None
+        key = f"{spot.key}.{element}" if spot.key else element
+    parent = node if spot.exists else spot.parent
+    return _Spot(child or node, child is not None, inner, key, parent, shape)
+
+
+def _field(spot: _Spot) -> Any:
+    """The pydantic FieldInfo behind a spot, where there is one."""
+    model = spot.parent_shape.known_model(tag_of(spot.parent, spot.parent_shape))
+    return model.model_fields.get(spot.key.rpartition(".")[2]) if model else None
+
+
+def _raised(message: str, spot: _Spot) -> tuple[_Spot, str]:
+    """A validator's own message; `field: ...` or `a.b: ...` at its start is looked up among the fields."""
+    match = _LOCATED.match(message)
+    if not match:
+        return spot, message
+    parts = match[1].split(".")
+    inner = spot
+    for part in parts:
+        if part not in inner.shape.keys(tag_of(inner.node, inner.shape)):
+            return spot, message
+        inner = _below(inner, part)
+    return inner, message[match.end() :]
+
+
+def _missing(spot: _Spot, kind: str) -> tuple[_Spot, str]:
+    if kind == "union_tag_not_found":
+        names = list(spot.shape.variants)
+        return _below(spot, spot.shape.discriminator), f"is missing; write one of: {', '.join(names)}"
+    info = _field(spot)
+    text = "is missing and has no default"
+    if spot.shape.has_keys and not spot.shape.scalars:
+        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.variants)}"
+        text += tag if spot.shape.variants else f"; its keys are: {', '.join(spot.shape.keys())}"
+    else:
+        expected = advice.expected(spot.shape, info)
+        text += f"; write {expected}" if expected else ""
+        text += f": {info.description}" if info is not None and info.description else ""
+    return spot, text
+
+
+def _unknown_key(spot: _Spot, tree: Node, root: Shape) -> str:
+    name = spot.key.rpartition(".")[2] if "." in spot.key else spot.key
+    prefix = spot.key.removesuffix(name)
+    tag = tag_of(spot.parent, spot.parent_shape)
+    legal = spot.parent_shape.keys(tag)
+    owners = [t for t, model in spot.parent_shape.variants.items() if name in model.model_fields and t != tag]
+    if owners:
+        text = f"is no key of {prefix}{spot.parent_shape.discriminator} {tag}, only of: {', '.join(owners)}."
+    elif not advice.closest(name, legal) and (near := advice.closest(name, spot.parent_shape.keys(), 0.8)):
+        owners = [t for t, model in spot.parent_shape.variants.items() if near[0] in model.model_fields]
+        kind = f"{prefix}{spot.parent_shape.discriminator}"
+        text = f"unknown key. Did you mean {prefix}{near[0]}, which only exists for {kind}: {', '.join(owners)}?"
+    else:
+        close = advice.closest_key(name, prefix, legal, list(paths(root, _tags(tree, root))))
+        text = "unknown key." + (f" Did you mean {' or '.join(close)}?" if close else "")
+    return f"{text} Legal keys here: {', '.join(legal)}"
+
+
+def _tags(node: Node, shape: Shape, prefix: str = "") -> dict[str, str]:
+    """The discriminator's value at every dotted key that has one."""
+    if not node.is_mapping:
+        return {}
+    tag = tag_of(node, shape)
+    found = {prefix: tag} if tag is not None else {}
+    for key, item in node.value.items():
+        found |= _tags(item, shape.child(key, tag), f"{prefix}.{key}" if prefix else key)
+    return found

@@ -1,0 +1,224 @@
+"""Layers of a spec: base files, the file itself, variants, command-line overrides; the higher layer wins key by key.
+
+Mappings merge; lists and scalars replace. A layer that changes a mapping's `type` drops what the layers below said for
+the old type only: those keys mean nothing for the new one. What the same layer or a higher one says is never dropped.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base.errors import SpecError, printable
+from headway.launcher.spec.fields import Shape
+from headway.launcher.spec.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
+
+MAX_BASES = 16
+_ENVIRONMENT = re.compile(r"launch\.env[.=]|launch=.*\benv\b", re.DOTALL)
+_PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
+
+
+def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
+    """The file and the files it is based on, lowest first, dotted keys nested.
+
+    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Raises NoInputError if
+    `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
+    """
+    label, layers, seen = str(path), [], []
+    while True:
+        node = load_yaml(path, label)
+        seen.append((path.resolve(), label))
+        base = node.value.pop("base", None) if inherit else None
+        layers.append(nest(node, shape))
+        if base is None:
+            return layers[::-1]
+        if not isinstance(base.value, str) or not base.value:
+            raise SpecError(f"{base.place}: base: expected the name of one YAML file")
+        label = os.path.normpath(Path(label).parent / base.value)
+        path = path.parent / base.value
+        _check_base(path, label, base, seen)
+
+
+def _check_base(path: Path, label: str, base: Node, seen: list[tuple[Path, str]]) -> None:
+    try:
+        if not path.is_file():
+            raise SpecError(
+                f"{base.place}: base: no such file: {printable(base.value)} (looked for "
+                f"{printable(str(path.absolute()), 300)}); the name is relative to the file it stands in"
+            )
+        known = [resolved for resolved, _ in seen]
+        if path.resolve() in known:
+            ring = [name for _, name in seen[known.index(path.resolve()) :]]
+            raise SpecError(f"{base.place}: base: the files are based on each other: {' -> '.join([*ring, label])}")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{base.place}: base: {printable(base.value)}: {reason}") from None
+    if len(seen) >= MAX_BASES:
+        raise SpecError(f"{base.place}: base: more than {MAX_BASES} files based on each other")
+
+
+def nest(node: Node, shape: Shape | None, depth: int = 1) -> Node:
+    """`node` with dotted keys made into nested mappings (`a.b: 1` is `a: {b: 1}`).
+
+    Keys of mappings whose keys are free names (`dict[str, ...]` fields) are left as they are; `shape` None: none are.
+    Raises SpecError where the same key is given both ways.
+    """
+    if isinstance(node.value, list):
+        items = shape.items if shape is not None and shape.items is not None else Shape()
+        return Node([nest(item, items, depth + 1) for item in node.value], node.place, node.key_place)
+    if not node.is_mapping:
+        return node
+    out = Node({}, node.place, node.key_place)
+    split = shape is None or shape.has_keys
+    for key, item in node.value.items():
+        parts = key.split(".") if split else [key]
+        if "" in parts and split:
+            raise SpecError(f"{item.at}: {printable(key)!r} is not a dotted key; write names with single dots between")
+        if depth + len(parts) > MAX_DEPTH:
+            raise SpecError(f"{item.at}: nested more than {MAX_DEPTH} levels deep")
+        inner = shape
+        for part in parts:
+            inner = inner.child(part) if inner is not None else None
+        _put(out, parts, nest(item, inner, depth + len(parts)), key)
+    return out
+
+
+def _put(target: Node, parts: Sequence[str], node: Node, name: str) -> None:
+    *above, last = parts
+    for part in above:
+        target = target.value.setdefault(part, Node({}, node.at, node.at))
+        if not target.is_mapping:
+            raise _twice(name, node, target)
+    there = target.value.get(last)
+    if there is None:
+        target.value[last] = node
+    elif there.is_mapping and node.is_mapping:
+        for key, item in node.value.items():
+            _put(there, [key], item, f"{name}.{key}")
+    else:
+        raise _twice(name, node, there)
+
+
+def _twice(name: str, node: Node, first: Node) -> SpecError:
+    return SpecError(f"{node.at}: {printable(name)}: is given twice; the first one is at {first.at.short}")
+
+
+def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
+    """Arguments `a.b=value` as one layer. The value follows the rules of YAML; `[...]`, `{...}` and quotes work too."""
+    layer = Node({}, Place("arguments"))
+    for argument in overrides:
+        key, equals, text = argument.partition("=")
+        # A value for the environment may be a secret; messages and origins name the argument.
+        shown = f"{key}=..." if _ENVIRONMENT.match(argument) else argument
+        place = Place(f"argument '{printable(shown, 200)}'")
+        if not equals or not key or key != key.strip() or key.startswith("-"):
+            raise SpecError(f"{place}: is not KEY=VALUE, such as train.tokens=1e6 or attention.type=gqa")
+        if key == "base":
+            raise SpecError(f"{place}: `base` can only stand in a file; name the other file instead of this one")
+        node = _override_value(text, place)
+        node.key_place = place
+        nested = nest(Node({key: node}, place), shape)
+        for name, item in nested.value.items():
+            _put(layer, [name], item, key if not item.is_mapping else name)
+    return layer
+
+
+def _override_value(text: str, place: Place) -> Node:
+    if text[:1] in ("[", "{", '"', "'"):
+        node = parse_yaml(text, place.source, one_line=True)
+    else:
+        try:
+            text.encode("utf-8")
+            node = Node(parse_scalar(text), place, text=text)
+        except UnicodeEncodeError:
+            raise SpecError(f"{place}: is not UTF-8 text") from None
+        except ValueError as error:
+            raise SpecError(f"{place}: {error}") from None
+    if "\0" in text:
+        raise SpecError(f"{place}: the character '\\x00' is not allowed")
+    return node
+
+
+def extra_layer(values: Any, source: str, shape: Shape | None) -> Node:
+    """Values that another file or program gives (a study's variant), all said to come from `source`."""
+    node = value_node(values, Place(source))
+    if not node.is_mapping:
+        raise SpecError(f"{source}: expected a mapping from dotted keys to values")
+    return nest(node, shape)
+
+
+def merge(low: Node, high: Node, shape: Shape, notes: list[str], path: str = "") -> Node:
+    """`high` over `low`. Keys dropped because `high` changes a `type` are recorded in `notes`."""
+    if not (low.is_mapping and high.is_mapping):
+        return high
+    kept = _drop_foreign(low, high, shape, notes, path)
+    tag = tag_of(high, shape) or tag_of(low, shape)
+    merged = dict(kept)
+    for key, item in high.value.items():
+        below = kept.get(key)
+        merged[key] = item if below is None else merge(below, item, shape.child(key, tag), notes, f"{path}{key}.")
+    # what is missing from a mapping is looked for in a file, even if an argument touched the mapping last
+    last = high if high.at.line or not low.at.line else low
+    return Node(merged, last.place, last.key_place)
+
+
+def tag_of(node: Node, shape: Shape) -> str | None:
+    """The value of the discriminator written in a mapping, if the place has one."""
+    if not shape.variants or not node.is_mapping:
+        return None
+    tag = node.value.get(shape.discriminator)
+    return tag.value if tag is not None and isinstance(tag.value, str) else None
+
+
+def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: str) -> dict[str, Node]:
+    old, new = tag_of(low, shape), tag_of(high, shape)
+    if old is None or new is None or old == new or new not in shape.variants:
+        return low.value
+    legal, somewhere = shape.keys(new), shape.keys()
+    kept = {}
+    for key, item in low.value.items():
+        # a key that no type knows is a typing mistake of the lower layer: it stays, and is reported
+        if key in legal or key not in somewhere:
+            kept[key] = item
+        else:
+            shown = "" if item.is_mapping else f" = {format_value(item.plain())}"
+            where = f"{path}{shape.discriminator} {new}"
+            notes.append(f"{path}{key}{shown} ({item.at.short}) does not exist for {where}: dropped")
+    return kept
+
+
+def format_value(value: Any) -> str:
+    """A value as YAML on one line, which reads back as the same value."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{format_value(str(k))}: {format_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) and _stays_text(value) else _quote(value)
+    return repr(value)
+
+
+def _quote(text: str) -> str:
+    """Double quotes, and the escapes of YAML for what is not printable (JSON's surrogate pairs are not YAML)."""
+    return '"' + "".join(_escape(letter) for letter in text) + '"'
+
+
+def _escape(letter: str) -> str:
+    if letter in '"\\':
+        return "\\" + letter
+    if letter.isprintable():
+        return letter
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 1 << 8 else f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def _stays_text(text: str) -> bool:
+    try:
+        return isinstance(parse_scalar(text), str)
+    except ValueError:
+        return False

@@ -1,0 +1,92 @@
+"""Sections of a spec and their values, before the rules that hold between sections are checked."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from headway.data.config import DataConfig, StrictModel
+from headway.launcher.spec.fields import AUTO, Word
+from headway.model.attention.registry import AnyAttention
+from headway.model.config import ModelConfig
+from headway.parallel.config import (
+    CheckpointConfig,
+    GuardConfig,
+    LaunchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SpeedConfig,
+)
+
+
+class InitConfig(StrictModel):
+    """Where parameters start from, if not from random ones."""
+
+    weights: str | None = Field(default=None, min_length=1, description="folder of exported or imported weights")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="of its config.json; filled in at the first start"
+    )
+
+    @model_validator(mode="after")
+    def _hash_has_weights(self) -> InitConfig:
+        if self.sha256 is not None and self.weights is None:
+            raise ValueError(
+                "sha256: there are no weights that it could be the hash of; use init.weights too, or leave init out"
+            )
+        return self
+
+
+class TrainConfig(StrictModel):
+    """How long to train and in what portions."""
+
+    tokens: int = Field(gt=0, description="training tokens; rounded up to whole steps")
+    global_batch: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch: Annotated[int, Word(AUTO)] = Field(
+        ge=1, description="sequences per forward pass of one data-parallel rank; `auto`: `headway train` measures"
+    )
+    validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
+    validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
+
+
+class TrackingConfig(StrictModel):
+    """What is recorded besides metrics.jsonl."""
+
+    log_every_steps: int = Field(default=1, ge=1, description="console lines; metrics.jsonl has every step")
+    router_every_steps: int = Field(default=10, ge=1, description="steps from one record of router figures to the next")
+    tensorboard: bool = True
+
+
+class Sections(StrictModel):
+    """All sections of one run; `headway.launcher.spec.spec.Spec` adds the rules between them."""
+
+    name: str = Field(default="run", max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str | None = Field(default=None, description="folder of the run; default runs/NAME")
+    seed: int = Field(default=1, ge=0, lt=1 << 63, description="initial parameters (data.seed orders the data)")
+    model: ModelConfig
+    attention: AnyAttention
+    init: InitConfig = InitConfig()
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    speed: SpeedConfig = SpeedConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that train on different sequences: what tensor x pipeline x context leaves of the processes."""
+        return self.launch.world_size // self.parallel.model_ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.data.seq_len
+
+    @property
+    def steps(self) -> int:
+        return -(-self.train.tokens // self.tokens_per_step)

@@ -1,0 +1,22 @@
+"""The Spec: one run, fully resolved. YAML names the fields of its sections and nothing else."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from headway.launcher.spec.layouts import check_layout
+from headway.launcher.spec.sections import Sections
+
+
+class Spec(Sections):
+    """One run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Spec:
+        for i in range(self.model.layers):
+            self.attention.layer(i, self.model.layers)
+        check_layout(self)
+        self.attention.check_run(
+            seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step
+        )
+        return self

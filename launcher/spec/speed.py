@@ -1,0 +1,43 @@
+"""Levers of `speed` that a spec rules out by what else it says; what a machine lacks shows when its ranks start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headway.model.cost import layer_configs
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.sections import Sections
+
+
+def why_not_speed(spec: Sections) -> str | None:
+    """Why the spec's levers do not go with the rest of it, with the legal choices; None where they do."""
+    speed, parallel = spec.speed, spec.parallel
+    if speed.loss != "chunked" and parallel.tensor > 1:
+        return (
+            f"speed.loss: {speed.loss} knows no parts of the vocabulary, which parallel.tensor {parallel.tensor} cuts; "
+            "use speed.loss chunked, or parallel.tensor 1"
+        )
+    if speed.loss == "torch" and parallel.precision == "bf16":
+        return (
+            "speed.loss: torch returns the sum of the losses in bf16, that is 8 bits of it; use speed.loss chunked or "
+            "liger, or parallel.precision fp32"
+        )
+    if speed.attention not in ("flash", "fa3"):
+        return None
+    if spec.data.document_mask:
+        return (
+            f"speed.attention: {speed.attention} takes no masks, by which documents do not see each other; use "
+            "speed.attention auto or cudnn, or data.document_mask false"
+        )
+    if speed.attention == "flash" and _windows(spec):
+        return (
+            "speed.attention: flash is given no windows; use speed.attention auto or cudnn, or attention.windows null"
+        )
+    return None
+
+
+def _windows(spec: Sections) -> bool:
+    """Whether a layer of a mechanism that has windows sets one."""
+    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
+    return any(getattr(config, "windows", None) is not None for config in layers)

@@ -1,0 +1,145 @@
+"""What a study file says: variants of one base spec, sizes matched, several seeds."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from headway.data.config import StrictModel
+from headway.launcher.match.matching import MatchConfig
+from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.yamlio import Node
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+SET_BY_STUDY = {
+    "name": "name the variant instead",
+    "run_dir": "use `out` of the study instead",
+    "seed": "use `seeds` of the study instead",
+    "data.seed": "use `seeds` of the study instead: pairing needs the same data order in every variant",
+}
+"""Spec keys that every cell gets from the study, and what a user who wants to set one does."""
+
+
+class StudyConfig(StrictModel):
+    """Every variant is trained once per seed; a seed sets both the initial parameters and the order of the data."""
+
+    study: str = Field(max_length=128, pattern=NAME, description="name of the study")
+    base: str = Field(min_length=1, description="spec all variants start from, relative to the study file")
+    out: str | None = Field(default=None, min_length=1, description="folder of runs and report; default studies/NAME")
+    match: MatchConfig | None = Field(default=None, description="none: sizes are compared as they are written")
+    baseline: str | None = Field(default=None, description="variant the others are compared to; default: the first")
+    seeds: list[int] = Field(min_length=1, description="one run of every variant per seed")
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
+    )
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: flat_keys(keys) for name, keys in value.items()}
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("a seed is given twice; a repeated seed is the same run, not another sample")
+        if min(value) < 0 or max(value) >= 1 << 63:
+            raise ValueError("seeds are integers from 0 to 2^63 - 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyConfig:
+        for name, keys in self.variants.items():
+            if not re.match(NAME, name):
+                raise ValueError(f"variants: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+            for key in keys:
+                if key in SET_BY_STUDY:
+                    raise ValueError(f"variants: {name}: the study sets {key}; {SET_BY_STUDY[key]}")
+            if self.match and name != self.baseline_name and self.match.free in keys:
+                raise ValueError(
+                    f"variants: {name}: `match` solves {self.match.free}; leave it out here, or free another dimension"
+                )
+        if self.baseline is not None and self.baseline not in self.variants:
+            close = difflib.get_close_matches(self.baseline, self.variants, n=1, cutoff=0)
+            raise ValueError(
+                f"baseline: {self.baseline!r} is not a variant. Did you mean {close[0]}? "
+                f"Variants: {', '.join(self.variants)}"
+            )
+        return self
+
+    @property
+    def baseline_name(self) -> str:
+        return self.baseline or next(iter(self.variants))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study file that was read.
+
+    `base` is the path of the base spec, `out` the folder of runs and report; `variants` holds each variant as written,
+    with its places in the file.
+    """
+
+    config: StudyConfig
+    path: Path
+    base: Path
+    out: Path
+    variants: dict[str, Node]
+    tree: Node
+
+    def place(self, key: str) -> str:
+        """Where the file says `key` (dotted): `study.yaml:3:9`, or the file alone."""
+        node = self.tree
+        for part in key.split("."):
+            node = node.value.get(part, node) if node.is_mapping else node
+        return str(node.at if node is not self.tree else self.path)
+
+
+def flat_keys(tree: Any) -> Any:
+    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}; nothing at all counts as no keys.
+
+    Raises ValueError where a key is given both dotted and nested.
+    """
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        return tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = {f"{key}.{k}": v for k, v in flat_keys(value).items()} if isinstance(value, dict) else {key: value}
+        if twice := flat.keys() & inner.keys():
+            raise ValueError(f"{sorted(twice)[0]} is given twice")
+        flat |= inner
+    return flat
+
+
+def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:
+    """Read a study file; `root` may be a kind of study with more keys.
+
+    Raises NoInputError or SpecError with file:line, the key, and what to do.
+    """
+    loaded = load_spec(path, root=root)
+    config = loaded.spec
+    written = loaded.tree.value["variants"].value
+    return Study(
+        config=config,
+        path=path,
+        base=path.parent / config.base,
+        out=Path(config.out or f"studies/{config.study}"),
+        tree=loaded.tree,
+        variants={
+            name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants
+        },
+    )
+
+
+def _empty(node: Node) -> Node:
+    return Node({}, node.place, node.key_place)

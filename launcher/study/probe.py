@@ -1,0 +1,120 @@
+"""`headway probe run | report`: the same variants on several synthetic tasks, and what each can do in one table.
+
+Every task is a study in a folder of its own (`OUT/TASK`), with everything that a study has: matched sizes, paired
+seeds, resuming, a report. `probe.json` in `OUT` says which tasks there are.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from headway.data.config import SyntheticSource
+from headway.launcher.base.errors import SpecError
+from headway.launcher.compare.cells import PREEMPTED
+from headway.launcher.match.measured import Measurements
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
+from headway.launcher.study.probe_config import Probe, load_probe, overlap
+from headway.launcher.study.run import move_aside, now, print_design, refuse_changed, train_study
+
+RECORD = "probe.json"
+
+
+def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
+    """Train the cells of every task that are not done, one task after another, then write the table.
+
+    Arguments and exit status as `headway.launcher.study.run.run_study`: `overrides` change the base of all tasks.
+    Raises SpecError before anything is trained where the folder of any task holds cells of another definition.
+    """
+    probe = load_probe(Path(path))
+    out = probe.whole.out
+    held = {task: Measurements() if fresh else Measurements.of(study.out) for task, study in probe.tasks.items()}
+    plans = plan_probe(probe, overrides, held)
+    for number, (task, plan) in enumerate(plans.items(), 1):
+        print(f"task {number}/{len(plans)}: {task}")
+        print_design(plan, commands=dry_run)
+    if dry_run:
+        return 0
+    if fresh:
+        move_aside(out)
+    _refuse_foreign(out)
+    for plan in plans.values():
+        refuse_changed(plan)
+    command = shlex.join(["headway", "probe", "run", str(path), *overrides])
+    failed = False
+    with RunDir(out).locked("study.lock"):
+        record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
+        write_json(out / RECORD, {**record, "command": command, "written_at": now()})
+        for number, (task, plan) in enumerate(plans.items(), 1):
+            print(f"task {number}/{len(plans)}: {task}", flush=True)
+            code = train_study(plan, held[task], command=command)
+            if code == PREEMPTED:
+                print(f"stopped; the same command continues: {command}", flush=True)
+                return code
+            failed |= code != 0
+    print(f"table: {_report(out)}", flush=True)
+    return int(failed)
+
+
+def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Write the table, and each task's report, from whatever the cells have recorded so far. Returns 0.
+
+    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder. Raises
+    SpecError where nothing was started.
+    """
+    out = load_probe(Path(path)).whole.out
+    if not (out / RECORD).exists():
+        raise SpecError(
+            f"{out}: no probe tasks were started here; start them with `headway probe run {path}`, or give the `out` "
+            "folder they were run with"
+        )
+    print(f"table: {_report(out)}", flush=True)
+    return 0
+
+
+def plan_probe(
+    probe: Probe, arguments: Sequence[str] = (), measurements: dict[str, Measurements] | None = None
+) -> dict[str, StudyPlan]:
+    """Every task's study, resolved and matched. Raises SpecError where a task reads anything but synthetic data."""
+    check_arguments(probe.whole, arguments)
+    for argument in arguments:
+        _refuse_argument(probe, argument)
+    for task, study in probe.tasks.items():
+        source = variant_spec(study, arguments, study.config.baseline_name).data.source
+        if not isinstance(source, SyntheticSource):
+            raise SpecError(
+                f"{study.place('base')}: base: task {task} would read `{source.type}` data from {study.base}, but what "
+                "a model can do is known of synthetic tasks alone; use a base whose data.source.type is synthetic, or "
+                f"set data.source in tasks.{task}"
+            )
+    held = measurements or {}
+    return {task: plan_study(study, arguments, measurements=held.get(task)) for task, study in probe.tasks.items()}
+
+
+def _refuse_argument(probe: Probe, argument: str) -> None:
+    key = argument.partition("=")[0]
+    for task, keys in probe.config.tasks.items():
+        if own := next((own for own in keys if overlap(key, own)), None):
+            raise SpecError(
+                f"argument '{argument}': task {task} sets {own}; change it in {probe.whole.path}, or give an argument "
+                "that concerns all tasks, such as train.tokens=1e6"
+            )
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise SpecError unless the folder is absent, empty or of probe tasks."""
+    if out.is_dir() and not (out / RECORD).exists():
+        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock"})
+        if foreign:
+            raise SpecError(
+                f"out: {out} holds no probe tasks and is not empty (it has {foreign[0]}); give another `out`, or move "
+                "that folder away"
+            )
+
+
+def _report(out: Path) -> Path:
+    from headway.launcher.report.probe import probe_report  # matplotlib: only when a report is written
+
+    return probe_report(out)

@@ -1,0 +1,106 @@
+"""What a file of probe tasks says: a study, and the tasks that each of its variants is trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from headway.launcher.spec.yamlio import Node
+from headway.launcher.study.config import NAME, SET_BY_STUDY, Study, StudyConfig, flat_keys, load_study
+
+
+class ProbeConfig(StudyConfig):
+    """A study with tasks: every task is a study of its own, of the same variants and seeds, on its own data."""
+
+    tasks: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="name -> what differs from the base, as spec keys: {data.source.pairs: 4}"
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _flat_tasks(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: flat_keys(keys) for name, keys in value.items()}
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> ProbeConfig:
+        for name, keys in self.tasks.items():
+            if not re.match(NAME, name):
+                raise ValueError(f"tasks: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+            for key in keys:
+                self._check_key(name, key)
+        return self
+
+    def _check_key(self, task: str, key: str) -> None:
+        if key in SET_BY_STUDY:
+            raise ValueError(f"tasks: {task}: the study sets {key}; {SET_BY_STUDY[key]}")
+        if self.match and overlap(key, self.match.free):
+            raise ValueError(
+                f"tasks: {task}: `match` solves {self.match.free}; leave it out here, or free another dimension"
+            )
+        for variant, keys in self.variants.items():
+            if any(overlap(key, own) for own in keys):
+                raise ValueError(
+                    f"tasks: {task}: {key} is set by variant {variant} too; leave it out of one of them, or set it in "
+                    "the base"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A file of probe tasks that was read. `whole` is the file as a study; `tasks` has one study for each task."""
+
+    config: ProbeConfig
+    whole: Study
+    tasks: dict[str, Study]
+
+
+def load_probe(path: Path) -> Probe:
+    """Read a file of probe tasks. Raises NoInputError or SpecError with file:line, the key, and what to do."""
+    whole = load_study(path, ProbeConfig)
+    config = whole.config
+    assert isinstance(config, ProbeConfig)
+    written = whole.tree.value["tasks"].value
+    return Probe(
+        config=config, whole=whole, tasks={name: _task(whole, config, name, written[name]) for name in config.tasks}
+    )
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys name the same place, or one a part of the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:
+    """The study of one task: its keys stand in every variant, so that they are on the command line of every cell."""
+    shared = {key: getattr(config, key) for key in ("base", "match", "seeds")}
+    return replace(
+        whole,
+        config=StudyConfig(
+            study=f"{config.study}.{name}",
+            out=str(whole.out / name),
+            baseline=config.baseline_name,
+            variants={variant: {**config.tasks[name], **keys} for variant, keys in config.variants.items()},
+            **shared,
+        ),
+        out=whole.out / name,
+        variants={
+            variant: Node(dict([*_leaves(written), *_leaves(node)]), node.place, node.key_place)
+            for variant, node in whole.variants.items()
+        },
+    )
+
+
+def _leaves(node: Node, prefix: str = "") -> Iterator[tuple[str, Node]]:
+    """(dotted key, value) of everything below a mapping: what `flat_keys` does, with places in the file."""
+    for key, item in node.value.items() if node.is_mapping else ():
+        if item.is_mapping:
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item

@@ -1,0 +1,97 @@
+"""When a run saves, what it says about it, and what a failed save means."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from headway.launcher.run import heartbeat
+from headway.launcher.run.identity import identity_hash, run_identity
+from headway.launcher.run.machine import git_commit, versions
+from headway.launcher.run.run_dir import RunDir, read_mapping, spec_hash
+from headway.launcher.spec.spec import Spec
+from headway.launcher.train.tracking import Tracker
+from headway.parallel.config import CheckpointError
+from headway.parallel.layout import Layout
+from headway.parallel.saver import Saved, Saver
+
+
+class Saving:
+    """Checkpoints of a run, written while it trains. `saved_step`: that of the newest whole one."""
+
+    def __init__(self, run: RunDir, spec: Spec, layout: Layout, engine: Saved) -> None:
+        self._config, self._layout = spec.checkpoint, layout
+        self._saver = Saver(run.checkpoints, engine, layout, spec.checkpoint, about=_about(run, spec))
+        self.saved_step, self.failures = 0, 0
+        self._tokens, self._begun_s = 0, time.monotonic()
+
+    def resumed(self, step: int, tokens: int) -> None:
+        """The run goes on from the checkpoint of `step`."""
+        self.saved_step, self._tokens = step, tokens
+
+    @property
+    def overdue(self) -> bool:
+        """Whether `checkpoint.every_minutes` have passed; only rank 0's clock counts."""
+        minutes = self._config.every_minutes
+        return self._layout.is_main and minutes is not None and time.monotonic() - self._begun_s > 60 * minutes
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part of the pending save is on disk."""
+        return self._saver.written
+
+    def begin(self, tracker: Tracker, state: Mapping[str, Any]) -> None:
+        """Save everything as it is now; the one before is seen to its end first. Collective."""
+        self.settle(tracker)
+        step, tokens, every = state["step"], state["tokens"], self._config.keep_every_tokens
+        heartbeat.beat("save", step)
+        tracker.flush()
+        milestone = every is not None and tokens // every > self._tokens // every
+        self._saver.start(step, {**state, "milestone": milestone})
+        self._tokens, self._begun_s = tokens, time.monotonic()
+
+    def settle(self, tracker: Tracker, *, last: bool = False) -> None:
+        """Commit the pending save, if there is one, and say how it went; collective.
+
+        A failed one is reported and training goes on, up to `checkpoint.max_failures` in a row. `last`: training does
+        not go on. Raises CheckpointError when a last one, or one too many, has failed.
+        """
+        step = self._saver.pending_step
+        if step is None:
+            return
+        heartbeat.beat("save", step)
+        outcome = self._saver.commit()
+        if outcome.error is None:
+            self.saved_step, self.failures = step, 0
+            record = {"kind": "checkpoint", "step": step, "stall_s": outcome.stall_s, "write_s": outcome.write_s}
+            seconds = f"written in {outcome.write_s:.2f} s, training waited {outcome.stall_s:.2f} s"
+            return tracker.event(record, f"checkpoint of step {step} {seconds}")
+        self.failures += 1
+        tracker.event(
+            {"kind": "checkpoint_failed", "step": step, "in_a_row": self.failures, "error": outcome.error},
+            f"CHECKPOINT OF STEP {step} FAILED ({self.failures} in a row): {outcome.error}; "
+            f"the last whole one is of step {self.saved_step}",
+        )
+        if self.failures >= self._config.max_failures or last:
+            raise CheckpointError(
+                f"checkpoint of step {step} cannot be written: {outcome.error}. Free space or mend the disk, then "
+                f"start the same command again: it continues from step {self.saved_step}"
+            )
+
+
+def _about(run: RunDir, spec: Spec) -> dict[str, Any]:
+    """Where a checkpoint comes from, for those who find it and for resumes that must not take another run's."""
+    resolved = spec.model_dump(mode="json")
+    fingerprint = read_mapping(run.card).get("data_fingerprint")
+    return {
+        "run": run.run_id(),
+        "attempt": secrets.token_hex(8),
+        "spec": resolved,
+        "spec_hash": spec_hash(resolved),
+        "data_fingerprint": fingerprint,
+        "identity": identity_hash(run_identity(spec, fingerprint)),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }

@@ -1,0 +1,144 @@
+"""What a run records: the console line, metrics.jsonl (the truth), TensorBoard (a view of it)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from headway.launcher.base.text import duration
+from headway.launcher.board.events import DRAW, board_diversity, board_train, board_validation
+from headway.launcher.board.files import put_in_order
+from headway.launcher.run.lines import LineFile, encode
+from headway.launcher.run.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+
+_GONE = "IS NOT WRITTEN ANY MORE: {}; metrics.jsonl has every record, and `headway board RUN --rebuild` makes it anew"
+
+
+class Tracker:
+    """Writes records on the main process; elsewhere every method does nothing.
+
+    `total_steps` and `total_tokens` are those of the whole run; `start_step` is the step it is resumed after.
+    """
+
+    def __init__(
+        self, run: RunDir, *, main: bool, tensorboard: bool, log_every_steps: int, total_steps: int, start_step: int
+    ) -> None:
+        self._main, self._every, self._total, self._start = main, log_every_steps, total_steps, start_step
+        self._file: LineFile | None = None
+        self._board: SummaryWriter | None = None
+        self._validation: float | None = None
+        if not main:
+            return
+        self._file = LineFile(run.metrics)
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            try:
+                put_in_order(run.tensorboard)
+                # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
+                self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            except (OSError, RuntimeError, ValueError) as e:
+                say(f"TENSORBOARD {_GONE.format(e)}")
+
+    def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
+        """One optimizer step."""
+        self._write(record)
+        step = record["step"]
+        if not self._main:
+            return
+        self._view(lambda board: board_train(board, record))
+        if step % self._every == 0 or step in (self._start + 1, self._total):
+            say(self._line(record, seconds_left))
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """One validation."""
+        self._write(record)
+        self._validation = record["loss"]
+        self._view(lambda board: board_validation(board, record))
+        if self._main:
+            say(
+                f"validation after step {record['step']}: loss {record['loss']:.4f} "
+                f"accuracy {100 * record['accuracy']:.2f}% over {record['targets']:,} tokens",
+            )
+
+    def heads(self, record: dict[str, Any]) -> None:
+        """Head diversity of every layer that has a pool of heads."""
+        self._write(record)
+        self._view(lambda board: board_diversity(board, record))
+
+    def event(self, record: dict[str, Any], text: str) -> None:
+        """Something that happened (resume, failed save): one record and one console line."""
+        self._write(record)
+        if record["kind"] in DRAW:
+            self._view(lambda board: DRAW[record["kind"]](board, record))
+        if self._main:
+            say(text)
+
+    def flush(self) -> None:
+        """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
+        if self._file is not None and (error := self._file.sync()) is not None:
+            say(f"RECORDS ARE NOT SAFE ON THE DISK: {error.strerror}; a kill now would lose some of metrics.jsonl")
+        self._view(lambda board: board.flush())
+
+    def require(self) -> None:
+        """Raises OSError unless every record is written: only then may a run be called complete."""
+        if self._file is not None:
+            self._file.require()
+
+    def close(self) -> None:
+        """Raises OSError where records are left that could not be written."""
+        self._view(lambda board: board.close())
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None and (error := self._file.write(encode(record))) is not None:
+            say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
+
+    def _view(self, draw: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard, which is a view: when its disk fails there is none any more, and the training goes on."""
+        if self._board is None:
+            return
+        try:
+            draw(self._board)
+        except (OSError, RuntimeError, ValueError) as e:
+            self._board = None
+            say(f"TENSORBOARD {_GONE.format(e)}")
+
+    def _line(self, r: dict[str, Any], seconds_left: float | None) -> str:
+        width = len(str(self._total))
+        validation = "-" if self._validation is None else f"{self._validation:.4f}"
+        data = 100 * r["data_s"] / max(1e-9, r["step_s"])
+        router = ""
+        if r.get("router"):
+            stats = [s for layer in r["router"].values() for s in layer.values()]
+            entropy = [h for s in stats for h in s["entropy"] if h is not None]
+            router = f" router H {sum(entropy) / max(1, len(entropy)):.2f} dead {sum(sum(s['dead']) for s in stats)}"
+        return (
+            f"step {r['step']:>{width}}/{self._total} {100 * r['step'] / self._total:5.1f}% loss {r['loss']:.4f} "
+            f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
+            f"mfu - mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
+        )
+
+
+def say(text: str) -> None:
+    """Print a line for whoever looks; a terminal or pipe that has gone must not end the training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def memory() -> str:
+    """Peak memory of this process: device memory on CUDA, resident set elsewhere."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f}/{total / 2**30:.0f} GiB"
+    import resource
+
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"

@@ -1,0 +1,1 @@
+"""Hugging Face forms: folders of safetensors, Llama names and configurations."""

@@ -1,0 +1,79 @@
+"""What TensorBoard shows of routers and heads, read back from its event files."""
+
+import io
+
+import numpy as np
+import pytest
+
+from headway.launcher.board.events import ABSENT, CELL_PX, EVEN, NONE, TWICE, board_heads, board_routers, load_map
+
+FIGURES = {
+    "load": [[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]],
+    "effective": [2.0, 4.0],
+    "dead": [2, 0],
+    "tokens": 80,
+    "entropy": [1.0, 1.2],
+    "gate": [0.9, 1.1],
+    "top1_margin": [0.2, 0.4],
+    "close": [0.0, 0.5],
+    "switch_rate": [0.5, 0.7],
+    "mutual_information": [0.1, 0.2],
+    "information_bias": [0.0, 0.0],
+    "information_share": [0.3, None],
+}
+HEADS = {"member": "query head", "members": 4, "c_w": 0.1, "c_q": 0.2, "c_o": 0.3, "effective_rank": 3.5, "cka": 0.4}
+
+
+@pytest.fixture
+def events(tmp_path):
+    """Call with what to write; returns what a reader of the files finds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    def write(function, record):
+        with SummaryWriter(str(tmp_path)) as board:
+            function(board, record, 7)
+        found = EventAccumulator(str(tmp_path))
+        found.Reload()
+        return found
+
+    return write
+
+
+def test_router_scalars_are_means_over_groups(events):
+    found = events(board_routers, {"layer_00": {"router": FIGURES}, "layer_01": {"router": FIGURES}})
+    values = {tag: found.Scalars(tag)[-1] for tag in found.Tags()["scalars"]}
+    assert all(event.step == 7 for event in values.values())
+    for key, wanted in {
+        "dead": 2,
+        "peak": 0.5,
+        "effective_experts": 3,
+        "switch_rate": 0.6,
+        "close_share": 0.25,
+    }.items():
+        assert values[f"router/layer_01/router_{key}"].value == pytest.approx(wanted)
+    assert values["router/layer_00/router_mutual_information_share"].value == pytest.approx(0.3)  # of the known group
+
+
+def test_loads_are_one_picture_of_layers_by_experts(events):
+    from PIL import Image
+
+    found = events(board_routers, {"layer_00": {"router": FIGURES}, "layer_01": {"router": FIGURES}})
+    assert found.Tags()["images"] == ["router/load_router"]
+    (event,) = found.Images("router/load_router")
+    assert (event.step, event.width, event.height) == (7, 8 * CELL_PX, 2 * CELL_PX)
+    picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+    cells = picture[CELL_PX // 2 :: CELL_PX, CELL_PX // 2 :: CELL_PX]
+    assert [tuple(map(int, cell)) for cell in cells[1]] == [TWICE] * 2 + [NONE] * 2 + [EVEN] * 4
+
+
+def test_layers_of_other_sizes_are_filled_up_with_grey():
+    picture = load_map([[1.0, 1.0], [1.0]])
+    assert tuple(picture[0, -1]) == EVEN and tuple(picture[-1, -1]) == ABSENT
+
+
+def test_heads_are_shown_by_layer_and_over_layers(events):
+    found = events(board_heads, {"layer_00": HEADS, "layer_01": {**HEADS, "c_o": 0.5}})
+    assert found.Scalars("heads/layer_01/c_o")[0].value == pytest.approx(0.5)
+    assert found.Scalars("heads/mean/c_o")[0].value == pytest.approx(0.4)
+    assert {tag.split("/")[-1] for tag in found.Tags()["scalars"]} == {"c_w", "c_q", "c_o", "effective_rank", "cka"}

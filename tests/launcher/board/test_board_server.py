@@ -1,0 +1,212 @@
+"""`headway board`: the view is made anew from the records, and only this machine sees it unless told otherwise."""
+
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.board.files import rebuild
+from headway.launcher.board.server import board, runs_below
+from headway.launcher.cli.main import main
+from headway.launcher.run.lines import encode
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.train.tracking import Tracker
+
+ROUTER = {
+    "load": [[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]],
+    "effective": [2.0, 4.0],
+    "dead": [2, 0],
+    "entropy": [1.0, 1.2],
+    "gate": [0.9, 1.1],
+    "top1_margin": [0.2, 0.4],
+    "close": [0.0, 0.5],
+    "switch_rate": [0.5, None],
+    "mutual_information": [0.1, 0.2],
+    "information_share": [0.3, None],
+}
+HEADS = {"c_w": 0.1, "c_q": 0.2, "c_o": 0.3, "effective_rank": 3.5, "cka": 0.4}
+
+
+def train(run: RunDir, start: int, last: int, *, loss: float = 2.0) -> None:
+    """An attempt that records routers, heads, validations and a step that was skipped."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.truncate_metrics(last_step=start)
+    track = Tracker(run, main=True, tensorboard=True, log_every_steps=100, total_steps=100, start_step=start)
+    for step in range(start + 1, last + 1):
+        values = {"loss": float("nan") if step == 5 else loss + 1 / step, "aux_loss": 0.1, "grad_norm": 1.0, "lr": 0.1}
+        timing = {"step_s": 0.1, "data_s": 0.01, "tokens_per_s": 80.0, "train_s": 0.1 * step}
+        router = {"router": {"layer_00": {"router": ROUTER}}} if step % 2 == 0 else {}
+        common = {"step": step, "tokens": 8 * step}
+        track.train({"kind": "train", **common, **values, **timing, **router}, seconds_left=None)
+        if step % 3 == 0:
+            result = {"loss": loss, "accuracy": 0.5, "targets": 1, "train_s": 0.1 * step}
+            track.validation({"kind": "validation", **common, **result})
+            track.heads({"kind": "heads", **common, "layers": {"layer_00": HEADS, "layer_01": HEADS}})
+    track.close()
+
+
+def view(run: RunDir) -> dict[str, list]:
+    """Tag -> what is shown of it, in the order in which it is shown; NaN as text, so that it equals itself."""
+    found = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    tags = found.Tags()
+    scalars = {tag: [(e.step, str(e.value)) for e in found.Scalars(tag)] for tag in tags["scalars"]}
+    return scalars | {tag: [(e.step, e.encoded_image_string) for e in found.Images(tag)] for tag in tags["images"]}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """Two attempts: the second goes on after step 6, and repeats what the first had done of 7 to 9."""
+    made = RunDir(tmp_path / "runs" / "tiny")
+    train(made, 0, 9)
+    train(made, 6, 12, loss=3.0)
+    return made
+
+
+def test_what_is_made_anew_equals_what_was_shown(run):
+    # F27: routers, heads and maps too
+    before = view(run)
+    assert [step for step, _ in before["train/loss"]] == list(range(1, 13)) and "router/load_router" in before
+    assert before["train/loss"][4] == (5, "nan") and len(before) == 8 + 3 + 15 + 10 + 1
+    for _ in range(2):
+        assert not rebuild(run)
+        assert view(run) == before
+
+
+def test_a_view_of_which_a_bit_flipped_is_whole_again(run):
+    # F27
+    before = view(run)
+    for path in run.tensorboard.iterdir():
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 3] ^= 1
+        path.write_bytes(damaged)
+    assert view(run) != before  # one bit hides what stands behind it
+    rebuild(run)
+    assert view(run) == before
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_view_that_was_cut_off_shows_each_step_once_after_a_resume(run, cut):
+    # F27
+    newest = max(run.tensorboard.iterdir(), key=lambda path: path.name)
+    newest.write_bytes(newest.read_bytes()[:-cut])
+    train(run, 9, 15)
+    assert [step for step, _ in view(run)["train/loss"]] == list(range(1, 16))
+
+
+def test_a_run_goes_on_after_its_view_was_made_anew(run):
+    rebuild(run)
+    train(run, 9, 15, loss=4.0)
+    before = view(run)
+    assert [step for step, _ in before["train/loss"]] == list(range(1, 16))
+    rebuild(run)
+    assert view(run) == before
+
+
+def test_killed_while_it_is_made_anew_the_view_is_the_old_one_or_the_new_one(run, monkeypatch):
+    before, replace = view(run), Path.replace
+    next(run.tensorboard.iterdir()).write_bytes(b"")  # so that the old view is another one
+    old = view(run)
+    assert old != before
+    for name in ("replace", "unlink"):
+        with monkeypatch.context() as m:
+            m.setattr(Path, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                rebuild(run)
+        assert view(run) == (old if name == "replace" else before)
+    assert Path.replace is replace
+    train(run, 12, 15)  # the next attempt sorts what lies there
+    assert [step for step, _ in view(run)["train/loss"]] == list(range(1, 16))
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_points_carry_the_start_of_the_run_and_the_seconds_of_training(run):
+    write_json(run.card, {"attempts": [{"started_at": "2030-01-01T00:00:00Z"}, {"started_at": "2031-01-01T00:00:00Z"}]})
+    rebuild(run)
+    found = EventAccumulator(str(run.tensorboard))
+    found.Reload()
+    times = [event.wall_time - 1893456000 for event in found.Scalars("train/loss")]
+    assert times == pytest.approx([0.1 * step for step in range(1, 13)])
+
+
+def test_lost_records_are_named_and_the_rest_is_shown(run, capsys):
+    text = run.metrics.read_text().replace('"step": 4, "tokens": 32', '"step": 4, "tokens": 33')
+    run.metrics.write_text(text + encode({"kind": "train", "step": 13}) + "\n")
+    assert board([run.path], host="127.0.0.1", port=None, expose=False, rebuild_files=True, serve=False) == 0
+    assert "2 lines are damaged and no record of step 4" in capsys.readouterr().out
+    assert [step for step, _ in view(run)["train/loss"]] == [1, 2, 3, *range(5, 13)]
+
+
+def test_a_run_that_is_trained_keeps_its_view(run):
+    before = {path: path.read_bytes() for path in run.tensorboard.iterdir()}
+    for name in ("run.lock", "worker.lock"):
+        with run.locked(name), pytest.raises(SpecError, match="a live run holds this folder"):
+            rebuild(run)
+    assert {path: path.read_bytes() for path in run.tensorboard.iterdir()} == before
+
+
+def test_runs_are_found_in_studies_and_probes(run, tmp_path):
+    for name in ("study/cells/gqa/seed-1", "study/cells/gqa/seed-2", "probes/recall/cells/gqa/seed-1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    assert [r.path for r in runs_below(run.path)] == [run.path]
+    assert [r.path.name for r in runs_below(tmp_path / "study")] == ["seed-1", "seed-2"]
+    assert len(runs_below(tmp_path / "probes")) == 1
+    (tmp_path / "empty").mkdir()
+    for nothing in ("empty", "absent"):
+        with pytest.raises(NoInputError, match="no run here, and none below"):
+            runs_below(tmp_path / nothing)
+    with pytest.raises(NoInputError, match="no record to show"):
+        rebuild(RunDir(tmp_path / "study" / "cells" / "gqa" / "seed-1"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org", ""])
+def test_nobody_else_is_let_in_unasked(run, host, capsys, monkeypatch):
+    monkeypatch.setattr("headway.launcher.board.server._serve", lambda *_: pytest.fail("it was served"))
+    assert main(["board", str(run.path), "--host", host, "--port", "0"]) == 64
+    assert "error: --host: " in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_or_none_is_an_error(run, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["board", str(run.path), "--port", str(taken.getsockname()[1])]) == 70
+    assert "name another --port" in capsys.readouterr().err
+    assert main(["board", str(run.path), "--port", "70000"]) == 64
+
+
+def test_tensorboard_shows_several_runs_on_loopback_alone_until_it_is_stopped(run, headway, tmp_path):
+    other = RunDir(tmp_path / "others" / "tiny")
+    train(other, 0, 2)
+    command = headway.command("board", str(run.path), str(other.path), "--port", "0")
+    process = subprocess.Popen(command, env=headway.environment(), stdout=subprocess.PIPE, text=True)
+    headway.started.append(process)
+    assert process.stdout is not None
+    said = re.fullmatch(r"TensorBoard: http://127\.0\.0\.1:(\d+)/ .*\n", process.stdout.readline())
+    assert said is not None
+    port = int(said[1])
+    assert f"ssh -N -L {port}:127.0.0.1:{port} " in process.stdout.readline()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()  # as if all addresses were listened at
+    seen = []
+    headway.wait_for(lambda: seen.append(runs(port)) or len(seen[-1]) == 2, process)
+    assert seen[-1] == {"tiny", "tiny-2"}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def runs(port: int) -> set[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=20) as answer:
+        return set(re.findall(r'"(.*?)"', answer.read().decode()))

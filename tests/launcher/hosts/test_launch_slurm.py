@@ -1,0 +1,164 @@
+"""A job of Slurm: its script, and the script in action with stand-ins for Slurm's programs that run everything here."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.hosts.slurm import job_script
+from headway.launcher.launch.start import train
+from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.load import load_spec
+
+JOB = ("launch.method=slurm", "launch.hosts=2", "launch.rendezvous_s=60", "launch.port=31800", "run_dir=job")
+
+STAND_INS = {
+    "sbatch": """
+[ "$1" = --parsable ] || exit 2
+cp "$2" submitted
+echo '4242;here'
+""",
+    "scontrol": """
+case "$1" in
+    show) printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    requeue) echo "$2" >> requeued ;;
+esac
+""",
+    "srun": """
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do
+    SLURM_STEP_ID=0 SLURM_NODEID=$node "$@" & tasks+=($!)
+done
+trap 'kill -TERM "${tasks[@]}"' TERM
+worst=0
+for task in "${tasks[@]}"; do
+    while :; do
+        wait "$task"
+        status=$?
+        kill -0 "$task" 2>/dev/null || break
+    done
+    [ "$status" -gt "$worst" ] && worst=$status
+done
+exit "$worst"
+""",
+}
+
+
+@pytest.fixture
+def headway(headway_alone):
+    """What these tests are about stands between the command and its ranks."""
+    return headway_alone
+
+
+@pytest.fixture
+def slurm(headway, monkeypatch):
+    """Slurm's programs, in front of any that this machine has."""
+    folder = headway.folder / "bin"
+    folder.mkdir()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text("#!/bin/bash" + text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.chdir(headway.folder)
+    return headway
+
+
+def script(headway, *overrides: str, folder: Path | None = None) -> str:
+    spec = load_spec(headway.spec, ["launch.method=slurm", *overrides]).spec
+    return job_script(spec, RunDir.of(spec), ["tiny.yaml", *overrides], folder or headway.folder)
+
+
+def test_the_script_asks_for_what_the_spec_says(headway):
+    text = script(
+        headway,
+        "launch.hosts=4",
+        "launch.slurm={partition: gpu, account: a1, time: 1-12:00:00, gpus_per_node: 8, warn_s: 600, requeue: false, "
+        "options: [--exclusive, --mem=64G]}",
+    )
+    lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert lines >= {
+        *("--nodes=4", "--ntasks-per-node=1", "--partition=gpu", "--account=a1", "--time=1-12:00:00"),
+        *("--gpus-per-node=8", "--signal=B:TERM@600", "--no-requeue", "--exclusive", "--mem=64G", "--job-name=tiny"),
+    }
+    assert "scontrol requeue" not in text
+    assert "--requeue" in script(headway) and "scontrol requeue" in script(headway)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_overrides_reach_the_job_as_they_were_written(headway):
+    spec = load_spec(headway.spec, ["launch.method=slurm"]).spec
+    odd = ["tiny.yaml", 'launch.env={A: "it\'s $(touch evil)"}']
+    text = job_script(spec, RunDir.of(spec), odd, headway.folder)
+    at = text.index("srun ")
+    line = text[at : text.index(" &\n", at)].replace("srun ", "printf '%s\\0' ", 1)
+    shown = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=headway.folder)
+    inner = next(word for word in shown.stdout.split("\0") if word.startswith("exec "))
+    again = inner.replace("exec ", "printf '%s\\0' ", 1)
+    shown = subprocess.run(["bash", "-c", again], capture_output=True, text=True, check=True, cwd=headway.folder)
+    assert odd[1] in shown.stdout.split("\0")
+    assert not (headway.folder / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "a%j", "a'b", "a$(id)"])
+def test_a_path_that_sbatch_would_read_otherwise_is_refused(headway, name):
+    with pytest.raises(SpecError, match=r"launch\.method.*use a path of letters"):
+        script(headway, folder=headway.folder / name)
+
+
+def test_a_machine_without_sbatch_is_told_where_to_go(headway, monkeypatch):
+    monkeypatch.chdir(headway.folder)
+    monkeypatch.setenv("PATH", str(headway.folder))
+    with pytest.raises(HeadwayError, match=r"no sbatch on this machine.*login node"):
+        train(headway.spec, list(JOB))
+
+
+def test_a_dry_run_shows_the_script_and_hands_nothing_in(slurm, capsys):
+    assert train(slurm.spec, list(JOB), dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --nodes=2" in out and "torch.distributed.run --node-rank 1 --master-addr FIRST_HOST" in out
+    assert not (slurm.folder / "job").exists() and not (slurm.folder / "submitted").exists()
+
+
+def steps_done(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_text().count('"kind": "train"')
+    except OSError:
+        return 0
+
+
+def test_a_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again(slurm):
+    done = slurm.train(*JOB)
+    assert done.returncode == 0 and done.stdout.startswith("job 4242; its log is job/slurm/4242.log"), done.stderr
+    run, job = slurm.folder / "job", slurm.folder / "submitted"
+    assert job.read_text() == (run / "slurm" / "job.sbatch").read_text()
+    env = {**os.environ, "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "a[1-2]"}
+
+    def queue() -> subprocess.Popen:
+        process = subprocess.Popen(
+            ["bash", str(job)],
+            cwd=slurm.folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        slurm.started.append(process)
+        return process
+
+    first = queue()
+    slurm.wait_for(lambda: steps_done(run) >= 4, first)
+    first.send_signal(signal.SIGTERM)  # as `--signal=B:TERM` does: to the script alone
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 75, said
+    assert (slurm.folder / "requeued").read_text() == "4242\n"
+    stopped_at = steps_done(run)
+    assert stopped_at < 40 and (run / "checkpoints" / f"step-{stopped_at:010d}").is_dir()
+    second = queue()
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    assert f"(step {stopped_at}/40)" in said and steps_done(run) == 40
+    assert (slurm.folder / "requeued").read_text() == "4242\n"

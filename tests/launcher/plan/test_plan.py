@@ -1,0 +1,222 @@
+"""`headway plan`: what it says of a layout, which layouts it proposes, and the plans that ship."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.plan.hardware import ASSUMPTIONS, GPUS, NETWORKS, find_gpu, find_network
+from headway.launcher.plan.layouts import Layout, Search, plan_layout, search
+from headway.launcher.plan.planner import cost_of, plan, with_vocabulary
+from headway.launcher.plan.speed import bubble
+from headway.launcher.plan.stages import grid_of
+from headway.launcher.plan.tables import markdown, tables
+from headway.launcher.plan.traffic import flows
+from headway.launcher.spec.load import load_spec
+
+ROOT = Path(__file__).parents[3]
+TINY, LARGE = ROOT / "yaml/base/tiny.yaml", ROOT / "yaml/models/940m.yaml"
+LAYOUTS = sorted((ROOT / "yaml/layouts").glob("*.yaml"))
+
+
+def planned(file: Path, *overrides: str, gpu: str = "h100", network: str = "ndr") -> Layout:
+    spec = with_vocabulary(load_spec(file, overrides).spec)
+    useful = 3 * cost_of(spec)["flops_per_token_useful"]
+    return plan_layout(spec, find_gpu(gpu), find_network(network), useful_flops_per_token=useful)
+
+
+def found(file: Path, gpus: int, *overrides: str, gpu: str = "h100") -> Search:
+    spec = with_vocabulary(load_spec(file, overrides).spec)
+    useful = 3 * cost_of(spec)["flops_per_token_useful"]
+    return search(spec, gpus=gpus, gpu=find_gpu(gpu), network=find_network("ndr"), useful_flops_per_token=useful)
+
+
+def sent(layout: Layout, kind: str) -> float:
+    return sum(f.bytes_per_step for f in flows(layout.grid, layout.grid.stages[0]) if f.kind.startswith(kind))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_plan_states_memory_communication_bubble_and_speed_with_their_ground(capsys) -> None:
+    assert plan(LARGE, ["launch.processes=8", "parallel.tensor=2", "parallel.pipeline=2"]) == 0
+    text = capsys.readouterr().out
+    for part in ("parameters of a rank", "Adam's moments", "activations", "pipeline bubble", "tokens/s, estimated"):
+        assert part in text
+    assert "tensor: layers' inputs and outputs" in text and "data: gradients" in text
+    assert "estimates from datasheets, measured nowhere" in text and GPUS["h100"].source in text
+
+
+def test_json_has_every_figure(capsys) -> None:
+    assert plan(TINY, ["launch.processes=2", "train.micro_batch=8"], gpus=2, as_json=True) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert sum(figures["params_by_part"].values()) == figures["num_params"] == sum(figures["params_per_rank"].values())
+    assert figures["fits"] and figures["memory_bytes"]["peak"] < figures["usable_bytes"]
+    assert figures["search"]["best"][0]["layout"]["processes"] == 2
+
+
+def test_an_unknown_gpu_or_network_names_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=r"Did you mean h100\? Use one of: h100, h200"):
+        plan(TINY, [], gpu="h10")
+    with pytest.raises(SpecError, match=r"--network: 'wifi' is not known\. Use one of: ndr"):
+        plan(TINY, [], network="wifi")
+
+
+def test_a_layout_that_does_not_fit_says_by_how_much(capsys) -> None:
+    assert plan(ROOT / "yaml/models/3b.yaml", [], gpu="rtx3090") == 0
+    layout = planned(ROOT / "yaml/models/3b.yaml", gpu="rtx3090")
+    assert not layout.fits(GPUS["rtx3090"])
+    assert "DOES NOT FIT" in (text := capsys.readouterr().out) and "GiB too much" in text
+
+
+def test_a_plan_takes_seconds_and_loads_neither_deepspeed_nor_megatron() -> None:
+    code = (
+        "import sys; from headway.launcher.cli.main import main; main(sys.argv[1:]); "
+        "sys.exit(any(m in sys.modules for m in ('deepspeed', 'megatron')))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, "plan", str(LARGE)], stdout=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def test_stages_hold_the_whole_model_once_and_a_tied_matrix_twice() -> None:
+    layout = planned(LARGE, "launch.processes=4", "parallel.pipeline=4")
+    held = sum(stage.num_params for stage in layout.grid.stages)
+    model = layout.spec.model
+    assert held == cost_of(layout.spec)["num_params"] + 32_000 * model.width
+    assert sum(len(stage.blocks) for stage in layout.grid.stages) == model.layers
+
+
+def test_the_bubble_shrinks_with_micro_batches() -> None:
+    few = planned(LARGE, "launch.processes=4", "parallel.pipeline=4", "train.micro_batch=128")
+    many = planned(LARGE, "launch.processes=4", "parallel.pipeline=4", "train.micro_batch=1")
+    assert bubble(few.grid) == 3 / (4 + 3) and bubble(many.grid) == 3 / (512 + 3)
+    assert many.speed.middle > few.speed.middle
+
+
+def test_the_first_stage_keeps_most_micro_batches() -> None:
+    grid = planned(LARGE, "launch.processes=4", "parallel.pipeline=4", "train.micro_batch=1").grid
+    assert [grid.in_flight(stage) for stage in grid.stages] == [4, 3, 2, 1]
+
+
+def test_recomputation_gives_memory_for_time() -> None:
+    kept, again = planned(LARGE), planned(LARGE, "parallel.recompute=block")
+    assert again.memory.activations < kept.memory.activations / 5
+    assert again.speed.middle < kept.speed.middle
+
+
+def test_zero_stages_cut_optimizer_gradients_and_parameters_in_turn() -> None:
+    one, two, three = (planned(LARGE, "launch.processes=8", f"parallel.zero={z}").memory for z in (1, 2, 3))
+    assert one.moments == two.moments == three.moments
+    assert two.gradients < one.gradients and two.parameters == one.parameters
+    assert three.parameters == one.parameters / 8
+
+
+def test_tensor_parallel_traffic_is_four_all_reduces_a_block_and_micro_batch() -> None:
+    layout = planned(LARGE, "launch.processes=2", "parallel.tensor=2")
+    spec, grid = layout.spec, layout.grid
+    residual = grid.tokens * spec.model.width * 2
+    borders = 4 * spec.model.layers + 2  # and out of the embedding, into the head
+    assert sent(layout, "tensor: layers") == grid.accumulation * borders * residual  # 2 (T-1)/T = 1
+    both = planned(LARGE, "launch.processes=2", "parallel.tensor=2", "parallel.sequence_parallel=true")
+    assert sent(both, "tensor: layers") == sent(layout, "tensor: layers")
+
+
+def test_gradients_cross_once_a_step_under_zero_1_and_every_pass_under_zero_2() -> None:
+    one, two = (planned(LARGE, "launch.processes=8", f"parallel.zero={z}") for z in (1, 2))
+    assert sent(one, "data: gradients") == 2 * 7 / 8 * 2 * cost_of(one.spec)["num_params"]
+    assert sent(two, "data: gradients") == one.grid.accumulation * sent(one, "data: gradients")
+
+
+def test_a_slower_network_costs_where_groups_leave_a_host() -> None:
+    inside = ["launch.processes=8"]
+    across = ["launch.processes=8", "launch.hosts=2", "launch.address=first"]
+    fast, slow = (planned(LARGE, *inside, network=n).speed.middle for n in ("ndr", "ethernet"))
+    assert fast == slow
+    fast, slow = (planned(LARGE, *across, network=n).speed.middle for n in ("ndr", "ethernet"))
+    assert slow < fast
+
+
+def test_assumptions_are_ordered_and_no_share_is_beyond_the_datasheet() -> None:
+    low, high = ASSUMPTIONS
+    for name in ("matmul", "core", "masked_core", "memory", "exchange"):
+        assert 0 < getattr(low, name) < getattr(high, name) < 1
+    assert all("not measured here" in row.source for row in (*GPUS.values(), *NETWORKS.values()))
+
+
+def test_a_published_speed_lies_within_the_range() -> None:
+    """llm-foundry, scripts/train/benchmarking: its 1B model on 8 H100, sequences of 2048: 45,455 tokens/s per GPU.
+
+    24 layers, width 2048, 16 heads, MLP of four widths without a gate: here a gated one of as many parameters.
+    """
+    shape = ["model.layers=24", "model.ffn_width=5461", "model.vocab_size=50368", "attention.type=mha"]
+    heads = ["attention.heads=16", "attention.head_dim=128", "data.document_mask=false", "launch.processes=8"]
+    low, high = planned(LARGE, *shape, *heads).speed.tokens_per_s
+    assert low < 8 * 45_455 < high
+
+
+# ---------------------------------------------------------------- the search
+
+
+def test_the_search_proposes_legal_layouts_that_fit_fastest_first() -> None:
+    result = found(LARGE, 64)
+    assert result.best and all(layout.fits(GPUS["h100"]) for layout in result.best)
+    speeds = [layout.speed.middle for layout in result.best]
+    assert all(b <= a * 1.06 for a, b in pairwise(speeds))  # 5 % apart counts as equal
+    for layout in result.best[:5]:
+        spec = load_spec(LARGE, layout.overrides).spec  # what is printed can be pasted
+        assert spec.launch.world_size == 64
+        assert grid_of(spec).data_ranks == layout.grid.data_ranks
+
+
+def test_the_search_knows_what_fits_no_micro_batch() -> None:
+    result = found(ROOT / "yaml/models/3b.yaml", 8, gpu="rtx3090")
+    assert result.too_big and not any(layout.fits(GPUS["rtx3090"]) for layout in result.too_big)
+    assert result.best and result.best[0].spec.parallel.pipeline > 1  # data parallel ranks alone do not fit
+
+
+def test_the_search_never_cuts_what_cannot_be_cut() -> None:
+    result = found(ROOT / "yaml/models/82m.yaml", 8)  # three KV heads
+    assert {layout.spec.parallel.tensor for layout in result.best} == {1}
+
+
+def test_gpus_that_are_no_whole_hosts_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"--gpus: 12 are not whole hosts of 8.*use 8 or 16"):
+        found(LARGE, 12)
+
+
+# ---------------------------------------------------------------- what ships
+
+
+@pytest.mark.parametrize("file", LAYOUTS, ids=lambda file: file.stem)
+def test_a_shipped_layout_fits_the_gpu_it_is_planned_for(file: Path) -> None:
+    layout = planned(file)  # loading it has checked that it is legal
+    assert layout.fits(GPUS["h100"])
+    assert file.stem == layout.spec.name == f"{layout.spec.name.rpartition('-')[0]}-{layout.spec.launch.world_size}"
+
+
+def test_every_model_has_a_layout_for_1_8_and_64_gpus() -> None:
+    models = {file.stem for file in (ROOT / "yaml/models").glob("*.yaml")}
+    assert models == {"82m", "162m", "250m", "940m", "3b"}
+    assert {file.stem for file in LAYOUTS} == {f"{model}-{gpus}" for model in models for gpus in (1, 8, 64)}
+
+
+@pytest.mark.parametrize("name", ["82m", "162m", "250m", "940m", "3b"])
+def test_a_model_has_the_parameters_of_its_name(name: str) -> None:
+    target = {"82m": 82e6, "162m": 162e6, "250m": 250e6, "940m": 940e6, "3b": 3e9}[name]
+    spec = load_spec(ROOT / f"yaml/models/{name}.yaml").spec
+    assert cost_of(spec)["num_params"] == pytest.approx(target, rel=5e-3)
+
+
+def test_the_committed_plans_are_what_the_code_computes() -> None:
+    """`make plans` writes them anew."""
+    folder, fresh = ROOT / "docs/results/plans", tables(ROOT)
+    committed = json.loads((folder / "plans.json").read_text())
+    assert {name: committed[name] for name in fresh} == json.loads(json.dumps(fresh))
+    assert (folder / "plans.md").read_text() == markdown(fresh)

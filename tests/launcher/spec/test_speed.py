@@ -1,0 +1,68 @@
+"""Levers of speed in a spec: their defaults, what rules them out, and that a run may go on with others."""
+
+from typing import Any
+
+import pytest
+
+from headway.launcher.run.run_dir import identity
+from headway.launcher.spec.spec import Spec
+from headway.launcher.spec.speed import why_not_speed
+
+SPEC: dict[str, Any] = {
+    "model": {"width": 32, "layers": 2, "ffn_width": 48, "vocab_size": 64},
+    "attention": {"type": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8},
+    "data": {
+        "seq_len": 32,
+        "source": {"type": "synthetic", "task": "mqar", "vocab_size": 64, "pairs": 4, "queries": 4},
+    },
+    "optimizer": {"lr": 1e-3},
+    "train": {"tokens": 4096, "global_batch": 4, "micro_batch": 2},
+}
+
+
+def spec(speed: dict[str, str] | None = None, **sections: dict[str, Any]) -> Spec:
+    merged = {key: {**SPEC.get(key, {}), **sections.get(key, {})} for key in {*SPEC, *sections}}
+    return Spec.model_validate({**merged, "speed": speed or {}})
+
+
+def test_without_the_section_nothing_is_changed():
+    assert spec().speed.model_dump() == {"compile": "none", "attention": "auto", "norm": "torch", "loss": "chunked"}
+
+
+def test_an_unknown_lever_is_an_error():
+    with pytest.raises(ValueError, match=r"speed\.optimizer"):
+        spec({"optimizer": "fused"})
+
+
+@pytest.mark.parametrize("loss", ["torch", "liger"])
+def test_a_cut_vocabulary_needs_the_chunked_loss(loss):
+    with pytest.raises(
+        ValueError, match=rf"speed.loss: {loss} knows no parts.*speed.loss chunked, or parallel.tensor 1"
+    ):
+        spec({"loss": loss}, parallel={"tensor": 2}, launch={"processes": 2})
+    assert why_not_speed(spec({"loss": loss})) is None
+
+
+def test_pytorchs_loss_is_for_fp32():
+    with pytest.raises(ValueError, match=r"speed\.loss: torch returns .* bf16.* chunked or liger"):
+        spec({"loss": "torch"}, parallel={"precision": "bf16"})
+    assert spec({"loss": "liger"}, parallel={"precision": "bf16"}).speed.loss == "liger"
+
+
+@pytest.mark.parametrize("attention", ["flash", "fa3"])
+def test_a_core_without_masks_needs_documents_that_see_each_other(attention):
+    with pytest.raises(ValueError, match=rf"speed.attention: {attention} takes no masks.* auto or cudnn"):
+        spec({"attention": attention})
+    assert spec({"attention": attention}, data={"document_mask": False}).speed.attention == attention
+
+
+def test_windows_are_masks_to_flash_but_not_to_flash_attention_3():
+    windowed: dict[str, Any] = {"data": {"document_mask": False}, "attention": {"window_pattern": [None, 8]}}
+    with pytest.raises(ValueError, match=r"speed\.attention: flash is given no windows"):
+        spec({"attention": "flash"}, **windowed)
+    assert spec({"attention": "fa3"}, **windowed).speed.attention == "fa3"
+
+
+def test_a_run_may_go_on_with_other_levers():
+    usual, faster = (spec(speed).model_dump(mode="json") for speed in ({}, {"compile": "elementwise"}))
+    assert identity(usual) == identity(faster) and usual != faster
