@@ -1,6 +1,6 @@
 """What kernels keep besides being right: equal runs, rows that do not know of each other, replays of a CUDA graph.
 
-`CHECKS[name](device, dtype)` -> what was compared -> (numbers that differ, 0), as in `headway.kernels.checks.v0`; bit for bit.
+`CHECKS[name](device, dtype)` -> what was compared -> (numbers that differ, 0), bit for bit; form of `v0`.
 
 Legend: T tokens, d width, G groups, N experts per group, k chosen ones, D channels, R rotated channels.
 """

@@ -1,1 +1,1 @@
-"""`headway chaos`: the same faults against stock DeepSpeed and against Headway, on the user's own machine."""
+"""Faults done to stock DeepSpeed and to Headway, and what became of each run. Imports exchange and below."""

@@ -1,1 +1,1 @@
-"""Weights in and out: export, import, generation from a checkpoint. Imports run and below."""
+"""Weights in and out: export, import, generation from a checkpoint. Imports bench and below."""

@@ -19,6 +19,26 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "data": {"data"},
 }
+ROOMS = (
+    "base",
+    "spec",
+    "run",
+    "board",
+    "train",
+    "hosts",
+    "match",
+    "plan",
+    "launch",
+    "compare",
+    "report",
+    "study",
+    "bench",
+    "exchange",
+    "chaos",
+    "cli",
+)
+"""Rooms of launcher/, lowest first: each imports itself and those before it. `__main__` may import all of them."""
+LARGEST_FOLDER = 24
 FILES = [file for folder in MAY_IMPORT for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -93,6 +113,91 @@ def test_a_downward_import_is_not() -> None:
         == []
     )
     assert violations("import torch, math\ndef f():\n    import triton", "kernels", "headway.kernels") == []
+
+
+def room_of(module: str) -> int | None:
+    """Place in ROOMS of `headway.launcher.ROOM...`; past the last for a module beside the rooms; None elsewhere."""
+    parts = module.split(".")
+    if parts[:2] != ["headway", "launcher"] or len(parts) < 3:
+        return None
+    return ROOMS.index(parts[2]) if parts[2] in ROOMS else len(ROOMS)
+
+
+def module_name(file: Path) -> str:
+    return ".".join(["headway", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def climbs(source: str, module: str) -> list[str]:
+    """What a module of launcher/ imports from a room above its own."""
+    package = module.rpartition(".")[0]
+    own = room_of(module)
+    found = imported_names(source, package)
+    return [name for name in found if own is not None and (other := room_of(name)) is not None and other > own]
+
+
+def test_every_folder_of_the_launcher_is_a_room_in_the_order() -> None:
+    assert {path.parent.name for path in (ROOT / "launcher").glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[len(ROOT.parts)] == "launcher"], ids=module_name)
+def test_rooms_import_only_rooms_below(file: Path) -> None:
+    assert climbs(file.read_text(), module_name(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("headway.launcher.base.errors", "from headway.launcher.spec import load"),
+        ("headway.launcher.study.run", "def f():\n    import headway.launcher.cli.main"),
+        ("headway.launcher.hosts.place", "COMMAND = 'headway.launcher.study.run'"),
+        ("headway.launcher.cli.main", "import headway.launcher.__main__"),
+    ],
+)
+def test_an_import_of_a_room_above_is_seen(module: str, source: str) -> None:
+    assert climbs(source, module)
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports anywhere, for type checkers too."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        names = set(imported_names(source, module.rpartition(".")[0]))
+        graph[module] = {n for name in names for n in (name, name.rpartition(".")[0]) if n in sources and n != module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that are left when those that import none of the others are taken away, again and again; both ways."""
+    left = {module: set(names) for module, names in graph.items()}
+    while ends := {m for m, names in left.items() if not names or not any(m in other for other in left.values())}:
+        left = {m: names - ends for m, names in left.items() if m not in ends}
+    return [sorted(left)] if left else []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(import_graph({module_name(file): file.read_text() for file in FILES})) == []
+
+
+def test_a_circle_is_seen() -> None:
+    sources = {
+        "headway.data.a": "from headway.data import b",
+        "headway.data.b": "def f():\n    from headway.data.c import x",
+        "headway.data.c": "import headway.data.a",
+        "headway.data.d": "from headway.data.a import y",
+    }
+    assert circles(import_graph(sources)) == [["headway.data.a", "headway.data.b", "headway.data.c"]]
+
+
+def test_no_folder_holds_more_modules_than_a_reader_can_survey() -> None:
+    folders = {file.parent for file in FILES}
+    sizes = {str(f.relative_to(ROOT)): len(list(f.glob("[!_]*.py"))) for f in folders}
+    assert {name: size for name, size in sizes.items() if size > LARGEST_FOLDER} == {}
+
+
+def test_every_room_says_what_it_is_for_and_may_import() -> None:
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((ROOT / "launcher" / room / "__init__.py").read_text())) or ""
+        assert len(text) > 40 and "mports" in text, room
 
 
 def test_package_files_hold_a_docstring_and_nothing_else() -> None:

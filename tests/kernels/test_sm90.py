@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-MODULES = sorted(f"headway.kernels.{path.stem}" for path in KERNELS.glob("triton_*.py"))
+MODULES = sorted(f"headway.kernels.triton.{path.stem}" for path in (KERNELS / "triton").glob("[!_]*.py"))
+assert len(MODULES) >= 6
 SHARED_BYTES = 227 << 10  # of one block on compute capability 9.0
 
 

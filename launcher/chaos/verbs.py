@@ -1,0 +1,34 @@
+"""`headway chaos`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from headway.launcher.base.verbs import Verb
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--faults", default=None, metavar="F1,F8", help="only these (default: F1 to F10)")
+    parser.add_argument("--seconds", type=float, default=170, metavar="N", help="no trial begins later (default 170)")
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="default: another one every time, printed")
+    parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="every trial, and the table beside it")
+
+
+def _chaos(args: argparse.Namespace) -> int:
+    from headway.launcher.chaos.drill import chaos
+
+    faults = None if args.faults is None else args.faults.split(",")
+    return chaos(faults=faults, seconds=args.seconds, seed=args.seed, out=args.json)
+
+
+VERBS = (
+    Verb(
+        name="chaos",
+        help="ten kinds of faults, done to stock DeepSpeed and to Headway, here and now",
+        examples=("headway chaos", "headway chaos --faults F1,F8 --seed 1"),
+        arguments=_arguments,
+        run=_chaos,
+        order=90,
+    ),
+)

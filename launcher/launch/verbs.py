@@ -1,0 +1,45 @@
+"""`headway train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from headway.launcher.base.verbs import Verb, spec_arguments
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be executed on each host, and stop")
+    parser.add_argument(
+        "--node-rank", type=int, default=None, metavar="N", help="which of launch.hosts this is, from 0"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every value and where it comes from, and stop"
+    )
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.print_config:
+        from headway.launcher.spec.load import format_config, load_spec
+
+        print(format_config(load_spec(args.spec, args.overrides, no_auto=None)))
+        return 0
+    from headway.launcher.launch.start import train
+
+    return train(args.spec, args.overrides, node_rank=args.node_rank, dry_run=args.dry_run)
+
+
+VERBS = (
+    Verb(
+        name="train",
+        help="train one spec; the same command again continues it",
+        examples=(
+            "headway train yaml/base/quickstart.yaml",
+            "headway train yaml/base/quickstart.yaml optimizer.lr=1e-3 --print-config",
+            "headway train yaml/base/quickstart.yaml --dry-run",
+        ),
+        arguments=_arguments,
+        run=_train,
+        order=30,
+    ),
+)

@@ -1,0 +1,34 @@
+"""`headway plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    parser.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts over N GPUs")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="the GPU that is planned for (default h100)")
+    parser.add_argument("--network", default="ndr", metavar="NAME", help="what joins the hosts (default ndr)")
+    json_argument(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from headway.launcher.plan.planner import plan
+
+    options = {"gpus": args.gpus, "gpu": args.gpu, "network": args.network}
+    return plan(args.spec, args.overrides, **options, as_json=args.json)
+
+
+VERBS = (
+    Verb(
+        name="plan",
+        help="parameters, memory, communication and expected speed of a spec, without training",
+        examples=("headway plan yaml/base/quickstart.yaml", "headway plan yaml/models/3b.yaml --gpus 64"),
+        arguments=_arguments,
+        run=_plan,
+        order=20,
+    ),
+)

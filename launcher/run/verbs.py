@@ -1,0 +1,64 @@
+"""`headway checkpoint`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from headway.launcher.base.verbs import Verb, json_argument
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--step", type=int, default=None, help="the checkpoint of this step only")
+    json_argument(parser)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from headway.launcher.run.checkpoints import list_checkpoints
+
+    return list_checkpoints(args.run, step=args.step, as_json=args.json)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from headway.launcher.run.checkpoints import verify_checkpoints
+
+    return verify_checkpoints(args.run, step=args.step, as_json=args.json)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from headway.launcher.run.checkpoints import show_checkpoint
+
+    return show_checkpoint(args.run, step=args.step, as_json=args.json)
+
+
+VERBS = (
+    Verb(
+        name="checkpoint",
+        help="what a run has saved, and whether it is whole",
+        order=70,
+        actions=(
+            Verb(
+                name="list",
+                help="step, tokens, loss, size and age of every checkpoint",
+                examples=("headway checkpoint list runs/quickstart",),
+                arguments=_arguments,
+                run=_list,
+            ),
+            Verb(
+                name="verify",
+                help="hash every file and name the one that changed (exit 74)",
+                examples=("headway checkpoint verify runs/quickstart --step 100",),
+                arguments=_arguments,
+                run=_verify,
+            ),
+            Verb(
+                name="show",
+                help="where the newest comes from, its files, its tensors",
+                examples=("headway checkpoint show runs/quickstart --json",),
+                arguments=_arguments,
+                run=_show,
+            ),
+        ),
+    ),
+)

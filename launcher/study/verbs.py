@@ -1,0 +1,110 @@
+"""`headway study` and `headway probe`."""
+
+from __future__ import annotations
+
+import argparse
+
+from headway.launcher.base.verbs import Verb, spec_arguments
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="study")
+
+
+def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
+    parser.add_argument("--fresh", action="store_true", help="move an older folder of the study aside first")
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="probe tasks")
+
+
+def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
+    _probe_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
+    parser.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
+
+
+def _run_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.run import run_study
+
+    return run_study(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+
+
+def _status_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.run import status_study
+
+    return status_study(args.spec, args.overrides)
+
+
+def _report_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.run import report_study
+
+    return report_study(args.spec, args.overrides)
+
+
+def _run_probe(args: argparse.Namespace) -> int:
+    from headway.launcher.study.probe import run_probe
+
+    return run_probe(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+
+
+def _report_probe(args: argparse.Namespace) -> int:
+    from headway.launcher.study.probe import report_probe
+
+    return report_probe(args.spec, args.overrides)
+
+
+VERBS = (
+    Verb(
+        name="study",
+        help="train and compare variants over seeds",
+        order=40,
+        actions=(
+            Verb(
+                name="run",
+                help="train what is missing, then report",
+                examples=("headway study run yaml/quickstart.yaml",),
+                arguments=_study_run_arguments,
+                run=_run_study,
+            ),
+            Verb(
+                name="status",
+                help="what is done",
+                examples=("headway study status yaml/quickstart.yaml",),
+                arguments=_study_arguments,
+                run=_status_study,
+            ),
+            Verb(
+                name="report",
+                help="write the report from what is there so far",
+                examples=("headway study report yaml/quickstart.yaml",),
+                arguments=_study_arguments,
+                run=_report_study,
+            ),
+        ),
+    ),
+    Verb(
+        name="probe",
+        help="what each variant can do on synthetic tasks",
+        order=45,
+        actions=(
+            Verb(
+                name="run",
+                help="train what is missing of every task, then write the table",
+                examples=("headway probe run yaml/probes.yaml --dry-run",),
+                arguments=_probe_run_arguments,
+                run=_run_probe,
+            ),
+            Verb(
+                name="report",
+                help="write the table",
+                examples=("headway probe report yaml/probes.yaml",),
+                arguments=_probe_arguments,
+                run=_report_probe,
+            ),
+        ),
+    ),
+)
