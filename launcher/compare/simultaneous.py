@@ -1,0 +1,343 @@
+"""Differences of several variants to one baseline, with intervals that hold for all of them at once.
+
+Paired runs. Loss of variant v with seed s is modelled as mu_v + seed_s + e_vs, the e_vs independent with one variance.
+A seed sets data order and initial values for all variants, so it is a block; the spread is estimated from the residuals
+of all variants together, with (V - 1)(S - 1) degrees of freedom where every variant has every seed. The interval of
+each difference is that of Dunnett (1955): the critical value is the quantile of the largest |t| over all comparisons
+with the same baseline, so the chance that any interval misses its true difference is at most 1 - confidence.
+
+A variant, or the baseline, whose own residuals are too large for one common variance is taken out of the pool: its
+intervals come from its own differences, at the Sidak level for the number of comparisons, and are never narrower than
+the pooled ones. The test is an F test of that variant's residuals against those of the others, at 1 % over all
+variants by Holm's procedure (Holm 1979).
+
+Runs that did not see the same data are compared by Welch's (1947) intervals at the Sidak level.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from headway.launcher.compare.stats import CONFIDENCE, estimate, t_critical, unpaired_difference
+
+_NODES = 96
+"""Points of each of the two integrals; the quantile then changes by less than 1e-4 when they are doubled."""
+_ODD = 0.01
+"""Chance of taking any variant out of the pool where all spreads are equal. At 0.05 the pool, from which the largest
+residuals are then too often removed, is too small: simulated family-wise error up to 0.073 instead of 0.05."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simultaneous:
+    """One variant's difference to the baseline. None where it cannot be computed: `low`, `high` and p with one seed.
+
+    `low`, `high`: interval that holds together with those of all other variants. `standard_error` and
+    `degrees_of_freedom` of the mean difference. `p_value`: two-sided, for this variant alone; `p_holm`: adjusted for
+    all comparisons by Holm. `pooled`: whether the spread of all variants was used; `equivalence` the interval that two
+    one-sided tests at 1 - confidence use, for all comparisons at once.
+    """
+
+    n: int
+    mean: float
+    standard_error: float | None = None
+    degrees_of_freedom: float | None = None
+    low: float | None = None
+    high: float | None = None
+    equivalence: tuple[float, float] | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    pooled: bool = False
+    confidence: float = CONFIDENCE
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def excludes(self, value: float) -> bool:
+        """True where the interval exists and does not contain `value`."""
+        return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All variants of a study against its baseline.
+
+    `spread`: the pooled standard deviation of one run given its variant and seed, in the units of the losses, and
+    `degrees_of_freedom` what it rests on; None where nothing could be pooled. `own_spread`: variants that are not
+    pooled, the baseline possibly among them.
+    """
+
+    differences: dict[str, Simultaneous]
+    spread: float | None
+    degrees_of_freedom: int
+    own_spread: tuple[str, ...]
+    paired: bool
+
+
+@functools.cache
+def dunnett_critical(
+    comparisons: int, degrees_of_freedom: float, *, correlation: float = 0.5, confidence: float = CONFIDENCE
+) -> float:
+    """Two-sided critical value of Dunnett's test: the `confidence` quantile of max |t_i| over `comparisons` variates.
+
+    The t_i share one variance estimate and have the given pairwise correlation, 1/2 where all groups are equally large.
+    """
+    from scipy import optimize
+
+    if comparisons == 1:
+        return t_critical(degrees_of_freedom, confidence)
+    low = t_critical(degrees_of_freedom, confidence)
+    high = t_critical(degrees_of_freedom, sidak(comparisons, confidence)) * 1.001
+    found = optimize.brentq(
+        lambda c: _all_within(c, comparisons, degrees_of_freedom, correlation) - confidence, low, high, xtol=1e-6
+    )
+    return float(found)  # type: ignore[arg-type]
+
+
+def sidak(comparisons: int, confidence: float = CONFIDENCE) -> float:
+    """Confidence of each of so many intervals whose joint confidence is to be at least `confidence`."""
+    return confidence ** (1 / comparisons)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's (1979) step-down adjustment: claiming every adjusted p <= alpha has a family-wise error of alpha."""
+    adjusted, so_far = dict[str, float](), 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = so_far
+    return adjusted
+
+
+def compare_paired(
+    losses: Mapping[str, Mapping[int, float]], baseline: str, *, confidence: float = CONFIDENCE
+) -> Comparison:
+    """Compare variants that ran with the same seeds. `losses`: variant -> seed -> loss.
+
+    Seeds that the baseline lacks are left out. A variant without a common seed is not in the result.
+    """
+    base = losses.get(baseline, {})
+    common = {v: sorted(by_seed.keys() & base.keys()) for v, by_seed in losses.items()}
+    names = [v for v, seeds in common.items() if v != baseline and seeds]
+    if not names:
+        return Comparison(differences={}, spread=None, degrees_of_freedom=0, own_spread=(), paired=True)
+    table = {v: {s: losses[v][s] for s in common[v]} for v in (baseline, *names)}
+    odd = _odd_spreads(table)
+    pool = {v: by_seed for v, by_seed in table.items() if v not in odd}
+    spread, df, covariance = _pooled(pool, baseline) if baseline in pool else (None, 0, {})
+    correlation = _least_correlation(covariance)
+    differences = {}
+    for name in names:
+        values = [table[name][s] - base[s] for s in common[name]]
+        own = _own(values, len(names), confidence)
+        if spread is None or df < 1 or name not in covariance:
+            differences[name] = own
+            continue
+        error = spread * math.sqrt(covariance[name][name])
+        pooled = _simultaneous(
+            len(values), math.fsum(values) / len(values), error, df, len(names), correlation, confidence, pooled=True
+        )
+        differences[name] = pooled
+    if spread is not None and baseline in pool:
+        differences |= {n: _wider(differences[n], spread, df, len(names), confidence) for n in names if n in odd}
+    return Comparison(
+        differences=_with_holm(differences),
+        spread=spread if df else None,
+        degrees_of_freedom=df,
+        own_spread=tuple(odd),
+        paired=True,
+    )
+
+
+def compare_unpaired(
+    losses: Mapping[str, Sequence[float]], baseline: str, *, confidence: float = CONFIDENCE
+) -> Comparison:
+    """Compare variants whose runs did not see the same data, by Welch's intervals. `losses`: variant -> values."""
+    names = [v for v, values in losses.items() if v != baseline and values]
+    level = sidak(max(1, len(names)), confidence)
+    differences = {}
+    for name in names:
+        wide = unpaired_difference(losses[name], losses.get(baseline, ()), confidence=level)
+        if wide is None:
+            continue
+        narrow = unpaired_difference(losses[name], losses[baseline], confidence=2 * level - 1)
+        assert narrow is not None
+        differences[name] = Simultaneous(
+            n=wide.n,
+            mean=wide.mean,
+            low=wide.low,
+            high=wide.high,
+            equivalence=None if narrow.low is None or narrow.high is None else (narrow.low, narrow.high),
+            p_value=wide.p_value,
+            confidence=confidence,
+        )
+    return Comparison(
+        differences=_with_holm(differences), spread=None, degrees_of_freedom=0, own_spread=(), paired=False
+    )
+
+
+# ---------------------------------------------------------------- one variant
+
+
+def _simultaneous(
+    n: int, mean: float, error: float, df: float, k: int, correlation: float, confidence: float, *, pooled: bool
+) -> Simultaneous:
+    from scipy import special
+
+    half = dunnett_critical(k, df, correlation=correlation, confidence=confidence) * error
+    one_sided = dunnett_critical(k, df, correlation=correlation, confidence=2 * confidence - 1) * error
+    p = float(2 * special.stdtr(df, -abs(mean) / error)) if error else float(mean == 0)
+    return Simultaneous(
+        n=n,
+        mean=mean,
+        standard_error=error,
+        degrees_of_freedom=df,
+        low=mean - half,
+        high=mean + half,
+        equivalence=(mean - one_sided, mean + one_sided),
+        p_value=p,
+        pooled=pooled,
+        confidence=confidence,
+    )
+
+
+def _own(values: Sequence[float], comparisons: int, confidence: float) -> Simultaneous:
+    """From the variant's own differences alone, at the Sidak level."""
+    level = sidak(comparisons, confidence)
+    found, narrow = estimate(values, confidence=level), estimate(values, confidence=2 * level - 1)
+    return Simultaneous(
+        n=found.n,
+        mean=found.mean,
+        standard_error=None if found.sd is None else found.sd / math.sqrt(found.n),
+        degrees_of_freedom=None if found.sd is None else found.n - 1,
+        low=found.low,
+        high=found.high,
+        equivalence=None if narrow.low is None or narrow.high is None else (narrow.low, narrow.high),
+        p_value=found.p_value,
+        confidence=confidence,
+    )
+
+
+def _wider(own: Simultaneous, spread: float, df: int, comparisons: int, confidence: float) -> Simultaneous:
+    """`own`, or what pooling would give where that is wider."""
+    pooled = _simultaneous(
+        own.n, own.mean, spread * math.sqrt(2 / own.n), df, comparisons, 0.5, confidence, pooled=False
+    )
+    return pooled if own.half_width is not None and (pooled.half_width or 0) > own.half_width else own
+
+
+def _with_holm(differences: Mapping[str, Simultaneous]) -> dict[str, Simultaneous]:
+    adjusted = holm({name: d.p_value for name, d in differences.items() if d.p_value is not None})
+    return {name: replace(d, p_holm=adjusted.get(name)) for name, d in differences.items()}
+
+
+# ---------------------------------------------------------------- the model of all variants
+
+
+def _pooled(
+    table: Mapping[str, Mapping[int, float]], baseline: str
+) -> tuple[float | None, int, dict[str, dict[str, float]]]:
+    """(residual sd, its degrees of freedom, covariance of the differences in units of the residual variance).
+
+    Variant and seed effects by least squares; means where every variant has every seed.
+    """
+    names = [baseline, *(v for v in table if v != baseline)]
+    seeds = sorted({s for by_seed in table.values() for s in by_seed})
+    if all(len(by_seed) == len(seeds) for by_seed in table.values()):
+        df = (len(names) - 1) * (len(seeds) - 1)
+        if not df:
+            return None, 0, {}
+        residual = _residuals(np.array([[table[v][s] for s in seeds] for v in names]))
+        each = {a: {b: (2.0 if a == b else 1.0) / len(seeds) for b in names[1:]} for a in names[1:]}
+        return math.sqrt(float((residual**2).sum()) / df), df, each
+    rows = [(names.index(v), seeds.index(s), table[v][s]) for v in names for s in table[v]]
+    design = np.zeros((len(rows), len(names) + len(seeds) - 1))
+    for row, (v, s, _) in enumerate(rows):
+        design[row, v] = 1.0
+        if s:
+            design[row, len(names) + s - 1] = 1.0
+    y = np.array([value for *_, value in rows])
+    solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df = len(rows) - int(rank)
+    if df < 1:
+        return None, 0, {}
+    residual = y - design @ solution
+    inverse = np.linalg.pinv(design.T @ design)
+    contrasts = np.zeros((len(names) - 1, design.shape[1]))
+    for i in range(1, len(names)):
+        contrasts[i - 1, i], contrasts[i - 1, 0] = 1.0, -1.0
+    covariance = contrasts @ inverse @ contrasts.T
+    found = {a: {b: float(covariance[i, j]) for j, b in enumerate(names[1:])} for i, a in enumerate(names[1:])}
+    return math.sqrt(float(residual @ residual) / df), df, found
+
+
+def _least_correlation(covariance: Mapping[str, Mapping[str, float]]) -> float:
+    """The smallest correlation of two differences: with it the critical value is too large rather than too small."""
+    names = list(covariance)
+    found = [covariance[a][b] / math.sqrt(covariance[a][a] * covariance[b][b]) for a in names for b in names if a < b]
+    return min(max(min(found, default=0.5), 0.0), 0.99)
+
+
+def _odd_spreads(table: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Variants whose residuals contradict one common variance, at 1 % over all of them.
+
+    Over the seeds that all variants have, a variant's deviations from the mean of the others have the variance
+    (1 + 1 / (V - 1)) sigma^2, independent of the residuals of the others among themselves: their ratio is F with
+    S - 1 and (V - 2)(S - 1) degrees of freedom.
+    """
+    from scipy import special
+
+    odd: list[str] = []
+    while len(names := [v for v in table if v not in odd]) >= 3:
+        seeds = sorted(set.intersection(*(set(table[v]) for v in names)))
+        if len(seeds) < 2:
+            break
+        count = len(names)
+        residual = _residuals(np.array([[table[v][s] for s in seeds] for v in names]))
+        own = (residual**2).sum(axis=1) * count / (count - 1)
+        rest = np.maximum((residual**2).sum() - own, 0.0)
+        df, rest_df = len(seeds) - 1, (count - 2) * (len(seeds) - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = special.fdtrc(df, rest_df, (own / df) / (rest / rest_df))
+        worst = int(np.nanargmin(np.where(own > 0, p, 1.0)))
+        if p[worst] * len(table) > _ODD or not own[worst]:
+            break
+        odd.append(names[worst])
+    return odd
+
+
+def _residuals(y: Any) -> Any:
+    """What variant and seed effects leave of a complete table [V, S]."""
+    return y - y.mean(axis=0) - y.mean(axis=1, keepdims=True) + y.mean()
+
+
+# ---------------------------------------------------------------- the distribution of max |t|
+
+
+@functools.cache
+def _nodes(degrees_of_freedom: float) -> tuple[Any, Any, Any, Any]:
+    """Points and weights: z of a standard normal variate, and s with s^2 chi-square over its degrees of freedom."""
+    from scipy import special
+
+    x, w = np.polynomial.legendre.leggauss(_NODES)
+    z, z_weights = 9 * x, 9 * w * np.exp(-((9 * x) ** 2) / 2) / math.sqrt(2 * math.pi)
+    # s by its quantiles, on a scale that is dense at both ends
+    angle = (x + 1) * math.pi / 4
+    upper = np.cos(angle) ** 2
+    s = np.sqrt(special.chdtri(degrees_of_freedom, upper) / degrees_of_freedom)
+    return z, z_weights, s, w * math.pi / 4 * np.sin(2 * angle)
+
+
+def _all_within(c: float, comparisons: int, degrees_of_freedom: float, correlation: float) -> float:
+    """P(|t_i| <= c for all i); t_i = (sqrt(rho) Z0 + sqrt(1 - rho) Z_i) / s."""
+    from scipy import special
+
+    z, z_weights, s, s_weights = _nodes(degrees_of_freedom)
+    shift, scale = math.sqrt(correlation) * z[:, None], math.sqrt(1 - correlation)
+    inside = special.ndtr((c * s[None, :] - shift) / scale) - special.ndtr((-c * s[None, :] - shift) / scale)
+    return float(z_weights @ inside**comparisons @ s_weights)
