@@ -363,9 +363,11 @@ class Attention(nn.Module):
 
     `init_stds` gives the standard deviation of each of the module's own matrices (and fixed random buffers) at the
     start, `init_means` a mean other than 0; a vector in neither starts at 1 (`headway.model.init` draws them).
-    `ranks` is replaced where a layer's groups are dealt to several tensor-parallel ranks.
+    `ranks` is replaced where a layer's groups are dealt to several tensor-parallel ranks. `output_matrices` names the
+    parameters of which y is a linear function: multiplied by a number, all of them together multiply y by it.
     """
 
+    output_matrices: tuple[str, ...] = ("w_o",)
     init_stds: dict[str, float]
     init_means: dict[str, float]
     ranks: Ranks = Ranks()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from headway.model.base import StrictConfig
+
+BranchStart = Literal["as_drawn", "zero"] | Annotated[float, Field(gt=0, le=10)]
+"""See `headway.model.branch`."""
 
 
 class ModelConfig(StrictConfig):
@@ -17,3 +22,13 @@ class ModelConfig(StrictConfig):
     tied_embeddings: bool = True
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
+    branch_start: BranchStart = Field(
+        default="as_drawn",
+        description="start of attention and MLP: as_drawn, zero, or rms of what each adds / rms of its stream",
+    )
+
+    @property
+    def branch_target(self) -> float | None:
+        """The ratio that branches are scaled to at the start; None: they stay as drawn."""
+        named = {"as_drawn": None, "zero": 0.0}
+        return named[self.branch_start] if isinstance(self.branch_start, str) else self.branch_start

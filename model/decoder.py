@@ -5,6 +5,7 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -60,6 +61,13 @@ class Placement:
     operations: Operations = field(default_factory=Operations)
 
 
+class BranchScale(NamedTuple):
+    """Factors on the initial output matrices of a block's two residual branches."""
+
+    attention: float = 1.0
+    mlp: float = 1.0
+
+
 class Block(nn.Module):
     """x + attention(norm x), then + mlp(norm x).
 
@@ -82,6 +90,13 @@ class Block(nn.Module):
         parts = {"attn": self._attention_shards, "mlp": self.mlp.shards}
         return {f"{part}.{name}": shard for part, shards in parts.items() for name, shard in shards.items()}
 
+    @torch.no_grad()
+    def scale_outputs(self, scale: BranchScale) -> None:
+        """Multiply the output matrices of both branches, and so what the block adds to x. Before `place`."""
+        for branch, factor in ((self.attn, scale.attention), (self.mlp, scale.mlp)):
+            for name in branch.output_matrices if factor != 1 else ():
+                branch.get_parameter(name).mul_(factor)
+
     def place(self, placement: Placement) -> None:
         """Keep this rank's part of an initialised block."""
         self.placement = placement
@@ -103,10 +118,20 @@ class Block(nn.Module):
             return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
 
 
-def make_block(model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, placement: Placement) -> Block:
+def make_block(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    index: int,
+    *,
+    seed: int,
+    placement: Placement,
+    scale: BranchScale | None = None,
+) -> Block:
     """Block `index` with initial parameters, those of this rank; `attention` is the config of that layer."""
     block = Block(model, attention)
     initialise(block, seed=seed, prefix=f"blocks.{index}.")
+    if scale is not None:
+        block.scale_outputs(scale)
     block.place(placement)
     return block
 
@@ -132,7 +157,7 @@ class DecoderCache:
 
 
 class Decoder(nn.Module):
-    """Parameters are a function of `seed` and their names (`headway.model.init`).
+    """Parameters are a function of `seed` and their names (`headway.model.init`), and of `scales`, one for each block.
 
     `embedding` [V, d] and, where not tied, `head` [V, d] belong to this module itself: the head's product then happens
     inside the forward pass of the module that owns the matrix, which parameter-sharding engines rely on.
@@ -146,6 +171,7 @@ class Decoder(nn.Module):
         vocab_size: int,
         seed: int,
         placement: Placement | None = None,
+        scales: Sequence[BranchScale] | None = None,
     ) -> None:
         super().__init__()
         self.attention, self.placement = attention, placement or Placement()
@@ -161,7 +187,8 @@ class Decoder(nn.Module):
         cut(self, self._vocabulary_shards, self.placement.ranks)
         # One block is made, drawn and cut after the other: a rank never holds more than its part and one block.
         for i, mechanism in enumerate(mechanisms):
-            self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement))
+            scale = None if scales is None else scales[i]
+            self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement, scale=scale))
         self._contexts = Contexts(attention, self.placement.sequence)
 
     @property

@@ -86,6 +86,8 @@ class SwiGLU(Replaceable):
     backward at T=2048, d=256, F=704), and two are cut over tensor ranks without reordering.
     """
 
+    output_matrices = ("w_down",)
+
     def __init__(self, width: int, ffn_width: int, *, layers: int, init_std: float) -> None:
         super().__init__()
         self.w_gate = parameter(ffn_width, width)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
-from headway.model.decoder import Decoder, Placement
+from headway.model.decoder import BranchScale, Decoder, Placement
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
 from headway.parallel.config import OptimizerConfig, ParallelConfig, SpeedConfig
 from headway.parallel.engine import Engine, quiet_deepspeed
@@ -26,10 +28,12 @@ def make_engine(
     layout: Layout,
     micro_batch: int,
     accumulation: int,
+    scales: Sequence[BranchScale] | None = None,
 ) -> Engine:
     """Parameters start equal on every layout, and only this rank's part of them is ever kept.
 
     `seq_len` decides how layers are dealt to stages, by their cost; `micro_batch` and `accumulation` as in `Engine`.
+    `scales`: factors on the initial output matrices, one pair for each block of the model.
     Raises LeverError where a lever of `speed` cannot be used on this machine.
     """
     speed = speed or SpeedConfig()
@@ -44,7 +48,7 @@ def make_engine(
         operations=operations,
     )
     if layout.pp_size == 1:
-        decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement)
+        decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement, scales=scales)
         return Engine(
             decoder,
             parallel=parallel,
@@ -70,4 +74,5 @@ def make_engine(
         layout=layout,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        scales=scales,
     )

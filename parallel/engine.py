@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from headway.model.base import Attention, Ranks
-from headway.model.decoder import Decoder
+from headway.model.decoder import Block, Decoder
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
@@ -141,7 +141,7 @@ class Engine:
         accumulation: int,
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
-        self.attention_layers: dict[int, Attention] = dict(enumerate(model.attention_layers()))
+        self.blocks: dict[int, Block] = {i: b for i, b in enumerate(model.blocks) if isinstance(b, Block)}
         self._logical = [
             LogicalParameter(name, parameter, model.shards.get(name)) for name, parameter in model.named_parameters()
         ]
@@ -185,6 +185,11 @@ class Engine:
     def _grid(self) -> Any:
         """What DeepSpeed asks about tensor-parallel ranks; None: there are data-parallel ones alone."""
         return None if self.layout.tp_size == 1 else _Grid(self.layout)
+
+    @property
+    def attention_layers(self) -> dict[int, Attention]:
+        """Of this rank's blocks, by the index of the block in the model."""
+        return {index: block.attn for index, block in self.blocks.items()}
 
     @property
     def module(self) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,10 +23,19 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from headway.kernels.loss import IGNORED
-from headway.model.base import Attention, AttentionConfig, Context
+from headway.model.base import AttentionConfig, Context
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
-from headway.model.decoder import Contexts, Placement, embed, make_block, run_block, score, vocabulary_shards
+from headway.model.decoder import (
+    BranchScale,
+    Contexts,
+    Placement,
+    embed,
+    make_block,
+    run_block,
+    score,
+    vocabulary_shards,
+)
 from headway.model.init import initialise
 from headway.model.layers import RMSNorm, parameter
 from headway.model.shard import cut
@@ -107,9 +117,18 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
 class BlockLayer(nn.Module):
     """One block of the decoder."""
 
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, index: int, *, seed: int, stage: Stage) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        index: int,
+        *,
+        seed: int,
+        stage: Stage,
+        scale: BranchScale | None = None,
+    ) -> None:
         super().__init__()
-        self.block = make_block(model, attention, index, seed=seed, placement=stage.placement)
+        self.block = make_block(model, attention, index, seed=seed, placement=stage.placement, scale=scale)
         self.index, self.stage = index, stage
 
     def forward(self, inputs: Inputs) -> Inputs:
@@ -181,20 +200,28 @@ class PipelineEngine(Engine):
         layout: Layout,
         micro_batch: int,
         accumulation: int,
+        scales: Sequence[BranchScale] | None = None,
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
         # The last stage's loss is divided by the number of micro-batches before its backward pass; so are these.
         self._stage = Stage(attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
-        layers = self._layers(model, attention, vocab_size=vocab_size, seed=seed)
+        layers = self._layers(model, attention, scales, vocab_size=vocab_size, seed=seed)
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
         with contextlib.redirect_stdout(sys.stderr):
             stages = _Stages(layers, bounds, topology=topology, seed_layers=False)
-        blocks = [layer for layer in stages.children() if isinstance(layer, BlockLayer)]
-        self.attention_layers: dict[int, Attention] = {layer.index: layer.block.attn for layer in blocks}
+        self.blocks = {layer.index: layer.block for layer in stages.children() if isinstance(layer, BlockLayer)}
         self._logical = self._named(stages, model, vocab_size)
         self._start(stages, parallel, optimizer, micro_batch)
 
-    def _layers(self, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seed: int) -> list[Any]:
+    def _layers(
+        self,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        scales: Sequence[BranchScale] | None,
+        *,
+        vocab_size: int,
+        seed: int,
+    ) -> list[Any]:
         options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "stage": self._stage}
         tied = model.tied_embeddings
         first: Any = LayerSpec(EmbeddingLayer, model, EMBEDDING, **options)
@@ -210,9 +237,10 @@ class PipelineEngine(Engine):
                 tied_weight_attr=EMBEDDING,
                 **options,
             )
+        mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
         blocks = [
-            LayerSpec(BlockLayer, model, mechanism, i, seed=seed, stage=self._stage)
-            for i, mechanism in enumerate(layer_configs(model, attention, vocab_size=vocab_size))
+            LayerSpec(BlockLayer, model, mechanism, i, seed=seed, stage=self._stage, scale=scale)
+            for i, (mechanism, scale) in enumerate(zip(mechanisms, scales or repeat(None), strict=False))
         ]
         return [first, *blocks, LayerSpec(NormLayer, model, seed=seed, stage=self._stage), last]
 

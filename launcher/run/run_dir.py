@@ -55,6 +55,7 @@ class RunDir:
         self.id = path / "run_id.json"
         self.card = path / "run.json"
         self.micro_batch = path / "micro_batch.json"
+        self.branch_start = path / "branch_start.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"

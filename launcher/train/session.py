@@ -19,6 +19,7 @@ from headway.launcher.run import heartbeat
 from headway.launcher.run.identity import check_identity
 from headway.launcher.run.run_dir import RunDir, read_json, write_json
 from headway.launcher.spec.spec import Spec
+from headway.launcher.train.branch_start import measure_start, start_scales
 from headway.launcher.train.guard import Guard, NumericError, dump
 from headway.launcher.train.heads import HeadProbe, probe_batch
 from headway.launcher.train.initial import load_initial
@@ -57,6 +58,7 @@ class Session:
         assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
         self._seed_everything(0)
         sequence_parts = layout.cp_size * (layout.tp_size if spec.parallel.sequence_parallel else 1)
+        batch = probe_batch(data, parts=sequence_parts)
         self.engine = make_engine(
             spec.model,
             spec.attention,
@@ -69,6 +71,7 @@ class Session:
             layout=layout,
             micro_batch=train.micro_batch,
             accumulation=train.global_batch // (train.micro_batch * layout.dp_size),
+            scales=start_scales(run, spec, layout, probe_batch(data)),
         )
         self.router = RouterMonitor(
             self.engine.attention_layers,
@@ -77,7 +80,7 @@ class Session:
             total_steps=spec.steps,
             tokens_per_step=spec.tokens_per_step,
         )
-        self.heads = HeadProbe(self.engine, layout, probe_batch(data, parts=sequence_parts))
+        self.heads = HeadProbe(self.engine, layout, batch)
         self.validation = validation_batches(
             data,
             tokens=train.validation_tokens,
@@ -107,6 +110,8 @@ class Session:
         )
         self.compare_replicas()
         if self.step == 0:
+            layers = measure_start(self.engine, layout, batch)
+            self.tracker.start({"kind": "start", "step": 0, "tokens": 0, "layers": layers})
             self._measure_heads()  # where they start from: random heads are nearly orthogonal
 
     @classmethod

@@ -80,6 +80,10 @@ class Tracker:
         if self._main:
             say(text)
 
+    def start(self, record: dict[str, Any]) -> None:
+        """How strongly each residual branch starts."""
+        self._write(record)
+
     def flush(self) -> None:
         """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
         if self._file is not None and (error := self._file.sync()) is not None:

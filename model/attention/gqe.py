@@ -176,10 +176,12 @@ class GroupedQueryExperts(GroupedQueryAttention):
         if config.mixes:
             self.w_o_mix = parameter(width, config.head_dim)
             self.init_stds["w_o_mix"] = self.init_stds["w_o"]
+            self.output_matrices += ("w_o_mix",)
         if config.shared != "none":
             self.w_q_shared = parameter(config.head_dim, width)
             self.w_o_shared = parameter(width, config.head_dim)
             self.init_stds |= {"w_q_shared": init_std, "w_o_shared": self.init_stds["w_o"]}
+            self.output_matrices += ("w_o_shared",)
         if config.shared == "dedicated":
             self.w_k_shared = parameter(config.head_dim, width)
             self.w_v_shared = parameter(config.head_dim, width)

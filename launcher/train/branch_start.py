@@ -1,0 +1,75 @@
+"""How strongly the residual branches of a run start: factors for `model.branch_start`, and what was measured.
+
+The factors are computed once, by rank 0, and kept in the run folder: every rank and every later start of the run uses
+the same ones, whatever the layout. They decide initial parameters alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headway.data.loader import MicroBatch
+from headway.launcher.base.errors import SpecError
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.spec.spec import Spec
+from headway.model.branch import branch_ratios, branch_scales, measured_branches
+from headway.model.decoder import BranchScale
+from headway.parallel.engine import Engine
+from headway.parallel.layout import Layout
+
+
+def start_scales(run: RunDir, spec: Spec, layout: Layout, batch: MicroBatch) -> list[BranchScale] | None:
+    """The factors of each block; None where `model.branch_start` leaves parameters as drawn. Collective.
+
+    `batch`: the probe batch, whole sequences. Raises SpecError where a branch cannot be given the ratio.
+    """
+    if spec.model.branch_target is None or spec.init.weights is not None:
+        return None
+    mine: dict[str, Any] = {}
+    if layout.is_main:
+        mine = read_mapping(run.branch_start)
+        if not mine:
+            mine = _computed(spec, batch)
+            if "problem" not in mine:
+                write_json(run.branch_start, mine)
+    found = next(part for part in layout.gather_json(mine) if part)
+    if "problem" in found:
+        raise SpecError(found["problem"])
+    return [BranchScale(**scale) for scale in found["scales"]]
+
+
+def measure_start(engine: Engine, layout: Layout, batch: MicroBatch) -> dict[str, dict[str, float]]:
+    """Layer -> {"attention", "mlp"}: rms of what the branch adds over rms of its stream. Collective."""
+    with measured_branches(engine.blocks) as sums:
+        engine.evaluate([batch])
+    whole: dict[str, dict[str, float]] = {}
+    for layers in layout.gather_json({f"layer_{index:02d}": values for index, values in sums.items()}):
+        for name, values in layers.items():
+            have = whole.setdefault(name, {})
+            for key, value in values.items():
+                have[key] = have.get(key, 0.0) + value
+    return {name: branch_ratios(whole[name]) for name in sorted(whole)}
+
+
+def _computed(spec: Spec, batch: MicroBatch) -> dict[str, Any]:
+    target, vocab_size = spec.model.branch_target, spec.model.vocab_size
+    assert target is not None and vocab_size is not None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums must not depend on the machine's cores
+    try:
+        scales = branch_scales(
+            spec.model,
+            spec.attention,
+            vocab_size=vocab_size,
+            seed=spec.seed,
+            tokens=batch.tokens,
+            segments=batch.segments,
+            target=target,
+        )
+    except ValueError as e:
+        return {"problem": f"model.branch_start: {e}; use as_drawn, zero or other initial values"}
+    finally:
+        torch.set_num_threads(threads)
+    return {"format": 1, "target": target, "seed": spec.seed, "scales": [scale._asdict() for scale in scales]}
