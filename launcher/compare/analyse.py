@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,11 @@ from headway.launcher.compare.fairness import (
     run_differences,
     spec_differences,
 )
-from headway.launcher.compare.stats import (
-    Estimate,
-    Speed,
-    estimate,
-    paired_difference,
-    paired_ratio,
-    steady_speed,
-    unpaired_difference,
-)
+from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
+from headway.launcher.compare.start import StartStrength, start_strengths
+from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio, steady_speed
+from headway.launcher.compare.trend import Trend, trend_of
+from headway.launcher.compare.verdicts import Verdict, verdict
 from headway.launcher.run.records import RunRecord, read_json, read_run
 from headway.launcher.run.records_heads import Heads, Router, mean_routers
 from headway.launcher.run.run_dir import flatten
@@ -61,21 +57,23 @@ class VariantResult:
     """One variant over its finished seeds; None where there is nothing to compute from.
 
     `loss`, `difference` (to the baseline) in nats per token; `seconds_loss`, `seconds_difference` the same at equal
-    training seconds; `speed_ratio` tokens/s over the baseline's; `planned` is its entry in study.json; `routers` are
-    means over seeds, `heads` of each seed that recorded them.
+    training seconds. Intervals of differences hold for all variants at once. `speed_ratio` tokens/s over the
+    baseline's; `planned` is its entry in study.json; `routers` are means over seeds, `heads` of each seed that
+    recorded them.
     """
 
     name: str
     planned: dict[str, Any]
     losses: dict[int, float]
     loss: Estimate | None
-    difference: Estimate | None
+    difference: Simultaneous | None
     speeds: dict[int, Speed]
     speed_ratio: Estimate | None
     seconds_loss: Estimate | None
-    seconds_difference: Estimate | None
+    seconds_difference: Simultaneous | None
     routers: tuple[Router, ...]
     heads: dict[int, Heads]
+    start: StartStrength
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -84,7 +82,10 @@ class VariantResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """Everything the report says, as numbers. `tokens` and `seconds` are where losses are compared."""
+    """Everything the report says, as numbers. `tokens` and `seconds` are where losses are compared.
+
+    `trend` is None for unpaired studies.
+    """
 
     out: Path
     record: dict[str, Any]
@@ -93,6 +94,8 @@ class StudyResult:
     tokens: int | None
     tokens_are_final: bool
     seconds: float | None
+    comparison: Comparison
+    trend: Trend | None
     pairing: Pairing
     differences: tuple[Difference, ...]
     circumstances: tuple[str, ...]
@@ -102,6 +105,15 @@ class StudyResult:
     @property
     def baseline(self) -> VariantResult:
         return next(v for v in self.variants if v.name == self.record["baseline"])
+
+    @property
+    def margin(self) -> float | None:
+        """Nats per token below which a difference does not matter, as the study says."""
+        return self.record.get("margin_nats")
+
+    def verdict(self, variant: VariantResult) -> Verdict:
+        """Of a variant against the baseline; undecided where there is no difference."""
+        return "undecided" if variant.difference is None else verdict(variant.difference, self.margin)
 
     @property
     def others(self) -> list[VariantResult]:
@@ -127,16 +139,21 @@ def analyse(out: Path) -> StudyResult:
     for c in cells:
         hashes.setdefault(c.variant, {})[c.seed] = c.record.batch_hash
     pairing = check_pairing(hashes, record["baseline"])
+    paired = pairing.status != "UNPAIRED"
+    comparison = _compare(list(done.values()), record["baseline"], lambda c: c.loss, paired=paired)
+    validations = _by_variant(list(done.values()), lambda c: c.record.validation if len(c.record.validation) else None)
     known = {c.key for c in cells}
     there = {f"{p.parent.name}/{p.name}" for p in (out / "cells").glob("*/seed-*")}
     return StudyResult(
         out=out,
         record=record,
         cells=tuple(cells),
-        variants=tuple(_variants(record, list(done.values()), seconds, paired=pairing.status != "UNPAIRED")),
+        variants=tuple(_variants(record, list(done.values()), seconds, comparison, paired=paired)),
         tokens=tokens,
         tokens_are_final=final,
         seconds=seconds,
+        comparison=comparison,
+        trend=trend_of(validations, record["baseline"]) if paired else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
         circumstances=tuple(run_differences({key: c.record for key, c in done.items()})),
@@ -204,46 +221,58 @@ def _with_loss(cell: CellResult, tokens: int | None) -> CellResult:
     return replace(cell, loss=loss, state=state, detail=detail)
 
 
-def _variants(
-    record: dict[str, Any], done: list[CellResult], seconds: float | None, *, paired: bool
-) -> list[VariantResult]:
-    def by_seed(variant: str, value: Callable[[CellResult], Any]) -> dict[int, Any]:
-        found = {c.seed: value(c) for c in done if c.variant == variant}
-        return {seed: v for seed, v in found.items() if v is not None}
+def _by_variant(done: list[CellResult], value: Callable[[CellResult], Any]) -> dict[str, dict[int, Any]]:
+    """Variant -> seed -> value, without those that are None."""
+    found: dict[str, dict[int, Any]] = {}
+    for c in done:
+        if (v := value(c)) is not None:
+            found.setdefault(c.variant, {})[c.seed] = v
+    return found
 
+
+def _compare(
+    done: list[CellResult], baseline: str, loss: Callable[[CellResult], float | None], *, paired: bool
+) -> Comparison:
+    losses = _by_variant(done, loss)
+    if paired:
+        return compare_paired(losses, baseline)
+    return compare_unpaired({v: list(by_seed.values()) for v, by_seed in losses.items()}, baseline)
+
+
+def _variants(
+    record: dict[str, Any], done: list[CellResult], seconds: float | None, comparison: Comparison, *, paired: bool
+) -> list[VariantResult]:
     def at_seconds(cell: CellResult) -> float | None:
         return None if seconds is None else cell.record.validation.loss_at_seconds(seconds)
 
-    def differ(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-        if paired:
-            return paired_difference(ours, theirs)
-        return unpaired_difference(list(ours.values()), list(theirs.values()))
-
     base = record["baseline"]
+    all_losses, all_timed = _by_variant(done, lambda c: c.loss), _by_variant(done, at_seconds)
+    all_speeds, all_heads = _by_variant(done, lambda c: c.speed), _by_variant(done, lambda c: c.record.heads)
+    timed_comparison = _compare(done, base, at_seconds, paired=paired)
+    names = [planned["name"] for planned in record["variants"]]
+    starts = start_strengths(
+        {name: [c.record.start for c in done if c.variant == name and c.record.start] for name in names}, base
+    )
+    tokens_per_s = {v: {s: x.tokens_per_s for s, x in by_seed.items()} for v, by_seed in all_speeds.items()}
     results = []
     for planned in record["variants"]:
         name = planned["name"]
-        losses, timed = by_seed(name, lambda c: c.loss), by_seed(name, at_seconds)
-        speeds = by_seed(name, lambda c: c.speed)
-        base_speeds = by_seed(base, lambda c: c.speed)
-        other = name != base
+        losses, timed = all_losses.get(name, {}), all_timed.get(name, {})
+        ratio = None if name == base else paired_ratio(tokens_per_s.get(name, {}), tokens_per_s.get(base, {}))
         results.append(
             VariantResult(
                 name=name,
                 planned=planned,
                 losses=losses,
                 loss=estimate(list(losses.values())) if losses else None,
-                difference=differ(losses, by_seed(base, lambda c: c.loss)) if other else None,
-                speeds=speeds,
-                speed_ratio=paired_ratio(
-                    {s: v.tokens_per_s for s, v in speeds.items()}, {s: v.tokens_per_s for s, v in base_speeds.items()}
-                )
-                if other
-                else None,
+                difference=comparison.differences.get(name),
+                speeds=all_speeds.get(name, {}),
+                speed_ratio=ratio,
                 seconds_loss=estimate(list(timed.values())) if timed else None,
-                seconds_difference=differ(timed, by_seed(base, at_seconds)) if other else None,
+                seconds_difference=timed_comparison.differences.get(name),
                 routers=mean_routers(c.record.routers for c in done if c.variant == name),
-                heads=by_seed(name, lambda c: c.record.heads),
+                heads=all_heads.get(name, {}),
+                start=starts[name],
             )
         )
     return results

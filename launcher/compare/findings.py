@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.analyse import StudyResult, VariantResult
-from headway.launcher.compare.stats import CONFIDENCE, Estimate, sd_factor, seeds_needed, t_critical
+from headway.launcher.compare.simultaneous import Simultaneous
+from headway.launcher.compare.stats import sd_factor
+from headway.launcher.compare.verdicts import Verdict, chance_of_difference, seeds_to_decide
 from headway.launcher.match.matching import quantity_words
 
 RESOLUTION_NATS = 0.01
@@ -17,7 +20,7 @@ COMPUTE_OPTIMAL = 20
 
 
 def headline(result: StudyResult) -> list[str]:
-    """The finding, one sentence per kind: loss, then speed."""
+    """The finding, one sentence per kind: losses by verdict, then what confounds them."""
     name = result.baseline.name
     if result.tokens is None or result.baseline.loss is None:
         return [f"No finding: no finished run of the baseline {name} has a validation loss to compare with."]
@@ -26,58 +29,61 @@ def headline(result: StudyResult) -> list[str]:
         return [f"No finding: no finished run of another variant can be compared with {name}."]
     sentences = [_setting(result)]
     warn = "" if result.pairing.status == "PAIRED" else f"{result.pairing.status} data: "
-    told_apart = [v for v in compared if v.difference is not None and v.difference.excludes(0)]
-    sentences += [warn + _told_apart(v, name) for v in told_apart]
-    unsure = [v for v in compared if v not in told_apart and v.difference is not None and v.difference.low is not None]
-    if unsure:
-        shown = ", ".join(f"{v.name} ({_interval(v.difference)})" for v in unsure)
-        sentences.append(
-            f"{warn}{name} cannot be distinguished by its loss from {shown}: the 95 % interval of the difference "
-            "contains 0."
-        )
-    alone = [v for v in compared if v.difference is not None and v.difference.low is None]
-    if alone:
-        shown = ", ".join(f"{v.name} {v.difference.mean:+.4f}" for v in alone if v.difference is not None)
-        sentences.append(
-            f"{warn}With one seed there is no interval, so the loss differences to {name} ({shown} nats per token) "
-            "may be noise."
-        )
-    return sentences + _speed_sentences(result)
+    if all(v.difference is not None and v.difference.low is None for v in compared):
+        return [
+            *sentences,
+            f"{warn}with one seed there is no interval, so the loss differences to {name} ("
+            + ", ".join(f"{v.name} {v.difference.mean:+.4f}" for v in compared if v.difference is not None)
+            + " nats per token) may be noise.",
+        ]
+    by_verdict: dict[Verdict, list[VariantResult]] = {}
+    for v in compared:
+        by_verdict.setdefault(result.verdict(v), []).append(v)
+    words_of: dict[Verdict, str] = {
+        "better": f"a lower validation loss than {name}",
+        "worse": f"a higher validation loss than {name}",
+        "equivalent": f"the validation loss of {name} within {result.margin} nats per token",
+    }
+    for verdict, words in words_of.items():
+        if found := by_verdict.get(verdict):
+            sentences.append(f"{warn}{_have(found)} {words}: {_listed(found)}.")
+    if found := by_verdict.get("undecided"):
+        sentences.append(f"{warn}Undecided against {name}: {_listed(found)}.")
+    return [*sentences, *_confounded_starts(result)]
 
 
-def limits(result: StudyResult) -> list[str]:
-    """What the numbers cannot support, each line from the numbers."""
-    lines = [*_seed_lines(result), *_scale_lines(result)]
-    k = len([v for v in result.others if v.difference is not None and v.difference.low is not None])
-    if k > 1:
-        lines.append(
-            f"{k} differences are shown with 95 % intervals each; the chance that at least one of them misses the "
-            f"truth can be up to {min(100, 100 * k * (1 - CONFIDENCE)):.0f} %."
-        )
-    fingerprint = result.card("data_fingerprint")
-    corpus = f"corpus (fingerprint {str(fingerprint)[:16]})" if fingerprint else "source of data"
-    lines.append(f"Only one {corpus} was used; on other text the order of the variants can be another one.")
-    if any(d.key.split(".")[0] in ("optimizer", "schedule") for d in result.differences):
-        lines.append(
-            "Optimizer settings differ between variants (see the list of differences): part of a difference may be "
-            "theirs."
-        )
-    else:
-        lines.append(
-            "All variants share one set of optimizer settings, which may suit some of them better than others."
-        )
-    if not result.tokens_are_final and result.tokens is not None:
-        lines.append(
-            f"The runs do not all end at {result.tokens:,} tokens, where losses are compared: some are still in the "
-            "middle of their learning-rate schedule there."
-        )
-    machine = result.card("machine") or {}
-    lines.append(
-        "Speeds hold for this implementation on this machine "
-        f"({machine.get('gpu') or machine.get('cpu') or 'unknown'}, {machine.get('cores', '?')} cores); runs ran one "
-        "after another, so other load on the machine shows in them."
+def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
+    """The table that a reader can quote, header first."""
+    header = (
+        "variant",
+        "verdict",
+        "difference in loss [95 %, all at once]",
+        "tokens/s",
+        "KV bytes/token",
+        "start: attention",
+        "start: MLP",
     )
-    return lines
+    rows: list[tuple[str, ...]] = [header]
+    for v in result.variants:
+        base = v is result.baseline
+        marked = " CONFOUNDED" if v.start.confounded else ""
+        rows.append(
+            (
+                v.name,
+                "baseline" if base else result.verdict(v) + marked,
+                "baseline" if base else signed_interval(v.difference),
+                "1.00x" if base else ("-" if v.speed_ratio is None else f"{v.speed_ratio.mean:.2f}x"),
+                f"{v.cost['kv_bytes_per_token']:,.12g}",
+                _ratio(v.start.attention),
+                _ratio(v.start.mlp),
+            )
+        )
+    return rows
+
+
+def limits(result: StudyResult) -> list[tuple[str, str]]:
+    """What the numbers cannot support: (subject, what holds here), each from the numbers; header first."""
+    return [("limit", "here"), *_seed_limits(result), *_other_limits(result)]
 
 
 def matched_words(result: StudyResult) -> str:
@@ -89,7 +95,7 @@ def matched_words(result: StudyResult) -> str:
     return f"at {quantity_words(match)} matched within {worst:.2%}"
 
 
-def signed_interval(e: Estimate | None, digits: int = 4) -> str:
+def signed_interval(e: Simultaneous | None, digits: int = 4) -> str:
     """`-0.0123 [-0.0200, -0.0046]`, or the mean alone where there is no interval."""
     if e is None:
         return "-"
@@ -98,89 +104,138 @@ def signed_interval(e: Estimate | None, digits: int = 4) -> str:
     return f"{e.mean:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
 
 
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Compression of the validation text: nats per token / (ln 2 x bytes per token)."""
+    return nats_per_token / (math.log(2) * bytes_per_token)
+
+
+# ---------------------------------------------------------------- sentences of the headline
+
+
 def _setting(result: StudyResult) -> str:
     seeds = sorted({c.seed for c in result.cells if c.done})
     return (
         f"After {result.tokens:,} training tokens, {matched_words(result)}, over {len(seeds)} "
-        f"{'seed' if len(seeds) == 1 else 'seeds'}:"
+        f"{'seed' if len(seeds) == 1 else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
     )
 
 
-def _told_apart(v: VariantResult, baseline: str) -> str:
-    d = v.difference
-    assert d is not None and d.half_width is not None
-    word = "lower (better)" if d.mean < 0 else "higher (worse)"
-    return (
-        f"{v.name}'s validation loss is {word} than {baseline}'s by {abs(d.mean):.4f} \u00b1 {d.half_width:.4f} nats "
-        f"per token (95 % interval, n = {d.n})."
-    )
+def _have(variants: Sequence[VariantResult]) -> str:
+    return f"{len(variants)} {'variant has' if len(variants) == 1 else 'variants have'}"
 
 
-def _interval(d: Estimate | None) -> str:
-    assert d is not None and d.half_width is not None
-    return f"{d.mean:+.4f} \u00b1 {d.half_width:.4f}, n = {d.n}"
+def _listed(variants: Sequence[VariantResult]) -> str:
+    def key(v: VariantResult) -> float:
+        return v.difference.mean if v.difference is not None else 0.0
+
+    return ", ".join(f"{v.name} {_interval(v.difference)}" for v in sorted(variants, key=key))
 
 
-def _speed_sentences(result: StudyResult) -> list[str]:
-    parts = []
-    for v in result.others:
-        r = v.speed_ratio
-        if r is None:
-            continue
-        span = "one seed" if r.low is None else f"{r.low:.2f} to {r.high:.2f}"
-        parts.append(f"{v.name} {r.mean:.2f}\u00d7 ({span})")
-    if not parts:
-        return []
-    unsure = [v.name for v in result.others if v.speed_ratio is not None and not v.speed_ratio.excludes(1)]
-    tail = f"; no difference in speed is shown for {', '.join(unsure)}" if unsure else ""
-    return [f"Training speed against {result.baseline.name} in tokens/s: {', '.join(parts)}{tail}."]
+def _interval(d: Simultaneous | None) -> str:
+    if d is None or d.half_width is None:
+        return "-" if d is None else f"{d.mean:+.4f}"
+    return f"{d.mean:+.4f} \u00b1 {d.half_width:.4f}"
 
 
-def _seed_lines(result: StudyResult) -> list[str]:
-    lines = []
+def _confounded_starts(result: StudyResult) -> Iterator[str]:
+    found = [v for v in result.others if v.difference is not None and v.start.confounded]
+    if found:
+        shown = ", ".join(f"{v.name} ({_start(v)})" for v in found)
+        yield (
+            f"CONFOUNDED by how strongly branches start: {shown}. A branch that starts more weakly or more strongly "
+            "than the baseline's trains differently for that reason alone; give all variants one model.branch_start."
+        )
+
+
+def _start(v: VariantResult) -> str:
+    assert v.start.largest is not None
+    branch, layer, ratio = v.start.largest
+    return f"{branch} of {layer.replace('_0', ' ').replace('_', ' ')} at {ratio:.2f} of the baseline's"
+
+
+def _ratio(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------- what the numbers cannot say
+
+
+def _seed_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
     n = max((v.difference.n for v in result.others if v.difference is not None), default=0)
     if n == 1:
-        lines.append(
-            "One seed per variant: chance cannot be told from effect at all. Add seeds to the study and run it again."
+        yield "seeds", "one per variant: chance cannot be told from effect; add seeds to the study and run it again"
+        return
+    comparison = result.comparison
+    if comparison.spread is not None:
+        df = comparison.degrees_of_freedom
+        yield (
+            "spread of a run",
+            f"{comparison.spread:.4f} nats per token, pooled over variants with {df} degrees of freedom; the true one "
+            f"can be up to {sd_factor(df):.1f} times as large (95 % interval)",
         )
-    if 2 <= n <= 5:
-        lines.append(
-            f"Few seeds: with n = {n} an interval is {t_critical(n - 1):.1f} standard errors to each side (2.0 with "
-            f"many seeds), and a true spread can be up to {sd_factor(n - 1):.1f} times the one seen (95 % interval)."
+    if comparison.own_spread:
+        yield (
+            "spreads that differ",
+            f"{', '.join(comparison.own_spread)}: too large to be pooled, so intervals rest on own seeds alone",
         )
-    for v in result.others:
-        d = v.difference
-        if d is None or d.sd is None or d.half_width is None or result.pairing.status == "UNPAIRED":
-            continue
-        need = seeds_needed(d.sd, RESOLUTION_NATS)
-        text = f"{need:,}" if need is not None else "more than 10,000"
-        line = (
-            f"{v.name}: differences below about {d.half_width:.4f} nats per token are invisible here. If the spread "
-            f"seen here ({d.sd:.4f}) is the true one, {text} seeds show a difference of {RESOLUTION_NATS} nats with "
-            "80 % power"
-        )
-        if not d.excludes(0) and d.mean != 0:
-            own = seeds_needed(d.sd, d.mean)
-            line += f", and {f'{own:,}' if own is not None else 'more than 10,000'} seeds one as large as the one seen"
-        lines.append(line + ".")
-    return lines
+    widths = sorted(v.difference.half_width for v in result.others if v.difference and v.difference.half_width)
+    if widths:
+        span = f"{widths[0]:.4f}" if widths[-1] - widths[0] < 5e-5 else f"{widths[0]:.4f} to {widths[-1]:.4f}"
+        yield "smallest visible difference", f"about {span} nats per token with {n} seeds"
+    if comparison.spread:
+        yield f"a difference of {RESOLUTION_NATS}", _seeds_for_resolution(result)
+    undecided = [v.name for v in result.others if v.difference is not None and result.verdict(v) == "undecided"]
+    if undecided and comparison.spread:
+        yield "seeds that would decide", "; ".join(_seeds_for(result, name) for name in undecided)
 
 
-def _scale_lines(result: StudyResult) -> list[str]:
+def _seeds_for_resolution(result: StudyResult) -> str:
+    comparison = result.comparison
+    count, spread = len(comparison.differences), comparison.spread
+    assert spread is not None
+    need = next((k for k in range(2, 1001) if chance_of_difference(k, count, spread, RESOLUTION_NATS) >= 0.8), None)
+    return f"{'more than 1,000' if need is None else need} seeds show one with 80 % power at the spread seen here"
+
+
+def _seeds_for(result: StudyResult, name: str) -> str:
+    found = seeds_to_decide(result.comparison, name, result.margin)
+    if found is None:
+        return f"{name}: more than 1,000"
+    return f"{name}: {found.count} ({found.shows})"
+
+
+def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
+    if (scale := _scale(result)) is not None:
+        yield "scale", scale
+    fingerprint = result.card("data_fingerprint")
+    corpus = f"one corpus (fingerprint {str(fingerprint)[:16]})" if fingerprint else "one source of data"
+    yield "data", f"{corpus}; on other text the order of the variants can be another one"
+    if any(d.key.split(".")[0] in ("optimizer", "schedule") for d in result.differences):
+        yield "optimizer", "settings differ between variants: part of a difference may be theirs"
+    else:
+        yield "optimizer", "one set of settings for all variants, which may suit some of them better than others"
+    if not result.tokens_are_final and result.tokens is not None:
+        yield (
+            "end of training",
+            f"the runs do not all end at {result.tokens:,} tokens, where losses are compared: some are still in the "
+            "middle of their learning-rate schedule there",
+        )
+    machine = result.card("machine") or {}
+    yield (
+        "speed",
+        f"this implementation on {machine.get('gpu') or machine.get('cpu') or 'an unknown machine'} with "
+        f"{machine.get('cores', '?')} cores; runs ran one after another, so other load on the machine shows in them",
+    )
+
+
+def _scale(result: StudyResult) -> str | None:
     params, tokens = result.baseline.cost["num_params"], result.tokens
     if tokens is None:
-        return []
+        return None
     per_param = tokens / params
-    line = (
-        f"Small scale: {short_number(params)} parameters and {short_number(tokens)} tokens, {per_param:.2g} tokens per "
-        "parameter"
-    )
+    line = f"{short_number(params)} parameters, {short_number(tokens)} tokens, {per_param:.2g} tokens per parameter"
     if per_param < COMPUTE_OPTIMAL / 2:
         line += f" (compute-optimal training uses about {COMPUTE_OPTIMAL})"
-    line += "; an order of the variants at this size is no evidence about larger ones." if params < 1e9 else "."
-    return [line if params < 1e9 else line.removeprefix("Small scale: ")]
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Compression of the validation text: nats per token / (ln 2 x bytes per token)."""
-    return nats_per_token / (math.log(2) * bytes_per_token)
+    if params < 1e9:
+        line += "; an order of the variants at this size is no evidence about larger ones"
+    return line

@@ -11,7 +11,9 @@ from typing import Any
 
 from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult, analyse
 from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
-from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval
+from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval, verdict_rows
+from headway.launcher.compare.questions import answer, parse_question
+from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
@@ -44,10 +46,14 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     yield Heading(f"Study {result.record['study']}", 1)
     yield from _not_done(result)
     yield from _warnings(result)
-    first, *rest = headline(result)
-    yield Text(" ".join([first, *rest]), "lead")
+    yield Text(" ".join(headline(result)), "lead")
+    if result.comparison.differences:
+        yield Table(verdict_rows(result), frozenset({0, 1}))
+        yield Text(_start_words(result))
+    yield from _answers(result)
     yield Heading("What these numbers cannot say", 3)
-    yield Items(limits(result))
+    yield Table(limits(result), frozenset({0, 1}))
+    yield from _trend(result)
     if "loss" in plots:
         yield Image(plots["loss"])
     if "effects" in plots:
@@ -93,6 +99,36 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
     found = len(confounds) + len(result.circumstances) + len(result.deviations)
     if found:
         yield Text(f"{found} confounds: see \u201cIs the comparison fair?\u201d below.", "warn")
+
+
+def _start_words(result: StudyResult) -> str:
+    equivalent = "" if result.margin is None else f"equivalent where it is within {result.margin} nats per token, "
+    return (
+        f"Verdict: {equivalent}better or worse where the interval excludes 0, undecided elsewhere. Start: rms of what "
+        "attention or MLP adds over rms of the stream that it is added to, before the first step, geometric mean over "
+        "layers and seeds; CONFOUNDED where a layer differs from the baseline's by more than 10 %."
+    )
+
+
+def _answers(result: StudyResult) -> Iterator[Block]:
+    asks = result.record.get("asks") or []
+    if not asks:
+        return
+    names = [v.name for v in result.variants]
+    rows = [("question, stated before the first run", "answer", "difference in loss [95 %, all at once]")]
+    for text in asks:
+        question = parse_question(text, baseline=result.baseline.name, variants=names)
+        difference = result.comparison.differences.get(question.variant)
+        rows.append((text, answer(question, difference), signed_interval(difference)))
+    yield Table(rows, frozenset({0, 1}))
+
+
+def _trend(result: StudyResult) -> Iterator[Block]:
+    found = [] if result.trend is None else [(v.name, sentence(result.trend, v.name)) for v in result.others]
+    rows = [(name, text) for name, text in found if text is not None]
+    if rows:
+        yield Heading("How differences develop", 3)
+        yield Table([("variant", "difference in validation loss over training"), *rows], frozenset({0, 1}))
 
 
 # ---------------------------------------------------------------- sections
@@ -163,7 +199,7 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
         )
     yield Text(text)
     how = "paired" if result.pairing.status != "UNPAIRED" else "UNPAIRED"
-    header = ["variant", "n", "mean", "sd over seeds", f"{how} difference [95 % interval]", "p"]
+    header = ["variant", "n", "mean", "sd over seeds", f"{how} difference [95 %, all at once]", "p", "p (Holm)"]
     rows = [header + (["bits per byte"] if per_byte else [])]
     for v in result.variants:
         if v.loss is None:
@@ -171,8 +207,9 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
             continue
         sd = "-" if v.loss.sd is None else f"{v.loss.sd:.4f}"
         difference = "baseline" if v is result.baseline else signed_interval(v.difference)
-        p = "-" if v.difference is None or v.difference.p_value is None else f"{v.difference.p_value:.3f}"
-        row = [v.name, str(v.loss.n), f"{v.loss.mean:.4f}", sd, difference, p]
+        ps = [getattr(v.difference, key, None) for key in ("p_value", "p_holm")]
+        p = ["-" if value is None else f"{value:.3f}" for value in ps]
+        row = [v.name, str(v.loss.n), f"{v.loss.mean:.4f}", sd, difference, *p]
         rows.append(row + ([f"{bits_per_byte(v.loss.mean, per_byte):.4f}"] if per_byte else []))
     yield Table(rows)
 

@@ -11,7 +11,7 @@ from headway.launcher.run.run_dir import difference, flatten
 from headway.launcher.spec.spec import Spec
 from headway.model.huggingface import folder as hf
 
-_START = ("init_std",)
+_START = ("init_std", "branch_start")
 """Keys of `model` that decide random weights alone."""
 
 

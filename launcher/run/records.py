@@ -55,7 +55,8 @@ class RunRecord:
     """One run folder. Missing files leave empty dicts and curves; nothing is invented.
 
     `accuracy`: at each validation, the share (0..1) of targets whose largest logit is the label's; nan where
-    unrecorded. `lost`: what metrics.jsonl lacks, which is in no curve.
+    unrecorded. `start`: layer -> {"attention", "mlp"}, rms of what the branch adds over rms of its stream before the
+    first step; empty where unrecorded. `lost`: what metrics.jsonl lacks, which is in no curve.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class RunRecord:
     batch_hash: dict[int, str] = field(repr=False)
     routers: tuple[Router, ...] = field(repr=False)
     heads: Heads | None = field(repr=False)
+    start: dict[str, dict[str, float]] = field(repr=False)
     lost: Lost
 
     @property
@@ -101,13 +103,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}, "start": {}}
     damage = Damage()
     for record in _records(path / "metrics.jsonl", damage):
         kind, step = record.get("kind"), record.get("step")
         if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
             by_kind[kind][step] = record
-    steps, validations, heads = ([found[step] for step in sorted(found)] for found in by_kind.values())
+    steps, validations, heads, starts = ([found[step] for step in sorted(found)] for found in by_kind.values())
     return RunRecord(
         path=path,
         spec=read_json(path / "spec.json"),
@@ -121,6 +123,7 @@ def read_run(path: Path) -> RunRecord:
         batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},
         routers=read_routers(steps),
         heads=read_heads(heads),
+        start=_start(starts),
         lost=Lost(lines=len(damage.lines), gaps=gaps(step for step in by_kind["train"] if step > 0)),
     )
 
@@ -159,6 +162,16 @@ def _number(value: Any) -> float:
 
 def _column(records: list[dict[str, Any]], key: str) -> Floats:
     return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
+
+
+def _start(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    layers = records[0].get("layers") if records else None
+    found = layers if isinstance(layers, dict) else {}
+    return {
+        str(name): {branch: _number(values.get(branch)) for branch in ("attention", "mlp")}
+        for name, values in found.items()
+        if isinstance(values, dict)
+    }
 
 
 def _curve(records: list[dict[str, Any]]) -> Curve:

@@ -45,6 +45,9 @@ FREE_KEYS = (
     "init.weights",
 )
 
+ADDED_KEYS = {"model.branch_start": "as_drawn"}
+"""Keys that run folders of earlier versions lack, and the value that stands for what those versions did."""
+
 
 class RunDir:
     """Paths of one run folder."""
@@ -192,8 +195,8 @@ def _flock(fd: int, wait_s: float) -> None:
 
 
 def identity(spec: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a resolved spec that decide its result."""
-    flat = flatten(spec)
+    """Dotted keys of a resolved spec that decide its result; `ADDED_KEYS` only where they change it."""
+    flat = {k: v for k, v in flatten(spec).items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
     return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
 
 

@@ -11,11 +11,16 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from headway.data.config import StrictModel
+from headway.launcher.compare.questions import parse_question
 from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import Node
+from headway.model.config import BranchStart
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+BRANCH_START = 0.3
+"""Of every study that names none: rms of what a branch adds over rms of its stream, before the first step."""
 
 SET_BY_STUDY = {
     "name": "name the variant instead",
@@ -34,6 +39,16 @@ class StudyConfig(StrictModel):
     out: str | None = Field(default=None, min_length=1, description="folder of runs and report; default studies/NAME")
     match: MatchConfig | None = Field(default=None, description="none: sizes are compared as they are written")
     baseline: str | None = Field(default=None, description="variant the others are compared to; default: the first")
+    branch_start: BranchStart = Field(
+        default=BRANCH_START,
+        description="model.branch_start of every variant that does not set its own, so that all start equally strongly",
+    )
+    margin_nats: float | None = Field(
+        default=None, gt=0, description="differences in loss below it do not matter: verdicts may say equivalent"
+    )
+    asks: list[str] = Field(
+        default=[], description="questions stated beforehand: `rgqa-k1 is not worse than gqa by more than 0.01`"
+    )
     seeds: list[int] = Field(min_length=1, description="one run of every variant per seed")
     variants: dict[str, dict[str, Any]] = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
@@ -73,6 +88,8 @@ class StudyConfig(StrictModel):
                 f"baseline: {self.baseline!r} is not a variant. Did you mean {close[0]}? "
                 f"Variants: {', '.join(self.variants)}"
             )
+        for text in self.asks:
+            parse_question(text, baseline=self.baseline_name, variants=self.variants)
         return self
 
     @property

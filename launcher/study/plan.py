@@ -22,7 +22,7 @@ from headway.launcher.match.matching import (
 from headway.launcher.match.measured import Measurements, spread_note
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.spec.fields import root_shape
-from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.load import DEFAULT, Loaded, load_spec
 from headway.launcher.spec.merge import format_value, override_layer
 from headway.launcher.spec.yamlio import Node
 from headway.launcher.study.config import SET_BY_STUDY, Study
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from headway.model.cost import Cost
 
 
+START = "model.branch_start"
 NO_AUTO = "would give each variant a micro-batch of its own, and the variants of a study must cut their batches alike"
 
 
@@ -143,6 +144,9 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "baseline": config.baseline_name,
         "seeds": list(config.seeds),
         "match": None if config.match is None else config.match.model_dump(),
+        "branch_start": config.branch_start,
+        "margin_nats": config.margin_nats,
+        "asks": list(config.asks),
         "variants": [_variant_record(v) for v in plan.variants],
         "cells": [
             {
@@ -185,6 +189,14 @@ class _Resolver:
         self.layer = override_layer(self.arguments, root_shape(Spec))
         self.facts: dict[str, tuple[int, str | None]] = {}
 
+    def as_written(self, variant: str) -> Loaded[Spec]:
+        """The variant's spec with nothing from the study but its keys."""
+        layers: list[tuple[dict[str, Any] | Node, str]] = [
+            (self.layer, "arguments"),
+            (self.study.variants[variant], f"variant {variant}"),
+        ]
+        return load_spec(self.study.base, extra=layers, no_auto=NO_AUTO)
+
     def load(self, variant: str, *more: tuple[dict[str, Any], str]) -> tuple[Spec, list[str]]:
         layers: list[tuple[dict[str, Any] | Node, str]] = [
             (self.layer, "arguments"),
@@ -192,7 +204,16 @@ class _Resolver:
             *more,
         ]
         loaded = load_spec(self.study.base, extra=layers, no_auto=NO_AUTO)
+        start = self.start(loaded)
+        if start:
+            loaded = load_spec(self.study.base, extra=[(start, "branch_start of the study"), *layers], no_auto=NO_AUTO)
         return loaded.spec, loaded.notes
+
+    def start(self, loaded: Loaded[Spec]) -> dict[str, Any]:
+        """What the study's `branch_start` sets: nothing where a file or argument does, or where weights are given."""
+        if str(loaded.origins[START]) != str(DEFAULT) or loaded.spec.init.weights is not None:
+            return {}
+        return {START: self.study.config.branch_start}
 
     def overrides(self, spec: Spec, cell_keys: dict[str, Any]) -> tuple[str, ...]:
         """The same spec as arguments to the base file alone, where all arguments are one layer and none is dropped."""
@@ -278,7 +299,8 @@ def _cell(study: Study, resolver: _Resolver, variant: VariantPlan, seed: int) ->
     }
     solved = [_solved(variant.matched)] if variant.matched else []
     spec, _ = resolver.load(variant.name, *solved, (own, f"seed {seed} of the study"))
-    keys = {**variant.keys, **(solved[0][0] if solved else {}), **own}
+    start = {} if START in variant.keys else resolver.start(resolver.as_written(variant.name))
+    keys = {**start, **variant.keys, **(solved[0][0] if solved else {}), **own}
     return Cell(
         variant=variant.name,
         seed=seed,

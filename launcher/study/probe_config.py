@@ -79,7 +79,7 @@ def overlap(one: str, other: str) -> bool:
 
 def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:
     """The study of one task: its keys stand in every variant, so that they are on the command line of every cell."""
-    shared = {key: getattr(config, key) for key in ("base", "match", "seeds")}
+    shared = {key: getattr(config, key) for key in ("base", "match", "branch_start", "margin_nats", "seeds")}
     return replace(
         whole,
         config=StudyConfig(

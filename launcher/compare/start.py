@@ -1,0 +1,92 @@
+"""How strongly the branches of each variant start, beside the baseline's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TOLERANCE = 0.10
+"""A branch whose ratio differs from the baseline's by more, in any layer, is a confound. Between 0.38 and 0.95 the
+quickstart's gqa loses 0.14 nats per token (docs/studies.md)."""
+
+BRANCHES = ("attention", "mlp")
+
+Start = Mapping[str, Mapping[str, float]]
+"""Layer -> {"attention", "mlp"}: rms of what the branch adds over the rms of its stream, before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartStrength:
+    """One variant, over its seeds. `attention`, `mlp`: geometric means over layers and seeds; None where unrecorded.
+
+    `largest`: (branch, layer, ratio to the baseline's) of the branch that differs most; None for the baseline and
+    where one of the two is unrecorded.
+    """
+
+    attention: float | None
+    mlp: float | None
+    largest: tuple[str, str, float] | None = None
+
+    @property
+    def confounded(self) -> bool:
+        if self.largest is None:
+            return False
+        ratio = self.largest[2]
+        return not 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE
+
+
+def start_strengths(starts: Mapping[str, Sequence[Start]], baseline: str) -> dict[str, StartStrength]:
+    """`starts`: variant -> one record for each of its runs."""
+    means = {variant: _mean(found) for variant, found in starts.items()}
+    base = means.get(baseline, {})
+    return {
+        variant: StartStrength(
+            attention=_over_layers(layers, "attention"),
+            mlp=_over_layers(layers, "mlp"),
+            largest=None if variant == baseline else _largest(layers, base),
+        )
+        for variant, layers in means.items()
+    }
+
+
+def _mean(starts: Sequence[Start]) -> dict[str, dict[str, float]]:
+    """Geometric means over runs; 0 where any is 0."""
+    layers = sorted({layer for start in starts for layer in start})
+    return {
+        layer: {branch: _geometric([start[layer][branch] for start in starts if layer in start]) for branch in BRANCHES}
+        for layer in layers
+    }
+
+
+def _geometric(values: Sequence[float]) -> float:
+    if not values or not all(math.isfinite(v) for v in values):
+        return math.nan
+    return 0.0 if min(values) <= 0 else math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _over_layers(layers: Mapping[str, Mapping[str, float]], branch: str) -> float | None:
+    value = _geometric([values[branch] for values in layers.values()])
+    return None if math.isnan(value) else value
+
+
+def _largest(
+    layers: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]
+) -> tuple[str, str, float] | None:
+    found = [
+        (branch, layer, _ratio(layers[layer][branch], base[layer][branch]))
+        for layer in layers.keys() & base.keys()
+        for branch in BRANCHES
+    ]
+    found = [item for item in found if not math.isnan(item[2])]
+    return max(found, key=lambda item: (_distance(item[2]), item[1], item[0]), default=None)
+
+
+def _ratio(a: float, b: float) -> float:
+    if a == b == 0:
+        return 1.0
+    return a / b if b else math.inf
+
+
+def _distance(ratio: float) -> float:
+    return math.inf if ratio <= 0 or math.isinf(ratio) else abs(math.log(ratio))
