@@ -442,4 +442,4 @@ def test_a_real_study_trains_paired_cells_and_writes_its_report(tmp_path):
     page = (folder.out / "report.md").read_text()
     assert "Data: PAIRED." in page
     assert "seed 5: routed and gqa: 10 common steps, all hashes equal" in page
-    assert "CONFOUND" not in page
+    assert "CONFOUND:" not in page and "CONFOUNDED by" not in page
