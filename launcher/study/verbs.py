@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.verbs import Verb, spec_arguments
+from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,25 @@ def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
     _probe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
     parser.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    parser.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to decide (default 0.8)")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=None,
+        metavar="NATS",
+        help="difference in loss that matters (default: margin_nats of the study, else 0.01)",
+    )
+    json_argument(parser)
+
+
+def _plan_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.seeds import plan_seeds
+
+    return plan_seeds(args.spec, args.overrides, power=args.power, margin=args.margin, as_json=args.json)
 
 
 def _run_study(args: argparse.Namespace) -> int:
@@ -76,6 +95,13 @@ VERBS = (
                 examples=("headway study status yaml/quickstart.yaml",),
                 arguments=_study_arguments,
                 run=_status_study,
+            ),
+            Verb(
+                name="plan",
+                help="seeds needed to decide, from the spread of the cells that are done",
+                examples=("headway study plan yaml/quickstart.yaml --power 0.8 --margin 0.01",),
+                arguments=_plan_arguments,
+                run=_plan_study,
             ),
             Verb(
                 name="report",
