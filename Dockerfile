@@ -1,15 +1,19 @@
 # syntax=docker/dockerfile:1
-# Headway on GPU clusters:   docker build -t headway .   then   docker run --rm --gpus all headway doctor
-# Not covered by CI, which has neither a Docker daemon nor a GPU: expect to adjust it to your cluster's driver and network.
+# Headway for GPU clusters.
+#   docker build -t headway .
+#   docker run --rm --gpus all headway doctor
+# CI does not build this image, because it has neither a Docker daemon nor a GPU. You may have to adapt it to your
+# cluster's driver and network.
 #
-# The CUDA of the image must be the one torch's wheel is built with (13.0 for torch 2.13), or apex refuses to compile.
+# The image must have the CUDA version that torch's wheel was built with (13.0 for torch 2.13). Otherwise apex does not
+# compile.
 FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04
 
-# 40 hex digits; apex has no releases that follow torch
+# Full commit hash (40 hex digits), because apex has no releases that follow torch.
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
-# compute capabilities the kernels are compiled for: A100, H100/H200, B200
+# Compute capabilities to compile kernels for: A100, H100/H200, B200.
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
-# compiler processes; each wants about 4 GB of memory
+# Number of compiler processes. Each needs about 4 GB of memory.
 ARG BUILD_JOBS=4
 
 ENV DEBIAN_FRONTEND=noninteractive \
@@ -28,7 +32,7 @@ COPY constraints.txt /build/constraints.txt
 RUN pip install -c /build/constraints.txt torch numpy ninja packaging setuptools wheel \
     && python -c "import torch; assert torch.version.cuda.startswith('13.0'), torch.version.cuda"
 
-# NVIDIA apex is only distributed as source; the package `apex` on PyPI is another project.
+# NVIDIA apex is distributed only as source. The package `apex` on PyPI is another project.
 RUN git clone --filter=blob:none https://github.com/NVIDIA/apex /build/apex \
     && git -C /build/apex checkout --detach "$APEX_COMMIT" \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD="$BUILD_JOBS" TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" \
@@ -46,7 +50,7 @@ RUN useradd --create-home --uid 10001 headway
 USER headway
 WORKDIR /home/headway
 
-# A folder named model or data where the command is started must never be imported instead of an installed package.
+# Do not import a folder named model or data in the working directory instead of an installed package.
 ENV PYTHONSAFEPATH=1
 
 ENTRYPOINT ["headway"]

@@ -36,7 +36,7 @@ class Verb:
 def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
     """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list)."""
     parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, override the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="value of a dotted key; overrides the file")
 
 
 def json_argument(parser: argparse.ArgumentParser) -> None:
@@ -46,4 +46,4 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
 
 def out_argument(parser: argparse.ArgumentParser) -> None:
     """--out FILE, as `args.out` (Path or None)."""
-    parser.add_argument("--out", type=Path, default=None, help="where the JSON is written")
+    parser.add_argument("--out", type=Path, default=None, help="file to which the JSON is written")

@@ -20,30 +20,38 @@ def _lengths(text: str) -> list[int]:
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--steps", type=int, default=30, help="measured steps, at least 2")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps, at least 2 (default 30)")
     out_argument(parser)
 
 
 def _step_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     parser.add_argument(
-        "--against", action="append", default=[], metavar="key=value", help="a second spec in the same run"
+        "--against",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="compare with a second spec that has this value",
     )
 
 
 def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser, what="study")
     parser.add_argument(
-        "--lengths", type=_lengths, default=[256, 1024, 2048], help="tokens per sequence: 256,1024,2048"
+        "--lengths", type=_lengths, default=[256, 1024, 2048], help="tokens per sequence (default 256,1024,2048)"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens per pass: shorter sequences come in batches")
-    parser.add_argument("--out", type=Path, default=None, help="where the JSON is written, and a table beside it")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens per pass; shorter sequences are batched (default 2048)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="file to which the JSON is written; a table is written beside it"
+    )
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2")
+    parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2 (default 10)")
     out_argument(parser)
 
 
@@ -53,18 +61,28 @@ def _micro_batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="what does not fit is left (default 8)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="rows go here; the same again goes on")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every row, reduced, to try it out"
+        "--minutes",
+        type=float,
+        default=8.0,
+        metavar="N",
+        help="time limit; rows that do not fit are omitted (default 8)",
     )
-    parser.add_argument("--parts", type=_words, default=None, metavar="A,B", help="only these parts (default: all)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the rows; run again to continue"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: run every row in a reduced form"
+    )
+    parser.add_argument("--parts", type=_words, default=None, metavar="A,B", help="run only these parts (default: all)")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with rows.jsonl")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="where report.md goes (default: DIR)")
-    parser.add_argument("--refit", action="store_true", help="make the planner's constants of this device anew from it")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for report.md (default: DIR)")
+    parser.add_argument(
+        "--refit", action="store_true", help="update the planner's constants of this device from the rows"
+    )
 
 
 def _step(args: argparse.Namespace) -> int:
@@ -118,49 +136,49 @@ VERBS = (
         actions=(
             Verb(
                 name="step",
-                help="a training step: tokens/s, share of each part, cost over a bare PyTorch loop",
+                help="time a training step: tokens/s, share of each part, ratio to a bare PyTorch loop",
                 examples=("headway bench step yaml/base/quickstart.yaml --steps 5",),
                 arguments=_step_arguments,
                 run=_step,
             ),
             Verb(
                 name="mechanism",
-                help="every variant of a study against its baseline, over lengths",
+                help="time every variant of a study against its baseline, over sequence lengths",
                 examples=("headway bench mechanism yaml/quickstart.yaml --lengths 256,1024 --out mechanisms.json",),
                 arguments=_mechanism_arguments,
                 run=_mechanism,
             ),
             Verb(
                 name="data",
-                help="the loader alone: tokens/s and time per batch",
+                help="time the data loader alone: tokens/s and time per batch",
                 examples=("headway bench data yaml/base/quickstart.yaml",),
                 arguments=_data_arguments,
                 run=_data,
             ),
             Verb(
                 name="checkpoint",
-                help="what training waits for a save, and steps beside its writing",
+                help="time how long a save blocks training, and steps while it is written",
                 examples=("headway bench checkpoint yaml/bench/checkpoint-82m.yaml --rounds 2",),
                 arguments=_checkpoint_arguments,
                 run=_checkpoint,
             ),
             Verb(
                 name="micro-batch",
-                help="what train.micro_batch: auto finds on this host, and why",
+                help="find the size that train.micro_batch: auto takes on this host, and explain it",
                 examples=("headway bench micro-batch yaml/base/quickstart.yaml",),
                 arguments=_micro_batch_arguments,
                 run=_micro_batch,
             ),
             Verb(
                 name="gpu",
-                help="what a GPU can do, and what kernels and mechanisms make of it",
+                help="measure a GPU, check its kernel results, and time every mechanism",
                 examples=("headway bench gpu --minutes 8 --out gpu-results",),
                 arguments=_gpu_arguments,
                 run=_gpu,
             ),
             Verb(
                 name="report",
-                help="tables and plots of a folder that bench gpu wrote",
+                help="write tables and plots from a folder of bench gpu",
                 examples=("headway bench report gpu-results",),
                 arguments=_report_arguments,
                 run=_report,

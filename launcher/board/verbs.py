@@ -10,11 +10,17 @@ from headway.launcher.base.verbs import Verb
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or of a study")
-    parser.add_argument("--rebuild", action="store_true", help="make the event files anew from metrics.jsonl first")
-    parser.add_argument("--no-server", action="store_true", help="stop after --rebuild")
-    parser.add_argument("--port", type=int, default=None, metavar="N", help="default 6006 or the next; 0: any")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="beyond this machine it needs --expose")
-    parser.add_argument("--expose", action="store_true", help="others may read it: it asks nobody for a password")
+    parser.add_argument("--rebuild", action="store_true", help="first recreate the event files from metrics.jsonl")
+    parser.add_argument("--no-server", action="store_true", help="exit after --rebuild; do not start the server")
+    parser.add_argument(
+        "--port", type=int, default=None, metavar="N", help="0: any free port (default 6006 or the next free port)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="any other address needs --expose (default 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--expose", action="store_true", help="allow other machines to connect; TensorBoard has no password"
+    )
 
 
 def _board(args: argparse.Namespace) -> int:
@@ -27,7 +33,7 @@ def _board(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="board",
-        help="TensorBoard over runs and studies, on this machine alone",
+        help="serve TensorBoard for runs and studies, on this machine only",
         examples=("headway board runs/quickstart", "headway board runs/quickstart --rebuild --no-server"),
         arguments=_arguments,
         run=_board,

@@ -9,10 +9,16 @@ from headway.launcher.base.verbs import Verb
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--faults", default=None, metavar="F1,F8", help="only these (default: F1 to F10)")
-    parser.add_argument("--seconds", type=float, default=170, metavar="N", help="no trial begins later (default 170)")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="default: another one every time, printed")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="every trial, and the table beside it")
+    parser.add_argument("--faults", default=None, metavar="F1,F8", help="run only these faults (default: F1 to F10)")
+    parser.add_argument(
+        "--seconds", type=float, default=170, metavar="N", help="start no trial after this time (default 170)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, metavar="N", help="seed of ranks, steps and bits (default: random, printed)"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="file for all trials; the table is written beside it"
+    )
 
 
 def _chaos(args: argparse.Namespace) -> int:
@@ -25,7 +31,7 @@ def _chaos(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="chaos",
-        help="ten kinds of faults, done to stock DeepSpeed and to Headway, here and now",
+        help="inject ten kinds of faults into stock DeepSpeed and Headway, and compare",
         examples=("headway chaos", "headway chaos --faults F1,F8 --seed 1"),
         arguments=_arguments,
         run=_chaos,

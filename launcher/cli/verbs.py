@@ -32,7 +32,7 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         default=None,
-        help="file, or a folder for the schemas of all kinds; default: standard output",
+        help="file, or folder for the schemas of all kinds (default: standard output)",
     )
 
 
@@ -57,7 +57,7 @@ def _server(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="doctor",
-        help="what this machine has and what will be used",
+        help="show hardware, packages, and what Headway will use",
         examples=("headway doctor", "headway doctor --json"),
         arguments=json_argument,
         run=_doctor,
@@ -65,19 +65,19 @@ VERBS = (
     ),
     Verb(
         name="data",
-        help="build a dataset from text, or verify one",
+        help="build or verify a dataset",
         order=10,
         actions=(
             Verb(
                 name="build",
-                help="text to tokenizer, shards and manifest",
+                help="build tokenizer, shards and manifest from a corpus",
                 examples=("headway data build yaml/data/stdlib.yaml",),
                 arguments=spec_arguments,
                 run=_build,
             ),
             Verb(
                 name="verify",
-                help="check every file's hash",
+                help="verify the hash of every file",
                 examples=("headway data verify yaml/data/stdlib.yaml",),
                 arguments=spec_arguments,
                 run=_verify,
@@ -86,7 +86,7 @@ VERBS = (
     ),
     Verb(
         name="schema",
-        help="write the JSON schema of specs, for completion in editors",
+        help="write the JSON schema of specs for completion in editors",
         examples=("headway schema spec.schema.json",),
         arguments=_schema_arguments,
         run=_schema,

@@ -10,11 +10,23 @@ from headway.launcher.base.verbs import Verb
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("prompt", help="text to continue; token ids where the run learned synthetic data")
-    parser.add_argument("--tokens", type=int, default=100, help="new tokens at most (default 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="choose among tokens of this probability together")
-    parser.add_argument("--seed", type=int, default=1, help="equal seeds give equal text (default 1)")
+    parser.add_argument("prompt", help="text to continue; token ids if the run was trained on synthetic data")
+    parser.add_argument("--tokens", type=int, default=100, help="maximum number of new tokens (default 100)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="sampling temperature; 0: take the most likely token (default 0.8)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the most likely tokens with this total probability (default 0.95)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the sampling; equal seeds give equal text (default 1)"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -31,11 +43,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("hf", "safetensors"),
         required=True,
-        help="hf: a Llama of Hugging Face (mha, mqa, gqa, sqa, folded wgqa); safetensors: any mechanism",
+        help="hf: a Hugging Face Llama (mha, mqa, gqa, sqa, folded wgqa); safetensors: any mechanism",
     )
-    parser.add_argument("--step", type=int, default=None, metavar="N", help="of this checkpoint (default: the newest)")
     parser.add_argument(
-        "--max-shard-bytes", type=float, default=5e9, metavar="N", help="of one file of tensors (default 5e9)"
+        "--step", type=int, default=None, metavar="N", help="step of the checkpoint (default: the newest)"
+    )
+    parser.add_argument(
+        "--max-shard-bytes", type=float, default=5e9, metavar="N", help="maximum size of a tensor file (default 5e9)"
     )
 
 
@@ -68,7 +82,7 @@ VERBS = (
     ),
     Verb(
         name="export",
-        help="write a run's weights for Hugging Face, logits compared, or as safetensors",
+        help="write a run's weights for Hugging Face (compares logits) or as safetensors",
         examples=("headway export runs/quickstart exported --to safetensors",),
         arguments=_export_arguments,
         run=_export,
@@ -76,7 +90,7 @@ VERBS = (
     ),
     Verb(
         name="import",
-        help="a Llama of Hugging Face as weights to generate with and train from",
+        help="convert a Hugging Face Llama for generation and training",
         examples=("headway import llama-folder --to imported",),
         arguments=_import_arguments,
         run=_import,

@@ -9,12 +9,12 @@ from headway.launcher.base.verbs import Verb, spec_arguments
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print what would be executed on each host, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what each host would execute, and exit")
     parser.add_argument(
-        "--node-rank", type=int, default=None, metavar="N", help="which of launch.hosts this is, from 0"
+        "--node-rank", type=int, default=None, metavar="N", help="number of this host among launch.hosts, from 0"
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print every value and where it comes from, and stop"
+        "--print-config", action="store_true", help="print every value and where it comes from, and exit"
     )
 
 
@@ -32,7 +32,7 @@ def _train(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="train",
-        help="train one spec; the same command again continues it",
+        help="train one spec; the same command again continues the run",
         examples=(
             "headway train yaml/base/quickstart.yaml",
             "headway train yaml/base/quickstart.yaml optimizer.lr=1e-3 --print-config",

@@ -9,9 +9,9 @@ from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts over N GPUs")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="the GPU that is planned for (default h100)")
-    parser.add_argument("--network", default="ndr", metavar="NAME", help="what joins the hosts (default ndr)")
+    parser.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts on N GPUs")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="GPU to plan for (default h100)")
+    parser.add_argument("--network", default="ndr", metavar="NAME", help="network between the hosts (default ndr)")
     json_argument(parser)
 
 
@@ -25,7 +25,7 @@ def _plan(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="plan",
-        help="parameters, memory, communication and expected speed of a spec, without training",
+        help="compute parameters, memory, communication and expected speed, without training",
         examples=("headway plan yaml/base/quickstart.yaml", "headway plan yaml/models/3b.yaml --gpus 64"),
         arguments=_arguments,
         run=_plan,

@@ -10,7 +10,7 @@ from headway.launcher.base.verbs import Verb, json_argument
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--step", type=int, default=None, help="the checkpoint of this step only")
+    parser.add_argument("--step", type=int, default=None, help="only the checkpoint of this step")
     json_argument(parser)
 
 
@@ -35,26 +35,26 @@ def _show(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="checkpoint",
-        help="what a run has saved, and whether it is whole",
+        help="list, verify or show the checkpoints of a run",
         order=70,
         actions=(
             Verb(
                 name="list",
-                help="step, tokens, loss, size and age of every checkpoint",
+                help="list step, tokens, loss, size and age of every checkpoint",
                 examples=("headway checkpoint list runs/quickstart",),
                 arguments=_arguments,
                 run=_list,
             ),
             Verb(
                 name="verify",
-                help="hash every file and name the one that changed (exit 74)",
+                help="hash every file and name those that changed (exit status 74)",
                 examples=("headway checkpoint verify runs/quickstart --step 100",),
                 arguments=_arguments,
                 run=_verify,
             ),
             Verb(
                 name="show",
-                help="where the newest comes from, its files, its tensors",
+                help="show the origin, files and tensors of the newest checkpoint",
                 examples=("headway checkpoint show runs/quickstart --json",),
                 arguments=_arguments,
                 run=_show,

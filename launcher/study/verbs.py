@@ -13,8 +13,8 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
-    parser.add_argument("--fresh", action="store_true", help="move an older folder of the study aside first")
+    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and exit")
+    parser.add_argument("--fresh", action="store_true", help="first move an existing folder of the study aside")
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,8 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
     _probe_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and stop")
-    parser.add_argument("--fresh", action="store_true", help="move an older folder of the tasks aside first")
+    parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and exit")
+    parser.add_argument("--fresh", action="store_true", help="first move an existing folder of the tasks aside")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,19 +79,19 @@ def _report_probe(args: argparse.Namespace) -> int:
 VERBS = (
     Verb(
         name="study",
-        help="train and compare variants over seeds",
+        help="train variants over several seeds and compare them",
         order=40,
         actions=(
             Verb(
                 name="run",
-                help="train what is missing, then report",
+                help="train what is missing, then write the report",
                 examples=("headway study run yaml/quickstart.yaml",),
                 arguments=_study_run_arguments,
                 run=_run_study,
             ),
             Verb(
                 name="status",
-                help="what is done",
+                help="show the state of every run of the study",
                 examples=("headway study status yaml/quickstart.yaml",),
                 arguments=_study_arguments,
                 run=_status_study,
@@ -105,7 +105,7 @@ VERBS = (
             ),
             Verb(
                 name="report",
-                help="write the report from what is there so far",
+                help="write the report from the finished runs",
                 examples=("headway study report yaml/quickstart.yaml",),
                 arguments=_study_arguments,
                 run=_report_study,
@@ -114,7 +114,7 @@ VERBS = (
     ),
     Verb(
         name="probe",
-        help="what each variant can do on synthetic tasks",
+        help="train variants on synthetic tasks and compare accuracy",
         order=45,
         actions=(
             Verb(
@@ -126,7 +126,7 @@ VERBS = (
             ),
             Verb(
                 name="report",
-                help="write the table",
+                help="write the table from the finished runs",
                 examples=("headway probe report yaml/probes.yaml",),
                 arguments=_probe_arguments,
                 run=_report_probe,

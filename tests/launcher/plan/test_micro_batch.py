@@ -199,7 +199,7 @@ def test_a_stop_while_measuring_leaves_no_process_and_no_run(auto):
     launcher = auto.start()
     assert launcher.stderr is not None
     assert "trying" in launcher.stderr.readline()
-    assert any("micro_batch_child" in words for words in processes_in(auto.folder))
+    assert any("micro_batch.child" in words for words in processes_in(auto.folder))
     launcher.send_signal(signal.SIGTERM)
     _, said = launcher.communicate(timeout=60)
     assert launcher.returncode == 75 and "stopped by SIGTERM while no ranks ran" in said
