@@ -191,6 +191,27 @@ def test_the_quickstart_study_is_legal_and_matched():
     assert max(map(abs, residuals)) <= plan.study.config.match.tolerance
 
 
+def test_every_variant_starts_alike_unless_a_spec_says_otherwise(folder):
+    plan = plan_study(load_study(folder.study))
+    assert {cell.spec.model.branch_start for cell in plan.cells} == {0.3}
+    assert all("model.branch_start=0.3" in cell.overrides for cell in plan.cells)
+    folder.rewrite("seeds: [1, 2]", "seeds: [1, 2]\nbranch_start: zero")
+    assert {c.spec.model.branch_start for c in plan_study(load_study(folder.study)).cells} == {"zero"}
+    folder.rewrite("routed: {", "routed: {model.branch_start: as_drawn, ")
+    starts = {c.variant: c.spec.model.branch_start for c in plan_study(load_study(folder.study)).cells}
+    assert starts == {"gqa": "zero", "routed": "as_drawn"}
+    base = folder.path / "base.yaml"
+    base.write_text(base.read_text().replace("model: {", "model: {branch_start: 0.7, "))
+    starts = {c.variant: c.spec.model.branch_start for c in plan_study(load_study(folder.study)).cells}
+    assert starts == {"gqa": 0.7, "routed": "as_drawn"}
+
+
+def test_a_question_about_what_is_not_compared_is_refused(folder):
+    folder.rewrite("seeds: [1, 2]", "seeds: [1, 2]\nasks: [moa is better than gqa]")
+    with pytest.raises(SpecError, match="moa is not a variant"):
+        load_study(folder.study)
+
+
 def test_without_match_sizes_stay_as_written(folder):
     folder.rewrite("match: {multiple: 4, tolerance: 2%}\n", "")
     assert {c.spec.model.ffn_width for c in folder.plan().cells} == {96}
