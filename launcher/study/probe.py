@@ -99,7 +99,7 @@ def _refuse_argument(probe: Probe, argument: str) -> None:
         if own := next((own for own in keys if overlap(key, own)), None):
             raise SpecError(
                 f"argument '{argument}': task {task} sets {own}; change it in {probe.whole.path}, or give an argument "
-                "that concerns all tasks, such as train.tokens=1e6"
+                "that concerns all tasks, such as optimizer.lr=1e-3"
             )
 
 
