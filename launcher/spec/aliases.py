@@ -338,8 +338,8 @@ _PARALLEL = (
     _hint(
         "nproc_per_node num_gpus n_gpus gpus ngpu gpus_per_node devices num_processes nproc world_size n_devices",
         "launch.processes launch.hosts launch.slurm.gpus_per_node",
-        "Use launch.processes: processes (GPUs) per host; launch.hosts is the number of hosts. What a Slurm job asks for "
-        "is launch.slurm.gpus_per_node.",
+        "Use launch.processes: processes (GPUs) per host; launch.hosts is the number of hosts. What a Slurm job "
+        "asks for is launch.slurm.gpus_per_node.",
     ),
     _same("launch.address", "master_addr main_process_ip rdzv_endpoint"),
     _same("launch.port", "master_port main_process_port"),
