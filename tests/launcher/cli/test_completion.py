@@ -178,8 +178,8 @@ def test_a_real_bash_completes_verbs_files_keys_and_values(tmp_path: Path) -> No
         bash.type("headway study st\t", "headway study status ")
         bash.type("headway train sm\t", "headway train small.yaml ")
         bash.type("headway train small.yaml --dr\t", "--dry-run ")
-        bash.type("headway train small.yaml optimizer.l\t1", "optimizer.lr=1")
-        bash.type("headway train small.yaml attention.type=sw\tx", "attention.type=switchhead x")
+        bash.type("headway train small.yaml optimizer.l\t1", "small.yaml optimizer.lr=1")
+        bash.type("headway train small.yaml attention.type=sw\tx", "small.yaml attention.type=switchhead x")
         bash.type("headway export a b --to h\t", "--to hf ")
     finally:
         bash.close()
