@@ -242,7 +242,11 @@ def _foreign(spot: _Spot, tree: Node, root: Shape) -> Iterator[str]:
         yield _our_key(entry, spot.node, tree)
     elif spot.node.is_mapping:
         known = list(paths(root, _tags(tree, root)))
-        for key, node in list(_scalars(spot.node, spot.key))[:MAX_PROBLEMS]:
+        keys = list(_scalars(spot.node, spot.key))[:MAX_PROBLEMS]
+        near = advice.closest(spot.key, spot.parent_shape.keys())
+        if near and all(near[0] + key.removeprefix(spot.key) in known for key, _ in keys):
+            return  # the name of the section is misspelt, what is in it is right
+        for key, node in keys:
             if (entry := alias(key)) is not None:
                 yield f"{printable(key)}: {_our_key(entry, node, tree)}"
             elif close := advice.closest_key(key.rpartition(".")[2], "", [], known):

@@ -133,6 +133,11 @@ def test_a_section_of_another_tool_is_answered_key_by_key(spec: Path) -> None:
     assert "colour: " not in message.partition("unknown key")[2]
 
 
+def test_a_misspelt_section_of_headway_is_led_to_its_own_name(spec: Path) -> None:
+    assert "trian: unknown key. Did you mean train? Legal keys here: name, " in refusal("trian.tokens=3")
+    assert "training.seq_len: did you mean data.seq_len?" in refusal("training.seq_len=3")
+
+
 def test_a_key_of_another_mechanism_is_still_said_to_be_its_own(spec: Path) -> None:
     assert "is no key of attention.type gqa, only of: dynamic_gqa." in refusal("attention.ema_decay=0.9")
 
