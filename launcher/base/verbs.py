@@ -19,8 +19,9 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
 class Verb:
     """One word of the command line.
 
-    `order`: place in the help, small ones first. `examples`: whole commands, shown below the help. `run` returns the
-    exit status; a verb with `actions` has none of its own. A `hidden` verb is not in the help.
+    `order`: place in the help, small ones first, below a heading of `GROUPS`. `examples`: whole commands, shown below
+    the help; each verb and action that is not hidden needs one. `run` returns the exit status; a verb with `actions`
+    has none of its own. A `hidden` verb is not in the help.
     """
 
     name: str
@@ -33,8 +34,17 @@ class Verb:
     hidden: bool = False
 
 
-def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
-    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list)."""
+GROUPS = ((0, "before a run"), (30, "runs and studies"), (50, "speed"), (60, "after a run"), (90, "tools"))
+"""Headings of the help: each holds the verbs whose `order` is at least its number, up to the next one."""
+
+
+def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec", keys_of: str = "spec") -> None:
+    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list).
+
+    `what` the file is, for the help. `keys_of`: the kind of file whose keys the overrides are, "spec" or "corpus", for
+    completion in shells.
+    """
+    parser.set_defaults(keys_of=keys_of)
     parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="value of a dotted key; overrides the file")
 

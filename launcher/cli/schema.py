@@ -30,8 +30,13 @@ def schema_of(kind: str = "spec") -> dict[str, Any]:
     """
     if kind not in KINDS:
         raise SpecError(f"schema: {kind!r} is not a kind of file; use one of: {', '.join(KINDS)}")
+    return model_schema(model_of(kind), title=f"Headway {kind}")
+
+
+def model_of(kind: str) -> type[BaseModel]:
+    """The model of one of `KINDS`."""
     module, name = KINDS[kind]
-    return model_schema(getattr(importlib.import_module(module), name), title=f"Headway {kind}")
+    return getattr(importlib.import_module(module), name)
 
 
 def model_schema(root: type[BaseModel], *, title: str) -> dict[str, Any]:

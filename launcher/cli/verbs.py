@@ -1,4 +1,4 @@
-"""Verbs that belong to no other room: the machine, datasets, schemas, and the hidden fork server."""
+"""Verbs that belong to no other room: the machine, datasets, schemas, shells, and the hidden fork server."""
 
 from __future__ import annotations
 
@@ -42,6 +42,36 @@ def _schema(args: argparse.Namespace) -> int:
     return write_schema(args.out)
 
 
+def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="corpus", keys_of="corpus")
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.completion import SCRIPTS
+    from headway.launcher.cli.keys import keys_of
+
+    print(SCRIPTS[args.shell], flush=True)
+    for kind in ("spec", "corpus"):  # so that no key press has to wait for PyTorch
+        keys_of(kind)
+    return 0
+
+
+def _complete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("line", help="the command line up to the cursor")
+
+
+def _complete(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.completion import complete
+    from headway.launcher.cli.parser import make_parser
+
+    print("\n".join(complete(args.line, make_parser())))
+    return 0
+
+
 def _server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("socket", type=Path)
     parser.add_argument("owner", type=int)
@@ -72,14 +102,14 @@ VERBS = (
                 name="build",
                 help="build tokenizer, shards and manifest from a corpus",
                 examples=("headway data build yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_build,
             ),
             Verb(
                 name="verify",
                 help="verify the hash of every file",
                 examples=("headway data verify yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_verify,
             ),
         ),
@@ -92,5 +122,18 @@ VERBS = (
         run=_schema,
         order=95,
     ),
+    Verb(
+        name="completion",
+        help="print a script that completes verbs, options, files and keys in a shell",
+        examples=(
+            "headway completion bash > ~/.local/share/bash-completion/completions/headway",
+            "headway completion zsh > ~/.zsh_headway && echo 'source ~/.zsh_headway' >> ~/.zshrc",
+            "headway completion fish > ~/.config/fish/completions/headway.fish",
+        ),
+        arguments=_completion_arguments,
+        run=_completion,
+        order=96,
+    ),
+    Verb(name="complete", help="words that may follow", arguments=_complete_arguments, run=_complete, hidden=True),
     Verb(name="fork-server", help="fork ranks", arguments=_server_arguments, run=_server, hidden=True),
 )
