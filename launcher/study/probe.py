@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headway.data.config import SyntheticSource
-from headway.launcher.base.errors import SpecError
-from headway.launcher.compare.cells import PREEMPTED
+from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
