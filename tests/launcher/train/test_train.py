@@ -365,10 +365,10 @@ def test_a_disk_that_is_full_outside_a_save_ends_with_the_status_of_storage(tmp_
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
-    monkeypatch.setattr(worker, "train", fail)
+    monkeypatch.setattr(worker, "_train", fail)
     monkeypatch.setattr(worker, "_own_log", lambda path, main: None)
-    monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
-    monkeypatch.setattr(worker, "_StopFlag", lambda: None)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "StopFlag", lambda: None)
     monkeypatch.setattr(worker.os, "_exit", leave)
     with pytest.raises(Left) as caught:
         worker.main()
