@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
+
+RECORD = "study.json"
+"""The file in the study's folder that says what the study is."""
 
 
 def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
@@ -55,10 +58,10 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     Exit status as `run_study`. Raises SpecError where the folder holds cells of another definition.
     """
     out = plan.study.out
-    _refuse_foreign(out)
+    refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
-        write_json(out / "study.json", {**study_record(plan), "command": command, "written_at": now()})
+        write_json(out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
         measurements.write(out)
         return _run_cells(plan)
 
@@ -86,7 +89,7 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
     """
     study = load_study(Path(path))
-    if not (study.out / "study.json").exists():
+    if not (study.out / RECORD).exists():
         raise SpecError(
             f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
             "`out` folder it was run with"
@@ -139,13 +142,17 @@ def _run_cell(plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, label: 
     return outcome
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise SpecError unless the folder is absent, empty or a study's: nothing may be written into other people's."""
-    if out.is_dir() and not (out / "study.json").exists():
-        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", "cells", "logs"})
+def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:
+    """Raise SpecError unless the folder is absent, empty or of `what`: nothing may be written into other people's.
+
+    `record`: the file that such a folder has; `own`: what it may have before that.
+    """
+    if out.is_dir() and not (out / record).exists():
+        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", *own})
         if foreign:
             raise SpecError(
-                f"out: {out} is no study's folder and not empty (it has {foreign[0]}); give the study another `out`"
+                f"out: {out} is not the folder of {what} and not empty (it has {foreign[0]}); give another `out`, or "
+                "move that folder away"
             )
 
 
