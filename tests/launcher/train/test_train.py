@@ -12,28 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from run_folders import records, steps_done, trajectory
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
-
-
-def records(run: Path, kind: str = "train") -> list[dict]:
-    return [r for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
-
-
-def trajectory(run: Path) -> list[tuple]:
-    """What must be the same, bit for bit, in two runs of one spec."""
-    train = [(r["step"], r["loss"], r["grad_norm"], r["aux_loss"], r["lr"], r["batch_hash"]) for r in records(run)]
-    return train + [(r["step"], r["loss"], r["targets"]) for r in records(run, "validation")]
-
-
-def steps_done(run: Path) -> int:
-    try:
-        return len(records(run))
-    except (OSError, ValueError):  # not there yet, or a line being written
-        return 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
