@@ -15,7 +15,7 @@ from headway.launcher.hosts import faults
 from headway.launcher.hosts.faults import CAUSE, CONSEQUENCE, PREEMPTED, STOPPED, explain
 from headway.launcher.hosts.place import Place
 from headway.launcher.hosts.processes import live_pid
-from headway.launcher.hosts.supervise import Watch
+from headway.launcher.hosts.watch import Watch
 from headway.launcher.run import heartbeat
 from headway.launcher.run.heartbeat import Heartbeat, allowed_s, beat_file, read_beat
 from headway.launcher.run.run_dir import RunDir
