@@ -18,7 +18,8 @@ from headway.launcher.match.matching import quantity_words
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, save
 from headway.launcher.report.plots.style import STYLE, styles
-from headway.launcher.report.study import report, write_csv, write_text
+from headway.launcher.report.study import report
+from headway.launcher.report.tables import write_csv, write_text
 from headway.launcher.run.run_dir import read_mapping
 
 SOLVED = 0.99
