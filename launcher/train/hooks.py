@@ -1,44 +1,20 @@
 """What a run does beside training: router statistics, guard, comparison of replicas, head diversity.
 
-The loop calls every hook of the list at each of the places below, in the order of the list and on every rank alike, so
-that a hook may be collective.
+The loop calls them at the places that `Hook` names, in the order of `run_hooks` and on every rank alike, so that a hook
+may be collective.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headway.launcher.train.guard import NumericError, dump
 from headway.launcher.train.heads import HeadProbe, probe_batch
 from headway.launcher.train.router import RouterMonitor
+from headway.launcher.train.session import Hook, Session
 from headway.parallel import replicas
 from headway.parallel.engine import StepStats
-
-if TYPE_CHECKING:
-    from headway.launcher.train.session import Session
-
-
-class Hook:
-    """A hook that does nothing. `s.step` counts the steps done; from `after_step` on with the one just taken."""
-
-    def on_start(self, s: Session) -> None:
-        """Everything is loaded, and this process has taken no step."""
-
-    def before_step(self, s: Session) -> None:
-        """A step is about to be taken."""
-
-    def after_step(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
-        """A step was taken. What is added to `record` is logged with it."""
-
-    def after_log(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
-        """`record` was logged. The run may be ended from here on: its last step is on record."""
-
-    def after_validation(self, s: Session) -> None:
-        """The validation loss of this step was logged."""
-
-    def before_save(self, s: Session) -> None:
-        """A checkpoint of this step is about to be written."""
 
 
 class RouterStatistics(Hook):

@@ -1,4 +1,4 @@
-"""What one training process holds: model, engine, data, records, and where the run stands."""
+"""What one training process holds: model, engine, data, records, hooks, and where the run stands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,12 +16,9 @@ from headway.launcher.spec.spec import Spec
 from headway.launcher.train.guard import Guard
 from headway.launcher.train.saving import Saving
 from headway.launcher.train.tracking import Tracker
-from headway.parallel.engine import Engine
+from headway.parallel.engine import Engine, StepStats
 from headway.parallel.layout import Layout
 from headway.parallel.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from headway.launcher.train.hooks import Hook
 
 
 @dataclass(kw_only=True)
@@ -103,6 +100,28 @@ class Session:
         """End the threads that read data and write records."""
         self.loader.close()
         self.tracker.close()
+
+
+class Hook:
+    """A hook that does nothing. `s.step` counts the steps done; from `after_step` on with the one just taken."""
+
+    def on_start(self, s: Session) -> None:
+        """Everything is loaded, and this process has taken no step."""
+
+    def before_step(self, s: Session) -> None:
+        """A step is about to be taken."""
+
+    def after_step(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
+        """A step was taken. What is added to `record` is logged with it."""
+
+    def after_log(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
+        """`record` was logged. The run may be ended from here on: its last step is on record."""
+
+    def after_validation(self, s: Session) -> None:
+        """The validation loss of this step was logged."""
+
+    def before_save(self, s: Session) -> None:
+        """A checkpoint of this step is about to be written."""
 
 
 def seed_step(spec: Spec, layout: Layout, step: int) -> None:
