@@ -22,6 +22,8 @@ from headway.kernels.attention import core
 from headway.model.base import Ranks, SequenceRanks
 from headway.parallel.layout import Layout
 
+_OverGroup = Callable[[Tensor, Any], Tensor]
+
 
 def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
     """Those of `layout`; `sequence_parallel`: each rank holds its part of the sequence between layers."""
@@ -32,7 +34,7 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
 
     group = layout.tensor_group
     if sequence_parallel:
-        enter, leave = partial(_Gather.apply, group), partial(_Scatter.apply, group)
+        enter, leave = partial(_gather, group), partial(_scatter, group)
     else:
         enter = partial(_enter, partial(mappings.copy_to_tensor_model_parallel_region, group=group))
         leave = partial(_leave, partial(mappings.reduce_from_tensor_model_parallel_region, group=group))
@@ -41,7 +43,7 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
         count=layout.tp_size,
         enter=enter,
         leave=leave,
-        sum=partial(_Sum.apply, group),
+        sum=partial(_sum, group),
         largest=partial(_largest, group),
     )
 
@@ -53,7 +55,7 @@ def sequence_ranks(layout: Layout, core: Callable[..., Tensor] = core) -> Sequen
     return SequenceRanks(
         index=layout.cp_rank,
         count=layout.cp_size,
-        mean=lambda tensor: _Sum.apply(layout.context_group, tensor) / layout.cp_size,
+        mean=lambda tensor: _sum(layout.context_group, tensor) / layout.cp_size,
         attend=_Ulysses(layout, core),
         gather=lambda tensor: _gathered(tensor.detach(), layout.context_group),
     )
@@ -80,7 +82,7 @@ class _Ulysses:
         rows = q.shape[1]
         first, last = self._index * rows, (self._index + 1) * rows
         # Keys after this rank's last query are never seen; the core takes queries for the last of the keys' positions.
-        k, v = (_Gather.apply(self._group, t)[:, :last] for t in (k, v))
+        k, v = (_gather(self._group, t)[:, :last] for t in (k, v))
         return self._core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
 
 
@@ -115,43 +117,32 @@ class _Fresh(torch.autograd.Function):
         return grads[0].clone(memory_format=torch.contiguous_format)
 
 
-class _Sum(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """`there` over the ranks of a group; `back` is the same for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, there: _OverGroup, back: _OverGroup, group: Any, tensor: Tensor) -> Tensor:
+        ctx.back, ctx.group = back, group
+        return there(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, ctx.back(grads[0], ctx.group)
+
+
+def _sum(group: Any, tensor: Tensor) -> Tensor:
     """All-reduce, and of the gradients too."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _reduced(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _reduced(grads[0], ctx.group)
+    return _Exchange.apply(_reduced, _reduced, group, tensor)
 
 
-class _Gather(torch.autograd.Function):
+def _gather(group: Any, tensor: Tensor) -> Tensor:
     """[B, S/n, ...] -> [B, S, ...]; gradients are summed over ranks and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _gathered(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _scattered(grads[0], ctx.group)
+    return _Exchange.apply(_gathered, _scattered, group, tensor)
 
 
-class _Scatter(torch.autograd.Function):
+def _scatter(group: Any, tensor: Tensor) -> Tensor:
     """Partial [B, S, d] -> this rank's part of the sum [B, S/n, d]; gradients are gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _scattered(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _gathered(grads[0], ctx.group)
+    return _Exchange.apply(_scattered, _gathered, group, tensor)
 
 
 def _reduced(tensor: Tensor, group: Any) -> Tensor:

@@ -94,12 +94,12 @@ def _prepared(spec: Spec) -> Spec:
 
 
 def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
-    from headway.launcher.train.session import Session
+    from headway.launcher.train.load import open_session
 
     run = RunDir(folder / "run")
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
-    with Session.open(run) as session:
+    with open_session(run) as session:
         measured = [_round(session, run) for _ in range(WARMUP + rounds)][WARMUP:]
         found = _newest(run)
     quiet = [seconds for r in measured for seconds in r["quiet_s"]]
@@ -136,11 +136,12 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
 
 def _round(session: Session, run: RunDir) -> dict[str, Any]:
     """Seconds of one save and of the steps around and beside it, and of what else guards a run."""
+    from headway.launcher.train.loop import save
     from headway.parallel.replicas import hashed
 
     quiet = [_step(session)[0] for _ in range(QUIET_STEPS)]
     t0 = time.perf_counter()
-    session.checkpoint()
+    save(session)
     stall_s, step, beside, written = time.perf_counter() - t0, session.step, [], False
     while not written:
         seconds, written = _step(session)
@@ -179,13 +180,11 @@ def _beats(heart: Heartbeat, step: int) -> None:
 
 def _step(session: Session) -> tuple[float, bool]:
     """Seconds of one step of the worker, and whether the pending save was written when it began."""
+    from headway.launcher.train.loop import train_step
+
     t0 = time.perf_counter()
-    batch = next(session.loader)
-    data_s = time.perf_counter() - t0
-    agreed = session.agree(batch, False)
-    stats = session.train_step(batch, agreed)
-    session.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
-    return time.perf_counter() - t0, agreed.written
+    step = train_step(session)
+    return time.perf_counter() - t0, step.agreed.written
 
 
 def _newest(run: RunDir) -> Checkpoint:

@@ -67,21 +67,20 @@ def _lengthened(spec: Spec, steps: int) -> Spec:
 
 def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> dict[str, Any]:
     from headway.launcher.run.run_dir import write_json
-    from headway.launcher.train.session import Session
+    from headway.launcher.train.load import load_session, open_session
 
     run = RunDir(folder / "ours")
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
-    with Session.open(run) as session, contextlib.ExitStack() as stack:
+    with open_session(run) as session, contextlib.ExitStack() as stack:
         loops: dict[str, _HeadwayLoop | _BareLoop] = {"headway": _HeadwayLoop(session)}
         if spec.parallel.precision == "fp32":
             loops["bare"] = _BareLoop(spec)
         if other is not None:
             second = RunDir(folder / "other")
             second.path.mkdir()
-            rival = Session(second, other, session.layout)
-            stack.callback(rival.loader.close)
-            stack.callback(rival.tracker.close)
+            rival = load_session(second, other, session.layout)
+            stack.callback(rival.close)
             loops["against"] = _HeadwayLoop(rival)
         times: dict[str, list[float]] = {name: [] for name in loops}
         parts: list[dict[str, float]] = []
@@ -117,16 +116,14 @@ class _HeadwayLoop:
 
     def step(self) -> tuple[float, dict[str, float]]:
         """(seconds, share of each part) of one step."""
-        s = self._s
+        from headway.launcher.train.loop import train_step
+
         t0 = time.perf_counter()
-        batch = next(s.loader)
-        data_s = time.perf_counter() - t0
-        agreed = s.agree(batch, False)
-        stats = s.train_step(batch, agreed)
-        s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
+        step = train_step(self._s)
         total_s = time.perf_counter() - t0
+        stats = step.stats
         parts = {
-            "data": data_s,
+            "data": step.data_s,
             "forward": stats.forward_s,
             "backward": stats.backward_s,
             "optimizer": stats.optimizer_s,

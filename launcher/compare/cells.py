@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from headway.launcher.run.records import last_progress, read_json
+from headway.launcher.base.errors import PREEMPTED
+from headway.launcher.run.records import last_progress
+from headway.launcher.run.run_dir import read_mapping
 
 State = Literal["done", "running", "partial", "failed", "missing"]
 
 OUTCOMES = "outcomes.json"
 """File in the study's folder: cell key -> exit code, last lines and times of its latest attempt."""
-
-PREEMPTED = 75
-"""Exit code of a run that was stopped by a signal: the same command continues it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class CellState:
 def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
     """State of a cell from its run folder and the outcome of its latest attempt."""
     tokens, loss = last_progress(run_dir)
-    if read_json(run_dir / "summary.json").get("complete") is True:
+    if read_mapping(run_dir / "summary.json").get("complete") is True:
         return CellState(state="done", tokens=tokens, loss=loss)
     if _held_by_live_process(run_dir):
         return CellState(state="running", tokens=tokens, loss=loss)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headway.launcher.base.command import COMMAND
-from headway.launcher.base.errors import HeadwayError, SpecError
-from headway.launcher.hosts.faults import PREEMPTED
+from headway.launcher.base.errors import PREEMPTED, HeadwayError, SpecError
 from headway.launcher.run.run_dir import RunDir
 
 if TYPE_CHECKING:

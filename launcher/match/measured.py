@@ -25,7 +25,7 @@ from headway.launcher.match.matching import (
 from headway.launcher.match.search import Candidates, Illegal
 from headway.launcher.match.time import Build, Pass, Ratios, TimeSolver, compare, decoder_pass
 from headway.launcher.run.machine import machine, versions
-from headway.launcher.run.run_dir import identity, read_json, write_json
+from headway.launcher.run.run_dir import identity, read_mapping, write_json
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -52,8 +52,7 @@ class Measurements:
     @classmethod
     def of(cls, out: Path) -> Measurements:
         """Those in the study's folder; none where there are none yet, or the file is damaged."""
-        held = read_json(out / FILE, {})
-        return cls(held if isinstance(held, dict) else {})
+        return cls(read_mapping(out / FILE))
 
     def write(self, out: Path) -> None:
         """Keep them in the study's folder."""

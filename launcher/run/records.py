@@ -9,7 +9,6 @@ summary.json  written last; `complete` is true only for a run that reached its l
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from headway.launcher.run.lines import Damage, Lost, decode, gaps, read_lines
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
+from headway.launcher.run.run_dir import read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +90,6 @@ class RunRecord:
         return float(self.train.train_s[-1]) if len(self.train) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where the file is missing, torn or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}}
@@ -110,9 +101,9 @@ def read_run(path: Path) -> RunRecord:
     steps, validations, heads = ([found[step] for step in sorted(found)] for found in by_kind.values())
     return RunRecord(
         path=path,
-        spec=read_json(path / "spec.json"),
-        run=read_json(path / "run.json"),
-        summary=read_json(path / "summary.json"),
+        spec=read_mapping(path / "spec.json"),
+        run=read_mapping(path / "run.json"),
+        summary=read_mapping(path / "summary.json"),
         train=_curve(steps),
         validation=_curve(validations),
         accuracy=_column(validations, "accuracy"),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from headway.launcher.base.command import die_with_parent
+
 _STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")
-_PR_SET_PDEATHSIG = 1
 
 
 class Eta:
@@ -87,7 +87,7 @@ class CellRunner:
                 errors="replace",
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal must reach it once, through us
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
             if self.stopping:  # a signal came between the last check and the start
                 child.terminate()
@@ -131,7 +131,3 @@ def step_share(line: str) -> float | None:
     """Share of the run that a console line `step 12/80 ...` reports as done; None for other lines."""
     match = _STEP.search(line)
     return int(match[1]) / int(match[2]) if match and int(match[2]) else None
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

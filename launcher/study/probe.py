@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headway.data.config import SyntheticSource
-from headway.launcher.base.errors import SpecError
-from headway.launcher.compare.cells import PREEMPTED
+from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
 from headway.launcher.study.probe_config import Probe, load_probe, overlap
-from headway.launcher.study.run import move_aside, now, print_design, refuse_changed, train_study
+from headway.launcher.study.run import move_aside, now, print_design, refuse_changed, refuse_foreign, train_study
 
 RECORD = "probe.json"
 
@@ -39,7 +38,7 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         return 0
     if fresh:
         move_aside(out)
-    _refuse_foreign(out)
+    refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)
     command = shlex.join(["headway", "probe", "run", str(path), *overrides])
@@ -100,17 +99,6 @@ def _refuse_argument(probe: Probe, argument: str) -> None:
             raise SpecError(
                 f"argument '{argument}': task {task} sets {own}; change it in {probe.whole.path}, or give an argument "
                 "that concerns all tasks, such as optimizer.lr=1e-3"
-            )
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Raise SpecError unless the folder is absent, empty or of probe tasks."""
-    if out.is_dir() and not (out / RECORD).exists():
-        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock"})
-        if foreign:
-            raise SpecError(
-                f"out: {out} holds no probe tasks and is not empty (it has {foreign[0]}); give another `out`, or move "
-                "that folder away"
             )
 
 

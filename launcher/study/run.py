@@ -6,23 +6,25 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.launcher.base.command import COMMAND
-from headway.launcher.base.errors import SpecError
+from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.base.text import duration
-from headway.launcher.compare.cells import OUTCOMES, PREEMPTED, CellState, cell_state, failure
+from headway.launcher.compare.cells import OUTCOMES, CellState, cell_state, failure
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.records import read_json
-from headway.launcher.run.run_dir import RunDir, difference, identity, write_json
+from headway.launcher.run.run_dir import RunDir, difference, identity, read_mapping, write_json
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
+
+RECORD = "study.json"
+"""The file in the study's folder that says what the study is."""
 
 
 def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
@@ -56,10 +58,10 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     Exit status as `run_study`. Raises SpecError where the folder holds cells of another definition.
     """
     out = plan.study.out
-    _refuse_foreign(out)
+    refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
-        write_json(out / "study.json", {**study_record(plan), "command": command, "written_at": now()})
+        write_json(out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
         measurements.write(out)
         return _run_cells(plan)
 
@@ -70,7 +72,7 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
     """
     study = load_study(Path(path))
-    outcomes = read_json(study.out / OUTCOMES)
+    outcomes = read_mapping(study.out / OUTCOMES)
     rows: list[tuple[str, ...]] = [("cell", "state", "tokens", "loss", "")]
     for seed in study.config.seeds:
         for variant in study.config.variants:
@@ -87,7 +89,7 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
     """
     study = load_study(Path(path))
-    if not (study.out / "study.json").exists():
+    if not (study.out / RECORD).exists():
         raise SpecError(
             f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
             "`out` folder it was run with"
@@ -103,14 +105,14 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
 
 def _run_cells(plan: StudyPlan) -> int:
     out = plan.study.out
-    todo = [cell for cell in plan.cells if read_json(cell.run_dir / "summary.json").get("complete") is not True]
+    todo = [cell for cell in plan.cells if read_mapping(cell.run_dir / "summary.json").get("complete") is not True]
     if len(todo) < len(plan.cells):
         print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are done already", flush=True)
     eta, failed = Eta(len(todo)), 0
     with CellRunner() as runner:
         for number, cell in enumerate(todo, 1):
             outcome = _run_cell(plan, cell, runner, eta, f"{number}/{len(todo)} {cell.key}")
-            write_json(out / OUTCOMES, {**read_json(out / OUTCOMES), cell.key: outcome})
+            write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), cell.key: outcome})
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
                 return PREEMPTED
             eta.end()
@@ -133,20 +135,24 @@ def _run_cell(plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, label: 
     outcome = runner.run(cell_command(plan, cell), log=log, show=show)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
         outcome["exit_code"] = PREEMPTED  # it was stopped by us before it could save anything: no failure of its own
-    summary = read_json(cell.run_dir / "summary.json")
+    summary = read_mapping(cell.run_dir / "summary.json")
     if outcome["exit_code"] == 0 and summary.get("complete") is not True:
         outcome["exit_code"] = 70
         outcome["last_lines"].append("error: training ended without a complete summary.json")
     return outcome
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise SpecError unless the folder is absent, empty or a study's: nothing may be written into other people's."""
-    if out.is_dir() and not (out / "study.json").exists():
-        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", "cells", "logs"})
+def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:
+    """Raise SpecError unless the folder is absent, empty or of `what`: nothing may be written into other people's.
+
+    `record`: the file that such a folder has; `own`: what it may have before that.
+    """
+    if out.is_dir() and not (out / record).exists():
+        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", *own})
         if foreign:
             raise SpecError(
-                f"out: {out} is no study's folder and not empty (it has {foreign[0]}); give the study another `out`"
+                f"out: {out} is not the folder of {what} and not empty (it has {foreign[0]}); give another `out`, or "
+                "move that folder away"
             )
 
 
@@ -154,11 +160,11 @@ def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder holds a run of another spec or of other data than its cell has now."""
     changed = []
     for cell in plan.cells:
-        there = read_json(cell.run_dir / "spec.json")
+        there = read_mapping(cell.run_dir / "spec.json")
         if not there:
             continue
         differing = difference(identity(there), identity(cell.resolved()))
-        trained_on = read_json(cell.run_dir / "run.json").get("data_fingerprint")
+        trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
         if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
             differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
         shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])

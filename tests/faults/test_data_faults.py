@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from typing import cast
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ from headway.launcher.run.card import run_card
 from headway.launcher.run.resolve import check_same_data, resolve
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.spec.load import load_spec
-from headway.launcher.train.session import Session
+from headway.launcher.train.agreement import Wishes, agree
+from headway.parallel.layout import Layout
 
 GLOBAL_BATCH, SEQ_LEN, EPOCH = 8, 32, 140
 SHARD = "train/shard.00001.mds"
@@ -496,12 +497,11 @@ def test_a_run_does_not_go_on_in_another_order(root, tmp_path):  # F15
             run.adopt(resolve(spec_of(root, tmp_path, changed))[0])
 
 
-def agreement(batch, session_step, layout_sum):
+def agreement(batch, steps_done, layout_sum):
     """What one of two data-parallel ranks finds."""
     layout = SimpleNamespace(is_data_lead=True, device="cpu", world_size=2, dp_size=2, sum=layout_sum)
-    session = MagicMock(step=session_step, layout=layout)  # of the rest nothing matters here
-    session.spec.train.global_batch = GLOBAL_BATCH
-    return Session.agree(session, batch, False)
+    wishes = Wishes(stop=False, save=False, written=False)
+    return agree(batch, wishes, cast(Layout, layout), step=steps_done, global_batch=GLOBAL_BATCH)
 
 
 @pytest.mark.parametrize("fault", ["none", "a rank is a step ahead", "a rank has fewer sequences"])

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from llamas import logits, some_tokens, transformers
 from safetensors.torch import load_file
 
 from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
@@ -16,7 +17,6 @@ from headway.launcher.exchange import export as export_module
 from headway.launcher.exchange import llama_check
 from headway.launcher.exchange.export import export
 from headway.launcher.exchange.import_hf import import_hf
-from headway.launcher.exchange.llama_check import _hidden
 from headway.launcher.run.initial_weights import with_initial_hash
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.weights import find_checkpoint, load_decoder
@@ -81,25 +81,6 @@ def llama_folder(runs, tmp_path_factory):
 def decoder_of(run, step=None):
     run = RunDir(run)
     return load_decoder(Spec.model_validate_json(run.spec.read_text()), find_checkpoint(run, step))
-
-
-def transformers():
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with _hidden("torchvision"):
-        import transformers
-
-        assert transformers.LlamaForCausalLM
-    return transformers
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.logits(tokens) if hasattr(model, "attention_layers") else model(input_ids=tokens).logits
-
-
-def some_tokens(vocab_size, length=32):
-    return torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(2))
 
 
 # ------------------------------------------------------------------ export as a Llama

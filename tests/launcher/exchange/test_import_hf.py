@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
+from llamas import logits, some_tokens, transformers
 from safetensors.torch import load_file, save_file
 
 from headway.data import tokenizer
 from headway.data.config import TrainTokenizer
 from headway.launcher.exchange.import_hf import import_hf
-from headway.launcher.exchange.llama_check import _hidden
 from headway.launcher.run.codec import Codec
 from headway.model.attention.gqa import GqaConfig
 from headway.model.config import ModelConfig
@@ -41,25 +41,6 @@ def llama_folder(tmp_path_factory):
 def folder(llama_folder, tmp_path):
     """A copy of it to break."""
     return shutil.copytree(llama_folder, tmp_path / "hf")
-
-
-def transformers():
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with _hidden("torchvision"):
-        import transformers
-
-        assert transformers.LlamaForCausalLM
-    return transformers
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.logits(tokens) if isinstance(model, Decoder) else model(input_ids=tokens).logits
-
-
-def some_tokens(vocab_size):
-    return torch.randint(vocab_size, (3, 32), generator=torch.Generator().manual_seed(2))
 
 
 SHAPES = {
