@@ -126,7 +126,8 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
         missing = True
     elif kind == "union_tag_invalid":
         tag = spot.node.value[spot.shape.discriminator] if spot.node.is_mapping else spot.node
-        text = advice.not_one_of(tag.value, list(spot.shape.variants), "type")
+        text = advice.not_one_of(tag.value, spot.shape.tags(), "type")
+        text += f"; {spot.shape.registered.hint}" if spot.shape.registered is not None else ""
         spot = _below(spot, spot.shape.discriminator)
     elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
         text = "expected text or null; the value is not shown because of its name"
@@ -197,12 +198,12 @@ def _raised(message: str, spot: _Spot) -> tuple[_Spot, str]:
 
 def _missing(spot: _Spot, kind: str) -> tuple[_Spot, str]:
     if kind == "union_tag_not_found":
-        names = list(spot.shape.variants)
+        names = spot.shape.tags()
         return _below(spot, spot.shape.discriminator), f"is missing; write one of: {', '.join(names)}"
     info = _field(spot)
     text = "is missing and has no default"
     if spot.shape.has_keys and not spot.shape.scalars:
-        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.variants)}"
+        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.tags())}"
         text += tag if spot.shape.variants else f"; its keys are: {', '.join(spot.shape.keys())}"
     else:
         expected = advice.expected(spot.shape, info)
