@@ -18,6 +18,7 @@ from headway.data.loader import Loader, StepBatch, validation_batches
 from headway.launcher.run import heartbeat
 from headway.launcher.run.identity import check_identity
 from headway.launcher.run.run_dir import RunDir, read_json, write_json
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.spec import Spec
 from headway.launcher.train.guard import Guard, NumericError, dump
 from headway.launcher.train.heads import HeadProbe, probe_batch
@@ -113,7 +114,7 @@ class Session:
     @contextlib.contextmanager
     def open(cls, run: RunDir) -> Iterator[Session]:
         """Join the process group, build or resume everything, and close it in the right order."""
-        spec = Spec.model_validate_json(run.spec.read_text())
+        spec = stored_spec(run)
         fingerprint = read_json(run.card, {}).get("data_fingerprint")
         layout = init_layout(
             device=spec.launch.device,

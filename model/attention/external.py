@@ -168,7 +168,8 @@ def _unfit(name: str, found: Any) -> str | None:
     """Why an object is not the config class of the mechanism `name`."""
     if not (isinstance(found, type) and issubclass(found, AttentionConfig)):
         return "is no subclass of headway.model.base.AttentionConfig"
-    if get_args(found.model_fields["type"].annotation) != (name,) or found.model_fields["type"].default != name:
+    declared: Any = found.model_fields["type"].annotation
+    if get_args(declared) != (name,) or found.model_fields["type"].default != name:
         return f'does not declare `type: Literal["{name}"] = "{name}"`'
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         return f"does not define {', '.join(missing)}"

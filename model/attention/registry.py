@@ -1,49 +1,43 @@
-"""The mechanisms by name. A new built-in one is a new file and a name in the union below.
+"""The mechanisms by name: those of the files beside this one, and those of other installed packages.
 
-Other installed packages register mechanisms by entry points (`headway.model.attention.external`); a config section of
-type `AnyAttention` accepts them under their names.
+A built-in mechanism is a file in this folder with a config class whose `type` has its name for a default; nothing else
+names it in code. Other packages register theirs by entry points (`headway.model.attention.external`). A config section
+of type `AnyAttention` accepts both under their names.
 """
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
-from typing import Annotated, Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidatorFunctionWrapHandler
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidatorFunctionWrapHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
-from headway.model.attention.dynamic import DynamicGqaConfig
 from headway.model.attention.external import GROUP, Externals, MechanismError
-from headway.model.attention.gqa import GqaConfig, MhaConfig, MqaConfig
-from headway.model.attention.gqe import GqeConfig
-from headway.model.attention.hybrid import HybridConfig
-from headway.model.attention.moa import MoaConfig
-from headway.model.attention.moh import MohConfig
-from headway.model.attention.rgqa import RgqaConfig
-from headway.model.attention.sqa import SqaConfig
-from headway.model.attention.switchhead import SwitchHeadConfig
-from headway.model.attention.wgqa import WgqaConfig
 from headway.model.base import AttentionConfig
 
-_BuiltIn = (
-    GqaConfig
-    | MhaConfig
-    | MqaConfig
-    | SqaConfig
-    | DynamicGqaConfig
-    | GqeConfig
-    | HybridConfig
-    | MoaConfig
-    | MohConfig
-    | RgqaConfig
-    | SwitchHeadConfig
-    | WgqaConfig
-)
 
-MECHANISMS: dict[str, type[AttentionConfig]] = {
-    config.model_fields["type"].default: config for config in get_args(_BuiltIn)
-}
+def _built_in() -> dict[str, type[AttentionConfig]]:
+    """Name -> config class of every mechanism in this folder, sorted by name."""
+    found: dict[str, type[AttentionConfig]] = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        module = f"{__package__}.{file.stem}"
+        if module == __name__ or file.stem == "__init__":
+            continue
+        for cls in vars(importlib.import_module(module)).values():
+            if not (isinstance(cls, type) and issubclass(cls, AttentionConfig) and cls.__module__ == module):
+                continue
+            name = cls.model_fields["type"].default
+            if isinstance(name, str):  # else a base class of mechanisms
+                assert name not in found, f"{module} and {found[name].__module__} have the same type {name}"
+                found[name] = cls
+    return dict(sorted(found.items()))
+
+
+MECHANISMS = _built_in()
 """The built-in mechanisms. `EXTERNALS` has those of other packages."""
 
 EXTERNALS = Externals(MECHANISMS)
@@ -55,7 +49,10 @@ class RegisteredTypes:
     Whoever reads the annotation finds what is registered by `names` and `find`.
     """
 
-    hint = f"other packages add types by the entry point group {GROUP}; `headway doctor` lists what is installed"
+    hint = (
+        f"other packages add types by the entry point group {GROUP}, once they are installed into the environment of "
+        "this Python (ranks do not get PYTHONPATH); `headway doctor` lists them"
+    )
 
     def names(self) -> list[str]:
         """Registered names, without the import of a package."""
@@ -85,18 +82,23 @@ def _validate(value: Any, built_in: ValidatorFunctionWrapHandler) -> Any:
     if not isinstance(name, str) or name in MECHANISMS or name not in EXTERNALS.names():
         return built_in(value)
     try:
-        adapter = _adapter(name)
+        validator = _validator(name)
     except MechanismError as error:
         raise MechanismError(f"type: {error}") from error
-    return adapter.validate_python(value)
+    return validator.validate_python(value)
 
 
 @cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    """A union with one built-in config, so that errors have the location that they have for all types."""
-    return TypeAdapter(Annotated[GqaConfig | EXTERNALS.load(name), Field(discriminator="type")])
+def _validator(name: str) -> SchemaValidator:
+    """A union of one, so that the location of an error has the type in it, as that of the built-in ones has."""
+    config = EXTERNALS.load(name)
+    config.model_rebuild()
+    return SchemaValidator(core_schema.tagged_union_schema({name: config.__pydantic_core_schema__}, "type"))
 
 
-AnyAttention = Annotated[_BuiltIn, Field(discriminator="type"), RegisteredTypes()]
+if TYPE_CHECKING:
+    AnyAttention = Annotated[AttentionConfig, Field(discriminator="type")]
+else:
+    AnyAttention = Annotated[Union[tuple(MECHANISMS.values())], Field(discriminator="type"), RegisteredTypes()]  # noqa: UP007
 
 __all__ = ["EXTERNALS", "GROUP", "MECHANISMS", "AnyAttention", "MechanismError", "RegisteredTypes"]

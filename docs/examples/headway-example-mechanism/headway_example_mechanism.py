@@ -54,7 +54,9 @@ class TemperatureGqaConfig(GroupedConfig):
 class TemperatureGqa(GroupedQueryAttention):
     """GQA and `temperature` [H], a vector that is in neither `init_stds` nor `init_means` and so starts at 1."""
 
-    def __init__(self, config: TemperatureGqaConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
+    def __init__(
+        self, config: TemperatureGqaConfig, *, width: int, layers: int, init_std: float, norm_eps: float
+    ) -> None:
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
         self.temperature = parameter(config.heads)
 
