@@ -71,9 +71,7 @@ class RegisteredTypes:
         found = handler(schema)
         for name in EXTERNALS.names():
             if (config := EXTERNALS.find(name)) is not None:
-                one = handler(config.__pydantic_core_schema__)
-                found["oneOf"].append(one)
-                found["discriminator"]["mapping"][name] = one["$ref"]
+                found["oneOf"].append(handler(config.__pydantic_core_schema__))
         return found
 
 
