@@ -11,10 +11,12 @@ import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from headway.launcher.hosts import forked
 from headway.launcher.hosts.forked import ForkServer
 
 QUICK = Path(__file__).with_name("quick.py")
@@ -52,8 +54,8 @@ def _one_thread():
 class Headway:
     """Starts `headway` in a folder of its own: real processes, forked by `server` where there is one."""
 
-    def __init__(self, folder: Path, server: ForkServer | None = None, python: str = sys.executable) -> None:
-        self.folder, self.server, self.python = folder, server, python
+    def __init__(self, folder: Path, server: ForkServer | None = None) -> None:
+        self.folder, self.server = folder, server
         self.spec = folder / "tiny.yaml"
         self.spec.write_text(TINY)
         self.started: list[subprocess.Popen] = []
@@ -61,7 +63,7 @@ class Headway:
     def command(self, *args: str) -> list[str]:
         if self.server is not None:
             return [sys.executable, "-S", "-E", str(QUICK), str(self.server.path), *args]
-        return [self.python, "-P", "-m", "headway.launcher", *args]
+        return [sys.executable, "-P", "-m", "headway.launcher", *args]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, **(self.server.environment if self.server is not None else {})}
@@ -149,8 +151,11 @@ def example_python(tmp_path_factory) -> str:
 
 @pytest.fixture
 def headway_with_example(tmp_path, example_python):
-    """The command of the environment that has the example package."""
-    yield from _ended(Headway(tmp_path, python=example_python))
+    """The command of the environment that has the example package, which reads entry points after its fork."""
+    with patch.object(forked, "COMMAND", (example_python, *forked.COMMAND[1:])):
+        server = forked.ForkServer()
+    with server:
+        yield from _ended(Headway(tmp_path, server))
 
 
 @pytest.fixture

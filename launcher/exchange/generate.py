@@ -103,11 +103,14 @@ def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], i
     return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
 
 
-def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
-    """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
+def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:
+    """(the run's model in evaluation mode with its newest whole checkpoint or that of `step`, the step of that).
+
+    Needs no DeepSpeed.
+    """
     from headway.launcher.run.weights import find_checkpoint, load_decoder
 
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, step)
     return _ready(load_decoder(spec, found), spec.model, cpu=spec.launch.device == "cpu"), found.step
 
 

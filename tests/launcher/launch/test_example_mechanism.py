@@ -33,20 +33,3 @@ def test_it_trains_alike_on_one_rank_and_on_two_tensor_parallel_ones(headway_wit
     assert cards[0] == cards[1] and cards[0]["package"] == "headway-example-mechanism 0.1.0"
     said = headway.run("generate", str(folder / "one"), "1 2 3", "--tokens", "4")
     assert said.returncode == 64 and "'temperature_gqa' is not a known type" in said.stderr
-
-
-def test_where_ranks_do_not_have_the_package_the_run_ends_with_what_to_do(headway_alone, example_python):
-    # The environment of the command has it through PYTHONPATH, which ranks do not get.
-    write_spec(headway_alone)
-    site = json.loads(
-        headway_alone_output(example_python, "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))")
-    )
-    done = headway_alone.train(*SHORT, env={**headway_alone.environment(), "PYTHONPATH": site})
-    assert done.returncode == 64, done.stderr
-    assert "rank 0: " in done.stderr and "PYTHONPATH" in done.stderr and "headway.mechanisms" in done.stderr
-
-
-def headway_alone_output(python, code):
-    import subprocess
-
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
