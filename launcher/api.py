@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from headway.model.decoder import Decoder
 
 Row = dict[str, Any]
-METRICS = ("train", "validation", "router", "heads", "checkpoint")
+METRICS = ("train", "validation", "heads", "checkpoint")
 """Kinds of records that most runs have; `Run.metrics` takes any kind that metrics.jsonl has."""
 
 
@@ -110,9 +110,8 @@ class Run:
                 step = record.get("step")
                 found[step if isinstance(step, int) else (number,)] = record
         if not found and kind not in METRICS:
-            raise SpecError(
-                f"{self._run.metrics}: has no records of kind {kind!r}; use one of: {', '.join(sorted(kinds)) or 'none'}"
-            )
+            there = ", ".join(sorted(kinds)) or "none"
+            raise SpecError(f"{self._run.metrics}: has no records of kind {kind!r}; use one of: {there}")
         rows = sorted(found.items(), key=lambda item: item[0] if isinstance(item[0], int) else -1)
         return _same_keys([row for _, row in rows])
 

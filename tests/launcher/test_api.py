@@ -68,7 +68,7 @@ def test_every_example_of_the_page_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names: dict = {}
     for snippet in SNIPPETS:
-        exec(compile(snippet, str(PAGE), "exec"), names)
+        exec(compile(snippet, str(PAGE), "exec"), names)  # noqa: S102
     assert len(SNIPPETS) >= 7
     assert names["run"].spec["attention"]["type"] == "rgqa" and names["run"].summary["complete"] is True
     assert len(names["losses"]) == 4 and names["best"] in (2, 4)
@@ -123,7 +123,7 @@ def test_generation_is_that_of_the_command(run, headway_once):
 
 @pytest.mark.parametrize("ids", [[], [[1, 2], [3]], [0.5], ["a"], [-1], [32], [[[1]]], [True]])
 def test_ids_that_are_none_are_refused_with_what_to_give(run, ids):
-    with pytest.raises(SpecError, match="ids: .*; give "):
+    with pytest.raises(SpecError, match=r"ids: .*; give "):
         run.model().logits(ids)
 
 
