@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -159,7 +159,7 @@ def headway_with_example(tmp_path, example_python):
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch) -> Callable[..., Path]:
+def install(tmp_path, monkeypatch) -> Iterator[Callable[..., Path]]:
     """`install(name, source, ...)` registers `module:Config` as an installed package would; returns the module's file.
 
     The package is importable and in the metadata of this process until the test ends; then it is forgotten.

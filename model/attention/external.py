@@ -141,9 +141,9 @@ def _sources(module: str) -> list[tuple[str, Path]]:
 
 
 def _load(name: str, entries: tuple[metadata.EntryPoint, ...]) -> type[AttentionConfig]:
-    if len(entries) > 1:
+    entry, *others = entries
+    if others:
         raise MechanismError(_clash(name, entries))
-    entry = entries[0]
     where = f"{package_of(entry)} registers {name} as {entry.value}"
     try:
         found = entry.load()

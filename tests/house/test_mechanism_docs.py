@@ -22,7 +22,9 @@ def test_every_mechanism_is_explained_and_its_cost_stated(name):
 
 def test_every_name_in_the_table_of_costs_is_a_mechanism():
     names = set(re.findall(r"^\| `(\w+)`[^|]*\| \d?d", DOCS, re.M))
-    assert names == MECHANISMS.keys()
+    assert names == MECHANISMS.keys(), (
+        "docs/mechanisms.md: the table of costs has a row for each mechanism, and no other"
+    )
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

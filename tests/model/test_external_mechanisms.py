@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib import metadata
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -32,7 +33,7 @@ def test_a_registered_mechanism_is_a_type_like_any_other(install, mechanism_sour
     install("ours", mechanism_source("ours"))
     config = ADAPTER.validate_python({**OURS, "gain": 2.0})
     assert type(config).__module__ == "outside" and config.type == "ours"
-    assert config.num_params(width=32) == MECHANISMS["gqa"](**SHAPE).num_params(width=32)
+    assert config.num_params(width=32) == ADAPTER.validate_python(GQA).num_params(width=32)
     held = Holder(attention=config)
     assert held.attention is config
     assert held.model_dump()["attention"] == config.model_dump()
@@ -50,7 +51,8 @@ def test_errors_in_its_fields_stand_where_those_of_built_in_types_stand(install,
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_built_in_configs_are_written_as_by_their_own_class(name, mechanisms):
     for config in (c for c in mechanisms.values() if c.type == name):
-        for options in ({}, {"mode": "json"}, {"exclude_unset": True}, {"exclude_defaults": True}):
+        choices: list[dict[str, Any]] = [{}, {"mode": "json"}, {"exclude_unset": True}, {"exclude_defaults": True}]
+        for options in choices:
             assert Holder(attention=config).model_dump(**options)["attention"] == config.model_dump(**options)
 
 

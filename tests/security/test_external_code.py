@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with code and the metadata of a package that registers it, which is the working folder."""
     external.registered.cache_clear()
     folder = tmp_path / "here"
