@@ -150,6 +150,11 @@ class _Probe:
         with torch.no_grad():
             for tensor in [*block.parameters(), *block.buffers()]:
                 tensor.zero_()
+            integers = [name for name, buffer in block.named_buffers() if not buffer.is_floating_point()]
+            if integers:  # sizes of groups, say: shapes follow from them
+                built = Block(model, attention)
+                for name in integers:
+                    block.get_buffer(name).copy_(built.get_buffer(name))
         operations = Operations()
         if sharing.device == "cuda":
             operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)

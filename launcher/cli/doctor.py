@@ -51,7 +51,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention()]
+    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -207,3 +207,19 @@ def _flash_attention() -> Fact:
     if importable("flash_attn"):
         return Fact("flash-attn", "absent", "FlashAttention-2 alone, which PyTorch has too", instead)
     return Fact("flash-attn", "absent", "no flash-attn", instead)
+
+
+def _mechanisms() -> list[Fact]:
+    """Attention mechanisms of other packages; imports each of them. Specs that do not name a broken one work."""
+    try:
+        from headway.model.attention.external import package_of, registered
+        from headway.model.attention.registry import EXTERNALS
+    except Exception:  # torch or a package it needs is broken, and has a line of its own
+        return []
+    facts, problems = [], EXTERNALS.problems()
+    for name, entries in registered().items():
+        if name in problems:
+            facts.append(Fact(f"mechanism {name}", "absent", "cannot be used", problems[name]))
+        else:
+            facts.append(Fact(f"mechanism {name}", "ok", f"{package_of(entries[0])}, {entries[0].value}"))
+    return facts

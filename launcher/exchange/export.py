@@ -15,6 +15,7 @@ from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.spec import Spec
 from headway.model.convert import fold_decoder
@@ -50,7 +51,7 @@ def export(
     run = RunDir(path)
     if not run.spec.is_file():
         raise NoInputError(f"{path} holds no spec.json: name the folder of a run; `headway train` says where it is")
-    spec = Spec.model_validate_json(run.spec.read_text())
+    spec = stored_spec(run)
     codec = Codec.of(spec, run)
     if to == "hf":
         _llama_config(spec, codec)

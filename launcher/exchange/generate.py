@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
 
 def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
     """(model, codec, ids of the prompt, tokens of a training sequence, what it is)."""
-    spec = Spec.model_validate_json(run.spec.read_text())
+    spec = stored_spec(run)
     codec = Codec.of(spec, run)
     ids = codec.encode(prompt)
     model, step = load_model(run, spec)
@@ -102,11 +103,14 @@ def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], i
     return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
 
 
-def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
-    """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
+def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:
+    """(the run's model in evaluation mode with its newest whole checkpoint or that of `step`, the step of that).
+
+    Needs no DeepSpeed.
+    """
     from headway.launcher.run.weights import find_checkpoint, load_decoder
 
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, step)
     return _ready(load_decoder(spec, found), spec.model, cpu=spec.launch.device == "cpu"), found.step
 
 

@@ -39,7 +39,7 @@ from headway.launcher.hosts.supervise import Alone, Control, supervise
 from headway.launcher.hosts.wire import interfaces
 from headway.launcher.plan.micro_batch.settle import check_one_host, number_of, settle
 from headway.launcher.run.card import banner, run_card, with_attempts
-from headway.launcher.run.identity import code_hash
+from headway.launcher.run.identity import code_hash, mechanism_identity
 from headway.launcher.run.machine import versions
 from headway.launcher.run.resolve import check_same_data, resolve
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
@@ -181,7 +181,7 @@ def _with_others(
 ) -> int:
     from headway.launcher.hosts.connect import join
 
-    equal = {"code": code_hash(), "data": info["fingerprint"], **versions()}
+    equal = {"code": code_hash(), "data": info["fingerprint"], **mechanism_identity(spec), **versions()}
     joined = join(spec, run, host, equal, env=env, restarts=restarts)
     place = joined.place
     print(

@@ -27,6 +27,11 @@ DAMAGED = 74
 _DELETION_S = 1.0
 
 
+def checkpoint_rows(path: Path) -> list[dict[str, Any]]:
+    """Of each checkpoint of a run, newest first; `error` says what is wrong with one. Empty where there is none."""
+    return [row for folder in steps_on_disk(RunDir(path).checkpoints) if (row := _row(folder)) is not None]
+
+
 def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     """Newest first: step, tokens, validation loss, size, layout, age; sizes and manifests are checked, not hashes."""
     rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]

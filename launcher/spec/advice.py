@@ -133,7 +133,7 @@ def type_advice(node: Node, shape: Shape) -> str:
             return f". Write {quotes}[{printable(value, 60)}]{quotes}"
         if shape.scalars & {int, float}:
             return _number_advice(node, shape)
-        if shape.variants and value in shape.variants:
+        if shape.variants and value in shape.tags():
             return f". Write {{{shape.discriminator}: {value}, ...}}"
     if str in shape.scalars and isinstance(value, bool | int | float) and node.text is not None:
         return f'. Put it in quotes if it is text: "{printable(node.text, 60)}"'

@@ -130,7 +130,9 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
     elif kind == "union_tag_invalid":
         tag = spot.node.value[spot.shape.discriminator] if spot.node.is_mapping else spot.node
         spot = _below(spot, spot.shape.discriminator)
-        text = advice.not_one_of(tag.value, list(spot.parent_shape.variants), "type", value_hint(spot.key, tag.value))
+        shape = spot.parent_shape
+        text = advice.not_one_of(tag.value, shape.tags(), "type", value_hint(spot.key, tag.value))
+        text += f"; {shape.registered.hint}" if shape.registered is not None else ""
     elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
         text = "expected text or null; the value is not shown because of its name"
     else:
@@ -201,12 +203,12 @@ def _raised(message: str, spot: _Spot) -> tuple[_Spot, str]:
 
 def _missing(spot: _Spot, kind: str) -> tuple[_Spot, str]:
     if kind == "union_tag_not_found":
-        names = list(spot.shape.variants)
+        names = spot.shape.tags()
         return _below(spot, spot.shape.discriminator), f"is missing; write one of: {', '.join(names)}"
     info = _field(spot)
     text = "is missing and has no default"
     if spot.shape.has_keys and not spot.shape.scalars:
-        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.variants)}"
+        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.tags())}"
         text += tag if spot.shape.variants else f"; its keys are: {', '.join(spot.shape.keys())}"
     else:
         expected = advice.expected(spot.shape, info)

@@ -199,9 +199,9 @@ def tag_of(node: Node, shape: Shape) -> str | None:
 
 def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: str) -> dict[str, Node]:
     old, new = tag_of(low, shape), tag_of(high, shape)
-    if old is None or new is None or old == new or new not in shape.variants:
+    if old is None or new is None or old == new or shape.known_model(new) is None:
         return low.value
-    legal, somewhere = shape.keys(new), shape.keys()
+    legal, somewhere = shape.keys(new), {*shape.keys(), *shape.keys(old)}
     kept = {}
     for key, item in low.value.items():
         # a key that no type knows is a typing mistake of the lower layer: it stays, and is reported

@@ -14,6 +14,7 @@ import torch
 from headway.data.loader import Loader, validation_batches
 from headway.launcher.run.identity import check_identity
 from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.spec import Spec
 from headway.launcher.train.guard import Guard
 from headway.launcher.train.hooks import run_hooks
@@ -31,7 +32,7 @@ from headway.parallel.layout import Layout, init_layout
 @contextlib.contextmanager
 def open_session(run: RunDir) -> Iterator[Session]:
     """Join the process group, build or resume everything, and close it in the right order."""
-    spec = Spec.model_validate_json(run.spec.read_text())
+    spec = stored_spec(run)
     layout = init_layout(
         device=spec.launch.device,
         timeout_s=spec.launch.timeout_s,

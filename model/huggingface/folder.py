@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyAttention, RegisteredTypes
 from headway.model.base import AttentionConfig, StrictConfig
 from headway.model.config import ModelConfig
 from headway.model.cost import account
@@ -117,6 +117,11 @@ def read_exported(folder: Path) -> ExportedConfig:
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
         where = ".".join(map(str, error["loc"])) or "the file"
+        if error["type"] == "union_tag_invalid":
+            raise WeightsError(
+                f"{path}: attention.type {error.get('ctx', {}).get('tag')} is no mechanism of this installation; "
+                f"install the package that has it, or update Headway: {RegisteredTypes.hint}"
+            ) from None
         raise WeightsError(
             f"{path}: not the config.json of exported weights ({where}: {error['msg']}); name a folder written by "
             f"`headway export RUN --to safetensors` or `headway import`"
