@@ -6,10 +6,12 @@ import argparse
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from headway.launcher.base.console import marked
 from headway.launcher.base.verbs import Verb
 
 _ABOUT = "Headway pretrains language models to find out which attention mechanism is worth its cost."
@@ -35,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if wrong and (close := difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)):
             message += f". Did you mean {close[0]}?"
-        super().error(message)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {marked(f'error: {message}', sys.stderr)}\n")
 
 
 def make_parser() -> Parser:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from headway.launcher.cli.doctor import doctor
 
     return doctor(as_json=args.json)
+
+
+def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    output_arguments(parser)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -59,7 +64,7 @@ VERBS = (
         name="doctor",
         help="what this machine has and what will be used",
         examples=("headway doctor", "headway doctor --json"),
-        arguments=json_argument,
+        arguments=output_arguments,
         run=_doctor,
         order=1,
     ),
@@ -72,14 +77,14 @@ VERBS = (
                 name="build",
                 help="text to tokenizer, shards and manifest",
                 examples=("headway data build yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_build,
             ),
             Verb(
                 name="verify",
                 help="check every file's hash",
                 examples=("headway data verify yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_verify,
             ),
         ),
