@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -95,11 +96,11 @@ def note(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def alert(text: str) -> None:
-    """A line that `--quiet` does not drop: on stdout like `say`, or then on stderr. Red on a terminal."""
+def alert(text: str, style: Style = "red") -> None:
+    """A line that `--quiet` does not drop: on stdout like `say`, or then on stderr. In colour on a terminal."""
     stream = sys.stderr if _mode.diverted else sys.stdout
     with _bars_away():
-        print(paint(text, "red", stream), file=stream, flush=True)
+        print(paint(text, style, stream), file=stream, flush=True)
 
 
 def warn(text: str) -> None:
@@ -123,12 +124,20 @@ def result(text: str, *, only_quiet: bool = False) -> None:
 
 
 def emit(value: Any, *, indent: int = 1) -> None:
-    """`value` as JSON on stdout."""
-    text = json.dumps(value, indent=indent)
+    """`value` as JSON on stdout; a number that is not finite as null."""
+    text = json.dumps(_finite(value), indent=indent, allow_nan=False)
     if _mode.diverted:
         _mode.held.append(text)
     else:
         print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- colour

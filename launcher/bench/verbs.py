@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb, out_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, out_argument, quiet_argument, spec_arguments
 
 
 def _words(text: str) -> list[str]:
@@ -22,6 +22,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--steps", type=int, default=30, help="measured steps, at least 2")
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +40,20 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per pass: shorter sequences come in batches")
     parser.add_argument("--out", type=Path, default=None, help="where the JSON is written, and a table beside it")
+    quiet_argument(parser)
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2")
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _micro_batch_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +63,7 @@ def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every row, reduced, to try it out"
     )
     parser.add_argument("--parts", type=_words, default=None, metavar="A,B", help="only these parts (default: all)")
+    quiet_argument(parser)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

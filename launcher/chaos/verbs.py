@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb
+from headway.launcher.base.verbs import Verb, quiet_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=170, metavar="N", help="no trial begins later (default 170)")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="default: another one every time, printed")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="every trial, and the table beside it")
+    quiet_argument(parser)
 
 
 def _chaos(args: argparse.Namespace) -> int:

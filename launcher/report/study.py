@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult, analyse
 from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
 from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval
@@ -28,6 +29,8 @@ def report(study_dir: Path | str) -> Path:
     """
     out = Path(study_dir)
     result = analyse(out)
+    if result.pairing.status == "UNPAIRED":
+        console.alert(f"UNPAIRED: the variants of {out} did not read the same data; the report says where they differ")
     plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"
