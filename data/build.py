@@ -36,7 +36,7 @@ from headway.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from headway.data.progress import Reporter, Shown, silent, to_stderr
+from headway.data.progress import Reporter, Shown, progress_of, to_stderr
 from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
@@ -54,7 +54,7 @@ def build(
     Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
     another process builds the same dataset.
     """
-    reporter = Reporter(progress=progress or silent, say=say)
+    reporter = Reporter(progress=progress_of(progress), say=say)
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

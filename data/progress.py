@@ -31,6 +31,11 @@ Shown = Progress | Literal[False]
 """How functions here take it; False shows nothing."""
 
 
+def progress_of(shown: Shown) -> Progress:
+    """What to call."""
+    return silent if shown is False else shown
+
+
 class _Nothing:
     def update(self, n: int = 1) -> None:
         pass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError, TokenizerFile, TrainTokenizer
-from headway.data.progress import Bar, Shown, silent
+from headway.data.progress import Bar, Shown, progress_of
 
 EOS_TOKEN = "<|endoftext|>"
 _MAX_FILE_BYTES = 256 << 20
@@ -64,7 +64,7 @@ def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: Sho
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with (progress or silent)("train tokenizer", unit="characters") as bar:
+    with progress_of(progress)("train tokenizer", unit="characters") as bar:
         tokenizer.train_from_iterator(_counted(texts, bar), trainer)
     tokenizer.save(str(out), pretty=False)
     return CorpusTokenizer(tokenizer, eos_token=EOS_TOKEN)

@@ -26,7 +26,7 @@ from headway.data.manifest import (
     rebuild_hint,
 )
 from headway.data.mds import ShardInfo, read_index, read_lengths
-from headway.data.progress import Progress, Shown, silent
+from headway.data.progress import Progress, Shown, progress_of
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
 
@@ -57,7 +57,7 @@ def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = F
         manifest = fetch.fetch_metadata(root, source.remote)
     else:
         manifest = read_manifest(root)
-    _check_files(root, manifest, source.remote, progress or silent)
+    _check_files(root, manifest, source.remote, progress_of(progress))
     for split in SPLITS:
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
