@@ -194,17 +194,24 @@ class Bar(Protocol):
 
 @contextlib.contextmanager
 def progress(
-    what: str, total: int | None = None, unit: str = "", *, tick: bool = True, lines: bool = True
+    what: str,
+    total: int | None = None,
+    unit: str = "",
+    *,
+    tick: bool = True,
+    lines: bool = True,
+    rate: bool = True,
 ) -> Iterator[Bar]:
     """A bar on stderr while the block runs, removed at its end; `update` counts up to `total`, where that is known.
 
     `unit` B counts bytes. Without `tick` the bar is drawn in `update` alone: for measurements, beside which no other
-    thread may run. Without `lines` nothing is written where there is no terminal.
+    thread may run. Without `lines` nothing is written where there is no terminal. Without `rate` the bar shows no speed
+    and no time left: for work that has a better estimate of its own.
     """
     if _mode.quiet:
         yield _Silent()
     elif _terminal(sys.stderr):
-        bar = _Live(what, total, unit, tick=tick)
+        bar = _Live(what, total, unit, tick=tick, rate=rate)
         _bars.append(bar)
         try:
             yield bar
@@ -248,7 +255,7 @@ class _Lines:
 class _Live:
     """A bar of tqdm on a terminal, whose elapsed time goes on while one piece of the work takes long."""
 
-    def __init__(self, what: str, total: int | None, unit: str, *, tick: bool) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, *, tick: bool, rate: bool) -> None:
         from tqdm import tqdm
 
         class Quiet(tqdm):
@@ -265,6 +272,7 @@ class _Live:
             leave=False,
             delay=DELAY_S,
             miniters=0,
+            bar_format=None if rate else "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}]",
         )
         self._thread = threading.Thread(target=self._tick, daemon=True) if tick else None
         if self._thread is not None:

@@ -116,10 +116,9 @@ def _run_cells(plan: StudyPlan) -> int:
     if len(todo) < len(plan.cells):
         console.say(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are done already")
     eta, failed = Eta(len(todo)), 0
-    with CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False) as bar:
+    with CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
         for number, cell in enumerate(todo, 1):
-            bar.name(f"study: {cell.key}")
-            outcome = _run_cell(plan, cell, runner, eta, f"{number}/{len(todo)} {cell.key}")
+            outcome = _run_cell(plan, cell, runner, eta, bar, f"{number}/{len(todo)} {cell.key}")
             bar.update()
             write_json(out / OUTCOMES, {**read_json(out / OUTCOMES), cell.key: outcome})
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
@@ -131,15 +130,19 @@ def _run_cells(plan: StudyPlan) -> int:
     return 1 if failed else 0
 
 
-def _run_cell(plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, label: str) -> dict[str, Any]:
+def _run_cell(
+    plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, bar: console.Bar, label: str
+) -> dict[str, Any]:
     def show(line: str) -> None:
         share = step_share(line)
         if share is not None:
             eta.step(share)
+            bar.name(f"study: {cell.key}, eta {eta}")
         console.say(f"[{label} | study eta {eta}] {line}")
 
     tokens_planned = cell.spec.steps * cell.spec.tokens_per_step
     eta.begin(min(1.0, cell_state(cell.run_dir, None).tokens / tokens_planned))
+    bar.name(f"study: {cell.key}, eta {eta}")
     log = plan.study.out / "logs" / f"{cell.variant}.seed-{cell.seed}.log"
     outcome = runner.run(cell_command(plan, cell), log=log, show=show)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):

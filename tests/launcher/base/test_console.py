@@ -96,7 +96,7 @@ def test_a_pipe_gets_lines_alone():
 @pytest.mark.parametrize("how", ["dumb", "quiet"])
 def test_a_dumb_terminal_and_a_quiet_command_show_no_bar(how):
     code = COUNT if how == "dumb" else "with console.output(quiet=True):\n" + textwrap.indent(COUNT, "    ")
-    _, said = on_terminal(command(code), **({"TERM": "dumb"} if how == "dumb" else {}))
+    _, said = on_terminal(command(code), TERM="dumb" if how == "dumb" else "xterm")
     assert said == ("a line between\n" if how == "dumb" else "")
 
 
@@ -111,6 +111,15 @@ def test_time_goes_on_while_one_piece_takes_long_unless_something_is_measured():
     assert "[00:00<" in said and "[00:01<" in said
     _, said = on_terminal(command(work.format(False)))
     assert "one:" not in said
+
+
+def test_work_with_an_estimate_of_its_own_shows_no_other():
+    work = "import time\nwith console.progress('cells', 2, 'cells', rate={}) as bar:\n"
+    work += "    time.sleep(0.6)\n    bar.update()\n    time.sleep(0.6)\n"
+    _, said = on_terminal(command(work.format(False)))
+    assert "1/2 cells [00:0" in said and "cells/s" not in said and "<" not in said
+    _, said = on_terminal(command(work.format(True)))
+    assert "1/2 [00:0" in said and "<00:0" in said
 
 
 def test_work_that_is_done_at_once_shows_nothing():
