@@ -12,15 +12,13 @@ import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from headway.data import corpora, tokenizer
 from headway.data.config import CorpusConfig, DataError, MdsSource, StdlibCorpus, TrainTokenizer
@@ -38,6 +36,7 @@ from headway.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from headway.data.progress import Reporter, Shown, progress_of, to_stderr
 from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
@@ -46,23 +45,27 @@ from headway.data.verify import verify
 _BATCH_BYTES = 2 << 20
 
 
-def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) -> Manifest:
+def build(
+    cfg: CorpusConfig, *, out: Path | None = None, progress: Shown = False, say: Callable[[str], None] = to_stderr
+) -> Manifest:
     """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there already, whole and current.
 
+    `progress` shows how far the work is; `say` is told in whole lines what is done and what came of it.
     Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
     another process builds the same dataset.
     """
+    reporter = Reporter(progress=progress_of(progress), say=say)
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock", timeout=0):
             _tidy_up(target)
             source = corpora.source_fingerprint(cfg)
-            current = _current(cfg, target, source)
+            current = _current(cfg, target, source, reporter)
             if current is not None:
-                _say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
+                say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
                 return current
-            manifest = _build_beside(cfg, target, source, progress)
+            manifest = _build_beside(cfg, target, source, reporter)
     except Timeout:
         raise DataError(
             f"{target}: another process is building it; wait for it, or give this build another `out`"
@@ -72,7 +75,7 @@ def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) 
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
             "permissions and run the same command again, or give another `out`"
         ) from error
-    _say(
+    say(
         f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens, "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
@@ -96,7 +99,7 @@ def _settings(cfg: CorpusConfig) -> dict[str, Any]:
     return cfg.model_dump(mode="json", exclude={"out"})
 
 
-def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
+def _current(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest | None:
     """The dataset in `target` if `cfg` would build the same again; None when it has to be built."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
@@ -107,7 +110,7 @@ def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
     try:
         manifest = read_manifest(target)
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: building it anew")
         return None
     if manifest.name != cfg.name:
         raise DataError(
@@ -115,21 +118,21 @@ def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
         )
     try:
         if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
-            _say(f"{target}: settings or corpus changed; building it anew")
+            reporter.say(f"{target}: settings or corpus changed; building it anew")
             return None
-        verify(MdsSource(type="mds", path=str(target)))
+        verify(MdsSource(type="mds", path=str(target)), progress=reporter.progress)
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: building it anew")
         return None
     return manifest
 
 
-def _build_beside(cfg: CorpusConfig, target: Path, source: str, progress: bool) -> Manifest:
+def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest:
     staging = target.with_name(f"{target.name}.building-{os.getpid()}")
     replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     staging.mkdir()
     try:
-        manifest = _fill(cfg, staging, source, progress)
+        manifest = _fill(cfg, staging, source, reporter)
         if target.exists():
             target.rename(replaced)
         staging.rename(target)
@@ -141,12 +144,12 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, progress: bool) 
     return manifest
 
 
-def _fill(cfg: CorpusConfig, folder: Path, source: str, progress: bool) -> Manifest:
+def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    found = scan(cfg, spool, progress=progress)
+    found = scan(cfg, spool, progress=reporter.progress)
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, progress)
-        written = {split: _write_split(cfg, split, found, text, chosen, folder, progress) for split in SPLITS}
+        chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
+        written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}
     spool.unlink()
     train, validation = written["train"], written["validation"]
     share = (train.token_counts + 1.0) / (train.token_counts.sum() + chosen.vocab_size)
@@ -178,7 +181,9 @@ def _dtype(vocab_size: int) -> Any:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progress: bool) -> tokenizer.CorpusTokenizer:
+def _tokenizer(
+    cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, reporter: Reporter
+) -> tokenizer.CorpusTokenizer:
     if not isinstance(cfg.tokenizer, TrainTokenizer):
         return tokenizer.take_file(cfg.tokenizer, out=out)
     limit = cfg.tokenizer.max_train_bytes
@@ -193,9 +198,9 @@ def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progr
             taken += len(data)
             yield data.decode("utf-8")
 
-    chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=progress)
+    chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=reporter.progress)
     if chosen.vocab_size < cfg.tokenizer.vocab_size:
-        _say(
+        reporter.say(
             f"tokenizer: the corpus offers {chosen.vocab_size:,} tokens, fewer than vocab_size "
             f"{cfg.tokenizer.vocab_size:,}; the dataset has {chosen.vocab_size:,}"
         )
@@ -215,7 +220,7 @@ def _write_split(
     text: mmap.mmap,
     chosen: tokenizer.CorpusTokenizer,
     folder: Path,
-    progress: bool,
+    reporter: Reporter,
 ) -> _Written:
     """Encode a split and write its shards: one sample a document, in the order of the hashes."""
     order = found.order[split]
@@ -231,7 +236,7 @@ def _write_split(
         size_limit=cfg.shard_bytes,
     )
     row = 0
-    with writer, _bar(progress, split, text_bytes) as bar:
+    with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
         for batch in _batches(found, order):
             encoded = chosen.encode([found.text(text, document).decode("utf-8") for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
@@ -256,11 +261,3 @@ def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
         size += int(length)
     if begin < len(order):
         yield order[begin:]
-
-
-def _bar(progress: bool, what: str, total: int) -> Any:
-    return tqdm(total=total, desc=f"encode {what}", unit="B", unit_scale=True, file=sys.stderr, disable=not progress)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from headway.data import corpora
 from headway.data.config import CorpusConfig, DataError
 from headway.data.document import Document
 from headway.data.manifest import Split
+from headway.data.progress import Bar, Progress
 
 _WHAT = {"empty": "is empty", "not_utf8": "is not UTF-8 text"}
 
@@ -36,7 +35,7 @@ class Scan:
         return spool[begin : begin + int(self.lengths[document])]
 
 
-def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
+def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
     """Read the corpus once: copy the usable, different documents to `spool` and divide them by the hash of their text.
 
     The split and the order come from separate bits of one hash, so a document's place does not depend on the others.
@@ -46,9 +45,8 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
     lengths: list[int] = []
     digests: dict[bytes, None] = {}
     left_out: Counter[str] = Counter()
-    found = tqdm(corpora.documents(cfg.corpus), desc="read", unit=" documents", file=sys.stderr, disable=not progress)
-    with spool.open("wb") as stream:
-        for document in _usable(found, cfg, left_out):
+    with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
+        for document in _usable(_counted(corpora.documents(cfg.corpus), bar), cfg, left_out):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()
             if digest in digests:
                 left_out["duplicate"] += 1
@@ -71,6 +69,12 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
         order=_divide(list(digests), cfg.validation_fraction),
         left_out=dict(left_out),
     )
+
+
+def _counted(found: Iterable[Document], bar: Bar) -> Iterator[Document]:
+    for document in found:
+        yield document
+        bar.update(1)
 
 
 def _usable(found: Iterable[Document], cfg: CorpusConfig, left_out: Counter[str]) -> Iterable[Document]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError, TokenizerFile, TrainTokenizer
+from headway.data.progress import Bar, Shown, progress_of
 
 EOS_TOKEN = "<|endoftext|>"
 _MAX_FILE_BYTES = 256 << 20
@@ -46,7 +47,7 @@ class CorpusTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: bool) -> CorpusTokenizer:
+def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: Shown = False) -> CorpusTokenizer:
     """Learn byte-level BPE from `texts` and write it to `out`; the same texts in the same order give the same file.
 
     Every byte is in the vocabulary, so every text can be encoded; `<|endoftext|>` has id 0. A small corpus may offer
@@ -61,11 +62,18 @@ def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: boo
         vocab_size=cfg.vocab_size,
         special_tokens=[EOS_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with progress_of(progress)("train tokenizer", unit="characters") as bar:
+        tokenizer.train_from_iterator(_counted(texts, bar), trainer)
     tokenizer.save(str(out), pretty=False)
     return CorpusTokenizer(tokenizer, eos_token=EOS_TOKEN)
+
+
+def _counted(texts: Iterable[str], bar: Bar) -> Iterator[str]:
+    for text in texts:
+        yield text
+        bar.update(len(text))
 
 
 def read_file(cfg: TokenizerFile) -> bytes:

@@ -26,6 +26,7 @@ from headway.data.manifest import (
     rebuild_hint,
 )
 from headway.data.mds import ShardInfo, read_index, read_lengths
+from headway.data.progress import Progress, Shown, progress_of
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
 
@@ -45,7 +46,7 @@ class DatasetInfo:
     manifest: dict[str, Any]
 
 
-def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
+def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = False) -> DatasetInfo:
     """Check every file of a dataset (presence, size, hash; no other ones), its tokenizer and that `seq_len` fits.
 
     With `remote` the manifest is fetched first and shards not fetched yet are left out: each is checked on arrival.
@@ -56,7 +57,7 @@ def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
         manifest = fetch.fetch_metadata(root, source.remote)
     else:
         manifest = read_manifest(root)
-    _check_files(root, manifest, source.remote)
+    _check_files(root, manifest, source.remote, progress_of(progress))
     for split in SPLITS:
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
@@ -78,16 +79,18 @@ def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
     )
 
 
-def _check_files(root: Path, manifest: Manifest, remote: str | None) -> None:
+def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: Progress) -> None:
     metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
     if unnamed := sorted(metadata - manifest.files.keys()):
         raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
     verified = VerifiedFiles(root)
     hint = None if remote is None else f"delete it and start again: it is fetched anew from {remote}"
-    for name in manifest.files:
-        # A shard that was not fetched yet is checked on arrival.
-        if remote is None or name in metadata or os.path.lexists(root / name):
+    # A shard that was not fetched yet is checked on arrival.
+    names = [n for n in manifest.files if remote is None or n in metadata or os.path.lexists(root / n)]
+    with progress("verify dataset", sum(manifest.files[name].bytes for name in names), "B") as bar:
+        for name in names:
             check_file(root, name, manifest, verified, hint=hint)
+            bar.update(manifest.files[name].bytes)
     verified.save()
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -177,11 +177,18 @@ def _check_folder(path: Path, manifest: Manifest, run: str | None) -> None:
         raise CheckpointError(f"{path / unknown[0]}: the manifest does not name it; move it elsewhere")
 
 
-def verify_hashes(path: Path, manifest: Manifest, *, rank: int = 0, size: int = 1) -> None:
-    """Check the hash of every `size`-th file, beginning with `rank`. Raises CheckpointError naming the file."""
+def verify_hashes(
+    path: Path, manifest: Manifest, *, rank: int = 0, size: int = 1, checked: Callable[[int], object] | None = None
+) -> None:
+    """Check the hash of every `size`-th file, beginning with `rank`. Raises CheckpointError naming the file.
+
+    `checked` is told the bytes of each file that is as it was written.
+    """
     for i, (name, entry) in enumerate(sorted(manifest.files.items())):
         if i % size == rank and file_hash(path / name) != entry.xxh3_128:
             raise CheckpointError(f"{path / name}: its contents changed after it was written (hash differs)")
+        if i % size == rank and checked is not None:
+            checked(entry.bytes)
 
 
 class Tensors(Mapping[str, "Tensor"]):

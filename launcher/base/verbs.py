@@ -49,9 +49,20 @@ def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec", keys_of:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="value of a dotted key; overrides the file")
 
 
+def quiet_argument(parser: argparse.ArgumentParser) -> None:
+    """--quiet, as `args.quiet`; the command line applies it (`headway.launcher.base.console.output`)."""
+    parser.add_argument("--quiet", action="store_true", help="print errors and the final result only")
+
+
 def json_argument(parser: argparse.ArgumentParser) -> None:
-    """--json, as `args.json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    """--json, as `args.json`; the command line applies it (`headway.launcher.base.console.output`)."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """--quiet and --json, for a verb that scripts call."""
+    quiet_argument(parser)
+    json_argument(parser)
 
 
 def out_argument(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
@@ -68,11 +69,11 @@ def bench_checkpoint(path: Path, overrides: Sequence[str], *, rounds: int, out: 
         "machine": machine(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    print(summary(result))
+    console.result(summary(result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {out}")
+        console.say(f"written to {out}")
     return 0
 
 
@@ -99,8 +100,12 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
     run = RunDir(folder / "run")
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
-    with open_session(run) as session:
-        measured = [_round(session, run) for _ in range(WARMUP + rounds)][WARMUP:]
+    with open_session(run) as session, console.progress("measure saves", WARMUP + rounds, "saves", tick=False) as bar:
+        measured = []
+        for _ in range(WARMUP + rounds):
+            measured.append(_round(session, run))
+            bar.update()
+        measured = measured[WARMUP:]
         found = _newest(run)
     quiet = [seconds for r in measured for seconds in r["quiet_s"]]
     ratios = [seconds / statistics.median(r["quiet_s"]) for r in measured for seconds in r["beside_s"]]

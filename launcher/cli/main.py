@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from headway.launcher.base import console
 from headway.launcher.cli.parser import make_parser, value_options
 from headway.launcher.cli.words import misplaced_file, plain, split_dotted, unknown_option
 
@@ -28,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        from headway.launcher.base.errors import exit_code, format_error
+        from headway.launcher.base.errors import exit_code
 
         code = exit_code(e)
         if code is None and isinstance(e, OSError) and (e.filename is not None or e.errno in _DISK):
             code, e = 74, _input_output(e)
         if code is None:
             raise
-        print(format_error(e), file=sys.stderr)
+        console.error(e)
         return code
 
 
@@ -59,7 +60,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     args.command = main  # for the fork server, which runs commands itself
-    return args.act(args)
+    # `headway chaos --json` takes the name of a file.
+    with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
+        return args.act(args)
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

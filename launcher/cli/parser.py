@@ -7,11 +7,13 @@ import difflib
 import importlib
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from headway.launcher.base.console import marked
 from headway.launcher.base.verbs import GROUPS, Verb
 from headway.launcher.cli.words import verb_elsewhere
 
@@ -54,7 +56,8 @@ class Parser(argparse.ArgumentParser):
             message += f". Did you mean {close[0]}?"
         elif message.endswith((": VERB", ": ACTION")):
             message = message.rpartition(" ")[0] + " " + "|".join(self.words)
-        super().error(message)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {marked(f'error: {message}', sys.stderr)}\n")
 
     def _unknown_word(self, word: str) -> str:
         close = difflib.get_close_matches(word, self.words, n=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -66,7 +67,7 @@ def write_schema(path: Path | None = None, kind: str = "spec") -> int:
         except OSError as error:
             reason = error.strerror or error
             raise SpecError(f"{file}: cannot be written: {reason}; name a file in a folder that exists") from None
-        print(f"written: {file}", file=sys.stderr)
+        console.note(f"written: {file}")
     return 0
 
 

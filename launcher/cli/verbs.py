@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from headway.launcher.cli.doctor import doctor
 
     return doctor(as_json=args.json)
+
+
+def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    output_arguments(parser)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -89,7 +94,7 @@ VERBS = (
         name="doctor",
         help="show hardware, packages, and what Headway will use",
         examples=("headway doctor", "headway doctor --json"),
-        arguments=json_argument,
+        arguments=output_arguments,
         run=_doctor,
         order=1,
     ),

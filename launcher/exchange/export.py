@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
@@ -63,7 +64,11 @@ def export(
         else:
             result = _write_ours(folder, spec, found, decoder, codec, max_shard_bytes)
     size = sum(p.stat().st_size for p in out.iterdir())
-    print(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
+    if console.wants_json():
+        facts = {"out": str(out), "to": to, "attention": spec.attention.type, "step": found.step, "bytes": size}
+        console.emit({**facts, "files": sorted(p.name for p in out.iterdir()), "check": result})
+        return 0
+    console.result(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
     return 0
 
 
@@ -105,7 +110,8 @@ def _write_llama(
             },
         )
     tokens = {"random": random_tokens(config["vocab_size"], spec.data.seq_len), "validation": validation_tokens(spec)}
-    result = said(differences(folder, decoder, tokens))
+    with console.progress("compare logits with transformers", lines=False):
+        result = said(differences(folder, decoder, tokens))
     text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
     (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
     return result
@@ -173,12 +179,15 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
         raise CheckpointError(
             f"{folder.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free space, or name another folder"
         )
-    names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
-    back = hf.TensorFiles(folder)
-    back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    for name, tensor in tensors.items():
-        if not torch.equal(back[name], tensor):
-            raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+    with console.progress("write tensors", len(tensors), "tensors") as bar:
+        names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+        bar.name("read tensors back")
+        back = hf.TensorFiles(folder)
+        back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            if not torch.equal(back[name], tensor):
+                raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+            bar.update()
     return names
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.run_dir import RunDir
@@ -63,11 +63,11 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
         hint = f"{path} is a file; name the run's folder" if path.is_file() else f"{path} holds no spec.json"
         raise NoInputError(f"{hint}: train one with `headway train SPEC`; it says where its run folder is")
     if len(ids) + sampling.tokens > seq_len:
-        _note(
+        console.note(
             f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {seq_len} the run "
             "was trained on; what lies beyond was never practised"
         )
-    _note(f"{title}, {len(ids)} prompt tokens")
+    console.note(f"{title}, {len(ids)} prompt tokens")
     printer = _Printer(codec)
     printer.put(ids)
     stats: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     printer.close()
     new = stats["new_tokens"]
     decode_s = stats["decode_s"]
-    _note(
+    console.note(
         f"prefill {len(ids)} tokens in {1e3 * stats['prefill_s']:.0f} ms; {new} new tokens"
         + (f", {(new - 1) / decode_s:,.0f} per second" if new > 1 and decode_s > 0 else "")
         + f"; KV cache {stats['cache_bytes'] / 1024:,.1f} KiB for {stats['cached_tokens']} tokens"
@@ -185,7 +185,3 @@ class _Printer:
     def _show(self, text: str) -> None:
         print(text[len(self._shown) :], end="", flush=True)
         self._shown = text
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

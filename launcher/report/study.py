@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from headway.launcher.base import console
 from headway.launcher.compare.analyse import StudyResult, analyse
 from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
 from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval
@@ -27,6 +28,8 @@ def report(study_dir: Path | str) -> Path:
     """
     out = Path(study_dir)
     result = analyse(out)
+    if result.pairing.status == "UNPAIRED":
+        console.alert(f"UNPAIRED: the variants of {out} did not read the same data; the report says where they differ")
     plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"

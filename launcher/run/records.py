@@ -118,19 +118,35 @@ def read_run(path: Path) -> RunRecord:
 
 def last_progress(path: Path) -> tuple[int, float | None]:
     """(tokens, training loss) of the last whole record in metrics.jsonl, reading only the end of the file."""
-    try:
-        with (path / "metrics.jsonl").open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - (1 << 20)))
-            lines = file.read().splitlines()
-    except OSError:
+    record = _last(path, "train")
+    if record is None:
         return 0, None
-    for line in reversed(lines):
-        record = _parse(line)
-        if record.get("kind") == "train":
-            tokens = _number(record.get("tokens"))
-            return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
-    return 0, None
+    tokens = _number(record.get("tokens"))
+    return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
+
+
+def last_validation(path: Path) -> float | None:
+    """Validation loss of the last whole record of one in metrics.jsonl; None where there is none."""
+    record = _last(path, "validation")
+    return None if record is None else _number(record.get("loss"))
+
+
+def _last(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole record of a kind. Validations can be far apart: where the file's end has none, more is read."""
+    mark = f'"{kind}"'.encode()
+    for most in (1 << 20, 1 << 26):
+        try:
+            with (path / "metrics.jsonl").open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - most))
+                lines = file.read().splitlines()
+        except OSError:
+            return None
+        records = (_parse(line) for line in reversed(lines) if mark in line)
+        found = next((record for record in records if record.get("kind") == kind), None)
+        if found is not None or size <= most:
+            return found
+    return None
 
 
 def _records(path: Path, damage: Damage) -> list[dict[str, Any]]:

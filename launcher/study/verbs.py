@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.verbs import Verb, spec_arguments
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser, what="study")
+    output_arguments(parser)
 
 
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser, what="probe tasks")
+    output_arguments(parser)
 
 
 def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
