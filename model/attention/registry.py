@@ -1,4 +1,4 @@
-"""The mechanisms by name. A new one is a new file and a name in the union below."""
+"""Registry of the attention mechanisms by name. To add one, add a file and its config class to the union below."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused_with_two_ways_out(layer, x):
         (lambda: permute_heads(weights, [0, 1, 2, 3, 4, 4], head_dim=D), "order: .* use .* or a permutation of 0 to 5"),
         (lambda: align(weights, x, groups=2, head_dim=D, rotated=5), "rotated: 5 of 10 .* use .* or an even number"),
         (lambda: mean_pool(weights, 2, head_dim=7), "head_dim: .* use .* or "),
-        (lambda: mean_pool({**weights, "w_gate": x}, 2, head_dim=D), "weights: hold w_gate, .* use .* or "),
+        (lambda: mean_pool({**weights, "w_gate": x}, 2, head_dim=D), "weights: w_gate, .* use .* or "),
     ):
         with pytest.raises(ValueError, match="^" + message):
             call()

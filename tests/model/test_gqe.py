@@ -356,14 +356,14 @@ def test_a_router_that_reads_queries_needs_all_of_them():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 5}, ["top_k: ", "5 experts picked of 4", "top_k 1 to 4", "heads 10"]),
-        ({"kv_heads": 8, "top_k": 1}, ["heads: ", "nothing to choose", "heads 16", "type mha"]),
+        ({"top_k": 5}, ["top_k: ", "5 experts selected of 4", "top_k 1 to 4", "heads 10"]),
+        ({"kv_heads": 8, "top_k": 1}, ["heads: ", "one expert per group", "heads 16", "type mha"]),
         ({"kv_heads": 3, "top_k": 1}, ["kv_heads: ", "8 query heads", "kv_heads 2 or 4"]),
         ({"kv_heads": 1, "top_k": 1}, ["variant: ", "no gradient", "variant weighted_concat", "or top_k 2"]),
-        ({"heads": 1, "kv_heads": 1, "top_k": 1}, ["heads: ", "nothing to choose", "heads 2", "type mha"]),
+        ({"heads": 1, "kv_heads": 1, "top_k": 1}, ["heads: ", "one expert per group", "heads 2", "type mha"]),
         (
             {"top_k": 1, "variant": "hard_concat", "balance": {}},
-            ["variant: hard_concat", "without any gradient", "router.type random"],
+            ["variant: hard_concat", "gives the router no gradient", "router.type random"],
         ),
     ],
 )

@@ -326,18 +326,18 @@ QUERY_NORM = {"type": "query_norm"}
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"value_top_k": 4}, ["value_top_k: ", "4 experts picked of 3", "value_top_k 1 to 3", "value_experts 4"]),
+        ({"value_top_k": 4}, ["value_top_k: ", "4 experts selected of 3", "value_top_k 1 to 3", "value_experts 4"]),
         ({"value_router": QUERY_NORM}, ["value_router: ", "no queries", "linear", "token_hash"]),
-        ({**OUTPUTS, "output_top_k": 5}, ["output_top_k: ", "5 experts picked of 4", "1 to 4", "output_experts 5"]),
+        ({**OUTPUTS, "output_top_k": 5}, ["output_top_k: ", "5 experts selected of 4", "1 to 4", "output_experts 5"]),
         ({**OUTPUTS, "output_router": QUERY_NORM}, ["output_router: ", "no queries", "linear", "token_hash"]),
         ({**OUTPUTS, "output": "slot"}, ["output: ", "replaces", "output head", "output_experts 0"]),
-        ({"output_top_k": 3}, ["output_top_k: ", "no output experts", "output_experts 3", "leave output_top_k out"]),
-        ({"output_gate": "sigmoid"}, ["output_gate: ", "no output experts", "output_experts 2", "leave output_gate"]),
-        ({"output_balance": {"f_p": 0.1}}, ["output_balance: ", "no output experts", "output_experts 2", "leave"]),
-        ({"top_k": 5}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 10"]),
+        ({"output_top_k": 3}, ["output_top_k: ", "output_experts is 0", "output_experts 3", "leave output_top_k out"]),
+        ({"output_gate": "sigmoid"}, ["output_gate: ", "output_experts is 0", "output_experts 2", "leave output_gate"]),
+        ({"output_balance": {"f_p": 0.1}}, ["output_balance: ", "output_experts is 0", "output_experts 2", "leave"]),
+        ({"top_k": 5}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 10"]),
         ({"gate": "renorm"}, ["gate: ", "no gradient", "sigmoid2", "top_k 2"]),
-        ({"key_experts": 4}, ["key_experts: ", "never routed", "route values", "kv_heads"]),
-        ({"route_keys": True}, ["route_keys: ", "never routed", "route values", "kv_heads"]),
+        ({"key_experts": 4}, ["key_experts: ", "cannot be routed", "route values", "kv_heads"]),
+        ({"route_keys": True}, ["route_keys: ", "cannot be routed", "route values", "kv_heads"]),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_field_the_reason_and_two_ways_out(fields, words):

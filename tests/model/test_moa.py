@@ -115,7 +115,7 @@ def test_one_group_is_one_piece():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 6}, ["top_k: ", "6 experts picked of 5", "top_k 1 to 5", "heads 6"]),
+        ({"top_k": 6}, ["top_k: ", "6 experts selected of 5", "top_k 1 to 5", "heads 6"]),
         ({"heads": 1, "top_k": 1}, ["heads: ", "nothing to choose", "heads 2", "type mqa"]),
         ({"top_k": 0}, ["Input should be greater than or equal to 1"]),
         ({"top_k": 2, "gate": "sigmoid2"}, ["Input should be 'detached_renorm' or 'softmax'"]),

@@ -270,9 +270,9 @@ def test_cost_is_that_of_the_formulas():
         ({"shared_heads": 9}, ["shared_heads: ", "leave 0 to route", "shared_heads 4", "heads 12"]),
         ({"shared_heads": 5}, ["shared_heads: ", "leave 1 to route", "shared_heads 4", "heads 12"]),
         ({"heads": 1, "kv_heads": 1, "shared_heads": 0}, ["shared_heads: ", "leave 1 to route", "type gqa", "heads 2"]),
-        ({"top_k": 5}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 12"]),
-        ({"top_k": 0}, ["top_k: ", "0 heads picked of 4", "top_k 1 or 4"]),
-        ({"top_k": [2, 7]}, ["top_k: ", "7 heads picked of 4", "top_k 1 to 4", "heads 12"]),
+        ({"top_k": 5}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 12"]),
+        ({"top_k": 0}, ["top_k: ", "0 heads selected of 4", "top_k 1 or 4"]),
+        ({"top_k": [2, 7]}, ["top_k: ", "7 heads selected of 4", "top_k 1 to 4", "heads 12"]),
         ({"form": "code", "top_k": 1}, ["form: ", "no gradient", "form paper or straight_through", "top_k 2"]),
     ],
 )

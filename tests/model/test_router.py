@@ -150,14 +150,17 @@ def test_nothing_is_added_to_the_loss_in_evaluation(layer, x, tokens):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"router": {"type": "query_norm"}}, ["gate: ", "lengths", "straight_through", "router.type linear"]),
+        ({"router": {"type": "query_norm"}}, ["gate: ", "sigmoid saturates", "straight_through", "router.type linear"]),
         (
             {"router": {"type": "query_norm"}, "gate": "softmax", "balance": {"loss_free_rate": 1e-3}},
-            ["balance: ", "bias alone", "balance.f_p", "router.type linear"],
+            ["balance: ", "only the bias would decide", "balance.f_p", "router.type linear"],
         ),
-        ({"gate": "hard", "balance": {}}, ["gate: ", "without any gradient", "balance.f_p 0.01", "router.type random"]),
+        (
+            {"gate": "hard", "balance": {}},
+            ["gate: ", "gives the router no gradient", "balance.f_p 0.01", "router.type random"],
+        ),
         ({"heads": 2, "gate": "softmax"}, ["gate: ", "single routed head", "sigmoid2", "heads 4"]),
-        ({"key_experts": 2}, ["key_experts: ", "never routed", "hybrid", "kv_heads"]),
+        ({"key_experts": 2}, ["key_experts: ", "cannot be routed", "hybrid", "kv_heads"]),
     ],
 )
 def test_routers_that_could_not_learn_are_refused(fields, words):
