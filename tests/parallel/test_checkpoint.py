@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, damag
 def test_when_every_checkpoint_is_damaged_training_does_not_silently_start_anew(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "step-0000000001" / "MANIFEST.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is valid"):
         newest(tmp_path)
 
 
@@ -350,7 +350,7 @@ def test_a_writer_that_dies_without_a_word_leaves_no_checkpoint(tmp_path, monkey
 
     monkeypatch.setattr(saver, "save_file", gone)
     monkeypatch.setattr(saver.threading, "excepthook", lambda args: None)
-    assert "has died" in (write(tmp_path, 1) or "")
+    assert "the writing thread died" in (write(tmp_path, 1) or "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -524,7 +524,7 @@ def test_a_folder_without_any_checkpoint_is_a_new_run_and_one_of_damaged_ones_is
     for root in (tmp_path, tmp_path / "absent"):
         assert checkpoint.newest_valid(root, ALONE, warn=print) is None
     (tmp_path / "step-0000000001").mkdir()
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is valid"):
         checkpoint.newest_valid(tmp_path, ALONE, warn=print)
 
 

@@ -50,7 +50,7 @@ def test_what_ties_decide():
 
 @pytest.mark.parametrize("parts", [0, 4])
 def test_more_stages_than_layers_are_refused(parts):
-    with pytest.raises(ValueError, match=f"parts: 3 layers cannot be dealt to {parts} stages; use 1 to 3"):
+    with pytest.raises(ValueError, match=f"parts: 3 layers cannot be split into {parts} stages; use 1 to 3"):
         balanced([1.0, 1.0, 1.0], parts)
 
 
@@ -105,7 +105,7 @@ def test_an_expensive_head_leaves_fewer_blocks_to_the_last_stage():
 
 def test_a_model_of_one_layer_is_one_stage():
     assert stage_bounds([0.0, 5.0, 0.0, 3.0], 1) == [0, 4]
-    with pytest.raises(ValueError, match="1 layers cannot be dealt to 2 stages"):
+    with pytest.raises(ValueError, match="1 layers cannot be split into 2 stages"):
         stage_bounds([0.0, 5.0, 0.0, 3.0], 2)
 
 
