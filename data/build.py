@@ -1,8 +1,8 @@
-"""`headway data build`: a corpus in; tokenizer, MDS shards and manifest out.
+"""`headway data build`: converts a corpus to a tokenizer, MDS shards and a manifest.
 
-The corpus is read once. Its text lies in a temporary file while the tokenizer is trained and applied, so memory holds
-one batch of documents and a few bytes per document. Everything is made in a folder beside the target, which takes its
-place when it is complete: a build that is interrupted changes nothing.
+The corpus is read once. Its text is spooled to a temporary file while the tokenizer is trained and applied, so memory
+holds one batch of documents and a few bytes per document. The dataset is built in a folder next to the target and
+renamed when it is complete, so an interrupted build changes nothing.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
 
-# Encoding takes about 125 bytes of memory a byte of text, so this is what bounds memory.
+# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory.
 _BATCH_BYTES = 2 << 20
 
 
 def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) -> Manifest:
-    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there already, whole and current.
+    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there, valid and up to date.
 
-    Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
-    another process builds the same dataset.
+    Raises DataError if the corpus is not usable, if the folder contains something else, if the disk is full, or if
+    another process is building the same dataset.
     """
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
     try:
@@ -80,7 +80,7 @@ def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) 
 
 
 def _tidy_up(target: Path) -> None:
-    """Clear away what an interrupted build left; if it stopped between its two renames, undo the first."""
+    """Remove the folders of an interrupted build. If it stopped between its two renames, undo the first one."""
     left = re.compile(re.escape(target.name) + r"\.(replaced|building)-[0-9]+")
     for path in sorted(target.parent.iterdir()):
         match = left.fullmatch(path.name)
@@ -97,7 +97,7 @@ def _settings(cfg: CorpusConfig) -> dict[str, Any]:
 
 
 def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
-    """The dataset in `target` if `cfg` would build the same again; None when it has to be built."""
+    """Manifest of the dataset in `target` if it is valid and up to date; None if it must be built."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     if not (target / MANIFEST_NAME).is_file():
@@ -107,19 +107,20 @@ def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
     try:
         manifest = read_manifest(target)
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        _say(f"{error}\n{target}: rebuilding it")
         return None
     if manifest.name != cfg.name:
         raise DataError(
-            f"{target}: holds the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by hand"
+            f"{target}: contains the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by "
+            "hand"
         )
     try:
         if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
-            _say(f"{target}: settings or corpus changed; building it anew")
+            _say(f"{target}: settings or corpus changed; rebuilding it")
             return None
         verify(MdsSource(type="mds", path=str(target)))
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        _say(f"{error}\n{target}: rebuilding it")
         return None
     return manifest
 
@@ -184,7 +185,7 @@ def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progr
     limit = cfg.tokenizer.max_train_bytes
 
     def training_texts() -> Iterator[str]:
-        # In hash order, so that a limit takes a sample of the corpus and not its beginning.
+        # In hash order, so that a limit takes a random sample of the corpus instead of its beginning.
         taken = 0
         for document in found.order["train"]:
             if taken >= limit:
@@ -196,8 +197,8 @@ def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progr
     chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=progress)
     if chosen.vocab_size < cfg.tokenizer.vocab_size:
         _say(
-            f"tokenizer: the corpus offers {chosen.vocab_size:,} tokens, fewer than vocab_size "
-            f"{cfg.tokenizer.vocab_size:,}; the dataset has {chosen.vocab_size:,}"
+            f"tokenizer: the corpus gives only {chosen.vocab_size:,} tokens, fewer than vocab_size "
+            f"{cfg.tokenizer.vocab_size:,}; the dataset has a vocabulary of {chosen.vocab_size:,}"
         )
     return chosen
 
@@ -217,7 +218,7 @@ def _write_split(
     folder: Path,
     progress: bool,
 ) -> _Written:
-    """Encode a split and write its shards: one sample a document, in the order of the hashes."""
+    """Encode a split and write its shards: one sample per document, in hash order."""
     order = found.order[split]
     dtype = np.dtype(_dtype(chosen.vocab_size))
     lengths = np.empty(len(order), dtype="<u4")
@@ -247,7 +248,7 @@ def _write_split(
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
-    """Documents of at most _BATCH_BYTES of text together, or one that is longer alone."""
+    """Yield batches of documents with at most _BATCH_BYTES of text, or a single longer document."""
     begin = size = 0
     for place, length in enumerate(found.lengths[order]):
         if place > begin and size + length > _BATCH_BYTES:

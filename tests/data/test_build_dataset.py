@@ -168,7 +168,7 @@ def test_a_folder_that_holds_something_else_is_never_replaced(
         build(config, out=tmp_path / "notes", progress=False)
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
     shutil.copytree(dataset, tmp_path / "tiny")
-    with pytest.raises(DataError, match="holds the dataset 'tiny', not 'other'"):
+    with pytest.raises(DataError, match="contains the dataset 'tiny', not 'other'"):
         build(config.model_copy(update={"name": "other"}), out=tmp_path / "tiny", progress=False)
 
 

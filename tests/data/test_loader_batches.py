@@ -204,7 +204,7 @@ def test_waiting_is_measured(source: MdsSource) -> None:
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(source: MdsSource) -> None:
-    with pytest.raises(DataError, match="8 sequences do not divide into 3 ranks of micro batches of 2"):
+    with pytest.raises(DataError, match="8 sequences do not divide into 3 ranks with micro-batches of 2"):
         loader(data(source), ranks=3)
 
 
@@ -266,7 +266,7 @@ def test_data_that_ends_before_the_training_is_an_error(
     reader = loader(data(source, workers=workers))
     short = replace(reader.batch(0), **wrong)
     monkeypatch.setattr(reader, "batch", lambda _: short)
-    with reader, pytest.raises(DataError, match=r"step 1: .* came instead of 8: the data ended before"):
+    with reader, pytest.raises(DataError, match=r"step 1: got .* instead of 8: the data ended before"):
         next(reader)
 
 
@@ -277,7 +277,7 @@ def test_waiting_ends_before_the_launcher_would_end_the_rank(
         reader = loader(data(source, workers=1, retry_s=0.1, timeout_s=config_s), timeout_s=given_s)
         hangs = threading.Event()
         monkeypatch.setattr(reader, "batch", lambda _, hangs=hangs: hangs.wait(60))
-        with pytest.raises(DataError, match=rf"step 1 did not come in {expected_s} s, waiting for no file"):
+        with pytest.raises(DataError, match=rf"step 1 was not ready after {expected_s} s, waiting for no file"):
             next(reader)
         hangs.set()
         reader.close()

@@ -120,7 +120,7 @@ def test_a_damaged_cache_is_found_by_the_preflight(remote: Path, tmp_path: Path)
     digests(there)
     shard = sorted((tmp_path / "cache" / "train").glob("*.mds"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{shard.name}: .*cut short or replaced"):
+    with pytest.raises(DataError, match=rf"{shard.name}: .*truncated or replaced"):
         verify(there)
 
 

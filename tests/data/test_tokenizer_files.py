@@ -77,7 +77,7 @@ def test_a_given_tokenizer_is_stored_byte_for_byte(dataset: Path, tmp_path: Path
         (None, EOS_TOKEN, "tokenizer.path: {given} cannot be read"),
         ("{}", EOS_TOKEN, "{given}: not a tokenizer.json"),
         ("good", "</s>", "'</s>' is not in the vocabulary"),
-        ("good", "a", "'a' is ordinary text of this tokenizer"),  # a document that holds it would end there
+        ("good", "a", "'a' is ordinary text for this tokenizer"),  # it would end documents that contain it
     ],
 )
 def test_a_bad_tokenizer_file_is_one_message(

@@ -76,7 +76,7 @@ def test_a_good_dataset_says_what_it_is(dataset: Path) -> None:
     ("damage", "says"),
     [
         (Path.unlink, "missing"),
-        (lambda path: os.truncate(path, path.stat().st_size - 7), "cut short or replaced"),
+        (lambda path: os.truncate(path, path.stat().st_size - 7), "truncated or replaced"),
         (flip_a_bit, "content changed since the dataset was built"),
     ],
     ids=["missing", "truncated", "flipped bit"],
@@ -133,7 +133,7 @@ def test_another_tokenizer_is_refused_even_where_the_manifest_lists_it(copy: Pat
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         check(copy)
     reseal(copy)
-    with pytest.raises(DataError, match="not the tokenizer the shards were made with"):
+    with pytest.raises(DataError, match="not the tokenizer of the shards"):
         check(copy)
 
 
@@ -229,7 +229,7 @@ def test_an_index_without_one_shard_is_refused(copy: Path) -> None:
 def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).rename(tmp_path / "elsewhere")
     (copy / SHARD).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="a link out of the dataset's folder"):
+    with pytest.raises(DataError, match="a link to a file outside of the dataset's folder"):
         check(copy)
 
 
