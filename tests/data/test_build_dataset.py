@@ -1,4 +1,4 @@
-"""`headway data build`: what is written, when nothing is done, and that a failed build changes nothing."""
+"""`headway data build`: contents of the dataset, up-to-date datasets, and failed builds that change nothing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_running_again_does_nothing_and_says_so(
     assert "up to date" in capsys.readouterr().err
 
 
-def test_changed_settings_and_damaged_shards_are_built_anew(
+def test_changed_settings_and_damaged_shards_trigger_a_rebuild(
     config: CorpusConfig, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny"

@@ -1,4 +1,4 @@
-"""The loader: one global batch per step, whoever reads it, in whatever portions, from whichever step on."""
+"""The global batch of a step does not depend on ranks, micro-batches, workers and the first step of the loader."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_global_batch_is_the_same_for_any_ranks_micro_batches_and_workers(
         assert sum(batch.targets for batch in mine) == whole.targets
 
 
-def test_tokens_labels_and_digest_are_what_they_are_said_to_be(source: MdsSource) -> None:
+def test_tokens_labels_and_digest_match_their_definitions(source: MdsSource) -> None:
     cfg = data(source)
     packed = open_source(cfg, split="train")
     batch = loader(cfg).batch(3)
@@ -179,7 +179,7 @@ def test_threads_are_daemons_and_end_with_close(source: MdsSource) -> None:
     reader.close()
 
 
-def test_no_more_is_prepared_than_asked_for(source: MdsSource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_batches_are_prepared_than_configured(source: MdsSource, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = loader(data(source, workers=2, prefetch=3))
     prepare, asked, enough = reader.batch, [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""Tokenizers: trained the same way each time, on training text only; any tokenizer.json can be given."""
+"""Tokenizers: training is reproducible and uses training documents only; any tokenizer.json can be used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(
 
 
 def test_merges_are_learned_from_training_documents_only(tmp_path: Path) -> None:
-    # A word of the validation documents alone must not have become a token.
+    # A word that occurs only in validation documents must not have become a token.
     texts = [f"{text} " + "zqxjk " * 200 for text in make_texts(40)]
     build(corpus_config(write_jsonl(tmp_path / "a.jsonl", texts)), out=tmp_path / "out", progress=False)
     held_out = MdsSplit(tmp_path / "out", "validation")

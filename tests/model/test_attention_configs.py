@@ -1,4 +1,4 @@
-"""What a user may write under `attention`, and what the refusal says."""
+"""Legal values of the `attention` section of a spec, and the messages for illegal ones."""
 
 import pytest
 from pydantic import TypeAdapter, ValidationError

@@ -1,4 +1,4 @@
-"""What holds for each mechanism: causality, independence of sequences and documents, counted costs."""
+"""Properties of every mechanism: causality, independence of sequences and documents, exact costs, sharding."""
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_what_cannot_be_cut_over_ranks_is_known(whole_mechanisms, mechanisms):
+def test_mechanisms_that_cannot_be_sharded_are_known(whole_mechanisms, mechanisms):
     """One KV head; groups that follow the keys; a router that reads the queries of all ranks."""
     assert whole_mechanisms == {"moa", "mqa-gated", "dynamic-gqa", "moh-llama"}
     for name in whole_mechanisms:

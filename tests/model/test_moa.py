@@ -108,7 +108,7 @@ def test_cost_is_that_of_the_formulas():
     assert config.kv_bytes_per_token(seq_len=1023, bytes_per_element=2) == 2 * 128 * 2
 
 
-def test_one_group_is_one_piece():
+def test_a_single_group_is_not_sharded():
     assert {shard.units for shard in MoaConfig(**SHAPE, top_k=2).shards().values()} == {1}
 
 

@@ -238,7 +238,7 @@ def test_two_ranks_gradients_add_up_to_the_layers(strong, context, lockstep, x, 
         {"balance": BalanceConfig(loss_free_rate=1e-3)},
     ],
 )
-def test_routers_that_a_rank_could_not_evaluate_keep_the_layer_whole(fields):
+def test_a_layer_is_not_sharded_if_a_rank_could_not_evaluate_its_router(fields):
     config = MohConfig(**SHAPE, shared_heads=2, top_k=2, **fields)
     assert {shard.units for shard in config.shards().values()} == {1}
 

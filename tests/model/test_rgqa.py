@@ -1,4 +1,4 @@
-"""Routed GQA: its identities, its gates and router, its two ways to keep heads in use."""
+"""Routed GQA: special cases that equal GQA and MHA, gates, router, balancing loss and loss-free bias."""
 
 from typing import Any, get_args
 

@@ -1,4 +1,4 @@
-"""The forms a router can take: where its logits come from, and what noise and dropout may touch."""
+"""Router types: their logits, and the effect of noise and dropout."""
 
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_dropout_passes_over_a_head_with_the_stated_probability(layer):
     module = layer(config)
     best = (x[0, 0] @ module.router.w.T).argmax()
     kept = (module.router(x, Context(rope=(x, x)), k=1).idx == best).double().mean().item()
-    assert kept == pytest.approx(0.7 + 0.3**4, abs=4 * (0.21 / 20_000) ** 0.5)  # all four passed over: the best again
+    assert kept == pytest.approx(0.7 + 0.3**4, abs=4 * (0.21 / 20_000) ** 0.5)  # all dropped: the best
 
 
 def test_equal_rows_leave_no_head_favoured_at_the_start(layer):

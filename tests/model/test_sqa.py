@@ -1,4 +1,4 @@
-"""SQA is GQA with the query heads that are left, in the published forms too."""
+"""SQA equals GQA with the kept query heads, also in the published variants."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SwitchHead: its identities, its routers, its gates."""
+"""SwitchHead: special cases that equal MHA, routers, gates."""
 
 import pytest
 import torch
