@@ -1,8 +1,8 @@
-"""`headway data build`: a corpus in; tokenizer, MDS shards and manifest out.
+"""`headway data build`: converts a corpus to a tokenizer, MDS shards and a manifest.
 
-The corpus is read once. Its text lies in a temporary file while the tokenizer is trained and applied, so memory holds
-one batch of documents and a few bytes per document. Everything is made in a folder beside the target, which takes its
-place when it is complete: a build that is interrupted changes nothing.
+The corpus is read once. Its text is spooled to a temporary file while the tokenizer is trained and applied, so memory
+holds one batch of documents and a few bytes per document. The dataset is built in a folder next to the target and
+renamed when it is complete, so an interrupted build changes nothing.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
 
-# Encoding takes about 125 bytes of memory a byte of text, so this is what bounds memory.
+# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory.
 _BATCH_BYTES = 2 << 20
 
 
 def build(
     cfg: CorpusConfig, *, out: Path | None = None, progress: Shown = False, say: Callable[[str], None] = to_stderr
 ) -> Manifest:
-    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there already, whole and current.
+    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there, valid and up to date.
 
-    `progress` shows how far the work is; `say` is told in whole lines what is done and what came of it.
-    Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
-    another process builds the same dataset.
+    `progress` shows the progress; `say` is called with whole lines that report each step and its result.
+    Raises DataError if the corpus is not usable, if the folder contains something else, if the disk is full, or if
+    another process is building the same dataset.
     """
     reporter = Reporter(progress=progress_of(progress), say=say)
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
@@ -83,7 +83,7 @@ def build(
 
 
 def _tidy_up(target: Path) -> None:
-    """Clear away what an interrupted build left; if it stopped between its two renames, undo the first."""
+    """Remove the folders of an interrupted build. If it stopped between its two renames, undo the first one."""
     left = re.compile(re.escape(target.name) + r"\.(replaced|building)-[0-9]+")
     for path in sorted(target.parent.iterdir()):
         match = left.fullmatch(path.name)
@@ -100,7 +100,7 @@ def _settings(cfg: CorpusConfig) -> dict[str, Any]:
 
 
 def _current(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest | None:
-    """The dataset in `target` if `cfg` would build the same again; None when it has to be built."""
+    """Manifest of the dataset in `target` if it is valid and up to date; None if it must be built."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     if not (target / MANIFEST_NAME).is_file():
@@ -110,19 +110,20 @@ def _current(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -
     try:
         manifest = read_manifest(target)
     except DataError as error:
-        reporter.say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: rebuilding it")
         return None
     if manifest.name != cfg.name:
         raise DataError(
-            f"{target}: holds the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by hand"
+            f"{target}: contains the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by "
+            "hand"
         )
     try:
         if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
-            reporter.say(f"{target}: settings or corpus changed; building it anew")
+            reporter.say(f"{target}: settings or corpus changed; rebuilding it")
             return None
         verify(MdsSource(type="mds", path=str(target)), progress=reporter.progress)
     except DataError as error:
-        reporter.say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: rebuilding it")
         return None
     return manifest
 
@@ -189,7 +190,7 @@ def _tokenizer(
     limit = cfg.tokenizer.max_train_bytes
 
     def training_texts() -> Iterator[str]:
-        # In hash order, so that a limit takes a sample of the corpus and not its beginning.
+        # In hash order, so that a limit takes a random sample of the corpus instead of its beginning.
         taken = 0
         for document in found.order["train"]:
             if taken >= limit:
@@ -201,8 +202,8 @@ def _tokenizer(
     chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=reporter.progress)
     if chosen.vocab_size < cfg.tokenizer.vocab_size:
         reporter.say(
-            f"tokenizer: the corpus offers {chosen.vocab_size:,} tokens, fewer than vocab_size "
-            f"{cfg.tokenizer.vocab_size:,}; the dataset has {chosen.vocab_size:,}"
+            f"tokenizer: the corpus gives only {chosen.vocab_size:,} tokens, fewer than vocab_size "
+            f"{cfg.tokenizer.vocab_size:,}; the dataset has a vocabulary of {chosen.vocab_size:,}"
         )
     return chosen
 
@@ -222,7 +223,7 @@ def _write_split(
     folder: Path,
     reporter: Reporter,
 ) -> _Written:
-    """Encode a split and write its shards: one sample a document, in the order of the hashes."""
+    """Encode a split and write its shards: one sample per document, in hash order."""
     order = found.order[split]
     dtype = np.dtype(_dtype(chosen.vocab_size))
     lengths = np.empty(len(order), dtype="<u4")
@@ -252,7 +253,7 @@ def _write_split(
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
-    """Documents of at most _BATCH_BYTES of text together, or one that is longer alone."""
+    """Yield batches of documents with at most _BATCH_BYTES of text, or a single longer document."""
     begin = size = 0
     for place, length in enumerate(found.lengths[order]):
         if place > begin and size + length > _BATCH_BYTES:

@@ -1,11 +1,11 @@
-"""What crosses ranks inside a forward and backward pass: the callables of `Ranks` and `SequenceRanks`.
+"""Collectives inside a forward and backward pass: implementations of `Ranks` and `SequenceRanks`.
 
-The exchange between tensor-parallel ranks stands at the border of each shared layer, once in and once out, not at each
-matrix: queries, keys, values and router rows read one input, whose gradient is then summed once.
+Tensor-parallel collectives run once at the input and once at the output of each sharded layer, not per matrix. Queries,
+keys, values and router rows read the same input, so its gradient is reduced once.
 
-Without sequence parallelism the borders are megatron-core's own mappings. They reduce in place, and leave a tensor that
-is not contiguous as it was, so they are handed copies of their own. Those for sequence parallelism cut dimension 0 and
-allocate on a CUDA device; ours cut dimension 1 of [B, S, d] and run anywhere.
+Without sequence parallelism, the mappings of megatron-core are used. They reduce in place, and do not reduce a tensor
+that is not contiguous, so they get contiguous copies. The megatron-core mappings for sequence parallelism shard
+dimension 0 and allocate on a CUDA device. Ours shard dimension 1 of [B, S, d] and run on any device.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _OverGroup = Callable[[Tensor, Any], Tensor]
 
 
 def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
-    """Those of `layout`; `sequence_parallel`: each rank holds its part of the sequence between layers."""
+    """The tensor-parallel ranks of `layout`. `sequence_parallel`: shard the sequence between layers."""
     if layout.tp_size == 1:
         return Ranks()
-    # Imported where it is used: it takes as long as torch itself.
+    # Imported lazily: this takes as long as importing torch.
     from megatron.core.tensor_parallel import mappings
 
     group = layout.tensor_group
@@ -49,7 +49,7 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
 
 
 def sequence_ranks(layout: Layout, core: Callable[..., Tensor] = core) -> SequenceRanks:
-    """The context-parallel ranks of `layout`, with the attention core of each."""
+    """The context-parallel ranks of `layout`. `core`: the attention core of each rank."""
     if layout.cp_size == 1:
         return SequenceRanks(attend=core)
     return SequenceRanks(
@@ -62,10 +62,11 @@ def sequence_ranks(layout: Layout, core: Callable[..., Tensor] = core) -> Sequen
 
 
 class _Ulysses:
-    """Attention over whole sequences of which each rank holds a part: heads are dealt out, and sequences put together
-    (Jacobs et al., 2023, arXiv 2309.14509), by DeepSpeed's `DistributedAttention`.
+    """Ulysses attention (Jacobs et al., 2023, arXiv 2309.14509) with DeepSpeed's `DistributedAttention`.
 
-    KV heads that do not divide, such as a single one, are not dealt out: keys and values are gathered, queries stay.
+    Each rank holds a part of the sequence. An all-to-all gives it whole sequences for some of the heads. If the ranks
+    do not divide the KV heads (a single one, for example), keys and values are all-gathered instead, and each rank
+    attends with its own queries.
     """
 
     def __init__(self, layout: Layout, core: Callable[..., Tensor]) -> None:
@@ -76,18 +77,18 @@ class _Ulysses:
         self._dealt = DistributedAttention(_Core(core), self._group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
-        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> as q."""
+        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> output [B, S/C, H, D]."""
         if k.shape[2] % self._count == 0:
             return self._dealt(q, k, v, 0, None, mask, window=window)
         rows = q.shape[1]
         first, last = self._index * rows, (self._index + 1) * rows
-        # Keys after this rank's last query are never seen; the core takes queries for the last of the keys' positions.
+        # Drop keys after this rank's last query, so that the queries are at the last positions, as the core requires.
         k, v = (_gather(self._group, t)[:, :last] for t in (k, v))
         return self._core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
 
 
 class _Core(nn.Module):
-    """The core in the form DeepSpeed's signature names."""
+    """The attention core as a module, as DeepSpeed expects it."""
 
     def __init__(self, core: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ def _leave(reduce: Callable[[Tensor], Tensor], partial_sum: Tensor) -> Tensor:
 
 
 class _Fresh(torch.autograd.Function):
-    """x; its gradient arrives contiguous, in memory that nothing else reads."""
+    """Identity whose gradient is a contiguous copy, as megatron-core's in-place reduction requires."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class _Fresh(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """`there` over the ranks of a group; `back` is the same for its gradient."""
+    """Apply `there` over the ranks of a group in the forward pass, and `back` to the gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, there: _OverGroup, back: _OverGroup, group: Any, tensor: Tensor) -> Tensor:
@@ -131,17 +132,17 @@ class _Exchange(torch.autograd.Function):
 
 
 def _sum(group: Any, tensor: Tensor) -> Tensor:
-    """All-reduce, and of the gradients too."""
+    """All-reduce in the forward and in the backward pass."""
     return _Exchange.apply(_reduced, _reduced, group, tensor)
 
 
 def _gather(group: Any, tensor: Tensor) -> Tensor:
-    """[B, S/n, ...] -> [B, S, ...]; gradients are summed over ranks and cut."""
+    """All-gather [B, S/n, ...] -> [B, S, ...]; the backward is a reduce-scatter."""
     return _Exchange.apply(_gathered, _scattered, group, tensor)
 
 
 def _scatter(group: Any, tensor: Tensor) -> Tensor:
-    """Partial [B, S, d] -> this rank's part of the sum [B, S/n, d]; gradients are gathered."""
+    """Reduce-scatter of partial sums [B, S, d] -> [B, S/n, d]; the backward is an all-gather."""
     return _Exchange.apply(_scattered, _gathered, group, tensor)
 
 
@@ -158,15 +159,15 @@ def _largest(group: Any, tensor: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, group: Any) -> Tensor:
-    """Concatenation along dimension 1."""
+    """All-gather along dimension 1."""
     ranks = dist.get_world_size(group)
-    parts = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])  # one after the other along dimension 0
+    parts = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])  # the ranks' parts along dimension 0
     dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
     return parts.unflatten(0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
 
 
 def _scattered(tensor: Tensor, group: Any) -> Tensor:
-    """This rank's part, along dimension 1, of the sum."""
+    """Reduce-scatter along dimension 1."""
     ranks = dist.get_world_size(group)
     parts = tensor.unflatten(1, (ranks, -1)).movedim(1, 0).flatten(0, 1)
     mine = tensor.new_empty(len(tensor), *parts.shape[1:])

@@ -1,4 +1,4 @@
-"""The mechanisms by name: those of the files beside this one, and those of other installed packages.
+"""Registry of the attention mechanisms by name: the files in this folder, and other installed packages.
 
 A built-in mechanism is a file in this folder with a config class whose `type` has its name for a default; nothing else
 names it in code. Other packages register theirs by entry points (`headway.model.attention.external`). A config section

@@ -169,10 +169,10 @@ def somebody_else(folder: Path):
 
 DAMAGE = {
     "missing": (Path.unlink, "missing"),
-    "cut short": (cut, "cut short or replaced"),
-    "empty": (lambda path: cut(path, 0), "cut short or replaced"),
+    "cut short": (cut, "truncated or replaced"),
+    "empty": (lambda path: cut(path, 0), "truncated or replaced"),
     "flipped bit": (flip_a_bit, "content changed since the dataset was built"),
-    "link out of the folder": (link_out, "a link out of the dataset's folder"),
+    "link out of the folder": (link_out, "a link to a file outside of the dataset's folder"),
     "a folder in its place": (lambda path: (path.unlink(), path.mkdir()), "missing"),
 }
 FILES = ["train/shard.00000.mds", "validation/shard.00000.mds", "train/index.json", "train/lengths.npy"]
@@ -265,7 +265,7 @@ def test_storage_that_does_not_answer_is_an_error_that_says_what_was_waited_for(
     monkeypatch.setattr(shard.os, "preadv", lambda *args: answers.wait(60) and read(*args))
     began = time.monotonic()
     with pytest.raises(
-        DataError, match=r"data\.timeout_s: the batch of step \d+ did not come in 0\.5 s, waiting for /"
+        DataError, match=r"data\.timeout_s: the batch of step \d+ was not ready after 0\.5 s, waiting for /"
     ):
         for _ in range(5):  # what was prepared before still comes
             next(batches)
@@ -356,7 +356,7 @@ def test_a_thread_that_dies_without_a_word_does_not_hang_the_consumer(when, monk
     prefetch._ready = Dies()
     watched.set()
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="data thread that was to prepare step 1 ended without a word"):
+    with pytest.raises(RuntimeError, match="data thread for step 1 ended without a result"):
         prefetch.get(0, timeout_s=60)
     assert time.monotonic() - began < 5
 

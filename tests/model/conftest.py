@@ -210,15 +210,15 @@ class Exchange:
         self._barrier, self._given = Barrier(ranks, timeout=30), [None] * ranks
 
     def all(self, rank: int, given: Any) -> list[Any]:
-        """What every rank gives, in their order."""
+        """All-gather: the values of all ranks, in rank order."""
         self._given[rank] = given
         self._barrier.wait()
         everyones = list(self._given)
-        self._barrier.wait()  # nobody gives the next one before all have read this one
+        self._barrier.wait()  # wait until all ranks have read the values, before one replaces its own
         return everyones
 
     def run(self, works: list[Callable[[], Any]]) -> list[Any]:
-        """All of them at once, one per rank."""
+        """Run one function per rank in threads, at the same time. Returns their results."""
 
         def guarded(work: Callable[[], Any]) -> Any:
             try:

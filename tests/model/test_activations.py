@@ -1,4 +1,4 @@
-"""What a block is said to keep for its backward pass is what autograd keeps when the real block runs."""
+"""The predicted activation memory of a block equals the bytes that autograd saves when the real block runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ def test_norms_are_one_operation_on_a_gpu() -> None:
     assert cpu.kept_per_token - gpu.kept_per_token >= 2 * 4 * MODEL.width
 
 
-def test_exchanges_within_attention_are_those_of_the_mechanism() -> None:
+def test_all_reduces_within_attention_are_counted_per_mechanism() -> None:
     sharing = Sharing(seq_len=64, tensor=2)
     assert footprint(MODEL, config("gqa"), sharing).sums_per_token == 0
     # GQE: one fp32 number, the sum of chosen probabilities; keys and values of the shared head, 2 D in bf16.

@@ -1,4 +1,4 @@
-"""What a user may write under `attention`, and what the refusal says."""
+"""Legal values of the `attention` section of a spec, and the messages for illegal ones."""
 
 import ast
 from pathlib import Path
@@ -42,11 +42,11 @@ def test_every_config_with_a_name_is_in_the_registry_under_it():
         ({**GQA, "kv_heads": 16}, ["kv_heads: ", "kv_heads 8", "heads 16"]),
         ({**GQA, "head_dim": 9}, ["rope_fraction: ", "9 channels", "head_dim 10", "8 channels"]),
         ({**GQA, "head_dim": 10, "rope_fraction": 0.25}, ["rope_fraction: ", "2.5 channels", "rope_fraction 0.2 "]),
-        ({**RGQA, "top_k": 5}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 10"]),
+        ({**RGQA, "top_k": 5}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 10"]),
         ({**RGQA, "top_k": 4, "always_on": 1}, ["top_k: ", "of 3", "top_k 1 to 3", "heads 10"]),
         ({**RGQA, "always_on": 4}, ["always_on: ", "always_on 3", "heads 10"]),
         ({**RGQA, "gate": "renorm"}, ["gate: ", "no gradient", "sigmoid2", "detached_renorm", "top_k 2"]),
-        ({**SWITCHHEAD, "top_k": 5}, ["top_k: ", "5 experts picked of 4", "top_k 1 to 4", "experts 5"]),
+        ({**SWITCHHEAD, "top_k": 5}, ["top_k: ", "5 experts selected of 4", "top_k 1 to 4", "experts 5"]),
     ],
 )
 def test_an_impossible_shape_is_refused_with_the_field_the_reason_and_two_ways_out(fields, words):

@@ -1,4 +1,4 @@
-"""What holds for each mechanism: causality, independence of sequences and documents, counted costs."""
+"""Properties of every mechanism: causality, independence of sequences and documents, exact costs, sharding."""
 
 import pytest
 import torch
@@ -152,7 +152,7 @@ def test_a_type_without_an_entry_of_its_own_is_taken_from_the_study(study_mechan
     assert {name: config.type for name, config in found.items()} == {"study: rgqa": "rgqa", "study: moa": "moa"}
 
 
-def test_what_cannot_be_cut_over_ranks_is_known(whole_mechanisms, mechanisms):
+def test_mechanisms_that_cannot_be_sharded_are_known(whole_mechanisms, mechanisms):
     """One KV head; groups that follow the keys; a router that reads the queries of all ranks."""
     here = {name for name in whole_mechanisms if not name.startswith("study: ")}
     assert here == {"moa", "mqa-gated", "dynamic-gqa", "moh-llama"}, (

@@ -254,7 +254,7 @@ def test_a_changed_folder_is_not_read(runs, tmp_path):
     broken(config(files={"../config.json": {"bytes": 1, "sha256": "0" * 64}}), "files")
     broken(config(model=model | {"layers": 10_000}), "too few")
     broken(config(model=model | {"width": 1 << 40}), "too few")
-    broken(config(model=model | {"ffn_width": 24}), r"w_(gate|up|down) is \[.*its config.json makes it")
+    broken(config(model=model | {"ffn_width": 24}), r"w_(gate|up|down) has shape \[.*, config.json implies \[")
 
 
 # ------------------------------------------------------------------ import
