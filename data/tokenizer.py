@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError, TokenizerFile, TrainTokenizer
+from headway.data.places import looked_for
 
 EOS_TOKEN = "<|endoftext|>"
 _MAX_FILE_BYTES = 256 << 20
@@ -75,7 +76,8 @@ def read_file(cfg: TokenizerFile) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"tokenizer.path: {path} cannot be read ({error.strerror}); give a tokenizer.json, or use type: train_bpe"
+            f"tokenizer.path: {path} cannot be read ({error.strerror}{looked_for(path)}); give a tokenizer.json, or use "
+            "type: train_bpe"
         ) from error
 
 
