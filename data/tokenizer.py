@@ -76,8 +76,8 @@ def read_file(cfg: TokenizerFile) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"tokenizer.path: {path} cannot be read ({error.strerror}{looked_for(path)}); give a tokenizer.json, or use "
-            "type: train_bpe"
+            f"tokenizer.path: {path} cannot be read ({error.strerror}{looked_for(path)}); "
+            "give a tokenizer.json, or use type: train_bpe"
         ) from error
 
 

@@ -33,9 +33,14 @@ class Verb:
     hidden: bool = False
 
 
-def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
-    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list)."""
-    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
+def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec", *, kind: str | None = None) -> None:
+    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list).
+
+    `kind` of the file (default: `what`): spec, study, probe or corpus. The command line looks for `args.spec` among the
+    shipped files of that kind as well.
+    """
+    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}, or the name of a shipped one")
+    parser.set_defaults(spec_kind=kind or what)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, override the file")
 
 

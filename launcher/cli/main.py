@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     args.command = main  # for the fork server, which runs commands itself
+    if "spec_kind" in args:
+        from headway.launcher.run.folders import refuse_folder
+
+        refuse_folder(args.spec, args.spec_kind)
     return args.act(args)
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from headway.launcher.run.records import last_progress, read_json
+from headway.launcher.run.state import PREEMPTED, held_by_live_process
+
+__all__ = ["OUTCOMES", "PREEMPTED", "CellState", "cell_state", "failure"]
 
 State = Literal["done", "running", "partial", "failed", "missing"]
 
 OUTCOMES = "outcomes.json"
 """File in the study's folder: cell key -> exit code, last lines and times of its latest attempt."""
-
-PREEMPTED = 75
-"""Exit code of a run that was stopped by a signal: the same command continues it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
     tokens, loss = last_progress(run_dir)
     if read_json(run_dir / "summary.json").get("complete") is True:
         return CellState(state="done", tokens=tokens, loss=loss)
-    if _held_by_live_process(run_dir):
+    if held_by_live_process(run_dir):
         return CellState(state="running", tokens=tokens, loss=loss)
     if outcome and outcome.get("exit_code") not in (0, PREEMPTED):
         return CellState(state="failed", tokens=tokens, loss=loss, detail=failure(outcome))
@@ -47,17 +45,3 @@ def failure(outcome: dict[str, Any]) -> str:
     told = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
     how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
     return f"{how}: {told[-1][:300]}" if told else how
-
-
-def _held_by_live_process(run_dir: Path) -> bool:
-    # Reading the holder's id, and not trying the lock, so that looking at a study can never keep a run out.
-    try:
-        pid, _, host = (run_dir / "run.lock").read_text().partition(" on ")
-        if host not in ("", socket.gethostname()[:64]):
-            return False  # its processes cannot be seen from here
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True

@@ -25,9 +25,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=
 def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
     """The file and the files it is based on, lowest first, dotted keys nested.
 
-    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Other relative paths mean the
-    working folder and, where they are not there, the folder of the file (`headway.launcher.spec.paths`). Raises NoInputError if
-    `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
+    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Other relative paths mean
+    the working folder and, where they are not there, the folder of the file (`headway.launcher.spec.paths`).
+    Raises NoInputError if `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle
+    of bases included.
     """
     label, layers, seen = str(path), [], []
     while True:
