@@ -48,8 +48,10 @@ def _run(args: argparse.Namespace) -> int:
     args.command = main  # for the fork server, which runs commands itself
     if "spec_kind" in args:
         from headway.launcher.run.folders import refuse_folder
+        from headway.launcher.spec.shipped import find_spec
 
         refuse_folder(args.spec, args.spec_kind)
+        args.spec = find_spec(args.spec, args.spec_kind)
     return args.act(args)
 
 
