@@ -1,4 +1,4 @@
-"""Verbs that belong to no other room: the machine, datasets, schemas, and the hidden fork server."""
+"""Verbs that belong to no other room: the machine, projects, datasets, folders, schemas, the hidden fork server."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor(as_json=args.json)
 
 
+def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="corpus")
+
+
 def _build(args: argparse.Namespace) -> int:
     from headway.launcher.cli.corpus import build_corpus
 
@@ -24,6 +28,41 @@ def _verify(args: argparse.Namespace) -> int:
     from headway.launcher.cli.corpus import verify_corpus
 
     return verify_corpus(args.spec, args.overrides)
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: this folder")
+
+
+def _init(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.project import init_project
+
+    return init_project(args.folder)
+
+
+def _ls_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", type=Path, nargs="*", metavar="FOLDER", help="default: runs and studies, or else this folder"
+    )
+    json_argument(parser)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.listing import list_places
+
+    return list_places(args.folders, as_json=args.json)
+
+
+def _rm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN|STUDY", help="folder of a run or a study")
+    parser.add_argument("--checkpoints", action="store_true", help="delete checkpoints only, keep all records")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.removing import remove
+
+    return remove(args.folders, yes=args.yes, checkpoints=args.checkpoints)
 
 
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +103,14 @@ VERBS = (
         order=1,
     ),
     Verb(
+        name="init",
+        help="write the files of a first project: corpus, model, study, README",
+        examples=("headway init my-project",),
+        arguments=_init_arguments,
+        run=_init,
+        order=5,
+    ),
+    Verb(
         name="data",
         help="build a dataset from text, or verify one",
         order=10,
@@ -72,17 +119,33 @@ VERBS = (
                 name="build",
                 help="text to tokenizer, shards and manifest",
                 examples=("headway data build yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_build,
             ),
             Verb(
                 name="verify",
                 help="check every file's hash",
                 examples=("headway data verify yaml/data/stdlib.yaml",),
-                arguments=spec_arguments,
+                arguments=_corpus_arguments,
                 run=_verify,
             ),
         ),
+    ),
+    Verb(
+        name="ls",
+        help="runs and studies: state, steps, tokens, validation loss, size, age",
+        examples=("headway ls", "headway ls studies/quickstart --json"),
+        arguments=_ls_arguments,
+        run=_ls,
+        order=71,
+    ),
+    Verb(
+        name="rm",
+        help="delete runs and studies, or their checkpoints, after asking",
+        examples=("headway rm runs/quickstart", "headway rm studies/quickstart --checkpoints --yes"),
+        arguments=_rm_arguments,
+        run=_rm,
+        order=72,
     ),
     Verb(
         name="schema",
