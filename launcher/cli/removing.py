@@ -120,7 +120,7 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
             if entry.name not in _RUN_FOLDERS:
                 raise _foreign(entry)
         return
-    if kind == "study" and not (path / "cells").is_dir():
+    if kind == "study" and not any((path / name).exists() for name in ("cells", "study.lock")):
         raise SpecError(f"{path}: holds a report, but no runs (`cells`); delete the folder by hand if it is not needed")
     for entry in _entries(path, _STUDY_FILES):
         if kind == "probe":

@@ -40,7 +40,9 @@ def make_run():
     def make(path: Path, *, step: int = 10, validations: dict[int, float] | None = None, complete: bool = True) -> Path:
         (path / "checkpoints/step-0000000005").mkdir(parents=True)
         (path / "checkpoints/step-0000000005/tensors.safetensors").write_bytes(bytes(1000))
-        (path / "logs").mkdir()
+        for name in ("logs", "tensorboard"):
+            (path / name).mkdir()
+            (path / name / f"{name}.0").touch()
         (path / "run.lock").touch()
         (path / "worker.lock").touch()
         (path / "run_id.json").write_text('"mine"')

@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from headway.launcher.cli.main import main
+from headway.launcher.cli.removing import _delete_in
+from headway.launcher.run.folders import kind_of
 from headway.launcher.run.run_dir import RunDir
 
 
@@ -145,20 +150,37 @@ def test_the_folder_one_stands_in_is_refused(place, capsys, monkeypatch):
     assert "the folder you are in" in capsys.readouterr().err and (place / "runs/one/spec.json").exists()
 
 
-def test_an_interrupted_deletion_can_be_begun_again(place, monkeypatch):
-    import shutil
+def test_a_deletion_that_is_interrupted_anywhere_can_be_begun_again(tmp_path, monkeypatch, make_study):
+    monkeypatch.chdir(tmp_path)
+    left = {"unlink": os.unlink, "rmdir": os.rmdir}
+    interrupted = 0
+    for last in range(1, 200, 2):
+        make_study(tmp_path / "s")
+        calls = iter(range(last))
 
-    real, done = shutil.rmtree, []
+        def interrupt(name, *words, real=None, calls=calls, **options):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return real(name, *words, **options)
 
-    def rmtree(name, **options):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(name)
-        real(name, **options)
+        with monkeypatch.context() as patch:
+            for name, real in left.items():
+                patch.setattr(os, name, partial(interrupt, real=real))
+            code = main(["rm", "s", "--yes"])
+        if code == 0:
+            break
+        interrupted += 1
+        assert code == 130
+        if kind_of(tmp_path / "s") is None:  # everything is gone but what says that somebody is here
+            assert [path.name for path in (tmp_path / "s").iterdir()] in ([], ["study.lock"])
+            shutil.rmtree(tmp_path / "s")
+        assert not (tmp_path / "s").exists() or main(["rm", "s", "--yes"]) == 0
+        assert not (tmp_path / "s").exists()
+    assert interrupted > 10
 
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    assert main(["rm", "studies/s", "--yes"]) == 130
-    monkeypatch.undo()
-    assert (place / "studies/s/study.json").exists()
-    assert main(["rm", str(place / "studies/s"), "--yes"]) == 0
-    assert not (place / "studies/s").exists()
+
+def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(place):
+    (place / "link").symlink_to(place / "runs/one")
+    with pytest.raises(OSError):
+        _delete_in(place / "link", ["checkpoints"])
+    assert (place / "runs/one/checkpoints").is_dir()
