@@ -100,7 +100,7 @@ def _target(path: Path, checkpoints: bool) -> Target:
         raise SpecError(f"{shown}: is no run, study or probe folder of Headway; `headway ls` lists what there is")
     if Path.cwd().is_relative_to(path.resolve()):
         raise SpecError(f"{shown}: is the folder you are in, or above it; go to another folder and name it from there")
-    held = tuple(_checked(path, kind))
+    held: tuple[tuple[Path, Kind], ...] = tuple(_checked(path, kind))
     above = path.resolve().parents
     if kind == "run" and len(above) > 2 and above[0].parent.name == "cells" and kind_of(above[2]) == "study":
         held = ((above[2], "study"), *held)  # which may be about to train this cell

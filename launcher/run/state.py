@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from headway.launcher.run.lines import decode
 from headway.launcher.run.run_dir import RunDir, read_mapping
@@ -109,8 +109,9 @@ def _steps(spec: dict[str, Any]) -> int | None:
     train, data = spec.get("train"), spec.get("data")
     if not isinstance(train, dict) or not isinstance(data, dict):
         return None
-    numbers = [train.get("tokens"), train.get("global_batch"), data.get("seq_len")]
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
+    given = [train.get("tokens"), train.get("global_batch"), data.get("seq_len")]
+    numbers = [number for number in given if isinstance(number, int) and number > 0]
+    if len(numbers) < 3:
         return None
     tokens, batch, length = numbers
     return -(-tokens // (batch * length))
@@ -132,5 +133,5 @@ def _seconds(text: str) -> int:
     return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

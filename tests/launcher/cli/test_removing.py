@@ -158,7 +158,7 @@ def test_a_deletion_that_is_interrupted_anywhere_can_be_begun_again(tmp_path, mo
         make_study(tmp_path / "s")
         calls = iter(range(last))
 
-        def interrupt(name, *words, real=None, calls=calls, **options):
+        def interrupt(name, *words, real, calls=calls, **options):
             if next(calls, None) is None:
                 raise KeyboardInterrupt
             return real(name, *words, **options)
