@@ -175,10 +175,8 @@ def _confirmed(targets: Sequence[Target], checkpoints: bool) -> bool:
         raise SpecError("rm: deletes for good, and nobody can be asked here; add --yes to the same command")
     size = disk_size(sum(target.bytes for target in targets))
     what = "the checkpoints (records stay; runs that are not done cannot go on)" if checkpoints else "all of this"
-    try:
-        return input(f"delete {what}, {size}? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+    print(f"delete {what}, {size}? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _delete(folder: Path) -> None:
