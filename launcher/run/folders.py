@@ -70,8 +70,12 @@ def not_a_run(path: Path) -> str:
     if path.is_file():
         return f"{shown} is a file; name the run's folder{_of_file(path)}"
     if not path.exists():
-        return f"{shown}: no such folder (looked for {path.absolute()}); `headway ls` lists the runs there are"
-    return f"{shown} holds no spec.json: train one with `headway train SPEC`; it says where its run folder is"
+        return (
+            f"{shown}: no such folder (looked for {path.absolute()}); name the folder of a run: `headway ls` lists them"
+        )
+    return (
+        f"{shown} holds no spec.json: train one with `headway train SPEC`, or name the folder of a run (`headway ls`)"
+    )
 
 
 def refuse_folder(path: Path, kind: str) -> None:
