@@ -23,6 +23,7 @@ from headway.data.config import (
 )
 from headway.data.document import Document
 from headway.data.manifest import canonical_json
+from headway.data.places import looked_for
 
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -70,7 +71,7 @@ def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus
         if not matches:
             raise DataError(
                 f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
-                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}' (relative to {Path.cwd()})"
+                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}'{looked_for(given)}"
             )
         for id, path in matches:
             found.setdefault(path, id)

@@ -19,6 +19,7 @@ import xxhash
 from pydantic import Field, StringConstraints, ValidationError
 
 from headway.data.config import DataError, StrictModel
+from headway.data.places import looked_for
 
 MANIFEST_NAME = "MANIFEST.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -122,8 +123,8 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{root}: no dataset here ({MANIFEST_NAME} is missing); build it with `headway data build SPEC`, "
-            "or set data.source.path to the folder of a built dataset"
+            f"{root}: no dataset here ({MANIFEST_NAME} is missing{looked_for(root)}); build it with "
+            "`headway data build SPEC`, or set data.source.path to the folder of a built dataset"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {rebuild_hint(root)}") from error

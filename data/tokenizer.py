@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError, TokenizerFile, TrainTokenizer
+from headway.data.places import looked_for
 from headway.data.progress import Bar, Shown, progress_of
 
 EOS_TOKEN = "<|endoftext|>"
@@ -83,7 +84,8 @@ def read_file(cfg: TokenizerFile) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"tokenizer.path: {path} cannot be read ({error.strerror}); give a tokenizer.json, or use type: train_bpe"
+            f"tokenizer.path: {path} cannot be read ({error.strerror}{looked_for(path)}); "
+            "give a tokenizer.json, or use type: train_bpe"
         ) from error
 
 

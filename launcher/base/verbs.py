@@ -38,14 +38,17 @@ GROUPS = ((0, "before a run"), (30, "runs and studies"), (50, "speed"), (60, "af
 """Headings of the help: each holds the verbs whose `order` is at least its number, up to the next one."""
 
 
-def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec", keys_of: str = "spec") -> None:
+def spec_arguments(
+    parser: argparse.ArgumentParser, what: str = "spec", *, kind: str | None = None, keys_of: str = "spec"
+) -> None:
     """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list).
 
-    `what` the file is, for the help. `keys_of`: the kind of file whose keys the overrides are, "spec" or "corpus", for
-    completion in shells.
+    `what` the file is, for the help. `kind` of the file (default: `what`): spec, study, probe or corpus. The command
+    line looks for `args.spec` among the shipped files of that kind as well. `keys_of`: the kind of file whose keys the
+    overrides are, "spec" or "corpus", for completion in shells.
     """
-    parser.set_defaults(keys_of=keys_of)
-    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
+    parser.set_defaults(keys_of=keys_of, spec_kind=kind or what)
+    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="value of a dotted key; overrides the file")
 
 

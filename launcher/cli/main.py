@@ -60,6 +60,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     args.command = main  # for the fork server, which runs commands itself
+    if "spec_kind" in args:
+        from headway.launcher.run.folders import refuse_folder
+        from headway.launcher.spec.shipped import find_spec
+
+        refuse_folder(args.spec, args.spec_kind)
+        args.spec = find_spec(args.spec, args.spec_kind)
     # `headway chaos --json` takes the name of a file.
     with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
         return args.act(args)

@@ -1,4 +1,4 @@
-"""Verbs that belong to no other room: the machine, datasets, schemas, shells, and the hidden fork server."""
+"""Verbs of no other room: the machine, projects, datasets, folders, schemas, shells, the hidden fork server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    spec_arguments(parser)
+    spec_arguments(parser, what="corpus", keys_of="corpus")
     output_arguments(parser)
 
 
@@ -29,6 +29,41 @@ def _verify(args: argparse.Namespace) -> int:
     from headway.launcher.cli.corpus import verify_corpus
 
     return verify_corpus(args.spec, args.overrides)
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: this folder")
+
+
+def _init(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.project import init_project
+
+    return init_project(args.folder)
+
+
+def _ls_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", type=Path, nargs="*", metavar="FOLDER", help="default: runs and studies, or else this folder"
+    )
+    output_arguments(parser)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.listing import list_places
+
+    return list_places(args.folders, as_json=args.json)
+
+
+def _rm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN|STUDY", help="folder of a run or a study")
+    parser.add_argument("--checkpoints", action="store_true", help="delete checkpoints only, keep all records")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from headway.launcher.cli.removing import remove
+
+    return remove(args.folders, yes=args.yes, checkpoints=args.checkpoints)
 
 
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +80,6 @@ def _schema(args: argparse.Namespace) -> int:
     from headway.launcher.cli.schema import write_schema
 
     return write_schema(args.out)
-
-
-def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    spec_arguments(parser, what="corpus", keys_of="corpus")
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +130,14 @@ VERBS = (
         order=1,
     ),
     Verb(
+        name="init",
+        help="write the files of a first project: corpus, model, study, README",
+        examples=("headway init my-project",),
+        arguments=_init_arguments,
+        run=_init,
+        order=5,
+    ),
+    Verb(
         name="data",
         help="build or verify a dataset",
         order=10,
@@ -118,6 +157,22 @@ VERBS = (
                 run=_verify,
             ),
         ),
+    ),
+    Verb(
+        name="ls",
+        help="runs and studies: state, steps, tokens, validation loss, size, age",
+        examples=("headway ls", "headway ls studies/quickstart --json"),
+        arguments=_ls_arguments,
+        run=_ls,
+        order=71,
+    ),
+    Verb(
+        name="rm",
+        help="delete runs and studies, or their checkpoints, after asking",
+        examples=("headway rm runs/quickstart", "headway rm studies/quickstart --checkpoints --yes"),
+        arguments=_rm_arguments,
+        run=_rm,
+        order=72,
     ),
     Verb(
         name="schema",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,7 @@ from typing import Any, Literal
 from headway.launcher.base.errors import PREEMPTED
 from headway.launcher.run.records import last_progress, last_validation
 from headway.launcher.run.run_dir import read_mapping
+from headway.launcher.run.state import held_by_live_process
 
 State = Literal["done", "running", "partial", "failed", "missing"]
 
@@ -43,7 +42,7 @@ def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
 def _state(run_dir: Path, outcome: dict[str, Any] | None, tokens: int) -> tuple[State, str]:
     if read_mapping(run_dir / "summary.json").get("complete") is True:
         return "done", ""
-    if _held_by_live_process(run_dir):
+    if held_by_live_process(run_dir):
         return "running", ""
     if outcome and outcome.get("exit_code") not in (0, PREEMPTED):
         return "failed", failure(outcome)
@@ -62,17 +61,3 @@ def failure(outcome: dict[str, Any]) -> str:
     told = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
     how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
     return f"{how}: {told[-1][:300]}" if told else how
-
-
-def _held_by_live_process(run_dir: Path) -> bool:
-    # Reading the holder's id, and not trying the lock, so that looking at a study can never keep a run out.
-    try:
-        pid, _, host = (run_dir / "run.lock").read_text().partition(" on ")
-        if host not in ("", socket.gethostname()[:64]):
-            return False  # its processes cannot be seen from here
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True

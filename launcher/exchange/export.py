@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from headway.launcher.base import console
-from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
+from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
 from headway.launcher.run.codec import Codec
-from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.folders import find_run
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.spec import Spec
@@ -49,9 +49,7 @@ def export(
     if max_shard_bytes < MIN_SHARD_BYTES:
         raise SpecError(f"--max-shard-bytes: {max_shard_bytes} is too small; use 5e9, or leave it out")
     refuse_taken(out, option="OUT")
-    run = RunDir(path)
-    if not run.spec.is_file():
-        raise NoInputError(f"{path} holds no spec.json: name the folder of a run; `headway train` says where it is")
+    run = find_run(path)
     spec = stored_spec(run)
     codec = Codec.of(spec, run)
     if to == "hf":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.codec import Codec
+from headway.launcher.run.folders import not_a_run
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.spec import Spec
@@ -60,8 +61,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     elif (path / "config.json").is_file():
         model, codec, ids, seq_len, title = _of_weights(path, prompt)
     else:
-        hint = f"{path} is a file; name the run's folder" if path.is_file() else f"{path} holds no spec.json"
-        raise NoInputError(f"{hint}: train one with `headway train SPEC`; it says where its run folder is")
+        raise NoInputError(not_a_run(path))
     if len(ids) + sampling.tokens > seq_len:
         console.note(
             f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {seq_len} the run "

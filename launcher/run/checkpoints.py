@@ -13,6 +13,8 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError
+from headway.launcher.base.text import age
+from headway.launcher.run.folders import not_a_run
 from headway.launcher.run.run_dir import RunDir
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import (
@@ -49,7 +51,7 @@ def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
         layout = " ".join(f"{name} {size}" for name, size in row["layout"].items() if size > 1) or "one process"
         console.result(
             f"{row['step']:>10}  {row['tokens']:>15,}  {loss:>10}  {row['bytes'] / 1e6:>7.1f} MB  "
-            f"{_age(row['age_s']):>8}  {layout}"
+            f"{age(row['age_s']):>8}  {layout}"
         )
     return 0
 
@@ -104,14 +106,15 @@ def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
 def _folders(path: Path, step: int | None) -> list[Path]:
     run = RunDir(path)
     folders = steps_on_disk(run.checkpoints)
+    if not folders and not run.spec.exists():
+        raise NoInputError(not_a_run(path))
     if step is not None:
         there = ", ".join(str(step_of(p)) for p in folders) or "none"
         folders = [p for p in folders if step_of(p) == step]
         if not folders:
             raise NoInputError(f"{run.checkpoints}: there is no checkpoint of step {step}; there are: {there}")
     if not folders:
-        hint = "it has saved none yet" if run.spec.exists() else "it is no run folder; name the folder with spec.json"
-        raise NoInputError(f"{path}: there is no checkpoint ({hint})")
+        raise NoInputError(f"{path}: there is no checkpoint (it has saved none yet)")
     return folders
 
 
@@ -139,10 +142,3 @@ def _row(folder: Path) -> dict[str, Any] | None:
         "age_s": age_s,
         "milestone": bool(state.get("milestone")),
     }
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

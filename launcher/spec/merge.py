@@ -14,6 +14,7 @@ from typing import Any
 
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.spec.fields import Shape
+from headway.launcher.spec.paths import place_paths
 from headway.launcher.spec.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
 
 MAX_BASES = 16
@@ -25,15 +26,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=
 def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
     """The file and the files it is based on, lowest first, dotted keys nested.
 
-    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Raises NoInputError if
-    `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
+    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Other relative paths mean
+    the working folder and, where they are not there, the folder of the file (`headway.launcher.spec.paths`).
+    Raises NoInputError if `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle
+    of bases included.
     """
     label, layers, seen = str(path), [], []
     while True:
         node = load_yaml(path, label)
         seen.append((path.resolve(), label))
         base = node.value.pop("base", None) if inherit else None
-        layers.append(nest(node, shape))
+        layer = nest(node, shape)
+        place_paths(layer, path.parent)
+        layers.append(layer)
         if base is None:
             return layers[::-1]
         if not isinstance(base.value, str) or not base.value:

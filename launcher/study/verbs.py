@@ -19,7 +19,7 @@ def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
-    spec_arguments(parser, what="probe tasks")
+    spec_arguments(parser, what="probe tasks", kind="probe")
     output_arguments(parser)
 
 
