@@ -45,12 +45,25 @@ def test_verbs_and_actions_follow_their_names_without_the_hidden_ones() -> None:
 
 
 def test_a_word_comes_with_its_description() -> None:
-    assert "train\ttrain one spec; the same command again continues it" in complete("headway t", PARSER)
+    assert "train\ttrain one spec; the same command again continues the run" in complete("headway t", PARSER)
 
 
 def test_options_follow_a_dash_once_each_unless_they_repeat() -> None:
-    assert words("headway train --") == ["--help", "--dry-run", "--node-rank", "--print-config"]
-    assert words("headway train x.yaml --dry-run --") == ["--help", "--node-rank", "--print-config"]
+    assert words("headway train --") == [
+        "--help",
+        "--dry-run",
+        "--node-rank",
+        "--print-config",
+        "--quiet",
+        "--json",
+    ]
+    assert words("headway train x.yaml --dry-run --") == [
+        "--help",
+        "--node-rank",
+        "--print-config",
+        "--quiet",
+        "--json",
+    ]
     assert "--against" in words("headway bench step x.yaml --against a.b=1 --")
 
 
