@@ -1,1 +1,1 @@
-"""Text to tokenizer to MDS shards to packed, resumable, order-stable batches."""
+"""Data pipeline: corpora, tokenizers, MDS shards, and packed batches in a reproducible, resumable order."""

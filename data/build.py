@@ -1,8 +1,8 @@
-"""`headway data build`: a corpus in; tokenizer, MDS shards and manifest out.
+"""`headway data build`: converts a corpus to a tokenizer, MDS shards and a manifest.
 
-The corpus is read once. Its text lies in a temporary file while the tokenizer is trained and applied, so memory holds
-one batch of documents and a few bytes per document. Everything is made in a folder beside the target, which takes its
-place when it is complete: a build that is interrupted changes nothing.
+The corpus is read once. Its text is spooled to a temporary file while the tokenizer is trained and applied, so memory
+holds one batch of documents and a few bytes per document. The dataset is built in a folder next to the target and
+renamed when it is complete, so an interrupted build changes nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from headway.data import corpora, tokenizer
 from headway.data.config import CorpusConfig, DataError, MdsSource, StdlibCorpus, TrainTokenizer
@@ -38,31 +36,36 @@ from headway.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from headway.data.progress import Reporter, Shown, progress_of, to_stderr
 from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
 from headway.data.verify import verify
 
-# Encoding takes about 125 bytes of memory a byte of text, so this is what bounds memory.
+# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory.
 _BATCH_BYTES = 2 << 20
 
 
-def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) -> Manifest:
-    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there already, whole and current.
+def build(
+    cfg: CorpusConfig, *, out: Path | None = None, progress: Shown = False, say: Callable[[str], None] = to_stderr
+) -> Manifest:
+    """Build the dataset of `cfg` in `out` (default: `cfg.out_dir()`), unless it is there, valid and up to date.
 
-    Raises DataError for a corpus that cannot be used, a folder that holds something else, a full disk, or while
-    another process builds the same dataset.
+    `progress` shows the progress; `say` is called with whole lines that report each step and its result.
+    Raises DataError if the corpus is not usable, if the folder contains something else, if the disk is full, or if
+    another process is building the same dataset.
     """
+    reporter = Reporter(progress=progress_of(progress), say=say)
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock", timeout=0):
             _tidy_up(target)
             source = corpora.source_fingerprint(cfg)
-            current = _current(cfg, target, source)
+            current = _current(cfg, target, source, reporter)
             if current is not None:
-                _say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
+                say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
                 return current
-            manifest = _build_beside(cfg, target, source, progress)
+            manifest = _build_beside(cfg, target, source, reporter)
     except Timeout:
         raise DataError(
             f"{target}: another process is building it; wait for it, or give this build another `out`"
@@ -72,7 +75,7 @@ def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) 
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
             "permissions and run the same command again, or give another `out`"
         ) from error
-    _say(
+    say(
         f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens, "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
@@ -80,7 +83,7 @@ def build(cfg: CorpusConfig, *, out: Path | None = None, progress: bool = True) 
 
 
 def _tidy_up(target: Path) -> None:
-    """Clear away what an interrupted build left; if it stopped between its two renames, undo the first."""
+    """Remove the folders of an interrupted build. If it stopped between its two renames, undo the first one."""
     left = re.compile(re.escape(target.name) + r"\.(replaced|building)-[0-9]+")
     for path in sorted(target.parent.iterdir()):
         match = left.fullmatch(path.name)
@@ -96,8 +99,8 @@ def _settings(cfg: CorpusConfig) -> dict[str, Any]:
     return cfg.model_dump(mode="json", exclude={"out"})
 
 
-def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
-    """The dataset in `target` if `cfg` would build the same again; None when it has to be built."""
+def _current(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest | None:
+    """Manifest of the dataset in `target` if it is valid and up to date; None if it must be built."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     if not (target / MANIFEST_NAME).is_file():
@@ -107,29 +110,30 @@ def _current(cfg: CorpusConfig, target: Path, source: str) -> Manifest | None:
     try:
         manifest = read_manifest(target)
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: rebuilding it")
         return None
     if manifest.name != cfg.name:
         raise DataError(
-            f"{target}: holds the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by hand"
+            f"{target}: contains the dataset {manifest.name!r}, not {cfg.name!r}; give another `out`, or remove it by "
+            "hand"
         )
     try:
         if manifest.settings != _settings(cfg) or manifest.source_fingerprint != source:
-            _say(f"{target}: settings or corpus changed; building it anew")
+            reporter.say(f"{target}: settings or corpus changed; rebuilding it")
             return None
-        verify(MdsSource(type="mds", path=str(target)))
+        verify(MdsSource(type="mds", path=str(target)), progress=reporter.progress)
     except DataError as error:
-        _say(f"{error}\n{target}: building it anew")
+        reporter.say(f"{error}\n{target}: rebuilding it")
         return None
     return manifest
 
 
-def _build_beside(cfg: CorpusConfig, target: Path, source: str, progress: bool) -> Manifest:
+def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest:
     staging = target.with_name(f"{target.name}.building-{os.getpid()}")
     replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     staging.mkdir()
     try:
-        manifest = _fill(cfg, staging, source, progress)
+        manifest = _fill(cfg, staging, source, reporter)
         if target.exists():
             target.rename(replaced)
         staging.rename(target)
@@ -141,12 +145,12 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, progress: bool) 
     return manifest
 
 
-def _fill(cfg: CorpusConfig, folder: Path, source: str, progress: bool) -> Manifest:
+def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    found = scan(cfg, spool, progress=progress)
+    found = scan(cfg, spool, progress=reporter.progress)
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, progress)
-        written = {split: _write_split(cfg, split, found, text, chosen, folder, progress) for split in SPLITS}
+        chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
+        written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}
     spool.unlink()
     train, validation = written["train"], written["validation"]
     share = (train.token_counts + 1.0) / (train.token_counts.sum() + chosen.vocab_size)
@@ -178,13 +182,15 @@ def _dtype(vocab_size: int) -> Any:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progress: bool) -> tokenizer.CorpusTokenizer:
+def _tokenizer(
+    cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, reporter: Reporter
+) -> tokenizer.CorpusTokenizer:
     if not isinstance(cfg.tokenizer, TrainTokenizer):
         return tokenizer.take_file(cfg.tokenizer, out=out)
     limit = cfg.tokenizer.max_train_bytes
 
     def training_texts() -> Iterator[str]:
-        # In hash order, so that a limit takes a sample of the corpus and not its beginning.
+        # In hash order, so that a limit takes a random sample of the corpus instead of its beginning.
         taken = 0
         for document in found.order["train"]:
             if taken >= limit:
@@ -193,11 +199,11 @@ def _tokenizer(cfg: CorpusConfig, found: Scan, text: mmap.mmap, out: Path, progr
             taken += len(data)
             yield data.decode("utf-8")
 
-    chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=progress)
+    chosen = tokenizer.train(cfg.tokenizer, training_texts(), out=out, progress=reporter.progress)
     if chosen.vocab_size < cfg.tokenizer.vocab_size:
-        _say(
-            f"tokenizer: the corpus offers {chosen.vocab_size:,} tokens, fewer than vocab_size "
-            f"{cfg.tokenizer.vocab_size:,}; the dataset has {chosen.vocab_size:,}"
+        reporter.say(
+            f"tokenizer: the corpus gives only {chosen.vocab_size:,} tokens, fewer than vocab_size "
+            f"{cfg.tokenizer.vocab_size:,}; the dataset has a vocabulary of {chosen.vocab_size:,}"
         )
     return chosen
 
@@ -215,9 +221,9 @@ def _write_split(
     text: mmap.mmap,
     chosen: tokenizer.CorpusTokenizer,
     folder: Path,
-    progress: bool,
+    reporter: Reporter,
 ) -> _Written:
-    """Encode a split and write its shards: one sample a document, in the order of the hashes."""
+    """Encode a split and write its shards: one sample per document, in hash order."""
     order = found.order[split]
     dtype = np.dtype(_dtype(chosen.vocab_size))
     lengths = np.empty(len(order), dtype="<u4")
@@ -231,7 +237,7 @@ def _write_split(
         size_limit=cfg.shard_bytes,
     )
     row = 0
-    with writer, _bar(progress, split, text_bytes) as bar:
+    with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
         for batch in _batches(found, order):
             encoded = chosen.encode([found.text(text, document).decode("utf-8") for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
@@ -247,7 +253,7 @@ def _write_split(
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
-    """Documents of at most _BATCH_BYTES of text together, or one that is longer alone."""
+    """Yield batches of documents with at most _BATCH_BYTES of text, or a single longer document."""
     begin = size = 0
     for place, length in enumerate(found.lengths[order]):
         if place > begin and size + length > _BATCH_BYTES:
@@ -256,11 +262,3 @@ def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:
         size += int(length)
     if begin < len(order):
         yield order[begin:]
-
-
-def _bar(progress: bool, what: str, total: int) -> Any:
-    return tqdm(total=total, desc=f"encode {what}", unit="B", unit_scale=True, file=sys.stderr, disable=not progress)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""What a run says about its data, and what `headway data build` says about a corpus.
+"""Config of the data of a run, and of a corpus for `headway data build`.
 
-Sizes are in tokens unless a name says otherwise.
+Sizes are in tokens unless the name has another unit.
 """
 
 from __future__ import annotations
@@ -12,43 +12,45 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
-    """Frozen, keyword-only, refuses unknown keys and silent type changes."""
+    """Base of these configs: frozen, keyword-only; unknown keys and implicit type conversions are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataError(Exception):
-    """A corpus, a tokenizer or a shard is not what it should be. The message says what to do next."""
+    """A corpus, a tokenizer or a shard is invalid. The message says what to do next."""
 
     exit_code = 65
 
 
-# ---------------------------------------------------------------- what a run reads
+# ---------------------------------------------------------------- data of a run
 
 
 class MdsSource(StrictModel):
-    """Tokenised shards made by `headway data build`."""
+    """Tokenized shards built by `headway data build`."""
 
     type: Literal["mds"]
     path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
-    remote: str | None = Field(default=None, description="where the dataset is fetched from, shard by shard, when set")
+    remote: str | None = Field(default=None, description="URL or folder from which shards are fetched on demand")
 
 
 class SyntheticSource(StrictModel):
-    """A seeded endless source whose loss floor is known exactly; needs no files.
+    """A seeded infinite source with an exactly known minimum loss. Needs no files.
 
-    `mqar` is multi-query associative recall: `pairs` key-value pairs, then `queries` keys whose values are asked for.
-    `copy` repeats a random string of `span` tokens; `induction` shows a random string of `span` different tokens, then
-    `queries` of them again: the token after the second showing of a token is the one after its first showing. Only
-    tokens that can be predicted carry a loss. Layout and math: `headway.data.synthetic`.
+    mqar: Multi-query associative recall: `pairs` key-value pairs, then `queries` of the keys; predict their values.
+    copy: A random string of `span` tokens, then the same string again; predict the repetition.
+    induction: A random string of `span` distinct tokens, then `queries` of them; predict the token that followed each
+        one in the string.
+
+    Only predictable tokens have a loss. Layout and math: `headway.data.synthetic`.
     """
 
     type: Literal["synthetic"]
     task: Literal["mqar", "copy", "induction"]
     vocab_size: int = Field(default=64, ge=8, le=65_536)
-    pairs: int = Field(default=8, ge=1, description="mqar: key-value pairs shown")
-    queries: int = Field(default=8, ge=1, description="mqar, induction: tokens asked for")
-    span: int = Field(default=16, ge=1, description="copy: tokens to repeat; induction: tokens shown")
+    pairs: int = Field(default=8, ge=1, description="mqar: number of key-value pairs")
+    queries: int = Field(default=8, ge=1, description="mqar, induction: number of tokens to predict")
+    span: int = Field(default=16, ge=1, description="copy: tokens to repeat; induction: length of the string")
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticSource:
@@ -85,32 +87,30 @@ class SyntheticSource(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """Where tokens come from and how they are packed into sequences."""
+    """Source of the tokens, packing into sequences, and loading."""
 
     source: Annotated[MdsSource | SyntheticSource, Field(discriminator="type")]
     seq_len: int = Field(ge=2, le=1 << 20, description="tokens per packed sequence")
     document_mask: bool = Field(default=True, description="a token never attends to or predicts into another document")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="order of the data; nothing else depends on it")
-    workers: int = Field(default=1, ge=0, le=64, description="threads that prepare batches ahead; 0 prepares inline")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of the data order only")
+    workers: int = Field(default=1, ge=0, le=64, description="threads that prefetch batches; 0: no prefetching")
     prefetch: int = Field(default=2, ge=1, le=64, description="steps prepared ahead of the one being trained")
-    shuffle_window: int = Field(default=8, ge=1, description="shards whose sequences are mixed with each other")
-    retry_s: float = Field(
-        default=5.0, ge=0, le=3600, description="a shard that cannot be read is tried again for so long"
-    )
+    shuffle_window: int = Field(default=8, ge=1, description="number of shards whose sequences are shuffled together")
+    retry_s: float = Field(default=5.0, ge=0, le=3600, description="seconds to retry a shard that cannot be read")
     timeout_s: float = Field(
         default=240.0,
         gt=0,
         le=86_400,
-        description="a batch that does not come in so long, or in 4/5 of launch.hang_s or launch.timeout_s, is an "
-        "error; needs workers >= 1",
+        description="seconds after which waiting for a batch is an error, at most 4/5 of launch.hang_s and "
+        "launch.timeout_s; needs workers >= 1",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.retry_s >= self.timeout_s:
             raise ValueError(
-                f"retry_s: a shard that is tried again for {self.retry_s:g} s outlasts timeout_s {self.timeout_s:g}, "
-                f"which would not say why; use retry_s < {self.timeout_s:g} or timeout_s > {self.retry_s:g}"
+                f"retry_s: retrying a shard for {self.retry_s:g} s exceeds timeout_s {self.timeout_s:g}, whose error "
+                f"would hide the reason; use retry_s < {self.timeout_s:g} or timeout_s > {self.retry_s:g}"
             )
         if isinstance(self.source, SyntheticSource) and self.source.problem_length > self.seq_len + 1:
             need = self.source.problem_length - 1
@@ -121,11 +121,11 @@ class DataConfig(StrictModel):
         return self
 
 
-# ---------------------------------------------------------------- what a corpus build reads
+# ---------------------------------------------------------------- corpus of a build
 
 
 class StdlibCorpus(StrictModel):
-    """The source of the Python standard library that runs Headway: real text on every machine."""
+    """The source code of the running Python's standard library: real text that is available on every machine."""
 
     type: Literal["stdlib"]
 
@@ -138,7 +138,7 @@ class TextCorpus(StrictModel):
 
 
 class JsonlCorpus(StrictModel):
-    """JSON lines, one document a line; `.gz`, `.xz` and `.zst` are read as they are."""
+    """JSON lines, one document per line; `.gz`, `.xz` and `.zst` files are decompressed."""
 
     type: Literal["jsonl"]
     paths: list[str] = Field(min_length=1)
@@ -146,7 +146,7 @@ class JsonlCorpus(StrictModel):
 
 
 class ParquetCorpus(StrictModel):
-    """Parquet files, one document a row."""
+    """Parquet files, one document per row."""
 
     type: Literal["parquet"]
     paths: list[str] = Field(min_length=1)
@@ -160,7 +160,7 @@ class HuggingFaceCorpus(StrictModel):
     dataset: str
     subset: str | None = None
     revision: str | None = Field(
-        default=None, description="commit or tag of the dataset; set it to build the same twice"
+        default=None, description="commit or tag of the dataset; set it for reproducible builds"
     )
     split: str = "train"
     field: str = "text"
@@ -183,7 +183,7 @@ class TokenizerFile(StrictModel):
 
 
 class CorpusConfig(StrictModel):
-    """`headway data build`: text in, tokenizer and MDS shards and a manifest out."""
+    """Config of `headway data build`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     corpus: Annotated[
@@ -191,10 +191,10 @@ class CorpusConfig(StrictModel):
     ]
     tokenizer: Annotated[TrainTokenizer | TokenizerFile, Field(discriminator="type")]
     out: str | None = Field(default=None, description="folder of the dataset; default datasets/NAME")
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="share of documents, chosen by hash")
-    min_document_bytes: int = Field(default=1, ge=0, description="shorter documents are left out and counted")
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of documents, selected by hash")
+    min_document_bytes: int = Field(default=1, ge=0, description="shorter documents are skipped and counted")
     bad_documents: Literal["error", "skip"] = Field(
-        default="error", description="what to do with a document that is empty or not UTF-8; `skip` counts them"
+        default="error", description="reaction to documents that are empty or not UTF-8; skip: skip and count them"
     )
     shard_bytes: int = Field(default=16 << 20, ge=4096, description="size limit of one shard, uncompressed")
     compression: Literal["zstd"] | None = Field(default=None, description="shards are compressed with zstd when set")

@@ -1,6 +1,6 @@
-"""Documents of a corpus, in an order that depends on the corpus alone.
+"""Documents of a corpus, in an order that depends only on the corpus.
 
-Nothing is held in memory beyond the document at hand. Rows of JSONL, Parquet and hub datasets: `headway.data.rows`.
+Only the current document is held in memory. Rows of JSONL, Parquet and hub datasets: `headway.data.rows`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from headway.data.config import (
 )
 from headway.data.document import Document
 from headway.data.manifest import canonical_json
+from headway.data.places import looked_for
 
-# Tests are left out because slim installations delete them: with them the corpus would differ between machines.
+# Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _FOLDER_SUFFIXES = {
     "text": None,
@@ -36,9 +37,9 @@ AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFac
 
 
 def documents(corpus: AnyCorpus) -> Iterator[Document]:
-    """Every document of `corpus`, unusable ones included (their `problem` is set).
+    """Yield all documents of `corpus`, including unusable ones (with `problem` set).
 
-    Raises DataError for a path that matches nothing, a file that cannot be read, a missing field.
+    Raises DataError if a path matches nothing, a file cannot be read, or a field is missing.
     """
     match corpus:
         case StdlibCorpus():
@@ -57,9 +58,10 @@ def documents(corpus: AnyCorpus) -> Iterator[Document]:
 
 
 def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
-    """(id, path) of every file of a corpus, sorted within each given path; a file given twice is read once.
+    """(id, path) of every file of a corpus, sorted within each given path, without duplicates.
 
-    A folder means the files below it (hidden ones left out; for JSONL and Parquet, those with the usual endings).
+    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
+    suffixes).
     """
     if isinstance(corpus, StdlibCorpus):
         return _stdlib_files()
@@ -69,7 +71,7 @@ def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus
         if not matches:
             raise DataError(
                 f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
-                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}' (relative to {Path.cwd()})"
+                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}'{looked_for(given)}"
             )
         for id, path in matches:
             found.setdefault(path, id)
@@ -77,9 +79,9 @@ def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus
 
 
 def source_fingerprint(cfg: CorpusConfig) -> str:
-    """Changes when the corpus may have: names, sizes and modification times of its files, the Python version.
+    """Fingerprint that changes if the corpus may have changed: file names, sizes and mtimes, Python, tokenizer.
 
-    A hub dataset is told apart by its settings alone (set `revision` to pin it).
+    For a hub dataset it does not change; only the settings identify it (set `revision` to pin it).
     """
     facts: list[object] = []
     if not isinstance(cfg.corpus, HuggingFaceCorpus):
@@ -111,7 +113,8 @@ def _matches(given: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str
             names = sorted(base.glob(pattern), key=lambda p: p.as_posix())
         except ValueError as error:
             raise DataError(
-                f"corpus.paths: {given!r} is not a pattern ({error}); `**` stands for any folders"
+                f"corpus.paths: {given!r} is not a valid pattern ({error}); use `**` only as a whole path component, "
+                "as in 'folder/**/*.txt'"
             ) from None
     for name in names:
         relative = name.relative_to(base)

@@ -1,4 +1,4 @@
-"""What every corpus is read as: documents."""
+"""Documents, the common form of all corpora."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from headway.data.config import DataError
 
-# Encoding takes about 125 bytes of memory a byte of text (measured), and a document is encoded in one piece.
+# Encoding needs about 125 bytes of memory per byte of text (measured), and a document is encoded at once.
 MAX_DOCUMENT_BYTES = 32 << 20
 
 Problem = Literal["empty", "not_utf8"]
@@ -15,9 +15,12 @@ Problem = Literal["empty", "not_utf8"]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: `id` does not depend on where the corpus lies; `origin` is what a user can open.
+    """One document.
 
-    `text` is UTF-8. When `problem` is set, `text` is empty and the document cannot be used.
+    id: Does not depend on the location of the corpus.
+    origin: Path (and line or row) that a user can open.
+    text: UTF-8; empty if `problem` is set.
+    problem: Why the document cannot be used, or None.
     """
 
     id: str
@@ -27,7 +30,7 @@ class Document:
 
     @staticmethod
     def make(id: str, origin: str, text: bytes | str | None) -> Document:
-        """A checked document: UTF-8, not blank."""
+        """Create a document and check that its text is UTF-8 and not blank. Raises DataError if it is too large."""
         try:
             data = b"" if text is None else text.encode("utf-8") if isinstance(text, str) else text
             if not isinstance(text, str):

@@ -1,7 +1,7 @@
-"""Brings files of a dataset to where they can be mapped: from a remote, or out of zstd.
+"""Fetches files of a dataset from a remote, and decompresses zstd shards.
 
-Downloading and unpacking are mosaicml-streaming's (imported only when there is something to do). What arrives is
-checked against the manifest before it gets its name, so a file that has its name is whole.
+Download and decompression use mosaicml-streaming, which is imported lazily. A file is checked against the manifest
+before it is renamed to its final name, so a file with its final name is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TIMEOUT_S = 300.0
 
 
 def remote_prefix(remote: str) -> str:
-    """`remote` as mosaicml-streaming wants it: `file://` and `~` become a plain path."""
+    """Convert `remote` for mosaicml-streaming: `file://` and `~` become plain paths."""
     scheme = urlparse(remote).scheme
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in _SCHEMES if name)
@@ -52,9 +52,9 @@ def remote_prefix(remote: str) -> str:
 
 
 def fetch_metadata(root: Path, remote: str) -> Manifest:
-    """Fetch everything but the shards of a remote dataset into `root`; the manifest first, each time.
+    """Fetch all files of a remote dataset except its shards into `root`. The manifest is fetched first, every time.
 
-    Raises DataError when it cannot be fetched, or when `root` already holds another dataset.
+    Raises DataError if the files cannot be fetched, or if `root` already contains another dataset.
     """
     with _holding(root / MANIFEST_NAME):
         arrived = root / f".{MANIFEST_NAME}.{os.getpid()}"
@@ -77,15 +77,15 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
 
 
 def fetch_file(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
-    """`root/name`, fetched if it is not there yet. Safe for several processes that share `root`.
+    """Path of `root/name`, which is fetched if missing. Safe for several processes that share `root`.
 
-    Raises DataError when it cannot be fetched or what arrives is not what the manifest says.
+    Raises DataError if the file cannot be fetched, or if its size or hash differs from the manifest.
     """
     path = root / name
     expected = manifest.files.get(name)
     if expected is None:
         raise DataError(f"{remote}: {name} is not in the dataset's manifest; build the dataset again")
-    with contextlib.suppress(PermissionError):  # a folder that may not be entered; said below
+    with contextlib.suppress(PermissionError):  # no access to the folder: `_holding` raises a DataError
         if path.exists():
             return path
     with _holding(path):
@@ -102,7 +102,7 @@ def fetch_file(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
 
 
 def check_content(path: Path, expected: FileEntry, *, what: str) -> None:
-    """Raise DataError unless the file has the size and hash of the manifest."""
+    """Raise DataError unless the file has the expected size and hash."""
     found = hash_file(path)
     if found != expected:
         raise DataError(
@@ -112,7 +112,7 @@ def check_content(path: Path, expected: FileEntry, *, what: str) -> None:
 
 
 def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
-    """Unpack a zstd shard beside itself, checked against the size and hash of the shards' index."""
+    """Decompress a zstd shard next to itself and check it against the size and hash of the index."""
     with _holding(raw):
         if raw.exists() and raw.stat().st_size == bytes and xxhash.xxh64_hexdigest(raw.read_bytes()) == xxh64:
             return raw
@@ -127,8 +127,8 @@ def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
             replace_bytes(raw, data)
         except OSError as error:
             raise DataError(
-                f"{raw}: cannot be written ({error.strerror}). Shards compressed with zstd are unpacked beside "
-                "themselves: make the folder writable, set data.source.remote to it and data.source.path to a "
+                f"{raw}: cannot be written ({error.strerror}). Shards compressed with zstd are unpacked in their "
+                "folder: make it writable, set data.source.remote to it and data.source.path to a "
                 "writable cache, or build without compression"
             ) from error
     return raw
@@ -136,10 +136,10 @@ def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
 
 @contextlib.contextmanager
 def _holding(path: Path) -> Iterator[None]:
-    """Be the only one who fetches or unpacks `path`, in a folder without what killed processes left of it.
+    """Hold the lock to fetch or unpack `path`, and delete temporary files of killed processes.
 
-    The kernel frees the lock of a process that ends, however it ends; the lock's file stays and says nothing. Raises
-    DataError when the folder or the lock's file cannot be used, or a live process does not let go.
+    The kernel releases the lock when its process ends for any reason. The lock file remains and has no meaning. Raises
+    DataError if the folder or the lock file cannot be written, or if another process holds the lock too long.
     """
     lock = FileLock(str(path.with_name(f".{path.name}.lock")), timeout=_TIMEOUT_S)
     try:
@@ -152,8 +152,8 @@ def _holding(path: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{lock.lock_file}: cannot be written ({error.strerror}); make the folder and this file writable for you, "
-            "or fetch into a folder of your own: data.source.path, with the dataset as data.source.remote"
+            f"{lock.lock_file}: cannot be written ({error.strerror}); make the folder and this file writable, "
+            "or set data.source.path to a folder of your own and data.source.remote to the dataset"
         ) from error
     try:
         clear_staging(path)
@@ -172,7 +172,7 @@ def _download(remote: str, name: str, destination: Path) -> None:
             downloader.download(f"{prefix}/{name}", str(destination), _TIMEOUT_S)
             downloader.clean_up()
             with destination.open("rb") as stream:
-                os.fsync(stream.fileno())  # before it gets its name, which says that it is whole
+                os.fsync(stream.fileno())  # before the rename, which marks the file as complete
             return
         except FileNotFoundError as error:
             raise DataError(_unfetched(remote, name, error)) from error

@@ -1,9 +1,10 @@
-"""Batches of training sequences: the same global batch for any number of ranks, micro batches and workers.
+"""Batches of training sequences. The global batch does not depend on the number of ranks, micro-batches and workers.
 
-The global batch of step n is positions n * GB .. (n + 1) * GB - 1 of the source's global order; rank r of R takes the
-r-th contiguous part of it. A loader has no state but the next step: start one at step n and it goes on from there.
+The global batch of step n consists of the positions n * GB .. (n + 1) * GB - 1 of the source's global order. Rank r of
+R reads its r-th contiguous part. The only state of a loader is the next step, so a run resumes by starting a loader at
+that step.
 
-Legend: B sequences of a micro batch, S sequence length, GB sequences of a global batch.
+Legend: B sequences per micro-batch, S sequence length, GB sequences per global batch.
 """
 
 from __future__ import annotations
@@ -24,24 +25,28 @@ from headway.data.prefetch import LateError, Prefetch
 from headway.data.source import Sample, Source
 from headway.data.synthetic import SyntheticTask
 
-IGNORED = -100  # label of a position without a loss, torch's default `ignore_index`
+IGNORED = -100  # label of positions without a loss; torch's default `ignore_index`
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass reads. `segments` numbers the documents of a sequence; None when they are not masked."""
+    """Inputs of one forward pass."""
 
     tokens: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] int64, the next token; -100 is ignored
-    segments: Tensor | None  # [B, S] int32
+    segments: Tensor | None  # [B, S] int32, index of the document within the sequence; None without document mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one rank reads in one optimizer step.
+    """The batch of one rank for one optimizer step.
 
-    `targets` counts this rank's labels that are not ignored. `digest` is this rank's part of the global batch's hash:
-    the sum over ranks modulo 2**64 is the same for any number of ranks. `sequences` counts this rank's.
+    step: The optimizer step, from 0.
+    micro: The micro-batches.
+    targets: Number of labels that are not ignored.
+    digest: This rank's part of the hash of the global batch. The hash is the sum over ranks modulo 2**64, which does
+        not depend on the number of ranks.
+    sequences: Number of sequences.
     """
 
     step: int
@@ -52,7 +57,7 @@ class StepBatch:
 
 
 def open_source(cfg: DataConfig, *, split: Split) -> Source:
-    """The sequences of a split. Raises DataError when the dataset is missing or shorter than one sequence."""
+    """Open the source of a split. Raises DataError if the dataset is missing or shorter than one sequence."""
     if isinstance(cfg.source, MdsSource):
         return PackedText(
             cfg.source.path,
@@ -67,7 +72,7 @@ def open_source(cfg: DataConfig, *, split: Split) -> Source:
 
 
 def sample_digest(place: int, sample: Sample, *, masked: bool) -> int:
-    """xxh64 of a sample's place in the global batch, its tokens and (when documents are masked) its segments."""
+    """xxh64 of a sample's position in the global batch, its tokens and (with document mask) its segments."""
     digest = xxhash.xxh64(place.to_bytes(8, "little"))
     digest.update(np.ascontiguousarray(sample.tokens, dtype="<u4").data)
     if masked:
@@ -76,9 +81,9 @@ def sample_digest(place: int, sample: Sample, *, masked: bool) -> int:
 
 
 def collate(samples: list[Sample], *, masked: bool) -> tuple[MicroBatch, int]:
-    """One micro batch from at least one sample, and its number of targets.
+    """Collate samples (at least one) to a micro-batch. Returns it and its number of targets.
 
-    A position whose next token belongs to another document has no target when documents are masked.
+    With document mask, a position whose next token belongs to another document has no target.
     """
     tokens = np.stack([sample.tokens for sample in samples]).astype(np.int64)
     segments = np.stack([sample.segments for sample in samples])
@@ -97,16 +102,17 @@ def collate(samples: list[Sample], *, masked: bool) -> tuple[MicroBatch, int]:
 
 
 class Loader:
-    """This rank's part of each global batch, by step (`batch`) or one after the other (iteration, prefetched).
+    """Loads this rank's part of each global batch, by step (`batch`) or by iteration with prefetching.
 
-    Iteration starts at `start_step`. For training it has no end: positions run on into the next epoch; for validation
-    it ends with the last whole global batch of the split. `wait_s` is the time the consumer spent waiting for data.
-    Close it, or use it in a `with` statement, to end its threads.
+    Iteration starts at `start_step`. In training it is infinite and continues into further epochs; in validation it
+    ends with the last full global batch of the split. `wait_s` is the total time spent waiting for data. Call `close`,
+    or use a `with` statement, to end the prefetch threads.
 
-    A batch that does not come in `timeout_s`, or in the config's if that is less, is a DataError.
+    timeout_s: If a batch takes longer than this, or than the config's timeout, DataError is raised.
+    fingerprint: Expected fingerprint of the dataset.
 
-    Raises DataError when the global batch does not divide into ranks and micro batches, when the dataset has another
-    `fingerprint` than the given one, or as `open_source` does.
+    Raises DataError if the global batch does not divide into ranks and micro-batches, if the fingerprint of the dataset
+    differs, or for the reasons of `open_source`.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class Loader:
     ) -> None:
         if global_batch % (dp_size * micro_batch):
             raise DataError(
-                f"global_batch: {global_batch} sequences do not divide into {dp_size} ranks of micro batches of "
+                f"global_batch: {global_batch} sequences do not divide into {dp_size} ranks with micro-batches of "
                 f"{micro_batch}; use a multiple of {dp_size * micro_batch}"
             )
         assert 0 <= dp_rank < dp_size and start_step >= 0
@@ -148,7 +154,7 @@ class Loader:
         self._prefetch: Prefetch[StepBatch] | None = None
 
     def batch(self, step: int) -> StepBatch:
-        """This rank's part of the global batch of `step`: random access, the same whenever and wherever asked."""
+        """This rank's part of the global batch of `step`. Random access; a pure function of `step`."""
         places = range(self._first_place, self._first_place + self._per_rank)
         micro: list[MicroBatch] = []
         targets = digest = sequences = 0
@@ -165,7 +171,7 @@ class Loader:
         return StepBatch(step=step, micro=tuple(micro), targets=targets, digest=digest % (1 << 64), sequences=sequences)
 
     def sequences(self, step: int) -> list[int]:
-        """Numbers of the sequences of this rank's part of the global batch of `step`, in order."""
+        """Indices of the sequences in this rank's part of the global batch of `step`, in order."""
         places = range(self._first_place, self._first_place + self._per_rank)
         return [self.source.index(step * self._global_batch + place) for place in places]
 
@@ -181,8 +187,9 @@ class Loader:
         self.wait_s += time.perf_counter() - began
         if (batch.step, batch.sequences) != (step, self._per_rank):
             raise DataError(
-                f"step {step + 1}: {batch.sequences} sequences of step {batch.step + 1} came instead of "
-                f"{self._per_rank}: the data ended before the training did, or its order is broken"
+                f"step {step + 1}: got {batch.sequences} sequences of step {batch.step + 1} instead of "
+                f"{self._per_rank}: the data ended before training, or its order is wrong; check the dataset with "
+                "`headway data verify SPEC`, then start the same command again"
             )
         self._next_step = step + 1
         return batch
@@ -190,7 +197,7 @@ class Loader:
     def _inline(self, step: int) -> StepBatch:
         try:
             return self.batch(step)
-        except StopIteration as error:  # it would end the consumer's loop as if this were the end
+        except StopIteration as error:  # would silently end the consumer's loop
             raise RuntimeError(f"preparing step {step + 1} ended with StopIteration") from error
 
     def _prefetched(self, step: int) -> StepBatch:
@@ -201,13 +208,13 @@ class Loader:
         except LateError:
             waits_for = ", ".join(map(str, self.source.reading())) or "no file: the processor is too busy"
             raise DataError(
-                f"data.timeout_s: the batch of step {step + 1} did not come in {self._timeout_s:g} s, waiting for "
-                f"{waits_for}; see whether that storage is slow or gone, copy the dataset to a local disk, or give "
-                "more time with data.timeout_s and launch.hang_s"
+                f"data.timeout_s: the batch of step {step + 1} was not ready after {self._timeout_s:g} s, waiting for "
+                f"{waits_for}; check whether that storage is slow or gone, copy the dataset to a local disk, or "
+                "increase data.timeout_s and launch.hang_s"
             ) from None
 
     def close(self) -> None:
-        """End the threads. Batches can still be had by `batch`."""
+        """End the threads. `batch` still works afterwards."""
         if self._prefetch is not None:
             self._prefetch.close()
             self._prefetch = None
@@ -223,16 +230,15 @@ class Loader:
 def validation_batches(
     cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: int, dp_size: int
 ) -> list[MicroBatch]:
-    """This rank's part of a validation: always the same sequences, spread evenly over the split.
+    """This rank's part of a validation, which always uses the same sequences.
 
-    Spread, because the first sequences of a split can be one long document that says little about the rest.
+    The sequences are spread evenly over the split, because the first ones may come from a single long document.
+    `tokens` is rounded down to full sequences and limited to the split. Over all ranks, each sequence occurs exactly
+    once in every layout. The ranks get nearly equal numbers of sequences and the same number of micro-batches with
+    `micro_batch` rows each, because ZeRO-3 and pipelines need the same number and shape of forward passes on every
+    rank. Padding rows have no targets.
 
-    `tokens` is rounded down to whole sequences and to what the split has. The sequences are divided over the ranks as
-    evenly as they go. Every rank gets the same number of micro batches, all of `micro_batch` rows (ZeRO-3 and pipelines
-    need as many forward passes on every rank, of one shape): rows without a sequence have no targets. Whatever the
-    layout, each sequence is there exactly once over all ranks.
-
-    Raises DataError when `tokens` is less than one sequence.
+    Raises DataError if `tokens` is less than one sequence.
     """
     source = open_source(cfg, split="validation")
     wanted = tokens // cfg.seq_len

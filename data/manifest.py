@@ -1,7 +1,7 @@
-"""MANIFEST.json: what a built dataset is made of, and the hashes that prove it is still that.
+"""MANIFEST.json: the description of a dataset, with hashes to detect changes.
 
-A dataset folder holds MANIFEST.json, tokenizer.json, and for each split (`train/`, `validation/`) index.json and the
-MDS shards of mosaicml-streaming and lengths.npy, the tokens of each document.
+A dataset folder contains MANIFEST.json, tokenizer.json and, for each split (`train/`, `validation/`), the index.json
+and MDS shards of mosaicml-streaming, and lengths.npy (number of tokens per document).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import xxhash
 from pydantic import Field, StringConstraints, ValidationError
 
 from headway.data.config import DataError, StrictModel
+from headway.data.places import looked_for
 
 MANIFEST_NAME = "MANIFEST.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -30,14 +31,14 @@ SCHEMA_VERSION = 1
 
 Split = Literal["train", "validation"]
 
-# A name from a manifest or an index becomes a path: one optional known folder, then a basename. `..`, an absolute
-# path, a backslash, a NUL or a hidden file cannot be written in it.
+# File names in a manifest or an index become paths: one optional known folder, then a basename. The pattern excludes
+# `..`, absolute paths, backslashes, NUL and hidden files.
 BASENAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 FileName = Annotated[str, StringConstraints(pattern=rf"^(?:(?:train|validation)/)?{BASENAME}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 56)]
 
 _MAX_MANIFEST_BYTES = 64 << 20
-_CHUNK_BYTES = 256 << 10  # stays in the cache of a core
+_CHUNK_BYTES = 256 << 10  # fits into a core's cache
 _TICK_S = 0.02
 
 
@@ -49,7 +50,7 @@ class FileEntry(StrictModel):
 
 
 class SplitCounts(StrictModel):
-    """What one split holds; `tokens` counts the end-of-document token of each document."""
+    """Size of one split. `tokens` includes the end-of-document tokens."""
 
     documents: Count
     tokens: Count
@@ -57,7 +58,7 @@ class SplitCounts(StrictModel):
 
 
 class LeftOut(StrictModel):
-    """Documents of the corpus that are in neither split, by reason."""
+    """Number of skipped documents of the corpus, by reason."""
 
     empty: Count = 0
     not_utf8: Count = 0
@@ -66,13 +67,13 @@ class LeftOut(StrictModel):
 
 
 class Manifest(StrictModel):
-    """The whole description of a dataset. `fingerprint` covers what a run reads, not where it was built from."""
+    """The contents of MANIFEST.json. `fingerprint` covers the data that a run reads, not the source of the build."""
 
     schema_version: Literal[1]
     name: str
     settings: dict[str, Any]
     source_fingerprint: str
-    python: str | None = Field(description="version of Python whose library was read, for the built-in corpus")
+    python: str | None = Field(description="for the built-in corpus: Python version of the standard library")
     train: SplitCounts
     validation: SplitCounts
     left_out: LeftOut
@@ -89,23 +90,23 @@ class Manifest(StrictModel):
         return self.train if split == "train" else self.validation
 
     def expected_fingerprint(self) -> str:
-        """sha256 of what a run reads: token counts, tokenizer, and the hash of every file."""
+        """sha256 of the data that a run reads: token counts, tokenizer, and the hash of every file."""
         keys = {"schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files"}
         return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling for one value: sorted keys, no spaces, ASCII."""
+    """Canonical JSON: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def rebuild_hint(root: Path) -> str:
-    """What a user does about a damaged dataset."""
+    """Next step for the user of a damaged dataset, for error messages."""
     return f"build it again with `headway data build SPEC` (its settings are in {root / MANIFEST_NAME}), or restore it"
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write it in one piece: a reader sees the whole manifest or none."""
+    """Write MANIFEST.json atomically."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
     replace_bytes(root / MANIFEST_NAME, text.encode() + b"\n")
 
@@ -113,7 +114,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
     """Read and check MANIFEST.json of `root`.
 
-    Raises DataError when it is missing, not a manifest, or does not match its own fingerprint.
+    Raises DataError if it is missing, is not a manifest, or does not match its own fingerprint.
     """
     path = root / name
     try:
@@ -122,14 +123,14 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{root}: no dataset here ({MANIFEST_NAME} is missing); make it with `headway data build SPEC`, "
-            "or set data.source.path to the folder of a built dataset"
+            f"{root}: no dataset here ({MANIFEST_NAME} is missing{looked_for(root)}); build it with "
+            "`headway data build SPEC`, or set data.source.path to the folder of a built dataset"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {rebuild_hint(root)}") from error
     try:
         known = json.loads(text)
-        # Before pydantic sees them: it makes a message for each.
+        # Check this before pydantic, which would create a message for every unknown key.
         if isinstance(known, dict) and (unknown := sorted(known.keys() - Manifest.model_fields.keys())):
             raise DataError(f"{path}: not a manifest of this version (unknown key {unknown[0]!r:.80}); build it again")
         manifest = Manifest.model_validate_json(text)
@@ -143,7 +144,7 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all (a temporary file beside it, synced, then renamed)."""
+    """Write a file atomically: to a temporary file in the same folder, fsync, then rename."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with staging.open("wb") as stream:
@@ -156,9 +157,9 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def clear_staging(path: Path) -> None:
-    """Remove what killed processes left of `path` while it was written or fetched: `.NAME.PID`, `.NAME.PID.tmp`.
+    """Delete temporary files of `path` that killed processes left: `.NAME.PID`, `.NAME.PID.tmp`.
 
-    For the holder of the lock of `path`, or where losing a write does no harm. Files that cannot be removed stay.
+    The caller must hold the lock of `path`, unless losing a concurrent write is harmless. Errors are ignored.
     """
     own = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+(\.tmp)?")
     with contextlib.suppress(OSError):
@@ -168,20 +169,20 @@ def clear_staging(path: Path) -> None:
 
 
 FileState = tuple[int, int, int, int]
-"""Inode, size, modification and change time (ns). Who writes to a file changes its last one, whatever else is restored;
-no program can set it, and a clock that was set back makes it another one too."""
+"""Inode, size, modification time and change time (ns). Every write changes the change time. Programs cannot set it, and
+it also differs after the clock was set back."""
 
 
 def state_of(found: os.stat_result) -> FileState:
-    """The part of what the system says about a file that tells whether it was written to."""
+    """The `FileState` of a stat result. It changes if the file is written to."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def settled_state(descriptor: int) -> FileState:
-    """The state of an open file, at a moment from which on every write changes it.
+    """The state of an open file. Every write after this call changes the state.
 
-    The kernel stamps files with a clock that ticks every 1 to 10 ms: a write within the tick of the one before it
-    leaves the times as they are. So a file that was just changed is given time.
+    File timestamps have a resolution of 1 to 10 ms, so two writes within one tick have the same times. If the file
+    changed within the last tick, this function waits for the next one.
     """
     if abs(time.time() - os.fstat(descriptor).st_ctime) < _TICK_S:
         time.sleep(_TICK_S)
@@ -199,10 +200,9 @@ def hash_file(path: Path) -> FileEntry:
 
 
 class VerifiedFiles:
-    """Remembers, beside the dataset, which files were already hashed, so that a run does not hash them again.
+    """Cache of file hashes, stored in the dataset folder, so that a run does not hash unchanged files again.
 
-    A file counts as unchanged while its `FileState` is the same. Nothing is trusted for being old or new: times are
-    compared for equality alone.
+    A file is unchanged if its `FileState` is equal. Times are only compared for equality, never for order.
     """
 
     def __init__(self, root: Path) -> None:
@@ -215,18 +215,18 @@ class VerifiedFiles:
         self._changed = False
 
     def remembered(self, name: str, state: FileState) -> str | None:
-        """xxh3_64 of the file `name` as it was hashed in this state; None where it was not."""
+        """Cached xxh3_64 of the file `name` in this state, or None."""
         known = self._known.get(name)
         if isinstance(known, list) and len(known) == 5 and known[:4] == [*state] and isinstance(known[4], str):
             return known[4]
         return None
 
     def hash(self, path: Path, name: str) -> str:
-        """xxh3_64 of `path`, from memory where its state is the one remembered under `name`."""
+        """xxh3_64 of `path`, from the cache if the file's state is the one stored under `name`."""
         with path.open("rb") as stream:
             digest = self.remembered(name, state_of(os.fstat(stream.fileno())))
             if digest is None:
-                # The state before: a write during the hashing makes another one, and is found the next time.
+                # Take the state before hashing, so that a write during hashing is detected the next time.
                 state = settled_state(stream.fileno())
                 digest = hash_file(path).xxh3_64
                 self._known[name] = [*state, digest]
@@ -234,7 +234,7 @@ class VerifiedFiles:
         return digest
 
     def save(self) -> None:
-        """Remember what was hashed. A folder that cannot be written to is hashed anew each time."""
+        """Write the cache. If the folder is not writable, files are hashed again each time."""
         if self._changed:
             clear_staging(self._path)
             with contextlib.suppress(OSError):
@@ -242,9 +242,9 @@ class VerifiedFiles:
 
 
 def check_file(root: Path, name: str, manifest: Manifest, verified: VerifiedFiles, *, hint: str | None = None) -> None:
-    """Raise DataError unless the file `name` is there, inside the dataset's folder, with its size and hash.
+    """Raise DataError unless the file `name` is inside the dataset's folder and has the size and hash of the manifest.
 
-    `hint`: what to do about a file that is not; by default, to build the dataset again.
+    `hint`: next step for the user, for the message; by default, to build the dataset again.
     """
     path, expected, hint = root / name, manifest.files.get(name), hint or rebuild_hint(root)
     if expected is None:
@@ -253,16 +253,16 @@ def check_file(root: Path, name: str, manifest: Manifest, verified: VerifiedFile
         if not path.is_file():
             raise DataError(f"{path}: missing; {hint}")
         if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"{path}: a link out of the dataset's folder; replace it by the file itself")
+            raise DataError(f"{path}: a link to a file outside of the dataset's folder; replace it by the file itself")
         size = path.stat().st_size
         if size != expected.bytes:
             raise DataError(
-                f"{path}: {size:,} bytes, but the manifest says {expected.bytes:,}: cut short or replaced; {hint}"
+                f"{path}: {size:,} bytes, but the manifest says {expected.bytes:,}: truncated or replaced; {hint}"
             )
         digest = verified.hash(path, name)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); mend disk or rights, or {hint}"
+            f"{path}: cannot be read ({error.strerror or error}); fix the disk or the permissions, or {hint}"
         ) from error
     if digest != expected.xxh3_64:
         raise DataError(

@@ -1,12 +1,12 @@
 """Reads the documents of MDS shards.
 
-The format is mosaicml-streaming's (version 2, https://docs.mosaicml.com/projects/streaming): a shard is the number of
-samples n as uint32, n + 1 offsets as uint32, the JSON header, then the samples; a sample is the uint32 size of each
-column whose size varies, then the columns in the order of their names. Ours are `id` (str) and `tokens`
-(ndarray:uint16 or ndarray:uint32, one axis: a byte that says one axis and the width of its length, the length, then
-the values, which therefore are the last bytes of the sample).
+The format is that of mosaicml-streaming (version 2, https://docs.mosaicml.com/projects/streaming). A shard consists of
+the number of samples n as uint32, n + 1 offsets as uint32, the JSON header, and the samples. A sample consists of the
+uint32 size of each column of variable size, then the columns in the order of their names. Our columns are `id` (str)
+and `tokens` (ndarray:uint16 or ndarray:uint32 with one axis: one byte that encodes the number of axes and the width of
+the length, the length, then the values, which are thus the last bytes of the sample).
 
-Importing mosaicml-streaming takes seconds and its reader copies each sample twice, so training does neither.
+Training does not use mosaicml-streaming, because its import takes seconds and its reader copies each sample twice.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _MAX_INDEX_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """One shard, as index.json describes it."""
+    """The entry of one shard in index.json."""
 
     samples: int
     raw_name: str
     raw_bytes: int
     raw_xxh64: str
-    stored_name: str  # the file in the dataset: the raw one, or its zstd form
+    stored_name: str  # the file in the dataset: raw_name, or the compressed file
 
 
 def read_index(root: Path, split: Split, manifest: Manifest) -> list[ShardInfo]:
-    """The shards of a split. Raises DataError unless every one is an MDS shard of ours that the manifest names."""
+    """The shards of a split. Raises DataError unless all of them are MDS shards that the manifest lists."""
     path = root / split / INDEX_NAME
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
@@ -97,7 +97,7 @@ def _shard_info(entry: dict[str, Any], dtype: str) -> ShardInfo:
         if not isinstance(info["basename"], str) or not re.fullmatch(BASENAME, info["basename"]):
             raise ValueError(f"{info['basename']!r} is not a plain file name")
     samples, size = entry["samples"], raw["bytes"]
-    # A sample takes at least its offset, two sizes and a token, so more samples than that is a lie.
+    # A sample has at least an offset, two sizes and a token, which limits the number of samples.
     if type(samples) is not int or type(size) is not int or not 0 <= samples <= size // 12 or size >= 1 << 32:
         raise ValueError(f"{samples!r} samples in {size!r} bytes")
     return ShardInfo(
@@ -110,12 +110,11 @@ def _shard_info(entry: dict[str, Any], dtype: str) -> ShardInfo:
 
 
 class MdsSplit:
-    """Documents of one split, by number, in stored order. Safe to read from several threads.
+    """Random access to the documents of one split, in stored order. Thread-safe.
 
-    What it hands out has the hash of the manifest: a file in another state than the one in which `headway.data.verify`
-    hashed it is hashed again. A shard that cannot be read, or is not what it should be, is tried again, with growing
-    pauses, for `retry_s` seconds. Raises DataError naming the file when that did not help, and when files are missing
-    or do not fit together.
+    All returned data has the hash of the manifest: a file whose state changed since `headway.data.verify` hashed it is
+    hashed again. Reading a damaged or unreadable shard is retried for `retry_s` seconds with increasing pauses. Raises
+    DataError, which names the file, if the retries fail, if files are missing, or if files do not match each other.
     """
 
     def __init__(self, root: Path, split: Split, *, remote: str | None = None, retry_s: float = 0.0) -> None:
@@ -140,23 +139,23 @@ class MdsSplit:
         return len(self.lengths)
 
     def tokens(self, document: int, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Token ids `begin` to `end` (at most its length) of a document, its end-of-document token included."""
+        """Token ids `begin` to `end` (clamped to its length) of a document, including the end-of-document token."""
         number, row = self._locate(document)
         length = int(self.lengths[document])
         count = (length if end is None else min(end, length)) - begin
         return self._from(number, lambda shard: shard.tokens(row, begin, count))
 
     def id(self, document: int) -> str:
-        """Where the document came from, as the corpus names it."""
+        """Id of a document in the corpus."""
         number, row = self._locate(document)
         return self._from(number, lambda shard: shard.id(row))
 
     def reading(self) -> list[Path]:
-        """The shards that threads are reading, opening or fetching at this moment."""
+        """Paths of the shards that threads are currently reading, opening or fetching."""
         return [self._path(number) for number in sorted(set(self._busy.copy().values()))]
 
     def local_path(self, number: int) -> Path:
-        """The uncompressed shard on this machine, fetched or unpacked if it must be."""
+        """Path of the uncompressed shard, which is fetched or unpacked first if necessary."""
         shard = self.shards[number]
         folder = self.root / self.split
         stored, raw = folder / shard.stored_name, folder / shard.raw_name
@@ -169,20 +168,20 @@ class MdsSplit:
     def _hint(self) -> str:
         if self.remote is None:
             return rebuild_hint(self.root)
-        return f"delete it and start again: it is fetched anew from {self.remote}"
+        return f"delete it and start again: it is fetched again from {self.remote}"
 
     def _path(self, number: int) -> Path:
         return self.root / self.split / self.shards[number].raw_name
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """Shard of a document, and its place there."""
+        """Shard number of a document, and its row in the shard."""
         if not 0 <= document < len(self.lengths):
             raise IndexError(f"document {document} of {len(self.lengths)}")
         number = int(np.searchsorted(self.first_document, document, "right")) - 1
         return number, document - int(self.first_document[number])
 
     def _from(self, number: int, read: Callable[[OpenShard], Read]) -> Read:
-        """What `read` finds in a shard, trying again for `retry_s`."""
+        """Call `read` on a shard, with retries for `retry_s` seconds."""
         thread, pause_s, end = threading.get_ident(), 0.05, 0.0
         self._busy[thread] = number
         try:
@@ -199,7 +198,7 @@ class MdsSplit:
                             f"data.retry_s); {self._hint()}"
                         ) from error
                 with self._lock:
-                    self._open.pop(number, None)  # another file may have taken its place
+                    self._open.pop(number, None)  # the file may have been replaced
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
         finally:
@@ -211,7 +210,7 @@ class MdsSplit:
                 self._open.move_to_end(number)
                 return shard
             opening = self._opening.setdefault(number, threading.Lock())
-        # Not under the other lock: who reads what is open need not wait for a fetch.
+        # A separate lock per shard, so that readers of open shards do not wait for a fetch.
         with opening:
             with self._lock:
                 if (shard := self._open.get(number)) is not None:
@@ -235,7 +234,7 @@ class MdsSplit:
         )
 
     def _trusted(self, number: int, path: Path) -> FileState | None:
-        """The state of a shard that was hashed in it and found to be the manifest's, by this run's preflight say."""
+        """The shard's `FileState` if its hash in this state is known to be right (from `verify`), else None."""
         name = f"{self.split}/{self.shards[number].raw_name}"
         state = state_of(path.stat())
         expected = self.manifest.files.get(name)
@@ -245,11 +244,11 @@ class MdsSplit:
 
 
 def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
-    """Tokens of each document of a split, [documents] int64. Raises DataError unless they add up to the manifest's."""
+    """Tokens per document of a split, [documents] int64. Raises DataError if the sum differs from the manifest."""
     path = root / split / LENGTHS_NAME
     try:
         lengths = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy lets many kinds through for a damaged header, tokenize.TokenError among them
+    except Exception as error:  # numpy raises many types for a damaged header, for example tokenize.TokenError
         raise DataError(f"{path}: missing or not an array ({error}); {rebuild_hint(root)}") from error
     counts = manifest.counts(split)
     if (

@@ -1,8 +1,8 @@
-"""The global order of training sequences: a function of (seed, position) alone.
+"""The global order of training sequences, a pure function of seed and position.
 
-Two levels, so that shards are read (and fetched) one window after the other: each epoch permutes the shards, then the
-sequences of each window of neighbouring shards are permuted among themselves. Ranks, workers and resumes look up
-positions in it; nobody holds a state.
+Each epoch permutes the shards. Then the sequences of each window of consecutive shards are permuted within the window,
+so that shards are read (and fetched) window by window. Ranks, workers and resumed runs look up positions; the order has
+no state.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _CACHED_WINDOWS = 4
 
 
 def random_bits(count: int, *key: int | str) -> np.ndarray:
-    """`count` uniform uint64 values that depend on `key` alone.
+    """`count` uniform uint64 values that depend only on `key`.
 
-    Raw output of Philox-4x64: numpy promises it stays the same between versions, which it does not of its
-    distributions and shuffles.
+    They are the raw output of Philox-4x64, which numpy guarantees to be stable between versions. It gives no such
+    guarantee for its distributions and shuffles.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
 
 def permutation(count: int, *key: int | str) -> np.ndarray:
-    """A uniform permutation of 0..count-1 that depends on `key` alone, [count] int64."""
+    """A uniform random permutation of 0..count-1 that depends only on `key`, [count] int64."""
     return np.argsort(random_bits(count, *key), kind="stable")
 
 
 class GlobalOrder:
-    """Which sequence stands at a position. Sequence numbers run through the shards in stored order.
+    """Maps positions of the global order to sequence indices, which count all shards' sequences in stored order.
 
-    Work is O(sequences of a window), once a window: windows in use are remembered. Safe to use from several threads.
+    Computing a window takes O(sequences of the window); recent windows are cached. Thread-safe.
     """
 
     def __init__(self, sequences_per_shard: Sequence[int], *, seed: int, window: int) -> None:
@@ -50,7 +50,7 @@ class GlobalOrder:
         self._lock = threading.Lock()
 
     def index(self, position: int) -> int:
-        """Sequence at `position` >= 0; every sequence stands exactly once in each epoch."""
+        """Sequence index at `position` >= 0. Every sequence occurs exactly once per epoch."""
         epoch, place = divmod(position, self.num_sequences)
         with self._lock:
             shards, starts = self._epoch(epoch)
@@ -58,7 +58,7 @@ class GlobalOrder:
             return int(self._sequences(epoch, window, shards)[place - starts[window]])
 
     def shards_after(self, position: int) -> tuple[int, ...]:
-        """Shards of the window after the one that `position` is in, in no order that matters: what to fetch next."""
+        """Shards of the window after that of `position`, to be fetched next. Their order has no meaning."""
         epoch, place = divmod(position, self.num_sequences)
         with self._lock:
             shards, starts = self._epoch(epoch)
@@ -69,7 +69,7 @@ class GlobalOrder:
             return tuple(self._shards[members].tolist())
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the shards, and the position within the epoch at which each window starts."""
+        """Order of the shards in an epoch, and the start of each window as a position within the epoch."""
         found = self._epochs.get(epoch)
         if found is None:
             shards = permutation(len(self._counts), "shards", self._seed, epoch)

@@ -1,9 +1,9 @@
-"""Text: sequences packed across documents.
+"""Text sequences packed across documents.
 
 The documents of a split, each with its end-of-document token, form one stream of T tokens in stored order. Sequence i
-of length S is tokens i*S .. i*S + S of it: S inputs, and the token after each. Neighbours share one token, as input of
-one and label of the other, so each token but the first is predicted exactly once an epoch. There are
-N = (T - 1) // S sequences; the rest at the end is `dropped_tokens`.
+of length S consists of the tokens i*S .. i*S + S: S inputs, and the next token of each. Consecutive sequences share one
+token, which is a label of the first and an input of the second, so every token except the first is predicted exactly
+once per epoch. There are N = (T - 1) // S sequences; the remainder at the end is `dropped_tokens`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from headway.data.source import Sample
 
 
 class PackedText:
-    """Sequences of a split of an MDS dataset. Validation keeps the stored order; training is shuffled by `seed`.
+    """Sequences of a split of an MDS dataset. Training is shuffled by `seed`; validation is in stored order.
 
-    Raises DataError when the split is shorter than one sequence.
+    Raises DataError if the split is shorter than one sequence.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PackedText:
         self.num_sequences = max(0, (tokens - 1) // seq_len)
         if self.num_sequences == 0:
             raise DataError(
-                f"data.seq_len: {seq_len:,} (and the token after it) is longer than the {split} split of {path}, which "
+                f"data.seq_len: {seq_len:,} (and the next token) is longer than the {split} split of {path}, which "
                 f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
             )
         self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
@@ -60,7 +60,7 @@ class PackedText:
             self._order = GlobalOrder(self.sequences_per_shard(), seed=seed, window=shuffle_window)
 
     def sequences_per_shard(self) -> list[int]:
-        """Sequences of each shard; one that runs over the end of a shard belongs to the one with its first token."""
+        """Number of sequences per shard. A sequence belongs to the shard that contains its first token."""
         ends = np.concatenate([[0], self._ends])[self._documents.first_document]
         first_sequence = np.minimum(-(-ends // self.seq_len), self.num_sequences)
         return np.diff(first_sequence).tolist()
@@ -73,17 +73,17 @@ class PackedText:
         return self._order.index(position)
 
     def _fetch_ahead(self, shards: tuple[int, ...]) -> None:
-        """Fetch the shards of the next window while this one is read."""
+        """Fetch the shards of the next window in the background."""
 
         def fetch() -> None:
             for shard in shards:
                 if self._closed:
                     return
-                # An error here is no news yet: reading the shard meets it again and raises it where it is seen.
+                # Ignore errors here: reading the shard raises them again in the thread of the consumer.
                 with contextlib.suppress(DataError, OSError):
                     self._documents.local_path(shard)
 
-        with self._fetch_lock:  # every data thread comes here
+        with self._fetch_lock:  # called by every data thread
             if self._closed or shards == self._fetched_ahead:
                 return
             self._fetched_ahead = shards
@@ -92,7 +92,7 @@ class PackedText:
             thread.start()
 
     def close(self) -> None:
-        """End the threads, each with the shard it fetches; one that hangs is left to itself."""
+        """End the threads after their current shard. Does not wait for threads that hang."""
         with self._fetch_lock:
             self._closed = True
         join(self._fetching)

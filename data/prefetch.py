@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class LateError(Exception):
-    """An item is not there in time."""
+    """An item was not ready in time."""
 
 
 _LOOK_S = 0.5
@@ -19,17 +19,17 @@ _CLOSE_S = 2.0
 
 
 def join(threads: list[threading.Thread]) -> None:
-    """Wait for all of them, two seconds at most: daemons that hang do not hold up a run that ends."""
+    """Wait for all threads, at most two seconds. A daemon thread that hangs does not block the end of a run."""
     end = time.monotonic() + _CLOSE_S
     for thread in threads:
         thread.join(timeout=max(0.0, end - time.monotonic()))
 
 
 class Prefetch(Generic[Item]):
-    """Prepares `prepare(first)`, `prepare(first + 1)`, ... in `workers` threads, at most `ahead` beyond the consumer.
+    """Runs `prepare(first)`, `prepare(first + 1)`, ... in `workers` threads, at most `ahead` items before the consumer.
 
-    Threads suffice: the work is copying and hashing, which release the interpreter lock, and a thread cannot leave
-    shared memory or child processes behind. They are daemons, so a crash of the main thread is not held up by them.
+    Threads suffice, because copying and hashing release the GIL. Unlike processes, they leave no shared memory or child
+    processes behind. They are daemons, so they do not block the exit after a crash of the main thread.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Prefetch(Generic[Item]):
             thread.start()
 
     def get(self, number: int, *, timeout_s: float) -> Item:
-        """The item `number`; numbers are asked for one after the other.
+        """Wait for item `number`. Items must be requested in order.
 
-        Raises what preparing it raised, LateError when it is not there after `timeout_s`, and RuntimeError when the
-        thread that should prepare it is gone.
+        Raises the exception of `prepare`, LateError if the item is not ready after `timeout_s`, and RuntimeError if the
+        thread that should prepare it has died.
         """
         end = time.monotonic() + timeout_s
         with self._changed:
@@ -63,10 +63,10 @@ class Prefetch(Generic[Item]):
                     raise RuntimeError("the loader is closed")
                 preparing = [self._claims[number]] if number in self._claims else self._threads
                 if not any(thread.is_alive() for thread in preparing):
-                    raise RuntimeError(f"the data thread that was to prepare step {number + 1} ended without a word")
+                    raise RuntimeError(f"the data thread for step {number + 1} ended without a result")
                 if (left_s := end - time.monotonic()) <= 0:
                     raise LateError
-                # A thread that dies wakes nobody.
+                # Wake up regularly, because a thread that dies does not notify.
                 self._changed.wait(min(left_s, _LOOK_S))
             item = self._ready[number]
             if isinstance(item, _Failure):
@@ -75,7 +75,7 @@ class Prefetch(Generic[Item]):
             return item
 
     def close(self) -> None:
-        """End the threads; an item in preparation is finished and thrown away. One that hangs is left to itself."""
+        """End the threads after their current item, which is discarded. Does not wait for threads that hang."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -104,7 +104,7 @@ class Prefetch(Generic[Item]):
 
 
 class _Failure:
-    """Raised where the item is asked for. What is no Exception would end that thread instead of being seen there."""
+    """An exception to raise in the consumer. StopIteration and non-Exceptions, which would end it, are wrapped."""
 
     def __init__(self, number: int, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, StopIteration):

@@ -1,4 +1,4 @@
-"""Documents from files and datasets that hold one document a row: JSONL, Parquet, the Hugging Face hub."""
+"""Documents from files and datasets with one document per row: JSONL, Parquet, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def jsonl_documents(path: Path, id: str, field: str) -> Iterator[Document]:
-    """One document a line of a `.jsonl`, `.jsonl.gz`, `.jsonl.xz` or `.jsonl.zst` file; blank lines are passed over.
+    """Yield a document per line of a `.jsonl`, `.jsonl.gz`, `.jsonl.xz` or `.jsonl.zst` file. Skips blank lines.
 
-    A document whose `field` is null counts as empty. Raises DataError with file and line for a line that is not a JSON
-    object or lacks the field.
+    A document whose `field` is null counts as empty. Raises DataError with file and line if a line is not a JSON object
+    or does not have the field.
     """
     for number, line in enumerate(_lines(_chunks(path)), start=1):
         origin, row_id = f"{path}:{number}", f"{id}:{number}"
@@ -35,16 +35,16 @@ def jsonl_documents(path: Path, id: str, field: str) -> Iterator[Document]:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: not JSON ({error}); a .jsonl file has one JSON object a line") from None
+            raise DataError(f"{origin}: not JSON ({error}); write one JSON object per line") from None
         if not isinstance(row, dict):
             raise DataError(f"{origin}: {type(row).__name__} instead of a JSON object such as {{{field!r}: ...}}")
         yield Document.make(row_id, origin, _field(row, field, origin))
 
 
 def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
-    """One document a row of a Parquet file; a null counts as empty.
+    """Yield a document per row of a Parquet file. A null counts as empty.
 
-    Raises DataError for a file that is not Parquet, lacks the column, or has another type in it.
+    Raises DataError if the file is not Parquet, does not have the column, or if the column is not text.
     """
     try:
         import pyarrow as pa
@@ -61,7 +61,7 @@ def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
                 raise DataError(f"{path}: column {field!r} holds {kind}, not text; set corpus.field to a text column")
             number = 0
             for batch in table.iter_batches(batch_size=64, columns=[field]):
-                # As bytes: Arrow does not check UTF-8 itself, and one bad row must not hide the others.
+                # Read as bytes, because Arrow does not check UTF-8 and one invalid row must not hide the others.
                 for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                     number += 1
                     yield Document.make(f"{id}:{number}", f"{path}: row {number}", value)
@@ -70,10 +70,10 @@ def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
 
 
 def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
-    """One document a row of a dataset of the Hugging Face hub, streamed; offline, from the local cache.
+    """Yield a document per row of a dataset of the Hugging Face hub: streamed, or from the local cache if offline.
 
-    Code that comes with a dataset is never run. Raises DataError without the `datasets` package, without a network,
-    or when the dataset, its split or the field does not exist.
+    Code in a dataset is never executed. Raises DataError if the `datasets` package or the network is missing, or if the
+    dataset, its split or the field does not exist.
     """
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -82,7 +82,7 @@ def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
             f"corpus.dataset: {corpus.dataset!r} needs the `datasets` package; pip install 'headway[hf]', "
             "or use a jsonl or parquet corpus"
         ) from None
-    # Streaming reads over the network even when a copy is in the cache, so offline the cache is read instead.
+    # Streaming always reads over the network, even if the dataset is cached. If offline, read the cache instead.
     offline = bool(getattr(datasets.config, "HF_HUB_OFFLINE", False) or datasets.config.HF_DATASETS_OFFLINE)
     try:
         rows = datasets.load_dataset(
@@ -93,12 +93,12 @@ def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
             yield Document.make(f"{corpus.split}:{number}", origin, _field(row, corpus.field, origin))
     except DataError:
         raise
-    except Exception as error:  # `datasets` lets errors of five HTTP and file libraries through
+    except Exception as error:  # `datasets` raises errors of five HTTP and file libraries
         raise _hub_error(corpus, error, offline) from error
 
 
 def _hub_error(corpus: HuggingFaceCorpus, error: Exception, offline: bool) -> DataError:
-    """Tell "no network" from "no such dataset": the first is by far the most frequent, and needs another answer."""
+    """Distinguish "no network", by far the most frequent cause, from "no such dataset". They need different fixes."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -112,8 +112,8 @@ def _hub_error(corpus: HuggingFaceCorpus, error: Exception, offline: bool) -> Da
     if offline or (network and not missing):
         state = "HF_DATASETS_OFFLINE is set and it is not in the local cache" if offline else "the hub is not reachable"
         return DataError(
-            f"{what}: {state} ({detail}). Without a network use files: `type: parquet` or `type: jsonl` with local "
-            "paths; or fill the cache where there is one and copy it: set HF_HOME to it and HF_DATASETS_OFFLINE=1"
+            f"{what}: {state} ({detail}). Without a network, use `type: parquet` or `type: jsonl` with local paths; or "
+            "fill the cache on a machine with a network, copy it, and set HF_HOME to it and HF_DATASETS_OFFLINE=1"
         )
     return DataError(f"{what}: cannot be loaded ({detail}); check dataset, subset, split, revision and access rights")
 
@@ -124,12 +124,14 @@ def _field(row: dict[str, Any], field: str, origin: str) -> str | None:
         raise DataError(f"{origin}: no field {field!r}; set corpus.field to one of its fields: {has}")
     value = row[field]
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text; set corpus.field")
+        raise DataError(
+            f"{origin}: field {field!r} holds {type(value).__name__}, not text; set corpus.field to a text field"
+        )
     return value
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split at newlines; a line may span any number of chunks."""
+    """Split chunks into lines. A line may span several chunks."""
     parts: list[bytes] = []
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
@@ -142,7 +144,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The content of a file, uncompressed by its ending. Raises DataError when it is damaged or cut short."""
+    """Yield the contents of a file, decompressed according to its suffix. Raises DataError if damaged or truncated."""
     try:
         if path.suffix == ".zst":
             yield from _zst_chunks(path)
@@ -156,7 +158,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zst_chunks(path: Path) -> Iterator[bytes]:
-    # zstandard's own stream reader ends quietly where a file is cut short; the frame object says whether it is whole.
+    # zstandard's stream reader does not detect a truncated file; the frame object does.
     import zstandard
 
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
@@ -175,4 +177,4 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
                 if frame.eof:
                     frame = unpacker.decompressobj()
     if inside:
-        raise DataError(f"{path}: ends inside a zstd frame: cut short; fetch or compress it again")
+        raise DataError(f"{path}: truncated (ends inside a zstd frame); fetch or compress it again")

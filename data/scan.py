@@ -1,29 +1,28 @@
-"""The first pass over a corpus: what is usable, what is new, and which split it belongs to."""
+"""The first pass over a corpus: filter, deduplicate, and split documents into train and validation."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from headway.data import corpora
 from headway.data.config import CorpusConfig, DataError
 from headway.data.document import Document
 from headway.data.manifest import Split
+from headway.data.progress import Bar, Progress
 
 _WHAT = {"empty": "is empty", "not_utf8": "is not UTF-8 text"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """The documents of a corpus, their text in a spool file. `order` lists the documents of each split."""
+    """Index of the usable documents of a corpus, whose text is in a spool file. `order`: documents of each split."""
 
     ids: list[str]
     offsets: np.ndarray  # [documents] int64, bytes into the spool
@@ -36,19 +35,18 @@ class Scan:
         return spool[begin : begin + int(self.lengths[document])]
 
 
-def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
-    """Read the corpus once: copy the usable, different documents to `spool` and divide them by the hash of their text.
+def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
+    """Read the corpus once: write usable documents without duplicates to `spool` and split them by hash of the text.
 
-    The split and the order come from separate bits of one hash, so a document's place does not depend on the others.
-    Raises DataError for an unusable document (unless they are skipped), or when fewer than two are left.
+    Split and order come from separate bits of the hash, so the position of a document does not depend on the others.
+    Raises DataError for an unusable document (unless they are skipped), or if fewer than two documents are left.
     """
     ids: list[str] = []
     lengths: list[int] = []
     digests: dict[bytes, None] = {}
     left_out: Counter[str] = Counter()
-    found = tqdm(corpora.documents(cfg.corpus), desc="read", unit=" documents", file=sys.stderr, disable=not progress)
-    with spool.open("wb") as stream:
-        for document in _usable(found, cfg, left_out):
+    with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
+        for document in _usable(_counted(corpora.documents(cfg.corpus), bar), cfg, left_out):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()
             if digest in digests:
                 left_out["duplicate"] += 1
@@ -58,10 +56,10 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
             lengths.append(len(document.text))
             stream.write(document.text)
     if len(ids) < 2:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none left out"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none skipped"
         raise DataError(
             f"corpus: {len(ids)} usable document{'s' * (len(ids) != 1)} ({reasons}), but one is needed for training "
-            "and one for validation; give more files, or split one text into a .jsonl file with a document a line"
+            "and one for validation; give more files, or split a text into a .jsonl file with one document per line"
         )
     sizes = np.array(lengths, dtype=np.int64)
     return Scan(
@@ -73,13 +71,19 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: bool) -> Scan:
     )
 
 
+def _counted(found: Iterable[Document], bar: Bar) -> Iterator[Document]:
+    for document in found:
+        yield document
+        bar.update(1)
+
+
 def _usable(found: Iterable[Document], cfg: CorpusConfig, left_out: Counter[str]) -> Iterable[Document]:
     for document in found:
         if document.problem is not None:
             if cfg.bad_documents == "error":
                 raise DataError(
-                    f"{document.origin}: document {_WHAT[document.problem]}; mend or remove it, "
-                    "or set bad_documents: skip to leave such documents out and count them"
+                    f"{document.origin}: document {_WHAT[document.problem]}; fix or remove it, "
+                    "or set bad_documents: skip to skip and count such documents"
                 )
             left_out[document.problem] += 1
         elif len(document.text) < cfg.min_document_bytes:
@@ -92,7 +96,7 @@ def _divide(digests: list[bytes], validation_fraction: float) -> dict[Split, np.
     bits = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
     place, rank = bits[:, 0] / 2.0**64, bits[:, 1]
     validation = place < validation_fraction
-    # A small corpus can miss a split by chance; it then gets the document nearest to it.
+    # In a small corpus a split may be empty by chance. It then gets the document closest to the threshold.
     if not validation.any():
         validation[place.argmin()] = True
     elif validation.all():

@@ -1,9 +1,9 @@
-"""One MDS shard, open for reading. The format is told in `headway.data.mds`.
+"""One MDS shard, open for reading. The format is described in `headway.data.mds`.
 
-Shards are read by `pread`, not through a memory map: a file that is cut short or whose disk fails under a map ends the
-process with SIGBUS, while a read says what happened. Every read is followed by a look at the file's `FileState`; if it
-is another one than when the content was hashed, the content is hashed again before a token is handed out. So what is
-trained on has the hash of the manifest, also where a file is written to while it is read.
+Shards are read with `pread`, not mapped into memory. If a mapped file is truncated or its disk fails, the process dies
+with SIGBUS, while a read returns an error. After every read the file's `FileState` is checked. If it has changed since
+the content was hashed, the content is hashed again before any token is returned. Training data therefore has the hash
+of the manifest, even if a file is modified while it is read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import xxhash
 
 from headway.data.manifest import FileState, settled_state, state_of
 
-_CHUNK_BYTES = 256 << 10  # stays in the cache of a core
+_CHUNK_BYTES = 256 << 10  # fits into a core's cache
 
 
 class OpenShard:
-    """Where the id and the tokens of each document of a shard stand, and the file itself; closed when it is let go.
+    """An open shard: its file and the offsets of the id and the tokens of each document. Closed when deleted.
 
-    `trusted`: the state in which the content is known to be right, if it is. `lengths`: tokens of each document,
-    [samples]. Raises OSError when the file cannot be read and ValueError when its content is not what it should be.
+    trusted: File state in which the content is known to be right, or None.
+    lengths: Tokens per document, [samples].
+
+    Raises OSError if the file cannot be read and ValueError if its content is wrong.
     """
 
     def __init__(
@@ -50,11 +52,11 @@ class OpenShard:
             os.close(self._descriptor)
 
     def tokens(self, row: int, begin: int, count: int) -> np.ndarray:
-        """`count` token ids of a document from its token `begin` on, [count]."""
+        """`count` token ids of a document, starting at its token `begin`, [count]."""
         return self._read(int(self.starts[row]) + begin * self._dtype.itemsize, count, self._dtype)
 
     def id(self, row: int) -> str:
-        """Where a document came from."""
+        """Id of a document in the corpus."""
         begin = int(self.offsets[row])
         size = int(self._read(begin, 1, np.dtype("<u4"))[0])
         if size > self.starts[row] - begin - 8:
@@ -66,7 +68,7 @@ class OpenShard:
         while True:
             trusted = self._state
             got = os.preadv(self._descriptor, [found.data], offset)
-            # After the read: a write stamps the file before it changes the content.
+            # Check after the read: a write updates the timestamps before it changes the content.
             if state_of(os.fstat(self._descriptor)) == trusted:
                 break
             self._check_content()
@@ -75,7 +77,7 @@ class OpenShard:
         return found
 
     def _check_content(self) -> None:
-        """Hash the file, and from now on trust it in the state that it has."""
+        """Hash the file and trust its current state. Raises ValueError if the hash is wrong."""
         with self._hashing:
             state = settled_state(self._descriptor)
             if state == self._state:

@@ -1,4 +1,4 @@
-"""What every source of training sequences answers. Legend: S sequence length."""
+"""Interface of the sources of training sequences. Legend: S sequence length."""
 
 from __future__ import annotations
 
@@ -11,42 +11,39 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training sequence and the token after it.
-
-    `targets`, where set, names the positions whose next token carries a loss; otherwise all do.
-    """
+    """One training sequence and its next token."""
 
     tokens: np.ndarray  # [S+1] integers
-    segments: np.ndarray  # [S+1] int32, number of the document within the sequence, from 0
-    targets: np.ndarray | None = None  # [S] bool
+    segments: np.ndarray  # [S+1] int32, index of the document within the sequence, from 0
+    targets: np.ndarray | None = None  # [S] bool, positions whose next token has a loss; None: all
 
 
 class Source(Protocol):
-    """Sequences by index, and the order in which training sees them. Pure: the same index gives the same sequence."""
+    """Random access to sequences, and their order in training. Both are pure functions of their argument."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the dataset; None when there is none."""
+        """Fingerprint of the dataset, or None without one."""
         ...
 
     @property
     def num_sequences(self) -> int | None:
-        """Sequences of one epoch; None when the source has no end."""
+        """Sequences per epoch, or None for an infinite source."""
         ...
 
     def index(self, position: int) -> int:
-        """Sequence at a position of the global order, 0 <= position; positions run on over epochs."""
+        """Sequence index at a position >= 0 of the global order. Positions continue over epochs."""
         ...
 
     def sample(self, index: int) -> Sample: ...
 
     def reading(self) -> list[Path]:
-        """Files that threads wait for at this moment."""
+        """Files that threads are currently waiting for."""
         ...
 
     def close(self) -> None:
-        """End the threads. Sequences can still be had."""
+        """End the threads. `sample` still works afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""The one place that imports mosaicml-streaming: it takes seconds and needs a workaround on CPU builds of torch."""
+"""Lazy import of mosaicml-streaming, which takes seconds and needs a workaround on CPU builds of torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def import_streaming(submodule: str = "") -> ModuleType:
 
 
 def _make_torchvision_importable() -> None:
-    """mosaicml-streaming imports torchvision; a CUDA build of it cannot be imported under a CPU build of torch.
+    """Make torchvision importable, which mosaicml-streaming imports.
 
-    It fails on `operator torchvision::nms does not exist`, because its C library does not load. Declaring the two
-    operators whose meta kernels it registers at import is enough; nothing here ever calls them. A torchvision that
-    imports as it is is left alone: declaring the operators again would clash with its own C library.
+    A CUDA build of torchvision cannot be imported with a CPU build of torch: its C library does not load, and the
+    import fails with `operator torchvision::nms does not exist`. Declaring the two operators whose meta kernels it
+    registers on import is enough; nothing here calls them. If torchvision can be imported, nothing is declared, because
+    a second declaration would conflict with its C library.
     """
     import torch
 

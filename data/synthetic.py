@@ -1,16 +1,16 @@
-"""Seeded synthetic sequences whose loss floor is known exactly. Legend: S sequence length, V vocabulary.
+"""Seeded synthetic sequences with an exactly known minimum loss. Legend: S sequence length, V vocabulary.
 
-A sequence holds as many independent problems of L = `SyntheticSource.problem_length` tokens as fit into its S + 1
-tokens, each a document of its own, then token 0 as filler in one last document. Only answers carry a loss:
+A sequence contains as many independent problems of L = `SyntheticSource.problem_length` tokens as fit into its S + 1
+tokens. Each problem is a document. The rest is a last document of padding tokens 0. Only answers have a loss:
 
-    mqar       k1 v1 .. kP vP  q1 a1 .. qQ aQ     keys differ; queries are Q of them in random order; a = value of q
+    mqar       k1 v1 .. kP vP  q1 a1 .. qQ aQ     keys are distinct; queries are Q keys in random order; a = value of q
                keys are tokens 1 .. K with K = (V - 1) // 2, values are uniform over K + 1 .. V - 1
     copy       x1 .. xn  0  x1 .. xn              x uniform over 1 .. V - 1; the n tokens after the 0 are the answers
-    induction  x1 .. xn  q1 a1 .. qQ aQ           x different tokens of 1 .. V - 1; the q are different ones of
-                                                  x1 .. x(n-1), the answer to each is the token that stood after it
+    induction  x1 .. xn  q1 a1 .. qQ aQ           x distinct tokens of 1 .. V - 1; queries are distinct tokens of
+                                                  x1 .. x(n-1); the answer is the token that followed the query
 
 Multi-query associative recall: Arora et al. 2023, "Zoology"; copy: Graves et al. 2014; induction heads: Olsson et al.
-2022. Sequence i depends on (data seed, split, task, i) alone.
+2022. Sequence i depends only on (data seed, split, task, i).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headway.data.source import Sample
 
 
 class SyntheticTask:
-    """An endless source; sequences are drawn in the order of their index."""
+    """An infinite source. Sequences are read in the order of their index."""
 
     num_sequences = fingerprint = None
 
@@ -37,7 +37,7 @@ class SyntheticTask:
         self.problems = (seq_len + 1) // cfg.problem_length
         if self.problems == 0:
             raise DataError(
-                f"data.seq_len: {seq_len} holds no {cfg.task} problem of {cfg.problem_length} tokens; "
+                f"data.seq_len: {seq_len} is too short for a {cfg.task} problem of {cfg.problem_length} tokens; "
                 f"use seq_len >= {cfg.problem_length - 1} or a smaller problem"
             )
         answers = np.zeros(cfg.problem_length, dtype=bool)
@@ -66,23 +66,23 @@ class SyntheticTask:
         pass
 
     def loss_floor(self) -> float:
-        """Mean loss of the best possible predictor, in nats per target: 0, since every answer follows from the past."""
+        """Minimum mean loss in nats per target: 0, because every answer is determined by earlier tokens."""
         return 0.0
 
     def chance_loss(self) -> float:
-        """Mean loss, in nats per target, of the best predictor without memory: it knows the rules, its place in the
-        layout and the token at hand, but none before. That is what a model with no attention can reach.
+        """Mean loss, in nats per target, of the best predictor that sees only the position and the current token. This
+        is the best that a model without attention can reach.
         """
         match self.cfg.task:
             case "mqar":
                 return math.log(self.vocab_size - 1 - self._keys)
             case "copy":
                 return math.log(self.vocab_size - 1)
-            case "induction":  # the answer is a token other than the one at hand
+            case "induction":  # the answer differs from the current token
                 return math.log(self.vocab_size - 2)
 
     def chance_accuracy(self) -> float:
-        """Share of targets that the same predictor guesses right: every token it cannot rule out is equally likely."""
+        """Accuracy of the same predictor, for which all tokens that it cannot rule out are equally likely."""
         return math.exp(-self.chance_loss())
 
     @property
@@ -119,15 +119,15 @@ class SyntheticTask:
 
 
 def _uniform(bits: np.ndarray, count: int) -> np.ndarray:
-    """Independent draws from 0 .. count - 1; the remainder's bias is below 2**-47."""
+    """Independent uniform draws from 0 .. count - 1. The bias of the modulo is below 2**-47."""
     return (bits % np.uint64(count)).astype(np.int64)
 
 
 def _distinct(bits: np.ndarray, width: int) -> np.ndarray:
-    """Draws without repeats from 0 .. (columns of bits) - 1, [problems, width]."""
+    """Draws without replacement from 0 .. (columns of bits) - 1, [problems, width]."""
     return np.argsort(bits, axis=1, kind="stable")[:, :width]
 
 
 def _alternate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Columns of both in turn: [problems, n] twice to [problems, 2n]."""
+    """Interleave the columns of two [problems, n] arrays to [problems, 2n]."""
     return np.stack([first, second], axis=2).reshape(len(first), -1)

@@ -1,6 +1,7 @@
-"""Is a dataset what its manifest says? Asked before any process group exists, so that a bad shard costs seconds.
+"""Verification of a dataset against its manifest.
 
-A missing or damaged shard is an error, never a shorter epoch.
+It runs before the process group is created, so that a damaged shard is reported within seconds. A missing or damaged
+shard is an error; it never shortens the epoch.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from headway.data.manifest import (
     rebuild_hint,
 )
 from headway.data.mds import ShardInfo, read_index, read_lengths
+from headway.data.progress import Progress, Shown, progress_of
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a run records about its data. Entropy in nats per token; lengths in tokens."""
+    """Properties of a dataset that a run records. Entropy is in nats per token."""
 
     path: Path
     fingerprint: str
@@ -45,18 +47,18 @@ class DatasetInfo:
     manifest: dict[str, Any]
 
 
-def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
-    """Check every file of a dataset (presence, size, hash; no other ones), its tokenizer and that `seq_len` fits.
+def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = False) -> DatasetInfo:
+    """Check the files of a dataset (presence, size, hash, no extra shards), its tokenizer, and that `seq_len` fits.
 
-    With `remote` the manifest is fetched first and shards not fetched yet are left out: each is checked on arrival.
-    Files hashed before and unchanged since are not hashed again. Raises DataError naming the file and what to do.
+    With `remote`, the manifest is fetched first; shards that are not fetched yet are checked when they arrive. Files
+    that did not change since they were hashed are not hashed again. Raises DataError with the file and the next step.
     """
     root = Path(source.path).expanduser()
     if source.remote is not None:
         manifest = fetch.fetch_metadata(root, source.remote)
     else:
         manifest = read_manifest(root)
-    _check_files(root, manifest, source.remote)
+    _check_files(root, manifest, source.remote, progress_of(progress))
     for split in SPLITS:
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
@@ -78,27 +80,31 @@ def verify(source: MdsSource, *, seq_len: int | None = None) -> DatasetInfo:
     )
 
 
-def _check_files(root: Path, manifest: Manifest, remote: str | None) -> None:
+def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: Progress) -> None:
     metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
     if unnamed := sorted(metadata - manifest.files.keys()):
         raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
     verified = VerifiedFiles(root)
-    hint = None if remote is None else f"delete it and start again: it is fetched anew from {remote}"
-    for name in manifest.files:
-        # A shard that was not fetched yet is checked on arrival.
-        if remote is None or name in metadata or os.path.lexists(root / name):
+    hint = None if remote is None else f"delete it and start again: it is fetched again from {remote}"
+    # Shards that are not fetched yet are checked when they arrive.
+    names = [n for n in manifest.files if remote is None or n in metadata or os.path.lexists(root / n)]
+    with progress("verify dataset", sum(manifest.files[name].bytes for name in names), "B") as bar:
+        for name in names:
             check_file(root, name, manifest, verified, hint=hint)
+            bar.update(manifest.files[name].bytes)
     verified.save()
 
 
 def _check_nothing_else(root: Path, split: Split, manifest: Manifest, shards: list[ShardInfo]) -> None:
-    """A shard that no run would read: somebody believes to train on it."""
+    """Raise DataError for a shard that is not in the manifest, which no run would read."""
     named = {name.removeprefix(f"{split}/") for name in manifest.files}
-    named |= {shard.raw_name for shard in shards}  # unpacked beside their zstd form
+    named |= {shard.raw_name for shard in shards}  # decompressed shards
     try:
         found = sorted((root / split).iterdir())
     except OSError as error:
-        raise DataError(f"{root / split}: cannot be listed ({error.strerror}); mend disk or rights") from error
+        raise DataError(
+            f"{root / split}: cannot be listed ({error.strerror}); fix the disk or the permissions"
+        ) from error
     for path in found:
         if ".mds" in path.name and path.name not in named and not path.name.startswith("."):
             raise DataError(
@@ -111,7 +117,7 @@ def _check_tokenizer(root: Path, manifest: Manifest) -> None:
     path = root / TOKENIZER_NAME
     if (digest := sha256_of(path)) != manifest.tokenizer_sha256:
         raise DataError(
-            f"{path}: not the tokenizer the shards were made with (sha256 {digest[:12]}, manifest "
+            f"{path}: not the tokenizer of the shards (sha256 {digest[:12]}, manifest "
             f"{manifest.tokenizer_sha256[:12]}); {rebuild_hint(root)}"
         )
     if (size := vocab_size_of(path)) != manifest.vocab_size:
@@ -123,6 +129,6 @@ def _check_length(root: Path, manifest: Manifest, seq_len: int) -> None:
         tokens = manifest.counts(split).tokens
         if tokens < seq_len + 1:
             raise DataError(
-                f"data.seq_len: {seq_len:,} (and the token after it) is longer than the {split} split of {root}, which "
+                f"data.seq_len: {seq_len:,} (and the next token) is longer than the {split} split of {root}, which "
                 f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
             )

@@ -1,1 +1,1 @@
-"""Operations with a PyTorch reference each; imports torch only."""
+"""Kernels, each with a PyTorch reference. This package imports only torch (Triton is imported lazily)."""

@@ -1,4 +1,4 @@
-"""The attention core: scaled dot products, softmax, weighted sum of values. Always PyTorch's own operation.
+"""The attention core: PyTorch's scaled dot-product attention with windows, masks and grouped KV heads.
 
 Legend: B batch, S sequence, H query heads (or slots), G KV heads, D head size.
 """
@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of queries per call where a mask is given. Keys after the block's last row are not touched, which recovers what a
-# masked call loses against `is_causal` (2 CPU cores, S=4096, H=4, D=32, forward and backward: causal 210 ms, one masked
-# call 390 to 480 ms, blocks of 512 rows 165 ms; S=1024: 35 -> 33 ms).
+# Query rows per call if there is a mask. Keys after the block's last row are skipped, which makes masked calls as fast
+# as `is_causal` (2 CPU cores, S=4096, H=4, D=32, forward and backward: causal 210 ms, one masked call 390 to 480 ms,
+# blocks of 512 rows 165 ms; S=1024: 35 -> 33 ms).
 MASKED_BLOCK = 512
 
 
 def shares_kv_heads(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
-    """Whether a fused operation of PyTorch takes fewer KV heads than query heads.
+    """Whether a fused kernel of PyTorch supports fewer KV heads than query heads.
 
-    On CUDA only flash attention does for sure, which has no masks and no fp32; the memory-efficient operation refuses,
-    and what is left writes out the [S, S] scores.
+    On CUDA only flash attention certainly does, without masks and not in fp32. The memory-efficient kernel does not,
+    and the math fallback materializes the [S, S] scores.
     """
     return device_type == "cpu" or (not masked and dtype in (torch.bfloat16, torch.float16))
 
@@ -37,13 +37,16 @@ def core(
 ) -> Tensor:
     """Causal attention, scale 1/sqrt(D). q [B, S, H, D]; k, v [B, K, G, D], K >= S; returns [B, S, H, D].
 
-    Query head i uses KV head i // (H/G). Where K > S the queries are the last S of K positions (decoding with a cache).
-    `window` w: a query sees w keys at most, its own included; blocks of keys outside every window are not touched.
-    `mask` is None (plain causal) or broadcastable to [B, H, S, S], with K = S: bool (True = may see) or additive in q's
-    dtype; it must already forbid later positions. `scores` is called as PyTorch's operation is.
+    Query head i uses KV head i // (H/G). If K > S, the queries are the last S of K positions (decoding with a cache).
+
+    mask: None (causal), or broadcastable to [B, H, S, S] with K = S: bool (True: attend) or additive in q's dtype. It
+        must mask later positions.
+    window: w, the number of keys that a query attends to, including its own. Key blocks outside of all windows are
+        skipped.
+    scores: Function with the signature of `scaled_dot_product_attention`.
 
     `enable_gqa` and repeating the KV heads take the same time on CPU (S=2048, H=8, G=2, D=32, forward and backward:
-    87 and 88 ms causal, 150 to 170 ms masked); the former keeps one copy of K and V for the backward pass, not H/G.
+    87 and 88 ms causal, 150 to 170 ms masked). `enable_gqa` saves one copy of K and V for the backward pass, not H/G.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
@@ -82,7 +85,7 @@ def visible(
     window: int | None,
     device: torch.device,
 ) -> Tensor:
-    """Mask of query rows start..end (positions past + row) over keys first..last, from positions or from `mask`."""
+    """Mask of query rows start..end (at positions past + row) over keys first..last, combining `mask` and `window`."""
     if mask is not None and window is None:
         return mask[..., start:end, first:last]
     distance = torch.arange(past + start, past + end, device=device)[:, None] - torch.arange(first, last, device=device)

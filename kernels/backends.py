@@ -1,4 +1,4 @@
-"""Which implementation the attention core runs on: PyTorch's backends by name and order, or FlashAttention-3.
+"""Backends of the attention core: PyTorch's backends by name and priority, or FlashAttention-3.
 
 Legend: B batch, S sequence, H query heads, G KV heads, D head size.
 """
@@ -32,7 +32,8 @@ _ORDER: dict[str, list[SDPBackend]] = {
 def attention_core(backend: Backend, *, device_type: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     """`headway.kernels.attention.core` on a backend, for tensors of `dtype` on `device_type`.
 
-    On the CPU the core as it is: there PyTorch chooses. Raises LeverError (64) for what cannot run there.
+    On the CPU this is the unchanged core, for which PyTorch selects the backend. Raises LeverError (64) if the backend
+    is not available.
     """
     if device_type != "cuda":
         if backend in ("auto", "math"):
@@ -59,7 +60,7 @@ _ANY = "use speed.attention: auto or math"
 
 
 def order(backend: Backend) -> list[SDPBackend]:
-    """PyTorch's backends in the order in which they are tried. cuDNN's backward pass has no deterministic mode."""
+    """PyTorch's backends by priority. With deterministic algorithms, flash is first: cuDNN's backward pass is not."""
     backends = _ORDER[backend]
     if backend == "auto" and torch.are_deterministic_algorithms_enabled():
         return [_FLASH, *(each for each in backends if each != _FLASH)]
@@ -67,7 +68,10 @@ def order(backend: Backend) -> list[SDPBackend]:
 
 
 def ordered_scores(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`scaled_dot_product_attention` on the first of `order(backend)` that takes q [B, H, S, D]; k, v [B, G, S, D]."""
+    """`scaled_dot_product_attention` on the first backend of `order(backend)` that supports the arguments.
+
+    q [B, H, S, D]; k, v [B, G, S, D].
+    """
     if backend == "flash" and options.get("attn_mask") is not None:
         raise LeverError(_no_mask(backend, "windows"))
     with sdpa_kernel(order(backend), set_priority=True):
@@ -77,7 +81,9 @@ def ordered_scores(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **options:
 def _fa3_core(
     attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None
 ) -> Tensor:
-    """Its causality, as the core's, is that of the last positions: query i of S sees keys up to K - S + i."""
+    """The core on FlashAttention-3. As in `core`, the queries are the last positions: query i attends to keys up to
+    K - S + i.
+    """
     if mask is not None:
         raise LeverError(_no_mask("fa3", "document masks"))
     out = attention(
@@ -88,7 +94,7 @@ def _fa3_core(
         window_size=(-1, -1) if window is None else (window - 1, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return out[0] if isinstance(out, tuple) else out  # some releases return the log-sums too
+    return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
 
 
 def _no_mask(backend: str, what: str) -> str:

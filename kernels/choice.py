@@ -1,7 +1,8 @@
-"""Dense or routed: which form of a product is expected to be faster, by a cost model and a table of measurements.
+"""Selects the faster form of a matmul, dense or routed, by a table of measurements or a cost model.
 
-The answer depends on shapes and on the architecture alone, so every rank gives the same. A measured entry wins over the
-model; none is shipped, for nothing is measured yet. The model's constants are assumptions for one H200.
+The result depends only on shapes and architecture, so it is the same on every rank. Measured entries take precedence
+over the cost model. The shipped table is empty, because nothing has been measured yet. The constants of the model are
+assumptions for one H200.
 
 Legend: T tokens, d width, D head size, G groups, N experts per group, k slots, s = G k slots of one token.
 """
@@ -22,18 +23,18 @@ TABLE = Path(__file__).with_name("choice.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Rates of a machine; assumed, not measured."""
+    """Constants of the cost model. They are assumptions, not measurements."""
 
-    dense_flops_per_s: float = 700e12  # the roofline model's at d = 2048
-    routed_share: float = 0.67  # rate of a routed product, as a share of the dense one's
+    dense_flops_per_s: float = 700e12  # from the roofline model at d = 2048
+    routed_share: float = 0.67  # FLOP rate of routed matmuls divided by that of dense ones
     l2_bytes_per_s: float = 6e12
-    lists_s: float = 12e-6  # building lists and schedule
-    tile: int = 128  # rows; every list wastes half a tile
+    lists_s: float = 12e-6  # time to build lists and schedule
+    tile: int = 128  # rows per tile; on average, each list wastes half a tile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of one product."""
+    """Sizes of one matmul."""
 
     tokens: int
     width: int
@@ -43,17 +44,17 @@ class Shape:
     k: int
 
     def key(self, arch: str, product: Product) -> str:
-        """Name in the table; tokens count by the power of two at or below them."""
+        """Key in the table. The number of tokens is rounded down to a power of two."""
         bucket = 1 << (self.tokens.bit_length() - 1)
         sizes = f"d{self.width}/D{self.head_dim}/G{self.groups}/N{self.experts}/k{self.k}/T{bucket}"
         return f"{arch}/{product}/{sizes}"
 
 
 def seconds(form: Form, shape: Shape, constants: Constants) -> float:
-    """Expected time of a product with one row per slot: gather, which makes the rows, or weight_grad, which sums them.
+    """Expected time of a matmul with one row per slot: gather (computes the rows) or weight_grad (sums over them).
 
-    Products that sum over slots into a d-wide row are dense always: a routed one would spill its partial sums, 4 d
-    bytes per slot.
+    Matmuls that sum over slots into a row of width d are always dense, because a routed one would write its partial
+    sums to memory, 4 d bytes per slot.
     """
     per_slot = 2 * shape.width * shape.head_dim  # FLOP
     if form == "dense":
@@ -65,9 +66,9 @@ def seconds(form: Form, shape: Shape, constants: Constants) -> float:
 
 
 def measured() -> dict[str, Form]:
-    """The override table: key of a shape -> the form that was faster there.
+    """The table of measurements: key of a shape -> faster form.
 
-    Raises ValueError for an entry that is neither "dense" nor "routed".
+    Raises ValueError for an entry other than "dense" and "routed".
     """
     return _read(TABLE)
 
@@ -82,7 +83,7 @@ def _read(path: Path) -> dict[str, Form]:
 
 
 def override(entries: Mapping[str, Form]) -> None:
-    """Put measured entries into the table, beside those of other shapes and GPUs."""
+    """Add measured entries to the table. Entries of other shapes and GPUs are kept."""
     content = json.loads(TABLE.read_text())
     content["entries"] = dict(sorted({**content["entries"], **entries}.items()))
     TABLE.write_text(json.dumps(content, indent=2) + "\n")
@@ -92,7 +93,7 @@ def override(entries: Mapping[str, Form]) -> None:
 def choose(
     product: Product, shape: Shape, arch: str, constants: Constants | None = None, table: dict[str, Form] | None = None
 ) -> Form:
-    """The faster form; `arch` is "cpu" or the GPU's ("sm_90"). Equal times are dense; the CPU is dense always."""
+    """The faster form; dense for equal times and always on the CPU. `arch`: "cpu" or the GPU's, such as "sm_90"."""
     if arch == "cpu":
         return "dense"
     entries = measured() if table is None else table

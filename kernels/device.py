@@ -1,4 +1,4 @@
-"""Which of two equal forms of an operation takes a tensor: a Triton kernel, or its twin in PyTorch."""
+"""Dispatch between the two equivalent forms of an operation: a Triton kernel, or its PyTorch twin."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 
 class _Forms:
-    """What is in force in the whole process: autograd runs the backward pass of a GPU in threads of its own, which see
-    no context variable of the caller, and `torch.compile` cannot trace one.
+    """Process-wide flags. Context variables do not work here: autograd runs the backward pass of a GPU in other
+    threads, which do not see those of the caller, and `torch.compile` cannot trace them.
     """
 
     twins_alone = False
@@ -31,7 +31,7 @@ _FORMS = _Forms()
 
 @contextlib.contextmanager
 def twins() -> Iterator[None]:
-    """Within this context the twins in PyTorch are taken on a GPU too: the form that measurements compare with."""
+    """Context manager that uses the PyTorch twins on a GPU too, as the baseline of measurements."""
     before, _FORMS.twins_alone = _FORMS.twins_alone, True
     try:
         yield
@@ -41,7 +41,7 @@ def twins() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within this context kernels take tensors of a CPU too: for checks, where TRITON_INTERPRET=1."""
+    """Context manager that runs kernels on CPU tensors too, for tests with TRITON_INTERPRET=1."""
     before, _FORMS.interpreted = _FORMS.interpreted, True
     try:
         yield
@@ -50,13 +50,15 @@ def interpreted() -> Iterator[None]:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed; it is not imported for that."""
+    """Whether Triton is installed. Does not import it."""
     return _TRITON
 
 
 def _constant(function: _Function) -> _Function:
-    """What torch.compiler.assume_constant_result does, without importing the compiler for it: that takes seconds, and
-    makes a folder for compiled code in the temporary one before a launcher could say where it belongs.
+    """Same as torch.compiler.assume_constant_result, without importing the compiler.
+
+    That import takes seconds, and it creates a cache folder in the temporary folder before the launcher can set its
+    location.
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
@@ -73,10 +75,10 @@ def _capable(index: int) -> bool:
 
 
 def fused(tensor: Tensor) -> bool:
-    """Whether Triton kernels take this tensor: on an NVIDIA GPU of compute capability 8.0 or more, fp32 or narrower.
+    """Whether Triton kernels run on this tensor: fp32, bf16 or fp16 on an NVIDIA GPU with compute capability >= 8.0.
 
-    Always False on the CPU (but for checks of kernels), so that results there depend on PyTorch alone, and where Triton
-    is absent.
+    False without Triton, and always on the CPU (except in kernel tests), so that results on the CPU depend only on
+    PyTorch.
     """
     if tensor.dtype not in _DTYPES or not has_triton() or _FORMS.twins_alone:
         return False
@@ -86,7 +88,7 @@ def fused(tensor: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """The word "cpu", or the GPU's, such as "sm_90"."""
+    """Architecture of a device: "cpu", or that of the GPU, such as "sm_90"."""
     if device.type != "cuda":
         return device.type
     return _architecture(device.index or 0)

@@ -1,4 +1,4 @@
-"""Pieces of a block that move memory and compute little, as pure functions: what a compiler can fuse.
+"""Memory-bound functions of a block, as pure functions that a compiler can fuse.
 
 Legend: d width, F FFN width.
 """
@@ -17,6 +17,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y and its norm; x, y [..., d], gain [d]. One pass over memory where it is compiled."""
+    """x + y and its RMSNorm; x, y [..., d], gain [d]. One pass over memory if compiled."""
     added = x + y
     return added, rms_norm(added, gain, eps)

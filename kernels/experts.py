@@ -1,11 +1,15 @@
-"""Projections into and out of chosen experts: all of them densely, or each for the tokens that chose it alone.
+"""Projections into and out of selected experts.
 
-All forms are the same function. Dense makes one large product and moves rows afterwards; grouped sorts the chosen
-(token, expert) pairs by expert and makes one product per expert, so that only what was chosen is multiplied, and reads
-the number of pairs per expert on the host. Routed does the same on a GPU in one kernel per product, without the host
-(`headway.kernels.routed`); auto takes it where it is expected to be faster, and dense elsewhere.
+All forms compute the same function:
 
-Legend: B batch, S sequence, T = B S tokens, d width, G groups, N experts per group, k chosen ones (slots), D channels.
+dense    one large matmul for all experts, then selection of rows
+grouped  sorts the selected (token, expert) pairs by expert and runs one matmul per expert, so that only selected pairs
+         are computed; synchronizes with the device to read the number of pairs per expert
+routed   the same as grouped with one GPU kernel per product and no synchronization (`headway.kernels.routed`)
+auto     routed where it is expected to be faster, else dense
+
+Legend: B batch, S sequence, T = B S tokens, d width, G groups, N experts per group, k selected experts (slots), D
+channels of one expert.
 """
 
 from __future__ import annotations
@@ -27,17 +31,17 @@ Projections = Literal["dense", "grouped", "routed", "auto"]
 
 
 class Routed(NamedTuple):
-    """One choice of experts as the routed operators read it: lists of pairs, and which products are routed."""
+    """Arguments of the routed operators: the selected pairs sorted by expert, and which matmuls are routed."""
 
     lists: PairLists
     forms: Forms
 
 
 def routed_forms(form: Projections, x: Tensor, *, groups: int, experts: int, k: int, head_dim: int) -> Forms | None:
-    """Which products of x [B, S, d] with k of N `experts` are routed; None: none is, and all are made densely.
+    """Which matmuls of x [B, S, d] with k of N `experts` are routed, or None if all are dense or grouped.
 
-    A function of shapes, x's dtype and the GPU's architecture, so all ranks agree. Where kernels do not run, auto is
-    dense; so it is in fp32, which the model of costs does not know: routed products have no tensor cores for it.
+    The result depends only on shapes, dtype and GPU architecture, so all ranks agree. `auto` is dense where kernels do
+    not run, and in fp32, which the cost model does not cover: routed matmuls cannot use tensor cores in fp32.
     """
     if form == "routed":
         return ROUTED
@@ -52,13 +56,13 @@ def routed_forms(form: Projections, x: Tensor, *, groups: int, experts: int, k: 
 
 
 def routed_choice(form: Projections, x: Tensor, idx: Tensor, experts: int, *, head_dim: int) -> Routed | None:
-    """`routed_forms` for the choice idx [B, S, G, k], with its lists; None: products are dense, or grouped."""
+    """`routed_forms` and the pair lists for the selection idx [B, S, G, k]; None if matmuls are dense or grouped."""
     forms = routed_forms(form, x, groups=idx.shape[2], experts=experts, k=idx.shape[3], head_dim=head_dim)
     return None if forms is None else Routed(pair_lists(idx.flatten(0, 1), experts), forms)
 
 
 def project_routed(x: Tensor, weight: Tensor, routed: Routed, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """`project` by the routed operators, turned by `rope` (cos and sin [S, R]) where given."""
+    """`project` with the routed operators, then RoPE if `rope` (cos and sin [S, R]) is given."""
     made = routed_project(x.flatten(0, 1), weight, routed.lists, rope, routed.forms)
     return made.unflatten(0, x.shape[:2])
 
@@ -66,9 +70,9 @@ def project_routed(x: Tensor, weight: Tensor, routed: Routed, rope: tuple[Tensor
 def project(
     x: Tensor, weight: Tensor, idx: Tensor, experts: int, form: Projections, routed: Routed | None = None
 ) -> Tensor:
-    """x [B, S, d], weight [G N D, d], idx [B, S, G, k] -> what each token's experts make of it [B, S, G, k, D].
+    """Projection by the selected experts: x [B, S, d], weight [G N D, d], idx [B, S, G, k] -> [B, S, G, k, D].
 
-    `routed` of that idx, where it was found for another product too.
+    `routed`: result of `routed_choice` for idx, or None.
     """
     if routed is not None:
         return project_routed(x, weight, routed)
@@ -92,10 +96,10 @@ def combine(
     form: Projections,
     routed: Routed | None = None,
 ) -> Tensor:
-    """Gated sum of what chosen experts make of their slots: slots [B, S, G, k, D], weight [d, G N D] -> [B, S, d].
+    """Gated sum of the selected experts' output projections: slots [B, S, G, k, D], weight [d, G N D] -> [B, S, d].
 
-    idx, gate [B, S, G, k]; `routed` as in `project`. Gathering each pair's [D, d] slice instead would move d D numbers
-    per slot.
+    idx, gate [B, S, G, k]; `routed` as in `project`. Gathering the [D, d] slice of each pair instead would move d D
+    elements per slot.
     """
     if routed is not None:
         y = routed_combine(slots.flatten(0, 1), weight, routed.lists, gate.flatten(0, 1), routed.forms)
@@ -110,17 +114,17 @@ def combine(
 
 
 def _by_expert(idx: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """Pairs, in the order of their expert (stable), and how many each of the G N experts has; idx [B, S, G, k]."""
+    """Pair indices sorted by expert (stable), and the number of pairs per expert [G N]; idx [B, S, G, k]."""
     groups = idx.shape[2]
     expert = (idx + experts * torch.arange(groups, device=idx.device)[:, None]).flatten()
     return expert.argsort(stable=True), torch.bincount(expert, minlength=groups * experts).tolist()
 
 
 def _products(rows: Tensor, matrices: list[Tensor], sizes: list[int]) -> Tensor:
-    """Each segment of the sorted rows times its expert's matrix; an expert that nobody chose still has a gradient."""
+    """Each segment of the sorted rows times its expert's matrix. Experts without rows get a zero gradient."""
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(sizes), matrices, strict=True)])
 
 
 def _unsorted(made: Tensor, order: Tensor) -> Tensor:
-    """Rows back in the order of the pairs; no row occurs twice."""
+    """Undo the sort: rows in the original order of the pairs. `order` is a permutation."""
     return torch.empty_like(made).index_copy(0, order, made)

@@ -1,4 +1,4 @@
-"""What the launches of Triton kernels have in common; needs no Triton."""
+"""Constants and helpers for launching Triton kernels. Does not import Triton."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 LARGEST_HEAD = 128
-"""Channels of one expert that routed products take; accumulators of wider ones do not fit into registers."""
+"""Maximum channels of one expert in routed matmuls. Accumulators of wider experts do not fit into registers."""
+
 _ELEMENTS = 4096
-"""Of one tile of a kernel that only moves data: 32 for each of 128 threads."""
+"""Elements per tile of kernels that only move data: 32 for each of 128 threads."""
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A kernel with the types, constants and warps with which it is launched, for compilation without a GPU.
+    """A kernel with its launch configuration, for compilation without a GPU.
 
-    `signature`: of each argument that is no constant, its type in Triton's words ("*bf16", "i32"). `tensor_cores`:
-    whether its products must run on them.
+    signature: Triton type ("*bf16", "i32") of each argument that is not a constant.
+    tensor_cores: Whether its matmuls must use tensor cores.
     """
 
     kernel: Any
@@ -28,10 +29,10 @@ class Shipped:
 
 
 def padded(channels: int) -> int:
-    """The power of two that holds so many channels; at least 16."""
+    """`channels` rounded up to a power of two, at least 16."""
     return max(16, 1 << max(0, channels - 1).bit_length())
 
 
 def rows_per_program(channels: int) -> int:
-    """Rows of so many channels that one program takes: a power of two."""
+    """Rows of `channels` channels per program, a power of two."""
     return max(1, min(64, _ELEMENTS // padded(channels)))

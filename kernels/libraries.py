@@ -1,4 +1,4 @@
-"""Norms and losses of libraries that may be installed, in the signatures of our own.
+"""Norms and losses of optional libraries, with the signatures of our own.
 
 Legend: T tokens, d width, V vocabulary.
 """
@@ -22,7 +22,7 @@ Loss = Literal["chunked", "torch", "liger"]
 
 
 def norm_of(name: Norm, *, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """RMS norm by PyTorch or a library. Raises LeverError (64) where the library cannot be used."""
+    """RMSNorm of PyTorch or a library. Raises LeverError (64) if the library is not available."""
     if name == "torch":
         return rms_norm
     present = all(map(importable, APEX_MODULES)) if name == "apex" else importable(LIGER_MODULE)
@@ -31,16 +31,16 @@ def norm_of(name: Norm, *, device_type: str) -> Callable[[Tensor, Tensor, float]
         fused = _attribute("norm", name, "apex.normalization.fused_layer_norm", "fused_rms_norm_affine")
         return lambda x, gain, eps: fused(x, gain, (x.shape[-1],), eps)
     function = _attribute("norm", name, "liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
-    # "gemma" multiplies by the gain in fp32 and rounds once, as PyTorch does. Not in place: the gradient of the norm's
-    # output is not its own to write into.
+    # "gemma" multiplies by the gain in fp32 and rounds once, as PyTorch does. in_place is False, because other
+    # operations may still read the gradient of the norm's output.
     return lambda x, gain, eps: cast(Tensor, function.apply(x, gain, eps, 0.0, "gemma", False))
 
 
 def loss_of(name: Loss, *, device_type: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """`linear_cross_entropy_sum`, or the same by PyTorch or a library; theirs know no parts of the vocabulary.
+    """`linear_cross_entropy_sum`, or the equivalent of PyTorch or a library, which do not support a sharded vocabulary.
 
-    PyTorch's own returns its sum in the dtype of the hidden states and takes the gradient's scale in it: in bf16 8 bits
-    of the loss, so bf16 is refused. Raises LeverError (64) where one cannot be used.
+    PyTorch's function returns the loss, and scales the gradient, in the dtype of the hidden states. In bf16 that has
+    only 8 bits, so bf16 is refused. Raises LeverError (64) if the function is not available.
     """
     if name == "chunked":
         return linear_cross_entropy_sum
@@ -66,9 +66,9 @@ def loss_of(name: Loss, *, device_type: str, dtype: torch.dtype) -> Callable[...
 
 
 def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, part: VocabularyPart | None = None) -> Tensor:
-    """hidden [T, d], weight [V, d], labels [T] -> scalar. PyTorch's chunked form, which forms gradients forward."""
+    """hidden [T, d], weight [V, d], labels [T] -> scalar. PyTorch's chunked loss; gradients in the forward pass."""
     _whole(part)
-    functional: Any = F  # named in PyTorch 2.13 and later
+    functional: Any = F  # the function exists in PyTorch 2.13 and later
     nn: Any = torch.nn
     options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
     return cast(
@@ -78,7 +78,7 @@ def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, part: Vocabula
 
 
 def _whole(part: VocabularyPart | None) -> None:
-    assert part is None, "a spec with parts of the vocabulary takes the chunked loss alone"
+    assert part is None, "with a sharded vocabulary, the spec check allows only the chunked loss"
 
 
 def _check(key: str, name: str, present: bool, device_type: str, legal: str) -> None:

@@ -1,6 +1,6 @@
-"""Cross entropy of a language-model head, without keeping the logits.
+"""Cross-entropy of a language-model head without storing all logits.
 
-Legend: T tokens, d width, V vocabulary, C tokens of one chunk. V' rows of it where ranks share it.
+Legend: T tokens, d width, V vocabulary, C tokens of one chunk, V' vocabulary rows of one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 IGNORED = -100
 
-# Logits of one chunk. On CPU 8 MiB of fp32 stays near the cores; an accelerator wants large products.
+# Logits per chunk. On CPU, 8 MiB of fp32 stays in the cache; accelerators need large matmuls.
 CHUNK_ELEMENTS_CPU = 1 << 21
 CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyPart:
-    """The rows of the vocabulary that this rank holds: `start` and those after it, as many as its weight has.
+    """This rank's part of the vocabulary: consecutive rows from `start`, as many as its weight has.
 
-    `sum` and `largest` reduce a tensor elementwise over the ranks that hold the other rows, into a new tensor, without
-    gradient. Every rank calls them equally often, with equal shapes.
+    `sum` and `largest` all-reduce a tensor (sum, maximum) over the ranks that share the vocabulary, into a new tensor,
+    without gradient. All ranks must call them equally often, with equal shapes.
     """
 
     start: int
@@ -34,7 +34,7 @@ class VocabularyPart:
     largest: Callable[[Tensor], Tensor]
 
     def find(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """labels [C] -> (whether it is one of the `rows` here, bool [C]; which one, 0 where it is not, [C, 1])."""
+        """labels [C] -> (whether the label is one of this rank's `rows`, bool [C]; its row, or 0 if not, [C, 1])."""
         row = labels - self.start
         here = (row >= 0) & (row < rows)  # an ignored label is below every start
         return here, torch.where(here, row, 0)[:, None]
@@ -48,26 +48,27 @@ def linear_cross_entropy_sum(
     chunk_tokens: int | None = None,
     part: VocabularyPart | None = None,
 ) -> Tensor:
-    """Sum over tokens of -log softmax(hidden weight^T)[label]; fp32, or float64 where hidden is.
+    """Sum over tokens of -log softmax(hidden weight^T)[label]; fp32, or float64 if hidden is.
 
-    hidden [T, d], weight [V, d], labels [T] int64, of which -100 adds nothing. Where the logits exceed one chunk they
-    are formed chunk by chunk, and the gradients with them (the loss is a sum, so the incoming gradient is one scalar):
-    the same three products as the plain form, C V numbers instead of three times T V. Measured on 2 CPU cores, forward
-    and backward: T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
+    hidden [T, d], weight [V, d], labels [T] int64; label -100 is ignored. If the logits exceed one chunk, logits and
+    gradients are computed chunk by chunk in the forward pass. (The loss is a sum, so the incoming gradient is one
+    scalar.) This takes the same three matmuls as the plain form, but memory for C V elements instead of three times
+    T V. Measured on 2 CPU cores, forward and backward: T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048,
+    V=4096, d=128: 72 against 85.
 
-    With `part`, weight [V', d] holds that part's rows; hidden and labels (numbers of the whole vocabulary) are the same
-    on every rank, and so is the result: the loss over the whole vocabulary. The gradient of weight is that of its rows;
-    the gradient of hidden is this rank's share, to be summed over ranks. C V' numbers, and per chunk two exchanges
-    between ranks, one maximum of C numbers and one sum of 2 C (the plan of Megatron-LM's vocabulary-parallel loss,
-    Shoeybi et al., 2019, arXiv 1909.08053). Parts of unequal length need `chunk_tokens`, lest their chunks differ; a
-    label that no part holds is not noticed.
+    With `part`, weight [V', d] holds the rows of that part. hidden and labels (of the whole vocabulary) are equal on
+    all ranks, and so is the result, the loss over the whole vocabulary. The gradient of weight is that of its rows. The
+    gradient of hidden is partial and must be summed over ranks. Memory is C V' elements, and each chunk takes two
+    all-reduces: the maximum of C elements and the sum of 2 C (as in Megatron-LM's vocabulary-parallel loss, Shoeybi et
+    al., 2019, arXiv 1909.08053). If parts have unequal length, pass `chunk_tokens`, so that all ranks use equal chunks.
+    A label outside of all parts is not detected.
     """
     tokens, vocab = len(hidden), len(weight)
     chunk_tokens = chunk_tokens or _chunk_tokens(hidden, vocab)
     if part is None and tokens <= chunk_tokens:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.cross_entropy(F.linear(hidden, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
-    # Asked here: inside a Function gradients are off, and `needs_input_grad` does not know of no_grad.
+    # Check this outside of the Function: inside, gradients are off, and `needs_input_grad` ignores no_grad.
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad, part))
 
@@ -81,12 +82,12 @@ def linear_cross_entropy_and_hits(
     chunk_tokens: int | None = None,
     part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For evaluation: (sum of `linear_cross_entropy_sum`, number of labels whose logit is its token's largest, int64).
+    """For evaluation: (`linear_cross_entropy_sum`, number of labels that are the argmax of the logits, int64).
 
-    Of equal largest logits the first counts as the guess. Shapes as there; the logits are formed once, chunk by chunk,
-    and no gradient is. Finding the largest of logits at hand costs less than the scatter of the timing: 1 ms of 11 at
-    most at T=1024, V=4096, d=128 on 2 CPU cores. `part` as there, and both results are the same on every rank; hits
-    add C numbers to the sum, and no exchange.
+    If several logits are largest, the first one is the prediction. Shapes and `part` are as in
+    `linear_cross_entropy_sum`; both results are equal on all ranks. Logits are computed once, chunk by chunk, without
+    gradients. The argmax takes at most 1 ms of 11 at T=1024, V=4096, d=128 on 2 CPU cores, which is below the noise of
+    the measurement. With `part`, hits add C elements to the sum, and no further all-reduce.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=wide)
@@ -101,7 +102,7 @@ def linear_cross_entropy_and_hits(
             hits += chunk_hits
             continue
         loss += F.cross_entropy(logits, labels[chunk], ignore_index=IGNORED, reduction="sum")
-        hits += (logits.argmax(-1) == labels[chunk]).sum()  # an ignored label is no token's number
+        hits += (logits.argmax(-1) == labels[chunk]).sum()  # an ignored label (-100) never equals an index
     return loss, hits
 
 
@@ -111,10 +112,10 @@ def _chunk_tokens(hidden: Tensor, vocab: int) -> int:
 
 
 def _loss_and_hits_over_parts(logits: Tensor, labels: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
-    """logits [C, V'], overwritten -> what these tokens add to the loss and to the hits of the whole vocabulary."""
+    """logits [C, V'], overwritten -> loss and hits of these tokens over the whole vocabulary."""
     best, first = logits.max(-1)
     largest = part.largest(best)
-    beaten = (best == largest) & (first + part.start < labels)  # here is a guess that comes before the label
+    beaten = (best == largest) & (first + part.start < labels)  # an equal logit with a lower index than the label
     total, target, beaten = _reduce_over_parts(logits, labels, largest, part, beaten.to(logits.dtype))
     keep = labels != IGNORED
     hits = (target == 0) & (beaten == 0) & keep
@@ -124,10 +125,10 @@ def _loss_and_hits_over_parts(logits: Tensor, labels: Tensor, part: VocabularyPa
 def _reduce_over_parts(
     logits: Tensor, labels: Tensor, largest: Tensor, part: VocabularyPart, *counts: Tensor
 ) -> tuple[Tensor, ...]:
-    """Makes of logits [C, V'], in place, exp(logits - largest); largest [C] is that over the whole vocabulary.
+    """Replace logits [C, V'] by exp(logits - largest) in place. largest [C] is the maximum over the whole vocabulary.
 
-    Returns, summed over ranks and thus over the whole vocabulary: that exponential, the label's logit - largest (0 for
-    an ignored label), and each of `counts`; all [C].
+    Returns sums over the whole vocabulary (all-reduced), each [C]: the exponentials, the label's logit - largest (0 for
+    an ignored label), and each of `counts`.
     """
     here, row = part.find(labels, logits.shape[1])
     logits -= largest[:, None]
@@ -136,7 +137,10 @@ def _reduce_over_parts(
 
 
 def _log_p_and_gradient(logits: Tensor, labels: Tensor, want_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """logits [C, V] -> (log p of each label [C], gradient of -log p by the logits [C, V]); an ignored label is as 0."""
+    """logits [C, V] -> (log p of each label [C], gradient of -log p with respect to logits [C, V] or None).
+
+    An ignored label is treated as label 0.
+    """
     label = labels.clamp_min(0)[:, None]
     log_p = F.log_softmax(logits, -1)
     log_p_of_label = log_p.gather(1, label)[:, 0]
@@ -149,7 +153,7 @@ def _log_p_and_gradient(logits: Tensor, labels: Tensor, want_grad: bool) -> tupl
 def _log_p_and_gradient_over_parts(
     logits: Tensor, labels: Tensor, want_grad: bool, part: VocabularyPart
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for logits [C, V'], overwritten, of one part. An ignored label is none of its tokens."""
+    """The same for the logits [C, V'] of one part, which are overwritten. An ignored label is in no part."""
     total, target = _reduce_over_parts(logits, labels, part.largest(logits.amax(-1)), part)
     log_p_of_label = target - total.log()
     if not want_grad:
@@ -159,7 +163,7 @@ def _log_p_and_gradient_over_parts(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass, where a chunk's logits exist anyway."""
+    """Chunked cross-entropy. Computes the gradients in the forward pass, where the logits of each chunk exist."""
 
     @staticmethod
     def forward(
@@ -173,14 +177,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         keep = labels != IGNORED
-        kept = hidden * keep[:, None]  # an ignored row then adds nothing to the weight's gradient
+        kept = hidden * keep[:, None]  # ignored rows must not contribute to the gradient of the weight
         softmax = _log_p_and_gradient if part is None else partial(_log_p_and_gradient_over_parts, part=part)
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if want_grad else None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            # Not named: the logits are to be gone before the products of their gradient.
+            # Do not assign the logits to a name: they must be freed before the matmuls of their gradient.
             log_p, grad_logits = softmax(F.linear(kept[chunk], weight).to(wide), labels[chunk], want_grad)
             loss -= (log_p * keep[chunk]).sum()
             if grad_logits is None or grad_hidden is None or grad_weight is None:
@@ -199,8 +203,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In bf16 the scale itself would be off by up to 2^-9, the same for every token: a wrong weight of this loss
-        # against the auxiliary one. So multiply in fp32 and round the product.
+        # Multiply in fp32 and round the product. In bf16, the scale would have an error of up to 2^-9 that is equal for
+        # all tokens, and would change the weight of this loss relative to the auxiliary loss.
         scale = grad_outputs[0]
         scaled = [(g.to(scale.dtype) * scale).to(g.dtype) for g in (grad_hidden, grad_weight)]
         return scaled[0], scaled[1], None, None, None, None

@@ -1,4 +1,4 @@
-"""The operations of a block that levers of speed replace, and how they are chosen, compiled and tried out.
+"""The operations of a block that speed options can replace: selection, compilation and a trial run.
 
 Legend: B batch, S sequence, H heads, D head size, d width, T tokens, V vocabulary.
 """
@@ -24,12 +24,12 @@ from headway.kernels.rope import apply_rope, rope_tables
 Compile = Literal["none", "elementwise"]
 
 SHAPES = 64
-"""Shapes for which one function may be compiled: those of layers, heads, stages, training and validation."""
+"""Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Pure functions; each with the signature and the meaning of its default."""
+    """Pure functions. A replacement must have the signature and the semantics of the default."""
 
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_norm
@@ -48,9 +48,9 @@ def make_operations(
     norm: Norm = "torch",
     loss: Loss = "chunked",
 ) -> Operations:
-    """Those that a spec asks for, on `device`; what is compiled or brought by a library has run once, with gradients.
+    """The operations that a spec selects, on `device`. Compiled ones have been run once, with gradients.
 
-    Raises LeverError (64) where one cannot run here; its message names the key.
+    Raises LeverError (64), which names the key, if one is not available.
     """
     operations = Operations(
         core=attention_core(attention, device_type=device.type, dtype=dtype),
@@ -62,7 +62,7 @@ def make_operations(
         operations = compiled(operations)
         try:
             try_elementwise(operations, device, dtype)
-        except Exception as error:  # whatever a compiler, a linker or a driver comes up with
+        except Exception as error:  # any error of a compiler, a linker or a driver
             raise LeverError(
                 f"speed.compile: elementwise does not compile here ({_short(error)}); use speed.compile: none, or "
                 "install a C++ compiler (g++) where it runs on the CPU, or Triton and gcc where on a GPU"
@@ -71,9 +71,9 @@ def make_operations(
 
 
 def compiled(operations: Operations) -> Operations:
-    """Its elementwise functions through torch.compile, one kernel each way and per shape; a library's norm as it is."""
+    """Compile the elementwise functions with torch.compile, per shape. Norms of a library are not compiled."""
     config: Any = torch._dynamo.config
-    # Beyond the limit a function would raise; the default of 8 is less than the shapes of one model with windows.
+    # A function raises beyond this limit. A model with windows can have more shapes than the default of 8.
     config.recompile_limit = max(config.recompile_limit, SHAPES)
     if operations.norm is rms_norm:
         operations = replace(operations, norm=_compile(operations.norm), add_norm=_compile(operations.add_norm))
@@ -81,7 +81,7 @@ def compiled(operations: Operations) -> Operations:
 
 
 def with_norm(operations: Operations, norm: Callable[[Tensor, Tensor, float], Tensor]) -> Operations:
-    """With a norm that a library brings, alone and behind the residual addition."""
+    """Replace `norm` and `add_norm` by a library's norm."""
 
     def added_and_normed(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         added = x + y
@@ -95,7 +95,7 @@ def _compile(function: Any) -> Any:
 
 
 def try_elementwise(operations: Operations, device: torch.device, dtype: torch.dtype) -> None:
-    """One small forward and backward pass of each elementwise function."""
+    """Run a small forward and backward pass of each elementwise function."""
     x = torch.ones(1, 2, 4, 16, device=device, dtype=dtype, requires_grad=True)  # [B, S, H, D]
     gain = torch.ones(16, device=device, dtype=dtype, requires_grad=True)
     added, normed = operations.add_norm(x, operations.norm(x, gain, 1e-6), gain, 1e-6)

@@ -1,11 +1,10 @@
-"""Operations that run as Triton kernels on a GPU, registered with PyTorch.
+"""Routing operations as custom operators: Triton kernels on a GPU, registered with PyTorch.
 
-Autograd, torch.compile and CUDA graphs see one operation with known shapes each, and nothing asks the host.
+Autograd, torch.compile and CUDA graphs see each one as a single operator with known shapes, which does not synchronize
+with the host. The CPU implementation of each operator is its PyTorch twin. It only serves to test the registration
+(shapes, gradients) without a GPU, because `headway.kernels.routing` calls the twins directly on a CPU.
 
-On a CPU each runs its twin, so that what stands around the kernels is tested without a GPU; the functions of
-`headway.kernels.twins` do not come here on a CPU.
-
-Legend: B batch, S sequence, G groups, N experts or heads per group, k chosen ones, D channels, r rotated channels.
+Legend: B batch, S sequence, G groups, N experts or heads per group, k selected ones, D channels, r rotated channels.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _slots(slots: Tensor) -> Tensor:
-    """[B, S, G, k, D] -> [B S G, k, D], without a copy where slots are views of one row."""
+    """[B, S, G, k, D] -> [B S G, k, D], without a copy if the channels are contiguous."""
     flat = slots.flatten(0, 2)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-# ---------------------------------------------------------------- choice
+# ---------------------------------------------------------------- top-k
 
 
 @torch.library.custom_op("headway::top_k", mutates_args=(), device_types="cuda")
@@ -78,7 +77,7 @@ def _(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
 
 @torch.library.custom_op("headway::gates_backward", mutates_args=(), device_types="cuda")
 def gates_backward(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
-    """Gradient of the logits."""
+    """Gradient with respect to the logits."""
     from headway.kernels.triton.routing import launch_gates_backward
 
     out = torch.empty_like(logits)
@@ -88,7 +87,7 @@ def gates_backward(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tens
 
 @gates_backward.register_kernel("cpu")
 def _(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
-    given = torch.zeros_like(logits).scatter_(-1, idx, grad)  # each gate's gradient, at its expert
+    given = torch.zeros_like(logits).scatter_(-1, idx, grad)  # gradients of the gates, scattered to their experts
     if gate in ("sigmoid", "sigmoid2"):
         s = torch.sigmoid(logits)
         return given * s * (1 - s) * (2 if gate == "sigmoid2" else 1)
@@ -117,7 +116,7 @@ def _differentiate_gates(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 gates.register_autograd(_differentiate_gates, setup_context=_save_gates)
 
 
-# ---------------------------------------------------------------- sums for balancing
+# ---------------------------------------------------------------- sums for load balancing
 
 
 @torch.library.custom_op("headway::balance_sums", mutates_args=(), device_types="cuda")
@@ -142,7 +141,7 @@ def _(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
 
 @torch.library.custom_op("headway::balance_sums_backward", mutates_args=(), device_types="cuda")
 def balance_sums_backward(grad: Tensor, logits: Tensor, sigmoid: bool) -> Tensor:
-    """grad [B, G, N] of the shares' sums -> the logits' gradient [B, S, G, N]."""
+    """Gradient of the sums of probabilities [B, G, N] -> gradient of the logits [B, S, G, N]."""
     from headway.kernels.triton.balance import launch_sums_backward
 
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -201,7 +200,7 @@ def _(pool: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.library.custom_op("headway::select_rope_backward", mutates_args=(), device_types="cuda")
 def select_rope_backward(grad: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """grad [B, S, G, k, D] -> the pool's gradient [B, S, G, N, D]."""
+    """grad [B, S, G, k, D] -> gradient of the pool [B, S, G, N, D]."""
     from headway.kernels.triton import slots as triton_slots
 
     out = grad.new_empty((*idx.shape[:-1], heads, grad.shape[-1]))
@@ -259,7 +258,7 @@ def _(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
 
 @torch.library.custom_op("headway::expand_backward", mutates_args=(), device_types="cuda")
 def expand_backward(grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """grad [B, S, G, N, D] -> gradients of slots [B, S, G, k, D] and of gate [B, S, G, k], as wide as each."""
+    """grad [B, S, G, N, D] -> gradients of slots [B, S, G, k, D] and of gate [B, S, G, k], in their dtypes."""
     from headway.kernels.triton.slots import launch_expand_backward
 
     grad_slots, grad_gate = slots.new_empty(slots.shape), torch.empty_like(gate, memory_format=torch.contiguous_format)

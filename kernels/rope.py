@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def rope_tables(seq_len: int, rotated: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of positions 0..seq_len-1, each [S, R], fp32; channel i and i + R/2 form a plane.
+    """(cos, sin) of positions 0..seq_len-1, each [S, R], fp32; channels i and i + R/2 form a plane.
 
-    The angle of plane i at position t is t / base^(2i/R). The sine's first half is negated: `apply_rope` then needs one
-    roll and no negation. Angles are taken in float64 so that long positions keep their phase.
+    The angle of plane i at position t is t / base^(2i/R). The first half of the sines is negated, so that `apply_rope`
+    needs one roll and no negation. Angles are computed in float64 for accuracy at late positions.
     """
     plane = torch.arange(rotated // 2, dtype=torch.float64, device=device)
     position = torch.arange(seq_len, dtype=torch.float64, device=device)
@@ -23,9 +23,9 @@ def rope_tables(seq_len: int, rotated: int, base: float, device: torch.device) -
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, S, H, D] with its first R channels turned by the token's position; same shape and dtype.
+    """Rotate the first R channels of x [B, S, H, D] by the tokens' positions; same shape and dtype.
 
-    The product is taken in the wider of fp32 and x's dtype, and rounded once.
+    Computed in the wider of fp32 and x's dtype, and rounded once.
     """
     cos, sin = (table[:, None, :] for table in rope)  # [S, 1, R]
     rotated = cos.shape[-1]

@@ -1,8 +1,9 @@
-"""Routed projections as operators: only what was chosen is multiplied, where that pays; dense where it cannot.
+"""Routed projections as custom operators, which compute matmuls for the selected (token, expert) pairs only.
 
-Products that give one row per slot (the projection, its weight gradient, the slots' gradient) read lists of the pairs
-of each expert. Products that sum over slots into a d-wide row (the gradient of x, the combination) are dense: a routed
-one would spill 4 d bytes per slot. On a GPU Triton kernels do the routed ones; elsewhere PyTorch computes the same.
+Routed are the matmuls with one row per slot: the projection, its weight gradient, and the gradient of the slots. They
+read, for each expert, the list of its pairs. Matmuls that sum over slots into a row of width d (the gradient of x, the
+output projection) are dense, because a routed one would write 4 d bytes of partial sums per slot. On a GPU the routed
+matmuls are Triton kernels; elsewhere PyTorch computes the same function.
 
 Legend: T tokens, S sequence, d width, G groups, N experts per group, k slots, D channels of one expert, R rotated
 channels, P = T G k pairs.
@@ -24,35 +25,35 @@ from headway.kernels.twins import select
 
 
 class Forms(NamedTuple):
-    """Which products are routed; the others are dense."""
+    """Which matmuls are routed; the others are dense."""
 
-    gather: bool  # the projection, and the slots' gradient
-    weight_grad: bool
+    gather: bool  # the projection, and the gradient of the slots
+    weight_grad: bool  # the gradient of the weight
 
 
 ROUTED, DENSE = Forms(gather=True, weight_grad=True), Forms(gather=False, weight_grad=False)
 
 
 class PairLists(NamedTuple):
-    """The choice of experts, and its pairs sorted by expert; made once per layer and read by every product."""
+    """The selected experts and their (token, expert) pairs sorted by expert. Built once per layer for all matmuls."""
 
-    idx: Tensor  # [T, G, k], int64
-    order: Tensor  # [P], int32
-    offsets: Tensor  # [G N + 1], int32
+    idx: Tensor  # [T, G, k], int64, selected experts
+    order: Tensor  # [P], int32, indices into the flattened idx, sorted by expert
+    offsets: Tensor  # [G N + 1], int32, start of each expert's pairs in `order`
 
 
 def pair_lists(idx: Tensor, experts: int) -> PairLists:
-    """idx [T, G, k], different within a group -> its lists."""
+    """Build the pair lists of idx [T, G, k], whose experts are distinct within a group."""
     return PairLists(idx, *make_lists(idx, experts))
 
 
 def routed_project(
     x: Tensor, w: Tensor, lists: PairLists, rope: tuple[Tensor, Tensor] | None = None, forms: Forms = ROUTED
 ) -> Tensor:
-    """x [T, d], w [G N D, d] -> what each token's experts make of it [T, G, k, D], turned by `rope` where given.
+    """Projection by the selected experts, then RoPE if `rope` is given: x [T, d], w [G N D, d] -> [T, G, k, D].
 
-    rope (cos, sin), each [S, R], as `rope_tables` makes them; T is a multiple of S. Raises ValueError for x and w of
-    different dtypes, and on a GPU for D above 128 where the product is to be routed.
+    rope (cos, sin): each [S, R], as returned by `rope_tables`; T is a multiple of S. Raises ValueError if the dtypes of
+    x and w differ, and on a GPU if D is above 128 and the matmul is routed.
     """
     _check(x, w, w.shape[0] // (lists.offsets.shape[0] - 1), forms)
     cos, sin = rope if rope is not None else (x.new_zeros(1, 0, dtype=torch.float32),) * 2
@@ -60,9 +61,9 @@ def routed_project(
 
 
 def routed_combine(slots: Tensor, w: Tensor, lists: PairLists, gate: Tensor, forms: Forms = ROUTED) -> Tensor:
-    """Gated sum of what the chosen experts make of their slots: slots [T, G, k, D], w [d, G N D] -> [T, d].
+    """Gated sum of the selected experts' output projections: slots [T, G, k, D], w [d, G N D] -> [T, d].
 
-    Raises ValueError as `routed_project` does: the slots' gradient is a product of the same kind.
+    Raises ValueError under the conditions of `routed_project`, because the gradient of the slots is such a projection.
     """
     _check(slots, w, slots.shape[-1], forms)
     return combine(slots, w, gate, *lists, *forms)
@@ -71,19 +72,19 @@ def routed_combine(slots: Tensor, w: Tensor, lists: PairLists, gate: Tensor, for
 def _check(a: Tensor, w: Tensor, head_dim: int, forms: Forms) -> None:
     if a.dtype != w.dtype:
         raise ValueError(
-            f"routed products take one dtype: activations are {a.dtype}, the weight {w.dtype}; cast one of them, or "
-            "use projections dense"
+            f"routed projections need equal dtypes: activations are {a.dtype}, the weight is {w.dtype}; cast one of "
+            "them, or use projections dense"
         )
     if forms.gather and head_dim > LARGEST_HEAD and fused(a):
         raise ValueError(
-            f"routed products take experts of {LARGEST_HEAD} channels at most, not {head_dim}; use projections auto, "
-            f"or head_dim {LARGEST_HEAD}"
+            f"routed projections support at most {LARGEST_HEAD} channels per expert, not {head_dim}; use projections "
+            f"auto, or head_dim {LARGEST_HEAD}"
         )
 
 
 @torch.library.custom_op("headway::pair_lists", mutates_args=())
 def make_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Order and offsets of `PairLists`."""
+    """`order` and `offsets` of `PairLists`."""
     if fused(idx.new_empty(0, dtype=torch.float32)):
         from headway.kernels.triton import lists as triton_lists
 
@@ -100,13 +101,13 @@ def _(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q [T, G, k, D], the position of token t being t modulo S."""
+    """Apply RoPE to q [T, G, k, D]. The position of token t is t modulo S."""
     if not cos.shape[1]:
         return q
     return apply_rope(q.flatten(1, 2).unflatten(0, (-1, cos.shape[0])), (cos, sin)).view(q.shape)
 
 
-# ---------------------------------------------------------------- one row per slot, from rows of x
+# ---------------------------------------------------------------- projection: x -> one row per slot
 
 
 @torch.library.custom_op("headway::routed_project", mutates_args=())
@@ -114,7 +115,7 @@ def project(
     x: Tensor, w: Tensor, cos: Tensor, sin: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
     weight_grad: bool,
 ) -> Tensor:  # fmt: skip
-    """`routed_project`, of the parts of its lists and forms."""
+    """Operator of `routed_project`, with flattened `lists` and `forms`."""
     experts = offsets.numel() - 1
     if gather and fused(x):
         from headway.kernels.triton import gather as triton_gather
@@ -138,9 +139,9 @@ def _(
 def make_weight_grad(
     a: Tensor, b: Tensor, gate: Tensor | None, idx: Tensor, order: Tensor, offsets: Tensor, rows: bool, routed: bool
 ) -> Tensor:
-    """Per expert a^T (gate b), the gradient of a weight [G N D, d] (rows) or [d, G N D]; fp32, float64 where a is.
+    """Gradient of a weight [G N D, d] (if `rows`) or [d, G N D]: per expert a^T (gate b); fp32, or float64 if a is.
 
-    Dense products accumulate in fp32 and are rounded to a's dtype, as those of any linear layer.
+    Dense matmuls accumulate in fp32 and are rounded to a's dtype, as in any linear layer.
     """
     experts, d, channels = offsets.numel() - 1, a.shape[1], b.shape[3]
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -171,7 +172,7 @@ def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _project_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     x, w, cos, sin, idx, order, offsets = ctx.saved_tensors
-    d_slots = _turned(d_out.contiguous(), cos, -sin).contiguous()  # the inverse rotation turns the other way
+    d_slots = _turned(d_out.contiguous(), cos, -sin).contiguous()  # inverse rotation
     d_x = d_w = None
     if ctx.needs_input_grad[0]:
         ones = torch.ones_like(idx, dtype=d_slots.dtype)
@@ -185,7 +186,7 @@ def _project_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 project.register_autograd(_project_backward, setup_context=_project_context)
 
 
-# ---------------------------------------------------------------- slots to one row per token
+# ---------------------------------------------------------------- output projection: slots -> one row per token
 
 
 @torch.library.custom_op("headway::routed_combine", mutates_args=())
@@ -193,7 +194,7 @@ def combine(
     slots: Tensor, w: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, gather: bool,
     weight_grad: bool,
 ) -> Tensor:  # fmt: skip
-    """`routed_combine`, of the parts of its lists and forms."""
+    """Operator of `routed_combine`, with flattened `lists` and `forms`."""
     experts = (offsets.numel() - 1) // idx.shape[1]
     return F.linear(expand(slots[None], idx[None], gate[None], experts)[0].flatten(1), w)
 
@@ -210,7 +211,7 @@ def _(
 def make_slot_grad(
     dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, idx: Tensor, order: Tensor, offsets: Tensor, routed: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gate (dy W) [T, G, k, D], <dy W, slots> [T, G, k] in fp32, or float64 where dy is)."""
+    """Gradients of slots, gate (dy W) [T, G, k, D], and of gate, <dy W, slots> [T, G, k] in fp32 (float64 if dy is)."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     if routed and fused(dy):
         from headway.kernels.triton import gather as triton_gather

@@ -1,7 +1,9 @@
-"""Choosing k of N experts per token and group, and moving data between the pool and the chosen slots.
+"""Routing operations: top-k selection of experts, gates, balancing sums, gather and scatter of slots.
 
-An expert is a query head (routed GQA) or a value or output projection (SwitchHead).
-Legend: B batch, S sequence, G groups, N experts per group, k chosen ones (slots), D channels of one expert.
+An expert is a query head (routed GQA) or a value or output projection (SwitchHead). The pool holds the data of all N
+experts of a group, the slots those of the k selected ones. On a GPU these functions run Triton kernels
+(`headway.kernels.ops`), elsewhere their PyTorch twins (`headway.kernels.twins`).
+Legend: B batch, S sequence, G groups, N experts per group, k selected experts (slots), D channels of one expert.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ GateName = Literal[
 
 
 def router_logits(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """x [B, S, d], weight [G N, d] -> logits [B, S, G, N], in fp32 (float64 where x is).
+    """x [B, S, d], weight [G N, d] -> logits [B, S, G, N], in fp32 (float64 if x is).
 
-    Weights and activations are widened before the product: in bf16 nearly equal logits collapse into ties, and two runs
-    of one token could choose differently.
+    x and weight are converted before the matmul. In bf16, nearly equal logits would round to ties, and two runs could
+    select different experts for the same token.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -34,10 +36,11 @@ def router_logits(x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the k largest of `scores` [..., N], largest first; of equal scores the lower index wins.
+    """Indices [..., k] of the k largest `scores` [..., N], largest first. Ties go to the lower index.
 
-    `torch.topk` leaves ties to chance; `argmax` is documented to return the first maximum. k passes of it take a
-    quarter of a stable sort's time at N=4, k=2 on CPU. On a GPU one kernel of ours (`headway.kernels.triton.routing`).
+    The order of ties is undefined in `torch.topk`, while `argmax` is documented to return the first maximum. On CPU, k
+    passes of argmax take a quarter of the time of a stable sort at N=4, k=2. On a GPU this is one kernel
+    (`headway.kernels.triton.routing`).
     """
     if fused(scores):
         from headway.kernels import ops
@@ -47,16 +50,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
-    """Factors [..., k] on the outputs of the chosen experts; logits [..., N], idx [..., k].
+    """Gates [..., k], the factors on the outputs of the selected experts; logits r [..., N], idx [..., k].
 
-    sigmoid2         2 sigmoid(r): own logit only; 1 at r = 0
+    sigmoid2         2 sigmoid(r): depends on the expert's own logit only; 1 at r = 0
     sigmoid          sigmoid(r); 1/2 at r = 0
-    softmax          p = softmax(r) over all N, not renormalised: gradient reaches all N logits
+    softmax          p = softmax(r) over all N, not renormalized; gradient to all N logits
     softmax_n        N p; 1 at equal logits
-    detached_renorm  p / stopgrad(sum of the chosen p): value of renorm, gradient to all N logits
+    detached_renorm  p / stopgrad(sum of p over the selected experts): the value of renorm, gradient to all N logits
     straight_through 1 + (p - stopgrad(p)): value exactly 1, gradient of softmax
-    renorm           softmax over the chosen logits; constant 1 at k = 1, so no gradient there
-    hard             1: no gradient
+    renorm           softmax over the selected logits; constant 1 at k = 1, so there is no gradient
+    hard             1, no gradient
     """
     if gate == "hard":
         return torch.ones_like(idx, dtype=logits.dtype)
@@ -68,10 +71,10 @@ def gates(logits: Tensor, idx: Tensor, gate: GateName) -> Tensor:
 
 
 def balance_sums(logits: Tensor, idx: Tensor, *, sigmoid: bool) -> tuple[Tensor, Tensor]:
-    """Over each sequence: how often each expert is chosen, and the sum of its shares; both [B, G, N].
+    """Per sequence, the number of tokens that selected each expert and the sum of its probabilities; both [B, G, N].
 
-    logits [B, S, G, N], idx [B, S, G, k]. Shares of a token sum to 1 over the experts of a group: the softmax of its
-    logits, or with `sigmoid` their sigmoids over the sum of them. Counts have no gradient.
+    logits [B, S, G, N], idx [B, S, G, k]. The probabilities of a token are the softmax of its logits over the group or,
+    with `sigmoid`, their sigmoids divided by the sum. Counts have no gradient.
     """
     if fused(logits):
         from headway.kernels import ops
@@ -83,9 +86,10 @@ def balance_sums(logits: Tensor, idx: Tensor, *, sigmoid: bool) -> tuple[Tensor,
 
 
 def select_rope(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """The chosen slices of `select`, turned by their token's position; [B, S, G, k, D].
+    """Select slots from the pool, then apply RoPE: pool [B, S, G, N, D], idx [B, S, G, k] -> [B, S, G, k, D].
 
-    After the gather: fewer rotations than before it, and the same ones, as the angle is the token's. On a GPU one pass.
+    RoPE after the selection rotates fewer vectors with the same result, because the angle depends on the token only. On
+    a GPU this is one pass over memory.
     """
     if fused(pool):
         from headway.kernels import ops
@@ -95,7 +99,7 @@ def select_rope(pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tenso
 
 
 def expand(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tensor:
-    """Inverse of `select`, gated: slots [B, S, G, k, D] times gate [B, S, G, k] -> [B, S, G, N, D], zero elsewhere."""
+    """Scatter gated slots to the pool: slots [B, S, G, k, D] times gate [B, S, G, k] -> [B, S, G, N, D], else 0."""
     if fused(slots):
         from headway.kernels import ops
 

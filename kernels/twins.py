@@ -1,6 +1,6 @@
-"""The routing operations in plain PyTorch: references of the Triton kernels, and what runs on a CPU.
+"""Twins: the routing operations in plain PyTorch. They are references for the Triton kernels, and run on a CPU.
 
-Legend: B batch, S sequence, G groups, N experts per group, k chosen ones (slots), D channels of one expert.
+Legend: B batch, S sequence, G groups, N experts per group, k selected experts (slots), D channels of one expert.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def top_k_twin(scores: Tensor, k: int) -> Tensor:
 
 
 def gates_twin(logits: Tensor, idx: Tensor, gate: str) -> Tensor:
-    """`gates` in PyTorch, for every gate but "hard"."""
+    """`gates` in PyTorch, for all gates except "hard"."""
     if gate == "sigmoid2":
         return 2 * torch.sigmoid(logits.gather(-1, idx))
     if gate == "sigmoid":
@@ -48,15 +48,15 @@ def balance_sums_twin(logits: Tensor, idx: Tensor, sigmoid: bool) -> Tensor:
 
 
 def _rows(idx: Tensor, experts: int) -> Tensor:
-    """idx [B, S, G, k] -> row numbers [B S G k] in a pool flattened to [B S G N, D]; no row occurs twice."""
+    """idx [B, S, G, k] -> row indices [B S G k] in a pool flattened to [B S G N, D]; they are unique."""
     first = torch.arange(idx.numel() // idx.shape[-1], device=idx.device) * experts
     return (first[:, None] + idx.flatten(0, -2)).flatten()
 
 
 def select(pool: Tensor, idx: Tensor) -> Tensor:
-    """pool [B, S, G, N, D], idx [B, S, G, k] -> the chosen slices [B, S, G, k, D].
+    """Select slots: pool [B, S, G, N, D], idx [B, S, G, k] -> [B, S, G, k, D].
 
-    Whole rows are copied: forward and backward cost a quarter of `gather` along N on CPU.
+    Copies whole rows. On CPU, forward and backward take a quarter of the time of `gather` along N.
     """
     chosen = pool.flatten(0, -2).index_select(0, _rows(idx, pool.shape[-2]))
     return chosen.view(*idx.shape, pool.shape[-1])

@@ -1,9 +1,10 @@
-"""What one block holds on a rank: its parameters, and what it keeps for the backward pass.
+"""Memory of one block on one rank: its parameters and its activations (tensors saved for the backward pass).
 
-Asked of the block itself: it is built with all its widths, run on the CPU for a few tokens, and what autograd saves is
-counted. Two lengths give the slope per token and what does not grow; so no formula here knows a mechanism. The
-attention core is a stand-in that keeps what a fused operation keeps (queries, keys, values, output, one log-sum per row
-and head), never the [S, S] scores; so are the norms of a GPU, which are one operation there and several on the CPU.
+The activations are measured, not derived from formulas per mechanism: a block of full width runs on the CPU for a few
+tokens, and the bytes that autograd saves are counted. Two sequence lengths give the slope per token and the constant
+part. The attention core is a stand-in that saves the tensors of a fused kernel (queries, keys, values, output, one
+log-sum-exp per row and head), never the [S, S] scores. For GPUs, the norms are stand-ins as well, because they are one
+fused operation there and several operations on the CPU.
 
 Legend: B batch, S sequence, d width, H query heads (or slots), G KV heads, D head size; n tokens of a rank.
 """
@@ -30,11 +31,14 @@ from headway.model.selective import SelectiveRecompute
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """How a block's work is shared and computed, as far as it decides what is kept.
+    """Properties of the layout and the kernels that affect the saved activations.
 
-    `tensor`, `context`: ranks; `bf16`: or else fp32; `device`: "cuda" or "cpu", whose fused attention differs;
-    `masked`: documents do not see each other; `selective`: norms and SwiGLU's product are computed again; `seq_len`: S
-    of the whole sequence.
+    tensor, context: Number of tensor- and context-parallel ranks.
+    bf16: bf16 if True, else fp32.
+    device: "cuda" or "cpu". Their fused attention kernels differ.
+    masked: Whether attention is masked by document.
+    selective: Whether norms and silu(gate) * up are recomputed.
+    seq_len: S, length of the whole sequence.
     """
 
     tensor: int = 1
@@ -53,25 +57,25 @@ class Sharing:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One block on one rank, in bytes; "per token" is of the n tokens that pass through the rank's attention."""
+    """One block on one rank, in bytes. "Per token" refers to the n tokens in the rank's attention."""
 
-    kept_per_token: float  # for the backward pass, the block's input included
-    kept_once: float  # the same, independent of the number of tokens
-    routing_per_token: float  # routers' choices, which recomputation keeps
-    sums_per_token: float  # added up over tensor-parallel ranks within the layer, forward
-    dealt_per_token: float  # exchanged between context-parallel ranks around the attention core, forward
+    kept_per_token: float  # activations, including the block's input
+    kept_once: float  # activations that do not depend on the number of tokens
+    routing_per_token: float  # router selections, which activation recomputation keeps
+    sums_per_token: float  # all-reduced over tensor-parallel ranks within the layer, forward
+    dealt_per_token: float  # exchanged by context-parallel ranks around the attention core, forward
 
     def kept(self, tokens: float) -> float:
-        """Bytes for the backward pass of `tokens` tokens."""
+        """Bytes of activations for `tokens` tokens."""
         return self.kept_per_token * tokens + self.kept_once
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockParameters:
-    """Numbers of one rank's part of a block."""
+    """Parameter counts of one rank's part of a block."""
 
     by_part: dict[str, int]  # attention, mlp, norm
-    replicated: int  # of attention's and mlp's, those that every tensor-parallel rank holds; norms are whole anyway
+    replicated: int  # of attention and mlp, those replicated over tensor-parallel ranks; norms are always replicated
 
     @property
     def total(self) -> int:
@@ -95,12 +99,12 @@ def _block_parameters(model: str, attention: str, kind: type[AttentionConfig], t
 
 
 def block_parameters(model: ModelConfig, attention: AttentionConfig, *, tensor: int) -> BlockParameters:
-    """Of a block with the config of one layer, cut over `tensor` ranks; nothing is allocated."""
+    """Parameters of a block, given the config of its layer, sharded over `tensor` ranks. Allocates no memory."""
     return _block_parameters(model.model_dump_json(), attention.model_dump_json(), type(attention), tensor)
 
 
 def footprint(model: ModelConfig, attention: AttentionConfig, sharing: Sharing) -> Footprint:
-    """Of a block with the config of one layer. A second or less for a block of 100 million parameters."""
+    """Memory and communication of a block, given the config of its layer. About 1 s for 100 million parameters."""
     return _footprint(model.model_dump_json(), attention.model_dump_json(), type(attention), sharing)
 
 
@@ -129,7 +133,7 @@ class _Run:
 
 
 class _Probe:
-    """A block whose exchanges and attention core only have the right shapes."""
+    """A block whose collectives and attention core are stand-ins that return zeros of the right shape."""
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, sharing: Sharing) -> None:
         self.model, self.attention, self.sharing = model, attention, sharing
@@ -150,6 +154,11 @@ class _Probe:
         with torch.no_grad():
             for tensor in [*block.parameters(), *block.buffers()]:
                 tensor.zero_()
+            integers = [name for name, buffer in block.named_buffers() if not buffer.is_floating_point()]
+            if integers:  # sizes of groups, say: shapes follow from them
+                built = Block(model, attention)
+                for name in integers:
+                    block.get_buffer(name).copy_(built.get_buffer(name))
         operations = Operations()
         if sharing.device == "cuda":
             operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)
@@ -180,11 +189,11 @@ class _Probe:
         return _Resized.apply(1, 1, tensor)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
-        """In place of `headway.kernels.attention.core`, and of the exchange around it where ranks share sequences.
+        """Stand-in for `headway.kernels.attention.core`, including the all-to-all of context parallelism.
 
-        q [B, n, H, D]; k, v [B, n, G, D] -> zeros [B, n, H, D]. Saves what the core would: queries; keys and values,
-        once per query head where no fused operation takes fewer; output, and again where it is put together from blocks
-        of rows or sent back to the ranks of its tokens; one fp32 number per row and head.
+        q [B, n, H, D]; k, v [B, n, G, D] -> zeros [B, n, H, D]. Saves the tensors that the core saves: queries; keys
+        and values, expanded to one per query head if no fused kernel supports fewer; the output, once more if it is
+        assembled from blocks of rows and once more if it is exchanged between ranks; one fp32 number per row and head.
         """
         batch, tokens, heads, _ = q.shape
         groups, sharing = k.shape[2], self.sharing
@@ -210,13 +219,14 @@ class _Probe:
 def saved_storages(
     *, besides: Iterable[Tensor], selective: SelectiveRecompute | None = None
 ) -> Iterator[dict[int, int]]:
-    """Address -> bytes of each storage that autograd saves in the block of code, `besides` those that are known.
+    """Context manager that records the storages that autograd saves. Yields address -> bytes.
 
-    `selective`: that of the block which runs, since what goes through it autograd does not show to anybody else.
+    `besides`: tensors to ignore. `selective`: the selective recomputation of the block, whose hooks hide the tensors it
+    handles from other hooks.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     found: dict[int, int] = {}
-    alive: list[Tensor] = []  # lest a freed storage leaves its address to another
+    alive: list[Tensor] = []  # keeps storages alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -232,7 +242,7 @@ def saved_storages(
 
 
 class _Resized(torch.autograd.Function):
-    """Zeros in the shape of x [B, n, ...] with n times `grow`, divided by `shrink`; saves nothing, as an exchange."""
+    """Zeros of shape [B, n * grow / shrink, ...] for x [B, n, ...]. Saves no tensor, like a collective."""
 
     @staticmethod
     def forward(ctx: Any, grow: int, shrink: int, x: Tensor) -> Tensor:
@@ -249,7 +259,7 @@ def _fused_add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Ten
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps what PyTorch's norm keeps on a GPU: input, gain and one fp32 number per row."""
+    """Saves the tensors of PyTorch's fused norm on a GPU: input, gain and one fp32 number per row."""
 
     @staticmethod
     def forward(ctx: Any, gain: Tensor, x: Tensor) -> Tensor:
@@ -258,7 +268,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _Kept(torch.autograd.Function):
-    """Saves what it is given; its result is the second of them."""
+    """Saves all of its inputs and returns the second one."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, output: Tensor, *others: Tensor) -> Tensor:

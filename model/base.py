@@ -1,7 +1,7 @@
-"""What every layer shares: strict configs, the attention interface, cost and sharding records.
+"""Base classes of the model: strict configs, the attention interface, and records of cost and sharding.
 
-Legend: B batch, S sequence, T=B*S tokens, d width, H query heads in the pool, G KV heads (= groups), M=H/G query heads
-per group, k slots (query heads active per group and token), D head size, E experts, F FFN width, V vocabulary.
+Legend: B batch, S sequence, T=B*S tokens, d width, H query heads, G KV heads (= groups), M=H/G query heads per group,
+k slots (query heads active per group and token), D head size, E experts, F FFN width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headway.kernels.attention import core
 
 
 class StrictConfig(BaseModel):
-    """Frozen, keyword-only, refuses unknown keys and silent type changes."""
+    """Base of all configs: frozen, keyword-only; unknown keys and implicit type conversions are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -28,8 +28,9 @@ class StrictConfig(BaseModel):
 class Flops:
     """Forward FLOPs per token (2 per multiply-accumulate); training costs three times as much.
 
-    `useful` counts what the mathematics needs (only selected heads, causal half of the scores); `executed` what this
-    implementation computes (a dense projection of all heads, say). Norms, RoPE, softmax and top-k are not counted.
+    `useful` counts the FLOPs that the definition of the layer needs (selected heads only, causal half of the scores).
+    `executed` counts those of this implementation, for example a dense projection of all heads. Norms, RoPE, softmax
+    and top-k are not counted.
     """
 
     useful: float
@@ -40,7 +41,11 @@ class Flops:
 
 
 class Shard(NamedTuple):
-    """How one parameter is cut over tensor-parallel ranks: along `dim`, in `units` equal whole pieces."""
+    """How one parameter is sharded over tensor-parallel ranks.
+
+    It consists of `units` equal, indivisible pieces along `dim`. Each rank gets the same number of consecutive pieces,
+    so the number of ranks must divide `units`.
+    """
 
     dim: int
     units: int
@@ -48,22 +53,22 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterDetail:
-    """Sums over tokens a router saw in training; those of micro-batches, steps and ranks add up.
+    """Statistics of a router in training, as sums over tokens. Sums of micro-batches, steps and ranks can be added.
 
-    Top-1 margin: best logit minus second-best, whatever a bias or noise made of them; 0 where there is one expert.
-    `headway.model.router_meter` makes figures of the sums. Where ranks share each sequence, a rank does not see the
-    token before the first of its part: `switches` and `followers` leave that pair out, and their ratio stays right.
+    Top-1 margin: best logit minus second-best, without bias and noise; 0 with a single expert.
+    `headway.model.router_meter` computes the figures from the sums. Under context parallelism, a rank does not see the
+    token before the first one of its part. `switches` and `followers` both omit that pair, so their ratio is unbiased.
     """
 
     tokens: Tensor  # []: tokens measured
     entropy: Tensor  # [G]: entropy (nats) of the softmax of the logits
-    choices: Tensor  # [G]: experts chosen, k per token
-    gate: Tensor  # [G]: gates of the chosen experts
+    choices: Tensor  # [G]: selected experts, k per token
+    gate: Tensor  # [G]: gates of the selected experts
     top1_margin: Tensor  # [G]
     close: Tensor  # [G]: tokens whose top-1 margin is below 0.1
-    switches: Tensor  # [G]: chosen experts that the token before, in the same sequence, had not chosen
-    followers: Tensor  # [G]: chosen experts of tokens that have a token before them in the sequence
-    token_load: Tensor  # [buckets, G, N]: times an expert was chosen, by the token's id modulo the buckets
+    switches: Tensor  # [G]: selected experts that the previous token of the sequence did not select
+    followers: Tensor  # [G]: selected experts of all tokens except the first of each sequence
+    token_load: Tensor  # [buckets, G, N]: times an expert was selected, by token id modulo the number of buckets
 
     def tensors(self) -> list[Tensor]:
         """In the order of the fields."""
@@ -78,45 +83,49 @@ class RouterDetail:
 
 
 class RouterStats(NamedTuple):
-    """What a router counted in training since the last reset; fp32 sums, detached."""
+    """Statistics of a router in training since the last reset: fp32 sums, detached."""
 
-    load: Tensor  # [G, N]: times each of the group's N routed experts was chosen
-    detail: RouterDetail | None  # None where `Attention.watch_routers` asked for loads alone
-    cut: bool = False  # G are this tensor-parallel rank's groups; others count the others
+    load: Tensor  # [G, N]: times each of the group's N routed experts was selected
+    detail: RouterDetail | None  # None if `Attention.watch_routers` turned details off
+    cut: bool = False  # True if G covers only the groups of this tensor-parallel rank
 
 
 class AttentionOutput(NamedTuple):
     y: Tensor  # [B, S, d]
-    aux_loss: Tensor | None  # scalar fp32, already multiplied by its coefficient; mean over the sequences of the batch
+    aux_loss: Tensor | None  # scalar fp32, including its coefficient; mean over the sequences of the batch
 
 
 class HeadPool(NamedTuple):
-    """The interchangeable members of each group, all of them computed, for measures of diversity.
+    """All interchangeable members of each group (query heads or value experts), selected or not, to measure diversity.
 
-    Members of one group read and write one coordinate system (the group's keys, or the head's values), so their vectors
-    can be compared; members of different groups cannot.
+    Members of one group share a coordinate system (the group's keys, or the head's values), so their vectors are
+    comparable. Members of different groups are not.
     """
 
-    member: str  # what a member is: "query head", "value expert"
-    weights: Tensor  # [G, M, d D]: each member's projection, flattened
-    projections: Tensor  # [B, S, G, M, D]: what it makes of each token, before RoPE
-    outputs: Tensor  # [B, S, G, M, D]: what attention makes of it, ungated
+    member: str  # "query head" or "value expert"
+    weights: Tensor  # [G, M, d D]: each member's projection matrix, flattened
+    projections: Tensor  # [B, S, G, M, D]: projection of each token, before RoPE
+    outputs: Tensor  # [B, S, G, M, D]: attention output, before gates
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """What an exchange between ranks is where there is one."""
+    """Identity: every collective on a single rank."""
     return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The tensor-parallel ranks that share every layer: groups, FFN columns, rows of the vocabulary.
+    """This rank's place among the tensor-parallel ranks, and their collectives.
 
-    Between layers each rank has all of the residual stream x [B, S, d], or (sequence parallel) its part, [B, S/count,
-    d]. `enter` makes of it what a shared layer reads, [B, S, d]; `leave` makes of the ranks' partial results of such a
-    layer their sum, cut as x is. Backward, `enter` adds up what `leave` handed out. `sum` is for partial tensors within
-    a layer: the sum over ranks, whose backward pass sums the gradients likewise. `largest`: elementwise maximum over
-    ranks, without gradient.
+    The ranks shard every layer (groups of heads, FFN columns) and the rows of the vocabulary. Between layers, each rank
+    holds the residual stream x [B, S, d] or, with sequence parallelism, its part [B, S/count, d].
+
+    enter: Converts x to the input of a sharded layer, [B, S, d] (an all-gather with sequence parallelism, else the
+        identity). Its backward sums the gradients over the ranks, and keeps the rank's part with sequence parallelism.
+    leave: Sums the ranks' partial outputs of a sharded layer (a reduce-scatter with sequence parallelism, else an
+        all-reduce). Its backward is an all-gather of the gradient with sequence parallelism, else the identity.
+    sum: All-reduce of a partial tensor within a layer. Its backward sums the gradients as well.
+    largest: Elementwise maximum over the ranks, without gradient.
     """
 
     index: int = 0
@@ -128,37 +137,41 @@ class Ranks:
 
 
 class KVCache:
-    """Keys (rotated) and values of one layer, grown as tokens come. Parts are groups that see the past differently."""
+    """Rotated keys and values of one layer, for incremental decoding.
+
+    The cache has one part for each set of groups with a different window (or with keys of its own).
+    """
 
     def __init__(self) -> None:
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def extend(self, k: Tensor, v: Tensor, *, part: str, window: int | None) -> tuple[Tensor, Tensor]:
-        """k, v [B, S, G, D] of the new tokens -> those of all tokens a new one may see, the new ones last.
+        """Append k, v [B, S, G, D] of the new tokens. Returns those of the cached and the new tokens, in this order.
 
-        With a `window` of w tokens (itself included) the w - 1 before the next token are kept, and no more.
+        With a `window` of w tokens, which includes the query itself, only the last w - 1 tokens stay cached.
         """
         if part in self._parts:
             old_k, old_v = self._parts[part]
             k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
         drop = 0 if window is None else max(0, k.shape[1] - (window - 1))
-        # A slice alone would keep the whole storage alive.
+        # Clone: a slice would keep the whole storage alive.
         self._parts[part] = (k[:, drop:].clone(), v[:, drop:].clone()) if drop else (k, v)
         return k, v
 
     @property
     def numbers(self) -> int:
-        """Numbers held, over the batch."""
+        """Elements in the cache, over the batch."""
         return sum(k.numel() + v.numel() for k, v in self._parts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceRanks:
-    """The context-parallel ranks that share each sequence, of which rank i has the i-th of `count` equal parts.
+    """This rank's place among the context-parallel ranks, and their collectives. Rank i holds the i-th equal part of
+    each sequence.
 
-    `mean` averages a tensor over the ranks; its backward pass sums the gradients over them and divides likewise.
-    `attend` is the attention core over whole sequences, given this rank's part of queries, keys and values. `gather`
-    puts the parts of a tensor [B, S/count, ...] together, without gradient.
+    mean: Averages a tensor over the ranks. Its backward averages the gradients.
+    attend: The attention core over whole sequences, given this rank's part of queries, keys and values.
+    gather: All-gathers the parts of a tensor [B, S/count, ...] along the sequence, without gradient.
     """
 
     index: int = 0
@@ -169,9 +182,9 @@ class SequenceRanks:
 
 
 class RoutingMemory:
-    """What the routers of a block chose in its first pass, in order, to be given again in every later one.
+    """Stores the selections of a block's routers in its first forward pass, and replays them when it is recomputed.
 
-    `choices`: [B, S, G, k] each, in the smallest integers that hold an expert's number.
+    `choices`: one tensor [B, S, G, k] per router call, in the smallest integer dtype that can hold the expert indices.
     """
 
     def __init__(self) -> None:
@@ -179,16 +192,16 @@ class RoutingMemory:
         self._passes, self._next = 0, 0
 
     def begin(self) -> None:
-        """Called before each pass of the block."""
+        """Must be called before each forward pass of the block."""
         self._passes, self._next = self._passes + 1, 0
 
     @property
     def repeats(self) -> bool:
-        """Whether the pass is not the first."""
+        """Whether the current pass is a recomputation."""
         return self._passes > 1
 
     def choice(self, choose: Callable[[], Tensor], experts: int) -> Tensor:
-        """The next router's choice [B, S, G, k] int64 among `experts`; `choose` is asked in the first pass alone."""
+        """The next router's selection [B, S, G, k] int64 of `experts` experts. `choose` runs in the first pass only."""
         if self.repeats:
             self._next += 1
             return self.choices[self._next - 1].long()
@@ -200,15 +213,16 @@ class RoutingMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a layer's attention is given besides x [B, S, d].
+    """Inputs of a layer's attention besides x [B, S, d].
 
-    `rope`: cos and sin of the S tokens' positions, as `kernels.rope.rope_tables` returns them. `mask`: None (plain
-    causal) or [B, 1, S, S]: bool, True where a query (row) may see a key (column), or additive in x's dtype, 0 and
-    -inf; it already includes causality, and one tensor serves every layer and mechanism. The decoder passes the
-    additive form: PyTorch turns a bool one into a copy per layer, kept for the backward pass. `tokens` [B, S]: ids, for
-    routers and statistics that read them. `cache`: incremental decoding; x then continues what the cache holds, and
-    `mask` is None. `sequence`: where ranks share each sequence, x, `rope` and `tokens` are this rank's part and `mask`
-    is of the whole. `memory`: where a block is computed again for its backward pass.
+    rope: cos and sin of the S tokens' positions, as returned by `kernels.rope.rope_tables`.
+    mask: None (causal) or [B, 1, S, S], which includes causality: bool, True where a query (row) attends to a key
+        (column), or additive in x's dtype, 0 and -inf. All layers and mechanisms share one tensor. The decoder passes
+        the additive form, because PyTorch converts a bool mask in every layer and keeps the copy for the backward pass.
+    tokens: Token ids [B, S], for routers and statistics that read them.
+    cache: KV cache of incremental decoding. x then continues the cached tokens, and `mask` is None.
+    sequence: Context-parallel ranks. x, `rope` and `tokens` are this rank's part; `mask` is that of the whole sequence.
+    memory: Router selections, for activation recomputation.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -220,11 +234,11 @@ class Context:
 
     @property
     def counts(self) -> bool:
-        """Whether statistics count the pass: not where it repeats one."""
+        """Whether statistics include this pass. False in a recomputation."""
         return self.memory is None or not self.memory.repeats
 
     def choice(self, choose: Callable[[], Tensor], experts: int) -> Tensor:
-        """choose() -> [B, S, G, k] int64, or what it gave in the pass that this one repeats; each router asks once."""
+        """choose() -> [B, S, G, k] int64, or its stored result in a recomputation. Each router calls this once."""
         return choose() if self.memory is None else self.memory.choice(choose, experts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
@@ -234,23 +248,23 @@ class Context:
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """k, v [B, S, G, D] of x's tokens -> of all tokens they may see; every mechanism asks before its core."""
+        """Prepend cached keys and values to k, v [B, S, G, D]. Mechanisms must call this before the attention core."""
         return (k, v) if self.cache is None else self.cache.extend(k, v, part=part, window=window)
 
 
 def visible_keys(seq_len: int, window: int | None = None) -> float:
-    """Keys a token sees, itself included, averaged over a causal sequence; (S+1)/2 without a window."""
+    """Keys that a token attends to (including itself), averaged over a causal sequence; (S+1)/2 without a window."""
     w = seq_len if window is None else min(window, seq_len)
     return w * (w + 1) / 2 / seq_len + (seq_len - w) * w / seq_len
 
 
 class AttentionConfig(StrictConfig):
-    """Interface of a mechanism's config. `type` is the name under which the registry knows it."""
+    """Interface of a mechanism's config. `type` is its name in the registry."""
 
-    type: Any  # a Literal with the one name, in each mechanism
+    type: Any  # in each mechanism, a Literal with its name
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
-    rope_fraction: float = Field(default=1.0, ge=0, le=1, description="share of head_dim that is rotated")
+    rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys over head_dim, before RoPE")
 
     @model_validator(mode="before")
@@ -260,9 +274,9 @@ class AttentionConfig(StrictConfig):
         for name in names:
             if name.startswith("key_") or name == "route_keys":
                 raise ValueError(
-                    f"{name}: keys are never routed, because a slot would hold another expert's keys at each position "
-                    "and a query would be scored against subspaces that are not its own; use type hybrid or switchhead "
-                    "to route values, or more kv_heads"
+                    f"{name}: keys cannot be routed, because a slot would hold a different expert's keys at each "
+                    "position and a query would be scored against keys of other subspaces; use type hybrid or "
+                    "switchhead to route values, or more kv_heads"
                 )
         return data
 
@@ -276,47 +290,47 @@ class AttentionConfig(StrictConfig):
             else:
                 other = "rope_fraction 0.0 (no rotation)"
             raise ValueError(
-                f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} rotates {rotated:g} channels, and "
-                f"RoPE turns pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
+                f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} is {rotated:g} channels, but RoPE "
+                f"rotates pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
             )
         return self
 
     @property
     def rotated(self) -> int:
-        """Channels of a head that RoPE turns (even)."""
+        """Number of channels of a head that RoPE rotates (even)."""
         return int(self.head_dim * self.rope_fraction)
 
     def layer(self, index: int, layers: int) -> Self:
-        """This mechanism in layer `index` of `layers`; another config where a field differs by layer.
+        """The config of layer `index` of `layers`, with per-layer fields resolved.
 
-        Raises ValueError where a per-layer field does not have `layers` entries.
+        Raises ValueError if a per-layer field does not have `layers` entries.
         """
         return self
 
     def at_size(self, num_params: int) -> Self:
-        """The config with every rule that depends on the size of the whole model resolved to numbers."""
+        """The config with rules that depend on the size of the whole model resolved to numbers."""
         return self
 
     def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
-        """Raises ValueError (its text names the spec's key) where the config does not go with a run's shape.
+        """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
 
-        `seq_len`: tokens of a training sequence; `tokens`: those of the whole training, whole steps.
+        `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
         """
         return None
 
     @property
     @abstractmethod
     def score_maps(self) -> int:
-        """Softmax rows computed per token: query heads (or slots) that enter the attention core."""
+        """Softmax rows per token: the number of query heads (or slots) in the attention core."""
         raise NotImplementedError
 
     @abstractmethod
     def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
-        """KV heads that each call of the attention core in one layer is given on each of `tensor` ranks.
+        """KV heads in each call of the attention core of one layer, on each of `tensor` ranks.
 
-        `tensor` must divide the units of `shards`. Context-parallel ranks deal out the heads of every call, so each
-        number must be a multiple of their count; or 1, as a single head's keys and values are gathered instead. Needs
-        a config of one layer (`layer`).
+        `tensor` must divide the units of `shards`. Context parallelism distributes the heads of every call over its
+        ranks, so each number must be a multiple of their count, or 1: the keys and values of a single head are
+        gathered instead. The config must be that of one layer (`layer`).
         """
         raise NotImplementedError
 
@@ -325,12 +339,12 @@ class AttentionConfig(StrictConfig):
         return 4 * self.head_dim * self.score_maps * visible_keys(seq_len)
 
     def useful_core_flops_per_token(self, *, seq_len: int) -> float:
-        """The same for the score maps that the mathematics needs."""
+        """The same, for the useful score maps only (see `Flops`)."""
         return self.core_flops_per_token(seq_len=seq_len)
 
     @abstractmethod
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
-        """The module of one layer. `layers` scales the output projection's init: std / sqrt(2 layers)."""
+        """Build the module of one layer. `layers` scales the init of the output projection: std / sqrt(2 layers)."""
         raise NotImplementedError
 
     @abstractmethod
@@ -344,27 +358,27 @@ class AttentionConfig(StrictConfig):
         raise NotImplementedError
 
     def gating_flops_per_token(self) -> int:
-        """Of `flops_per_token`, those of gates times vectors and their sums, which are no matrix products."""
+        """The part of `flops_per_token` spent on gating (vectors times gates, and their sums), not in matmuls."""
         return 0
 
     @abstractmethod
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
-        """KV cache of one layer after `seq_len` tokens, divided by them, in bytes."""
+        """Bytes of one layer's KV cache after `seq_len` tokens, divided by `seq_len`."""
         raise NotImplementedError
 
     @abstractmethod
     def shards(self) -> dict[str, Shard]:
-        """Sharding declaration: parameter name (as in the module) -> how it is cut. Not named: replicated."""
+        """Sharding declaration: parameter name (as in the module) -> shard. Other parameters are replicated."""
         raise NotImplementedError
 
 
 class Attention(nn.Module):
-    """Interface of a mechanism's module. Also one for what it holds: routers and norms.
+    """Interface of a mechanism's module.
 
-    `init_stds` gives the standard deviation of each of the module's own matrices (and fixed random buffers) at the
-    start, `init_means` a mean other than 0; a vector in neither starts at 1 (`headway.model.init` draws them).
-    `ranks` is replaced where a layer's groups are dealt to several tensor-parallel ranks. `output_matrices` names the
-    parameters of which y is a linear function: multiplied by a number, all of them together multiply y by it.
+    `init_stds` gives the initial standard deviation of each matrix (and fixed random buffer) that belongs to the module
+    itself, `init_means` the mean where it is not 0. Vectors in neither start at 1 (see `headway.model.init`). `ranks`
+    is set where tensor parallelism shards the layer. `output_matrices` names the
+    parameters on which y depends linearly: scaling all of them by a factor scales y by it.
     """
 
     output_matrices: tuple[str, ...] = ("w_o",)
@@ -373,34 +387,34 @@ class Attention(nn.Module):
     ranks: Ranks = Ranks()
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        """x [B, S, d] is already normed."""
+        """x [B, S, d], after the norm -> output [B, S, d] and auxiliary loss."""
         raise NotImplementedError
 
     def pool(self, x: Tensor, context: Context) -> HeadPool | None:
-        """Every member of every group, chosen or not; None where groups have one member only, or differ in size."""
+        """All members of all groups, selected or not; None if groups have a single member or differ in size."""
         return None
 
     def router_stats(self) -> dict[str, RouterStats]:
-        """Name of the router -> sums since the last `reset_router_stats`; evaluation mode does not count."""
+        """Router name -> sums since the last `reset_router_stats`. Only training mode counts."""
         return {}
 
     def step_sums(self) -> dict[str, Tensor]:
-        """Name -> other sums over training tokens since the last `reset_router_stats`; the same names on every rank."""
+        """Name -> other sums over training tokens since `reset_router_stats`. The names are equal on all ranks."""
         return {}
 
     def watch_routers(self, *, closely: bool) -> None:
-        """Whether routers sum up details from now on (they do at first), or loads alone, which costs less."""
+        """Turn the collection of `RouterDetail` on (the default) or off. Loads alone cost less."""
         return None
 
     def reset_router_stats(self) -> None:
         return None
 
     def before_step(self, tokens: int) -> None:
-        """Called before each optimizer step, and after loading, with the training tokens done so far (schedules)."""
+        """Update schedules. Called before each optimizer step, and after loading, with the tokens trained so far."""
         return None
 
     def after_step(self, global_load: dict[str, Tensor]) -> None:
-        """Called once per optimizer step with each router's load [G, N] (loss-free bias) and each of `step_sums`, under
-        their names, summed over all ranks.
+        """Called after each optimizer step with the sums over all ranks, by name: the load [G, N] of each router, which
+        updates its loss-free bias, and `step_sums`.
         """
         return None

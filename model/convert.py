@@ -1,15 +1,15 @@
-"""From multi-head to grouped-query attention: re-ordering, alignment and pooling of the heads of one layer.
+"""Conversion from multi-head to grouped-query attention: reorder, align and pool the heads of one layer.
 
-Functions of the weights of `headway.model.attention.grouped.GroupedQueryAttention`, as `state_dict` gives them; they
-compute in float64 and return new tensors in the dtypes they were given. Mean pooling is that of Ainslie et al. (2023,
-arXiv 2305.13245, section 2.1); alignment and grouping by similarity that of arXiv 2412.20677, without its pruning:
+The functions take the `state_dict` of a `headway.model.attention.grouped.GroupedQueryAttention`. They compute in
+float64 and return new tensors in the dtypes of the inputs. Mean pooling follows Ainslie et al. (2023, arXiv 2305.13245,
+section 2.1). Alignment and grouping by similarity follow arXiv 2412.20677, without its pruning:
 
     order   = group_heads(similarity(weights, x, ...), groups, seed=0)
-    weights = permute_heads(weights, order, ...)         the same function
-    weights = align(weights, x, groups=groups, ...)      the same function
-    weights = mean_pool(weights, groups, ...)            exact where a group's heads are turned copies of each other
+    weights = permute_heads(weights, order, ...)         computes the same function
+    weights = align(weights, x, groups=groups, ...)      computes the same function
+    weights = mean_pool(weights, groups, ...)            exact if a group's heads are rotated copies of each other
 
-`fold_decoder` turns a whole decoder of weighted GQA into one of plain GQA.
+`fold_decoder` converts a whole decoder from weighted GQA to plain GQA.
 
 Legend: N calibration tokens, d width, H query heads, K KV heads of the given layer (K=H for MHA), M=H/K, G groups to
 pool into, P=K/G KV heads per group, D head size, R rotated channels.
@@ -28,17 +28,17 @@ from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 
 Criterion = Literal["cosine", "distance"]
-"""What makes two heads alike: the angles between their vectors, or the distances, which feel the lengths too."""
+"""Similarity of two heads: by the cosine of their vectors, or by the distance, which also depends on their norms."""
 
 GAINS = ("q_rope.norm.gain", "k_rope.norm.gain")
-"""Those of QK-norm, which all heads share."""
+"""Gains of QK-norm, which all heads share."""
 
 MAX_ROUNDS = 100
 MIN_GAIN = 1e-5
 
 
 class Heads(NamedTuple):
-    """The four matrices, cut into heads, float64."""
+    """The four projection matrices in float64, split into heads."""
 
     q: Tensor  # [K, M, D, d]
     k: Tensor  # [K, D, d]
@@ -46,7 +46,7 @@ class Heads(NamedTuple):
     o: Tensor  # [K, M, D, d]: w_o transposed
 
     def joined(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Back to the names, shapes and dtypes of a layer; what is not a matrix of heads is kept."""
+        """Convert back to a `state_dict` with the names, shapes and dtypes of `like`. Other tensors are copied."""
         matrices = {
             "w_q": self.q.flatten(0, 2),
             "w_k": self.k.flatten(0, 1),
@@ -57,23 +57,23 @@ class Heads(NamedTuple):
 
 
 def permute_heads(weights: Mapping[str, Tensor], order: Sequence[int], *, head_dim: int) -> dict[str, Tensor]:
-    """The layer with query head `order[i]` in place i: the same function.
+    """Move query head `order[i]` to position i. The layer computes the same function.
 
-    A query head takes its columns of w_o along. Where heads share keys and values (K < H) the heads of one KV head must
-    stay together, within them any order will do; KV heads move with their query heads. Raises ValueError otherwise.
+    The columns of w_o move with their query head, and KV heads move with their query heads. If query heads share KV
+    heads (K < H), `order` must keep those of each KV head adjacent, in any order. Raises ValueError otherwise.
     """
     heads = _cut(weights, head_dim)
     kv_heads, members = heads.q.shape[:2]
     if sorted(order) != list(range(kv_heads * members)):
         raise ValueError(
-            f"order: not every one of the {kv_heads * members} query heads stands in it once; "
+            f"order: must contain each of the {kv_heads * members} query heads exactly once; "
             f"use what `group_heads` returns, or a permutation of 0 to {kv_heads * members - 1}"
         )
     new = torch.tensor(order).unflatten(0, (kv_heads, members))
     owner = new // members
     if (owner != owner[:, :1]).any():
         raise ValueError(
-            f"order: separates query heads that share a KV head (there are {members} to each); "
+            f"order: separates query heads that share a KV head ({members} query heads per KV head); "
             f"use an order of whole groups, or the weights of a layer with as many KV heads as query heads"
         )
     kv_order = owner[:, 0]
@@ -84,9 +84,10 @@ def permute_heads(weights: Mapping[str, Tensor], order: Sequence[int], *, head_d
 def mean_pool(
     weights: Mapping[str, Tensor], groups: int, *, head_dim: int, how: Literal["mean", "first"] = "mean"
 ) -> dict[str, Tensor]:
-    """The layer with `groups` KV heads: each the mean, or the first, of K/G consecutive ones; w_q and w_o are kept.
+    """Reduce the layer to `groups` KV heads: each is the mean (or the first) of K/G consecutive ones.
 
-    Legal under RoPE because all heads turn alike. Raises ValueError unless K divides into `groups`.
+    w_q and w_o are unchanged. Pooling is compatible with RoPE because RoPE is the same in all heads. Raises ValueError
+    unless `groups` divides K.
     """
     heads = _cut(weights, head_dim)
     check_equal_groups(len(heads.k), groups)
@@ -104,14 +105,15 @@ def align(
     rotated: int,
     criterion: Criterion = "cosine",
 ) -> dict[str, Tensor]:
-    """The same function, with the keys and the values of each group's KV heads turned as near to each other as can be.
+    """Rotate keys and values so that the KV heads of each group are as close to each other as possible.
 
-    x [..., d]: normed inputs of the layer, over some tokens of calibration; D or more for a unique answer, whatever
-    they are the function stays. Groups are K/G consecutive KV heads. Values turn by any orthogonal matrix, undone in
-    w_o. Keys turn, undone in w_q, by what commutes with RoPE: a rotation of each plane (channels i and i + R/2 of the
-    first R = `rotated`), any orthogonal matrix of the channels from R on.
+    The layer computes the same function for any x. x [..., d]: normed inputs of the layer for N calibration tokens; the
+    result is unique for N >= D. Groups are K/G consecutive KV heads. Values are multiplied by an orthogonal matrix, and
+    its inverse is applied to w_o. Keys are multiplied by an orthogonal matrix that commutes with RoPE, and its inverse
+    is applied to w_q: a rotation in each plane (channels i and i + R/2 of the first R = `rotated`), and any orthogonal
+    matrix on the remaining channels.
 
-    Raises ValueError where the layer has QK-norm: its gains and the turning of channels do not commute.
+    Raises ValueError if the layer has QK-norm, whose gains do not commute with rotations.
     """
     _refuse_qk_norm(weights, "use pooling without alignment, or a model trained with qk_norm false")
     heads = _cut(weights, head_dim)
@@ -135,10 +137,11 @@ def similarity(
     of: Literal["value", "key"] = "value",
     criterion: Criterion = "cosine",
 ) -> Tensor:
-    """[K, K], float64, symmetric: how alike the values (or keys) of two KV heads are once aligned as `align` can.
+    """Similarity of the values (or keys) of every two KV heads after optimal alignment: [K, K], float64, symmetric.
 
-    x [..., d]: normed inputs of the layer. The mean over tokens of the cosine of the two heads' vectors, or of minus
-    their squared distance. Raises ValueError for keys of a layer with QK-norm, which cannot be aligned.
+    x [..., d]: normed inputs of the layer. The similarity is the mean over tokens of the cosine of the two heads'
+    vectors, or of minus their squared distance. Raises ValueError for keys of a layer with QK-norm, which `align` does
+    not support.
     """
     if of == "key":
         _refuse_qk_norm(weights, "use the similarity of values, or a model trained with qk_norm false")
@@ -155,12 +158,12 @@ def similarity(
 
 
 def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int = 200, swaps: int = 3000) -> list[int]:
-    """Order of the K heads, groups of K/G one after the other, that makes heads of one group alike.
+    """Group K heads by similarity: returns their order, as consecutive groups of K/G heads.
 
-    similarity [K, K] is symmetric. Maximises its sum over the pairs within groups by greedy hill climbing: from each of
-    `restarts` random groupings, `swaps` random exchanges of two heads of different groups, kept where the sum grows.
-    Heads ascend within their group and groups by their first head, so equal groupings are equal orders. Raises
-    ValueError unless K divides into `groups`.
+    similarity [K, K] is symmetric. Its sum over pairs within groups is maximized by greedy hill climbing: starting from
+    each of `restarts` random groupings, `swaps` random swaps of two heads of different groups are tried and kept if the
+    sum increases. Heads are sorted within their group, and groups by their first head, so equal groupings have equal
+    orders. Raises ValueError unless `groups` divides K.
     """
     count = len(similarity)
     check_equal_groups(count, groups)
@@ -174,7 +177,7 @@ def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int
     for _ in range(swaps):
         a = torch.randint(count, (restarts,), generator=generator)
         step = size - a % size + torch.randint(count - size, (restarts,), generator=generator)
-        b = (a + step) % count  # any place of another group
+        b = (a + step) % count  # a random position in another group
         head_a, head_b = order[rows, a], order[rows, b]
         difference = (pairs[head_a] - pairs[head_b]).gather(1, order).unflatten(1, (groups, size)).sum(2)
         gain = difference[rows, b // size] - difference[rows, a // size] - 2 * pairs[head_a, head_b]
@@ -188,16 +191,16 @@ def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int
 
 
 def fold_decoder(decoder: Decoder, model: ModelConfig) -> Decoder:
-    """The decoder with its weighted GQA folded into plain GQA: the same logits, GQA's parameters and decoding cost.
+    """Fold a decoder with weighted GQA into one with plain GQA, which has equal logits and the cost of GQA.
 
-    `model`: the shape `decoder` was built with. The parameters are new ones, of its dtype and on its device. Raises
-    ValueError where the attention is not of type wgqa.
+    `model`: the config that `decoder` was built with. The new decoder has its dtype and device, and shares no memory
+    with it. Raises ValueError if the attention is not of type wgqa.
     """
     config = decoder.attention
     if not isinstance(config, WgqaConfig):
         raise ValueError(
-            f"decoder: its attention is of type {config.type}, which has nothing to fold; "
-            f"use the decoder as it is, or one with attention of type wgqa"
+            f"decoder: its attention is of type {config.type}, and only type wgqa can be folded; "
+            f"use the decoder unchanged, or one with attention of type wgqa"
         )
     state = decoder.state_dict()
     for i, layer in enumerate(decoder.attention_layers()):
@@ -209,7 +212,7 @@ def fold_decoder(decoder: Decoder, model: ModelConfig) -> Decoder:
 
 
 def check_equal_groups(kv_heads: int, groups: int) -> None:
-    """Raises ValueError unless the KV heads divide into `groups` equal groups."""
+    """Raise ValueError unless the KV heads divide into `groups` equal groups."""
     if groups < 1 or kv_heads % groups:
         legal = [g for g in range(1, kv_heads + 1) if kv_heads % g == 0]
         below = max((g for g in legal if g < groups), default=1)
@@ -219,7 +222,7 @@ def check_equal_groups(kv_heads: int, groups: int) -> None:
 
 
 def _products(matrices: Tensor, x: Tensor, criterion: Criterion) -> Tensor:
-    """matrices [K, D, d], x [..., d] -> mean over tokens of y_i y_j^T of every two heads, [K, K, D, D]; y = W x."""
+    """matrices [K, D, d], x [..., d] -> mean over tokens of y_i y_j^T for all pairs of heads, [K, K, D, D]; y = W x."""
     tokens = x.detach().double().flatten(0, -2)
     y = torch.einsum("kdx,nx->nkd", matrices, tokens)
     if criterion == "cosine":
@@ -228,11 +231,11 @@ def _products(matrices: Tensor, x: Tensor, criterion: Criterion) -> Tensor:
 
 
 def _best_turn(product: Tensor, rotated: int) -> Tensor:
-    """product [..., D, D] = Y_i^T Y_j -> the Q [..., D, D] for which Y_i Q is nearest to Y_j (orthogonal Procrustes).
+    """Orthogonal Procrustes: product [..., D, D] = Y_i^T Y_j -> the Q [..., D, D] for which Y_i Q is closest to Y_j.
 
-    That Q maximises tr(Q^T product). The first `rotated` channels turn by planes (i, i + rotated/2), where the
-    maximum over rotations [[cos, -sin], [sin, cos]] is at the angle of (trace, difference off the diagonal); the
-    others by U V^T of the singular value decomposition.
+    Q maximizes tr(Q^T product). The first `rotated` channels are rotated in planes (i, i + rotated/2); the optimal
+    rotation [[cos, -sin], [sin, cos]] has the angle atan2(difference of the off-diagonal elements, trace). For the
+    other channels, Q = U V^T from the singular value decomposition.
     """
     half = rotated // 2
     turn = torch.zeros_like(product)
@@ -247,9 +250,10 @@ def _best_turn(product: Tensor, rotated: int) -> Tensor:
 
 
 def _generalised_procrustes(products: Tensor, groups: int, rotated: int) -> Tensor:
-    """products [K, K, D, D] of every two heads -> each head's turn [K, D, D] towards the mean of its group.
+    """Generalized Procrustes: products [K, K, D, D] of all pairs -> each head's rotation [K, D, D] to its group's mean.
 
-    All start at the group's first head, then at the mean of the turned heads, until that no longer helps.
+    Heads are first aligned to the group's first head, then repeatedly to the mean of the rotated heads until the gain
+    falls below `MIN_GAIN` (relative).
     """
     size = len(products) // groups
     turns = []
@@ -271,11 +275,11 @@ def _generalised_procrustes(products: Tensor, groups: int, rotated: int) -> Tens
 
 
 def _cut(weights: Mapping[str, Tensor], head_dim: int) -> Heads:
-    """Raises ValueError where the weights are not those of grouped-query attention with heads of `head_dim`."""
+    """Split weights into heads. Raises ValueError if they are not those of GQA with heads of size `head_dim`."""
     names = {"w_q", "w_k", "w_v", "w_o"}
     if not names <= set(weights) or set(weights) - names - set(GAINS):
         raise ValueError(
-            f"weights: hold {', '.join(sorted(weights))}, and what is not a matrix of heads would not move with them; "
+            f"weights: {', '.join(sorted(weights))}; only w_q, w_k, w_v, w_o and QK-norm gains can be converted; "
             f"use the state_dict of one layer of type mha or of type gqa"
         )
     kv_heads, rest = divmod(len(weights["w_k"]), head_dim)
@@ -299,7 +303,7 @@ def _cut(weights: Mapping[str, Tensor], head_dim: int) -> Heads:
 def _check_rotated(rotated: int, head_dim: int) -> int:
     if rotated % 2 or not 0 <= rotated <= head_dim:
         raise ValueError(
-            f"rotated: {rotated} of {head_dim} channels, and RoPE turns pairs; "
+            f"rotated: {rotated} of {head_dim} channels, but RoPE rotates pairs; "
             f"use `rotated` of the layer's config, or an even number from 0 to {head_dim}"
         )
     return rotated
@@ -308,6 +312,5 @@ def _check_rotated(rotated: int, head_dim: int) -> int:
 def _refuse_qk_norm(weights: Mapping[str, Tensor], alternatives: str) -> None:
     if any(name in weights for name in GAINS):
         raise ValueError(
-            f"weights: queries and keys are normed (QK-norm), and the norm's gains do not commute with the turning of "
-            f"channels; {alternatives}"
+            f"weights: the layer has QK-norm, whose gains do not commute with rotations of the channels; {alternatives}"
         )

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and KV bytes of a model, from its configs alone.
+"""Parameters, FLOPs and KV bytes of a model, computed from its configs.
 
 Legend: d width, L layers, F FFN width, V vocabulary, S sequence.
 """
@@ -13,19 +13,19 @@ from headway.model.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs are forward and per token, 2 per multiply-accumulate; training costs three times as much."""
+    """FLOPs are forward FLOPs per token, 2 per multiply-accumulate; training costs three times as much."""
 
     num_params: int
-    params_by_part: dict[str, int]  # embedding, attention, mlp, norm, head; they add up to num_params
+    params_by_part: dict[str, int]  # embedding, attention, mlp, norm, head; the sum is num_params
     flops_per_token: Flops  # all layers and the head
-    attention_core_flops: Flops  # all layers: Q K^T and P V, causal; contained in flops_per_token
-    kv_bytes_per_token: float  # all layers, after seq_len tokens, divided by them
+    attention_core_flops: Flops  # all layers: Q K^T and P V, causal; included in flops_per_token
+    kv_bytes_per_token: float  # all layers: cache size after seq_len tokens, divided by seq_len
 
 
 def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> list[AttentionConfig]:
-    """The mechanism of each layer, with rules that depend on the layer or on the model's size resolved.
+    """The attention config of each layer, with rules that depend on the layer or on the model's size resolved.
 
-    Raises ValueError where a per-layer field does not have one entry per layer.
+    Raises ValueError if a per-layer field does not have one entry per layer.
     """
     width, layers = model.width, model.layers
     others = vocab_size * width * (1 if model.tied_embeddings else 2) + width
@@ -42,7 +42,7 @@ def account(
     seq_len: int,
     bytes_per_element: int = 2,
 ) -> Cost:
-    """Costs at `seq_len`; `bytes_per_element` is that of the KV cache (2: bf16)."""
+    """Costs at sequence length `seq_len`. `bytes_per_element`: element size of the KV cache (2: bf16)."""
     width, layers = model.width, model.layers
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {

@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and SwiGLU between an embedding and a head.
+"""The decoder: token embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
 
 Legend: B batch, S sequence, d width, V vocabulary.
 """
@@ -39,20 +39,23 @@ Recompute = Literal["none", "selective", "block"]
 
 
 class ModelOutput(NamedTuple):
-    """A forward pass over a micro-batch. Divide `loss_sum` by the targets of the whole global batch, not by its own."""
+    """Output for a micro-batch. In training, divide `loss_sum` by the targets of the global batch, not by `targets`."""
 
     loss_sum: Tensor  # fp32 scalar: sum of the cross entropy (nats) over targets
-    targets: Tensor  # int64 scalar: labels that are not -100
-    aux_loss: Tensor  # fp32 scalar: sum over layers of the routers' losses with their coefficients, mean over sequences
-    hits: Tensor | None = None  # int64 scalar: targets whose largest logit is the label's; None where gradients are on
+    targets: Tensor  # int64 scalar: number of labels that are not -100
+    aux_loss: Tensor  # fp32 scalar: sum over layers of auxiliary losses with coefficients; mean over sequences
+    hits: Tensor | None = None  # int64 scalar: targets that are the argmax of the logits; None if gradients are enabled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who shares a model's layers and its sequences, and by which operations layers compute.
+    """Parallel ranks, activation recomputation and kernels of a model.
 
-    `recompute` block: a block keeps its input and routing alone; selective: all but what its norms and SwiGLU's product
-    give.
+    ranks: Tensor-parallel ranks.
+    sequence: Context-parallel ranks.
+    recompute: Activations kept for the backward pass. block: a block's input and its routing only; selective: all
+        except the outputs of norms and of silu(gate) * up; none: all.
+    operations: Kernels of the layers.
     """
 
     ranks: Ranks = field(default_factory=Ranks)
@@ -69,9 +72,9 @@ class BranchScale(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then + mlp(norm x).
+    """One block: x = x + attention(norm(x)), then x = x + mlp(norm(x)).
 
-    `shards` names the parameters that are cut over tensor-parallel ranks; all others are whole on each of them.
+    `shards` names the parameters that tensor parallelism shards. All others are replicated.
     """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
@@ -98,7 +101,7 @@ class Block(nn.Module):
                 branch.get_parameter(name).mul_(factor)
 
     def place(self, placement: Placement) -> None:
-        """Keep this rank's part of an initialised block."""
+        """Shard an initialized block to this rank's part and set its operations."""
         self.placement = placement
         operations = placement.operations
         if placement.recompute == "selective":
@@ -106,7 +109,7 @@ class Block(nn.Module):
             pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "silu_mul")}
             operations = replace(operations, **pieces)
         use_operations(self, operations)
-        use_operations(self.attn, placement.operations)  # what its own norms give is rotated, and not kept
+        use_operations(self.attn, placement.operations)  # QK-norm outputs are rotated and not kept: do not recompute
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
 
@@ -127,7 +130,7 @@ def make_block(
     placement: Placement,
     scale: BranchScale | None = None,
 ) -> Block:
-    """Block `index` with initial parameters, those of this rank; `attention` is the config of that layer."""
+    """Build and initialize this rank's part of block `index`. `attention` is the config of that layer."""
     block = Block(model, attention)
     initialise(block, seed=seed, prefix=f"blocks.{index}.")
     if scale is not None:
@@ -137,14 +140,14 @@ def make_block(
 
 
 def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
-    """The block's output; under `recompute: block` what it needs for the backward pass is computed again then."""
+    """Run a block. With `recompute: block`, its activations are recomputed in the backward pass."""
     if placement.recompute == "block" and torch.is_grad_enabled():
         return recomputed(block, x, context)
     return block(x, context)
 
 
 class DecoderCache:
-    """What incremental decoding carries on: every layer's keys and values, and how many tokens were taken in."""
+    """State of incremental decoding: the KV cache of every layer and the number of cached tokens."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [KVCache() for _ in range(layers)]
@@ -152,15 +155,17 @@ class DecoderCache:
 
     @property
     def numbers(self) -> int:
-        """Numbers held, over layers and batch."""
+        """Elements in the cache, over layers and batch."""
         return sum(layer.numbers for layer in self.layers)
 
 
 class Decoder(nn.Module):
-    """Parameters are a function of `seed` and their names (`headway.model.init`), and of `scales`, one for each block.
+    """The decoder. Initial parameters depend only on `seed`, their names and shapes (`headway.model.init`), and on
+    `scales`, one for each block.
 
-    `embedding` [V, d] and, where not tied, `head` [V, d] belong to this module itself: the head's product then happens
-    inside the forward pass of the module that owns the matrix, which parameter-sharding engines rely on.
+    `embedding` [V, d] and, unless tied, `head` [V, d] are parameters of this module itself. Engines that shard
+    parameters (ZeRO-3) gather them in the forward pass of the module that owns them, which is where the head's matmul
+    runs.
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class Decoder(nn.Module):
         initialise(self, seed=seed)
         self._vocabulary_shards = vocabulary_shards(model, vocab_size)
         cut(self, self._vocabulary_shards, self.placement.ranks)
-        # One block is made, drawn and cut after the other: a rank never holds more than its part and one block.
+        # Build, initialize and shard one block at a time, so that a rank holds at most its part plus one full block.
         for i, mechanism in enumerate(mechanisms):
             scale = None if scales is None else scales[i]
             self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement, scale=scale))
@@ -193,7 +198,7 @@ class Decoder(nn.Module):
 
     @property
     def shards(self) -> dict[str, Shard]:
-        """Parameters that are cut over tensor-parallel ranks."""
+        """Parameters that tensor parallelism shards."""
         shards = dict(self._vocabulary_shards)
         for i, block in enumerate(self.blocks):
             if isinstance(block, Block):
@@ -201,9 +206,9 @@ class Decoder(nn.Module):
         return shards
 
     def forward(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> ModelOutput:
-        """tokens, labels [B, S] (-100: no target); segments [B, S] numbers the documents, None: one each.
+        """tokens, labels [B, S] (label -100: no target); segments [B, S]: document index, None for one per sequence.
 
-        Where ranks share each sequence, tokens and labels are this rank's part and segments are those of the whole.
+        With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
         hidden, aux_loss = self._hidden(tokens, segments)
         loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement)
@@ -217,24 +222,27 @@ class Decoder(nn.Module):
         cache: DecoderCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """[B, S, V] in the model's dtype; `last`: of the last token alone, [B, 1, V].
+        """Logits [B, S, V] in the model's dtype; with `last`, those of the last token only, [B, 1, V].
 
-        With a `cache` the tokens continue what it holds, and it takes them in.
+        With a `cache`, the tokens continue the cached ones and are appended to it.
         """
         hidden, _ = self._hidden(tokens, segments, cache)
         return F.linear(hidden[:, -1:] if last else hidden, self._head_weight())
 
     def new_cache(self) -> DecoderCache:
-        """Empty; for one batch of sequences of equal length."""
+        """An empty cache for one batch of sequences of equal length."""
         return DecoderCache(len(self.blocks))
 
     def before_step(self, tokens: int) -> None:
-        """Tell every layer how many training tokens are done: before each optimizer step, and after loading."""
+        """Update the schedules of all layers. Call it before each optimizer step and after loading.
+
+        `tokens`: training tokens so far.
+        """
         for layer in self.attention_layers():
             layer.before_step(tokens)
 
     def attention_layers(self) -> list[Attention]:
-        """From the first block to the last."""
+        """The attention module of each block, first to last."""
         return [block.attn for block in self.blocks if isinstance(block, Block)]
 
     def _hidden(
@@ -242,7 +250,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if cache is not None and segments is not None:
             raise ValueError(
-                "segments: a cache holds one document per sequence; give documents one by one, or no cache"
+                "segments: a cache holds one document per sequence; pass one document per sequence, or no cache"
             )
         x = embed(self.embedding, tokens, self.placement.ranks)
         context = self._contexts.of(tokens, segments, x.dtype, start=0 if cache is None else cache.tokens)
@@ -262,37 +270,37 @@ class Decoder(nn.Module):
 
 
 class Contexts:
-    """Makes what the blocks of a forward pass are given besides x; rotary tables are kept from pass to pass."""
+    """Builds the `Context` of each forward pass. RoPE tables are cached between passes."""
 
     def __init__(self, attention: AttentionConfig, sequence: SequenceRanks) -> None:
         self._attention, self._sequence = attention, sequence
-        # A plain attribute: a buffer would be cast with the module, and lose the phase of late positions in bf16.
+        # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def of(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, *, start: int = 0) -> Context:
-        """tokens [B, S], whose first is at position `start` of the sequence, or of this rank's part of it; segments of
-        the whole sequence.
+        """tokens [B, S]; the first one is at position `start` of the sequence (or of this rank's part of it). segments
+        cover the whole sequence.
         """
         mask = None if segments is None else document_mask(segments, dtype)
         rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
         return Context(rope=rope, mask=mask, tokens=tokens, sequence=self._sequence)
 
     def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Rows of the positions start .. start + S - 1, of tables made once for the longest sequence seen."""
+        """Rows start .. start + S - 1 of the RoPE tables, which grow to the longest sequence seen."""
         end = start + tokens.shape[1]
         if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
-            length = end if start == 0 else 2 * end  # decoding asks for one more each time
+            length = end if start == 0 else 2 * end  # double the table, as decoding adds one position at a time
             self._rope = rope_tables(length, self._attention.rotated, self._attention.rope_base, tokens.device)
         return self._rope[0][start:end], self._rope[1][start:end]
 
 
 def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:
-    """Of the embedding and, where it is not the same matrix, the head: rows, one piece per token of the vocabulary."""
+    """Shards of the embedding and the head (unless tied): by rows, one unit per token of the vocabulary."""
     return {name: Shard(0, vocab_size) for name in ("embedding", *(() if model.tied_embeddings else ("head",)))}
 
 
 def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
-    """weight [V, d], or this rank's rows of it; tokens [B, S] -> [B, S, d], cut as the residual stream is."""
+    """weight [V, d] (or this rank's rows), tokens [B, S] -> [B, S, d], or this rank's part of the residual stream."""
     if ranks.count == 1:
         return F.embedding(tokens, weight)
     row = tokens - ranks.index * len(weight)
@@ -301,9 +309,9 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
 
 
 def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
-    """hidden [B, S, d] (cut as the residual stream is) -> loss sum and, where gradients are off, hits; both over all V.
+    """Cross-entropy sum and, if gradients are disabled, hits (see `ModelOutput`), over the whole vocabulary.
 
-    weight [V, d], or this rank's rows of it; labels [B, S].
+    hidden [B, S, d], or this rank's part of the residual stream; weight [V, d], or this rank's rows; labels [B, S].
     """
     part, ranks = None, placement.ranks
     if ranks.count > 1:
@@ -315,9 +323,9 @@ def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) 
 
 
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """segments [B, S] -> additive mask [B, 1, S, S]: 0 where a token may see another, -inf elsewhere.
+    """segments [B, S] -> additive mask [B, 1, S, S]: 0 where a query attends to a key, -inf elsewhere.
 
-    A token sees itself and the earlier tokens of its own document.
+    A token attends to itself and to the earlier tokens of its own document.
     """
     same = segments[:, :, None] == segments[:, None, :]
     visible = same.tril_()

@@ -1,8 +1,8 @@
-"""How different the interchangeable heads of a layer are: measures of a `HeadPool`, in float64.
+"""Diversity of the interchangeable heads of a layer: measures of a `HeadPool`, in float64.
 
-Members of a group are compared pair by pair; every measure is a mean over pairs and groups. Random matrices of d D
-numbers have a cosine of about 1/sqrt(d D), so heads start nearly orthogonal: what training does to them shows only
-beside the start and beside another mechanism.
+Members of a group are compared pairwise, and every measure is a mean over pairs and groups. Random matrices with d D
+elements have a cosine of about 1/sqrt(d D), so heads are nearly orthogonal at initialization. Compare a measure with
+its value at initialization and with another mechanism.
 
 Legend: B batch, S sequence, T=B*S tokens, d width, G groups, M members per group, D head size.
 """
@@ -23,12 +23,14 @@ from headway.model.base import Attention, Context, HeadPool
 
 @dataclass(frozen=True, kw_only=True)
 class HeadDiversity:
-    """One layer's measures.
+    """Diversity measures of one layer.
 
-    `c_w`: |cos| of the members' flattened weights. `c_q`, `c_o`: cosine of what two members make of the same token,
-    mean over tokens: projections before RoPE, and attention outputs before gates (the first token of a sequence or
-    document sees itself alone, so its outputs are equal, cosine 1). `effective_rank` of the members' weights, 1 to M.
-    `cka`: linear CKA of outputs, 0 to 1.
+    c_w: |cos| of the flattened weights of two members.
+    c_q: Cosine of two members' projections of the same token before RoPE, mean over tokens.
+    c_o: The same for attention outputs before gates. The first token of a sequence or document attends only to itself,
+        so its outputs are equal (cosine 1).
+    effective_rank: Of the members' weights, 1 to M.
+    cka: Linear CKA of the outputs of two members, 0 to 1.
     """
 
     member: str
@@ -42,7 +44,7 @@ class HeadDiversity:
 
 @torch.no_grad()
 def head_diversity(pool: HeadPool) -> HeadDiversity:
-    """All measures; waits for the device."""
+    """Compute all measures. Synchronizes with the device."""
     return HeadDiversity(
         member=pool.member,
         members=pool.weights.shape[1],
@@ -67,9 +69,9 @@ def token_cosine(vectors: Tensor) -> Tensor:
 
 
 def effective_rank(weights: Tensor) -> Tensor:
-    """[G, M, d D] -> exp of the entropy of the singular values' shares of their sum, a scalar in 1 .. M.
+    """[G, M, d D] -> effective rank (Roy and Vetterli, 2007) of the stacked weights of a group, a scalar in 1 .. M.
 
-    Of the stack of a group's M weights as they are, not normed (Roy and Vetterli, 2007).
+    It is exp of the entropy of the singular values, normalized to sum 1. The weights themselves are not normalized.
     """
     share = torch.linalg.svdvals(weights.double())
     share = share / share.sum(-1, keepdim=True)
@@ -79,9 +81,9 @@ def effective_rank(weights: Tensor) -> Tensor:
 def linear_cka(outputs: Tensor) -> Tensor:
     """[B, S, G, M, D] -> mean linear CKA of two members' outputs over tokens, a scalar in 0 .. 1.
 
-    |X^T Y|^2 / (|X^T X| |Y^T Y|) of the centred [T, D] matrices X and Y (Kornblith et al., 2019, arXiv 1905.00414). It
-    does not change when a member's outputs are rotated or scaled, as W_O could undo. Independent outputs have about
-    D/(T + D), not 0.
+    CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|) of the centred [T, D] matrices X and Y (Kornblith et al., 2019, arXiv
+    1905.00414). It is invariant to rotation and scaling of a member's outputs, which W_O could undo. Independent
+    outputs have a CKA of about D/(T + D), not 0.
     """
     x = outputs.double().flatten(0, 1)
     x = (x - x.mean(0)).permute(1, 2, 3, 0)  # [G, M, D, T]
@@ -92,7 +94,7 @@ def linear_cka(outputs: Tensor) -> Tensor:
 
 
 def _mean_over_pairs(matrix: Tensor) -> Tensor:
-    """[G, M, M], symmetric -> mean off its diagonals, over groups; a scalar."""
+    """[G, M, M], symmetric -> mean of the off-diagonal elements of all groups, a scalar."""
     members = matrix.shape[-1]
     off_diagonal = matrix.sum((1, 2)) - matrix.diagonal(dim1=1, dim2=2).sum(-1)
     return off_diagonal.mean() / (members * (members - 1))
@@ -100,10 +102,10 @@ def _mean_over_pairs(matrix: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def measured(layers: Mapping[int, Attention]) -> Iterator[dict[int, HeadDiversity]]:
-    """While open, every forward pass of a layer first measures its pool: index of the layer -> the latest measures.
+    """Context manager that measures diversity in every forward pass of `layers`. Yields layer index -> latest measures.
 
-    Layers without a pool are left out. The pass itself is what makes a layer's parameters whole under engines that
-    shard them, so measuring happens inside of it.
+    Layers without a pool are omitted. Measurement runs inside the forward pass because engines that shard parameters
+    (ZeRO-3) gather them there.
     """
     found: dict[int, HeadDiversity] = {}
 

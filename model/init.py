@@ -1,7 +1,7 @@
-"""Initial parameters, a function of (seed, full parameter name, shape) alone.
+"""Parameter initialization, which depends only on the seed, the full parameter name and the shape.
 
-Two models that differ in mechanism start from equal values wherever name and shape agree, and so does the same model
-under another layout: a rank draws the full tensor and keeps its slice.
+Models with different mechanisms therefore start from equal values wherever name and shape agree. The same model starts
+equal under any parallel layout, because a rank draws the full tensor and keeps its shard.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> Tensor:
-    """Normal(0, std^2), fp32, on CPU; keyed by blake2b of seed and name."""
+    """Sample Normal(0, std^2) in fp32 on the CPU. The generator is seeded with blake2b of `seed` and `name`."""
     key = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -23,12 +23,14 @@ def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(module: nn.Module, *, seed: int, prefix: str = "", draw: Callable[..., Tensor] = draw) -> None:
-    """Draw every parameter: mean + normal with the std that its module states in `init_stds` and `init_means`.
+    """Initialize every parameter in place: normal, with std and mean from `init_stds` and `init_means` of its module.
 
-    Vectors in neither are gains and become 1. Buffers named in `init_stds` are drawn too (fixed random routers). A
-    module with `after_init` is told when its own are drawn. `prefix` is the module's place in the model
-    ("blocks.0.attn."), for a module initialised on its own. Another `draw` serves measurements, where values do not
-    matter; on the meta device there is nothing to draw.
+    Vectors in neither are gains and are set to 1. Buffers named in `init_stds` are initialized too (fixed random
+    routers). Tensors on the meta device are skipped. `after_init` of a module, if it exists, is called when the
+    module's own tensors are initialized.
+
+    `prefix`: full name of `module` in the model with a trailing dot ("blocks.0."), to initialize it on its own.
+    `draw`: replaces the sampling function, for measurements in which values do not matter.
     """
     for path, owner in module.named_modules():
         stds: dict[str, float] = getattr(owner, "init_stds", {})

@@ -1,4 +1,4 @@
-"""Norm and MLP of the decoder, and how parameters are declared.
+"""Norms and MLP of the decoder, and helpers to declare parameters.
 
 Legend: B batch, S sequence, d width, F FFN width.
 """
@@ -18,12 +18,15 @@ from headway.model.base import Shard
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """Uninitialised; `headway.model.init` draws it, by its full name."""
+    """An uninitialized parameter. `headway.model.init` initializes it by its full name."""
     return nn.Parameter(torch.empty(*shape))
 
 
 class FixedBuffers(nn.Module):
-    """Moves like any module, but its own buffers keep their dtype: in bf16 a bias of 0.25 takes no step of 1e-3."""
+    """A module whose own buffers keep their dtype in `.to(dtype)`.
+
+    Example: in bf16, adding 1e-3 to a bias of 0.25 would leave it unchanged.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -36,21 +39,21 @@ class FixedBuffers(nn.Module):
 
 
 class Replaceable(nn.Module):
-    """A module that computes by functions which can be replaced by faster ones of equal meaning."""
+    """A module whose functions can be replaced by faster kernels with the same semantics."""
 
     @abstractmethod
     def use(self, operations: Operations) -> None: ...
 
 
 def use_operations(module: nn.Module, operations: Operations) -> None:
-    """Give them to every part of `module`."""
+    """Set `operations` on every `Replaceable` in `module`."""
     for part in module.modules():
         if isinstance(part, Replaceable):
             part.use(operations)
 
 
 class _Gain(Replaceable):
-    """What has the gain of a norm."""
+    """Base of the norms: a gain [width]."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class _Gain(Replaceable):
 
 
 class RMSNorm(_Gain):
-    """Norm over the last axis with a gain."""
+    """RMSNorm over the last dimension, with a gain."""
 
     def use(self, operations: Operations) -> None:
         self._norm = operations.norm
@@ -70,7 +73,7 @@ class RMSNorm(_Gain):
 
 
 class AddNorm(_Gain):
-    """x + y, and the norm of that with a gain: the residual addition together with the norm behind it."""
+    """Residual addition and the following RMSNorm: returns x + y and norm(x + y)."""
 
     def use(self, operations: Operations) -> None:
         self._add_norm = operations.add_norm
@@ -82,8 +85,8 @@ class AddNorm(_Gain):
 class SwiGLU(Replaceable):
     """w_down (silu(w_gate x) * w_up x) (Shazeer, 2020, arXiv 2002.05202); no biases.
 
-    Two input matrices, not one of 2F rows: the fused product was no faster on CPU (56 against 54 ms forward and
-    backward at T=2048, d=256, F=704), and two are cut over tensor ranks without reordering.
+    w_gate and w_up are separate matrices. One fused matmul with 2F rows was not faster on CPU (56 against 54 ms for
+    forward and backward at T=2048, d=256, F=704), and separate matrices can be sharded without reordering rows.
     """
 
     output_matrices = ("w_down",)

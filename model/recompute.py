@@ -1,7 +1,7 @@
-"""Activation recomputation: a block keeps its input and its routers' choices, and computes the rest again.
+"""Activation recomputation: a block keeps only its input and its routers' selections, and recomputes the rest.
 
-What a router chooses is discrete: a logit that comes out otherwise by one rounding (another kernel, another number of
-threads) would move a token to another expert, and its gradient would belong to a pass that never was.
+The selections are kept because they are discrete. A recomputed logit may differ by rounding (another kernel, another
+number of threads) and could move a token to another expert. The gradient would then not match the forward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from headway.model.base import AttentionOutput, Context, RoutingMemory
 
 
 def recomputed(block: nn.Module, x: Tensor, context: Context) -> AttentionOutput:
-    """block(x, context), and the same again for each backward pass, in place of the tensors it would keep.
+    """Compute block(x, context) with activation checkpointing.
 
-    x [B, S, d], or the part of it that a rank keeps between layers. Routers repeat their choices and statistics count
-    once (`RoutingMemory`); collectives within the block happen again, in the same order on every rank. Nothing else
-    in a block may draw random numbers: the generator's state is not put back, since no router draws when it repeats.
+    x [B, S, d], or the part of it that a rank holds between layers. In the recomputation, routers replay their
+    selections, statistics are not counted again (`RoutingMemory`), and the block's collectives run again, in the same
+    order on every rank. The state of the random number generator is not restored: routers do not draw in a
+    recomputation, and nothing else in a block may draw random numbers.
     """
     memory = RoutingMemory()
 

@@ -1,4 +1,4 @@
-"""Routers: which k of a group's N experts a token uses, how much of each, and what keeps all of them in use.
+"""Routers: select k of a group's N experts for each token, compute their gates, and balance the load.
 
 An expert is a query head (routed GQA) or a value or output projection (SwitchHead).
 Legend: B batch, S sequence, d width, G groups, N experts per group, k selected ones (slots).
@@ -23,53 +23,54 @@ from headway.model.layers import FixedBuffers, parameter
 from headway.model.router_meter import RouterMeter
 
 HASH_BUCKETS = 4093
+"""Rows of a token-hash router's table. A prime, so that ids that differ by a round number get different rows."""
+
 SIGMOIDS = ("sigmoid", "sigmoid2")
-"""Gates whose shares are sigmoids over their sum; those of the others are a softmax."""
-"""Rows of a token-hash router's table; prime, so that ids that differ by a round number do not meet."""
+"""Gates for which load balancing uses normalized sigmoids as probabilities; it uses a softmax for all other gates."""
 
 
 class Routing(NamedTuple):
-    """One router's decision for a batch."""
+    """One router's output for a batch."""
 
     idx: Tensor  # [B, S, G, k] int64, best score first
     gate: Tensor  # [B, S, G, k], fp32 or wider
-    aux_loss: Tensor | None  # scalar, with its coefficients
+    aux_loss: Tensor | None  # scalar, including its coefficients
 
 
 class RouterConfig(StrictConfig):
-    """What all routers share. Noise and dropout act on the selection alone, in training alone; gates never see them."""
+    """Options of all routers. Noise and dropout affect only the selection, and only in training; gates exclude them."""
 
     noise: Literal["none", "normal", "gumbel"] = Field(default="none", description="added to the scores in training")
     noise_scale: float = Field(default=1.0, gt=0, description="factor on the noise, in units of the logits")
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="probability that an expert is passed over, per token, in training"
+        default=0.0, ge=0, lt=1, description="probability that an expert is dropped for a token, in training"
     )
 
     def num_params(self, *, width: int, groups: int, experts: int) -> int:
-        """Trained parameters."""
+        """Trainable parameters."""
         return 0
 
     def flops_per_token(self, *, width: int, groups: int, experts: int) -> int:
-        """Forward, 2 per multiply-accumulate."""
+        """Forward FLOPs, 2 per multiply-accumulate."""
         return 2 * self.num_params(width=width, groups=groups, experts=experts)
 
     @property
     def reads_queries(self) -> bool:
-        """Whether the logits are made of the queries of all N heads, which then must all be computed."""
+        """Whether the logits depend on the queries of all N heads, which must then be computed before the selection."""
         return False
 
     @abstractmethod
     def build(self, routing: RoutingConfig, *, width: int, groups: int, experts: int) -> Router:
-        """The module."""
+        """Build the router module."""
         raise NotImplementedError
 
     def shards(self) -> tuple[str, ...]:
-        """Names of the parameters that are cut by group along dimension 0; all of them, so that routing is local."""
+        """Names of the parameters, all of which are sharded by group along dimension 0 so that routing is local."""
         return ()
 
 
 class RoutingConfig(NamedTuple):
-    """What a mechanism tells its router: gate, balancing, and the router's own config."""
+    """Arguments of a router: the mechanism's gate and load balancing, and the router's config."""
 
     gate: GateName
     balance: BalanceConfig
@@ -80,10 +81,10 @@ class LinearRouterConfig(RouterConfig):
     """r = W x, no bias."""
 
     type: Literal["linear"] = "linear"
-    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the rows at the start; never zero")
+    init_std: float = Field(default=0.02, gt=0, description="initial standard deviation of the rows; must be above 0")
     init: Literal["normal", "equal_rows"] = Field(
         default="normal",
-        description="equal_rows: rows scaled to one norm (SwitchHead), so that no expert starts favoured",
+        description="equal_rows: scale all rows to the same norm (SwitchHead), so that no expert is favoured initially",
     )
 
     def num_params(self, *, width: int, groups: int, experts: int) -> int:
@@ -97,7 +98,7 @@ class LinearRouterConfig(RouterConfig):
 
 
 class TwoLayerRouterConfig(RouterConfig):
-    """r = W_out silu(W_in x), with `hidden` units of each group's own."""
+    """r = W_out silu(W_in x), with `hidden` separate units per group."""
 
     type: Literal["two_layer"] = "two_layer"
     hidden: int = Field(ge=1, description="hidden units per group")
@@ -114,7 +115,7 @@ class TwoLayerRouterConfig(RouterConfig):
 
 
 class QueryNormRouterConfig(RouterConfig):
-    """r = |q_m| / std over the group of |q|: no parameters (MoH-LLaMA3, Jin et al., 2024, arXiv 2410.11842)."""
+    """r = |q_m| / (std of |q| over the group), without parameters (MoH-LLaMA3, Jin et al., 2024, arXiv 2410.11842)."""
 
     type: Literal["query_norm"] = "query_norm"
 
@@ -127,7 +128,7 @@ class QueryNormRouterConfig(RouterConfig):
 
 
 class RandomRouterConfig(RouterConfig):
-    """r = W x with a W that is drawn once and never trained: what the learning of the router is worth."""
+    """r = W x with a fixed random W. A control that shows the effect of training the router."""
 
     type: Literal["random"] = "random"
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the fixed rows")
@@ -140,7 +141,7 @@ class RandomRouterConfig(RouterConfig):
 
 
 class TokenHashRouterConfig(RouterConfig):
-    """r = a fixed random row for each token id: routing that knows nothing of the context (Roller et al., 2021)."""
+    """r = a fixed random row per token id, so routing does not depend on the context (Roller et al., 2021)."""
 
     type: Literal["token_hash"] = "token_hash"
 
@@ -155,7 +156,7 @@ AnyRouter = Annotated[
 
 
 def of_layer(top_k: list[int], index: int, layers: int) -> int:
-    """One layer's number of a `top_k` per layer. Raises ValueError where there is not one for each."""
+    """`top_k` of layer `index`. Raises ValueError if there is not one number per layer."""
     if len(top_k) != layers:
         raise ValueError(
             f"attention.top_k: {len(top_k)} numbers for {layers} layers; "
@@ -167,33 +168,34 @@ def of_layer(top_k: list[int], index: int, layers: int) -> int:
 def check_router(
     router: AnyRouter, balance: BalanceConfig, *, gate: str, choice: bool, hard: str = "gate: hard"
 ) -> None:
-    """Raises ValueError where a router cannot do what its config asks of it.
+    """Raise ValueError for combinations of router, gate and balancing that cannot work.
 
-    `gate`: the factor on its choice, "hard" where the task gives it no gradient, which the field and value `hard` say;
-    `choice`: whether it ever picks fewer experts than there are.
+    `gate`: factor on the selected experts; "hard" if the task loss gives the router no gradient. `hard` is the field
+    and value of the mechanism that say so, for the message. `choice`: whether the router ever selects fewer experts
+    than there are.
     """
     if router.reads_queries and gate in ("sigmoid", "sigmoid2"):
         raise ValueError(
-            f"gate: logits of {router.type} are lengths, far above 0, where a sigmoid is constant; "
+            f"gate: logits of {router.type} are norms far above 0, where a sigmoid saturates; "
             f"use gate straight_through or detached_renorm, or router.type linear"
         )
     if router.reads_queries and balance.loss_free_rate:
         raise ValueError(
-            f"balance: loss_free_rate is added to sigmoid(r), and logits of {router.type} are lengths, far above "
-            f"0, where that is constant: the bias alone would choose; use balance.f_p, or router.type linear"
+            f"balance: loss_free_rate adds a bias to sigmoid(r), but logits of {router.type} are norms far above 0, "
+            f"where it saturates, so only the bias would decide; use balance.f_p, or router.type linear"
         )
     trained = router.num_params(width=1, groups=1, experts=1) > 0
     if gate == "hard" and choice and trained and not balance.has_loss:
         raise ValueError(
-            f"{hard} and no balancing loss leave the router without any gradient; "
-            "use balance.f_p 0.01, or router.type random, which says so"
+            f"{hard} without a balancing loss gives the router no gradient; "
+            "use balance.f_p 0.01, or router.type random for a fixed router"
         )
 
 
 class Router(FixedBuffers):
-    """Scores, selection, gates, balancing and statistics; subclasses give the logits.
+    """Scores, selection, gates, load balancing and statistics. Subclasses implement `logits`.
 
-    Buffers are cut over tensor-parallel ranks by group, along dimension 0; `ranks` is replaced where the groups are.
+    Tensor parallelism shards the buffers by group, along dimension 0. `ranks` is set where the groups are sharded.
     """
 
     bias: Tensor
@@ -212,16 +214,16 @@ class Router(FixedBuffers):
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Context, *, k: int, queries: Tensor | None = None) -> Routing:
-        """x [B, S, d] -> the k experts of each group; queries [B, S, G, N, D] where the config `reads_queries`."""
+        """x [B, S, d] -> k experts per group. queries [B, S, G, N, D] are required if the config `reads_queries`."""
         logits = self.logits(x, context, queries)
         idx = context.choice(lambda: top_k(self._scores(logits.detach()), k), self.experts)
         gate = gates(logits, idx, self.gate)
         return Routing(idx, gate, self._account(logits, idx, gate, context, k) if self.training else None)
 
     def _account(self, logits: Tensor, idx: Tensor, gate: Tensor, context: Context, k: int) -> Tensor | None:
-        """Count statistics; the balancing loss, None where there is none."""
+        """Update the statistics and return the balancing loss, or None if there is none."""
         mean, has_loss = context.sequence.mean, self.balance.has_loss
-        # Not by `context.counts`: a pass that repeats one must keep what that one kept.
+        # The condition must not use `context.counts`: a recomputation must save the same tensors as the first pass.
         if fused(logits) and self.balance.needs_sums_alone and not self.meter.closely:
             counts, shares = balance_sums(logits, idx, sigmoid=self.gate in SIGMOIDS)  # [B, G, N]: one pass
             if context.counts:
@@ -233,32 +235,32 @@ class Router(FixedBuffers):
         return self.balance.loss(logits, self._probabilities(logits), chosen, slots=k, mean=mean) if has_loss else None
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """What is ranked; no gradient."""
+        """Scores by which experts are ranked; without gradient."""
         scores = logits
         if self.training and self.config.noise == "normal":
             scores = scores + self.config.noise_scale * self._drawn(torch.randn, scores)
         elif self.training and self.config.noise == "gumbel":
             uniform = self._drawn(torch.rand, scores).clamp_min(1e-20)
             scores = scores - self.config.noise_scale * torch.log(-torch.log(uniform))
-        if self.balance.loss_free_rate:  # published on sigmoid scores; noise is in units of the logits all the same
+        if self.balance.loss_free_rate:  # published for sigmoid scores; noise is still added to the logits
             scores = torch.sigmoid(scores) + self.bias
         if self.training and self.config.dropout:
-            # Not -inf: where fewer than k are left, the best of those passed over come back in.
+            # Not -inf: if fewer than k experts remain, the best dropped ones are selected.
             scores = scores - 1e4 * (self._drawn(torch.rand, scores) < self.config.dropout)
         return scores
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         """Random numbers for the scores [B, S, G, N] of this rank's groups.
 
-        Those of all groups are drawn: the generators of tensor-parallel ranks stay in one state, and groups get the
-        numbers that they would get on a single device.
+        Every rank draws the numbers of all groups. The generators of the tensor-parallel ranks therefore stay in the
+        same state, and each group gets the same numbers as on a single device.
         """
         batch, seq_len, groups, experts = like.shape
         everyones = draw(batch, seq_len, groups * self.ranks.count, experts, dtype=like.dtype, device=like.device)
         return everyones.narrow(2, groups * self.ranks.index, groups)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution over a group's experts whose mean is balanced; of sigmoid gates, their shares."""
+        """Router probabilities over a group's experts, for the balancing loss: softmax, or normalized sigmoids."""
         if self.gate not in SIGMOIDS:
             return torch.softmax(logits, -1)
         score = torch.sigmoid(logits)
@@ -266,7 +268,7 @@ class Router(FixedBuffers):
 
     @torch.no_grad()
     def after_step(self, load: Tensor) -> None:
-        """Loss-free balancing (Wang et al., 2024, arXiv 2408.15664); load [G, N] over the global batch."""
+        """Update the loss-free balancing bias (Wang et al., 2024, arXiv 2408.15664) from the global load [G, N]."""
         if self.balance.loss_free_rate:
             load = load.to(self.bias)
             self.bias += self.balance.loss_free_rate * torch.sign(load.mean(-1, keepdim=True) - load)
@@ -284,7 +286,7 @@ class LinearRouter(Router):
         self._equal_rows = config.init == "equal_rows"
 
     def after_init(self) -> None:
-        """Rows to one norm, the root mean square of theirs; SwitchHead's authors make them nearly equal."""
+        """Scale rows to the same norm, the RMS of their norms. SwitchHead's authors use nearly equal norms."""
         if self._equal_rows:
             norms = self.w.norm(dim=1, keepdim=True)
             self.w *= norms.square().mean().sqrt() / norms
@@ -314,13 +316,13 @@ class QueryNormRouter(Router):
     """No parameters."""
 
     def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
-        assert queries is not None, "the mechanism computes all queries for a router that reads them"
+        assert queries is not None, "the mechanism must pass all queries to a router that reads them"
         norm = queries.to(torch.promote_types(queries.dtype, torch.float32)).norm(dim=-1)
         return norm / norm.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
 
 
 class RandomRouter(Router):
-    """w [G N, d], a buffer: saved and moved, never trained."""
+    """w [G N, d] is a buffer, which is saved but not trained."""
 
     w: Tensor
 
@@ -336,7 +338,7 @@ class RandomRouter(Router):
 
 
 class TokenHashRouter(Router):
-    """table [G, buckets, N], a buffer of standard normals: equal ids route alike, whatever stands around them."""
+    """table [G, buckets, N] is a buffer of standard normal numbers. Equal ids have equal logits in any context."""
 
     table: Tensor
 
@@ -352,7 +354,7 @@ class TokenHashRouter(Router):
 
 
 class RoutedAttention(Attention):
-    """Answers for the routers among its children, each under the child's name."""
+    """Attention module that reports statistics for its child routers, by child name."""
 
     @property
     def routers(self) -> dict[str, Router]:
@@ -376,6 +378,6 @@ class RoutedAttention(Attention):
 
 
 def summed(*losses: Tensor | None) -> Tensor | None:
-    """Sum of the losses that exist, all scalars of one dtype."""
+    """Sum of the losses that are not None (scalars of one dtype), or None."""
     present = [loss for loss in losses if loss is not None]
     return torch.stack(present).sum() if present else None

@@ -1,6 +1,6 @@
-"""Router statistics: sums accumulated on the device without waiting for it, and the figures they give.
+"""Router statistics: sums accumulated on the device without synchronization, and the figures computed from them.
 
-Legend: B batch, S sequence, T=B*S tokens, G groups, N experts per group, k chosen ones.
+Legend: B batch, S sequence, T=B*S tokens, G groups, N experts per group, k selected experts per group and token.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from headway.model.base import RouterDetail, RouterStats
 
 TOKEN_BUCKETS = 1024
-"""Token ids are counted modulo this. Vocabularies are sorted by frequency, so the commonest ids do not meet."""
+"""Token ids are counted modulo this. Vocabularies are sorted by frequency, so the most frequent ids do not collide."""
 
 CLOSE_MARGIN = 0.1
 """Top-1 margin below which a token counts as close."""
 
 DEAD_SHARE = 1e-3
-"""An expert with less than this share of its group's choices counts as dead."""
+"""An expert with less than this fraction of its group's load counts as dead."""
 
 
 class RouterMeter:
-    """Accumulates `RouterStats`; loads alone while `closely` is off."""
+    """Accumulates `RouterStats`; only the load while `closely` is off."""
 
     def __init__(self) -> None:
         self.closely = True
@@ -33,7 +33,7 @@ class RouterMeter:
 
     @torch.no_grad()
     def update(self, logits: Tensor, chosen: Tensor, gate: Tensor, tokens: Tensor | None) -> None:
-        """logits, chosen (1 or 0) [B, S, G, N]; gate [B, S, G, k]; tokens [B, S] ids, None: not counted by token."""
+        """logits, chosen (1 or 0) [B, S, G, N]; gate [B, S, G, k]; tokens [B, S]: ids, or None for no token counts."""
         chosen = chosen.float()
         load = chosen.sum((0, 1))
         self.count(load)
@@ -42,12 +42,12 @@ class RouterMeter:
             self._detail = detail if self._detail is None else self._detail + detail
 
     def count(self, load: Tensor) -> None:
-        """Add a load [G, N] alone; no gradient."""
+        """Add only a load [G, N], which has no gradient."""
         load = load.float()
         self._load = load if self._load is None else self._load + load
 
     def stats(self) -> RouterStats | None:
-        """None before the first update."""
+        """The sums, or None before the first update."""
         return None if self._load is None else RouterStats(self._load, self._detail)
 
     def reset(self) -> None:
@@ -61,7 +61,7 @@ def _detail(logits: Tensor, chosen: Tensor, gate: Tensor, tokens: Tensor | None,
         by_token.index_add_(0, tokens.flatten() % TOKEN_BUCKETS, chosen.view(-1, groups * experts))
     best = logits.topk(min(2, experts), -1).values
     top1_margin = best[..., 0] - best[..., -1]  # [B, S, G]
-    # Experts first: reductions over a last dimension of 4 take several times as long.
+    # Move experts to dimension 0: reductions over a last dimension of size 4 are several times slower.
     logits, chosen = logits.movedim(-1, 0).contiguous(), chosen.movedim(-1, 0).contiguous()  # [N, B, S, G]
     before, after = chosen[:, :, :-1], chosen[:, :, 1:]
     followers = after.sum((0, 1, 2))
@@ -79,7 +79,7 @@ def _detail(logits: Tensor, chosen: Tensor, gate: Tensor, tokens: Tensor | None,
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of the softmax over the first dimension, in nats."""
+    """Entropy in nats of the softmax over dimension 0."""
     shifted = logits - logits.amax(0)
     weight = shifted.exp()
     total = weight.sum(0)
@@ -88,14 +88,23 @@ def _entropy(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterFigures:
-    """What the sums say; one number per group, NaN where there is nothing to divide by.
+    """Router figures, one number per group; NaN where the denominator is 0.
 
-    `load` [G, N]: share of each expert, over all tokens; rows sum to 1. `effective`: exp of the entropy of those
-    shares, 1 to N. `dead`: experts with a share below `DEAD_SHARE`. Of the tokens measured closely (`tokens` of them):
-    `entropy` of the router's softmax (nats), mean `gate`, `top1_margin` (see `RouterDetail`), `close` (share of tokens
-    with a top-1 margin below `CLOSE_MARGIN`), `switch_rate` (share of chosen experts that the token
-    before had not chosen), `mutual_information` in nats after `information_bias` was subtracted, and
-    `information_share` of what it can be (see `token_information`).
+    Over all tokens:
+
+    load: [G, N], fraction of the group's load per expert; rows sum to 1.
+    effective: Effective number of experts: exp of the entropy of those fractions, 1 to N.
+    dead: Number of experts with a fraction below `DEAD_SHARE`.
+
+    Over the `tokens` tokens measured in detail:
+
+    entropy: Entropy of the router's softmax, in nats.
+    gate: Mean gate.
+    top1_margin: See `RouterDetail`.
+    close: Fraction of tokens with a top-1 margin below `CLOSE_MARGIN`.
+    switch_rate: Fraction of selected experts that the previous token did not select.
+    mutual_information: Of token id and expert, in nats, after `information_bias` was subtracted.
+    information_share: `mutual_information` divided by its maximum (see `token_information`).
     """
 
     load: list[list[float]]
@@ -113,7 +122,7 @@ class RouterFigures:
 
 
 def figures(load: Tensor, detail: RouterDetail) -> RouterFigures:
-    """From the sums over ranks and steps; load [G, N]."""
+    """Compute the figures from the sums over ranks and steps; load [G, N]."""
     share = load.double() / load.double().sum(-1, keepdim=True).clamp_min(1)
     d = detail.like([t.double() for t in detail.tensors()])
     information, bias, most = token_information(d)
@@ -134,15 +143,18 @@ def figures(load: Tensor, detail: RouterDetail) -> RouterFigures:
 
 
 def token_information(detail: RouterDetail) -> tuple[Tensor, Tensor, Tensor]:
-    """Mutual information of token id and chosen expert, its bias and its maximum: three tensors [G], in nats.
+    """Mutual information of token id and selected expert, its bias and its maximum: three tensors [G], in nats.
 
-    I = H(expert) - H(expert | bucket) over all (token, chosen expert) pairs. Bucketing ids can only lose information
-    (data processing inequality), so the true value is not below this one but for the sampling bias, which is subtracted
-    (down to 0 at least) and returned: Miller and Madow's correction, (cells - 1) / 2n per entropy from n samples. With
-    k choices per token, none twice, a count's variance is that of inclusion, and k takes the place of the 1:
-    (C - k R - E + k) / 2n from n choices, for C filled cells in R filled buckets and E experts in use. It is too small
-    where most ids were seen only once or twice. The maximum, H(expert) - ln k with H corrected likewise, is that of
-    experts chosen by the id alone: k different ones leave ln k undetermined.
+    I = H(expert) - H(expert | bucket) over all (token, selected expert) pairs. Bucketing the ids can only lose
+    information (data processing inequality), so apart from the sampling bias, this is a lower bound of the true value.
+
+    Bias: the Miller-Madow correction is (cells - 1) / 2n per entropy from n samples. With k distinct experts per token,
+    the variance of a count is that of inclusion, and k replaces the 1: (C - k R - E + k) / 2n from n selections, for C
+    nonempty cells in R nonempty buckets and E experts in use. The bias is subtracted, and the result is clamped at 0.
+    The correction is too small where most ids were seen only once or twice.
+
+    Maximum: H(expert) - ln k, with H corrected likewise. It is reached if the id alone determines the k experts: which
+    one of the k a pair holds is still undetermined, hence the ln k.
     """
     joint = detail.token_load.permute(1, 0, 2)  # [G, buckets, N]
     n = joint.sum((1, 2))
@@ -160,5 +172,5 @@ def token_information(detail: RouterDetail) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _plogp(p: Tensor) -> Tensor:
-    """p ln p, 0 at 0."""
+    """p ln p, and 0 for p = 0."""
     return torch.special.xlogy(p, p)

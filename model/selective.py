@@ -1,9 +1,10 @@
-"""Selective recomputation: what norms and silu(gate) * up give is computed again where the backward pass asks for it.
+"""Selective recomputation: outputs of norms and of silu(gate) * up are recomputed in the backward pass.
 
-These pieces are cheap and their results wide: a block's matrix products keep them as their inputs. Here such a result,
-and whatever the piece itself keeps, gives way to a recipe: the function and its inputs, which are kept anyway. So a
-block of width d and FFN width F keeps 2 d + 2 F numbers per token less (Korthikanti et al., 2022, arXiv 2205.05198, do
-the same to the attention core, which needs it no more).
+These functions are cheap, but their outputs are large, and autograd saves them as inputs of the block's matmuls.
+Instead of such an output, and of the tensors that the function itself saves, a block keeps a recipe: the function and
+its inputs, which are saved in any case. A block of width d and FFN width F thus keeps 2 d + 2 F fewer elements per
+token. Korthikanti et al. (2022, arXiv 2205.05198) recompute the attention core in this way; fused attention kernels
+make that unnecessary.
 """
 
 from __future__ import annotations
@@ -20,44 +21,44 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 class Recipe:
-    """A piece and its inputs. Computed again at the first question, once for all that ask."""
+    """A function and its inputs. The first access to a result recomputes all results; later ones reuse them."""
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Any]) -> None:
-        # A gain of width d is held as it is now: a partitioned one may not be gathered when the result is asked for.
+        # Detach stores the current data of a gain [d]: under ZeRO-3 it may not be gathered when it is recomputed.
         self._function = function
         self._inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
         self._outputs: tuple[Tensor, ...] | None = None
         self._kept: list[Tensor] = []
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """The piece's results."""
+        """Outputs of the function."""
         if self._outputs is None:
             with torch.enable_grad(), saved_tensors_hooks(self._collect, lambda kept: kept):
                 self._outputs = tuple(x.detach() for x in _as_tuple(self._function(*self._inputs)))
         return self._outputs
 
     def kept(self, index: int) -> Tensor:
-        """The `index`-th tensor that autograd keeps of the piece."""
+        """The `index`-th tensor that autograd saves for the function's backward pass."""
         self.outputs()
         return self._kept[index]
 
     def _collect(self, tensor: Tensor) -> None:
-        """The graph of the second pass is never used, and is to hold nothing."""
+        """Collect a saved tensor, detached: the graph of the recomputation is not used and must not hold memory."""
         self._kept.append(tensor.detach())
 
 
 class SelectiveRecompute:
-    """As a context around one forward pass of a block, whose pieces are wrapped by `piece`.
+    """Context manager for one forward pass of a block whose recomputed functions are wrapped by `piece`.
 
-    `observe` is called with every tensor that stays until the backward pass: what autograd keeps, and inputs of pieces.
-    Gradients are bit by bit those without it, as pieces are deterministic. Nothing may be written in place into a
-    piece's inputs; a result that was written into is kept as it is.
+    `observe` is called with every tensor that is kept until the backward pass: tensors that autograd saves, and inputs
+    of pieces. Pieces are deterministic, so gradients are bitwise equal to those without recomputation. The inputs of a
+    piece must not be modified in place. An output that was modified in place is kept instead of recomputed.
     """
 
     def __init__(self) -> None:
         self.observe: Callable[[Tensor], object] = lambda tensor: None
-        # Address -> a piece's result, its version, its recipe and which result it is. Held until the block is done, so
-        # that no other tensor gets the address.
+        # Address -> an output of a piece, its version, its recipe and its index. The output is held until the end of
+        # the block, so that no other tensor can get its address.
         self._results: dict[int, tuple[Tensor, int, Recipe, int]] = {}
         self._hooks: list[saved_tensors_hooks] = []
 
@@ -70,8 +71,8 @@ class SelectiveRecompute:
         self._results.clear()
 
     def piece(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """`function` of tensors and numbers, computed again where the context is open and gradients are on."""
-        return partial(self._run, function)  # not a closure: a copied module's pieces are to be the copy's
+        """Wrap `function` of tensors and numbers. It is recomputed if the context is open and gradients are enabled."""
+        return partial(self._run, function)  # not a closure, so that a deep copy of a module has pieces of its own
 
     def _run(self, function: Callable[..., Result], *inputs: Any) -> Result:
         if not self._hooks or not torch.is_grad_enabled():
@@ -122,7 +123,7 @@ def _unpack_kept(packed: Any) -> Tensor:
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """As autograd is to hold it: without its graph, which would hold itself; a parameter is itself, to be gathered."""
+    """A tensor to save for autograd. Detached to avoid a reference cycle, except leaves: ZeRO-3 gathers parameters."""
     return tensor if tensor.is_leaf else tensor.detach()
 
 

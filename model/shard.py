@@ -1,4 +1,4 @@
-"""Cutting a layer over tensor-parallel ranks, by its sharding declaration."""
+"""Shards a layer over tensor-parallel ranks according to its sharding declaration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headway.model.router import Router
 
 @torch.no_grad()
 def cut(module: nn.Module, shards: Mapping[str, Shard], ranks: Ranks) -> None:
-    """Replace each parameter named in `shards` by this rank's part of it; nothing of the whole is kept."""
+    """Replace each parameter named in `shards` by this rank's shard. The full parameter is freed."""
     if ranks.count == 1:
         return
     for name, shard in shards.items():
@@ -25,7 +25,7 @@ def cut(module: nn.Module, shards: Mapping[str, Shard], ranks: Ranks) -> None:
 
 
 def cut_attention(attention: Attention, shards: Mapping[str, Shard], ranks: Ranks) -> None:
-    """`cut`, and what else a mechanism keeps by group: buffers of its routers; all of them are told of the ranks."""
+    """Shard an attention module: its parameters (`cut`) and the buffers of its routers. Sets `ranks` on all of them."""
     if ranks.count == 1:
         return
     cut(attention, shards, ranks)
@@ -39,6 +39,6 @@ def cut_attention(attention: Attention, shards: Mapping[str, Shard], ranks: Rank
 
 
 def is_cut(path: str, router: Router, shards: Mapping[str, Shard]) -> bool:
-    """Whether a router's groups are cut: its parameters are, or it has none and what it routes is cut by group."""
+    """Whether a router's groups are sharded. True if all of its parameters are, or if it has none."""
     own = [f"{path}.{name}" for name, _ in router.named_parameters()]
     return all(name in shards for name in own)

@@ -1,4 +1,4 @@
-"""The engine of a layout: the decoder's parts placed on this rank, under DeepSpeed."""
+"""Builds the engine for a layout: this rank's part of the decoder, run by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def make_engine(
     accumulation: int,
     scales: Sequence[BranchScale] | None = None,
 ) -> Engine:
-    """Parameters start equal on every layout, and only this rank's part of them is ever kept.
+    """Build the engine. Initial parameters are equal in every layout; a rank stores only its part of them.
 
-    `seq_len` decides how layers are dealt to stages, by their cost; `micro_batch` and `accumulation` as in `Engine`.
-    `scales`: factors on the initial output matrices, one pair for each block of the model.
-    Raises LeverError where a lever of `speed` cannot be used on this machine.
+    `seq_len`: used to partition layers into pipeline stages by cost. `micro_batch`, `accumulation`: see `Engine`.
+    `scales`: factors on the initial output matrices, one pair per block of the model.
+    Raises LeverError if an option of `speed` is not available on this machine.
     """
     speed = speed or SpeedConfig()
-    # Before anything else imports DeepSpeed: it chooses its device then.
+    # This must be the first import of DeepSpeed, which selects its device on import.
     deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     operations = operations_of(speed, parallel, layout.device)

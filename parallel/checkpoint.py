@@ -1,10 +1,12 @@
-"""Checkpoints: logical tensors as safetensors, a manifest with the hash of every file, and a rename that commits them.
+"""Checkpoints: logical tensors as safetensors, a manifest with the hash of every file, and an atomic rename.
 
-A checkpoint is the folder `step-NNNNNNNNNN`. It exists only whole: files are written into a hidden staging folder, the
-manifest last, then the folder is renamed. The newest folder whose manifest and hashes are right is the truth; there is
-no pointer file that could be wrong. Tensors are full (logical) fp32 tensors under their single-device names, each
-written once by one rank, so any layout reads them. Nothing is a pickle. `headway.parallel.saver` writes them,
-`headway.parallel.manifest` says what a folder must be, this module finds and loads them.
+A checkpoint is the folder `step-NNNNNNNNNN`. It never exists partially: files are written to a hidden staging folder,
+the manifest last, and then the folder is renamed. The newest folder with a valid manifest and valid hashes is loaded;
+there is no pointer file that could be wrong. Tensors are unsharded (logical) fp32 tensors with their single-device
+names, so every layout can read them. Each is written by one rank. There are no pickles.
+
+`headway.parallel.saver` writes checkpoints, `headway.parallel.manifest` defines the format, and this module finds and
+loads them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ __all__ = [
 
 
 class Loaded(Protocol):
-    """What a checkpoint restores; `headway.parallel.engine.Engine` is one. Collective on every rank."""
+    """Interface that a checkpoint restores, for example `headway.parallel.engine.Engine`. Methods are collective."""
 
     def logical_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
@@ -54,7 +56,7 @@ class Loaded(Protocol):
 
 
 def save(root: Path, engine: Saved, layout: Layout, *, step: int, state: Mapping[str, Any], keep: int) -> str | None:
-    """Write `root/step-NNNNNNNNNN` and wait for it; collective. Returns None, or why it could not be written."""
+    """Write `root/step-NNNNNNNNNN` synchronously. Collective. Returns None, or the reason of a failure."""
     saver = Saver(root, engine, layout, CheckpointConfig(keep=keep), about={})
     saver.start(step, state)
     return saver.commit().error
@@ -63,9 +65,9 @@ def save(root: Path, engine: Saved, layout: Layout, *, step: int, state: Mapping
 def newest_valid(
     root: Path, layout: Layout, *, warn: Callable[[str], None], run: str | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole, agreed by all ranks; damaged ones are reported and passed over.
+    """The newest checkpoint that is valid on all ranks, or None. Damaged ones are reported and skipped. Collective.
 
-    `run`: the run that it must be of. Raises CheckpointError when there are checkpoints but none of them is whole.
+    `run`: id of the run that must have written it. Raises CheckpointError if there are checkpoints but none is valid.
     """
     candidates = _seen_by_any(root, layout)
     for path in candidates:
@@ -81,28 +83,28 @@ def newest_valid(
         votes = layout.gather_json({"error": error, "manifest": digest})
         error = next((v["error"] for v in votes if v["error"]), None)
         if error is None and any(v["manifest"] != votes[0]["manifest"] for v in votes):
-            error = f"{path}: the ranks see different manifests; the run folder must be shared by all of them"
+            error = f"{path}: the ranks see different manifests; use a run folder that all hosts share"
         if error is None:
             assert manifest is not None
             point("load:after_verify")
             _set_aside(candidates[: candidates.index(path)], layout)
             return Checkpoint(path=path, step=manifest.step, manifest=manifest)
-        warn(f"checkpoint passed over: {error}")
+        warn(f"checkpoint skipped: {error}")
     if candidates:
         raise CheckpointError(
-            f"{root}: none of {len(candidates)} checkpoints is whole; restore one from a copy, or delete the run "
-            f"folder to start anew"
+            f"{root}: none of {len(candidates)} checkpoints is valid; restore one from a copy, or delete the run "
+            f"folder to start from the beginning"
         )
     return None
 
 
 def newest_readable(root: Path, *, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest whole checkpoint, for one process that only reads: nothing is renamed, a training may be going on.
+    """The newest valid checkpoint, for a single process that only reads. Training may run at the same time.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     candidates: list[Path] | None = None
-    while (now := steps_on_disk(root)) != candidates:  # the training may have replaced all that stood there
+    while (now := steps_on_disk(root)) != candidates:  # retry if training replaced the checkpoints meanwhile
         candidates = now
         for path in candidates:
             try:
@@ -110,15 +112,15 @@ def newest_readable(root: Path, *, warn: Callable[[str], None]) -> Checkpoint:
                 verify_hashes(path, manifest)
                 return Checkpoint(path=path, step=manifest.step, manifest=manifest)
             except (CheckpointError, OSError) as e:
-                warn(f"checkpoint passed over: {e}")
-    found = f"none of {len(candidates)} checkpoints is whole" if candidates else "there is no checkpoint yet"
+                warn(f"checkpoint skipped: {e}")
+    found = f"none of {len(candidates)} checkpoints is valid" if candidates else "there is no checkpoint yet"
     raise CheckpointError(f"{root}: {found}; train the run until it has saved one (checkpoint.every_tokens)")
 
 
 def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Set a plain module's parameters and persistent buffers, and nothing of the optimizer.
+    """Load the parameters and persistent buffers of a single-device module, without optimizer state.
 
-    Raises CheckpointError when the checkpoint's tensors are not the module's (names or shapes).
+    Raises CheckpointError if names or shapes of the tensors differ.
     """
     tensors = Tensors(checkpoint)
     wanted = {f"param/{name}": tensor for name, tensor in module.named_parameters()}
@@ -127,7 +129,7 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     wrong = set(wanted) ^ there or {k for k, t in wanted.items() if tuple(t.shape) != tensors.shape(k)}
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path}: it is the checkpoint of another model ({sorted(wrong)[:3]} differ); "
+            f"{checkpoint.path}: this is a checkpoint of another model ({sorted(wrong)[:3]} differ); "
             "use the spec it was trained with"
         )
     with torch.no_grad():
@@ -136,7 +138,7 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
 
 
 def _set_aside(damaged: list[Path], layout: Layout) -> None:
-    """Rename checkpoints that were passed over: one that becomes readable again must not be taken for the newest."""
+    """Rename damaged checkpoints to `bad-*`, so that they are not loaded if they become readable again."""
     if layout.is_main:
         for path in damaged:
             with contextlib.suppress(OSError):
@@ -146,12 +148,12 @@ def _set_aside(damaged: list[Path], layout: Layout) -> None:
 
 
 def _seen_by_any(root: Path, layout: Layout) -> list[Path]:
-    """Checkpoint folders that any rank sees, newest first: every rank must walk through the same ones."""
+    """Checkpoint folders that any rank sees, newest first, so that all ranks check the same ones. Collective."""
     mine: dict[str, Any] = {"names": [], "error": None}
     try:
         mine["names"] = [p.name for p in steps_on_disk(root)]
     except OSError as e:
-        mine["error"] = f"rank {layout.rank} cannot list {root} ({e}); mend that, then start the same command again"
+        mine["error"] = f"rank {layout.rank} cannot list {root} ({e}); fix that, then start the same command again"
     seen = layout.gather_json(mine)
     error = next((r["error"] for r in seen if r["error"]), None)
     if error is not None:
@@ -160,9 +162,9 @@ def _seen_by_any(root: Path, layout: Layout) -> list[Path]:
 
 
 def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout) -> None:
-    """Set parameters, masters, moments, Adam's counter and persistent buffers of this rank's part. Collective.
+    """Load this rank's part of parameters, fp32 masters, moments, Adam's counter and persistent buffers. Collective.
 
-    Raises CheckpointError when the checkpoint's tensors are not the model's (names or shapes).
+    Raises CheckpointError if names or shapes of the tensors differ from the model's.
     """
     tensors = Tensors(checkpoint)
     shapes, buffers = engine.logical_shapes(), engine.buffers()
@@ -172,14 +174,14 @@ def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout) -> None:
     if everyones != set(tensors):
         missing, extra = sorted(everyones - set(tensors)), sorted(set(tensors) - everyones)
         raise CheckpointError(
-            f"{checkpoint.path}: it is the checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); "
+            f"{checkpoint.path}: this is a checkpoint of another model (missing {missing[:3]}, unknown {extra[:3]}); "
             f"use the spec it was trained with, or another run_dir"
         )
     for name, want in shapes.items():
         there = tensors.shape(f"param/{name}")
         if want != there:
             raise CheckpointError(
-                f"{checkpoint.path}: it is the checkpoint of another model ({name} is {list(there)}, not "
+                f"{checkpoint.path}: this is a checkpoint of another model ({name} is {list(there)}, not "
                 f"{list(want)}); use the spec it was trained with, or another run_dir"
             )
     applied = int(checkpoint.state["applied_steps"])
@@ -189,10 +191,13 @@ def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout) -> None:
             buffer.copy_(own_part(tensors[f"buffer/{name}"], dim, layout))
     counters = engine.adam_steps()
     if counters != {applied}:
-        raise CheckpointError(f"{checkpoint.path}: Adam's step counters are {sorted(counters)}, not {applied}")
+        raise CheckpointError(
+            f"{checkpoint.path}: Adam's step counters are {sorted(counters)}, not {applied}; restore another "
+            "checkpoint, or use another run_dir"
+        )
 
 
 def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that belong to the state of the model (router biases), by name."""
+    """Persistent buffers of a module (router biases), by name."""
     names = set(module.state_dict(keep_vars=True)) if module is not None else set()
     return [(n, b) for n, b in module.named_buffers() if n in names]

@@ -1,11 +1,11 @@
-"""What crosses ranks inside a forward and backward pass: the callables of `Ranks` and `SequenceRanks`.
+"""Collectives inside a forward and backward pass: implementations of `Ranks` and `SequenceRanks`.
 
-The exchange between tensor-parallel ranks stands at the border of each shared layer, once in and once out, not at each
-matrix: queries, keys, values and router rows read one input, whose gradient is then summed once.
+Tensor-parallel collectives run once at the input and once at the output of each sharded layer, not per matrix. Queries,
+keys, values and router rows read the same input, so its gradient is reduced once.
 
-Without sequence parallelism the borders are megatron-core's own mappings. They reduce in place, and leave a tensor that
-is not contiguous as it was, so they are handed copies of their own. Those for sequence parallelism cut dimension 0 and
-allocate on a CUDA device; ours cut dimension 1 of [B, S, d] and run anywhere.
+Without sequence parallelism, the mappings of megatron-core are used. They reduce in place, and do not reduce a tensor
+that is not contiguous, so they get contiguous copies. The megatron-core mappings for sequence parallelism shard
+dimension 0 and allocate on a CUDA device. Ours shard dimension 1 of [B, S, d] and run on any device.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from headway.kernels.attention import core
 from headway.model.base import Ranks, SequenceRanks
 from headway.parallel.layout import Layout
 
+_OverGroup = Callable[[Tensor, Any], Tensor]
+
 
 def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
-    """Those of `layout`; `sequence_parallel`: each rank holds its part of the sequence between layers."""
+    """The tensor-parallel ranks of `layout`. `sequence_parallel`: shard the sequence between layers."""
     if layout.tp_size == 1:
         return Ranks()
-    # Imported where it is used: it takes as long as torch itself.
+    # Imported lazily: this takes as long as importing torch.
     from megatron.core.tensor_parallel import mappings
 
     group = layout.tensor_group
     if sequence_parallel:
-        enter, leave = partial(_Gather.apply, group), partial(_Scatter.apply, group)
+        enter, leave = partial(_gather, group), partial(_scatter, group)
     else:
         enter = partial(_enter, partial(mappings.copy_to_tensor_model_parallel_region, group=group))
         leave = partial(_leave, partial(mappings.reduce_from_tensor_model_parallel_region, group=group))
@@ -41,29 +43,30 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
         count=layout.tp_size,
         enter=enter,
         leave=leave,
-        sum=partial(_Sum.apply, group),
+        sum=partial(_sum, group),
         largest=partial(_largest, group),
     )
 
 
 def sequence_ranks(layout: Layout, core: Callable[..., Tensor] = core) -> SequenceRanks:
-    """The context-parallel ranks of `layout`, with the attention core of each."""
+    """The context-parallel ranks of `layout`. `core`: the attention core of each rank."""
     if layout.cp_size == 1:
         return SequenceRanks(attend=core)
     return SequenceRanks(
         index=layout.cp_rank,
         count=layout.cp_size,
-        mean=lambda tensor: _Sum.apply(layout.context_group, tensor) / layout.cp_size,
+        mean=lambda tensor: _sum(layout.context_group, tensor) / layout.cp_size,
         attend=_Ulysses(layout, core),
         gather=lambda tensor: _gathered(tensor.detach(), layout.context_group),
     )
 
 
 class _Ulysses:
-    """Attention over whole sequences of which each rank holds a part: heads are dealt out, and sequences put together
-    (Jacobs et al., 2023, arXiv 2309.14509), by DeepSpeed's `DistributedAttention`.
+    """Ulysses attention (Jacobs et al., 2023, arXiv 2309.14509) with DeepSpeed's `DistributedAttention`.
 
-    KV heads that do not divide, such as a single one, are not dealt out: keys and values are gathered, queries stay.
+    Each rank holds a part of the sequence. An all-to-all gives it whole sequences for some of the heads. If the ranks
+    do not divide the KV heads (a single one, for example), keys and values are all-gathered instead, and each rank
+    attends with its own queries.
     """
 
     def __init__(self, layout: Layout, core: Callable[..., Tensor]) -> None:
@@ -74,18 +77,18 @@ class _Ulysses:
         self._dealt = DistributedAttention(_Core(core), self._group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
-        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> as q."""
+        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> output [B, S/C, H, D]."""
         if k.shape[2] % self._count == 0:
             return self._dealt(q, k, v, 0, None, mask, window=window)
         rows = q.shape[1]
         first, last = self._index * rows, (self._index + 1) * rows
-        # Keys after this rank's last query are never seen; the core takes queries for the last of the keys' positions.
-        k, v = (_Gather.apply(self._group, t)[:, :last] for t in (k, v))
+        # Drop keys after this rank's last query, so that the queries are at the last positions, as the core requires.
+        k, v = (_gather(self._group, t)[:, :last] for t in (k, v))
         return self._core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
 
 
 class _Core(nn.Module):
-    """The core in the form DeepSpeed's signature names."""
+    """The attention core as a module, as DeepSpeed expects it."""
 
     def __init__(self, core: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ def _leave(reduce: Callable[[Tensor], Tensor], partial_sum: Tensor) -> Tensor:
 
 
 class _Fresh(torch.autograd.Function):
-    """x; its gradient arrives contiguous, in memory that nothing else reads."""
+    """Identity whose gradient is a contiguous copy, as megatron-core's in-place reduction requires."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -115,43 +118,32 @@ class _Fresh(torch.autograd.Function):
         return grads[0].clone(memory_format=torch.contiguous_format)
 
 
-class _Sum(torch.autograd.Function):
-    """All-reduce, and of the gradients too."""
+class _Exchange(torch.autograd.Function):
+    """Apply `there` over the ranks of a group in the forward pass, and `back` to the gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _reduced(tensor, group)
+    def forward(ctx: Any, there: _OverGroup, back: _OverGroup, group: Any, tensor: Tensor) -> Tensor:
+        ctx.back, ctx.group = back, group
+        return there(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _reduced(grads[0], ctx.group)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, ctx.back(grads[0], ctx.group)
 
 
-class _Gather(torch.autograd.Function):
-    """[B, S/n, ...] -> [B, S, ...]; gradients are summed over ranks and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _gathered(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _scattered(grads[0], ctx.group)
+def _sum(group: Any, tensor: Tensor) -> Tensor:
+    """All-reduce in the forward and in the backward pass."""
+    return _Exchange.apply(_reduced, _reduced, group, tensor)
 
 
-class _Scatter(torch.autograd.Function):
-    """Partial [B, S, d] -> this rank's part of the sum [B, S/n, d]; gradients are gathered."""
+def _gather(group: Any, tensor: Tensor) -> Tensor:
+    """All-gather [B, S/n, ...] -> [B, S, ...]; the backward is a reduce-scatter."""
+    return _Exchange.apply(_gathered, _scattered, group, tensor)
 
-    @staticmethod
-    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _scattered(tensor, group)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _gathered(grads[0], ctx.group)
+def _scatter(group: Any, tensor: Tensor) -> Tensor:
+    """Reduce-scatter of partial sums [B, S, d] -> [B, S/n, d]; the backward is an all-gather."""
+    return _Exchange.apply(_scattered, _gathered, group, tensor)
 
 
 def _reduced(tensor: Tensor, group: Any) -> Tensor:
@@ -167,15 +159,15 @@ def _largest(group: Any, tensor: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, group: Any) -> Tensor:
-    """Concatenation along dimension 1."""
+    """All-gather along dimension 1."""
     ranks = dist.get_world_size(group)
-    parts = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])  # one after the other along dimension 0
+    parts = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])  # the ranks' parts along dimension 0
     dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
     return parts.unflatten(0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
 
 
 def _scattered(tensor: Tensor, group: Any) -> Tensor:
-    """This rank's part, along dimension 1, of the sum."""
+    """Reduce-scatter along dimension 1."""
     ranks = dist.get_world_size(group)
     parts = tensor.unflatten(1, (ranks, -1)).movedim(1, 0).flatten(0, 1)
     mine = tensor.new_empty(len(tensor), *parts.shape[1:])

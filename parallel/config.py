@@ -1,4 +1,4 @@
-"""What a run says about processes, precision, optimizer, schedule and checkpoints."""
+"""Config sections of a run: layout, precision, speed, optimizer, schedule, checkpoints, guard and launch."""
 
 from __future__ import annotations
 
@@ -9,61 +9,64 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
-    """Frozen, keyword-only, refuses unknown keys and silent type changes."""
+    """Base of these configs: frozen, keyword-only; unknown keys and implicit type conversions are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or must not be read. The message says what to do next."""
+    """A checkpoint cannot be written, or is not valid. The message says what to do next."""
 
     exit_code = 74
 
 
 class ParallelConfig(StrictModel):
-    """Layout and precision. What tensor x pipeline x context leaves of the processes is data parallel."""
+    """Layout and precision. The data-parallel size is the number of processes / (tensor x pipeline x context)."""
 
     tensor: int = Field(
-        default=1, ge=1, le=1024, description="ranks that share each layer: KV groups, FFN columns, rows of vocabulary"
+        default=1,
+        ge=1,
+        le=1024,
+        description="tensor-parallel ranks; they shard KV groups, FFN columns and rows of the vocabulary",
     )
-    pipeline: int = Field(default=1, ge=1, le=1024, description="stages of consecutive layers")
-    context: int = Field(default=1, ge=1, le=1024, description="ranks that share each sequence (Ulysses)")
+    pipeline: int = Field(default=1, ge=1, le=1024, description="pipeline stages of consecutive layers")
+    context: int = Field(default=1, ge=1, le=1024, description="context-parallel ranks that share a sequence (Ulysses)")
     sequence_parallel: bool = Field(
-        default=False, description="norms and residuals by parts of the sequence over the tensor-parallel ranks"
+        default=False, description="shard norms and residuals along the sequence over the tensor-parallel ranks"
     )
     recompute: Literal["none", "selective", "block"] = Field(
         default="none",
-        description="block: keep a block's input alone and compute the rest again for its gradient; selective: compute "
-        "norms and SwiGLU's product again",
+        description="activation recomputation; block: keep only a block's input and recompute the rest; selective: "
+        "recompute norms and silu(gate) * up",
     )
-    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; 1 where there is a pipeline")
+    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; must be 1 with a pipeline")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that work on one part of the batch: tensor x pipeline x context."""
+        """Ranks per data-parallel replica: tensor x pipeline x context."""
         return self.tensor * self.pipeline * self.context
 
 
 class SpeedConfig(StrictModel):
-    """Levers of step speed: other ways to the same numbers, up to rounding."""
+    """Speed options: kernels with equal results up to rounding."""
 
     compile: Literal["none", "elementwise"] = Field(
-        default="none", description="elementwise: norms, SwiGLU's product and RoPE through torch.compile"
+        default="none", description="elementwise: norms, silu(gate) * up and RoPE with torch.compile"
     )
     attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
         default="auto",
-        description="what the attention core runs on where there is a GPU; auto: cuDNN before flash, flash first where "
-        "algorithms must be deterministic",
+        description="backend of the attention core on a GPU; auto: cuDNN, then flash; flash first if deterministic "
+        "algorithms are required",
     )
-    norm: Literal["torch", "apex", "liger"] = Field(default="torch", description="whose RMS norm")
+    norm: Literal["torch", "apex", "liger"] = Field(default="torch", description="library of the RMSNorm kernel")
     loss: Literal["chunked", "torch", "liger"] = Field(
-        default="chunked", description="whose cross entropy of the head; chunked: Headway's own"
+        default="chunked", description="kernel of the head's cross-entropy; chunked: Headway's own"
     )
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW (Loshchilov and Hutter, 2019); weight decay reaches matrices only."""
+    """AdamW (Loshchilov and Hutter, 2019). Weight decay applies to matrices only."""
 
     lr: float = Field(gt=0, le=10)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -71,57 +74,58 @@ class OptimizerConfig(StrictModel):
     )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0, description="gradient norm over all parameters")
+    clip_norm: float = Field(default=1.0, gt=0, description="maximum gradient norm over all parameters")
 
 
 class ScheduleConfig(StrictModel):
-    """Learning rate against tokens: linear warm-up, then constant and linear decay (wsd), or cosine."""
+    """Learning rate as a function of tokens: linear warm-up, then constant and linear decay (wsd), or cosine."""
 
     type: Literal["wsd", "cosine"] = "wsd"
     warmup_tokens: int = Field(default=0, ge=0)
-    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: last share of the tokens, decayed to zero")
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end over its peak")
+    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: last fraction of the tokens, with decay")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate divided by the peak")
 
 
 class CheckpointConfig(StrictModel):
-    """When checkpoints are written and which stay. One is always written at the end, and at a signal to stop."""
+    """When checkpoints are saved and kept. One is always saved at the end and at a signal to stop."""
 
-    every_tokens: int | None = Field(default=None, gt=0, description="training tokens from one to the next; none: off")
+    every_tokens: int | None = Field(default=None, gt=0, description="training tokens between checkpoints; none: off")
     every_minutes: float | None = Field(
-        default=15.0, gt=0, description="minutes of rank 0's clock from one to the next; none: off"
+        default=15.0, gt=0, description="minutes between checkpoints, by rank 0's clock; none: off"
     )
-    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    keep: int = Field(default=2, ge=1, description="number of newest checkpoints to keep")
     keep_every_tokens: int | None = Field(
-        default=None, gt=0, description="the first one after each multiple of so many tokens stays for good"
+        default=None, gt=0, description="keep the first checkpoint after each multiple of this many tokens forever"
     )
     keep_best: bool = Field(
-        default=False, description="the one with the lowest validation loss stays, among those validated at their step"
+        default=False,
+        description="keep the checkpoint with the lowest validation loss, of those validated at their own step",
     )
     max_failures: int = Field(
-        default=3, ge=1, description="saves that may fail in a row before the run stops (exit 74)"
+        default=3, ge=1, description="number of consecutive failed saves at which the run stops (exit 74)"
     )
 
 
 SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
-"""Names of variables whose values belong into no file and no message (NCCL_IB_PKEY, TOKENIZERS_... are none)."""
+"""Names of variables whose values must not appear in files or messages (not NCCL_IB_PKEY and TOKENIZERS_...)."""
 
 
 class GuardConfig(StrictModel):
-    """What happens when losses are no numbers, or jump (`headway.launcher.train.guard` has the formula)."""
+    """Reaction to non-finite losses, loss spikes (formula in `headway.launcher.train.guard`) and diverged replicas."""
 
     max_skipped: int = Field(
-        default=5, ge=1, description="steps in a row that may be skipped because a loss or gradient is not finite"
+        default=5, ge=1, description="consecutive steps that may be skipped because of a non-finite loss or gradient"
     )
     spike: Literal["off", "warn", "skip", "stop"] = Field(
-        default="warn", description="skip: the step's update is not applied; stop: the run ends (exit 70)"
+        default="warn", description="reaction to a spike; skip: do not apply the update; stop: end the run (exit 70)"
     )
-    window: int = Field(default=64, ge=4, le=4096, description="losses that a spike is judged against")
-    deviations: float = Field(default=10.0, gt=0, description="spreads above their median that make a spike")
+    window: int = Field(default=64, ge=4, le=4096, description="number of previous losses that define a spike")
+    deviations: float = Field(default=10.0, gt=0, description="a spike is this many spreads above their median")
     replicas_every_steps: int | None = Field(
         default=100,
         ge=0,
-        description="steps from one comparison of what ranks hold alike to the next; each checkpoint begins with one "
-        "too. 0 or none: never",
+        description="steps between checks that replicated parameters are equal on all ranks; saving a checkpoint also "
+        "starts with a check. 0 or none: never",
     )
 
 
@@ -155,7 +159,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")]
 
 
 class SlurmConfig(StrictModel):
-    """What the job asks of Slurm besides its hosts."""
+    """Options of the Slurm job, besides its hosts."""
 
     partition: _Word | None = Field(default=None, description="sbatch --partition")
     account: _Word | None = Field(default=None, description="sbatch --account")
@@ -163,12 +167,12 @@ class SlurmConfig(StrictModel):
         default=None, pattern=r"^([0-9]{1,3}-)?[0-9]{1,4}(:[0-9]{2}){0,2}$", description="sbatch --time, as 1-12:00:00"
     )
     gpus_per_node: int | None = Field(default=None, ge=1, le=64, description="sbatch --gpus-per-node")
-    requeue: bool = Field(default=True, description="queue the job again when its time is over or a node failed")
+    requeue: bool = Field(default=True, description="requeue the job after its time limit or a node failure")
     warn_s: int = Field(
-        default=300, ge=30, le=3600, description="seconds before the end of its time at which the job saves and stops"
+        default=300, ge=30, le=3600, description="seconds before the time limit at which the job saves and stops"
     )
     options: tuple[str, ...] = Field(
-        default=(), strict=False, description="more options of sbatch, each as --name or --name=value"
+        default=(), strict=False, description="additional options of sbatch, each as --name or --name=value"
     )
 
     @model_validator(mode="after")
@@ -177,12 +181,12 @@ class SlurmConfig(StrictModel):
             found = re.fullmatch(r"--([a-z][a-z0-9-]*)(=[A-Za-z0-9_.,:/@+*()&|-]+)?", option, re.ASCII)
             if found is None:
                 raise ValueError(
-                    f"options: {option[:80]!r} is not one option of sbatch in plain characters; "
+                    f"options: {option[:80]!r} is not a single sbatch option of plain characters; "
                     "use --name or --name=value, such as --exclusive or --mem=64G"
                 )
             if found[1] in _SBATCH_FIELD:
                 raise ValueError(
-                    f"options: --{found[1]} is written by Headway; use {_SBATCH_FIELD[found[1]]}, or leave it out"
+                    f"options: --{found[1]} is set by Headway; use {_SBATCH_FIELD[found[1]]}, or leave it out"
                 )
             if found[1] in _SBATCH_REFUSED:
                 raise ValueError(
@@ -193,72 +197,72 @@ class SlurmConfig(StrictModel):
 
 
 class LaunchConfig(StrictModel):
-    """How the processes are started and watched."""
+    """How processes are started and monitored."""
 
     method: Literal["torchrun", "deepspeed", "slurm"] = Field(
-        default="torchrun", description="slurm: as a job of sbatch, with torchrun on each of its hosts"
+        default="torchrun", description="slurm: an sbatch job that runs torchrun on each of its hosts"
     )
-    hosts: int = Field(default=1, ge=1, le=4096, description="hosts, each with as many processes")
+    hosts: int = Field(default=1, ge=1, le=4096, description="number of hosts, with `processes` processes each")
     processes: int = Field(default=1, ge=1, le=4096, description="processes per host")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; none: cores / processes")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     address: _Name | None = Field(
-        default=None, description="the first host's name or IPv4 address, as every host reaches it"
+        default=None, description="name or IPv4 address of the first host, reachable from every host"
     )
     port: int | None = Field(
         default=None,
         ge=1024,
         le=65_534,
-        description="of the rendezvous; the next one is for the launchers of several hosts. none: any free one on one "
-        "host, 29500 on several, by job number under slurm",
+        description="port of the rendezvous; the launchers of several hosts use the next port. none: any free port on "
+        "one host, 29500 on several hosts, chosen by job number under slurm",
     )
     interface: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$",
-        description="network interface of gloo and NCCL; none: on several hosts the one that leads to the first host",
+        description="network interface of gloo and NCCL; none: with several hosts, the route to the first host",
     )
-    rendezvous_s: int = Field(default=300, ge=1, description="how long hosts wait for each other at the start")
-    timeout_s: int = Field(default=600, ge=1, description="limit of every collective operation")
+    rendezvous_s: int = Field(default=300, ge=1, description="seconds that hosts wait for each other at the start")
+    timeout_s: int = Field(default=600, ge=1, description="timeout of every collective, in seconds")
     hang_s: int = Field(
         default=300,
         ge=2,
-        description="a rank that makes no progress in a step for so long hangs; validation and saving may take four "
-        "times as long, the set-up six times",
+        description="seconds without progress in a step after which a rank counts as hung; four times as long for "
+        "validation and saving, six times for the set-up",
     )
     stop_s: int = Field(
-        default=120, ge=1, description="how long ranks that a signal asks to stop may take for their step and saving"
+        default=120, ge=1, description="seconds that ranks have to finish their step and save after a signal to stop"
     )
     restarts: int = Field(
         default=2,
         ge=0,
         le=1000,
-        description="how often in a row ranks are started again, after one has died or hung, without a new checkpoint",
+        description="consecutive restarts without a new checkpoint, after a rank died or hung",
     )
-    host_lost_s: int = Field(default=30, ge=2, description="a host that is not heard of for so long is lost")
+    host_lost_s: int = Field(default=30, ge=2, description="seconds without a message after which a host is lost")
     env: dict[str, str | None] = Field(
-        default={}, description="variables for the ranks: a value, or null for the first host's own"
+        default={}, description="environment variables of the ranks: a value, or null for the value on the first host"
     )
-    hostfile: str | None = Field(default=None, description="deepspeed: lines `name slots=N`; none: one is written")
-    ssh: bool = Field(default=False, description="deepspeed: the first host starts the others by ssh")
+    hostfile: str | None = Field(default=None, description="deepspeed: lines `name slots=N`; none: generated")
+    ssh: bool = Field(default=False, description="deepspeed: the first host starts the other hosts by ssh")
     slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
         if self.hosts > 1 and self.address is None and self.method != "slurm":
             raise ValueError(
-                f"address: {self.hosts} hosts meet at the first one, which has no address here; use address with a "
+                f"address: {self.hosts} hosts need the address of the first one; use address with a "
                 "name or IPv4 address of the first host that all hosts reach, or method slurm"
             )
         for key in ("hostfile", "ssh"):
             if getattr(self, key) and self.method != "deepspeed":
-                raise ValueError(f"{key}: only method deepspeed reads it; use method deepspeed, or leave {key} out")
+                raise ValueError(f"{key}: only method deepspeed uses it; use method deepspeed, or leave {key} out")
         if self.ssh and self.hostfile is None:
             raise ValueError(
-                "ssh: the names of the other hosts are not known; use hostfile with a line `name slots=N` for each, or "
-                "ssh false and the same command on each host"
+                "ssh: the names of the other hosts are unknown; use hostfile with a line `name slots=N` for each, or "
+                "ssh false and start the same command on each host"
             )
         if self.slurm != SlurmConfig() and self.method != "slurm":
-            raise ValueError("slurm: only method slurm reads it; use method slurm, or leave slurm out")
+            raise ValueError("slurm: only method slurm uses it; use method slurm, or leave slurm out")
         for name, value in self.env.items():
             _check_variable(name, value)
         return self
@@ -272,21 +276,21 @@ class LaunchConfig(StrictModel):
 def _check_variable(name: str, value: str | None) -> None:
     shown = repr(name[:80])
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name, re.ASCII):
-        raise ValueError(f"env: {shown} is no name of a variable; use letters, digits and _, or leave it out")
+        raise ValueError(f"env: {shown} is not a valid variable name; use letters, digits and _, or leave it out")
     if name in _OWN_FIELD:
         raise ValueError(f"env: Headway sets {name}; use {_OWN_FIELD[name]}, or leave it out")
     if _TAKEN.fullmatch(name):
         raise ValueError(
-            f"env: {name} decides which code runs or which rank a process is, which no spec may; use a variable of "
-            "another name, or leave it out"
+            f"env: {name} determines which code runs or the rank of a process, which a spec must not set; use a "
+            "variable of another name, or leave it out"
         )
     if value is not None and SECRET_NAME.search(name):
         raise ValueError(
-            f"env: {name} is named like a secret, and what a spec says is written into run folders; use {name}: null "
-            "and set it where the command is started, or a variable of another name"
+            f"env: {name} has the name of a secret, and specs are copied into run folders; use {name}: null "
+            "and set the variable where you start the command, or use a variable of another name"
         )
     if value is not None and (len(value) > 4096 or not value.isprintable()):
         raise ValueError(
-            f"env: the value of {name} is longer than 4096 characters or has control characters; use a shorter one in "
-            "one line, or the name of a file"
+            f"env: the value of {name} is longer than 4096 characters or has control characters; use a shorter value "
+            "on one line, or the name of a file"
         )

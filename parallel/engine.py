@@ -1,7 +1,7 @@
-"""DeepSpeed behind one small interface: `train_step`, `evaluate`, and access to logical tensors for checkpoints.
+"""A small interface to DeepSpeed: `train_step`, `evaluate`, and access to logical tensors for checkpoints.
 
-DeepSpeed's JSON is generated here from the strict spec and nowhere else; ZeRO-0 is never used, because its clipping and
-its bf16 optimizer follow another trajectory than ZeRO-1 to 3.
+This module is the only place that generates DeepSpeed's JSON, from the strict spec. ZeRO-0 is never used, because its
+gradient clipping and its bf16 optimizer give results different from those of ZeRO-1 to 3.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MicroBatch(Protocol):
-    """What one forward pass reads: tokens and labels [B, S] int64, segments [B, S] int32 or None."""
+    """Inputs of one forward pass: tokens and labels [B, S] int64, segments [B, S] int32 or None."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -42,13 +42,13 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """One optimizer step, over all ranks. Losses in nats per target token; times in seconds."""
+    """Statistics of one optimizer step over all ranks. Losses are in nats per target token, times in seconds."""
 
     loss: float
     aux_loss: float
     grad_norm: float
     targets: int
-    forward_s: float | None  # None where passes overlap in a pipeline
+    forward_s: float | None  # None in a pipeline, where passes overlap
     backward_s: float | None
     optimizer_s: float | None
     skipped: bool
@@ -56,8 +56,8 @@ class StepStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A pass without training, over all ranks: mean loss in nats per target, share of targets whose largest logit is
-    the label's, number of targets.
+    """Result of an evaluation over all ranks: mean loss in nats per target token, accuracy (fraction of targets that
+    are the argmax of the logits), number of targets.
     """
 
     loss: float
@@ -68,10 +68,11 @@ class Evaluation:
 def deepspeed_config(
     parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, data_ranks: int
 ) -> dict[str, Any]:
-    """The JSON DeepSpeed is driven with. Every default that ever changed between its releases is written out.
+    """DeepSpeed's JSON config. Every default that has changed between its releases is set explicitly.
 
-    `data_ranks`: over how many ranks gradients are averaged. DeepSpeed takes each for a reader of its own sequences, so
-    where ranks share sequences its batch size is as many times ours; it is only used to check itself.
+    `data_ranks`: number of ranks over which gradients are averaged. DeepSpeed assumes that each of them reads different
+    sequences. With context parallelism, its batch size is therefore a multiple of ours; DeepSpeed uses it only for
+    consistency checks.
     """
     bf16 = parallel.precision == "bf16"
     config: dict[str, Any] = {
@@ -85,8 +86,8 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": parallel.zero, "overlap_comm": False, "contiguous_gradients": parallel.zero > 1},
         "bf16": {"enabled": bf16},
-        # By default each tensor-parallel rank sends its part of the activations, and the next stage takes the parts for
-        # those of one tensor: true only as long as the ranks hold equal ones, which sequence parallelism ends.
+        # By default, each tensor-parallel rank sends a part of its activations, and the next stage joins the parts into
+        # one tensor. This requires equal activations on all ranks, which sequence parallelism does not have.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
     }
     if bf16:
@@ -95,7 +96,7 @@ def deepspeed_config(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices (embedding, head and routers among them), none for gains and other vectors."""
+    """Parameter groups: weight decay for matrices (including embedding, head, routers), none for vectors (gains)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -105,12 +106,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def quiet_deepspeed(*, cpu: bool) -> Any:
-    """Import DeepSpeed without its start-up chatter and without compiling its shared-memory operation on CPU.
+    """Import DeepSpeed without its start-up log messages and, on CPU, without compiling its shared-memory operation.
 
-    The operation is built by a compiler at first use (about 46 s) and only speeds up CPU collectives within a host;
-    gloo does the same work. Whether it could be built stands in a table, which DeepSpeed fills by running a compiler in
-    every rank; where the rank is killed meanwhile a folder stays behind. So the table is given. `cpu`: train on the CPU
-    even where there is a GPU, which DeepSpeed would otherwise take.
+    DeepSpeed compiles this operation at first use (about 46 s). It only speeds up CPU collectives within a host, which
+    gloo can do as well. To find out whether it can be compiled, DeepSpeed runs a compiler in every rank and stores the
+    result in a table; a rank that is killed meanwhile leaves a temporary folder. Setting the table avoids both.
+
+    `cpu`: train on the CPU even if there is a GPU, which DeepSpeed would otherwise select.
     """
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -125,9 +127,9 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
 
 
 class Engine:
-    """A DeepSpeed ZeRO engine around a decoder placed in `layout`: every layout but a pipeline.
+    """A DeepSpeed ZeRO engine for a decoder, for all layouts without pipeline parallelism.
 
-    `micro_batch` sequences per forward pass; `accumulation` passes per optimizer step and rank.
+    `micro_batch`: sequences per forward pass. `accumulation`: forward passes per optimizer step and rank.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class Engine:
             accumulation=self.accumulation,
             data_ranks=layout.data_ranks,
         )
-        # DeepSpeed keeps the grid of the last engine of the process, and would take it for this one's.
+        # DeepSpeed stores the grid of the process's previous engine globally, and would use it for this engine.
         deepspeed.utils.groups.mpu = None
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints memory reports; stdout is for the console line
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -183,7 +185,7 @@ class Engine:
         self._create_optimizer_state()
 
     def _grid(self) -> Any:
-        """What DeepSpeed asks about tensor-parallel ranks; None: there are data-parallel ones alone."""
+        """DeepSpeed's view of the process grid; None without tensor parallelism."""
         return None if self.layout.tp_size == 1 else _Grid(self.layout)
 
     @property
@@ -196,7 +198,10 @@ class Engine:
         return self._engine.module
 
     def before_step(self, tokens: int) -> None:
-        """Tell every layer how many training tokens are done: before each optimizer step, and after loading."""
+        """Update the schedules of all layers. Call it before each optimizer step and after loading.
+
+        `tokens`: training tokens so far.
+        """
         for layer in self.attention_layers.values():
             layer.before_step(tokens)
 
@@ -208,13 +213,13 @@ class Engine:
         lr: float,
         allows: Callable[[float], bool] | None = None,
     ) -> StepStats:
-        """One optimizer step over this rank's micro batches.
+        """Run one optimizer step over this rank's micro-batches. Collective.
 
-        A step whose gradient is not finite anywhere changes nothing on any rank (`StepStats.skipped`); neither does one
-        whose loss `allows` refuses, which is asked on every rank before the update.
+        The step is skipped on every rank (`StepStats.skipped`) if a gradient on any rank is not finite, or if `allows`
+        returns False. `allows` is called on every rank before the update with the mean loss of the global batch.
 
-        `targets` is the number of target tokens of the global batch (all ranks, all micro batches): the loss is their
-        mean, so a micro batch with fewer targets weighs less.
+        `targets`: number of target tokens of the global batch (all ranks and micro-batches). The loss is the mean over
+        them, so a micro-batch with fewer targets has less weight.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -236,39 +241,39 @@ class Engine:
         )
 
     def _per_target(self, targets: int) -> float:
-        """DeepSpeed averages gradients over data ranks and micro batches; this makes a mean over tokens of it."""
+        """Factor on summed losses: converts DeepSpeed's mean over ranks and micro-batches to a mean over targets."""
         return self.layout.data_ranks * self.accumulation / max(1, targets)
 
     def _sum_losses(self) -> tuple[float, float]:
-        """Sums of the step's losses and router losses over all ranks; they meet once a step."""
+        """Sums of the step's losses and auxiliary losses over all ranks. Cached: one all-reduce per step."""
         if self._summed is None:
             loss_sum, aux_sum = self.layout.sum(self._own_losses()).tolist()
             self._summed = (loss_sum, aux_sum)
         return self._summed
 
     def _own_losses(self) -> Tensor:
-        """This rank's share of the sums of the losses and the router losses, [2] float64."""
-        mine = self._loss_sums if self.layout.tp_rank == 0 else []  # it is the same on all that share the layers
+        """This rank's contribution to the sums of losses and of auxiliary losses, [2] float64."""
+        mine = self._loss_sums if self.layout.tp_rank == 0 else []  # equal on all tensor-parallel ranks: count it once
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         return torch.stack([sum((t.double() for t in part), zero) for part in (mine, self._aux_losses)])
 
     def last_losses(self) -> list[float]:
-        """Sum of the losses of each micro-batch of the last step, where this rank computes them."""
+        """Loss sum of each micro-batch of the last step; empty if this rank does not compute losses."""
         return [float(loss) for loss in self._loss_sums]
 
     def not_finite(self) -> list[str]:
-        """Names of the parameters that hold NaN or infinity, as far as this rank holds them."""
+        """Names of parameters with NaN or Inf in this rank's part."""
         return [p.name for p in self._logical if not bool(torch.isfinite(p.parameter.detach()).all())]
 
     def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> list[float] | None:
-        """Forward, backward and optimizer step; seconds of each where they can be told apart."""
+        """Run forward, backward and optimizer step. Returns the seconds of each, or None if they overlap."""
         self._engine.train()
         layout, times = self.layout, [0.0, 0.0, 0.0]
         self._loss_sums, self._aux_losses, self._summed = [], [], None
         for batch in micro:
             t0 = time.perf_counter()
             out = self._engine(*self._inputs(batch))
-            # Each rank's routers say the mean over its own groups.
+            # aux_loss is the mean over this rank's groups. After the division, the sum over ranks is the overall mean.
             aux_loss = out.aux_loss / layout.tp_size
             out_loss = passing("step:loss", out.loss_sum)
             loss = out_loss * per_target + aux_loss
@@ -284,10 +289,10 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
-        """Loss and accuracy over the micro batches of all ranks.
+        """Loss and accuracy over the micro-batches of all ranks. Collective.
 
-        Ranks may bring different numbers of targets, but must bring the same number of micro batches: ZeRO-3 gathers
-        parameters in every forward pass, and a rank that makes one more waits for the others until the timeout.
+        The number of targets may differ between ranks. The number of micro-batches must not: ZeRO-3 gathers parameters
+        in every forward pass, so a rank with an extra micro-batch would wait for the others until the timeout.
         """
         sums = self._evaluation_sums(micro)
         if self.layout.tp_rank:
@@ -296,7 +301,7 @@ class Engine:
         return Evaluation(loss=loss_sum / max(1.0, targets), accuracy=hits / max(1.0, targets), targets=int(targets))
 
     def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
-        """Loss, hits and targets of this rank's micro batches, float64."""
+        """Sums of loss, hits and targets over this rank's micro-batches, [3] float64."""
         module = self._engine
         module.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
@@ -307,7 +312,7 @@ class Engine:
         return sums
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens and labels of this rank's part of the sequences, and segments of the whole."""
+        """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences."""
         device, layout = self.layout.device, self.layout
         tokens, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels))
         segments = None if batch.segments is None else batch.segments.to(device, non_blocking=True)
@@ -317,17 +322,17 @@ class Engine:
 
     @property
     def logical(self) -> Sequence[LogicalParameter]:
-        """Every trained parameter of this rank's layers, in the model's order."""
+        """All trainable parameters of this rank's layers, in the order of the model."""
         return self._logical
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shape of every trained parameter of this rank's layers, under its single-device name."""
+        """Single-device name -> unsharded shape, for all trainable parameters of this rank's layers."""
         return {p.name: p.whole_shape(self.layout.tp_size) for p in self._logical}
 
     def read_logical(self) -> Iterator[tuple[str, Tensor]]:
-        """("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", full fp32 tensor) of this rank's layers.
+        """Yield ("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", unsharded fp32 tensor) of this rank's layers.
 
-        Collective: all ranks of a stage iterate alike. A parameter that two stages share is the first one's.
+        Collective: all ranks of a stage must iterate. A parameter that two stages share is yielded by the first one.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -344,7 +349,7 @@ class Engine:
         return gathered(tensor, logical.dim, self.layout)
 
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
-        """Set parameters, masters and moments from `tensors[key]` (keys as in `read_logical`), and Adam's counter."""
+        """Set parameters, fp32 master weights, moments (keys as in `read_logical`) and Adam's step counters."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         device = self.layout.device
@@ -364,7 +369,7 @@ class Engine:
         self.applied_steps = applied_steps
 
     def buffers(self) -> dict[str, LogicalBuffer]:
-        """Buffers that are state (router biases) of this rank's layers, by their single-device names."""
+        """Persistent buffers (router biases) of this rank's layers, by single-device name."""
         found: dict[str, LogicalBuffer] = {}
         for index, layer in self.attention_layers.items():
             names = set(layer.state_dict(keep_vars=True))
@@ -376,7 +381,7 @@ class Engine:
         return found
 
     def adam_steps(self) -> set[int]:
-        """Adam's own step counters; one value, equal to `applied_steps`, when all is well."""
+        """The distinct step counters of Adam's states. If correct, they are all equal to `applied_steps`."""
         return {int(state["step"]) for state in self._inner.state.values()}
 
     @torch.no_grad()
@@ -391,10 +396,10 @@ class Engine:
     def _create_optimizer_state(self) -> None:
         """Create Adam's moments now instead of in the first step.
 
-        A checkpoint can only be loaded into moments that exist; and DeepSpeed (0.19) links moments to parameters after
-        stepping the first parameter group alone, which leaves every later group (the norm gains) without a link.
+        Loading a checkpoint needs existing moments. In addition, DeepSpeed (0.19) links moments to parameters after the
+        step of the first parameter group, so the moments of later groups (norm gains) would not be linked.
         """
-        # Where DeepSpeed keeps this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (which fills them itself).
+        # DeepSpeed's attribute with this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (it fills them itself).
         partitions = (
             getattr(self._optimizer, "single_partition_of_fp32_groups", None)
             or getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
@@ -412,7 +417,7 @@ class Engine:
 
 
 class _Gate:
-    """Before the optimizer's update: whether it is made. DeepSpeed calls it once for each of its parameter groups."""
+    """Wraps the optimizer's `step` so that an update can be skipped. DeepSpeed calls it once per parameter group."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._update, self._ask = optimizer.step, None
@@ -420,7 +425,7 @@ class _Gate:
         optimizer.step = self._step
 
     def close(self, ask: Callable[[], bool] | None) -> None:
-        """Until `ask`, which is collective, allows the next step; None: it is made without a question."""
+        """Apply the next update only if `ask` (collective) returns True; None: apply it in any case."""
         self._ask, self._answer = ask, None
 
     @property
@@ -434,11 +439,11 @@ class _Gate:
 
 
 class _Grid:
-    """What DeepSpeed asks of a tensor-parallel grid, under the names it uses."""
+    """The process grid with the methods that DeepSpeed calls for tensor parallelism."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        # DeepSpeed reduces over what it is given, and None would be all ranks.
+        # DeepSpeed reduces over this group, and would take None for all ranks.
         self._data_group = layout.data_group if layout.data_ranks > 1 else _alone(layout)
 
     def get_model_parallel_rank(self) -> int:
@@ -461,6 +466,6 @@ class _Grid:
 
 
 def _alone(layout: Layout) -> Any:
-    """The group of this rank by itself; every rank makes all of them."""
+    """The group that contains only this rank. Collective: every rank creates the groups of all ranks."""
     groups = [dist.new_group([rank]) for rank in range(layout.world_size)]
     return groups[layout.rank]

@@ -1,11 +1,16 @@
-"""Places where a test can let a process fail, by the environment variable HEADWAY_FAULT alone.
+"""Fault injection for tests: named points at which the environment variable HEADWAY_FAULT makes a process fail.
 
     HEADWAY_FAULT="save:after_file@1#2:kill"     rank 1 is killed when it passes the point for the second time
 
-After the point's name: `@RANK` (any), `#N` (the first time), then what happens: kill, stop (SIGSTOP), exit, enospc, eio
-(both raise OSError), sleep=SECONDS, where a number passes nan, inf or times=FACTOR, and of weights flip (one bit).
-Several are divided by `;`.
-Nothing is done, and next to nothing costs, without it.
+Syntax: POINT[@RANK][#N]:ACTION, several separated by `;`. Without @RANK, the fault applies to every rank; without #N,
+to the first pass. Actions:
+
+    kill, stop (SIGSTOP), exit, sleep=SECONDS     at any point
+    enospc, eio                                   raise OSError
+    nan, inf, times=FACTOR                        multiply the number at the point (`passing`)
+    flip                                          flip one bit of the weights (`memory`)
+
+Without the variable, the points do nothing and cost almost nothing.
 """
 
 from __future__ import annotations
@@ -36,20 +41,20 @@ _passed: Counter[tuple[str, str]] = Counter()
 
 
 def point(name: str) -> None:
-    """Let what HEADWAY_FAULT says of this place happen; `name` is one of POINTS."""
+    """Trigger the faults of HEADWAY_FAULT for the point `name`, one of POINTS."""
     for act in _due(name):
         _happen(act)
 
 
 def passing(name: str, number: Tensor) -> Tensor:
-    """`number`, or what HEADWAY_FAULT makes of it when it passes this place."""
+    """Return `number`, multiplied by the factor of HEADWAY_FAULT for this point if there is one."""
     for act in _due(name):
         number = number * float(act.removeprefix("times="))
     return number
 
 
 def memory(name: str, tensor: Tensor) -> None:
-    """Let what HEADWAY_FAULT says happen to these numbers, where they are."""
+    """Flip a bit of `tensor` in place if HEADWAY_FAULT says so for this point."""
     for act in _due(name):
         import torch
 
@@ -58,13 +63,13 @@ def memory(name: str, tensor: Tensor) -> None:
 
 
 def watch(name: str, parameter: Tensor) -> None:
-    """Let what HEADWAY_FAULT says happen to the gradients of this parameter alone, at each backward pass."""
+    """Apply the faults of HEADWAY_FAULT to the gradient of this parameter in each backward pass."""
     if name in os.environ.get(VARIABLE, ""):
         parameter.register_hook(lambda gradient: passing(name, gradient))
 
 
 def _due(name: str) -> list[str]:
-    """What is to happen here and now."""
+    """Actions due at this pass of the point on this rank."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return []

@@ -1,7 +1,8 @@
-"""The process grid: who this process is and whom it talks to. Made once, passed as an argument.
+"""The process grid: this process's ranks and its process groups. Created once and passed as an argument.
 
-Ranks are counted tensor first, then context, data and pipeline: rank = t + T (c + C (d + D p)). That is megatron-core's
-default order and, with context and data taken together, the order of DeepSpeed's `PipeModelDataParallelTopology`.
+The tensor-parallel rank varies fastest, then context, data and pipeline: rank = t + T (c + C (d + D p)). This is the
+default order of megatron-core and, with context and data as one dimension, that of DeepSpeed's
+`PipeModelDataParallelTopology`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ from headway.parallel.config import ParallelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """This process in the grid. `device` is this process's device; ranks are global over all hosts.
+    """This process's place in the grid.
 
-    `dp_rank` of `dp_size` says which sequences of a batch it trains on, `cp` which part of each, `tp` which part of
-    each layer, `pp` which layers. Groups are None where there is one rank. `data_group`: the ranks that hold the same
-    parameters, over which gradients are averaged: data and context parallel ranks.
+    rank: Global rank, over all hosts.
+    device: This process's device.
+    dp_rank, dp_size: Data parallelism: the sequences of a batch that it trains on.
+    cp_rank, cp_size: Context parallelism: the part of each sequence.
+    tp_rank, tp_size: Tensor parallelism: the part of each layer.
+    pp_rank, pp_size: Pipeline parallelism: the layers.
+    tensor_group, context_group: The ranks of that dimension; None for a single rank.
+    data_group: The ranks with the same parameters, over which gradients are averaged (data- and context-parallel
+        ranks); None for a single rank.
     """
 
     rank: int
@@ -55,7 +62,7 @@ class Layout:
 
     @property
     def data_index(self) -> int:
-        """This rank's place in `data_group`."""
+        """This rank's index in `data_group`."""
         return self.cp_rank + self.cp_size * self.dp_rank
 
     @property
@@ -65,7 +72,7 @@ class Layout:
 
     @property
     def is_data_lead(self) -> bool:
-        """True on one of the ranks that read the same sequences."""
+        """True on exactly one of the ranks that read the same sequences."""
         return self.tp_rank == 0 and self.cp_rank == 0 and self.pp_rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,13 +82,13 @@ class Layout:
         return tensor
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks that hold the same parameters, in place; every one of them must call it."""
+        """Sum over `data_group`, in place; all ranks of the group must call it."""
         if self.data_ranks > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; every rank must call it. Bytes of JSON, not pickles."""
+        """The values of all ranks, in rank order; every rank must call it. Values are sent as JSON, not as pickles."""
         if self.world_size == 1:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
@@ -96,7 +103,7 @@ class Layout:
         return [json.loads(p[:n].cpu().numpy().tobytes()) for p, n in zip(parts, sizes, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -108,12 +115,13 @@ def init_layout(
     parallel: ParallelConfig | None = None,
     check: Callable[[Layout], None] | None = None,
 ) -> Layout:
-    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and its subgroups.
+    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; create subgroups.
 
-    The timeout is made the default of every group created later as well: DeepSpeed passes none to the groups it makes,
-    so a hanging rank would otherwise be noticed only after torch's own default. `parallel`: None for data parallel
-    ranks alone. `check` is given all ranks as data parallel ones, before there are groups that ranks of different specs
-    would wait for.
+    timeout_s: Timeout of collectives. It becomes the default of all groups that are created later: DeepSpeed passes no
+        timeout to its groups, so a hanging rank would be detected only after torch's default.
+    parallel: None for data parallelism only.
+    check: Called with a purely data-parallel layout before subgroups are created. Ranks with different specs would
+        create different subgroups and hang.
     """
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -130,9 +138,9 @@ def init_layout(
 
 
 def arrange(parallel: ParallelConfig, *, local_rank: int, device: torch.device) -> Layout:
-    """The grid of a process group that exists; collective. Its size must be a multiple of the model's ranks."""
+    """Create the layout of an existing process group. Collective. `parallel.model_ranks` must divide the world size."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    assert world % parallel.model_ranks == 0, "the launcher refuses other world sizes"
+    assert world % parallel.model_ranks == 0, "the launcher checks the world size"
     t, c, p = parallel.tensor, parallel.context, parallel.pipeline
     d = world // parallel.model_ranks
     tp_rank, cp_rank = rank % t, rank // t % c
@@ -156,7 +164,7 @@ def arrange(parallel: ParallelConfig, *, local_rank: int, device: torch.device) 
 
 
 def _subgroup(rank: int, world: int, size: int, key: Callable[[int], Any]) -> Any:
-    """The group of the ranks with this rank's key. Every rank makes all groups, in one order."""
+    """The group of the ranks with this rank's key. Every rank creates all groups, in the same order."""
     if size == 1:
         return None
     if size == world:

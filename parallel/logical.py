@@ -1,4 +1,4 @@
-"""Single-device names and whole shapes of what a rank holds: for checkpoints, and for what cut parameters need."""
+"""Logical tensors: a rank's parameters and buffers with their single-device names and unsharded shapes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SHARED_LAYER = re.compile(r"\.(attn|mlp)\.")
 
 
 class LogicalParameter(NamedTuple):
-    """A trained parameter under its single-device name."""
+    """A trainable parameter with its single-device name."""
 
     name: str
     parameter: nn.Parameter
-    shard: Shard | None  # how it is cut over tensor-parallel ranks
-    copy: bool = False  # another stage holds it too, and speaks for it
+    shard: Shard | None  # how tensor parallelism shards it; None: replicated
+    copy: bool = False  # True if an earlier pipeline stage has the same (tied) parameter and saves it
 
     @property
     def dim(self) -> int | None:
-        """The dimension it is cut along."""
+        """The sharded dimension, or None."""
         return None if self.shard is None else self.shard.dim
 
     def whole_shape(self, tp_size: int) -> tuple[int, ...]:
-        # Under ZeRO-3 the parameter itself is an empty placeholder and `ds_shape` is its shape.
+        # Under ZeRO-3, the parameter is an empty placeholder with its shape in `ds_shape`.
         shape = list(getattr(self.parameter, "ds_shape", self.parameter.shape))
         if self.dim is not None:
             shape[self.dim] *= tp_size
@@ -39,14 +39,14 @@ class LogicalParameter(NamedTuple):
 
 
 class LogicalBuffer(NamedTuple):
-    """A persistent buffer, and the dimension it is cut along."""
+    """A persistent buffer and its sharded dimension (None: replicated)."""
 
     tensor: Tensor
     dim: int | None
 
 
 def gathered(part: Tensor, dim: int | None, layout: Layout) -> Tensor:
-    """The whole tensor, of the parts that tensor-parallel ranks hold; collective over them."""
+    """The unsharded tensor, from this rank's shard. Collective over the tensor-parallel ranks."""
     if dim is None or layout.tp_size == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(layout.tp_size)]
@@ -55,15 +55,16 @@ def gathered(part: Tensor, dim: int | None, layout: Layout) -> Tensor:
 
 
 def own_part(whole: Tensor, dim: int | None, layout: Layout) -> Tensor:
-    """The inverse: this rank's part."""
+    """This rank's shard of an unsharded tensor."""
     return whole if dim is None else whole.chunk(layout.tp_size, dim)[layout.tp_rank].contiguous()
 
 
 def prepare_tensor_parallel(logical: Sequence[LogicalParameter], layout: Layout, *, sequence_parallel: bool) -> None:
-    """Mark what is cut, so that its gradient norm is added up over ranks; and add up gradients of what is not.
+    """Prepare parameters for tensor parallelism.
 
-    A parameter that is whole on every rank has partial gradients where each rank uses it for its own groups (the gain
-    of QK-norm, GQE's mixing output) or its own tokens (the norms, under sequence parallelism).
+    Sharded parameters are marked, so that their gradient norms are summed over ranks. Replicated parameters get a hook
+    that all-reduces their gradients. Those gradients are partial if each rank uses the parameter for its own groups
+    (the gain of QK-norm, GQE's mixing output) or its own tokens (norms under sequence parallelism).
     """
     if layout.tp_size == 1:
         return
@@ -73,7 +74,7 @@ def prepare_tensor_parallel(logical: Sequence[LogicalParameter], layout: Layout,
         if shard is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=shard.dim, stride=1)
         elif sequence_parallel or _SHARED_LAYER.search(name):
-            # Before the gradient is accumulated, whatever the engine then does with it.
+            # The hook runs before the gradient is accumulated, so it works with every ZeRO stage.
             parameter.register_hook(partial(_summed, layout.tensor_group))
 
 

@@ -1,4 +1,4 @@
-"""The operations that a spec's levers ask for, on the device it runs on."""
+"""Selects kernels according to the `speed` section of a spec and the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headway.parallel.config import ParallelConfig, SpeedConfig
 
 
 def operations_of(speed: SpeedConfig, parallel: ParallelConfig, device: torch.device) -> Operations:
-    """Raises LeverError where a lever of `speed` cannot be used on this machine."""
+    """The operations that `speed` selects. Raises LeverError if an option is not available on this machine."""
     return make_operations(
         compile=speed.compile,
         attention=speed.attention,

@@ -1,6 +1,6 @@
-"""Which layers a pipeline stage holds: consecutive ones, so that the slowest stage is as fast as can be.
+"""Partition of layers into pipeline stages of consecutive layers, which minimizes the cost of the slowest stage.
 
-Layers are counted as a pipeline has them: embedding, blocks, final norm, head. Legend: n layers, P stages.
+Pipeline layers are: embedding, blocks, final norm, head. Legend: n layers, P stages.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def layer_costs(
     seq_len: int,
     recompute: bool = False,
 ) -> list[float]:
-    """Training FLOPs per token of [embedding, each block, norm, head], as executed (`headway.model.cost`).
+    """Executed training FLOPs per token of [embedding, each block, norm, head] (`headway.model.cost`).
 
-    Three times the forward pass's; of a block four times where it is computed again for its gradient (`recompute`).
-    A look-up and a norm cost nothing, the head 2dV forward.
+    Training costs three times the forward FLOPs; a block with activation recomputation (`recompute`) four times. The
+    embedding and the norm count as 0, the head as 2dV forward.
     """
     width = model.width
     blocks = [
@@ -38,10 +38,10 @@ def layer_costs(
 
 
 def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
-    """`balanced` for the layers of `layer_costs`: stage p holds layers bounds[p] to bounds[p + 1] - 1.
+    """`balanced` for the layers of `layer_costs`: stage p has layers bounds[p] to bounds[p + 1] - 1.
 
-    Each stage holds one block at least, so the embedding stays with the first block, norm and head with the last.
-    Raises ValueError where there are more stages than blocks.
+    Each stage has at least one block: the embedding stays with the first block, norm and head with the last.
+    Raises ValueError if there are more stages than blocks.
     """
     embedding, *blocks, norm, head = costs
     blocks[0] += embedding
@@ -51,20 +51,20 @@ def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
-    """Bounds b_0 = 0 < b_1 < ... < b_parts = n of consecutive pieces, none empty, whose largest cost is smallest.
+    """Partition into consecutive, nonempty pieces that minimizes the largest cost of a piece.
 
-    Of several such partitions the one whose costs have the smallest sum of squares (the most even), then the one whose
-    bounds come first. Exact, by dynamic programming over whole numbers: O(parts n^2). `costs` [n] are finite and >= 0.
-    Raises ValueError where there are more parts than costs, or none.
+    Returns the bounds b_0 = 0 < b_1 < ... < b_parts = n. Ties are broken by the smallest sum of squared costs (the most
+    even partition), then by the earliest bounds. The result is exact: dynamic programming on integers, O(parts n^2).
+    `costs` [n] are finite and >= 0. Raises ValueError unless 1 <= parts <= n.
     """
     n = len(costs)
     if not 1 <= parts <= n:
-        raise ValueError(f"parts: {n} layers cannot be dealt to {parts} stages; use 1 to {n}")
-    total = [0]  # total[j]: cost of the first j layers, in a unit that makes every cost a whole number
+        raise ValueError(f"parts: {n} layers cannot be split into {parts} stages; use 1 to {n}")
+    total = [0]  # total[j]: cost of the first j layers, in a unit that makes every cost an integer
     for cost in _whole(costs):
         total.append(total[-1] + cost)
 
-    # bottleneck[i]: of the layers from i on in the pieces counted so far
+    # bottleneck[i]: smallest possible largest cost of the layers from i on, in the current number of pieces
     bottleneck = [total[n] - start for start in total[:n]]
     for pieces in range(2, parts + 1):
         bottleneck = [
@@ -75,13 +75,13 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def _most_even(total: list[int], parts: int, limit: int) -> list[int]:
-    """Bounds with the smallest sum of squares, the earliest of these, among pieces that cost `limit` at most.
+    """Bounds of pieces that cost at most `limit`, with the smallest sum of squared costs, then the earliest bounds.
 
     `total` [n + 1]: cost of the first j layers.
     """
-    n, none = len(total) - 1, total[-1] ** 2 + 1  # no sum of squares is as large as `none`
+    n, none = len(total) - 1, total[-1] ** 2 + 1  # larger than every sum of squares
     best = [(total[n] - start) ** 2 if total[n] - start <= limit else none for start in total[:n]]
-    cuts: list[list[int]] = []  # cuts[p][i]: where the first piece ends, of the layers from i on in p + 2 pieces
+    cuts: list[list[int]] = []  # cuts[p][i]: end of the first piece if the layers from i on form p + 2 pieces
     for pieces in range(2, parts + 1):
         rows = []
         for i in range(n - pieces + 1):
@@ -97,13 +97,13 @@ def _most_even(total: list[int], parts: int, limit: int) -> list[int]:
 
 
 def _whole(costs: Sequence[float]) -> list[int]:
-    """The same proportions in whole numbers, exactly: ties are then ties."""
+    """Scale the costs to integers with exactly the same proportions, so that ties are exact."""
     exact = [Fraction(cost) for cost in costs]
     unit = math.lcm(*(cost.denominator for cost in exact))
     return [int(cost * unit) for cost in exact]
 
 
 def imbalance(costs: Sequence[float], bounds: Sequence[int]) -> float:
-    """Cost of the largest stage over the mean of all: 1 where they are equal. Costs must not all be 0."""
+    """Largest cost of a stage divided by the mean; 1 if all are equal. Costs must not all be 0."""
     stages = [sum(costs[first:end]) for first, end in pairwise(bounds)]
     return max(stages) * len(stages) / sum(stages)

@@ -1,9 +1,10 @@
-"""Stages of consecutive layers: the decoder as DeepSpeed's `PipelineModule`, run one forward, one backward (1F1B).
+"""Pipeline parallelism: the decoder as DeepSpeed's `PipelineModule`, with the 1F1B schedule.
 
-Between stages go the residual stream, the tokens (routers may read them), the labels and the documents' numbers. The
-losses of a stage's routers stay there: their gradient enters where they arise, so one floating-point tensor crosses,
-and back. The loss is the last layer's output: DeepSpeed clears a bf16 stage's gradients when the backward pass reaches
-the module's outputs, and would lose what a loss outside of it had given to the head's rows by then.
+Stages send each other the residual stream, the tokens (which routers may read), the labels and the document indices.
+The auxiliary losses of a stage's routers stay on the stage, and their gradients are added there. So only one
+floating-point tensor is sent forward, and its gradient backward. The cross-entropy is computed inside the last layer.
+Outside of the module, its gradients for the head's rows would be lost, because DeepSpeed clears the gradients of a bf16
+stage when the backward pass reaches the module's outputs.
 
 Legend: B batch, S sequence, d width, V vocabulary.
 """
@@ -45,13 +46,13 @@ from headway.parallel.fault_points import passing
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalParameter
 
-Inputs = tuple[Tensor, ...]  # x [B, S, d], but not yet into the embedding; tokens, labels [B, S]; segments, if any
+Inputs = tuple[Tensor, ...]  # x [B, S, d] (absent for the embedding); tokens, labels [B, S]; optionally segments
 
 EMBEDDING = "embedding"
 
 
 class Stage:
-    """What the layers of this process have in common: the context of a pass, and sums of the losses of a step."""
+    """State shared by the layers of this process: the context of the current pass, and the losses of the step."""
 
     def __init__(self, attention: AttentionConfig, placement: Placement, *, aux_scale: float) -> None:
         self.placement, self.aux_scale = placement, aux_scale
@@ -62,7 +63,7 @@ class Stage:
         self.aux_losses: list[Tensor] = []
 
     def context(self, x: Tensor, tokens: Tensor, segments: Tensor | None) -> Context:
-        """Made once per pass: blocks of one pass are given the same tensor of tokens."""
+        """The context, built once per pass. A pass is identified by its `tokens` tensor, which all blocks share."""
         if self._last is None or self._last[0] is not tokens:
             self._last = (tokens, self._contexts.of(tokens, segments, x.dtype))
         return self._last[1]
@@ -72,7 +73,7 @@ class Stage:
 
 
 class Rows(nn.Module):
-    """This rank's rows of the matrix `name`, one per token of the vocabulary."""
+    """Base of embedding and head: this rank's rows of the matrix `name` [V, d]."""
 
     def __init__(self, model: ModelConfig, name: str, *, vocab_size: int, seed: int, stage: Stage) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Rows(nn.Module):
 
 
 class EmbeddingLayer(Rows):
-    """The first layer; where the matrices are tied, its rows are the head's too."""
+    """The first layer. With tied embeddings, its rows are also those of the head."""
 
     def forward(self, inputs: Inputs) -> Inputs:
         return (embed(self.weight, inputs[0], self.stage.placement.ranks), *inputs)
@@ -102,7 +103,7 @@ class HeadLayer(Rows):
 
 
 def loss(layer: Rows, inputs: Inputs) -> Tensor:
-    """The micro-batch's part of the mean over the targets of the global batch; its sums are noted on the stage."""
+    """The micro-batch's contribution to the mean loss of the global batch. Records its sums on the stage."""
     hidden, _, labels, *_ = inputs
     stage = layer.stage
     loss_sum, hits = score(hidden, layer.weight, labels, stage.placement)
@@ -156,7 +157,7 @@ class NormLayer(nn.Module):
 
 
 class _WithLoss(torch.autograd.Function):
-    """x, unchanged; in the backward pass the loss gets a gradient of `scale`, as if it were part of the final one."""
+    """Returns x. In the backward pass, `loss` gets the gradient `scale`, as if it were added to the final loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -169,7 +170,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 class _Stages(PipelineModule):
-    """DeepSpeed's pipeline with given bounds; its own partition counts parameters or layers, not work."""
+    """DeepSpeed's pipeline with given bounds. Its own partition balances parameters or layers, not FLOPs."""
 
     def __init__(self, layers: list[Any], bounds: list[int], **options: Any) -> None:
         self._bounds = bounds
@@ -182,8 +183,9 @@ class _Stages(PipelineModule):
 
 
 class PipelineEngine(Engine):
-    """As `Engine`, where layers are dealt to stages. `bounds`: the first layer of each stage, and the number of layers,
-    of [embedding, blocks ..., norm, head].
+    """The engine for pipeline parallelism.
+
+    `bounds`: the first layer of each stage, then the number of layers, for the layers [embedding, blocks, norm, head].
     """
 
     def __init__(
@@ -203,7 +205,7 @@ class PipelineEngine(Engine):
         scales: Sequence[BranchScale] | None = None,
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
-        # The last stage's loss is divided by the number of micro-batches before its backward pass; so are these.
+        # DeepSpeed divides the loss by the number of micro-batches; the auxiliary losses must be divided as well.
         self._stage = Stage(attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
         layers = self._layers(model, attention, scales, vocab_size=vocab_size, seed=seed)
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
@@ -261,7 +263,7 @@ class PipelineEngine(Engine):
         return logical
 
     def _grid(self) -> None:
-        """DeepSpeed's pipeline brings its own."""
+        """None, because DeepSpeed's pipeline has its own grid."""
         return None
 
     def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> None:
@@ -269,12 +271,12 @@ class PipelineEngine(Engine):
         self._stage.reset()
         self._stage.per_target = per_target
         self._engine.train_batch(self._iterator(micro))
-        self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it keeps a record of every step, on CUDA with two events
+        self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it stores a record per step, on CUDA with two events
 
     def _own_losses(self) -> Tensor:
         aux = [t.double() for t in self._stage.aux_losses]
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
-        # Each rank's routers say the mean over its own groups.
+        # Each rank's auxiliary loss is the mean over its own groups.
         return torch.stack([self._lead_sums()[0], sum(aux, zero) / self.layout.tp_size])
 
     def last_losses(self) -> list[float]:
@@ -282,7 +284,7 @@ class PipelineEngine(Engine):
 
     def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
         self._stage.reset()
-        # Shapes are agreed once between stages; a probe's differ from those of training.
+        # Stages exchange activation shapes only once, but those of an evaluation may differ from training.
         self._engine.reset_activation_shape()
         self._engine.eval_batch(
             self._iterator(micro), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro)
@@ -292,7 +294,7 @@ class PipelineEngine(Engine):
         return self._lead_sums()
 
     def _lead_sums(self) -> Tensor:
-        """Sums over this rank's micro-batches, zero on all but one of the ranks that compute the same loss."""
+        """Sums over this rank's micro-batches; zeros except on one of the ranks that compute the same loss."""
         if not self._stage.losses or self.layout.tp_rank:
             return torch.zeros(3, dtype=torch.float64, device=self.layout.device)
         return torch.stack(self._stage.losses).sum(0)
@@ -301,4 +303,4 @@ class PipelineEngine(Engine):
         for batch in micro:
             tokens, labels, segments = self._inputs(batch)
             inputs = (tokens, labels) if segments is None else (tokens, labels, segments)
-            yield inputs, labels  # DeepSpeed's last stage loads labels of its own; ours come with the rest
+            yield inputs, labels  # DeepSpeed expects labels for the last stage; ours are also in `inputs`

@@ -1,16 +1,16 @@
-"""Whether ranks that should hold equal parameters do: 64-bit hashes, compared in one small collective.
+"""Checks that replicated parameters are equal on all ranks, with 64-bit hashes and one small collective.
 
-Compared are the weights that the passes read (bf16 ones where `precision` is bf16) and the buffers that are state, such
-as router biases: over data and context parallel ranks, and over tensor-parallel ranks where each holds a parameter
-whole. Under ZeRO-3 a rank keeps a part of a parameter that no other data-parallel rank has: compared are small
-parameters, which ZeRO-3 keeps whole on every rank, buffers, and the parts of what is whole on tensor-parallel ranks.
+The check covers the weights of the forward pass (in bf16 with `precision: bf16`) and persistent buffers such as router
+biases. It compares them over data- and context-parallel ranks, and replicated ones also over tensor-parallel ranks.
+Under ZeRO-3, data-parallel ranks hold different parts of a parameter. Compared are then the small parameters that
+ZeRO-3 keeps in full on every rank, the buffers, and, over tensor-parallel ranks, the parts of replicated parameters.
 
-Not covered are fp32 masters and moments, of which each rank holds its own part: what is wrong there is sent to all
-ranks alike. Nor is the tied embedding compared between the first and the last stage: it lies elsewhere in the buffers
-that the optimizer steps, and AdamW on the CPU rounds the last few numbers of a buffer another way.
+Two things are not covered. fp32 masters and moments exist once each, and an error in them reaches all ranks equally.
+The tied embedding is not compared between the first and the last stage: its offset in the optimizer's flat buffers
+differs, and AdamW on the CPU rounds the last few elements of a buffer differently.
 
-The hash of words w_i of 64 bits is the sum of k_i w_i modulo 2^64. Each k_i is odd, so it has an inverse, and no change
-of a single word, a flipped bit least of all, leaves the sum as it was. Integer sums depend on no order.
+The hash of 64-bit words w_i is the sum of k_i w_i modulo 2^64. Each k_i is odd and thus invertible, so every change of
+a single word, for example a flipped bit, changes the sum. Integer sums do not depend on the order of summation.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter
 
-_BLOCK = 1 << 14  # words that share a multiplier of their own; with their multipliers they fit into a core's cache
-_BLOCKS = 32  # hashed at once, which bounds the memory that is needed: 4 MiB, on a GPU 16 times that
+_BLOCK = 1 << 14  # words per block; a block and its multipliers fit into a core's cache
+_BLOCKS = 32  # blocks hashed at once, which limits the memory to 4 MiB (64 MiB on a GPU)
 
 
 class Held(Protocol):
-    """What is asked of an engine."""
+    """The part of the engine's interface that the check uses."""
 
     @property
     def logical(self) -> Sequence[LogicalParameter]: ...
@@ -50,7 +50,7 @@ class _Place(NamedTuple):
     stage: int
 
 
-# What is compared with what: ranks with the same key hold the same.
+# Scope -> key function. Ranks with the same key must have equal values.
 _SCOPES: dict[str, Callable[[_Place], tuple[int, ...]]] = {
     "cut": lambda at: (at.tensor, at.stage),
     "whole": lambda at: (at.stage,),
@@ -60,8 +60,12 @@ _SCOPES: dict[str, Callable[[_Place], tuple[int, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """Ranks that should hold equal values and do not. `odd`: those that differ from the majority, or all of them where
-    there is none; `hosts`: of each of `odd`; `name`: the first parameter or buffer that differs.
+    """A difference between ranks that should have equal values.
+
+    name: The first parameter or buffer that differs.
+    odd: Ranks that differ from the majority, or all ranks if there is no majority.
+    hosts: Host of each rank in `odd`.
+    replicas: All ranks that should be equal.
     """
 
     name: str
@@ -79,7 +83,7 @@ class Mismatch:
 
 @torch.no_grad()
 def hashed(tensor: Tensor) -> Tensor:
-    """Hash of the bits of a tensor of any shape and type: int64 [] on its device, where it is computed."""
+    """Hash of the bits of a tensor of any shape and dtype, computed on its device: int64 []."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     columns = _odd(0, _BLOCK, flat.device)
@@ -91,7 +95,7 @@ def hashed(tensor: Tensor) -> Tensor:
         if short:
             piece = torch.nn.functional.pad(piece, (0, short))
         elif piece.data_ptr() % 8 or piece.storage_offset() % 8:
-            piece = piece.clone()  # a parameter may begin anywhere in the buffer that it shares
+            piece = piece.clone()  # a view into a flat buffer may be unaligned
         words, first = piece.view(torch.int64), start // (8 * _BLOCK)
         whole = words.numel() // _BLOCK
         if whole:
@@ -109,9 +113,9 @@ def _odd(first: int, count: int, device: torch.device) -> Tensor:
 
 
 def _mixed(first: int, count: int, device: torch.device) -> Tensor:
-    """Odd numbers without a pattern for first, first + 1, ...: int64 [count].
+    """Pseudo-random odd numbers for the indices first, first + 1, ...: int64 [count].
 
-    The steps are those of SplitMix64 (Steele, Lea and Flood, 2014) with shifts that keep the sign.
+    The steps are those of SplitMix64 (Steele, Lea and Flood, 2014), with arithmetic instead of logical shifts.
     """
     z = torch.arange(first + 1, first + count + 1, device=device) * -0x61C8864680B583EB
     z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
@@ -120,7 +124,7 @@ def _mixed(first: int, count: int, device: torch.device) -> Tensor:
 
 
 def compare(engine: Held, layout: Layout) -> Mismatch | None:
-    """None when all replicas are equal; collective. Every rank returns the same."""
+    """The first mismatch, or None if all replicas are equal. Collective; every rank returns the same result."""
     if layout.world_size == 1:
         return None
     held: dict[str, dict[str, Tensor]] = {scope: {} for scope in _SCOPES}
@@ -140,21 +144,21 @@ def compare(engine: Held, layout: Layout) -> Mismatch | None:
 
 
 def _replicated(engine: Held) -> Iterator[tuple[str, str, Tensor]]:
-    """(scope, name, tensor) of what another rank should hold too."""
+    """Yield (scope, name, tensor) of every tensor that other ranks should have as well."""
     for p in engine.logical:
         parameter: Any = p.parameter
         scope = "whole" if p.dim is None else "cut"
         shape = getattr(parameter, "ds_shape", None)
         if shape is None or parameter.shape == shape:
             yield scope, p.name, parameter.data
-        elif p.dim is None:  # ZeRO-3 keeps a part of it here
+        elif p.dim is None:  # this rank's ZeRO-3 part
             yield "part", p.name, parameter.ds_tensor.data
     for name, buffer in engine.buffers().items():
         yield "whole" if buffer.dim is None else "cut", name, buffer.tensor
 
 
 def _total(found: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """Hash of the hashes, and their number: int64 [2]."""
+    """Combined hash of all hashes, and their number: int64 [2]."""
     if not found:
         return torch.zeros(2, dtype=torch.int64, device=device)
     factors = torch.tensor([_of_name(name) for name in found], dtype=torch.int64, device=device)
@@ -179,7 +183,7 @@ def _place(rank: int, layout: Layout) -> _Place:
 
 
 def _detailed(found: Mapping[str, Tensor], ranks: Sequence[int], layout: Layout) -> Mismatch:
-    """Which parameter, and which of the ranks; collective over all."""
+    """Find the parameter and the ranks that differ. Collective over all ranks."""
     values = {name: int(h) for name, h in found.items()} if layout.rank in ranks else {}
     reports = layout.gather_json({"host": socket.gethostname(), "values": values})
     every = {rank: reports[rank]["values"] for rank in ranks}

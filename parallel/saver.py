@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on.
+"""Asynchronous checkpoint writer.
 
-`start` copies this rank's share of the logical tensors to the CPU: the training waits for that. A thread then writes,
-syncs and hashes the rank's file. When every rank's thread has ended, `commit` writes the manifest and renames the
-staging folder: only then is there a checkpoint. Each logical tensor is written once, by one rank.
+`start` copies this rank's part of the logical tensors to the CPU while training waits. A thread then writes, fsyncs and
+hashes the rank's file while training continues. When the threads of all ranks have finished, `commit` writes the
+manifest and renames the staging folder, which makes the checkpoint valid. Each logical tensor is written by one rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from headway.parallel.manifest import (
 
 
 class Saved(Protocol):
-    """What a checkpoint saves; `headway.parallel.engine.Engine` is one. Collective on every rank."""
+    """Interface that a checkpoint saves, for example `headway.parallel.engine.Engine`. Its methods are collective."""
 
     def buffers(self) -> Mapping[str, LogicalBuffer]: ...
 
@@ -47,9 +47,11 @@ class Saved(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a save ended, the same on all ranks but for the times, in seconds.
+    """Result of a save. It is equal on all ranks, except for the times in seconds.
 
-    `stall_s`: what training waited for copy and commit; `write_s`: this rank's writing beside it.
+    error: None, or why the save failed.
+    stall_s: Time that training waited for copy and commit.
+    write_s: Time that this rank's thread wrote in the background.
     """
 
     step: int
@@ -70,9 +72,9 @@ class _Pending:
 
 
 class Saver:
-    """Checkpoints of one engine in the folder `root`. `about` goes into their manifests.
+    """Saves checkpoints of one engine to the folder `root`. `about` is stored in their manifests.
 
-    A failed save (a full disk, say) leaves earlier checkpoints as they were, and training may go on.
+    A failed save (for example, on a full disk) does not affect earlier checkpoints, and training can continue.
     """
 
     def __init__(
@@ -84,23 +86,23 @@ class Saver:
 
     @property
     def pending_step(self) -> int | None:
-        """The step whose save has begun and is not committed; the same on all ranks."""
+        """Step of the save that was started and not committed yet, or None; equal on all ranks."""
         return None if self._pending is None else self._pending.step
 
     @property
     def written(self) -> bool:
-        """Whether this rank has written its part of the pending save, or failed to."""
+        """Whether this rank's thread has finished the pending save, successfully or not."""
         return self._pending is not None and not (self._pending.thread and self._pending.thread.is_alive())
 
     def start(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begin `root/step-NNNNNNNNNN`, as everything is now; collective. The save before it must be committed."""
+        """Start saving the current state to `root/step-NNNNNNNNNN`. Collective. No other save may be pending."""
         assert self._pending is None
         begin, layout, staging = time.perf_counter(), self._layout, self._staging(step)
         error: str | None = None
         if layout.is_main:
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
-                # Of any step: a save that was killed leaves gigabytes behind, and its step may never be saved again.
+                # Delete staging folders of all steps: a killed save leaves gigabytes, and its step may not come again.
                 for left in self._root.glob(".staging-*"):
                     shutil.rmtree(left)
                 staging.mkdir()
@@ -118,7 +120,7 @@ class Saver:
         pending.stall_s = time.perf_counter() - begin
 
     def commit(self) -> Outcome:
-        """See the pending save to its end, waiting for it if need be; collective."""
+        """Wait for the pending save and commit it. Collective."""
         pending, layout, begin = self._pending, self._layout, time.perf_counter()
         assert pending is not None
         if pending.thread is not None:
@@ -146,7 +148,10 @@ class Saver:
         return self._root / f".staging-{step:010d}"
 
     def _share(self) -> dict[str, Tensor]:
-        """Reading a logical tensor is collective over a stage: each of its ranks reads all and keeps its share."""
+        """CPU copies of the tensors that this rank writes.
+
+        Reading a logical tensor is collective over a pipeline stage: its ranks read all tensors and keep some of them.
+        """
         layout, share = self._layout, dict[str, Tensor]()
         ranks, mine = layout.tp_size * layout.data_ranks, layout.tp_rank + layout.tp_size * layout.data_index
         for i, (key, tensor) in enumerate(self._engine.read_logical()):
@@ -160,7 +165,7 @@ class Saver:
 
     def _write(self, pending: _Pending, staging: Path, tensors: dict[str, Tensor]) -> None:
         begin, layout = time.perf_counter(), self._layout
-        pending.error = "the thread that writes it has died"  # until it has not
+        pending.error = "the writing thread died"  # replaced when the thread finishes
         try:
             point("save:begin")
             name = f"tensors-{layout.rank:05d}-of-{layout.world_size:05d}.safetensors"
@@ -170,7 +175,7 @@ class Saver:
             entry = FileEntry(bytes=path.stat().st_size, xxh3_128=file_hash(path), tensors=sorted(tensors))
             point("save:after_file")
             pending.files, pending.error = {name: entry.model_dump()}, None
-        except Exception as e:  # whatever it is, the other ranks must learn of it
+        except Exception as e:  # report any error to the other ranks
             pending.error = str(e) or type(e).__name__
         finally:
             tensors.clear()
@@ -179,7 +184,7 @@ class Saver:
     def _commit(self, staging: Path, final: Path, reports: list[Any], pending: _Pending) -> None:
         point("save:before_manifest")
         layout = self._layout
-        # For people: any layout reads what any other wrote.
+        # For information only: every layout can read the checkpoints of every other.
         sizes = {"tensor": layout.tp_size, "context": layout.cp_size}
         sizes |= {"data": layout.dp_size, "pipeline": layout.pp_size}
         manifest = Manifest(
@@ -201,11 +206,11 @@ class Saver:
 
 
 def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
-    """Delete all but what stays: the newest `keep` up to the one of `step`, which was just written, those that the run
-    marked as milestones (`keep_every_tokens`), and the best (`keep_best`).
+    """Delete old checkpoints after the one of `step` was written.
 
-    Folders of later steps, and those set aside, were passed over as damaged when the run was resumed: they must not
-    take the place of whole ones, nor come back later, when the records of their steps belong to another history.
+    Kept are the newest `keep` up to `step`, the milestones (`keep_every_tokens`) and the best one (`keep_best`).
+    Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are deleted:
+    they must not count as kept, and must not be loaded later, because the run has since trained those steps again.
     """
     folders = steps_on_disk(root)
     later = [p for p in folders if step_of(p) > step]
@@ -213,8 +218,8 @@ def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
     if config.keep_every_tokens is not None or config.keep_best:
         older = _not_worth_keeping(folders[len(later) :], older, best=config.keep_best)
     for path in [*later, *older, *root.glob("bad-step-*")]:
-        with contextlib.suppress(OSError):  # the new checkpoint is whole; one that cannot be deleted is no failure
-            # The manifest goes first: a half-deleted checkpoint must not look whole.
+        with contextlib.suppress(OSError):  # the new checkpoint is valid; failing to delete an old one is no error
+            # Delete the manifest first, so that a partly deleted checkpoint is not valid.
             point("retention:before_delete")
             (path / MANIFEST).unlink(missing_ok=True)
             point("retention:after_manifest")

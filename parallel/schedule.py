@@ -10,10 +10,10 @@ from headway.parallel.config import OptimizerConfig, ScheduleConfig
 def learning_rate(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, *, tokens_before: int, tokens_after: int, total_tokens: int
 ) -> float:
-    """Learning rate of the step that takes the run from `tokens_before` to `tokens_after` of `total_tokens`.
+    """Learning rate of the step from `tokens_before` to `tokens_after` of `total_tokens`.
 
-    Warm-up is linear in tokens and reaches the peak with the token `warmup_tokens`; the decay (linear for wsd, half a
-    cosine for cosine) runs to `min_lr_ratio` x peak at `total_tokens`. A pure function of tokens, so a resumed run
+    Warm-up is linear in tokens and reaches the peak at `warmup_tokens`. The decay (linear for wsd, half a cosine for
+    cosine) ends at `min_lr_ratio` x peak at `total_tokens`. The rate is a pure function of tokens, so a resumed run
     needs no scheduler state.
     """
     floor = schedule.min_lr_ratio

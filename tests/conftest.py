@@ -1,18 +1,26 @@
 """For every test: the same random numbers, one thread; and runs of the real command in real processes."""
 
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from headway.launcher.hosts import forked
 from headway.launcher.hosts.forked import ForkServer
 
 QUICK = Path(__file__).with_name("quick.py")
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "headway-example-mechanism"
 
 TINY = """
 name: tiny
@@ -124,3 +132,92 @@ def _ended(h):
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def example_python(tmp_path_factory) -> str:
+    """Python of an environment with the example package of docs/examples besides all that this one has."""
+    folder = tmp_path_factory.mktemp("example")
+    environment, source = folder / "env", folder / "source"
+    venv.create(environment, with_pip=False, symlinks=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    shutil.copytree(EXAMPLE, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", str(site), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(environment / "bin" / "python")
+
+
+@pytest.fixture
+def headway_with_example(tmp_path, example_python):
+    """The command of the environment that has the example package, which reads entry points after its fork."""
+    with patch.object(forked, "COMMAND", (example_python, *forked.COMMAND[1:])):
+        server = forked.ForkServer()
+    with server:
+        yield from _ended(Headway(tmp_path, server))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch) -> Iterator[Callable[..., Path]]:
+    """`install(name, source, ...)` registers `module:Config` as an installed package would; returns the module's file.
+
+    The package is importable and in the metadata of this process until the test ends; then it is forgotten.
+    """
+    from headway.model.attention import external, registry
+
+    modules: list[str] = []
+
+    def forget() -> None:
+        external.registered.cache_clear()
+        registry.EXTERNALS._loaded.clear()
+        registry._validator.cache_clear()
+        for module in modules:
+            sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+
+    def put(
+        name: str, source: str, *, package: str = "outside", version: str = "1.0", value: str | None = None
+    ) -> Path:
+        site, module = tmp_path / "site", package.replace("-", "_")
+        info = site / f"{module}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[{external.GROUP}]\n{name} = {value or f'{module}:Config'}\n")
+        file = site / f"{module}.py"
+        file.write_text(source)
+        monkeypatch.syspath_prepend(str(site))
+        modules.append(module)
+        forget()
+        return file
+
+    yield put
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def mechanism_source() -> Callable[..., str]:
+    """`mechanism_source(name, more)`: a module with `Config`, GQA under another name."""
+
+    def make(name: str, more: str = "") -> str:
+        return f"""
+from typing import Literal
+from pydantic import Field
+from headway.model.attention.grouped import GroupedConfig
+
+
+class Config(GroupedConfig):
+    type: Literal["{name}"] = "{name}"
+    kv_heads: int = Field(ge=1)
+    gain: float = 1.0
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads
+
+
+{more}
+"""
+
+    return make

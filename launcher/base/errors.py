@@ -7,6 +7,9 @@ Every class of mistake carries `exit_code`: 64 spec, 65 data (`headway.data.conf
 
 from __future__ import annotations
 
+PREEMPTED = 75
+"""The exit status of a run or study that a signal stopped: the same command continues."""
+
 
 class HeadwayError(Exception):
     """Something went wrong and the message says what to do next; shown without a traceback."""

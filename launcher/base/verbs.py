@@ -19,8 +19,9 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
 class Verb:
     """One word of the command line.
 
-    `order`: place in the help, small ones first. `examples`: whole commands, shown below the help. `run` returns the
-    exit status; a verb with `actions` has none of its own. A `hidden` verb is not in the help.
+    `order`: place in the help, small ones first, below a heading of `GROUPS`. `examples`: whole commands, shown below
+    the help; each verb and action that is not hidden needs one. `run` returns the exit status; a verb with `actions`
+    has none of its own. A `hidden` verb is not in the help.
     """
 
     name: str
@@ -33,15 +34,38 @@ class Verb:
     hidden: bool = False
 
 
-def spec_arguments(parser: argparse.ArgumentParser, what: str = "spec") -> None:
-    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list)."""
-    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}")
+GROUPS = ((0, "before a run"), (30, "runs and studies"), (50, "speed"), (60, "after a run"), (90, "tools"))
+"""Headings of the help: each holds the verbs whose `order` is at least its number, up to the next one."""
+
+
+def spec_arguments(
+    parser: argparse.ArgumentParser, what: str = "spec", *, kind: str | None = None, keys_of: str = "spec"
+) -> None:
+    """SPEC [key=value ...], as `args.spec` (Path) and `args.overrides` (list).
+
+    `what` the file is, for the help. `kind` of the file (default: `what`): spec, study, probe or corpus. The command
+    line looks for `args.spec` among the shipped files of that kind as well. `keys_of`: the kind of file whose keys the
+    overrides are, "spec" or "corpus", for completion in shells.
+    """
+    parser.set_defaults(keys_of=keys_of, spec_kind=kind or what)
+    parser.add_argument("spec", type=Path, help=f"YAML file of the {what}, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="value of a dotted key; overrides the file")
 
 
+def quiet_argument(parser: argparse.ArgumentParser) -> None:
+    """--quiet, as `args.quiet`; the command line applies it (`headway.launcher.base.console.output`)."""
+    parser.add_argument("--quiet", action="store_true", help="print errors and the final result only")
+
+
 def json_argument(parser: argparse.ArgumentParser) -> None:
-    """--json, as `args.json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    """--json, as `args.json`; the command line applies it (`headway.launcher.base.console.output`)."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """--quiet and --json, for a verb that scripts call."""
+    quiet_argument(parser)
+    json_argument(parser)
 
 
 def out_argument(parser: argparse.ArgumentParser) -> None:

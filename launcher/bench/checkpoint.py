@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
@@ -68,11 +69,11 @@ def bench_checkpoint(path: Path, overrides: Sequence[str], *, rounds: int, out: 
         "machine": machine(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    print(summary(result))
+    console.result(summary(result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {out}")
+        console.say(f"written to {out}")
     return 0
 
 
@@ -94,13 +95,17 @@ def _prepared(spec: Spec) -> Spec:
 
 
 def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
-    from headway.launcher.train.session import Session
+    from headway.launcher.train.load import open_session
 
     run = RunDir(folder / "run")
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
-    with Session.open(run) as session:
-        measured = [_round(session, run) for _ in range(WARMUP + rounds)][WARMUP:]
+    with open_session(run) as session, console.progress("measure saves", WARMUP + rounds, "saves", tick=False) as bar:
+        measured = []
+        for _ in range(WARMUP + rounds):
+            measured.append(_round(session, run))
+            bar.update()
+        measured = measured[WARMUP:]
         found = _newest(run)
     quiet = [seconds for r in measured for seconds in r["quiet_s"]]
     ratios = [seconds / statistics.median(r["quiet_s"]) for r in measured for seconds in r["beside_s"]]
@@ -136,11 +141,12 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
 
 def _round(session: Session, run: RunDir) -> dict[str, Any]:
     """Seconds of one save and of the steps around and beside it, and of what else guards a run."""
+    from headway.launcher.train.loop import save
     from headway.parallel.replicas import hashed
 
     quiet = [_step(session)[0] for _ in range(QUIET_STEPS)]
     t0 = time.perf_counter()
-    session.checkpoint()
+    save(session)
     stall_s, step, beside, written = time.perf_counter() - t0, session.step, [], False
     while not written:
         seconds, written = _step(session)
@@ -179,13 +185,11 @@ def _beats(heart: Heartbeat, step: int) -> None:
 
 def _step(session: Session) -> tuple[float, bool]:
     """Seconds of one step of the worker, and whether the pending save was written when it began."""
+    from headway.launcher.train.loop import train_step
+
     t0 = time.perf_counter()
-    batch = next(session.loader)
-    data_s = time.perf_counter() - t0
-    agreed = session.agree(batch, False)
-    stats = session.train_step(batch, agreed)
-    session.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
-    return time.perf_counter() - t0, agreed.written
+    step = train_step(session)
+    return time.perf_counter() - t0, step.agreed.written
 
 
 def _newest(run: RunDir) -> Checkpoint:

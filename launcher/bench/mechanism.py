@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
@@ -94,16 +94,17 @@ def bench_mechanism(
         "rows": [],
     }
     for i, length in enumerate(lengths):
-        _say(f"{length} tokens ({i + 1} of {len(lengths)}): {len(specs)} variants, {rounds} rounds of {len(PHASES)}")
+        about = f"{len(specs)} variants, {rounds} rounds of {len(PHASES)}"
+        console.note(f"{length} tokens ({i + 1} of {len(lengths)}): {about}")
         result["rows"] += _measure(specs, baseline, length, rounds=rounds, tokens=tokens, device=device)
         if out is not None:  # after each length: an interrupted measurement keeps what it has
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
             out.with_suffix(".md").write_text(markdown(result))
-    print(markdown(result))
+    console.result(markdown(result))
     if out is not None:
         draw(result, out.with_suffix(".png"))
-        print(f"written to {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+        console.say(f"written to {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
     return 0
 
 
@@ -126,12 +127,15 @@ def _measure(
         passes[name] = _passes(_model(spec, vocab_size, device), ids)
     seconds = {name: {phase: [] for phase in PHASES} for name in specs}
     names = list(specs)
-    for i in range(WARMUP + rounds):
-        for phase in PHASES:
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                elapsed = _timed(passes[name][phase], device)
-                if i >= WARMUP:
-                    seconds[name][phase].append(elapsed)
+    passes_total = (WARMUP + rounds) * len(PHASES) * len(names)
+    with console.progress(f"measure {length} tokens", passes_total, "passes", tick=False) as bar:
+        for i in range(WARMUP + rounds):
+            for phase in PHASES:
+                for name in names[i % len(names) :] + names[: i % len(names)]:
+                    elapsed = _timed(passes[name][phase], device)
+                    if i >= WARMUP:
+                        seconds[name][phase].append(elapsed)
+                    bar.update()
     rows = []
     for name, (spec, vocab_size) in specs.items():
         for phase in PHASES:
@@ -268,7 +272,3 @@ def _cell(row: dict[str, Any]) -> str:
     r = row["ratio"]
     far = " far" if row["distance"] > FAR else ""
     return f"{r['median']:.2f} ({r['q1']:.2f} to {r['q3']:.2f}){far}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

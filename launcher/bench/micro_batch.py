@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from headway.launcher.base import console
 from headway.launcher.plan.micro_batch.settle import find, required, table
 from headway.launcher.plan.planner import with_vocabulary
 from headway.launcher.run.run_dir import write_json
@@ -18,11 +19,11 @@ def bench_micro_batch(path: Path, overrides: Sequence[str], *, out: Path | None)
     Raises SpecError where nothing fits.
     """
     found = find(with_vocabulary(load_spec(path, overrides, no_auto=None).spec))
-    print(table(found), flush=True)
+    console.result(table(found))
     if out is not None:
         command = shlex.join(["headway", "bench", "micro-batch", str(path), *overrides])
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {"kind": "micro-batch", "command": command, **found.record()})
-        print(f"written to {out}")
+        console.say(f"written to {out}")
     required(found)
     return 0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
@@ -67,26 +68,27 @@ def _lengthened(spec: Spec, steps: int) -> Spec:
 
 def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> dict[str, Any]:
     from headway.launcher.run.run_dir import write_json
-    from headway.launcher.train.session import Session
+    from headway.launcher.train.load import load_session, open_session
 
     run = RunDir(folder / "ours")
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
-    with Session.open(run) as session, contextlib.ExitStack() as stack:
+    with open_session(run) as session, contextlib.ExitStack() as stack:
         loops: dict[str, _HeadwayLoop | _BareLoop] = {"headway": _HeadwayLoop(session)}
         if spec.parallel.precision == "fp32":
             loops["bare"] = _BareLoop(spec)
         if other is not None:
             second = RunDir(folder / "other")
             second.path.mkdir()
-            rival = Session(second, other, session.layout)
-            stack.callback(rival.loader.close)
-            stack.callback(rival.tracker.close)
+            rival = load_session(second, other, session.layout)
+            stack.callback(rival.close)
             loops["against"] = _HeadwayLoop(rival)
         times: dict[str, list[float]] = {name: [] for name in loops}
         parts: list[dict[str, float]] = []
         names = list(loops)
+        bar = stack.enter_context(console.progress("measure steps", steps + WARMUP, "steps", tick=False))
         for i in range(steps + WARMUP):
+            bar.update()
             # The order rotates: whoever comes second finds warmer caches.
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 seconds, shares = loops[name].step()
@@ -117,16 +119,14 @@ class _HeadwayLoop:
 
     def step(self) -> tuple[float, dict[str, float]]:
         """(seconds, share of each part) of one step."""
-        s = self._s
+        from headway.launcher.train.loop import train_step
+
         t0 = time.perf_counter()
-        batch = next(s.loader)
-        data_s = time.perf_counter() - t0
-        agreed = s.agree(batch, False)
-        stats = s.train_step(batch, agreed)
-        s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
+        step = train_step(self._s)
         total_s = time.perf_counter() - t0
+        stats = step.stats
         parts = {
-            "data": data_s,
+            "data": step.data_s,
             "forward": stats.forward_s,
             "backward": stats.backward_s,
             "optimizer": stats.optimizer_s,
@@ -200,11 +200,13 @@ def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | 
     )
     open_s = time.perf_counter() - t0
     times = []
-    for step in range(steps + WARMUP):
-        t0 = time.perf_counter()
-        loader.batch(step)
-        if step >= WARMUP:
-            times.append(time.perf_counter() - t0)
+    with console.progress("measure batches", steps + WARMUP, "batches", tick=False) as bar:
+        for step in range(steps + WARMUP):
+            t0 = time.perf_counter()
+            loader.batch(step)
+            if step >= WARMUP:
+                times.append(time.perf_counter() - t0)
+            bar.update()
     loader.close()
     result = {
         "kind": "data",
@@ -240,19 +242,20 @@ def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[
     }
     name = "step_s" if result["kind"] == "step" else "batch_s"
     s = result[name]
-    print(
+    console.result(
         f"{result['tokens_per_s']:,.0f} tokens/s ({name} median {1e3 * s['median']:.1f} ms, "
         f"quartiles {1e3 * s['q1']:.1f} to {1e3 * s['q3']:.1f}, n={s['n']})"
     )
     for part, share in result.get("share_of_step", {}).items():
-        print(f"  {part:<10} {100 * share:5.1f} %")
+        console.result(f"  {part:<10} {100 * share:5.1f} %")
     for key, what in (
         ("ratio_to_bare", "a bare PyTorch loop"),
         ("ratio_to_against", " ".join(result.get("against", []))),
     ):
         if r := result.get(key):
-            print(f"  step time over {what}, pairwise: {r['median']:.3f} (quartiles {r['q1']:.3f} to {r['q3']:.3f})")
+            quartiles = f"(quartiles {r['q1']:.3f} to {r['q3']:.3f})"
+            console.result(f"  step time over {what}, pairwise: {r['median']:.3f} {quartiles}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {out}")
+        console.say(f"written to {out}")

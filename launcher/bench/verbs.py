@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb, out_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, out_argument, quiet_argument, spec_arguments
 
 
 def _words(text: str) -> list[str]:
@@ -22,6 +22,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--steps", type=int, default=30, help="measured steps, at least 2 (default 30)")
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,17 +48,20 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="file to which the JSON is written; a table is written beside it"
     )
+    quiet_argument(parser)
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2 (default 10)")
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _micro_batch_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     out_argument(parser)
+    quiet_argument(parser)
 
 
 def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +79,7 @@ def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: run every row in a reduced form"
     )
     parser.add_argument("--parts", type=_words, default=None, metavar="A,B", help="run only these parts (default: all)")
+    quiet_argument(parser)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,13 @@ import getpass
 import ipaddress
 import signal
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError, printable
 from headway.launcher.board.files import EVENTS, rebuild
 from headway.launcher.run.run_dir import RunDir
@@ -124,7 +124,7 @@ def _serve(folder: Path, host: str, port: int | None) -> None:
     if ipaddress.ip_address(host).is_loopback:
         print(f"from another machine: ssh -N -L {at}:{host}:{at} {_login()}", flush=True)
     else:
-        print(f"EVERYONE who reaches {host}:{at} can read it: there is no password", file=sys.stderr, flush=True)
+        console.warn(f"EVERYONE who reaches {host}:{at} can read it: there is no password")
     stop.wait()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.chaos import report
 from headway.launcher.chaos.faults import FAULTS, HALF, Fault, Missed
@@ -46,16 +47,17 @@ def chaos(
     command = f"headway chaos --faults {','.join(f.key for f in chosen)} --seconds {seconds:g} --seed {seed}"
     if out is not None:
         command += f" --json {shlex.quote(str(out))}"
-    print(f"seed {seed}: the same seed chooses the same ranks, steps and bits", flush=True)
+    console.say(f"seed {seed}: the same seed chooses the same ranks, steps and bits")
     begin = time.monotonic()
     with _orderly(), _own_folder() as folder, contextlib.nullcontext(server) if server else ForkServer() as ready:
         drill = Drill(ready, folder, seed)
-        drill.prepare()
-        drill.campaign(chosen, end_s=begin + seconds)
+        with console.progress("chaos", unit="trials", lines=False) as bar:
+            drill.prepare()
+            drill.campaign(chosen, end_s=begin + seconds, bar=bar)
         setting = drill.setting()
     names = [side.name for side in drill.sides]
     shown = report.table(drill.trials, drill.readings, names)
-    print(f"\n{shown}\n\n{report.about(setting)}\n")
+    console.result(f"\n{shown}\n\n{report.about(setting)}\n")
     good = held(drill.trials, drill.readings, Headway.name, [fault.key for fault in chosen])
     result = {
         "kind": "chaos",
@@ -72,8 +74,11 @@ def chaos(
     }
     if out is not None:
         report.write(out, result, shown)
-        print(f"written: {out} and {out.with_suffix('.md')}")
-    print("Headway held what docs/faults.md promises" if good else "HEADWAY DID NOT HOLD WHAT docs/faults.md PROMISES")
+        console.say(f"written: {out} and {out.with_suffix('.md')}")
+    verdict = (
+        "Headway held what docs/faults.md promises" if good else "HEADWAY DID NOT HOLD WHAT docs/faults.md PROMISES"
+    )
+    console.result(console.paint(verdict, "green" if good else "red", sys.stdout))
     return 0 if good else BROKEN
 
 
@@ -100,7 +105,7 @@ class Drill:
             side.back_to(side.copy(side.undisturbed("reference"), side.folder / "half"), HALF)
             self._say(f"{side.name}: uninterrupted training done, {STEPS} steps")
 
-    def campaign(self, faults: Sequence[Fault], *, end_s: float) -> None:
+    def campaign(self, faults: Sequence[Fault], *, end_s: float, bar: console.Bar | None = None) -> None:
         """Each fault once, then the one that lacks most of its trials, while there is time."""
         done, took = dict.fromkeys(faults, 0), dict.fromkeys(faults, 0.0)
         while True:
@@ -111,6 +116,8 @@ class Drill:
             fault = min(open_to, key=lambda f: done[f] / f.wanted)
             begin = time.monotonic()
             self._trial(fault, done[fault])
+            if bar is not None:
+                bar.update()
             took[fault] = time.monotonic() - begin
             if done[fault] == 0 and fault.key in ("F7", "F8"):
                 self._read(fault)
@@ -154,7 +161,7 @@ class Drill:
         return {"steps": STEPS, "stock_bytes": f"{sizes[0]:,}", "headway_bytes": f"{sizes[1]:,}"}
 
     def _say(self, text: str) -> None:
-        print(f"{time.monotonic() - self._begin:5.0f} s  {text}", flush=True)
+        console.say(f"{time.monotonic() - self._begin:5.0f} s  {text}")
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from headway.launcher.base.command import die_with_parent
 from headway.launcher.base.errors import HeadwayError
 from headway.launcher.chaos import options as stock
 from headway.launcher.chaos.verdict import Seen
 from headway.launcher.hosts.forked import Forked, ForkServer
-from headway.launcher.hosts.processes import die_with_parent, send, state
+from headway.launcher.hosts.processes import send, state
 from headway.parallel.manifest import MANIFEST, step_of, steps_on_disk
 
 STEPS = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb
+from headway.launcher.base.verbs import Verb, quiet_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, default=None, metavar="OUT", help="file for all trials; the table is written beside it"
     )
+    quiet_argument(parser)
 
 
 def _chaos(args: argparse.Namespace) -> int:

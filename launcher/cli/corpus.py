@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headway.data.config import CorpusConfig, MdsSource
+from headway.launcher.base import console
 from headway.launcher.spec.load import load_spec
 
 
@@ -13,7 +14,10 @@ def build_corpus(path: Path, overrides: Sequence[str]) -> int:
     """Build the dataset a corpus spec describes; nothing is done when it is there and unchanged."""
     from headway.data.build import build
 
-    build(load_spec(path, overrides, root=CorpusConfig).spec)
+    cfg = load_spec(path, overrides, root=CorpusConfig).spec
+    made = build(cfg, progress=console.progress, say=console.note)
+    out = cfg.out_dir().expanduser().resolve()
+    _report(out, made.train.tokens, made.validation.tokens, made.vocab_size, made.fingerprint, only_quiet=True)
     return 0
 
 
@@ -22,9 +26,20 @@ def verify_corpus(path: Path, overrides: Sequence[str]) -> int:
     from headway.data.verify import verify
 
     out = load_spec(path, overrides, root=CorpusConfig).spec.out_dir()
-    info = verify(MdsSource(type="mds", path=str(out)))
-    print(
-        f"{out}: whole; {info.train_tokens:,} training and {info.validation_tokens:,} validation tokens, "
-        f"vocabulary {info.vocab_size:,}, fingerprint {info.fingerprint[:16]}"
-    )
+    info = verify(MdsSource(type="mds", path=str(out)), progress=console.progress)
+    _report(out, info.train_tokens, info.validation_tokens, info.vocab_size, info.fingerprint)
     return 0
+
+
+def _report(
+    out: Path, train_tokens: int, validation_tokens: int, vocab_size: int, fingerprint: str, *, only_quiet: bool = False
+) -> None:
+    if console.wants_json():
+        facts = {"path": str(out), "train_tokens": train_tokens, "validation_tokens": validation_tokens}
+        console.emit({**facts, "vocab_size": vocab_size, "fingerprint": fingerprint})
+        return
+    console.result(
+        f"{out}: whole; {train_tokens:,} training and {validation_tokens:,} validation tokens, "
+        f"vocabulary {vocab_size:,}, fingerprint {fingerprint[:16]}",
+        only_quiet=only_quiet,
+    )

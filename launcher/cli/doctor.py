@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from headway.kernels.levers import APEX_MODULES, FA3_MODULE, LIGER_MODULE, importable
+from headway.launcher.base import console
 
 PYTHONS = ((3, 11), (3, 12))
 _GIB = 1 << 30
@@ -35,14 +35,15 @@ def doctor(*, as_json: bool = False) -> int:
     facts = inspect_machine()
     wrong = [fact for fact in facts if fact.state == "wrong"]
     if as_json:
-        print(json.dumps({"ready": not wrong, "facts": [asdict(fact) for fact in facts]}, indent=2))
+        console.emit({"ready": not wrong, "facts": [asdict(fact) for fact in facts]}, indent=2)
         return 1 if wrong else 0
     wide = max(len(fact.name) for fact in facts)
     for fact in facts:
         mark = {"ok": "ok", "absent": "--", "wrong": "!!"}[fact.state]
-        print(f"{mark}  {fact.name:<{wide}}  {fact.found}{f': {fact.use}' if fact.use else ''}")
+        line = f"{mark}  {fact.name:<{wide}}  {fact.found}{f': {fact.use}' if fact.use else ''}"
+        console.result(console.paint(line, "red", sys.stdout) if fact.state == "wrong" else line)
     verdict = f"not ready: see {', '.join(fact.name for fact in wrong)}" if wrong else "ready to train"
-    print(verdict)
+    console.result(verdict)
     return 1 if wrong else 0
 
 
@@ -51,7 +52,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention()]
+    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -207,3 +208,19 @@ def _flash_attention() -> Fact:
     if importable("flash_attn"):
         return Fact("flash-attn", "absent", "FlashAttention-2 alone, which PyTorch has too", instead)
     return Fact("flash-attn", "absent", "no flash-attn", instead)
+
+
+def _mechanisms() -> list[Fact]:
+    """Attention mechanisms of other packages; imports each of them. Specs that do not name a broken one work."""
+    try:
+        from headway.model.attention.external import package_of, registered
+        from headway.model.attention.registry import EXTERNALS
+    except Exception:  # torch or a package it needs is broken, and has a line of its own
+        return []
+    facts, problems = [], EXTERNALS.problems()
+    for name, entries in registered().items():
+        if name in problems:
+            facts.append(Fact(f"mechanism {name}", "absent", "cannot be used", problems[name]))
+        else:
+            facts.append(Fact(f"mechanism {name}", "ok", f"{package_of(entries[0])}, {entries[0].value}"))
+    return facts

@@ -23,14 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from headway.launcher.base.command import COMMAND
-from headway.launcher.hosts.processes import die_with_parent
+from headway.launcher.base.command import COMMAND, die_with_parent
 
 _GRACE_S = 30.0  # what ranks have to end once they are asked to, as under torchrun
 _MODULES = (
     "headway.launcher.cli.main",
     "headway.launcher.launch.start",
-    "headway.launcher.train.session",
+    "headway.launcher.train.loop",
     "headway.launcher.train.worker",
     "headway.parallel.pipeline",
     "deepspeed.runtime.pipe.engine",

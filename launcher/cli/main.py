@@ -9,22 +9,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from headway.launcher.cli.parser import make_parser
+from headway.launcher.base import console
+from headway.launcher.cli.parser import make_parser, value_options
+from headway.launcher.cli.words import misplaced_file, plain, split_dotted, unknown_option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. User mistakes end with one message, never a traceback."""
     os.umask(os.umask(0o077) | 0o022)  # what is written here is read back later: nobody else may change it
-    parser = make_parser()
     try:
-        # argparse does not collect key=value arguments that stand behind an option; they are overrides all the same.
-        args, rest = parser.parse_known_args(argv)
-        if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in args):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse says what is wrong; 2 is its own status, ours is 64
         return 64 if e.code else 0
-    if rest:
-        args.overrides = [*args.overrides, *rest]
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -33,20 +29,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        from headway.launcher.base.errors import exit_code, format_error
+        from headway.launcher.base.errors import exit_code
 
         code = exit_code(e)
         if code is None and isinstance(e, OSError) and (e.filename is not None or e.errno in _DISK):
             code, e = 74, _input_output(e)
         if code is None:
             raise
-        print(format_error(e), file=sys.stderr)
+        console.error(e)
         return code
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command that the words mean. A wrong one ends with the usage of the verb it names, once, and a message."""
+    parser = make_parser()
+    words, dotted = split_dotted(argv, value_options(parser))
+    args, rest = parser.parse_known_args(words)
+    takes_overrides = "overrides" in args
+    if not takes_overrides and (rest := [*rest, *dotted]):
+        args.parser.error(unknown_option(rest, args.parser, takes_overrides=False))
+    if any(word.startswith("-") for word in rest):
+        args.parser.error(unknown_option(rest, args.parser, takes_overrides=True))
+    if takes_overrides:
+        # argparse does not collect key=value arguments that stand behind an option; they are overrides all the same.
+        args.overrides = [plain(word) for word in (*args.overrides, *rest, *dotted)]
+        if wrong := misplaced_file(args.spec, args.overrides):
+            args.parser.error(wrong)
+    return args
 
 
 def _run(args: argparse.Namespace) -> int:
     args.command = main  # for the fork server, which runs commands itself
-    return args.act(args)
+    if "spec_kind" in args:
+        from headway.launcher.run.folders import refuse_folder
+        from headway.launcher.spec.shipped import find_spec
+
+        refuse_folder(args.spec, args.spec_kind)
+        args.spec = find_spec(args.spec, args.spec_kind)
+    # `headway chaos --json` takes the name of a file.
+    with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
+        return args.act(args)
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -6,16 +6,24 @@ import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from headway.launcher.base.verbs import Verb
+from headway.launcher.base.console import marked
+from headway.launcher.base.verbs import GROUPS, Verb
+from headway.launcher.cli.words import verb_elsewhere
+
+MAX_WIDTH = 100
+"""Columns of a help text, at most."""
 
 _ABOUT = "Headway pretrains language models to find out which attention mechanism is worth its cost."
 _OVERRIDES = (
-    "Any spec value can be set after the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2\n"
-    "headway VERB --help explains a verb and shows examples."
+    "Values of the spec can follow the file: headway train spec.yaml optimizer.lr=1e-3 attention.top_k=2\n"
+    "headway VERB --help explains a verb and shows examples; --version prints the version."
 )
 
 
@@ -28,60 +36,135 @@ def all_verbs() -> list[Verb]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says which word was probably meant, and does not call the optional key=value arguments required."""
+    """Says which word was probably meant, and does not call the optional key=value arguments required.
+
+    `words`: the visible verbs, or actions of a verb, one of which must follow; none where arguments follow. `about`:
+    what it does, in one line.
+    """
+
+    def __init__(self, *args: Any, words: Sequence[str] = (), about: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=_Formatter, **kwargs)
+        self.words = tuple(words)
+        self.about = about
 
     def error(self, message: str) -> NoReturn:
         message = message.removesuffix(", key=value")
-        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        if wrong and (close := difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)):
+        wrong = re.search(r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong and wrong[1] in ("VERB", "ACTION"):
+            message = self._unknown_word(wrong[2])
+        elif wrong and (close := difflib.get_close_matches(wrong[2], re.findall(r"[\w-]+", wrong[3]), n=1)):
             message += f". Did you mean {close[0]}?"
-        super().error(message)
+        elif message.endswith((": VERB", ": ACTION")):
+            message = message.rpartition(" ")[0] + " " + "|".join(self.words)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {marked(f'error: {message}', sys.stderr)}\n")
+
+    def _unknown_word(self, word: str) -> str:
+        close = difflib.get_close_matches(word, self.words, n=1)
+        meant = verb_elsewhere(word) if self.prog == "headway" else ""
+        hint = f" Did you mean {close[0]}?" if close else f" Did you mean {meant}?" if meant else ""
+        return f"{word!r} is not known after {self.prog}.{hint} Choose from {', '.join(self.words)}"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=_width())
+
+
+class _Version(argparse.Action):
+    """--version: only looks for a version when it is asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from headway.launcher.cli.version import version_line
+
+        print(version_line())
+        parser.exit()
 
 
 def make_parser() -> Parser:
-    """The whole command line. A parsed namespace has `act`, the function of the verb that was named."""
+    """The whole command line.
+
+    A parsed namespace has `act`, the function of the verb that was named, and `parser`, which says how it is used.
+    """
     verbs = all_verbs()
     parser = Parser(
         prog="headway",
-        description=_description(verbs),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="headway [-h] [--version] VERB ...",
+        description="\n".join([_ABOUT, *_groups(verbs), "", _OVERRIDES]),
+        words=_visible(verbs),
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and the commit of a checkout")
     _add(parser, verbs, dest="verb", words=["headway"])
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, verbs: Iterable[Verb], *, dest: str, words: list[str]) -> None:
-    verbs = list(verbs)
-    shown = "|".join(verb.name for verb in verbs if not verb.hidden)
-    children = parser.add_subparsers(dest=dest, metavar=shown, required=True)
+def value_options(parser: argparse.ArgumentParser) -> set[str]:
+    """Options of a parser and of all below it that a value follows."""
+    found: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*(value_options(child) for child in action.choices.values()))
+        elif action.nargs != 0:
+            found.update(action.option_strings)
+    return found
+
+
+def _add(parser: Parser, verbs: Iterable[Verb], *, dest: str, words: list[str]) -> None:
+    # the listing stands in the description; argparse would print it a second time
+    options = {"dest": dest, "metavar": dest.upper(), "required": True, "help": argparse.SUPPRESS}
+    children = parser.add_subparsers(prog=" ".join(words), **options)
     for verb in verbs:
-        about = {} if verb.hidden else {"help": verb.help}
+        path = [*words, verb.name]
+        about = verb.help[:1].upper() + verb.help[1:] + ("" if verb.help.endswith(".") else ".")
+        listing = ["", "actions:", *_rows((a.name, a.help) for a in verb.actions)] if verb.actions else []
         child = children.add_parser(
             verb.name,
-            description=verb.help[:1].upper() + verb.help[1:] + ("" if verb.help.endswith(".") else "."),
+            usage=f"{' '.join(path)} [-h] ACTION ..." if verb.actions else None,
+            description="\n".join([*textwrap.wrap(about, _width()), *listing]),
             epilog=_examples(verb),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **about,
+            words=_visible(verb.actions),
+            about=verb.help,
         )
+        child.set_defaults(parser=child)
         verb.arguments(child)
         if verb.actions:
-            _add(child, verb.actions, dest="action", words=[*words, verb.name])
+            _add(child, verb.actions, dest="action", words=path)
         else:
             assert verb.run is not None, verb.name
             child.set_defaults(act=verb.run)
 
 
-def _description(verbs: Iterable[Verb]) -> str:
-    rows = list(_rows(verbs))
-    wide = max(len(left) for left, _ in rows)
-    return "\n".join([_ABOUT, "", *(f"  {left:<{wide}}  {right}" for left, right in rows), "", _OVERRIDES])
+def _visible(verbs: Iterable[Verb]) -> list[str]:
+    return [verb.name for verb in verbs if not verb.hidden]
 
 
-def _rows(verbs: Iterable[Verb]) -> Iterator[tuple[str, str]]:
-    for verb in verbs:
-        if not verb.hidden:
-            actions = " " + "|".join(action.name for action in verb.actions) if verb.actions else ""
-            yield f"headway {verb.name}{actions}", verb.help
+def _groups(verbs: Sequence[Verb]) -> Iterator[str]:
+    """The verbs below the headings of `GROUPS`, with their actions."""
+    shown = [verb for verb in verbs if not verb.hidden]
+    wide = max(len(verb.name) for verb in shown)
+    for i, (first, title) in enumerate(GROUPS):
+        end = GROUPS[i + 1][0] if i + 1 < len(GROUPS) else None
+        inside = [verb for verb in shown if first <= verb.order and (end is None or verb.order < end)]
+        if inside:
+            yield from ("", f"{title}:")
+        for verb in inside:
+            yield from _rows([(verb.name, verb.help)], wide)
+            if verb.actions:
+                yield from _rows([("", "ACTION: " + ", ".join(_visible(verb.actions)))], wide)
+
+
+def _rows(rows: Iterable[tuple[str, str]], wide: int = 0) -> Iterator[str]:
+    """`  name  help`, the help wrapped and aligned."""
+    rows = list(rows)
+    wide = wide or max(len(left) for left, _ in rows)
+    for left, right in rows:
+        lines = textwrap.wrap(right, max(20, _width() - wide - 4)) or [""]
+        for i, line in enumerate(lines):
+            yield f"  {'' if i else left:<{wide}}  {line}"
+
+
+def _width() -> int:
+    return min(MAX_WIDTH, max(60, shutil.get_terminal_size().columns))
 
 
 def _examples(verb: Verb) -> str | None:

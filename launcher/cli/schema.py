@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -30,8 +31,13 @@ def schema_of(kind: str = "spec") -> dict[str, Any]:
     """
     if kind not in KINDS:
         raise SpecError(f"schema: {kind!r} is not a kind of file; use one of: {', '.join(KINDS)}")
+    return model_schema(model_of(kind), title=f"Headway {kind}")
+
+
+def model_of(kind: str) -> type[BaseModel]:
+    """The model of one of `KINDS`."""
     module, name = KINDS[kind]
-    return model_schema(getattr(importlib.import_module(module), name), title=f"Headway {kind}")
+    return getattr(importlib.import_module(module), name)
 
 
 def model_schema(root: type[BaseModel], *, title: str) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def write_schema(path: Path | None = None, kind: str = "spec") -> int:
         except OSError as error:
             reason = error.strerror or error
             raise SpecError(f"{file}: cannot be written: {reason}; name a file in a folder that exists") from None
-        print(f"written: {file}", file=sys.stderr)
+        console.note(f"written: {file}")
     return 0
 
 

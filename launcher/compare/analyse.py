@@ -25,9 +25,9 @@ from headway.launcher.compare.start import StartStrength, start_strengths
 from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio, steady_speed
 from headway.launcher.compare.trend import Trend, trend_of
 from headway.launcher.compare.verdicts import Verdict, verdict
-from headway.launcher.run.records import RunRecord, read_json, read_run
+from headway.launcher.run.records import RunRecord, read_run
 from headway.launcher.run.records_heads import Heads, Router, mean_routers
-from headway.launcher.run.run_dir import flatten
+from headway.launcher.run.run_dir import flatten, read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +126,10 @@ class StudyResult:
 
 def analyse(out: Path) -> StudyResult:
     """Read a study folder and compute everything. Raises SpecError where it holds no study."""
-    record = read_json(out / "study.json")
+    record = read_mapping(out / "study.json")
     if record.get("format") != 1:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
-    outcomes = read_json(out / OUTCOMES)
+    outcomes = read_mapping(out / OUTCOMES)
     cells = [_read_cell(out, cell, outcomes) for cell in record["cells"]]
     tokens, final = _common_tokens([c.record for c in cells if c.done])
     cells = [_with_loss(c, tokens) for c in cells]

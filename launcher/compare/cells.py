@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from headway.launcher.run.records import last_progress, read_json
+from headway.launcher.base.errors import PREEMPTED
+from headway.launcher.run.records import last_progress, last_validation
+from headway.launcher.run.run_dir import read_mapping
+from headway.launcher.run.state import held_by_live_process
 
 State = Literal["done", "running", "partial", "failed", "missing"]
 
 OUTCOMES = "outcomes.json"
 """File in the study's folder: cell key -> exit code, last lines and times of its latest attempt."""
 
-PREEMPTED = 75
-"""Exit code of a run that was stopped by a signal: the same command continues it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """`tokens` done, `loss` the last training loss (nats per token), `detail` why a cell failed."""
+    """`tokens` done, `detail` why a cell failed; the latest losses in nats per token: `loss` that of the last training
+    batch, `validation_loss` that of the last validation.
+    """
 
     state: State
     tokens: int = 0
     loss: float | None = None
+    validation_loss: float | None = None
     detail: str = ""
 
 
 def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
     """State of a cell from its run folder and the outcome of its latest attempt."""
     tokens, loss = last_progress(run_dir)
-    if read_json(run_dir / "summary.json").get("complete") is True:
-        return CellState(state="done", tokens=tokens, loss=loss)
-    if _held_by_live_process(run_dir):
-        return CellState(state="running", tokens=tokens, loss=loss)
+    state, detail = _state(run_dir, outcome, tokens)
+    return CellState(
+        state=state, tokens=tokens, loss=loss, validation_loss=_validation_loss(run_dir, state), detail=detail
+    )
+
+
+def _state(run_dir: Path, outcome: dict[str, Any] | None, tokens: int) -> tuple[State, str]:
+    if read_mapping(run_dir / "summary.json").get("complete") is True:
+        return "done", ""
+    if held_by_live_process(run_dir):
+        return "running", ""
     if outcome and outcome.get("exit_code") not in (0, PREEMPTED):
-        return CellState(state="failed", tokens=tokens, loss=loss, detail=failure(outcome))
-    return CellState(state="partial" if tokens else "missing", tokens=tokens, loss=loss)
+        return "failed", failure(outcome)
+    return ("partial" if tokens else "missing"), ""
+
+
+def _validation_loss(run_dir: Path, state: State) -> float | None:
+    """Of a run that is done, the one its summary states; else the last one recorded."""
+    stated = read_mapping(run_dir / "summary.json").get("final_validation_loss") if state == "done" else None
+    return float(stated) if isinstance(stated, int | float) else last_validation(run_dir)
 
 
 def failure(outcome: dict[str, Any]) -> str:
@@ -47,17 +61,3 @@ def failure(outcome: dict[str, Any]) -> str:
     told = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
     how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
     return f"{how}: {told[-1][:300]}" if told else how
-
-
-def _held_by_live_process(run_dir: Path) -> bool:
-    # Reading the holder's id, and not trying the lock, so that looking at a study can never keep a run out.
-    try:
-        pid, _, host = (run_dir / "run.lock").read_text().partition(" on ")
-        if host not in ("", socket.gethostname()[:64]):
-            return False  # its processes cannot be seen from here
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True

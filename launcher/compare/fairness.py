@@ -109,7 +109,7 @@ def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
     seen: dict[str, dict[str, int]] = {}
     for attempt in _attempts_that_count(run):
         values = {key: attempt.get(key) for key in ("git_commit", "code")}
-        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine")})
+        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine", "mechanism")})
         for key, value in values.items():
             if value is not None:
                 seen.setdefault(key, {}).setdefault(str(value), attempt.get("from_step") or 0)

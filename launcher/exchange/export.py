@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
+from headway.launcher.base import console
+from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
 from headway.launcher.run.codec import Codec
-from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.folders import find_run
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.spec import Spec
 from headway.model.convert import fold_decoder
@@ -47,10 +49,8 @@ def export(
     if max_shard_bytes < MIN_SHARD_BYTES:
         raise SpecError(f"--max-shard-bytes: {max_shard_bytes} is too small; use 5e9, or leave it out")
     refuse_taken(out, option="OUT")
-    run = RunDir(path)
-    if not run.spec.is_file():
-        raise NoInputError(f"{path} holds no spec.json: name the folder of a run; `headway train` says where it is")
-    spec = Spec.model_validate_json(run.spec.read_text())
+    run = find_run(path)
+    spec = stored_spec(run)
     codec = Codec.of(spec, run)
     if to == "hf":
         _llama_config(spec, codec)
@@ -62,7 +62,11 @@ def export(
         else:
             result = _write_ours(folder, spec, found, decoder, codec, max_shard_bytes)
     size = sum(p.stat().st_size for p in out.iterdir())
-    print(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
+    if console.wants_json():
+        facts = {"out": str(out), "to": to, "attention": spec.attention.type, "step": found.step, "bytes": size}
+        console.emit({**facts, "files": sorted(p.name for p in out.iterdir()), "check": result})
+        return 0
+    console.result(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
     return 0
 
 
@@ -104,7 +108,8 @@ def _write_llama(
             },
         )
     tokens = {"random": random_tokens(config["vocab_size"], spec.data.seq_len), "validation": validation_tokens(spec)}
-    result = said(differences(folder, decoder, tokens))
+    with console.progress("compare logits with transformers", lines=False):
+        result = said(differences(folder, decoder, tokens))
     text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
     (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
     return result
@@ -172,12 +177,15 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
         raise CheckpointError(
             f"{folder.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free space, or name another folder"
         )
-    names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
-    back = hf.TensorFiles(folder)
-    back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    for name, tensor in tensors.items():
-        if not torch.equal(back[name], tensor):
-            raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+    with console.progress("write tensors", len(tensors), "tensors") as bar:
+        names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+        bar.name("read tensors back")
+        back = hf.TensorFiles(folder)
+        back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            if not torch.equal(back[name], tensor):
+                raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+            bar.update()
     return names
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.codec import Codec
+from headway.launcher.run.folders import not_a_run
 from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -59,14 +61,13 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     elif (path / "config.json").is_file():
         model, codec, ids, seq_len, title = _of_weights(path, prompt)
     else:
-        hint = f"{path} is a file; name the run's folder" if path.is_file() else f"{path} holds no spec.json"
-        raise NoInputError(f"{hint}: train one with `headway train SPEC`; it says where its run folder is")
+        raise NoInputError(not_a_run(path))
     if len(ids) + sampling.tokens > seq_len:
-        _note(
+        console.note(
             f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {seq_len} the run "
             "was trained on; what lies beyond was never practised"
         )
-    _note(f"{title}, {len(ids)} prompt tokens")
+    console.note(f"{title}, {len(ids)} prompt tokens")
     printer = _Printer(codec)
     printer.put(ids)
     stats: dict[str, Any] = {}
@@ -75,7 +76,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     printer.close()
     new = stats["new_tokens"]
     decode_s = stats["decode_s"]
-    _note(
+    console.note(
         f"prefill {len(ids)} tokens in {1e3 * stats['prefill_s']:.0f} ms; {new} new tokens"
         + (f", {(new - 1) / decode_s:,.0f} per second" if new > 1 and decode_s > 0 else "")
         + f"; KV cache {stats['cache_bytes'] / 1024:,.1f} KiB for {stats['cached_tokens']} tokens"
@@ -85,7 +86,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
 
 def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
     """(model, codec, ids of the prompt, tokens of a training sequence, what it is)."""
-    spec = Spec.model_validate_json(run.spec.read_text())
+    spec = stored_spec(run)
     codec = Codec.of(spec, run)
     ids = codec.encode(prompt)
     model, step = load_model(run, spec)
@@ -102,11 +103,14 @@ def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], i
     return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
 
 
-def load_model(run: RunDir, spec: Spec) -> tuple[Decoder, int]:
-    """(the run's model in evaluation mode with its newest whole checkpoint, the step of that). Needs no DeepSpeed."""
+def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:
+    """(the run's model in evaluation mode with its newest whole checkpoint or that of `step`, the step of that).
+
+    Needs no DeepSpeed.
+    """
     from headway.launcher.run.weights import find_checkpoint, load_decoder
 
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, step)
     return _ready(load_decoder(spec, found), spec.model, cpu=spec.launch.device == "cpu"), found.step
 
 
@@ -181,7 +185,3 @@ class _Printer:
     def _show(self, text: str) -> None:
         print(text[len(self._shown) :], end="", flush=True)
         self._shown = text
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, float32
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError, printable
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.export import readme, said
@@ -50,7 +51,8 @@ def import_hf(source: Path, out: Path) -> int:
     fill(decoder.eval().requires_grad_(False), tensors, shape)
     bos, eos = _ends(source, shape)
     with new_folder(out, option="--to") as folder:
-        files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
+        with console.progress("write tensors", lines=False):
+            files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
         if (source / hf.TOKENIZER).exists():
             shutil.copyfile(source / hf.TOKENIZER, folder / hf.TOKENIZER)
             files.append(hf.TOKENIZER)
@@ -69,9 +71,14 @@ def import_hf(source: Path, out: Path) -> int:
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
         tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
-        result = said(differences(source, hf.load_exported(folder), tokens))
-    print(f"{out}: {sum(p.numel() for p in decoder.parameters()):,} parameters; {result}")
-    print(f"train from it with a spec that begins with `base: {out / SPEC}`")
+        with console.progress("compare logits with transformers", lines=False):
+            result = said(differences(source, hf.load_exported(folder), tokens))
+    parameters = sum(p.numel() for p in decoder.parameters())
+    if console.wants_json():
+        console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
+        return 0
+    console.result(f"{out}: {parameters:,} parameters; {result}")
+    console.say(f"train from it with a spec that begins with `base: {out / SPEC}`")
     return 0
 
 
@@ -92,8 +99,10 @@ def fill(decoder: Decoder, files: TensorFiles, shape: LlamaShape) -> None:
     wanted = {llama_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     derived = {name for name in set(files) - set(wanted) if is_derived(name, files[name], shape)}
     files.check(wanted | {name: files.shape(name) for name in derived})
-    for name, tensor in state.items():
-        tensor.copy_(_as_fp32(files[llama_name(name)], llama_name(name), source))
+    with console.progress("read tensors", len(state), "tensors") as bar:
+        for name, tensor in state.items():
+            tensor.copy_(_as_fp32(files[llama_name(name)], llama_name(name), source))
+            bar.update()
     head = llama_name("head")
     if head in derived and not bool((_as_fp32(files[head], head, source) == state["embedding"]).all()):
         raise WeightsError(

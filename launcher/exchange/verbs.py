@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headway.launcher.base.verbs import Verb
+from headway.launcher.base.verbs import Verb, output_arguments
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-bytes", type=float, default=5e9, metavar="N", help="maximum size of a tensor file (default 5e9)"
     )
+    output_arguments(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -63,6 +64,7 @@ def _export(args: argparse.Namespace) -> int:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder to write")
+    output_arguments(parser)
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.base.errors import HeadwayError
+from headway.launcher.base.errors import PREEMPTED, HeadwayError
 from headway.launcher.hosts.oom import MemoryWatch
 from headway.launcher.hosts.place import Place
 from headway.launcher.run.heartbeat import beat_file, read_beat
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.parallel.manifest import step_of, steps_on_disk
 
-PREEMPTED = 75
 ATTEMPT = "=== attempt of "
 CONTINUES = "the same command continues from the last checkpoint"
 

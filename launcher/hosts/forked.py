@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 
 VARIABLE = "HEADWAY_FORK_SERVER"
@@ -90,7 +91,7 @@ class Forked:
     @classmethod
     def headway(cls, server: ForkServer, arguments: list[str], *, cwd: Path, log: int, **env: str) -> Forked:
         """`headway ARGUMENTS` in `cwd`, with `env` added to the environment; all it says goes to the descriptor."""
-        environment = {**os.environ, **server.environment, **env}
+        environment = {**console.plain_environment(), **server.environment, **env}
         return cls(server.path, {"arguments": arguments, "env": environment, "cwd": str(cwd)}, log, log)
 
     def poll(self) -> int | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from pathlib import Path
 
+from headway.launcher.base.command import die_with_parent
 from headway.launcher.run.run_dir import RunDir
 
 STOPPED = "Tt"
@@ -56,8 +56,3 @@ def become_child() -> None:
     die_with_parent()
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
-
-
-def die_with_parent() -> None:
-    """For a child before it becomes another program: the kernel ends it when the parent ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

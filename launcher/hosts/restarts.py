@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 
+from headway.launcher.base import console
 from headway.launcher.hosts.faults import Fault
 from headway.launcher.run.run_dir import RunDir
 from headway.parallel.manifest import step_of, steps_on_disk
@@ -39,10 +40,10 @@ class Restarts:
     def pause(self, fault: Fault) -> None:
         """Say why, and wait: longer each time."""
         seconds = min(_LONGEST_S, 0.5 * 2**self._in_vain) if self._in_vain else 0.0
-        print(
+        console.alert(
             f"{fault.text}\nstarting the ranks again from the newest checkpoint in {seconds:g} s "
             f"({max(1, self._in_vain)} of {self._limit} without a new checkpoint)",
-            flush=True,
+            "yellow",
         )
         time.sleep(seconds)
 

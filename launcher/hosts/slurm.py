@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
-from headway.launcher.base.errors import HeadwayError, SpecError
-from headway.launcher.hosts.faults import PREEMPTED
+from headway.launcher.base.errors import PREEMPTED, HeadwayError, SpecError
 from headway.launcher.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -107,5 +107,8 @@ def submit(script: str, run: RunDir) -> int:
         said = done.stderr.strip() or f"status {done.returncode}"
         raise HeadwayError(f"sbatch refuses {path}: {said}; mend launch.slurm, or see `sinfo` for what there is")
     job = done.stdout.strip().partition(";")[0]
-    print(f"job {job}; its log is {path.parent / job}.log, and `squeue -j {job}` says where it stands")
+    if console.wants_json():
+        console.emit({"run_dir": str(run.path), "job": job, "log": str(path.parent / f"{job}.log")})
+        return 0
+    console.result(f"job {job}; its log is {path.parent / job}.log, and `squeue -j {job}` says where it stands")
     return 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.commands import (
     check_caches,
@@ -39,7 +40,7 @@ from headway.launcher.hosts.supervise import Alone, Control, supervise
 from headway.launcher.hosts.wire import interfaces
 from headway.launcher.plan.micro_batch.settle import check_one_host, number_of, settle
 from headway.launcher.run.card import banner, run_card, with_attempts
-from headway.launcher.run.identity import code_hash
+from headway.launcher.run.identity import code_hash, mechanism_identity
 from headway.launcher.run.machine import versions
 from headway.launcher.run.resolve import check_same_data, resolve
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
@@ -67,15 +68,29 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
         return _as_job(spec, run, arguments, dry_run=dry_run)
     if dry_run:
         if auto:
-            print("# train.micro_batch: auto is measured before this is started")
-        print(dry_run_text(spec, run, names=names))
+            console.result("# train.micro_batch: auto is measured before this is started")
+        console.result(dry_run_text(spec, run, names=names))
         if spec.launch.ssh and names is not None:
-            print("# host 0 starts the launchers of the others by")
+            console.result("# host 0 starts the launchers of the others by")
             for host, name in enumerate(names[1:], start=1):
-                print(shlex.join(remote_command(name, host, arguments, Path.cwd())))
+                console.result(shlex.join(remote_command(name, host, arguments, Path.cwd())))
         return 0
     with stoppable():
-        return _train_here(spec, run, names, arguments, node_rank, auto=auto)
+        code = _train_here(spec, run, names, arguments, node_rank, auto=auto)
+    if code == 0 and run.is_complete():
+        _conclude(run)
+    return code
+
+
+def _conclude(run: RunDir) -> None:
+    """The final result, for `--quiet` and `--json`: a rank has said it in words."""
+    summary = read_mapping(run.summary)
+    if console.wants_json():
+        console.emit({"run_dir": str(run.path), **summary})
+        return
+    loss = summary.get("final_validation_loss")
+    shown = f", validation loss {loss:.4f}" if isinstance(loss, int | float) else ""
+    console.result(f"{run.path}: complete, {summary.get('tokens', 0):,} tokens{shown}", only_quiet=True)
 
 
 def _train_here(
@@ -103,10 +118,10 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
 
     script = job_script(spec, run, arguments, Path.cwd())
     if dry_run:
-        print(f"# sbatch {shlex.quote(str(run.path / 'slurm' / 'job.sbatch'))}\n{script}", end="")
+        console.result(f"# sbatch {shlex.quote(str(run.path / 'slurm' / 'job.sbatch'))}\n{script.rstrip()}")
         launch = spec.launch.model_copy(update={"address": FIRST})
         text = dry_run_text(spec.model_copy(update={"launch": launch}), run, port=PORT)
-        print("\n".join(["# what the launcher then starts:", *(f"# {line}" for line in text.splitlines())]))
+        console.result("\n".join(["# what the launcher then starts:", *(f"# {line}" for line in text.splitlines())]))
         return 0
     forwarded(spec, os.environ)
     run.refuse_foreign()
@@ -181,7 +196,7 @@ def _with_others(
 ) -> int:
     from headway.launcher.hosts.connect import join
 
-    equal = {"code": code_hash(), "data": info["fingerprint"], **versions()}
+    equal = {"code": code_hash(), "data": info["fingerprint"], **mechanism_identity(spec), **versions()}
     joined = join(spec, run, host, equal, env=env, restarts=restarts)
     place = joined.place
     print(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.verbs import Verb, spec_arguments
+from headway.launcher.base.errors import SpecError
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +17,22 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print every value and where it comes from, and exit"
     )
+    output_arguments(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
     if args.print_config:
+        from headway.launcher.base import console
         from headway.launcher.spec.load import format_config, load_spec
 
-        print(format_config(load_spec(args.spec, args.overrides, no_auto=None)))
+        loaded = load_spec(args.spec, args.overrides, no_auto=None)
+        if args.json:
+            console.emit(loaded.spec.model_dump(mode="json"))
+        else:
+            console.result(format_config(loaded))
         return 0
+    if args.dry_run and args.json:
+        raise SpecError("--json: a dry run has no result but its text; leave out --json, or --dry-run")
     from headway.launcher.launch.start import train
 
     return train(args.spec, args.overrides, node_rank=args.node_rank, dry_run=args.dry_run)

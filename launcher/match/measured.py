@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.launcher.base import console
+from headway.launcher.base.console import Bar
 from headway.launcher.base.errors import SpecError
 from headway.launcher.match.matching import (
     MatchConfig,
@@ -25,7 +27,7 @@ from headway.launcher.match.matching import (
 from headway.launcher.match.search import Candidates, Illegal
 from headway.launcher.match.time import Build, Pass, Ratios, TimeSolver, compare, decoder_pass
 from headway.launcher.run.machine import machine, versions
-from headway.launcher.run.run_dir import identity, read_json, write_json
+from headway.launcher.run.run_dir import identity, read_mapping, write_json
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -52,8 +54,7 @@ class Measurements:
     @classmethod
     def of(cls, out: Path) -> Measurements:
         """Those in the study's folder; none where there are none yet, or the file is damaged."""
-        held = read_json(out / FILE, {})
-        return cls(held if isinstance(held, dict) else {})
+        return cls(read_mapping(out / FILE))
 
     def write(self, out: Path) -> None:
         """Keep them in the study's folder."""
@@ -70,7 +71,7 @@ class Measurements:
         check_free(spec, match, head)
         key = _key(spec, baseline, match)
         if key not in self.stored:
-            print(f"measuring {variant}: {match.free} for the time of the baseline's micro-batch", flush=True)
+            console.say(f"measuring {variant}: {match.free} for the time of the baseline's micro-batch")
             self.stored[key] = {
                 "variant": variant,
                 **self._solved(head, spec, baseline, match),
@@ -83,13 +84,18 @@ class Measurements:
 
     def _solved(self, head: str, spec: Spec, baseline: Spec, match: MatchConfig) -> dict[str, Any]:
         theirs = self._baseline_pass(baseline, match)
-
-        def measure(value: int, rounds: int) -> Ratios:
-            ours = self._build(spec_with(spec, match.free, value), match.seq_len or spec.data.seq_len)
-            return compare(ours, theirs, rounds=rounds)
-
         candidates = _buildable(spec, baseline, match)
-        solver = TimeSolver(measure, candidates)
+        with console.progress(f"measure {match.free}", unit="passes", tick=False) as bar:
+
+            def measure(value: int, rounds: int) -> Ratios:
+                ours = self._build(spec_with(spec, match.free, value), match.seq_len or spec.data.seq_len)
+                return compare(_counted(ours, bar), theirs, rounds=rounds)
+
+            return self._search(head, TimeSolver(measure, candidates), candidates, spec, match)
+
+    def _search(
+        self, head: str, solver: TimeSolver, candidates: Candidates, spec: Spec, match: MatchConfig
+    ) -> dict[str, Any]:
         if not solver.look(value_at(spec, match.free)):
             raise SpecError(nothing_legal(head, candidates, match))
         if not solver.is_affected():
@@ -120,6 +126,17 @@ class Measurements:
         if self._baseline is None or self._baseline[0] != key:
             self._baseline = (key, self._build(baseline, match.seq_len or baseline.data.seq_len))
         return self._baseline[1]
+
+
+def _counted(run: Pass, bar: Bar) -> Pass:
+    """The bar is drawn between passes, while no time is taken."""
+
+    def counted() -> float:
+        seconds = run()
+        bar.update()
+        return seconds
+
+    return counted
 
 
 def _buildable(spec: Spec, baseline: Spec, match: MatchConfig) -> Candidates:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.plan.hardware import Gpu, Network, usable_bytes
 from headway.launcher.plan.memory import Memory, worst
@@ -81,15 +82,18 @@ def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_pe
     """
     legal: dict[tuple[object, ...], list[Layout]] = {}
     illegal: Counter[str] = Counter()
-    for candidate in _candidates(spec, *_hosts(gpus, gpu)):
-        reason = why_not(candidate)
-        if reason is not None:
-            illegal[reason.partition(":")[0]] += 1
-            continue
-        layout = plan_layout(candidate, gpu, network, useful_flops_per_token=useful_flops_per_token)
-        parallel = candidate.parallel
-        key = (parallel.tensor, parallel.pipeline, parallel.zero, parallel.recompute)
-        legal.setdefault(key, []).append(layout)
+    candidates = list(_candidates(spec, *_hosts(gpus, gpu)))
+    with console.progress(f"search layouts of {gpus} GPUs", len(candidates), "layouts") as bar:
+        for candidate in candidates:
+            bar.update()
+            reason = why_not(candidate)
+            if reason is not None:
+                illegal[reason.partition(":")[0]] += 1
+                continue
+            layout = plan_layout(candidate, gpu, network, useful_flops_per_token=useful_flops_per_token)
+            parallel = candidate.parallel
+            key = (parallel.tensor, parallel.pipeline, parallel.zero, parallel.recompute)
+            legal.setdefault(key, []).append(layout)
     fitting, too_big = [], []
     for alike in legal.values():
         fits = [layout for layout in alike if layout.fits(gpu)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.plan.hardware import Gpu, find_gpu, find_network, usable_bytes
 from headway.launcher.plan.layouts import plan_layout, search
 from headway.launcher.plan.micro_batch.plan import by_plan, with_number
@@ -50,7 +50,7 @@ def plan(
             figures["micro_batch_auto"] = auto_line(spec.train.micro_batch, auto, chosen)
         if found is not None:
             figures["search"] = search_figures(found, chosen, between)
-        print(json.dumps(figures, indent=1))
+        console.emit(figures)
         return 0
     lines = [*cost_lines(spec, cost), "", *layout_lines(own, chosen, between)]
     if auto is not None:
@@ -58,7 +58,7 @@ def plan(
     if found is not None:
         assert gpus is not None
         lines += ["", *search_lines(found, gpus, chosen)]
-    print("\n".join(lines))
+    console.result("\n".join(lines))
     return 0
 
 

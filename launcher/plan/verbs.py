@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts on N GPUs")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="GPU to plan for (default h100)")
     parser.add_argument("--network", default="ndr", metavar="NAME", help="network between the hosts (default ndr)")
-    json_argument(parser)
+    output_arguments(parser)
 
 
 def _plan(args: argparse.Namespace) -> int:

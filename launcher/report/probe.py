@@ -18,8 +18,9 @@ from headway.launcher.match.matching import quantity_words
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, save
 from headway.launcher.report.plots.style import STYLE, styles
-from headway.launcher.report.study import report, write_csv, write_text
-from headway.launcher.run.records import read_json
+from headway.launcher.report.study import report
+from headway.launcher.report.tables import write_csv, write_text
+from headway.launcher.run.run_dir import read_mapping
 
 SOLVED = 0.99
 """Accuracy on the validation tokens from which a task counts as solved."""
@@ -45,7 +46,7 @@ def probe_report(out: Path) -> Path:
 
     Raises SpecError where the folder holds no probe tasks, or none was begun.
     """
-    record = read_json(out / "probe.json")
+    record = read_mapping(out / "probe.json")
     if record.get("format") != 1:
         raise SpecError(f"{out}: has no readable probe.json; run the probe tasks, or name the folder they were run in")
     begun = [name for name in record["tasks"] if (out / name / "study.json").exists()]

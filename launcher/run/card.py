@@ -9,6 +9,7 @@ from headway.launcher.run.identity import code_hash, identity_hash, run_identity
 from headway.launcher.run.machine import git_commit, machine, versions
 from headway.launcher.run.run_dir import RunDir, flatten, spec_hash
 from headway.launcher.spec.spec import Spec
+from headway.model.attention.external import provenance
 
 
 def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "identity": identity_hash(run_identity(spec, info["fingerprint"])),
         "git_commit": git_commit(),
         "versions": versions(),
+        **_mechanism(spec),
         "machine": machine(),
         "data_fingerprint": info["fingerprint"],
         "vocab_size": spec.model.vocab_size,
@@ -60,6 +62,7 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
         earlier = [{key: before.get(key) for key in _OF_A_START}] if before.get("started_at") else []
     this = {key: card[key] for key in _OF_A_START} | {
         "code": code_hash(),
+        **_mechanism(spec),
         "layout": _layout(spec),
         "zero": spec.parallel.zero,
         "from_step": from_step,
@@ -91,6 +94,12 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
             f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
         ]
     )
+
+
+def _mechanism(spec: Spec) -> dict[str, Any]:
+    """Name, package and hash of the sources of an external mechanism; nothing of a built-in one."""
+    found = provenance(spec.attention)
+    return {"mechanism": found} if found else {}
 
 
 def _layout(spec: Spec) -> str:

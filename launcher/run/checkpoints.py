@@ -6,11 +6,15 @@ Only reads: a training may be going on.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError
+from headway.launcher.base.text import age
+from headway.launcher.run.folders import not_a_run
 from headway.launcher.run.run_dir import RunDir
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import (
@@ -27,22 +31,27 @@ DAMAGED = 74
 _DELETION_S = 1.0
 
 
+def checkpoint_rows(path: Path) -> list[dict[str, Any]]:
+    """Of each checkpoint of a run, newest first; `error` says what is wrong with one. Empty where there is none."""
+    return [row for folder in steps_on_disk(RunDir(path).checkpoints) if (row := _row(folder)) is not None]
+
+
 def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     """Newest first: step, tokens, validation loss, size, layout, age; sizes and manifests are checked, not hashes."""
     rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        console.emit(rows)
         return 0
-    print(f"{'step':>10}  {'tokens':>15}  {'validation':>10}  {'size':>10}  {'age':>8}  layout")
+    console.result(f"{'step':>10}  {'tokens':>15}  {'validation':>10}  {'size':>10}  {'age':>8}  layout")
     for row in rows:
         if row["error"] is not None:
-            print(f"{row['step']:>10}  DAMAGED: {row['error']}")
+            console.result(console.paint(f"{row['step']:>10}  DAMAGED: {row['error']}", "red", sys.stdout))
             continue
         loss = "-" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
         layout = " ".join(f"{name} {size}" for name, size in row["layout"].items() if size > 1) or "one process"
-        print(
+        console.result(
             f"{row['step']:>10}  {row['tokens']:>15,}  {loss:>10}  {row['bytes'] / 1e6:>7.1f} MB  "
-            f"{_age(row['age_s']):>8}  {layout}"
+            f"{age(row['age_s']):>8}  {layout}"
         )
     return 0
 
@@ -53,16 +62,20 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     for folder in _folders(path, step):
         error = None
         try:
-            verify_hashes(folder, read_manifest(folder, run=RunDir(path).run_id()))
+            manifest = read_manifest(folder, run=RunDir(path).run_id())
+            size = sum(entry.bytes for entry in manifest.files.values())
+            with console.progress(f"verify step {step_of(folder)}", size, "B") as bar:
+                verify_hashes(folder, manifest, checked=bar.update)
         except (CheckpointError, OSError) as e:
             if _deleted(folder):
                 continue
             error = str(e)
         results.append({"step": step_of(folder), "error": error})
         if not as_json:
-            print(f"step {step_of(folder)}: {'every byte as it was written' if error is None else error}", flush=True)
+            shown = f"step {step_of(folder)}: {'every byte as it was written' if error is None else error}"
+            console.result(shown if error is None else console.paint(shown, "red", sys.stdout))
     if as_json:
-        print(json.dumps(results, indent=1))
+        console.emit(results)
     return DAMAGED if any(r["error"] for r in results) else 0
 
 
@@ -75,30 +88,33 @@ def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
     shapes = {key: list(tensors.shape(key)) for key in sorted(tensors)}
     about = {key: value for key, value in manifest.about.items() if key != "spec"}
     if as_json:
-        print(json.dumps({**manifest.model_dump(mode="json"), "shapes": shapes}, indent=1))
+        console.emit({**manifest.model_dump(mode="json"), "shapes": shapes})
         return 0
-    print(f"{folder}  ({found.bytes / 1e6:.1f} MB in {len(manifest.files)} files, format {manifest.format})")
+    console.result(f"{folder}  ({found.bytes / 1e6:.1f} MB in {len(manifest.files)} files, format {manifest.format})")
     for name, facts in (("state", manifest.state), ("layout", manifest.layout), ("about", about)):
-        print(f"{name}:")
+        console.result(f"{name}:")
         for key, value in facts.items():
-            print(f"  {key}: {json.dumps(value)}")
-    print(f"tensors ({len(shapes)}; param fp32 master, exp_avg and exp_avg_sq Adam's moments, buffer router state):")
+            console.result(f"  {key}: {json.dumps(value)}")
+    console.result(
+        f"tensors ({len(shapes)}; param fp32 master, exp_avg and exp_avg_sq Adam's moments, buffer router state):"
+    )
     for key, shape in shapes.items():
-        print(f"  {key} {shape}")
+        console.result(f"  {key} {shape}")
     return 0
 
 
 def _folders(path: Path, step: int | None) -> list[Path]:
     run = RunDir(path)
     folders = steps_on_disk(run.checkpoints)
+    if not folders and not run.spec.exists():
+        raise NoInputError(not_a_run(path))
     if step is not None:
         there = ", ".join(str(step_of(p)) for p in folders) or "none"
         folders = [p for p in folders if step_of(p) == step]
         if not folders:
             raise NoInputError(f"{run.checkpoints}: there is no checkpoint of step {step}; there are: {there}")
     if not folders:
-        hint = "it has saved none yet" if run.spec.exists() else "it is no run folder; name the folder with spec.json"
-        raise NoInputError(f"{path}: there is no checkpoint ({hint})")
+        raise NoInputError(f"{path}: there is no checkpoint (it has saved none yet)")
     return folders
 
 
@@ -126,10 +142,3 @@ def _row(folder: Path) -> dict[str, Any] | None:
         "age_s": age_s,
         "milestone": bool(state.get("milestone")),
     }
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from headway.data.config import DataError, MdsSource
 from headway.launcher.base.errors import SpecError
-from headway.launcher.run.run_dir import RunDir, read_json
+from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Codec:
 
         root = Path(source.path).expanduser()
         manifest = read_manifest(root)
-        trained_on = read_json(run.card, {}).get("data_fingerprint")
+        trained_on = read_mapping(run.card).get("data_fingerprint")
         if trained_on is not None and manifest.fingerprint != trained_on:
             raise DataError(
                 f"{root}: not the dataset this run was trained on (fingerprint {manifest.fingerprint[:16]}, the run "

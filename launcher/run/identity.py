@@ -15,6 +15,7 @@ from headway.launcher.base.errors import HeadwayError, SpecError, printable
 from headway.launcher.run.machine import versions
 from headway.launcher.run.run_dir import difference, flatten
 from headway.launcher.spec.spec import Spec
+from headway.model.attention.external import provenance
 
 
 class Gathers(Protocol):
@@ -42,8 +43,15 @@ def run_identity(spec: Spec, fingerprint: str | None) -> dict[str, str]:
         "spec": hashlib.sha256(resolved.encode()).hexdigest(),
         "data fingerprint": str(fingerprint),
         "code": code_hash(),
+        **mechanism_identity(spec),
         **versions(),
     }
+
+
+def mechanism_identity(spec: Spec) -> dict[str, str]:
+    """Version and sources of the package that an external mechanism comes from; empty for a built-in one."""
+    found = provenance(spec.attention)
+    return {"mechanism package": found["package"], "mechanism sources": found["sources"]} if found else {}
 
 
 def identity_hash(card: dict[str, str]) -> str:

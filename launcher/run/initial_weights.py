@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.config import MdsSource
+from headway.data.places import looked_for
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import difference, flatten
 from headway.launcher.spec.spec import Spec
@@ -26,6 +27,11 @@ def with_initial_hash(spec: Spec) -> Spec:
     folder = Path(spec.init.weights).expanduser()
     if spec.init.sha256 is not None and not folder.exists():
         return spec  # a run that goes on needs them no more; one that begins says so when it reads them
+    if not folder.exists():
+        raise hf.WeightsError(
+            f"init.weights: {folder}: no such folder{looked_for(folder)}; name a folder written by `headway export RUN "
+            "--to safetensors` or `headway import`, or leave init.weights out"
+        )
     config = hf.read_exported(folder)
     found = hf.sha256_of(folder / hf.CONFIG)
     if spec.init.sha256 not in (None, found):

@@ -9,7 +9,6 @@ summary.json  written last; `complete` is true only for a run that reached its l
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from headway.launcher.run.lines import Damage, Lost, decode, gaps, read_lines
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
+from headway.launcher.run.run_dir import read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +92,6 @@ class RunRecord:
         return float(self.train.train_s[-1]) if len(self.train) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where the file is missing, torn or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}, "start": {}}
@@ -112,9 +103,9 @@ def read_run(path: Path) -> RunRecord:
     steps, validations, heads, starts = ([found[step] for step in sorted(found)] for found in by_kind.values())
     return RunRecord(
         path=path,
-        spec=read_json(path / "spec.json"),
-        run=read_json(path / "run.json"),
-        summary=read_json(path / "summary.json"),
+        spec=read_mapping(path / "spec.json"),
+        run=read_mapping(path / "run.json"),
+        summary=read_mapping(path / "summary.json"),
         train=_curve(steps),
         validation=_curve(validations),
         accuracy=_column(validations, "accuracy"),
@@ -130,19 +121,35 @@ def read_run(path: Path) -> RunRecord:
 
 def last_progress(path: Path) -> tuple[int, float | None]:
     """(tokens, training loss) of the last whole record in metrics.jsonl, reading only the end of the file."""
-    try:
-        with (path / "metrics.jsonl").open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - (1 << 20)))
-            lines = file.read().splitlines()
-    except OSError:
+    record = _last(path, "train")
+    if record is None:
         return 0, None
-    for line in reversed(lines):
-        record = _parse(line)
-        if record.get("kind") == "train":
-            tokens = _number(record.get("tokens"))
-            return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
-    return 0, None
+    tokens = _number(record.get("tokens"))
+    return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
+
+
+def last_validation(path: Path) -> float | None:
+    """Validation loss of the last whole record of one in metrics.jsonl; None where there is none."""
+    record = _last(path, "validation")
+    return None if record is None else _number(record.get("loss"))
+
+
+def _last(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole record of a kind. Validations can be far apart: where the file's end has none, more is read."""
+    mark = f'"{kind}"'.encode()
+    for most in (1 << 20, 1 << 26):
+        try:
+            with (path / "metrics.jsonl").open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - most))
+                lines = file.read().splitlines()
+        except OSError:
+            return None
+        records = (_parse(line) for line in reversed(lines) if mark in line)
+        found = next((record for record in records if record.get("kind") == kind), None)
+        if found is not None or size <= most:
+            return found
+    return None
 
 
 def _records(path: Path, damage: Damage) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.layouts import check_vocabulary
@@ -21,7 +22,7 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     else:
         from headway.data.verify import verify
 
-        found = verify(source, seq_len=spec.data.seq_len)
+        found = verify(source, seq_len=spec.data.seq_len, progress=console.progress)
         info = {
             "fingerprint": found.fingerprint,
             "vocab_size": found.vocab_size,

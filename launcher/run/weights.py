@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.spec import Spec
@@ -17,13 +16,16 @@ def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoi
     Raises CheckpointError where it is not whole or there is none, NoInputError where there is none of `step`.
     """
     if step is None:
-        return checkpoint.newest_readable(run.checkpoints, warn=lambda text: print(text, file=sys.stderr, flush=True))
+        with console.progress("verify checkpoint", lines=False):
+            return checkpoint.newest_readable(run.checkpoints, warn=console.warn)
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.steps_on_disk(run.checkpoints)}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
         raise NoInputError(f"--step: there is no checkpoint of step {step} (there: {there}); name one, or leave it out")
     manifest = checkpoint.read_manifest(steps[step])
-    checkpoint.verify_hashes(steps[step], manifest)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    with console.progress("verify checkpoint", size, "B") as bar:
+        checkpoint.verify_hashes(steps[step], manifest, checked=bar.update)
     return checkpoint.Checkpoint(path=steps[step], step=step, manifest=manifest)
 
 

@@ -19,6 +19,8 @@ _SUFFIXES = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _NAME = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _BOOLEAN_WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false")
 
+SEVERAL = "A run has one value here; to compare several, write a study with a variant or a seed for each"
+
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """The choice that looks most like `name`, if one does; case, dashes and underscores do not count."""
@@ -43,11 +45,14 @@ def closest_key(name: str, prefix: str, legal: Sequence[str], everywhere: Sequen
     return closest(prefix + name, [path for path in everywhere if not prefix.startswith(f"{path}.")], 0.8)
 
 
-def not_one_of(value: Any, legal: Sequence[Any], noun: str = "value") -> str:
-    """`'rqga' is not a known type. Did you mean rgqa? Legal: gqa, rgqa, ...`."""
+def not_one_of(value: Any, legal: Sequence[Any], noun: str = "value", hint: str = "") -> str:
+    """`'rqga' is not a known type. Did you mean rgqa? Legal: gqa, rgqa, ...`; `hint` stands for the question."""
     names = [shown(item) for item in legal]
     close = closest(value, names) if isinstance(value, str) and value not in names else []
-    hint = f" Did you mean {close[0]}?" if close else ""
+    if isinstance(value, str) and _all_of(value.split(","), names):
+        hint = f" {SEVERAL}."
+    elif hint or close:
+        hint = f" {hint or f'Did you mean {close[0]}?'}"
     return f"{describe(value)} is not a known {noun}.{hint} Legal: {', '.join(names)}"
 
 
@@ -85,15 +90,17 @@ def legal_range(info: Any) -> str:
     return ", ".join(found)
 
 
-def wrong_value(kind: str, message: str, context: Mapping[str, Any], node: Node, shape: Shape, info: Any) -> str:
-    """The sentence for one value that pydantic refused with error type `kind`."""
+def wrong_value(
+    kind: str, message: str, context: Mapping[str, Any], node: Node, shape: Shape, info: Any, hint: str = ""
+) -> str:
+    """The sentence for one value that pydantic refused with error type `kind`; `hint`: what to write, where known."""
     value = node.value
     if kind in _RANGE_ERRORS:
         name = _RANGE_ERRORS[kind]
         span = legal_range(info) or f"{_BOUNDS[name]} {context.get(name)}"
         return f"must be {span}; got {describe(value)}"
     if kind == "literal_error":
-        return not_one_of(value, shape.literals) + _literal_advice(node, shape)
+        return not_one_of(value, shape.literals, hint=hint) + _literal_advice(node, shape)
     if kind == "string_pattern_mismatch":
         pattern = context.get("pattern")
         if pattern == _NAME:
@@ -121,9 +128,12 @@ def type_advice(node: Node, shape: Shape) -> str:
         if bool in shape.scalars and value.lower() in _BOOLEAN_WORDS:
             truth = value.lower() in ("yes", "on", "y", "true")
             return f". Write {str(truth).lower()}" + (" without quotes" if node.quoted else "")
+        if (shape.places or shape.items is not None) and "," in value and not node.quoted:
+            quotes = "" if node.place.line else "'"  # a shell may take brackets for a pattern
+            return f". Write {quotes}[{printable(value, 60)}]{quotes}"
         if shape.scalars & {int, float}:
             return _number_advice(node, shape)
-        if shape.variants and value in shape.variants:
+        if shape.variants and value in shape.tags():
             return f". Write {{{shape.discriminator}: {value}, ...}}"
     if str in shape.scalars and isinstance(value, bool | int | float) and node.text is not None:
         return f'. Put it in quotes if it is text: "{printable(node.text, 60)}"'
@@ -132,6 +142,10 @@ def type_advice(node: Node, shape: Shape) -> str:
     if shape.items is not None and not isinstance(value, dict | list):
         return f". Write [{printable(node.text or '', 60)}]" if value is not None else ""
     return ""
+
+
+def _all_of(parts: Sequence[str], names: Sequence[str]) -> bool:
+    return len(parts) > 1 and all(part.strip() in names for part in parts)
 
 
 def _fold(name: str) -> str:
@@ -148,6 +162,8 @@ def _number(text: str) -> Scalar:
 
 def _number_advice(node: Node, shape: Shape) -> str:
     text = node.value.strip()
+    if len(parts := text.split(",")) > 1 and len(parts[-1]) != 3 and all(_number(part) is not None for part in parts):
+        return f". {SEVERAL}"
     bare = text.lstrip("+-").lower()
     if node.quoted and _number(text) is not None:
         return f". Remove the quotes: {text}"

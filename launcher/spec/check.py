@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from pydantic_core import ErrorDetails
 
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.spec import advice
+from headway.launcher.spec.aliases import Alias, alias
 from headway.launcher.spec.fields import Shape, paths, root_shape
+from headway.launcher.spec.foreign_values import value_hint
 from headway.launcher.spec.merge import tag_of
 from headway.launcher.spec.yamlio import MAX_INT, Node, Place
 from headway.parallel.config import SECRET_NAME
@@ -126,12 +129,15 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
         missing = True
     elif kind == "union_tag_invalid":
         tag = spot.node.value[spot.shape.discriminator] if spot.node.is_mapping else spot.node
-        text = advice.not_one_of(tag.value, list(spot.shape.variants), "type")
         spot = _below(spot, spot.shape.discriminator)
+        shape = spot.parent_shape
+        text = advice.not_one_of(tag.value, shape.tags(), "type", value_hint(spot.key, tag.value))
+        text += f"; {shape.registered.hint}" if shape.registered is not None else ""
     elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
         text = "expected text or null; the value is not shown because of its name"
     else:
-        text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot))
+        hint = value_hint(spot.key, spot.node.value)
+        text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot), hint)
     where = f"{printable(spot.key, 200)}: " if spot.key else ""
     return _Problem(spot.place, spot.key, f"{where}{text}", missing, kind)
 
@@ -197,12 +203,12 @@ def _raised(message: str, spot: _Spot) -> tuple[_Spot, str]:
 
 def _missing(spot: _Spot, kind: str) -> tuple[_Spot, str]:
     if kind == "union_tag_not_found":
-        names = list(spot.shape.variants)
+        names = spot.shape.tags()
         return _below(spot, spot.shape.discriminator), f"is missing; write one of: {', '.join(names)}"
     info = _field(spot)
     text = "is missing and has no default"
     if spot.shape.has_keys and not spot.shape.scalars:
-        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.variants)}"
+        tag = f"; {spot.key}.{spot.shape.discriminator} is one of: {', '.join(spot.shape.tags())}"
         text += tag if spot.shape.variants else f"; its keys are: {', '.join(spot.shape.keys())}"
     else:
         expected = advice.expected(spot.shape, info)
@@ -217,8 +223,11 @@ def _unknown_key(spot: _Spot, tree: Node, root: Shape) -> str:
     tag = tag_of(spot.parent, spot.parent_shape)
     legal = spot.parent_shape.keys(tag)
     owners = [t for t, model in spot.parent_shape.variants.items() if name in model.model_fields and t != tag]
+    entries = list(_foreign(spot, tree, root)) if "train.tokens" in paths(root, {}) else []
     if owners:
         text = f"is no key of {prefix}{spot.parent_shape.discriminator} {tag}, only of: {', '.join(owners)}."
+    elif entries:
+        return " ".join(["unknown key.", *entries])
     elif not advice.closest(name, legal) and (near := advice.closest(name, spot.parent_shape.keys(), 0.8)):
         owners = [t for t, model in spot.parent_shape.variants.items() if near[0] in model.model_fields]
         kind = f"{prefix}{spot.parent_shape.discriminator}"
@@ -227,6 +236,50 @@ def _unknown_key(spot: _Spot, tree: Node, root: Shape) -> str:
         close = advice.closest_key(name, prefix, legal, list(paths(root, _tags(tree, root))))
         text = "unknown key." + (f" Did you mean {' or '.join(close)}?" if close else "")
     return f"{text} Legal keys here: {', '.join(legal)}"
+
+
+def _foreign(spot: _Spot, tree: Node, root: Shape) -> Iterator[str]:
+    """What is said of a key that other tools have, or of each key in a section that only they have."""
+    if (entry := alias(spot.key)) is not None:
+        yield _our_key(entry, spot.node, tree)
+    elif spot.node.is_mapping:
+        known = list(paths(root, _tags(tree, root)))
+        keys = list(_scalars(spot.node, spot.key))[:MAX_PROBLEMS]
+        near = advice.closest(spot.key, spot.parent_shape.keys())
+        if near and all(near[0] + key.removeprefix(spot.key) in known for key, _ in keys):
+            return  # the name of the section is misspelt, what is in it is right
+        for key, node in keys:
+            if (entry := alias(key)) is not None:
+                yield f"{printable(key)}: {_our_key(entry, node, tree)}"
+            elif close := advice.closest_key(key.rpartition(".")[2], "", [], known):
+                yield f"{printable(key)}: did you mean {' or '.join(close)}?"
+
+
+def _our_key(entry: Alias, node: Node, tree: Node) -> str:
+    """The sentence for one entry, with the number to write where the spec says all that it follows from."""
+    if not entry.hint:
+        return f"Did you mean {entry.keys[0]}?"
+    nodes = [node, *(_node_at(tree, key) for key in entry.times)]
+    factors = [_whole(item) if type(item.value) is float else item.value for item in nodes]
+    # a share is below 1, and a number of steps is whole: elsewhere `save_steps: 0.1` may mean a tenth of the run
+    right = isinstance(factors[0], float) if entry.times == ("train.tokens",) else isinstance(factors[0], int)
+    if not entry.times or not right or not all(type(factor) in (int, float) and factor > 0 for factor in factors):
+        return entry.hint
+    product = math.prod(Decimal(str(factor)) for factor in factors)
+    return f"{entry.hint} Here {' x '.join(map(str, factors))}: {entry.keys[0]}={round(product)}."
+
+
+def _node_at(tree: Node, key: str) -> Node:
+    """The node of a dotted key, or one that holds nothing."""
+    for part in key.split("."):
+        tree = tree.value.get(part, Node(None, tree.place)) if tree.is_mapping else Node(None, tree.place)
+    return tree
+
+
+def _scalars(node: Node, key: str) -> Iterator[tuple[str, Node]]:
+    """Dotted keys and nodes below a mapping that are no mappings themselves."""
+    for name, item in node.value.items():
+        yield from _scalars(item, f"{key}.{name}") if item.is_mapping else [(f"{key}.{name}", item)]
 
 
 def _tags(node: Node, shape: Shape, prefix: str = "") -> dict[str, str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
 
 from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
@@ -34,6 +34,16 @@ class Word:
         return {"anyOf": [handler(schema), {"const": self.text, "type": "string"}]}
 
 
+@runtime_checkable
+class Registered(Protocol):
+    """Beside a union of models: those that installed packages add, known by name before they are imported."""
+
+    @property
+    def hint(self) -> str: ...  # where types come from that are not in the list
+    def names(self) -> list[str]: ...
+    def find(self, tag: str) -> type[BaseModel] | None: ...
+
+
 @dataclass(frozen=True)
 class Shape:
     """What may stand at one place. An empty Shape allows anything."""
@@ -43,6 +53,7 @@ class Shape:
     words: tuple[str, ...] = ()  # that may stand instead of a value, see `Word`
     model: type[BaseModel] | None = None
     variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by the value of `discriminator`
+    registered: Registered | None = None  # further variants, of installed packages
     discriminator: str = "type"
     items: Shape | None = None  # of a list, or of a tuple whose places are all alike
     places: tuple[Shape, ...] = ()  # of a tuple of fixed length
@@ -56,7 +67,14 @@ class Shape:
 
     def known_model(self, tag: Any) -> type[BaseModel] | None:
         """The model that describes a mapping whose discriminator has the value `tag`."""
-        return self.variants.get(tag) if self.variants and isinstance(tag, str) else self.model
+        if not self.variants or not isinstance(tag, str):
+            return self.model
+        known = self.variants.get(tag)
+        return self.registered.find(tag) if known is None and self.registered is not None else known
+
+    def tags(self) -> list[str]:
+        """Legal values of the discriminator."""
+        return [*self.variants, *(self.registered.names() if self.registered is not None else ())]
 
     def child(self, key: str, tag: Any = None) -> Shape:
         """Shape of `key`; with an unknown `tag`, of that key in whichever variant has it."""
@@ -83,7 +101,8 @@ def field_shape(info: FieldInfo) -> Shape:
     discriminator = info.discriminator if isinstance(info.discriminator, str) else None
     shape = _shape(info.annotation, discriminator)
     words = tuple(item.text for item in info.metadata if isinstance(item, Word))
-    return replace(shape, words=words) if words else shape
+    shape = replace(shape, words=words) if words else shape
+    return _with_registered(shape, info.metadata)
 
 
 def paths(shape: Shape, tag_at: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[str]:
@@ -103,7 +122,7 @@ def _shape(annotation: Any, discriminator: str | None = None) -> Shape:
     if origin is Annotated:
         inner, *metadata = get_args(annotation)
         found = [m.discriminator for m in metadata if isinstance(getattr(m, "discriminator", None), str)]
-        return _shape(inner, found[0] if found else discriminator)
+        return _with_registered(_shape(inner, found[0] if found else discriminator), metadata)
     if origin in (Union, types.UnionType):
         return _union([_shape(arm, discriminator) for arm in get_args(annotation)], discriminator)
     if origin is Literal:
@@ -121,6 +140,11 @@ def _shape(annotation: Any, discriminator: str | None = None) -> Shape:
     if annotation in (int, float, bool, str):
         return Shape(scalars=frozenset([annotation]))
     return Shape()
+
+
+def _with_registered(shape: Shape, metadata: Iterable[Any]) -> Shape:
+    found = next((item for item in metadata if isinstance(item, Registered)), None)
+    return shape if found is None else replace(shape, registered=found)
 
 
 def _tuple(arguments: tuple[Any, ...]) -> Shape:
@@ -145,6 +169,7 @@ def _union(arms: list[Shape], discriminator: str | None) -> Shape:
         literals=tuple(value for arm in arms for value in arm.literals),
         model=models[0] if models and not variants else None,
         variants=variants,
+        registered=next((arm.registered for arm in arms if arm.registered is not None), None),
         discriminator=discriminator,
         items=next((arm.items for arm in arms if arm.items is not None), None),
         places=next((arm.places for arm in arms if arm.places), ()),

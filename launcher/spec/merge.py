@@ -14,25 +14,31 @@ from typing import Any
 
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.spec.fields import Shape
+from headway.launcher.spec.paths import place_paths
 from headway.launcher.spec.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
 
 MAX_BASES = 16
 _ENVIRONMENT = re.compile(r"launch\.env[.=]|launch=.*\benv\b", re.DOTALL)
+_KEY = r"[A-Za-z_]\w*(?:\.\w+)*"
 _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
 
 
 def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
     """The file and the files it is based on, lowest first, dotted keys nested.
 
-    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Raises NoInputError if
-    `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle of bases included.
+    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Other relative paths mean
+    the working folder and, where they are not there, the folder of the file (`headway.launcher.spec.paths`).
+    Raises NoInputError if `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle
+    of bases included.
     """
     label, layers, seen = str(path), [], []
     while True:
         node = load_yaml(path, label)
         seen.append((path.resolve(), label))
         base = node.value.pop("base", None) if inherit else None
-        layers.append(nest(node, shape))
+        layer = nest(node, shape)
+        place_paths(layer, path.parent)
+        layers.append(layer)
         if base is None:
             return layers[::-1]
         if not isinstance(base.value, str) or not base.value:
@@ -109,13 +115,15 @@ def _twice(name: str, node: Node, first: Node) -> SpecError:
 def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
     """Arguments `a.b=value` as one layer. The value follows the rules of YAML; `[...]`, `{...}` and quotes work too."""
     layer = Node({}, Place("arguments"))
-    for argument in overrides:
+    for i, argument in enumerate(overrides):
         key, equals, text = argument.partition("=")
         # A value for the environment may be a secret; messages and origins name the argument.
-        shown = f"{key}=..." if _ENVIRONMENT.match(argument) else argument
+        secret = _ENVIRONMENT.match(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
+        shown = (f"{key}=..." if equals else "...") if secret else argument
         place = Place(f"argument '{printable(shown, 200)}'")
         if not equals or not key or key != key.strip() or key.startswith("-"):
-            raise SpecError(f"{place}: is not KEY=VALUE, such as train.tokens=1e6 or attention.type=gqa")
+            right = "" if secret else _right_form(overrides, i)
+            raise SpecError(f"{place}: is not KEY=VALUE, such as train.tokens=1e6 or attention.type=gqa{right}")
         if key == "base":
             raise SpecError(f"{place}: `base` can only stand in a file; name the other file instead of this one")
         node = _override_value(text, place)
@@ -124,6 +132,27 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
         for name, item in nested.value.items():
             _put(layer, [name], item, key if not item.is_mapping else name)
     return layer
+
+
+def _right_form(overrides: Sequence[str], i: int) -> str:
+    """What to write instead of `overrides[i]`, which is not KEY=VALUE, with what stands before and behind it."""
+    argument = overrides[i]
+    before = overrides[i - 1] if i else ""
+    behind = overrides[i + 1] if i + 1 < len(overrides) else ""
+    if argument.startswith("~"):
+        return f". A key cannot be deleted; write {printable(argument[1:])}= for null, or take it out of the file"
+    if argument.startswith("-") and "=" in argument:
+        return f". Write {printable(argument.lstrip('-'))}"
+    if pair := re.fullmatch(rf"({_KEY}):\s*([^/\s].*)", argument):
+        return f". Write {printable(f'{pair[1]}={pair[2]}')}"
+    if re.fullmatch(rf"{_KEY}=", before):
+        return f". Write {printable(before + argument)}, without a space behind the sign"
+    if re.fullmatch(_KEY, argument) and behind.startswith("="):
+        value = behind[1:] or (overrides[i + 2] if i + 2 < len(overrides) else "")
+        return f". Write {printable(f'{argument}={value}')}, without a space before the sign"
+    if re.fullmatch(_KEY, argument) and behind and "=" not in behind:
+        return f". Write {printable(f'{argument}={behind}')}"
+    return ""
 
 
 def _override_value(text: str, place: Place) -> Node:
@@ -175,9 +204,9 @@ def tag_of(node: Node, shape: Shape) -> str | None:
 
 def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: str) -> dict[str, Node]:
     old, new = tag_of(low, shape), tag_of(high, shape)
-    if old is None or new is None or old == new or new not in shape.variants:
+    if old is None or new is None or old == new or shape.known_model(new) is None:
         return low.value
-    legal, somewhere = shape.keys(new), shape.keys()
+    legal, somewhere = shape.keys(new), {*shape.keys(), *shape.keys(old)}
     kept = {}
     for key, item in low.value.items():
         # a key that no type knows is a typing mistake of the lower layer: it stays, and is reported

@@ -3,51 +3,93 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from headway.launcher.base import console
+from headway.launcher.base.command import die_with_parent
+from headway.launcher.base.text import duration
+
 _STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")
-_PR_SET_PDEATHSIG = 1
+
+
+ENOUGH = 0.05
+"""Share of a cell whose steps must have been timed before an estimate of the rest is worth showing."""
 
 
 class Eta:
-    """Seconds until the last cell ends, from the pace of this invocation. Cells count as equally long."""
+    """Seconds until the last cell ends, from the steps of this invocation. Cells count as equally long.
+
+    What a process needs to start, and its first steps, are no measure of those that follow: a cell's pace is taken from
+    its second console line on, and its start-up is counted once for each cell that is left.
+    """
 
     def __init__(self, cells: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._cells, self._clock, self._start = cells, clock, clock()
-        self._finished, self._before, self._now = 0, 0.0, 0.0
-        self._skipped = 0.0
+        self._left, self._clock = cells, clock
+        self._steady_s = self._steady_share = 0.0  # of cells that have ended
+        self._starts: list[float] = []  # seconds that each had in which no steady steps were taken
+        self._begun_s = clock()
+        self._marks: list[tuple[float, float]] = []  # (time, share done) at the console lines of the running cell
+        self._running = False
+        self._before = 0.0
 
     def begin(self, share_done: float) -> None:
         """A cell starts, `share_done` (0..1) of it trained earlier."""
-        self._before = self._now = share_done
+        self._begun_s, self._marks, self._running, self._before = self._clock(), [], True, share_done
 
     def step(self, share_done: float) -> None:
-        self._now = max(self._now, share_done)
+        """The running cell has said that it is so far."""
+        if not self._marks or share_done > self._marks[-1][1]:
+            self._marks.append((self._clock(), share_done))
 
     def end(self) -> None:
-        self._finished += 1
-        self._skipped += self._before
-        self._before = self._now = 0.0
+        """The running cell has ended, well or not."""
+        seconds, share = self._steady()
+        took = self._clock() - self._begun_s
+        if not share and self._marks:  # too short for two lines: all of it is its pace
+            seconds, share = took, self._marks[-1][1] - self._before
+        if share > 0:
+            self._steady_s += seconds
+            self._steady_share += share
+            self._starts.append(took - seconds)
+        self._left -= 1
+        self._marks, self._running = [], False
 
     def seconds_left(self) -> float | None:
-        """None until 2 % of one cell is done: before that the start-up of the process is all there is to see."""
-        done = self._finished - self._skipped + self._now - self._before
-        if done < 0.02:
+        """None while too few steps were timed to say."""
+        seconds, share = self._steady()
+        seconds, share = seconds + self._steady_s, share + self._steady_share
+        if share < ENOUGH:
             return None
-        left = self._cells - self._finished - self._now
-        return (self._clock() - self._start) / done * left
+        cell_s, running, others = seconds / share, 0.0, self._left
+        starts = self._starts
+        if self._running:
+            others -= 1
+            done = self._marks[-1][1] if self._marks else self._before
+            running = (1 - done) * cell_s
+            starts = starts or [self._marks[1][0] - self._begun_s]
+        return running + others * (cell_s + sum(starts) / len(starts))
+
+    def __str__(self) -> str:
+        left = self.seconds_left()
+        return "estimating" if left is None else duration(left)
+
+    def _steady(self) -> tuple[float, float]:
+        """(seconds, share of a cell) between the second and the last console line of the running cell."""
+        if len(self._marks) < 3:
+            return 0.0, 0.0
+        (begin_s, begin), (end_s, end) = self._marks[1], self._marks[-1]
+        return end_s - begin_s, end - begin
 
 
 class CellRunner:
@@ -85,9 +127,9 @@ class CellRunner:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
+                env={**console.plain_environment(), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal must reach it once, through us
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
             if self.stopping:  # a signal came between the last check and the start
                 child.terminate()
@@ -131,7 +173,3 @@ def step_share(line: str) -> float | None:
     """Share of the run that a console line `step 12/80 ...` reports as done; None for other lines."""
     match = _STEP.search(line)
     return int(match[1]) / int(match[2]) if match and int(match[2]) else None
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,9 +6,9 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from headway.data.config import StrictModel
 from headway.launcher.compare.questions import parse_question
@@ -31,6 +31,45 @@ SET_BY_STUDY = {
 """Spec keys that every cell gets from the study, and what a user who wants to set one does."""
 
 
+def flat_keys(tree: Any) -> Any:
+    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}; nothing at all counts as no keys.
+
+    Raises ValueError where a key is given both dotted and nested.
+    """
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        return tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = {f"{key}.{k}": v for k, v in flat_keys(value).items()} if isinstance(value, dict) else {key: value}
+        if twice := flat.keys() & inner.keys():
+            raise ValueError(f"{sorted(twice)[0]} is given twice")
+        flat |= inner
+    return flat
+
+
+def _flat_changes(value: Any) -> Any:
+    return {name: flat_keys(keys) for name, keys in value.items()} if isinstance(value, dict) else value
+
+
+Changes = Annotated[dict[str, dict[str, Any]], BeforeValidator(_flat_changes)]
+"""Name -> what differs from the base, by dotted spec keys; the file may nest them."""
+
+
+def check_changes(section: str, changes: Changes) -> None:
+    """Raises ValueError for a name that cannot be a folder's, and for a key that the study sets.
+
+    `section`: where the file has them.
+    """
+    for name, keys in changes.items():
+        if not re.match(NAME, name):
+            raise ValueError(f"{section}: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+        for key in keys:
+            if key in SET_BY_STUDY:
+                raise ValueError(f"{section}: {name}: the study sets {key}; {SET_BY_STUDY[key]}")
+
+
 class StudyConfig(StrictModel):
     """Every variant is trained once per seed; a seed sets both the initial parameters and the order of the data."""
 
@@ -50,16 +89,9 @@ class StudyConfig(StrictModel):
         default=[], description="questions stated beforehand: `rgqa-k1 is not worse than gqa by more than 0.01`"
     )
     seeds: list[int] = Field(min_length=1, description="one run of every variant per seed")
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: Changes = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
     )
-
-    @field_validator("variants", mode="before")
-    @classmethod
-    def _flat(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: flat_keys(keys) for name, keys in value.items()}
 
     @field_validator("seeds")
     @classmethod
@@ -72,12 +104,8 @@ class StudyConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
+        check_changes("variants", self.variants)
         for name, keys in self.variants.items():
-            if not re.match(NAME, name):
-                raise ValueError(f"variants: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
-            for key in keys:
-                if key in SET_BY_STUDY:
-                    raise ValueError(f"variants: {name}: the study sets {key}; {SET_BY_STUDY[key]}")
             if self.match and name != self.baseline_name and self.match.free in keys:
                 raise ValueError(
                     f"variants: {name}: `match` solves {self.match.free}; leave it out here, or free another dimension"
@@ -118,24 +146,6 @@ class Study:
         for part in key.split("."):
             node = node.value.get(part, node) if node.is_mapping else node
         return str(node.at if node is not self.tree else self.path)
-
-
-def flat_keys(tree: Any) -> Any:
-    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}; nothing at all counts as no keys.
-
-    Raises ValueError where a key is given both dotted and nested.
-    """
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        return tree
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = {f"{key}.{k}": v for k, v in flat_keys(value).items()} if isinstance(value, dict) else {key: value}
-        if twice := flat.keys() & inner.keys():
-            raise ValueError(f"{sorted(twice)[0]} is given twice")
-        flat |= inner
-    return flat
 
 
 def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:

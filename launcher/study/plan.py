@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.data.config import MdsSource
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.match.matching import (
     MatchConfig,
@@ -235,7 +236,7 @@ class _Resolver:
         if key not in self.facts:
             from headway.data.verify import verify
 
-            info = verify(source, seq_len=data.seq_len)
+            info = verify(source, seq_len=data.seq_len, progress=console.progress)
             self.facts[key] = (info.vocab_size, info.fingerprint)
         return self.facts[key]
 

@@ -11,13 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headway.data.config import SyntheticSource
-from headway.launcher.base.errors import SpecError
-from headway.launcher.compare.cells import PREEMPTED
+from headway.launcher.base import console
+from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
 from headway.launcher.study.probe_config import Probe, load_probe, overlap
-from headway.launcher.study.run import move_aside, now, print_design, refuse_changed, train_study
+from headway.launcher.study.run import (
+    design_record,
+    move_aside,
+    now,
+    print_design,
+    refuse_changed,
+    refuse_foreign,
+    train_study,
+)
+from headway.launcher.study.status import status_record
 
 RECORD = "probe.json"
 
@@ -33,13 +42,15 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     held = {task: Measurements() if fresh else Measurements.of(study.out) for task, study in probe.tasks.items()}
     plans = plan_probe(probe, overrides, held)
     for number, (task, plan) in enumerate(plans.items(), 1):
-        print(f"task {number}/{len(plans)}: {task}")
+        console.say(f"task {number}/{len(plans)}: {task}")
         print_design(plan, commands=dry_run)
     if dry_run:
+        if console.wants_json():
+            console.emit({"out": str(out), "tasks": {task: design_record(plan) for task, plan in plans.items()}})
         return 0
     if fresh:
         move_aside(out)
-    _refuse_foreign(out)
+    refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)
     command = shlex.join(["headway", "probe", "run", str(path), *overrides])
@@ -48,13 +59,14 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
         write_json(out / RECORD, {**record, "command": command, "written_at": now()})
         for number, (task, plan) in enumerate(plans.items(), 1):
-            print(f"task {number}/{len(plans)}: {task}", flush=True)
+            console.say(f"task {number}/{len(plans)}: {task}")
             code = train_study(plan, held[task], command=command)
             if code == PREEMPTED:
-                print(f"stopped; the same command continues: {command}", flush=True)
+                console.alert(f"stopped; the same command continues: {command}", "yellow")
+                _emit(probe, out, None)
                 return code
             failed |= code != 0
-    print(f"table: {_report(out)}", flush=True)
+    _conclude(probe, out)
     return int(failed)
 
 
@@ -64,13 +76,14 @@ def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder. Raises
     SpecError where nothing was started.
     """
-    out = load_probe(Path(path)).whole.out
+    probe = load_probe(Path(path))
+    out = probe.whole.out
     if not (out / RECORD).exists():
         raise SpecError(
             f"{out}: no probe tasks were started here; start them with `headway probe run {path}`, or give the `out` "
             "folder they were run with"
         )
-    print(f"table: {_report(out)}", flush=True)
+    _conclude(probe, out)
     return 0
 
 
@@ -99,19 +112,21 @@ def _refuse_argument(probe: Probe, argument: str) -> None:
         if own := next((own for own in keys if overlap(key, own)), None):
             raise SpecError(
                 f"argument '{argument}': task {task} sets {own}; change it in {probe.whole.path}, or give an argument "
-                "that concerns all tasks, such as train.tokens=1e6"
+                "that concerns all tasks, such as optimizer.lr=1e-3"
             )
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise SpecError unless the folder is absent, empty or of probe tasks."""
-    if out.is_dir() and not (out / RECORD).exists():
-        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock"})
-        if foreign:
-            raise SpecError(
-                f"out: {out} holds no probe tasks and is not empty (it has {foreign[0]}); give another `out`, or move "
-                "that folder away"
-            )
+def _conclude(probe: Probe, out: Path) -> None:
+    table = _report(out)
+    console.result(f"table: {table}")
+    _emit(probe, out, table)
+
+
+def _emit(probe: Probe, out: Path, table: Path | None) -> None:
+    """For --json: where the table is, and where every task stands."""
+    if console.wants_json():
+        tasks = {task: status_record(study) for task, study in probe.tasks.items()}
+        console.emit({"out": str(out), "table": table and str(table), "tasks": tasks})
 
 
 def _report(out: Path) -> Path:

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from headway.launcher.spec.yamlio import Node
-from headway.launcher.study.config import NAME, SET_BY_STUDY, Study, StudyConfig, flat_keys, load_study
+from headway.launcher.study.config import Changes, Study, StudyConfig, check_changes, load_study
 
 
 class ProbeConfig(StudyConfig):
     """A study with tasks: every task is a study of its own, of the same variants and seeds, on its own data."""
 
-    tasks: dict[str, dict[str, Any]] = Field(
+    tasks: Changes = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {data.source.pairs: 4}"
     )
 
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _flat_tasks(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: flat_keys(keys) for name, keys in value.items()}
-
     @model_validator(mode="after")
     def _check_tasks(self) -> ProbeConfig:
+        check_changes("tasks", self.tasks)
         for name, keys in self.tasks.items():
-            if not re.match(NAME, name):
-                raise ValueError(f"tasks: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
             for key in keys:
                 self._check_key(name, key)
         return self
 
     def _check_key(self, task: str, key: str) -> None:
-        if key in SET_BY_STUDY:
-            raise ValueError(f"tasks: {task}: the study sets {key}; {SET_BY_STUDY[key]}")
         if self.match and overlap(key, self.match.free):
             raise ValueError(
                 f"tasks: {task}: `match` solves {self.match.free}; leave it out here, or free another dimension"

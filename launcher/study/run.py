@@ -6,23 +6,26 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
-from headway.launcher.base.errors import SpecError
-from headway.launcher.base.text import duration
-from headway.launcher.compare.cells import OUTCOMES, PREEMPTED, CellState, cell_state, failure
+from headway.launcher.base.errors import PREEMPTED, SpecError
+from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.records import read_json
-from headway.launcher.run.run_dir import RunDir, difference, identity, write_json
+from headway.launcher.run.run_dir import RunDir, difference, identity, read_mapping, write_json
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
-from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
+from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
+from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
+
+RECORD = "study.json"
+"""The file in the study's folder that says what the study is."""
 
 
 def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
@@ -37,16 +40,24 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     plan = plan_study(study, overrides, measurements=measurements)
     print_design(plan, commands=dry_run)
     if dry_run:
+        if console.wants_json():
+            console.emit(design_record(plan))
         return 0
     if fresh:
         move_aside(study.out)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
     code = train_study(plan, measurements, command=command)
     if code == PREEMPTED:
-        print(f"stopped; the same command continues: {command}", flush=True)
+        console.alert(f"stopped; the same command continues: {command}", "yellow")
+        if console.wants_json():
+            console.emit(status_record(study))
         return code
-    status_study(path)
-    print(f"report: {_report(study.out)}", flush=True)
+    _say_status(study)
+    report = _report(study.out)
+    if console.wants_json():
+        console.emit({**status_record(study), **report_record(study.out, report)})
+    else:
+        console.result(f"report: {report}")
     return code
 
 
@@ -56,28 +67,24 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     Exit status as `run_study`. Raises SpecError where the folder holds cells of another definition.
     """
     out = plan.study.out
-    _refuse_foreign(out)
+    refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
-        write_json(out / "study.json", {**study_record(plan), "command": command, "written_at": now()})
+        write_json(out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
         measurements.write(out)
         return _run_cells(plan)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
-    """Print one line per cell: state, tokens, last training loss. Returns 0.
+    """Print one line per cell: state, tokens, validation loss, loss of the last training batch. Returns 0.
 
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
     """
     study = load_study(Path(path))
-    outcomes = read_json(study.out / OUTCOMES)
-    rows: list[tuple[str, ...]] = [("cell", "state", "tokens", "loss", "")]
-    for seed in study.config.seeds:
-        for variant in study.config.variants:
-            key = cell_key(variant, seed)
-            rows.append(_status_row(key, cell_state(study.out / "cells" / key, outcomes.get(key))))
-    _print_table(rows)
-    _note_leftovers(study)
+    if console.wants_json():
+        console.emit(status_record(study))
+    else:
+        console.result(_status_text(study))
     return 0
 
 
@@ -87,12 +94,16 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
     """
     study = load_study(Path(path))
-    if not (study.out / "study.json").exists():
+    if not (study.out / RECORD).exists():
         raise SpecError(
             f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
             "`out` folder it was run with"
         )
-    print(f"report: {_report(study.out)}", flush=True)
+    report = _report(study.out)
+    if console.wants_json():
+        console.emit(report_record(study.out, report))
+    else:
+        console.result(f"report: {report}")
     return 0
 
 
@@ -103,50 +114,59 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
 
 def _run_cells(plan: StudyPlan) -> int:
     out = plan.study.out
-    todo = [cell for cell in plan.cells if read_json(cell.run_dir / "summary.json").get("complete") is not True]
+    todo = [cell for cell in plan.cells if read_mapping(cell.run_dir / "summary.json").get("complete") is not True]
     if len(todo) < len(plan.cells):
-        print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are done already", flush=True)
+        console.say(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are done already")
     eta, failed = Eta(len(todo)), 0
-    with CellRunner() as runner:
+    with CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
         for number, cell in enumerate(todo, 1):
-            outcome = _run_cell(plan, cell, runner, eta, f"{number}/{len(todo)} {cell.key}")
-            write_json(out / OUTCOMES, {**read_json(out / OUTCOMES), cell.key: outcome})
+            outcome = _run_cell(plan, cell, runner, eta, bar, f"{number}/{len(todo)} {cell.key}")
+            bar.update()
+            write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), cell.key: outcome})
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
                 return PREEMPTED
             eta.end()
             if outcome["exit_code"] != 0:
                 failed += 1
-                print(f"[{cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}", flush=True)
+                console.alert(f"[{cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
     return 1 if failed else 0
 
 
-def _run_cell(plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, label: str) -> dict[str, Any]:
+def _run_cell(
+    plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, bar: console.Bar, label: str
+) -> dict[str, Any]:
     def show(line: str) -> None:
         share = step_share(line)
         if share is not None:
             eta.step(share)
-        print(f"[{label} | study eta {duration(eta.seconds_left())}] {line}", flush=True)
+            bar.name(f"study: {cell.key}, eta {eta}")
+        console.say(f"[{label} | study eta {eta}] {line}")
 
     tokens_planned = cell.spec.steps * cell.spec.tokens_per_step
     eta.begin(min(1.0, cell_state(cell.run_dir, None).tokens / tokens_planned))
+    bar.name(f"study: {cell.key}, eta {eta}")
     log = plan.study.out / "logs" / f"{cell.variant}.seed-{cell.seed}.log"
     outcome = runner.run(cell_command(plan, cell), log=log, show=show)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
         outcome["exit_code"] = PREEMPTED  # it was stopped by us before it could save anything: no failure of its own
-    summary = read_json(cell.run_dir / "summary.json")
+    summary = read_mapping(cell.run_dir / "summary.json")
     if outcome["exit_code"] == 0 and summary.get("complete") is not True:
         outcome["exit_code"] = 70
         outcome["last_lines"].append("error: training ended without a complete summary.json")
     return outcome
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise SpecError unless the folder is absent, empty or a study's: nothing may be written into other people's."""
-    if out.is_dir() and not (out / "study.json").exists():
-        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", "cells", "logs"})
+def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:
+    """Raise SpecError unless the folder is absent, empty or of `what`: nothing may be written into other people's.
+
+    `record`: the file that such a folder has; `own`: what it may have before that.
+    """
+    if out.is_dir() and not (out / record).exists():
+        foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", *own})
         if foreign:
             raise SpecError(
-                f"out: {out} is no study's folder and not empty (it has {foreign[0]}); give the study another `out`"
+                f"out: {out} is not the folder of {what} and not empty (it has {foreign[0]}); give another `out`, or "
+                "move that folder away"
             )
 
 
@@ -154,11 +174,11 @@ def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder holds a run of another spec or of other data than its cell has now."""
     changed = []
     for cell in plan.cells:
-        there = read_json(cell.run_dir / "spec.json")
+        there = read_mapping(cell.run_dir / "spec.json")
         if not there:
             continue
         differing = difference(identity(there), identity(cell.resolved()))
-        trained_on = read_json(cell.run_dir / "run.json").get("data_fingerprint")
+        trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
         if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
             differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
         shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])
@@ -179,45 +199,39 @@ def move_aside(out: Path) -> None:
     with RunDir(out).locked("study.lock"):
         aside = out.with_name(f"{out.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         out.rename(aside)
-    print(f"the older study is now in {aside}", flush=True)
+    console.say(f"the older study is now in {aside}")
 
 
 def print_design(plan: StudyPlan, *, commands: bool) -> None:
     """Variants, seeds and matched sizes, and with `commands` what would be executed for each cell."""
-    config = plan.study.config
-    print(
+    config, say = plan.study.config, console.result if commands else console.say
+    say(
         f"study {config.study}: {len(config.variants)} variants x {len(config.seeds)} seeds = {len(plan.cells)} cells "
         f"in {plan.study.out}"
     )
-    _print_table(matching_rows(study_record(plan)))
+    say(table(matching_rows(study_record(plan))))
     for variant in plan.variants:
         for note in variant.notes:
-            print(f"note: {variant.name}: {note}")
+            say(f"note: {variant.name}: {note}")
     for cell in plan.cells if commands else ():
-        print(shlex.join(cell_command(plan, cell)))
-    sys.stdout.flush()
+        say(shlex.join(cell_command(plan, cell)))
 
 
-def _note_leftovers(study: Study) -> None:
-    known = {cell_key(v, s) for v in study.config.variants for s in study.config.seeds}
-    there = {f"{p.parent.name}/{p.name}" for p in (study.out / "cells").glob("*/seed-*")}
-    if left := sorted(there - known):
-        print(f"note: in the folder, but not in the study any more: {', '.join(left)}")
+def design_record(plan: StudyPlan) -> dict[str, Any]:
+    """What `--dry-run --json` prints: the design as `study.json` holds it, and the command of every cell."""
+    return {**study_record(plan), "commands": [shlex.join(cell_command(plan, cell)) for cell in plan.cells]}
 
 
-def _status_row(key: str, state: CellState) -> tuple[str, ...]:
-    loss = "-" if state.loss is None else f"{state.loss:.4f}"
-    return (key, state.state, f"{state.tokens:,}", loss, state.detail)
+def _say_status(study: Study) -> None:
+    if not console.quiet():
+        console.say(_status_text(study))
 
 
-def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        left = [i == 0 or rows[0][i] in ("state", "") for i in range(len(row))]
-        cells = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
-        print("  ".join(cells).rstrip())
-    sys.stdout.flush()
+def _status_text(study: Study) -> str:
+    text = coloured(table(status_rows(study)), sys.stdout)
+    if gone := left(study):
+        text += f"\nnote: in the folder, but not in the study any more: {', '.join(gone)}"
+    return text
 
 
 def _report(out: Path) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.compare.analyse import analyse
 from headway.launcher.compare.simultaneous import dunnett_critical
@@ -63,9 +63,9 @@ def plan_seeds(path: Path, overrides: Sequence[str] = (), *, power: float, margi
         raise SpecError(f"--margin: {margin} is no difference in loss; use nats per token above 0, such as 0.01")
     found = pilot_plan(study.out, power=power, margin=margin, again=f"headway study run {path}")
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
-        return 0
-    print("\n".join(_lines(found)))
+        console.emit(asdict(found))
+    else:
+        console.result("\n".join(_lines(found)))
     return 0
 
 
@@ -83,14 +83,17 @@ def pilot_plan(out: Path, *, power: float, margin: float, again: str) -> SeedsPl
     high = cautious_spread(comparison)
     assert high is not None
     needed = _needed(count, spread, power, margin)
-    shown = [n for n in SHOWN if n <= 2 * (needed or MOST_SEEDS)]
+    shown = {n for n in SHOWN if n <= 2 * (needed or MOST_SEEDS)}
+    seeds: list[int] = sorted(shown)[:12]
+    if needed is not None and needed not in seeds:
+        seeds = sorted([*seeds, needed])
     return SeedsPlan(
         comparisons=count,
         spread=spread,
         degrees_of_freedom=comparison.degrees_of_freedom,
         power=power,
         margin=margin,
-        rows=tuple(_row(n, count, spread, margin) for n in sorted({*shown[:12], *([needed] if needed else [])})),
+        rows=tuple(_row(n, count, spread, margin) for n in seeds),
         needed=needed,
         cautious=_needed(count, high, power, margin),
     )

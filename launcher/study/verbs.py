@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.verbs import Verb, json_argument, spec_arguments
+from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser, what="study")
+    output_arguments(parser)
 
 
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,8 @@ def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
-    spec_arguments(parser, what="probe tasks")
+    spec_arguments(parser, what="probe tasks", kind="probe")
+    output_arguments(parser)
 
 
 def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,6 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="difference in loss that matters (default: margin_nats of the study, else 0.01)",
     )
-    json_argument(parser)
 
 
 def _plan_study(args: argparse.Namespace) -> int:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import io
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base.command import die_with_parent
 from headway.launcher.run import heartbeat
+from headway.launcher.train.stop import Preempted, StopFlag
 
-PREEMPTED, STORAGE = 75, 74
+STORAGE = 74
 
 # Full, over quota, too large, failing, read-only: what a log or metrics file meets on a disk that is not well.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-
-
-class Preempted(Exception):
-    """SIGTERM or SIGINT came; the state is saved and the same command continues."""
-
-    exit_code = PREEMPTED
 
 
 def main() -> int:
@@ -35,13 +29,13 @@ def main() -> int:
     logs = run_path / "logs"
     error_file = logs / f"rank-{rank}.error.json"
     error_file.unlink(missing_ok=True)
-    stop = _StopFlag()  # a signal during the set-up counts too
-    _die_with_parent()
+    stop = StopFlag()  # a signal during the set-up counts too
+    die_with_parent()  # so that no orphan goes on writing into the folder
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
     try:
         heartbeat.start(logs, rank)
         (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
-        train(run_path, stop)
+        _train(run_path, stop)
         return 0
     except BaseException as e:
         code, message = getattr(e, "exit_code", None), str(e)
@@ -57,58 +51,14 @@ def main() -> int:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def train(run_path: Path, stop: _StopFlag) -> None:
-    """The training loop."""
-    import torch
+def _train(run_path: Path, stop: StopFlag) -> None:
+    import torch  # here, because it takes seconds in which signals must be heeded already
 
     from headway.launcher.run.run_dir import RunDir
-    from headway.launcher.train.session import Session
+    from headway.launcher.train.loop import train
 
-    threads = int(os.environ["OMP_NUM_THREADS"])
-    torch.set_num_threads(threads)
-    run = RunDir(run_path)
-    with contextlib.ExitStack() as stack:
-        s = stack.enter_context(Session.open(run))
-        spec = s.spec
-        while s.step < spec.steps:
-            heartbeat.beat("data", s.step + 1)
-            t0 = time.perf_counter()
-            batch = next(s.loader)
-            data_s = time.perf_counter() - t0
-            heartbeat.beat("step", s.step + 1)
-            agreed = s.agree(batch, stop.raised)
-            stats = s.train_step(batch, agreed)
-            s.record(stats, digest=agreed.digest, data_s=data_s, step_s=time.perf_counter() - t0)
-            if s.due("validation"):
-                s.validate()
-            if s.due("checkpoint") or agreed.save or agreed.stop:
-                s.checkpoint(last=agreed.stop or s.step == spec.steps)
-            elif agreed.written:
-                s.saving.settle(s.tracker)
-            if agreed.stop and s.step < spec.steps:
-                raise Preempted(f"stopped after step {s.step} by a signal; the same command continues from there")
-        s.finish()
-
-
-class _StopFlag:
-    """Raised by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        signal.signal(signal.SIGTERM, self._raise)
-        signal.signal(signal.SIGUSR1, self._raise)
-        signal.signal(signal.SIGINT, self._raise)
-
-    def _raise(self, signum: int, frame: Any) -> None:
-        if self.raised and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.raised = True
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, so that no orphan goes on writing into the folder."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    train(RunDir(run_path), stop)
 
 
 class _Log(io.TextIOWrapper):

@@ -1,19 +1,20 @@
-"""GQA whose groups grow and shrink in training: query heads move to the KV heads with the stronger keys.
+"""Dynamic GQA: group sizes change during training, and query heads move to the KV heads with the largest keys.
 
-A causal form of key-driven grouping. KDGQA and DGQA (Khan et al., 2024, arXiv 2408.08454, made for images) allot the
-query heads in every forward pass, from the norms of the keys of the whole batch and sequence: a token would see later
-ones and other sequences, and generation could not repeat training. Here the allocation is a saved vector of integers,
-the same for all tokens and ranks, that changes between optimizer steps only. This form is a proposal of this project.
+This is a causal variant of key-driven grouping, proposed by this project. KDGQA and DGQA (Khan et al., 2024, arXiv
+2408.08454, for images) allocate the query heads in every forward pass, from key norms over the whole batch and
+sequence. In a language model, a token would then depend on later tokens and on other sequences, and generation could
+not reproduce training. Here the allocation is a vector of integers, saved in checkpoints. It is the same for all
+tokens and ranks, and it changes only between optimizer steps.
 
 Legend: B batch, S sequence, H query heads, G KV heads (= groups), D head size. With a_g >= 1 query heads in group g,
 consecutive, and a_1 + .. + a_G = H, the layer is GQA with those group sizes. In training, per layer and step:
 
-    n_g = mean over the tokens of the global batch of |W_K[g] x|^2       the keys before QK-norm, which would even them
-    e_g = beta e_g + (1 - beta) n_g                                      from e_g = n_g at the first step
-    a   = largest-remainder rounding of H e_g / sum e, each at least 1   every N steps
+    n_g = mean over the tokens of the global batch of |W_K[g] x|^2       before QK-norm, which would equalize the norms
+    e_g = beta e_g + (1 - beta) n_g                                      EMA; e_g = n_g at the first step
+    a   = largest-remainder rounding of H e_g / sum e, each at least 1   every `update_every_steps` steps
 
-A change re-labels which KV head a query head reads; W_Q and W_O stay. From `freeze_after_tokens` on, and at inference,
-a stays. Parameters, FLOPs and KV cache are GQA's.
+An update changes which KV head a query head reads; W_Q and W_O are unchanged. After `freeze_after_tokens`, and at
+inference, a is constant. Parameters, FLOPs and KV cache equal those of GQA.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from headway.model.layers import FixedBuffers
 
 
 class DynamicGqaConfig(DenseConfig):
-    """GQA with group sizes that follow the power of the keys during training."""
+    """GQA whose group sizes follow the mean squared key norm (key power) during training."""
 
     type: Literal["dynamic_gqa"] = "dynamic_gqa"
-    kv_heads: int = Field(ge=1, description="G, KV heads; each always has one query head at least")
-    update_every_steps: int = Field(default=300, ge=1, description="optimizer steps between changes of the allocation")
-    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="beta, of the mean key power over steps")
+    kv_heads: int = Field(ge=1, description="G, KV heads; each always has at least one query head")
+    update_every_steps: int = Field(default=300, ge=1, description="optimizer steps between updates of the allocation")
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="beta, decay of the EMA of the key power")
     freeze_after_tokens: int = Field(
-        ge=0, description="training tokens after which the allocation stays; 80 % of train.tokens is proposed"
+        ge=0, description="training tokens after which the allocation is constant; 80 % of train.tokens is recommended"
     )
 
     @model_validator(mode="after")
@@ -52,7 +53,7 @@ class DynamicGqaConfig(DenseConfig):
         for name, entries in (("windows", [self.windows]), ("window_pattern", self.window_pattern)):
             if any(isinstance(entry, list) for entry in entries):
                 raise ValueError(
-                    f"{name}: a window per KV head would let the cost change as query heads move between them; "
+                    f"{name}: with a window per KV head, the cost would change as query heads move between KV heads; "
                     "use one integer per layer, or type gqa"
                 )
         return self
@@ -72,23 +73,23 @@ class DynamicGqaConfig(DenseConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """At the start: as even as can be."""
+        """Initial group sizes, as equal as possible."""
         return allocate([1.0] * self.groups, self.heads)
 
     def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
-        """Each query head has a copy of its KV head; never cut."""
+        """One KV head per query head: keys and values are copied. The layer is never sharded."""
         return (self.heads // tensor,)
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return DynamicGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def shards(self) -> dict[str, Shard]:
-        """One piece: a query head may move to any KV head."""
+        """One unit per parameter (not sharded), because a query head may move to any KV head."""
         return {name: Shard(shard.dim, 1) for name, shard in super().shards().items()}
 
 
 class DynamicGroupedQueryAttention(FixedBuffers, DenseAttention):
-    """Buffers: `allocation` [G] int64, `key_power` [G] fp32 (e), `steps` (seen by e)."""
+    """Buffers: `allocation` [G] int64 (a), `key_power` [G] fp32 (e), `steps` int64 (number of updates of e)."""
 
     allocation: Tensor
     key_power: Tensor
@@ -151,10 +152,10 @@ class DynamicGroupedQueryAttention(FixedBuffers, DenseAttention):
 
 
 def allocate(weights: list[float], heads: int) -> list[int]:
-    """Heads per group in proportion to finite `weights` [G] >= 0, each at least 1, by largest remainder.
+    """Heads per group in proportion to `weights` [G] (finite, >= 0), at least 1 each, by the largest-remainder method.
 
-    Groups that are due less than one head get one, and the others share the rest in proportion; ties go to the lower
-    index, and weights that are all 0 count as equal.
+    A group whose proportional part is below one head gets one head; the other groups share the rest in proportion. Ties
+    go to the lower index. Weights that are all 0 count as equal.
     """
     free = list(range(len(weights)))
     while True:

@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245), its two ends MHA and MQA, and its options.
+"""Grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245), its limits MHA and MQA, and its options.
 
 Legend: B batch, S sequence, d width, H query heads, G KV heads (= groups), m_g query heads of group g, D head size,
 w_g window of group g. Head h of group g, at position t:
@@ -6,10 +6,12 @@ w_g window of group g. Head h of group g, at position t:
     o_h = softmax over s in (t - w_g, t] of (q_h(t) K_g(s)^T / sqrt(D))  V_g(s)
     y   = W_O [gate_1 o_1 .. gate_H o_H]
 
-gate: none, or sigmoid(W_gate x), a number per head (headwise) or per head and channel (elementwise), without a factor,
-so 1/2 at the start (Qiu et al., 2025, arXiv 2505.06708). windows: w_g keys, the token's own included; none: all.
-group_sizes: m_g given one by one (AsymGQA, Chen et al., 2024, arXiv 2406.14963, which does not say how it searches
-them; headway.model.convert proposes some). All groups alike and global is the published GQA.
+gate: none, or sigmoid(W_gate x) with one number per head (headwise) or per head and channel (elementwise). It is not
+scaled, so it is about 1/2 at the start of training (Qiu et al., 2025, arXiv 2505.06708).
+windows: w_g keys, including the token's own; none: all earlier tokens.
+group_sizes: m_g, given for each group (AsymGQA, Chen et al., 2024, arXiv 2406.14963). The paper does not describe its
+search for the sizes; headway.model.convert proposes groupings.
+Equal groups without gates and windows are the published GQA.
 """
 
 from __future__ import annotations
@@ -39,20 +41,21 @@ class DenseConfig(GroupedConfig):
 
     gate: Literal["none", "headwise", "elementwise"] = Field(
         default="none",
-        description="sigmoid of the layer's input, times each head's output, or each of its channels",
+        description="sigmoid of the layer's input as a factor on the output of each head, or of each of its channels",
     )
     windows: Windows = Field(
-        default=None, description="tokens a query sees, its own included; a list: one per KV head; null: all"
+        default=None, description="tokens a query attends to, including itself; a list: one per KV head; null: all"
     )
     window_pattern: list[Windows] = Field(
-        default=[], description="`windows` of each layer, from the first on and repeated to the last"
+        default=[], description="`windows` per layer, starting at the first layer; the list repeats to the last layer"
     )
 
     @model_validator(mode="after")
     def _windows_fit_the_groups(self) -> Self:
         if self.window_pattern and self.windows is not None:
             raise ValueError(
-                "window_pattern: `windows` says the same for all layers; use windows alone, or window_pattern alone"
+                "window_pattern: `windows` is set too, and applies to all layers; use windows alone, or window_pattern "
+                "alone"
             )
         entries = [("windows", self.windows), *(("window_pattern", entry) for entry in self.window_pattern)]
         for name, entry in entries:
@@ -97,7 +100,7 @@ class DenseConfig(GroupedConfig):
         return [self.heads_per_group] * self.groups
 
     def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
-        """One call per window; of groups that differ in size, each query head has a copy of its KV head."""
+        """One call per distinct window. Groups of different sizes get one copy of the KV head per query head."""
         calls = []
         for window in dict.fromkeys(self.group_windows):
             sizes = [size for size, own in zip(self.sizes, self.group_windows, strict=True) if own == window]
@@ -110,7 +113,7 @@ class DenseConfig(GroupedConfig):
         return {"none": 0, "headwise": 1, "elementwise": self.head_dim}[self.gate] * self.query_heads
 
     def core_flops_per_token(self, *, seq_len: int) -> float:
-        """4D per query head and key in its group's window."""
+        """4D per query head and visible key of its group."""
         per_group = zip(self.sizes, self.group_windows, strict=True)
         return 4 * self.head_dim * sum(size * visible_keys(seq_len, window) for size, window in per_group)
 
@@ -118,21 +121,21 @@ class DenseConfig(GroupedConfig):
         return DenseAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dHD + 2dGD, and the gate's dH or dHD."""
+        """2dHD + 2dGD, plus dH or dHD for the gate."""
         return super().num_params(width=width) + width * self.gate_rows
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """4dHD + 4dGD, the gate's 2dH or 2dHD, and the core; the products with the gate are not counted."""
+        """4dHD + 4dGD, 2dH or 2dHD for the gate, and the core. Multiplying by the gate is not counted."""
         gate = 2 * width * self.gate_rows
         return super().flops_per_token(width=width, seq_len=seq_len) + Flops(useful=gate, executed=gate)
 
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
-        """A group with a window keeps the w - 1 tokens before the next one."""
+        """A group with a window of w keeps the last w - 1 tokens."""
         kept = sum(seq_len if w is None else min(seq_len, w - 1) for w in self.group_windows)
         return 2 * self.head_dim * bytes_per_element * kept / seq_len
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups; where they differ, whole repetitions of their pattern, so that ranks have equal work."""
+        """Each rank owns whole groups. Where groups differ, it owns whole repetitions of their pattern (equal work)."""
         groups = list(zip(self.sizes, self.group_windows, strict=True))
         units = max(n for n in range(1, len(groups) + 1) if groups == groups[: len(groups) // n] * n)
         names = {"w_q": 0, "w_k": 0, "w_v": 0, "w_o": 1} | ({} if self.gate == "none" else {"w_gate": 0})
@@ -140,16 +143,16 @@ class DenseConfig(GroupedConfig):
 
 
 class GqaConfig(DenseConfig):
-    """GQA: G KV heads, each shared by H/G query heads, or by as many as `group_sizes` says."""
+    """GQA: G KV heads, each shared by H/G query heads or by the number that `group_sizes` gives."""
 
     type: Literal["gqa"] = "gqa"
     kv_heads: int = Field(ge=1, description="G, KV heads; each serves heads/kv_heads query heads")
     group_sizes: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[], description="query heads of each KV head, where they differ; empty: equal groups"
+        default=[], description="query heads of each KV head; empty: equal groups"
     )
 
     @model_validator(mode="after")
-    def _heads_are_shared_out(self) -> Self:
+    def _group_sizes_add_up(self) -> Self:
         sizes, heads, groups = self.group_sizes, self.heads, self.kv_heads
         if not sizes:
             check_groups(heads, groups)
@@ -194,9 +197,10 @@ class MqaConfig(DenseConfig):
 
 
 class DenseAttention(GroupedQueryAttention):
-    """GQA with its options. `w_gate` [H, d] or [H D, d]; one call of the core per distinct window.
+    """GQA with its options. `w_gate` is [H, d] or [H D, d]; the core is called once per distinct window.
 
-    What is said per group is read from the first on: a rank's groups are whole repetitions of the pattern.
+    A tensor-parallel rank reads the sizes and windows of its groups from the start of the lists. This is correct
+    because its groups are whole repetitions of the pattern.
     """
 
     def __init__(self, config: DenseConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
@@ -244,7 +248,10 @@ class DenseAttention(GroupedQueryAttention):
 
 
 def take(heads: Tensor, sizes: list[int], groups: list[int]) -> Tensor:
-    """heads [B, S, n, D], `sizes` [G] consecutive ones per group -> those of some `groups`; a view of neighbours."""
+    """Heads of the given `groups`, from heads [B, S, n, D] with `sizes` [G] consecutive heads per group.
+
+    The result is a view where the groups are adjacent.
+    """
     first, last = groups[0], groups[-1]
     if last - first + 1 == len(groups):
         return heads.narrow(2, sum(sizes[:first]), sum(sizes[first : last + 1]))
@@ -255,7 +262,7 @@ def take(heads: Tensor, sizes: list[int], groups: list[int]) -> Tensor:
 def share(heads: Tensor, sizes: list[int]) -> Tensor:
     """KV heads [B, K, G, D] -> [B, K, sum of sizes, D], one per query head; unchanged for equal sizes.
 
-    The core shares KV heads among equal groups by itself, without copies.
+    The attention core shares KV heads among groups of equal size without copies.
     """
     if len(set(sizes)) == 1:
         return heads

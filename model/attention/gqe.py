@@ -1,19 +1,20 @@
 """Grouped Query Experts (GQE): routed query heads with one output slice per slot, a weighted slot and a shared head.
 
-Legend: B batch, S sequence, d width, H query experts (heads of the pool), G groups (= KV heads), M=H/G experts per
-group, k=top_k, D head size. Per token, in group g:
+Legend: B batch, S sequence, d width, H query experts (= query heads), G groups (= KV heads), M=H/G experts per group,
+k=top_k, D head size. For each token, in group g:
 
-    p = softmax(r), r = router(x)             [G, M]     over the group's M experts, before the choice
-    K = top-k of p                            [G, k]     best first; this is the order of the slots
-    o_m = softmax(q_m K_g^T / sqrt(D)) V_g    [G, k, D]  for m in K only
-    w_m = p_m / (sum of the chosen p of all groups)
-    mix = sum over g, m in K of w_m o_m       [D]        the weighted slot
+    p = softmax(r), r = router(x)             [G, M]     over the group's M experts, before the selection
+    C = top-k of p                            [G, k]     selected experts; slot j holds the j-th best one, C_j
+    o_m = softmax(q_m K_g^T / sqrt(D)) V_g    [G, k, D]  for m in C only
+    w_m = p_m / (sum of p over the selected experts of all groups)
+    mix = sum over g, m in C of w_m o_m       [D]        the weighted slot
     s   = head with its own query, always on  [D]        the shared head; keys and values: see `shared_head`
-    y   = sum over g, j of W_O[g, j] o_(K_j) + W_mix mix + W_shared s
+    y   = sum over g, j of W_O[g, j] o_(C_j) + W_mix mix + W_shared s
 
-The slots enter W_O unscaled, so the task teaches the router through `mix` alone. W_O belongs to slots, not to experts:
-experts that share a slot differ in what they attend to, not in what they write, and for k > 1 the order of the slots
-matters. Source: Tripathi and Kumar, 2026, arXiv 2606.20945v2, read through the authors' code and two write-ups.
+The slots are not scaled before W_O, so the task loss reaches the router through `mix` only. W_O has slices per slot,
+not per expert. Experts that use the same slot therefore have separate queries but the same output projection, and the
+order of the slots matters for k > 1. Source: Tripathi and Kumar, 2026, arXiv 2606.20945v2, read through the authors'
+code and two write-ups.
 """
 
 from __future__ import annotations
@@ -35,29 +36,30 @@ ROUTER = "router"
 
 
 class GqeConfig(GroupedConfig):
-    """GQE: every token picks `top_k` of the query experts of each group; one expert for all tokens may stand beside."""
+    """GQE: every token selects `top_k` query experts in each group. Optionally, one shared head serves all tokens."""
 
     type: Literal["gqe"] = "gqe"
     kv_heads: int = Field(ge=1, description="G, KV heads (= groups); each has heads/kv_heads query experts")
-    top_k: int = Field(ge=1, description="k, query experts a token picks in each group")
+    top_k: int = Field(ge=1, description="k, query experts a token selects in each group")
     variant: Literal["gqe", "hard_concat", "weighted_concat"] = Field(
         default="gqe",
-        description="gqe: slots unscaled, and a weighted slot; hard_concat: slots unscaled, alone; "
-        "weighted_concat: each slot times its p, alone",
+        description="gqe: unscaled slots and the weighted slot; hard_concat: unscaled slots only; "
+        "weighted_concat: only the slots, each times its p",
     )
     shared_head: Literal["published", "none", "mean", "group0", "dedicated"] = Field(
         default="published",
-        description="keys and values of the always-on head: mean over groups, those of group 0, or its own; "
+        description="keys and values of the shared head: mean over groups, those of group 0, or its own (dedicated); "
         "published: mean in gqe, none in the other variants",
     )
-    router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="computes the routing logits")
     projections: Projections = Field(
         default="dense",
-        description="of queries; dense: all heads, then the chosen ones; grouped: one product per head; routed: that "
-        "in one kernel on a GPU; auto: routed where it is expected to be faster",
+        description="of the queries; dense: project all heads, then select; grouped: one matmul per head, over the "
+        "tokens that selected it; routed: the grouped matmuls in one GPU kernel; auto: routed where it is expected to "
+        "be faster",
     )
     balance: BalanceConfig = Field(
-        default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="what keeps experts in use"
+        default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="load balancing of the experts"
     )
 
     @model_validator(mode="after")
@@ -66,7 +68,7 @@ class GqeConfig(GroupedConfig):
         members = self.heads_per_group
         if members == 1:
             raise ValueError(
-                f"heads: {self.heads} in {self.kv_heads} groups leave the routers nothing to choose, and no gradient; "
+                f"heads: {self.heads} in {self.kv_heads} groups give the router one expert per group and no gradient; "
                 f"use heads {2 * self.kv_heads}, or type mha"
             )
         gate = "hard" if self.variant == "hard_concat" else "softmax"
@@ -75,13 +77,13 @@ class GqeConfig(GroupedConfig):
         if self.top_k > members:
             legal = "1" if members == 1 else f"1 to {members}"
             raise ValueError(
-                f"top_k: {self.top_k} experts picked of {members} per group (heads {self.heads} / kv_heads "
+                f"top_k: {self.top_k} experts selected of {members} per group (heads {self.heads} / kv_heads "
                 f"{self.kv_heads}); use top_k {legal}, or heads {self.kv_heads * self.top_k}"
             )
         if self.variant == "gqe" and self.kv_heads * self.top_k == 1:
             raise ValueError(
-                "variant: gqe weighs the picked experts of all groups against each other, and kv_heads 1 with top_k 1 "
-                "leaves one, of constant weight 1, so the router would get no gradient from the task; "
+                "variant: gqe normalizes the weights of the selected experts over all groups, and kv_heads 1 with "
+                "top_k 1 selects one, of constant weight 1, so the router would get no gradient from the task; "
                 "use variant weighted_concat, or top_k 2"
             )
         return self
@@ -92,7 +94,7 @@ class GqeConfig(GroupedConfig):
 
     @property
     def slots(self) -> int:
-        """k G, slots that hold picked experts."""
+        """k G, slots of selected experts."""
         return self.groups * self.top_k
 
     @property
@@ -112,7 +114,7 @@ class GqeConfig(GroupedConfig):
         return self.slots + (self.shared != "none")
 
     def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
-        """The shared head is attended to on every rank, by itself."""
+        """The core runs once for the groups and, on every rank, once for the shared head."""
         groups = super().attended_heads(tensor=tensor)
         return groups if self.shared == "none" else (*groups, 1)
 
@@ -121,20 +123,20 @@ class GqeConfig(GroupedConfig):
 
     @property
     def _extra(self) -> int:
-        """D x d matrices besides queries, keys and values of the groups and W_O of the slots; each is used densely."""
+        """D x d matrices other than the groups' queries, keys and values and the slots' W_O. All of them are dense."""
         shared_query_and_output = 2 * (self.shared != "none")
         shared_keys_and_values = 2 * (self.shared == "dedicated")
         return self.mixes + shared_query_and_output + shared_keys_and_values
 
     def num_params(self, *, width: int) -> int:
-        """d(H+1)D + 2dGD + (kG+2)Dd and the router, dH with a linear one; a dedicated shared head adds 2dD."""
+        """d(H+1)D + 2dGD + (kG+2)Dd, plus the router (linear: dH). A dedicated shared head adds 2dD."""
         matrices = self.heads + 2 * self.groups + self.slots + self._extra
         gains = 2 * self.head_dim if self.qk_norm else 0
         router = self.router.num_params(width=width, groups=self.groups, experts=self.heads_per_group)
         return width * matrices * self.head_dim + gains + router
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 2d(kG+1)D + 2(kG+2)Dd + 4dGD, router and core; executed densely: queries of all H experts."""
+        """Useful: 2d(kG+1)D + 2(kG+2)Dd + 4dGD, plus router and core. Executed if `dense`: queries of all H experts."""
         per_head = 2 * width * self.head_dim
         rest = per_head * (2 * self.groups + self.slots + self._extra) + self.core_flops_per_token(seq_len=seq_len)
         rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.heads_per_group)
@@ -143,16 +145,16 @@ class GqeConfig(GroupedConfig):
         return Flops(useful=rest + per_head * needed, executed=rest + per_head * computed)
 
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
-        """2GD numbers, as GQA: a mean is taken of what is cached. A dedicated shared head adds 2D."""
+        """2GD elements as in GQA (a mean over groups uses the cached keys). A dedicated shared head adds 2D."""
         return 2 * (self.groups + (self.shared == "dedicated")) * self.head_dim * bytes_per_element
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups with their slots and router rows; the shared head's output by channels.
+        """Each rank owns whole groups with their slots and router rows, and some channels of the shared head's output.
 
-        Not cut: w_o_mix, which is linear, so each rank applies it to its groups' part of `mix`; and the shared head's
-        query (and dedicated keys and values), of which every rank computes all and writes its channels. What crosses
-        ranks, through `Ranks.sum`: one number per token, the sum of the chosen p; and 2D per token, K and V of a shared
-        head that reads them from the groups.
+        Two kinds of parameters are replicated. w_o_mix is linear, so each rank applies it to its groups' part of `mix`.
+        The shared head's query (and dedicated keys and values) are computed in full on every rank, which then projects
+        its own channels. Two tensors are all-reduced by `Ranks.sum`: the sum of the selected p, one number per token;
+        and keys and values of a shared head that reads them from the groups, 2D per token.
         """
         routers = {f"{ROUTER}.{name}": Shard(0, self.groups) for name in self.router.shards()}
         shared = {"w_o_shared": Shard(1, self.head_dim)} if self.shared != "none" else {}
@@ -160,11 +162,11 @@ class GqeConfig(GroupedConfig):
 
 
 class GroupedQueryExperts(GroupedQueryAttention):
-    """GQA's w_q, w_k, w_v, a `router`, and the output by parts, in the order of the published W_O.
+    """The GQE layer. Parameters: w_q, w_k and w_v of GQA, a `router`, and the published W_O in parts, in its order.
 
     w_o [d, k G D]: slots, group-major, best expert of a group first. w_o_mix [d, D]: the weighted slot. w_o_shared
-    [d, D]: the shared head, whose query is w_q_shared [D, d] and dedicated keys and values w_k_shared, w_v_shared
-    [D, d]. `ranks` is replaced where the groups are dealt to several ranks.
+    [d, D]: the shared head. Its query is w_q_shared [D, d]; dedicated keys and values are w_k_shared, w_v_shared
+    [D, d]. `ranks` is set where tensor parallelism shards the groups.
     """
 
     def __init__(self, config: GqeConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
@@ -199,7 +201,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
             q = self.q_rope(project(x, self.w_q, idx, members, form).flatten(2, 3), context.rope)
         elif queries is None:
             routed = routed_choice(form, x, idx, members, head_dim=head_dim)
-            assert routed is not None, "the same question as before"
+            assert routed is not None, "routed_choice and routed_forms apply the same condition"
             q = self.q_rope.of_routed(x, self.w_q, routed, context.rope)
         else:
             q = self.q_rope.of_chosen(queries, idx, context.rope)  # [B, S, G k, D], group-major as the core expects
@@ -209,7 +211,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
-        """The same function, dense: attention of all H experts, of which each slot takes its own."""
+        """Dense reference of `forward`: computes attention for all H experts, then selects those of the slots."""
         queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
         idx, gate, aux_loss = self.router(x, context, k=self.config.top_k, queries=queries)
         k, v = self.keys_and_values(x, context)
@@ -220,7 +222,7 @@ class GroupedQueryExperts(GroupedQueryAttention):
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 
     def output(self, o: Tensor, gate: Tensor, shared: Tensor | None) -> Tensor:
-        """o [B, S, G, k, D] in the order of the slots, gate [B, S, G, k], shared [B, S, D] -> y [B, S, d]."""
+        """Slot outputs o [B, S, G, k, D], gate [B, S, G, k], shared [B, S, D] -> y [B, S, d]."""
         slots = o * gate.to(o.dtype).unsqueeze(-1) if self.config.variant == "weighted_concat" else o
         y = F.linear(slots.flatten(2), self.w_o)
         if self.config.mixes:
@@ -232,12 +234,12 @@ class GroupedQueryExperts(GroupedQueryAttention):
         return y
 
     def mixing_weights(self, gate: Tensor) -> Tensor:
-        """p of the chosen experts [B, S, G, k] -> w, same shape; the sum over all groups, of all ranks, is 1."""
+        """p of the selected experts [B, S, G, k] -> w, same shape, which sums to 1 over the groups of all ranks."""
         total = self.ranks.sum(gate.sum((2, 3), keepdim=True))
-        return gate / total.clamp_min(1e-9)  # noise in the choice can pick nothing but experts of vanishing p
+        return gate / total.clamp_min(1e-9)  # with router noise, all selected experts may have a p near 0
 
     def shared_head(self, x: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor | None:
-        """[B, S, D]; k, v [B, K, G, D] of all tokens x's may see."""
+        """Output of the shared head [B, S, D]; k, v [B, K, G, D] are those of the K tokens that x attends to."""
         if self.config.shared == "none":
             return None
         q = self.q_rope(self.heads_of(x, self.w_q_shared), context.rope)  # [B, S, 1, D]
@@ -249,8 +251,12 @@ class GroupedQueryExperts(GroupedQueryAttention):
         return context.attend(q, k, v).squeeze(2)
 
     def _of_all_groups(self, heads: Tensor) -> Tensor:
-        """[B, K, G, D] -> [B, K, 1, D]; of rotated keys, whose mean is the rotated mean key."""
+        """Mean over groups, or group 0: [B, K, G, D] -> [B, K, 1, D].
+
+        Keys are already rotated. RoPE is linear, so their mean equals the rotated mean.
+        """
         if self.config.shared == "mean":
             return self.ranks.sum(heads.sum(2, keepdim=True)) / self.config.groups
-        # Times 0 on the other ranks: a constant would have no gradient, and rank 0 would sum gradients alone.
+        # Multiply by 0 on the other ranks instead of using a constant. A constant has no gradient, so the backward
+        # all-reduce would run on rank 0 only.
         return self.ranks.sum(heads[:, :, :1] * (self.ranks.index == 0))

@@ -1,4 +1,4 @@
-"""What the mechanisms with groups of query heads over shared keys and values have in common.
+"""Base config and module of the mechanisms in which groups of query heads share keys and values.
 
 Legend: B batch, S sequence, d width, H query heads, G KV heads (= groups), M=H/G query heads per group, D head size.
 """
@@ -23,7 +23,7 @@ from headway.model.router import RoutedAttention
 
 
 class GroupedConfig(AttentionConfig):
-    """What every mechanism with groups of query heads over shared keys and values has."""
+    """Base config of the mechanisms in which groups of query heads share keys and values."""
 
     heads: int = Field(ge=1, le=65_536, description="H, query heads")
 
@@ -40,21 +40,21 @@ class GroupedConfig(AttentionConfig):
 
     @property
     def heads_per_group(self) -> int:
-        """M."""
+        """M, query heads per group."""
         return self.query_heads // self.groups
 
     orthogonality: float = Field(
         default=0.0,
         ge=0,
-        description="coefficient of a loss that drives the query matrices of a group apart; a control, not published",
+        description="coefficient of a loss on the similarity of query matrices in a group; a control, not published",
     )
 
     @model_validator(mode="after")
     def _orthogonality_has_pairs(self) -> Self:
         if self.orthogonality and self.query_heads == self.groups:
             raise ValueError(
-                f"orthogonality: each of the {self.groups} groups has one query head, so there are no pairs to drive "
-                f"apart; use orthogonality 0.0, or two or more query heads per KV head"
+                f"orthogonality: each of the {self.groups} groups has one query head, so the loss has no pairs to "
+                f"compare; use orthogonality 0.0, or two or more query heads per KV head"
             )
         return self
 
@@ -69,12 +69,12 @@ class GroupedConfig(AttentionConfig):
         return GroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dHD + 2dGD, and two gains of D with QK-norm."""
+        """2dHD + 2dGD, plus 2D (two gains) with QK-norm."""
         gains = 2 * self.head_dim if self.qk_norm else 0
         return 2 * width * (self.query_heads + self.groups) * self.head_dim + gains
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """4dHD + 4dGD and the core."""
+        """4dHD + 4dGD, plus the attention core."""
         projections = 4 * width * (self.query_heads + self.groups) * self.head_dim
         flops = projections + self.core_flops_per_token(seq_len=seq_len)
         return Flops(useful=flops, executed=flops)
@@ -83,7 +83,7 @@ class GroupedConfig(AttentionConfig):
         return 2 * self.groups * self.head_dim * bytes_per_element
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups: a rank owns KV heads with the query heads and output columns that belong to them."""
+        """Each rank owns whole groups: KV heads with their query heads and output columns."""
         units = self.groups
         return {"w_q": Shard(0, units), "w_k": Shard(0, units), "w_v": Shard(0, units), "w_o": Shard(1, units)}
 
@@ -103,7 +103,7 @@ def check_groups(heads: int, kv_heads: int) -> None:
 
 
 class QkNorm(Replaceable):
-    """Optional norm of queries or keys, then their rotation. The gain [D] is shared by the heads."""
+    """Optional RMSNorm of queries or keys, then RoPE. The gain [D] is shared by the heads."""
 
     def __init__(self, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
@@ -117,22 +117,23 @@ class QkNorm(Replaceable):
         return self._rope(heads if self.norm is None else self.norm(heads), rope)
 
     def of_chosen(self, pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The same of chosen heads alone: pool [B, S, G, M, D], idx [B, S, G, k] -> [B, S, G k, D]."""
+        """Select heads, then norm and rotate: pool [B, S, G, M, D], idx [B, S, G, k] -> [B, S, G k, D]."""
         if self.norm is None:
             return select_rope(pool, idx, rope).flatten(2, 3)
         return self(select(pool, idx).flatten(2, 3), rope)
 
     def of_routed(self, x: Tensor, weight: Tensor, routed: Routed, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The same of heads that are made for their choice alone: x [B, S, d], weight [H D, d] -> [B, S, G k, D]."""
+        """Project the selected heads only, then norm and rotate: x [B, S, d], weight [H D, d] -> [B, S, G k, D]."""
         if self.norm is None:
             return project_routed(x, weight, routed, rope).flatten(2, 3)
         return self(project_routed(x, weight, routed).flatten(2, 3), rope)
 
 
 def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:
-    """Mean over groups and pairs of members of cos^2 of their flattened matrices: 0 where all are orthogonal.
+    """Squared cosine of the flattened query matrices of two heads, averaged over the pairs and groups.
 
-    w_q [H D, d], group-major, `members` heads per group. Scalar, fp32 or wider, at most 1.
+    w_q [H D, d], group-major, `members` heads per group. Returns a scalar in [0, 1], fp32 or wider; 0 where all heads
+    of a group are orthogonal.
     """
     flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, members, head_dim)).flatten(2)
     unit = F.normalize(flat, dim=-1)  # [G, M, D d]
@@ -142,7 +143,7 @@ def orthogonality_loss(w_q: Tensor, *, members: int, head_dim: int) -> Tensor:
 
 
 def uneven_orthogonality_loss(w_q: Tensor, sizes: Tensor, *, head_dim: int) -> Tensor:
-    """`orthogonality_loss` of consecutive groups of `sizes` [G] heads; mean over the groups that have pairs."""
+    """`orthogonality_loss` for consecutive groups of `sizes` [G] heads, averaged over groups of two or more heads."""
     flat = w_q.to(torch.promote_types(w_q.dtype, torch.float32)).unflatten(0, (-1, head_dim)).flatten(1)
     unit = F.normalize(flat, dim=-1)  # [H, D d]
     group_of = group_of_head(sizes, len(unit))
@@ -153,14 +154,15 @@ def uneven_orthogonality_loss(w_q: Tensor, sizes: Tensor, *, head_dim: int) -> T
 
 
 def group_of_head(sizes: Tensor, heads: int) -> Tensor:
-    """sizes [G] that add up to `heads` -> the group of each head, [H]; does not wait for the device."""
+    """sizes [G], which add up to `heads` -> group index of each head [H]. Does not synchronize with the device."""
     return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=heads)
 
 
 class GroupedQueryAttention(RoutedAttention):
-    """Base of the mechanisms with grouped query heads; without routers it is GQA.
+    """Base module of the mechanisms with grouped query heads. Without routers it computes GQA.
 
-    y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m."""
+    y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m.
+    """
 
     def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
@@ -175,17 +177,17 @@ class GroupedQueryAttention(RoutedAttention):
         self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
 
     def heads_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [B, S, d], weight [n D, d] -> [B, S, n, D]; n follows the weight, which may be one rank's part."""
+        """x [B, S, d], weight [n D, d] -> [B, S, n, D]. The weight may be one rank's shard, which sets n."""
         return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
 
     def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """[B, K, G, D] each: of all tokens x's may see."""
+        """Rotated keys and values [B, K, G, D] of the K tokens that x attends to (with a cache, earlier ones too)."""
         return context.keys_and_values(
             self.k_rope(self.heads_of(x, self.w_k), context.rope), self.heads_of(x, self.w_v)
         )
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
-        """Rotated queries q [B, S, H, D] over the keys and values of x [B, S, d] -> o [B, S, H, D]."""
+        """Attend with rotated queries q [B, S, H, D] to the keys and values of x [B, S, d] -> o [B, S, H, D]."""
         k, v = self.keys_and_values(x, context)  # [B, K, G, D]
         return context.attend(q, k, v)
 
@@ -195,7 +197,7 @@ class GroupedQueryAttention(RoutedAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
     def diversity_loss(self) -> Tensor | None:
-        """In training the orthogonality penalty with its coefficient; the same for every micro-batch."""
+        """In training, the orthogonality loss times its coefficient; it does not depend on the micro-batch."""
         if not self.orthogonality or not self.training:
             return None
         return self.orthogonality * orthogonality_loss(self.w_q, members=self.members, head_dim=self.head_dim)

@@ -1,15 +1,15 @@
-"""Mixture of attention heads (MoA): a token picks k of E query and output projections over one key and value head
+"""Mixture of attention heads (MoA): each token selects k of E query heads, which share one key and value head
 (Zhang et al., 2022, arXiv 2210.05144).
 
-Legend: B batch, S sequence, d width, E experts (the query heads), k=top_k, D head size. Per token:
+Legend: B batch, S sequence, d width, E experts (a query head and its slice of W_O), k=top_k, D head size. Per token:
 
     r = W_R x,  p = softmax(r)                    E logits, fp32
-    K = top-k of r
-    w_e = p_e / stopgrad(sum over K of p)         the paper; the authors' code leaves the division out
-    y = sum over e in K of w_e W_O[e] softmax(q_e K^T / sqrt(D)) V
+    C = top-k of r                                selected experts
+    w_e = p_e / stopgrad(sum over C of p)         as in the paper; the authors' code omits the division
+    y = sum over e in C of w_e W_O[e] softmax(q_e K^T / sqrt(D)) V
 
-It is routed GQA with one group: module, cost and diagnostics are `headway.model.attention.rgqa`'s, under this name,
-with the published gates and losses. Under tensor parallelism it stays whole, as any mechanism with one KV head.
+MoA is routed GQA with one group. Module, cost and diagnostics are those of `headway.model.attention.rgqa`; the gates
+and the losses are the published ones. Tensor parallelism does not shard it, as it has a single KV head.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from headway.model.router import AnyRouter, LinearRouterConfig, check_router
 class MoaConfig(GroupedConfig):
     """MoA: `heads` query experts with an output projection each, over a single key and value head.
 
-    The balancing is that of the authors' WMT14 run: f.P 0.01 and z-loss 0.001; the code has a CV^2 loss, which that
-    run leaves at 0. Their routers start at zero, which is refused here: all logits would tie, and every token would
-    use the first k experts until a gradient happens to part them.
+    The default balancing losses are those of the authors' WMT14 run: f.P 0.01 and z-loss 0.001. Their code also has a
+    CV^2 loss, whose coefficient is 0 in that run. The authors initialize the router to zero. This is not allowed here:
+    all logits would tie, and every token would use the first k experts until the gradients break the tie.
     """
 
     type: Literal["moa"] = "moa"
     top_k: int = Field(ge=1, description="k, experts a token uses")
     gate: Literal["detached_renorm", "softmax"] = Field(
-        default="detached_renorm", description="factor on a picked expert; the paper's, or that of the authors' code"
+        default="detached_renorm",
+        description="factor on a selected expert; detached_renorm: the paper; softmax: the authors' code",
     )
-    router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="computes the routing logits")
     projections: Projections = Field(
         default="dense",
-        description="dense: all heads, then the chosen ones; grouped: one product per head; routed: that in one kernel "
-        "on a GPU; auto: routed where it is expected to be faster",
+        description="dense: project all heads, then select; grouped: one matmul per head, over the tokens that "
+        "selected it; routed: the grouped matmuls in one GPU kernel; auto: routed where it is expected to be faster",
     )
-    balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01, z=0.001), description="what keeps experts in use")
+    balance: BalanceConfig = Field(
+        default=BalanceConfig(f_p=0.01, z=0.001), description="load balancing of the experts"
+    )
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
@@ -56,7 +59,7 @@ class MoaConfig(GroupedConfig):
             )
         if self.top_k > self.heads:
             raise ValueError(
-                f"top_k: {self.top_k} experts picked of {self.heads}; "
+                f"top_k: {self.top_k} experts selected of {self.heads}; "
                 f"use top_k 1 to {self.heads}, or heads {self.top_k}"
             )
         check_router(self.router, self.balance, gate=self.gate, choice=True)
@@ -64,7 +67,7 @@ class MoaConfig(GroupedConfig):
 
     @property
     def rgqa(self) -> RgqaConfig:
-        """The same mechanism under its general name."""
+        """The equivalent R-GQA config, with one group."""
         shared = {name: getattr(self, name) for name in type(self).model_fields if name != "type"}
         return RgqaConfig(kv_heads=1, **shared)
 
@@ -84,9 +87,9 @@ class MoaConfig(GroupedConfig):
         return self.rgqa.num_params(width=width)
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4dkD + 4dD + 2dE and the core of k maps; executed: queries and outputs of all E experts."""
+        """Useful: 4dkD + 4dD + 2dE, and the core for k heads. Executed: queries and outputs of all E experts."""
         return self.rgqa.flops_per_token(width=width, seq_len=seq_len)
 
     def shards(self) -> dict[str, Shard]:
-        """One whole piece each."""
+        """One unit per parameter: nothing is sharded."""
         return self.rgqa.shards()

@@ -1,22 +1,23 @@
-"""Mixture of heads (MoH): some heads always act, of the others each token uses k (Jin et al., 2024, arXiv 2410.11842).
+"""Mixture of heads (MoH): each token uses all shared heads and k routed ones (Jin et al., 2024, arXiv 2410.11842).
 
 Legend: B batch, S sequence, d width, H query heads, G KV heads (the source: G=H), D head size, s=shared_heads,
 N=H-s routed heads, k=top_k. The first s heads are shared. Per token, with o_h as in (grouped) multi-head attention:
 
-    r = router(x)                 N logits, fp32; one choice over all routed heads, whatever KV head they belong to
-    K = top-k of r
+    r = router(x)                 N logits, fp32; one selection over all routed heads, independent of their KV heads
+    C = top-k of r                selected heads
     [a, b] = softmax(W_A x)       weight of the shared and of the routed heads
     y = sum over h of g_h W_O[h] o_h
 
-    form              shared head h               routed head in K (others 0)
+    form              g_h of a shared head        g_h of a routed head in C (others: 0)
     paper             a softmax(W_S x)_h          b softmax(r)_h
-    code              2a s softmax(W_S x)_h       2b k softmax(r)_h / (sum of it over K)
+    code              2a s softmax(W_S x)_h       2b k softmax(r)_h / (sum over C of softmax(r))
     straight_through  1                           1, with the gradient of softmax(r)_h
 
-`paper` is the equation, `code` what the authors' vision models compute (every factor is 1 at zero logits),
-`straight_through` their continued training of LLaMA3, whose router is `query_norm`. W_A is there beside shared heads
-only (without them b = 1, in `code` 2b = 1), W_S where there are several. How many heads of one KV head are picked
-differs by token, so they cannot be packed into slots: all H are computed, and those not picked are multiplied by 0.
+`paper` is the published equation. `code` is what the authors' vision models compute (every factor is 1 at zero logits).
+`straight_through` is their continued training of LLaMA3, whose router is `query_norm`. W_A exists only if there are
+shared heads (otherwise b = 1, in `code` 2b = 1), and W_S only if there are at least two. The number of selected heads
+per KV head differs by token, so the heads cannot be packed into slots. All H heads are computed, and those that are
+not selected are multiplied by 0.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from headway.model.router import AnyRouter, LinearRouterConfig, RoutingConfig, c
 ROUTER = "router"
 GATES: dict[str, GateName] = {"paper": "softmax", "code": "renorm", "straight_through": "straight_through"}
 GATE_INIT_STD = 0.02
-"""Of W_A and W_S, as the default of the router."""
+"""Initial standard deviation of W_A and W_S; equal to the router's default."""
 
 
 class MohConfig(GroupedConfig):
-    """MoH: `shared_heads` always, `top_k` of the other heads by token.
+    """MoH: each token uses all `shared_heads` and `top_k` of the other heads.
 
-    Balancing as published: f.P with coefficient 0.01 and f not divided by k. The authors average it over layers and,
-    in the paper's equation, leave out the factor N; here losses are summed over layers.
+    The balancing loss is the published one: f.P with coefficient 0.01 and f not divided by k. The authors average it
+    over layers, and the paper's equation omits the factor N; here losses are summed over layers.
     """
 
     type: Literal["moh"] = "moh"
@@ -53,11 +54,9 @@ class MohConfig(GroupedConfig):
     shared_heads: int = Field(ge=0, description="s, the first heads, which every token uses")
     top_k: int | list[int] = Field(description="routed heads a token uses; a list: one number per layer")
     form: Literal["paper", "code", "straight_through"] = Field(default="paper", description="factors on the heads")
-    router: AnyRouter = Field(
-        default=LinearRouterConfig(), description="where the logits of the routed heads come from"
-    )
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="computes the logits of the routed heads")
     balance: BalanceConfig = Field(
-        default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="what keeps the routed heads in use"
+        default=BalanceConfig(f_p=0.01, f_p_convention="count"), description="load balancing of the routed heads"
     )
 
     @model_validator(mode="after")
@@ -67,8 +66,8 @@ class MohConfig(GroupedConfig):
             enough = -(-(self.shared_heads + 2) // self.kv_heads) * self.kv_heads
             fewer = f"shared_heads {self.heads - 2}" if self.heads > 1 else "type gqa"
             raise ValueError(
-                f"shared_heads: {self.shared_heads} of {self.heads} heads leave {max(self.routed, 0)} to route, which "
-                f"is no choice; use {fewer}, or heads {enough}"
+                f"shared_heads: {self.shared_heads} of {self.heads} heads leave {max(self.routed, 0)} to route, and "
+                f"routing needs at least 2; use {fewer}, or heads {enough}"
             )
         for k in self.top_k if isinstance(self.top_k, list) else [self.top_k]:
             self._check_k(k)
@@ -80,13 +79,13 @@ class MohConfig(GroupedConfig):
             enough = -(-(self.shared_heads + k) // self.kv_heads) * self.kv_heads
             legal = f"top_k 1 to {self.routed}, or heads {enough}" if k > 0 else f"top_k 1 or {self.routed}"
             raise ValueError(
-                f"top_k: {k} heads picked of {self.routed} routed ones (heads {self.heads} - shared_heads "
+                f"top_k: {k} heads selected of {self.routed} routed ones (heads {self.heads} - shared_heads "
                 f"{self.shared_heads}); use {legal}"
             )
         if self.form == "code" and k == 1:
             raise ValueError(
-                "form: code renormalises over the picked heads, which at top_k 1 is the constant 1, so the router "
-                "would get no gradient from the task; use form paper or straight_through, or top_k 2"
+                "form: code renormalizes over the selected heads; at top_k 1 the result is the constant 1, so the "
+                "router would get no gradient from the task; use form paper or straight_through, or top_k 2"
             )
 
     def layer(self, index: int, layers: int) -> Self:
@@ -100,42 +99,43 @@ class MohConfig(GroupedConfig):
 
     @property
     def routed(self) -> int:
-        """N, heads among which the router picks."""
+        """N, heads that the router chooses from."""
         return self.heads - self.shared_heads
 
     @property
     def k(self) -> int:
-        """Heads picked per token; needs a config of one layer (`layer`)."""
+        """Heads selected per token. The config must be that of one layer (`layer`)."""
         assert isinstance(self.top_k, int), "k differs by layer: ask the config of one layer"
         return self.top_k
 
     @property
     def active(self) -> int:
-        """Heads that act on a token."""
+        """Heads with a nonzero factor for a token."""
         return self.shared_heads + self.k
 
     @property
     def shared_rows(self) -> int:
-        """Rows of W_S; a single shared head has no choice of weight."""
+        """Rows of W_S. 0 for a single shared head, whose softmax would be the constant 1."""
         return self.shared_heads if self.form != "straight_through" and self.shared_heads > 1 else 0
 
     @property
     def stage_rows(self) -> int:
-        """Rows of W_A: two, where there are both kinds of heads and they are weighted."""
+        """Rows of W_A: 2 if there are shared heads and the form weights them, else 0."""
         return 2 if self.form != "straight_through" and self.shared_heads else 0
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return MixtureOfHeads(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """GQA's, the router's (dN with a linear one), ds where s > 1, and 2d; the last two not straight-through."""
+        """Those of GQA, plus the router (linear: dN), plus ds if s > 1, plus 2d. `straight_through` omits ds and 2d."""
         router = self.router.num_params(width=width, groups=1, experts=self.routed)
         return super().num_params(width=width) + router + width * (self.shared_rows + self.stage_rows)
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Executed: GQA's and the routers; useful: queries, core and W_O of the s+k acting heads only.
+        """Executed: GQA and the router. Useful: queries, core and W_O of the s+k active heads only.
 
-        Keys and values count whole: a later token may pick any head. So do the queries a query-norm router reads.
+        Keys and values count in full, because a later token may select any head. So do the queries that a query-norm
+        router reads.
         """
         dense = super().flops_per_token(width=width, seq_len=seq_len).executed
         dense += self.router.flops_per_token(width=width, groups=1, experts=self.routed)
@@ -149,10 +149,10 @@ class MohConfig(GroupedConfig):
         return self.core_flops_per_token(seq_len=seq_len) * self.active / self.heads
 
     def shards(self) -> dict[str, Shard]:
-        """Whole KV heads with their query heads. The router chooses among all heads, so every rank holds all of it.
+        """Each rank owns whole KV heads with their query heads. The router selects over all heads and is replicated.
 
-        One whole piece each where that is not enough: a query-norm router reads the queries of every rank's heads, and
-        buffers of a router (fixed or hashed rows, loss-free bias) are cut by group, of which this one has one.
+        The layer is not sharded in two cases. A query-norm router reads the queries of all ranks' heads. Router buffers
+        (fixed or hashed rows, loss-free bias) can be sharded by group only, and MoH has a single group.
         """
         if self.router.shards() and not self.balance.loss_free_rate:
             return super().shards()
@@ -160,9 +160,9 @@ class MohConfig(GroupedConfig):
 
 
 class MixtureOfHeads(GroupedQueryAttention):
-    """GQA's parameters under GQA's names, a `router`, `w_shared` [s, d] (W_S) and `w_stage` [2, d] (W_A).
+    """The MoH layer. Parameters: those of GQA, a `router`, `w_shared` [s, d] (W_S) and `w_stage` [2, d] (W_A).
 
-    `ranks` is replaced where the heads are dealt to several ranks.
+    `ranks` is set where tensor parallelism shards the heads.
     """
 
     def __init__(self, config: MohConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
@@ -188,7 +188,7 @@ class MixtureOfHeads(GroupedQueryAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 
     def factors(self, x: Tensor, context: Context, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, d], q [B, S, H, D] before RoPE -> g [B, S, H] of all heads, fp32 or wider, and the router's loss."""
+        """x [B, S, d], q [B, S, H, D] before RoPE -> factors g [B, S, H], fp32 or wider, and the router's loss."""
         config = self.config
         routing = self.router(x, context, k=config.k, queries=q[:, :, None, config.shared_heads :])
         idx, gate = routing.idx.squeeze(2), routing.gate.squeeze(2)  # [B, S, k]

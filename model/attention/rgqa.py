@@ -1,19 +1,21 @@
-"""Routed grouped-query attention (R-GQA): each token uses k of the M query heads of every KV group.
+"""Routed grouped-query attention (R-GQA): each token uses k of the M query heads in every KV group.
 
-A reconstruction. Only the authors' announcement could be read, not their paper or code: it says that a learned router
-picks the most relevant query heads of a group and attention is computed for those alone. Router, gate, balancing and
-output slices are choices, and each is a field of the config (docs/mechanisms.md).
+This is a reconstruction: the authors' announcement was available, their paper and code were not. The announcement says
+that a learned router selects the most relevant query heads of each group, and that attention is computed for the
+selected heads only. The router, the gate, load balancing and the layout of W_O are choices of this project. Each is a
+field of the config (docs/mechanisms.md).
 
-Legend: B batch, S sequence, d width, H query heads in the pool, G groups (= KV heads), M=H/G heads per group,
-N=M-always_on routed heads per group, k=top_k, D head size. Per token t, in group g:
+Legend: B batch, S sequence, d width, H query heads, G groups (= KV heads), M=H/G query heads per group,
+N=M-always_on routed heads per group, k=top_k, D head size. For each token, in group g:
 
     r = router(x)                  [G, N]     logits, fp32
-    K = top-k of r (+ bias, noise) [G, k]     ties to the lower index, no gradient
-    o_m = softmax(q_m K_g^T / sqrt(D)) V_g    for m in K and the always-on heads only
+    C = top-k of r (+ bias, noise) [G, k]     selected heads; ties go to the lower index; selection has no gradient
+    o_m = softmax(q_m K_g^T / sqrt(D)) V_g    for m in C and for the always-on heads
     y = sum over g, m of gate(r_m) W_O[g, m] o_m
 
-Softmax rows do not depend on each other, so slot j may hold another head at every position, and the core is ordinary
-GQA with always_on + k query heads per group: mask, KV cache and kernels stay as they are.
+A slot is one of the always_on + k query heads that are computed per group and token. A softmax row depends on its own
+query only, so a slot may hold a different head at each position. The attention core therefore runs ordinary GQA with
+always_on + k query heads per group. The mask, the KV cache and the kernels are those of GQA.
 """
 
 from __future__ import annotations
@@ -38,52 +40,53 @@ ROUTER = "router"
 
 
 class KStage(StrictConfig):
-    """`top_k` while fewer than `until_tokens` training tokens are done."""
+    """One stage of `k_schedule`: `top_k` applies until `until_tokens` training tokens are processed."""
 
     until_tokens: int = Field(ge=1)
     top_k: int = Field(ge=1)
 
 
 class SizeRule(StrictConfig):
-    """k = ceil(min(1, ratio + slope log10(P / at_params)) N) for a model of P parameters: larger models, denser.
+    """k = ceil(min(1, ratio + slope log10(P / at_params)) N) for a model of P parameters: larger models use more heads.
 
-    A proposal of this project; the two published observations (fine at 0.1B, harmful at 0.94B) cannot fit it.
+    The rule is a proposal of this project. Two published observations exist (fine at 0.1B, harmful at 0.94B), too few
+    to fit its constants.
     """
 
-    ratio: float = Field(gt=0, le=1, description="share of routed heads picked at `at_params` parameters")
-    slope: float = Field(ge=0, description="growth of that share per factor of ten in parameters")
+    ratio: float = Field(gt=0, le=1, description="fraction of the routed heads selected at `at_params` parameters")
+    slope: float = Field(ge=0, description="increase of that fraction per factor of ten in parameters")
     at_params: float = Field(gt=0)
 
     def top_k(self, *, num_params: int, routed: int) -> int:
-        """At least 1, at most `routed`."""
+        """Heads to select per group: at least 1, at most `routed`."""
         ratio = min(1.0, self.ratio + self.slope * math.log10(num_params / self.at_params))
         return max(1, math.ceil(ratio * routed - 1e-9))
 
 
 class RoutedGroupedConfig(GroupedConfig):
-    """What every mechanism that routes the query heads within groups has."""
+    """Options shared by the mechanisms that route query heads within groups."""
 
     kv_heads: int = Field(
         ge=1, description="G, KV heads (= groups); each has heads/kv_heads query heads to choose from"
     )
     top_k: int | list[int] | SizeRule = Field(
-        description="query heads a token picks in each group; a list: one number per layer; a rule: by model size"
+        description="query heads a token selects in each group; a list: one number per layer; a rule: by model size"
     )
     k_schedule: list[KStage] = Field(
-        default=[], description="other top_k early in training, in stages; costs are stated for the final one"
+        default=[], description="stages with a different top_k early in training; costs are stated for the final top_k"
     )
-    gate: GateName = Field(default="sigmoid2", description="factor on the output of a picked head")
-    always_on: int = Field(default=0, ge=0, description="heads per group outside the routing, always used")
+    gate: GateName = Field(default="sigmoid2", description="factor on the output of a selected head")
+    always_on: int = Field(default=0, ge=0, description="heads per group that every token uses; they are not routed")
     always_on_gate: Literal["none", "sigmoid2"] = Field(default="none", description="factor on always-on heads")
     output: Literal["head", "slot"] = Field(
-        default="head", description="slice of W_O of each head of the pool, or of each slot (as GQE has it)"
+        default="head", description="head: each query head has a slice of W_O; slot: each slot has one, as in GQE"
     )
-    router: AnyRouter = Field(default=LinearRouterConfig(), description="where the logits come from")
-    balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="what keeps heads in use")
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="computes the routing logits")
+    balance: BalanceConfig = Field(default=BalanceConfig(f_p=0.01), description="load balancing of the routed heads")
     projections: Projections = Field(
         default="dense",
-        description="dense: all heads, then the chosen ones; grouped: one product per head, of those who chose it; "
-        "routed: that in one kernel on a GPU; auto: routed where it is expected to be faster",
+        description="dense: project all heads, then select; grouped: one matmul per head, over the tokens that "
+        "selected it; routed: the grouped matmuls in one GPU kernel; auto: routed where it is expected to be faster",
     )
 
     @model_validator(mode="after")
@@ -107,17 +110,17 @@ class RoutedGroupedConfig(GroupedConfig):
             )
         if self.gate == "renorm" and isinstance(self.top_k, SizeRule):
             raise ValueError(
-                "gate: renorm needs at least two heads picked, and a size rule may come out at one; "
+                "gate: renorm needs at least two selected heads, and a size rule may resolve to one; "
                 "use gate sigmoid2 or detached_renorm, or top_k as a number"
             )
         ends = [stage.until_tokens for stage in self.k_schedule]
         if ends != sorted(set(ends)):
             raise ValueError(
-                f"k_schedule: until_tokens {ends} must grow from stage to stage; sort the stages, or use one stage"
+                f"k_schedule: until_tokens {ends} must increase from stage to stage; sort the stages, or use one stage"
             )
         if self.output == "slot" and (self.k_schedule or not isinstance(self.top_k, int)):
             raise ValueError(
-                "output: slot has one slice of W_O per slot, so k must be one number for all layers and the whole "
+                "output: slot has one slice of W_O per slot, so k must be the same in all layers and throughout "
                 "training; use output head, or top_k as an integer without k_schedule"
             )
         return self
@@ -130,7 +133,7 @@ class RoutedGroupedConfig(GroupedConfig):
         if k < 1 or k > self.routed:
             legal = "1" if self.routed == 1 else f"1 to {self.routed}"
             raise ValueError(
-                f"top_k: {k} heads picked of {self.routed} routed ones per group "
+                f"top_k: {k} heads selected of {self.routed} routed ones per group "
                 f"(heads {self.heads} / kv_heads {self.kv_heads} - always_on {self.always_on}); "
                 f"use top_k {legal}, or heads {self.kv_heads * (max(k, 1) + self.always_on)}"
             )
@@ -151,7 +154,7 @@ class RoutedGroupedConfig(GroupedConfig):
         if late:
             raise ValueError(
                 f"attention.k_schedule: a stage lasts until {late[0]} tokens and the last step begins at "
-                f"{tokens - tokens_per_step}, so top_k, for which costs are stated, would never be trained; "
+                f"{tokens - tokens_per_step}, so the final top_k, for which costs are stated, would never be trained; "
                 f"use until_tokens {tokens // 2}, or train.tokens {2 * late[0]}"
             )
 
@@ -166,12 +169,12 @@ class RoutedGroupedConfig(GroupedConfig):
 
     @property
     def routed(self) -> int:
-        """N, query heads per group among which the router picks."""
+        """N, query heads per group that the router chooses from."""
         return self.heads_per_group - self.always_on
 
     @property
     def k(self) -> int:
-        """Heads picked per group and token; needs a config of one layer (`layer`, `at_size`)."""
+        """Heads selected per group and token. The config must be that of one layer (`layer`, `at_size`)."""
         assert isinstance(self.top_k, int), "k differs by layer or model size: ask the config of one layer"
         return self.top_k
 
@@ -188,7 +191,7 @@ class RoutedGroupedConfig(GroupedConfig):
         return RoutedGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """GQA's and the router: 2dHD + 2dGD + dGN with a linear one; per slot W_O has d(G slots)D, not dHD."""
+        """2dHD + 2dGD, plus the router (linear: dGN). With output `slot`, W_O has d(G slots)D instead of dHD."""
         params = super().num_params(width=width)
         params += self.router.num_params(width=width, groups=self.groups, experts=self.routed)
         if self.always_on_gate != "none":
@@ -198,10 +201,10 @@ class RoutedGroupedConfig(GroupedConfig):
         return params
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4d(G slots)D + 4dGD + router and the core; executed densely: Q and W_O for all H heads.
+        """Useful: 4d(G slots)D + 4dGD, the router and the core. Executed if `dense`: queries and W_O of all H heads.
 
-        Routed products are counted as dense: W_O's forward product and the gradient of x are, and what a GPU leaves
-        out of the others depends on it.
+        Projections `routed` count as dense: the forward matmul of W_O and the gradient of x are dense, and the work
+        saved in the other matmuls depends on the GPU.
         """
         rest = 4 * width * self.groups * self.head_dim + self.core_flops_per_token(seq_len=seq_len)
         rest += self.router.flops_per_token(width=width, groups=self.groups, experts=self.routed)
@@ -216,20 +219,20 @@ class RoutedGroupedConfig(GroupedConfig):
         return Flops(useful=useful, executed=rest + per_head * (self.heads + outputs))
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups with their router rows: routing needs no communication."""
+        """Each rank owns whole groups and their router rows, so routing needs no communication."""
         names = [f"{ROUTER}.{name}" for name in self.router.shards()]
         names += ["w_always_on"] if self.always_on_gate != "none" else []
         return {**super().shards(), **{name: Shard(0, self.groups) for name in names}}
 
 
 class RgqaConfig(RoutedGroupedConfig):
-    """Routed GQA: every token picks `top_k` of the query heads of each group."""
+    """Routed GQA: every token selects `top_k` query heads in each group."""
 
     type: Literal["rgqa"] = "rgqa"
 
 
 class RoutedGroupedQueryAttention(GroupedQueryAttention):
-    """GQA's parameters under GQA's names, a `router`, and gates of always-on heads `w_always_on` [G a, d]."""
+    """The R-GQA layer: parameters of GQA, a `router` and, with `always_on_gate`, `w_always_on` [G always_on, d]."""
 
     def __init__(
         self, config: RoutedGroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float
@@ -255,8 +258,10 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         return AttentionOutput(y, summed(aux_loss, self.diversity_loss()))
 
     def chosen_queries(self, x: Tensor, context: Context) -> tuple[Tensor, Routing, Routed | None]:
-        """Rotated queries [B, S, G slots, D], group-major as the core expects, which heads they are, and these heads'
-        lists where products are routed.
+        """Compute the queries of the selected heads from x [B, S, d].
+
+        Returns the rotated queries [B, S, G slots, D], group-major as the core expects; the routing that selected
+        them; and, where the routed kernels run, the token lists per head that they read (else None).
         """
         form, reads, queries = self.config.projections, self.config.router.reads_queries, None
         if reads or self._is_dense(x):
@@ -271,7 +276,7 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         return self.q_rope(q.flatten(2, 3), context.rope), heads, None
 
     def _is_dense(self, x: Tensor) -> bool:
-        """Whether all heads' queries are made, of which the chosen ones are taken."""
+        """Whether the queries of all heads are computed before the selection."""
         form, slots = self.config.projections, self.config.always_on + self.top_k
         groups = self.w_q.shape[0] // (self.members * self.head_dim)
         return form != "grouped" and (
@@ -279,7 +284,7 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         )
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
-        """The same function, masked dense: GQA over all H heads, outputs times the gate, zero where not chosen."""
+        """Dense reference of `forward`: GQA over all H heads; each output times its gate, 0 where not selected."""
         queries = self.heads_of(x, self.w_q).unflatten(2, (-1, self.members))
         idx, gate, aux_loss = self.route(x, context, queries)
         k, v = self.keys_and_values(x, context)
@@ -293,9 +298,9 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), summed(aux_loss, self.diversity_loss()))
 
     def route(self, x: Tensor, context: Context, queries: Tensor | None) -> Routing:
-        """x [B, S, d] -> heads [B, S, G, slots] within their group, always-on ones first.
+        """x [B, S, d] -> head of each slot [B, S, G, slots], as an index within its group; always-on heads come first.
 
-        queries [B, S, G, M, D]: of all heads, where the router reads them.
+        queries [B, S, G, M, D]: those of all heads, for a router that reads them; else None.
         """
         always_on = self.config.always_on
         routed = None if queries is None else queries[..., always_on:, :]
@@ -312,6 +317,6 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
         )
 
     def before_step(self, tokens: int) -> None:
-        """k of the schedule's stage."""
+        """Set k to that of the current stage of `k_schedule`."""
         stages = [stage.top_k for stage in self.config.k_schedule if tokens < stage.until_tokens]
         self.top_k = stages[0] if stages else self.config.k

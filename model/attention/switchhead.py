@@ -2,15 +2,16 @@
 
 Legend: B batch, S sequence, d width, n heads, E experts per head, k=top_k, D head size. For head h:
 
-    Q = W_Q x,  K = W_K x                                  dense, one of each per head
-    V(s) = sum over e in top-k of r^V(s), of gate(r^V_e) W_V[e] x_s     source: the token that is attended to
-    y(t) = sum over e in top-k of r^O(t), of gate(r^O_e) W_O[e] (A V)   destination: the querying token
+    Q = W_Q x,  K = W_K x                                                  dense
+    V(s) = sum over e in top-k of r^V(s), of gate(r^V_e) W_V[e] x_s        source: the token attended to, s
+    y_h(t) = sum over e in top-k of r^O(t), of gate(r^O_e) W_O[e] (A V)    destination: the querying token, t
 
-Gates are independent sigmoids, not renormalised; there is no auxiliary loss. With n=G and E=M this is the dual of
-R-GQA: equal projection weights, equal projection FLOPs up to the gating products, equal KV cache; R-GQA has a pool of
-query and output slices and k G score maps, SwitchHead a pool of value and output slices and G score maps.
+A is the attention matrix of head h, and the layer's output is the sum of y_h over heads. Gates are independent
+sigmoids, not renormalized; there is no auxiliary loss. With n=G and E=M, SwitchHead is the dual of R-GQA: projection
+weights, projection FLOPs (except for gating) and KV cache are equal. R-GQA routes query and output slices and computes
+k G score maps; SwitchHead routes value and output slices and computes G score maps.
 
-E = 1 is the authors' gate-only layer: dense values and outputs, and one sigmoid gate per head on what attention gives.
+E = 1 is the authors' gate-only layer: values and outputs are dense, and one sigmoid gate per head scales its output.
 """
 
 from __future__ import annotations
@@ -33,29 +34,31 @@ from headway.model.router import AnyRouter, LinearRouterConfig, RoutedAttention,
 class SwitchHeadConfig(AttentionConfig):
     """SwitchHead: n heads with dense queries and keys; values and outputs are mixtures of experts.
 
-    The authors rotate half of the channels (rope_fraction 0.5), scale initial weights by the fan-in and make router
-    rows nearly equal in norm (router.init equal_rows); the defaults here are those of the other mechanisms, so that a
-    comparison differs in the mechanism alone.
+    The authors rotate half of the channels (rope_fraction 0.5), scale the initial weights by the fan-in and initialize
+    the router rows to nearly equal norm (router.init equal_rows). The defaults here are those of the other mechanisms,
+    so that comparisons differ in the mechanism only.
     """
 
     type: Literal["switchhead"] = "switchhead"
     kv_heads: int = Field(
         ge=1, description="n, heads; each has its own query, key and pools of value and output experts"
     )
-    experts: int = Field(ge=1, description="E, value and output experts per head; 1: a gate per head and nothing else")
+    experts: int = Field(ge=1, description="E, value and output experts per head; 1: only a gate per head")
     top_k: int = Field(ge=1, description="value experts and output experts a token uses per head")
     gate: Literal["sigmoid", "sigmoid2", "renorm"] = Field(
-        default="sigmoid", description="factor of a picked expert; published: sigmoid, as an option renorm"
+        default="sigmoid", description="factor on a selected expert; published: sigmoid, and renorm as an option"
     )
     shared_selection: bool = Field(
-        default=False, description="one router for both sides: a token's value and output experts have the same numbers"
+        default=False, description="one router selects both: a token's value and output experts have the same indices"
     )
-    router: AnyRouter = Field(default=LinearRouterConfig(), description="form of the two routers")
-    balance: BalanceConfig = Field(default=BalanceConfig(), description="losses of either router; published: none")
+    router: AnyRouter = Field(default=LinearRouterConfig(), description="type of the two routers")
+    balance: BalanceConfig = Field(
+        default=BalanceConfig(), description="load balancing of each router; published: none"
+    )
     projections: Projections = Field(
         default="dense",
-        description="dense: all experts, then the chosen; grouped: one product per expert, of those who chose it; "
-        "routed: that in one kernel on a GPU; auto: routed where it is expected to be faster",
+        description="dense: project all experts, then select; grouped: one matmul per expert, over the tokens that "
+        "selected it; routed: the grouped matmuls in one GPU kernel; auto: routed where it is expected to be faster",
     )
 
     @model_validator(mode="after")
@@ -63,7 +66,7 @@ class SwitchHeadConfig(AttentionConfig):
         if self.top_k > self.experts:
             legal = "1" if self.experts == 1 else f"1 to {self.experts}"
             raise ValueError(
-                f"top_k: {self.top_k} experts picked of {self.experts} per head; "
+                f"top_k: {self.top_k} experts selected of {self.experts} per head; "
                 f"use top_k {legal}, or experts {self.top_k}"
             )
         if self.gate == "renorm" and self.top_k == 1:
@@ -73,19 +76,19 @@ class SwitchHeadConfig(AttentionConfig):
             )
         if self.shared_selection and self.experts == 1:
             raise ValueError(
-                "shared_selection: with experts 1 only outputs are gated and there is nothing to share; "
+                "shared_selection: with experts 1 there is only the output router, so there is no selection to share; "
                 "use shared_selection false, or experts 2"
             )
         if self.router.reads_queries:
             raise ValueError(
-                f"router: {self.router.type} ranks query heads, and SwitchHead routes values and outputs; "
+                f"router: {self.router.type} ranks query heads, but SwitchHead routes values and outputs; "
                 "use router.type linear or two_layer"
             )
         return self
 
     @property
     def router_names(self) -> tuple[str, ...]:
-        """One router for each side, or one for both."""
+        """`source` and `destination`; only `destination` where one router serves both or values are dense."""
         return ("destination",) if self.shared_selection or self.experts == 1 else ("source", "destination")
 
     @property
@@ -99,19 +102,19 @@ class SwitchHeadConfig(AttentionConfig):
         return SwitchHeadAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dnD + 2dnED and the routers, 2dnE where they are linear and two; two gains of D with QK-norm."""
+        """2dnD + 2dnED, plus the routers (two linear ones: 2dnE), plus 2D (two gains) with QK-norm."""
         dense = 2 * width * self.kv_heads * self.head_dim
         gains = 2 * self.head_dim if self.qk_norm else 0
         router = self.router.num_params(width=width, groups=self.kv_heads, experts=self.experts)
         return dense + dense * self.experts + len(self.router_names) * router + gains
 
     def gating_flops_per_token(self) -> int:
-        """Gates times values, and sums: 2knD on either side; at E = 1 outputs alone."""
+        """Products with the gates and their sums: 2knD each for values and outputs; only outputs at E = 1."""
         sides = 1 if self.experts == 1 else 2
         return sides * 2 * self.top_k * self.kv_heads * self.head_dim
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
-        """Useful: 4dnD + 4knD(d+1) + 4dnE and the core; executed densely: V and O for all E experts instead of k."""
+        """Useful: 4dnD + 4knD(d+1) + 4dnE, plus the core. Executed if `dense`: V and O of all E experts, not of k."""
         per_expert = 4 * width * self.kv_heads * self.head_dim
         router = self.router.flops_per_token(width=width, groups=self.kv_heads, experts=self.experts)
         rest = per_expert + self.gating_flops_per_token() + len(self.router_names) * router
@@ -123,13 +126,13 @@ class SwitchHeadConfig(AttentionConfig):
         return 2 * self.kv_heads * self.head_dim * bytes_per_element
 
     def shards(self) -> dict[str, Shard]:
-        """Whole heads with their experts and router rows: routing needs no communication."""
+        """Each rank owns whole heads with their experts and router rows, so routing needs no communication."""
         rows = ["w_q", "w_k", "w_v", *(f"{r}.{name}" for r in self.router_names for name in self.router.shards())]
         return {**{name: Shard(0, self.kv_heads) for name in rows}, "w_o": Shard(1, self.kv_heads)}
 
 
 class SwitchHeadAttention(RoutedAttention):
-    """Parameters w_q, w_k [n D, d]; w_v [n E D, d]; w_o [d, n E D]; routers `source`, `destination`; head-major."""
+    """Parameters w_q, w_k [n D, d], w_v [n E D, d], w_o [d, n E D], all head-major; routers `source`, `destination`."""
 
     def __init__(self, config: SwitchHeadConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
@@ -164,7 +167,7 @@ class SwitchHeadAttention(RoutedAttention):
         return AttentionOutput(y, _aux_loss(source, destination))
 
     def forward_reference(self, x: Tensor, context: Context) -> AttentionOutput:
-        """The same function, masked dense: every expert, times its gate, zero where not chosen."""
+        """Dense reference of `forward`: computes every expert times its gate, 0 where not selected."""
         experts = self.config.experts
         source, destination = self.route(x, context)
         q, k = self._queries_and_keys(x, context)
@@ -176,7 +179,7 @@ class SwitchHeadAttention(RoutedAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), _aux_loss(source, destination))
 
     def route(self, x: Tensor, context: Context) -> tuple[Routing | None, Routing]:
-        """x [B, S, d] -> value experts and output experts [B, S, n, k] of each token; None: values are dense."""
+        """x [B, S, d] -> value routing (None if values are dense) and output routing, [B, S, n, k] each."""
         routings = {name: router(x, context, k=self.config.top_k) for name, router in self.routers.items()}
         destination = routings["destination"]
         if self.config.shared_selection:
@@ -184,7 +187,7 @@ class SwitchHeadAttention(RoutedAttention):
         return routings.get("source"), destination
 
     def pool(self, x: Tensor, context: Context) -> HeadPool | None:
-        """The value experts of each head, each attended to with the head's own queries and keys."""
+        """The value experts of each head. Each is run through attention with the head's own queries and keys."""
         experts = self.config.experts
         if experts == 1:
             return None
@@ -203,17 +206,17 @@ class SwitchHeadAttention(RoutedAttention):
         return q, k
 
     def _each_value(self, x: Tensor) -> Tensor:
-        """x [B, S, d] -> every value expert's values [B, S, n, E, D]."""
+        """x [B, S, d] -> values of all experts [B, S, n, E, D]."""
         return F.linear(x, self.w_v).unflatten(-1, (-1, self.config.experts, self.config.head_dim))
 
 
 def _aux_loss(source: Routing | None, destination: Routing) -> Tensor | None:
-    """Each router once, also where one serves both sides."""
+    """Sum of the routers' losses. A router that serves both sides counts once."""
     other = None if source is None or source is destination else source.aux_loss
     return summed(other, destination.aux_loss)
 
 
 def _all_gates(routing: Routing, experts: int) -> Tensor:
-    """[B, S, n, E]: the gate where chosen, else 0."""
+    """Gate of each expert [B, S, n, E]: 0 where not selected."""
     gate = routing.gate
     return gate.new_zeros(*gate.shape[:-1], experts).scatter(-1, routing.idx, gate)

@@ -1,15 +1,15 @@
-"""Weighted grouped-query attention (WGQA): GQA whose keys and values are learned mixtures of multi-head attention's.
+"""Weighted grouped-query attention (WGQA): GQA whose KV projections are learned weighted sums of those of MHA.
 
 Legend: B batch, S sequence, d width, H heads, G KV heads (= groups), M=H/G heads merged into one, D head size. Group g
-holds the heads h = g M .. g M + M - 1; the weights a (of keys) and b (of values) are learned with everything else:
+holds the heads h = g M .. g M + M - 1. The weights a (of keys) and b (of values) are trained with the other parameters:
 
     W_K[g] = sum over h in g of a_h * W_K[h]     [D, d]   a_h: one number (scalar), one per output channel (column, D),
     W_V[g] = sum over h in g of b_h * W_V[h]     [D, d]        or one per input channel (row, d)
     y      = grouped-query attention with W_K and W_V of the G groups
 
-At a = b = 1/M it is GQA with mean-pooled heads. The sums do not depend on the tokens: they are formed once per forward
-pass, before the projection, and `folded` gives the plain GQA layer that they make. Source: 2024, arXiv 2407.10855,
-which fine-tunes a multi-head model in this form.
+With a = b = 1/M the layer is GQA with mean-pooled heads. The sums do not depend on the tokens. They are computed once
+per forward pass, before the projection, and `folded` gives the equivalent plain GQA layer. Source: 2024, arXiv
+2407.10855, which fine-tunes a multi-head model in this form.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ VECTORS = ("k_weights", "v_weights")
 
 
 class WgqaConfig(GroupedConfig):
-    """WGQA as it is trained; `folded` is what it is afterwards."""
+    """WGQA in training. `folded` is the equivalent GQA for inference."""
 
     type: Literal["wgqa"] = "wgqa"
     kv_heads: int = Field(ge=1, description="G, KV heads; each is merged from heads/kv_heads trained ones")
     weights: Literal["scalar", "column", "row"] = Field(
         default="scalar",
-        description="what a merged head has of its own: one number, one per output channel (D), one per input channel",
+        description="weights of each merged head; scalar: one, column: one per output channel (D), row: one per input "
+        "channel (d)",
     )
     start: Literal["mean", "random"] = Field(
-        default="mean", description="weights at the start; mean: kv_heads/heads, mean pooling; random: standard normal"
+        default="mean", description="initial weights; mean: kv_heads/heads (mean pooling); random: standard normal"
     )
 
     @model_validator(mode="after")
@@ -63,36 +64,36 @@ class WgqaConfig(GroupedConfig):
 
     @property
     def folded(self) -> GqaConfig:
-        """The GQA that a trained layer equals; its parameters, FLOPs and KV bytes are those of inference."""
+        """The GQA config equivalent to a trained layer. It gives parameters, FLOPs and KV bytes of inference."""
         shared = {name: getattr(self, name) for name in GroupedConfig.model_fields if name != "type"}
         return GqaConfig.model_validate({**shared, "kv_heads": self.kv_heads})
 
     def weight_shape(self, *, width: int) -> tuple[int, int]:
-        """Of one head's weights, for the product with its matrix [D, d]."""
+        """Shape of one head's weights, which broadcasts against its matrix [D, d]."""
         return {"scalar": (1, 1), "column": (self.head_dim, 1), "row": (1, width)}[self.weights]
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return WeightedGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """In training: MHA's 4dHD, and 2H, 2HD or 2Hd weights. At inference `folded` counts: 2dHD + 2dGD.
+        """In training: 4dHD as in MHA, plus 2H, 2HD or 2Hd weights. At inference, `folded` has 2dHD + 2dGD.
 
-        FLOPs are GQA's: merging costs 4dHD per forward pass, not per token, and is no matrix product. It is less than
-        the projections of a single token.
+        FLOPs are those of GQA. Merging is elementwise and costs 4dHD per forward pass, not per token, which is less
+        than the projections of a single token.
         """
         rows, columns = self.weight_shape(width=width)
         unmerged = 2 * width * (self.heads - self.groups) * self.head_dim
         return super().num_params(width=width) + unmerged + 2 * self.heads * rows * columns
 
     def shards(self) -> dict[str, Shard]:
-        """Whole groups, with the heads they are merged from and those heads' weights."""
+        """Each rank owns whole groups, with the heads they are merged from and the weights of those heads."""
         return {**super().shards(), **{name: Shard(0, self.groups) for name in VECTORS}}
 
 
 class WeightedGroupedQueryAttention(GroupedQueryAttention):
-    """MHA's parameters under MHA's names, and `k_weights`, `v_weights` [H], [H D] or [H d], head by head.
+    """The WGQA layer. Parameters: those of MHA, and `k_weights`, `v_weights` [H], [H D] or [H d], head-major.
 
-    The weights are vectors, so that weight decay, which would pull them to 0 and not to 1/M, does not reach them.
+    The merge weights are stored as vectors because weight decay skips vectors; it would pull them to 0, not to 1/M.
     """
 
     def __init__(self, config: WgqaConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
@@ -112,14 +113,14 @@ class WeightedGroupedQueryAttention(GroupedQueryAttention):
         return context.keys_and_values(self.k_rope(k, context.rope), v)
 
     def merged(self, w: Tensor, weights: Tensor) -> Tensor:
-        """w [H D, d] and the heads' weights -> [G D, d]; M products are added in fp32 or wider."""
+        """w [H D, d] and the merge weights -> [G D, d]. The sum over the M heads is in fp32 or wider."""
         heads = w.unflatten(0, (-1, self.members, self.head_dim))  # [G, M, D, d]
         factor = weights.to(torch.promote_types(w.dtype, torch.float32)).view(-1, self.members, *self.weight_shape)
         return (heads * factor).sum(1).flatten(0, 1).to(w.dtype)
 
     @torch.no_grad()
     def folded_weights(self) -> dict[str, Tensor]:
-        """`state_dict` of the GQA layer of config `folded` that computes the same, with the matrices the pass uses."""
+        """`state_dict` of the equivalent GQA layer (config `folded`), with the merged matrices of the forward pass."""
         weights = {name: tensor.clone() for name, tensor in self.state_dict().items() if name not in VECTORS}
         return weights | {
             "w_k": self.merged(self.w_k, self.k_weights),

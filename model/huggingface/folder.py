@@ -1,10 +1,10 @@
-"""Folders of exported weights: safetensors, a config.json that says which decoder they are, and the reader of both.
+"""Folders of exported weights: safetensors files and a config.json that describes the decoder.
 
     decoder = load_exported(Path("folder"))        # a Decoder in evaluation mode, of any mechanism
     logits = decoder.logits(tokens)                # tokens [B, S] int64 -> [B, S, V]
 
-config.json holds `model` and `attention` as a spec does, and the size and sha256 of every other file. Nothing in a
-folder is executed, nothing unknown is passed over, no link is followed.
+config.json holds `model` and `attention` as in a spec, and the size and sha256 of every other file. The reader executes
+nothing from the folder, rejects unknown keys and tensors, and does not follow links.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyAttention, RegisteredTypes
 from headway.model.base import AttentionConfig, StrictConfig
 from headway.model.config import ModelConfig
 from headway.model.cost import account
@@ -41,7 +41,7 @@ _SHARD = re.compile(rf"{_NAME}\.safetensors")
 
 
 class WeightsError(Exception):
-    """A folder of weights is not what it should be. The message says what to do next."""
+    """A folder of weights is invalid. The message says what to do next."""
 
     exit_code = 65
 
@@ -62,18 +62,18 @@ class ExportedConfig(StrictConfig):
     model: ModelConfig
     attention: AnyAttention
     vocab_size: int = Field(ge=2)
-    seq_len: int = Field(ge=1, description="tokens of the sequences it was trained on, at most")
-    tokens: int = Field(ge=0, description="training tokens done: where schedules of the mechanism stand")
-    bos_token_id: int | None = Field(description="put before every prompt; null: nothing is")
+    seq_len: int = Field(ge=1, description="maximum sequence length in training, in tokens")
+    tokens: int = Field(ge=0, description="training tokens so far; they set the schedules of the mechanism")
+    bos_token_id: int | None = Field(description="prepended to every prompt; null: nothing is prepended")
     eos_token_id: int | None = Field(description="ends a document")
     files: dict[Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")], FileEntry]
 
 
 def load_exported(folder: Path | str) -> Decoder:
-    """The decoder of a folder written by `headway export --to safetensors` or `headway import`, in evaluation mode.
+    """Load a folder written by `headway export --to safetensors` or `headway import`. Returns a decoder in eval mode.
 
-    On CPU, in the dtypes of the files (fp32). Raises WeightsError where a file is missing, changed, or not that of the
-    decoder which config.json describes.
+    The decoder is on the CPU, in the dtypes of the files (fp32). Raises WeightsError if a file is missing, was changed,
+    or does not match config.json.
     """
     root = Path(folder)
     config = read_exported(root)
@@ -90,12 +90,13 @@ def load_exported(folder: Path | str) -> Decoder:
 
 
 def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> Decoder:
-    """A decoder that these tensors will be put into. Raises WeightsError where they are too few for its config, before
-    memory is taken for what a wrong number there asks for.
+    """Build a decoder that `tensors` fit into. Raises WeightsError if its config needs more parameters than they have.
+
+    The check comes before the allocation, so that a wrong number in config.json does not exhaust the memory.
     """
     numbers = sum(math.prod(tensors.shape(name)) for name in tensors)
     try:
-        # The layers first: each of them is looked at to count the parameters.
+        # Check the number of layers first, because counting the parameters visits each of them.
         if model.layers <= len(tensors):
             expected = account(model, attention, vocab_size=vocab_size, seq_len=1, bytes_per_element=4).num_params
             if expected <= numbers:
@@ -103,13 +104,13 @@ def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConf
     except ValueError as e:
         raise WeightsError(f"{tensors.folder / CONFIG}: {e}") from None
     raise WeightsError(
-        f"{tensors.folder}: {len(tensors)} tensors of {numbers} numbers are too few for the {model.layers} layers of "
-        f"width {model.width} in its config.json; restore the folder, or name another"
+        f"{tensors.folder}: {len(tensors)} tensors with {numbers} elements are too few for the {model.layers} layers "
+        f"of width {model.width} in its config.json; restore the folder, or name another"
     )
 
 
 def read_exported(folder: Path) -> ExportedConfig:
-    """config.json of such a folder. Raises WeightsError; the files it names are not looked at yet."""
+    """Read config.json. Raises WeightsError if it is invalid. Does not check the files it lists."""
     path = folder / CONFIG
     text = read_small(path)
     try:
@@ -117,6 +118,11 @@ def read_exported(folder: Path) -> ExportedConfig:
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
         where = ".".join(map(str, error["loc"])) or "the file"
+        if error["type"] == "union_tag_invalid":
+            raise WeightsError(
+                f"{path}: attention.type {error.get('ctx', {}).get('tag')} is no mechanism of this installation; "
+                f"install the package that has it, or update Headway: {RegisteredTypes.hint}"
+            ) from None
         raise WeightsError(
             f"{path}: not the config.json of exported weights ({where}: {error['msg']}); name a folder written by "
             f"`headway export RUN --to safetensors` or `headway import`"
@@ -124,23 +130,23 @@ def read_exported(folder: Path) -> ExportedConfig:
 
 
 def verify_exported(folder: Path, config: ExportedConfig) -> None:
-    """Raises WeightsError unless every file of config.json is there with its size and hash."""
+    """Raise WeightsError unless every file listed in config.json exists with its size and hash."""
     for name, entry in config.files.items():
         path = folder / name
         if (size := regular_size(path)) != entry.bytes:
-            raise WeightsError(f"{path}: {size} bytes, config.json says {entry.bytes}; export or import it anew")
+            raise WeightsError(f"{path}: {size} bytes, config.json says {entry.bytes}; export or import it again")
         if sha256_of(path) != entry.sha256:
-            raise WeightsError(f"{path}: its contents changed (sha256 differs); export or import it anew")
+            raise WeightsError(f"{path}: its contents changed (sha256 differs); export or import it again")
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal, of a file's contents."""
+    """SHA-256 of a file's contents, as a hexadecimal string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of a file. Raises WeightsError where it is missing, a link, or no regular file."""
+    """Size of a file in bytes. Raises WeightsError if it is missing, a link, or not a regular file."""
     try:
         found = path.lstat()
     except OSError as e:
@@ -148,18 +154,20 @@ def regular_size(path: Path) -> int:
     if stat.S_ISLNK(found.st_mode):
         raise WeightsError(
             f"{path}: is a link, and links are not followed; copy the folder with `cp -rL FOLDER COPY` and name "
-            f"the copy, or put the file itself there"
+            f"the copy, or replace the link with the file"
         )
     if not stat.S_ISREG(found.st_mode):
-        raise WeightsError(f"{path}: is no file; restore it, or name another folder")
+        raise WeightsError(f"{path}: is not a regular file; restore it, or name another folder")
     return found.st_size
 
 
 def read_small(path: Path) -> str:
-    """Text of a JSON file. Raises WeightsError, also for one of more than `MAX_JSON_BYTES`."""
+    """Text of a JSON file. Raises WeightsError if it cannot be read or is larger than `MAX_JSON_BYTES`."""
     size = regular_size(path)
     if size > MAX_JSON_BYTES:
-        raise WeightsError(f"{path}: {size} bytes, more than {MAX_JSON_BYTES}; is it the right file?")
+        raise WeightsError(
+            f"{path}: {size} bytes, more than the limit of {MAX_JSON_BYTES}; restore it, or name another folder"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
@@ -173,14 +181,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise WeightsError(f"{path}: not JSON ({type(e).__name__}: {str(e)[:200]}); restore it") from None
     if not isinstance(value, dict):
-        raise WeightsError(f"{path}: holds no JSON object; restore it, or name another folder")
+        raise WeightsError(f"{path}: is not a JSON object; restore it, or name another folder")
     return value
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of a folder by name, from model.safetensors or the shards its index names, read when asked for.
+    """The tensors of a folder by name, from model.safetensors or from the shards in its index. Tensors load lazily.
 
-    Raises WeightsError where files are missing, cut off, links, or differ from the index.
+    Raises WeightsError if files are missing, truncated, links, or do not match the index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -192,7 +200,7 @@ class TensorFiles(Mapping[str, Tensor]):
         if wrong:
             name, key = min(wrong)
             raise WeightsError(
-                f"{folder / INDEX}: does not agree with {name} about the tensor {key[:200]!r}; restore both"
+                f"{folder / INDEX}: does not match {name} for the tensor {key[:200]!r}; restore both files"
             )
 
     def _index(self) -> dict[str, str]:
@@ -202,7 +210,7 @@ class TensorFiles(Mapping[str, Tensor]):
             raise WeightsError(f"{path}: has no weight_map; restore it, or name another folder")
         for name in where.values():
             if not isinstance(name, str) or _SHARD.fullmatch(name) is None:
-                raise WeightsError(f"{path}: {str(name)[:200]!r} names no safetensors file beside it; restore it")
+                raise WeightsError(f"{path}: {str(name)[:200]!r} is not a safetensors file name; restore the index")
         return where
 
     def _file(self, name: str) -> Any:
@@ -212,7 +220,7 @@ class TensorFiles(Mapping[str, Tensor]):
             try:
                 self._open[name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as e:
-                raise WeightsError(f"{path}: not a whole safetensors file ({e}); restore it") from None
+                raise WeightsError(f"{path}: not a complete safetensors file ({e}); restore it") from None
         return self._open[name]
 
     def _keys(self, name: str) -> list[str]:
@@ -225,21 +233,21 @@ class TensorFiles(Mapping[str, Tensor]):
             raise WeightsError(f"{self.folder / self._where[key]}: {key} cannot be read ({e}); restore it") from None
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """Shape of a tensor, without loading it."""
         return tuple(self._file(self._where[key]).get_slice(key).get_shape())
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises WeightsError unless these, and no others, are the tensors and their shapes."""
+        """Raise WeightsError unless the folder's tensor names and shapes are exactly `shapes`."""
         missing, extra = sorted(set(shapes) - set(self)), sorted(set(self) - set(shapes))
         if missing or extra:
             raise WeightsError(
-                f"{self.folder}: not the tensors of its config.json (missing {missing[:3]}, unknown {extra[:3]}); "
+                f"{self.folder}: tensors do not match its config.json (missing {missing[:3]}, unknown {extra[:3]}); "
                 f"restore the folder, or name another"
             )
         for name, shape in shapes.items():
             if self.shape(name) != tuple(shape):
                 raise WeightsError(
-                    f"{self.folder}: {name} is {list(self.shape(name))}, its config.json makes it {list(shape)}; "
+                    f"{self.folder}: {name} has shape {list(self.shape(name))}, config.json implies {list(shape)}; "
                     f"restore the folder, or name another"
                 )
 
@@ -251,9 +259,9 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int) -> list[str]:
-    """Write model.safetensors, or shards of at most `max_shard_bytes` and their index; returns the files' names.
+    """Write model.safetensors, or shards of at most `max_shard_bytes` and their index. Returns the file names.
 
-    A tensor that is larger than that has a shard of its own.
+    A tensor larger than `max_shard_bytes` gets its own shard.
     """
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
@@ -270,9 +278,9 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_byte
     for name, shard in zip(names, shards, strict=True):
         try:
             save_file(shard, folder / name, metadata={"format": "pt"})
-        except SafetensorError as e:  # a full disk reaches us as this
+        except SafetensorError as e:  # raised for a full disk, among others
             raise OSError(None, str(e), os.fspath(folder / name)) from None
-        (folder / name).chmod(folder.stat().st_mode & 0o666)  # the library leaves it to its owner alone
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # the library creates it readable by the owner only
     if len(shards) == 1:
         return names
     where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -282,7 +290,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_byte
 
 
 def write_exported(folder: Path, config: ExportedConfig, files: list[str]) -> None:
-    """config.json with size and hash of `files`, which stand in the folder already."""
+    """Write config.json with the size and hash of `files`, which must be in the folder already."""
     entries = {
         name: FileEntry(bytes=regular_size(folder / name), sha256=sha256_of(folder / name)) for name in sorted(files)
     }

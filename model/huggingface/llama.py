@@ -1,7 +1,7 @@
-"""The decoder as a Llama of Hugging Face transformers and back: its config.json and the names of its tensors.
+"""Conversion between the decoder and a Llama of Hugging Face transformers: config.json and tensor names.
 
-Both rotate channel i with channel i + D/2 and keep query heads group-major, so no row moves and no number changes:
-tensors differ in name alone. What a Llama cannot say is refused, in both directions.
+Both rotate channel i with channel i + D/2 and store query heads group-major. Tensors are therefore equal and differ in
+name only. Features without a counterpart are refused, in both directions.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ BLOCK = {
     "mlp.w_up": "mlp.up_proj.weight",
     "mlp.w_down": "mlp.down_proj.weight",
 }
-"""Our name of a tensor, and Llama's; those of block i follow `blocks.i.` here and `model.layers.i.` there."""
+"""Our tensor name -> Llama's. The prefix of block i is `blocks.i.` here and `model.layers.i.` in Llama."""
 
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Frequencies that older releases saved although the config gives them."""
+"""RoPE frequencies, which older releases saved although they follow from the config."""
 
 INVERSE_FREQUENCY_ERROR = 1e-2
-"""Relative: they were saved in bf16, too."""
+"""Relative tolerance; some checkpoints saved the frequencies in bf16."""
 
-# Keys of config.json that say nothing of what the model computes from token ids when it is not trained.
+# Keys of config.json that do not affect what the model computes in inference.
 _WITHOUT_EFFECT = {
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -79,23 +79,23 @@ _READ = {
 
 
 def llama_name(name: str) -> str:
-    """Llama's name of the tensor that a decoder calls `name`."""
+    """Llama's name of the decoder's tensor `name`."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     return TOP[name] if match is None else f"model.layers.{match[1]}.{BLOCK[match[2]]}"
 
 
 def folded(attention: AttentionConfig) -> AttentionConfig:
-    """The plain GQA that weighted GQA is after training; anything else as it is."""
+    """Plain GQA for weighted GQA; other configs unchanged."""
     return attention.folded if isinstance(attention, WgqaConfig) else attention
 
 
 def llama_config(
     model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seq_len: int, eos_token_id: int | None
 ) -> dict[str, Any]:
-    """config.json of the Llama that computes the same; `attention` may be weighted GQA, for its folded form.
+    """config.json of the equivalent Llama. `attention` may be weighted GQA, for its folded form.
 
-    `seq_len`: tokens of the sequences it was trained on. Raises ValueError naming the key, the reason and what to use,
-    where a Llama has no counterpart.
+    `seq_len`: tokens per training sequence. Raises ValueError, with the key, the reason and what to use, if a Llama has
+    no counterpart.
     """
     dense = _checked(folded(attention), model.layers)
     return {
@@ -127,12 +127,12 @@ def llama_config(
 
 
 def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
-    """Raises ValueError for what a Llama has no counterpart of."""
-    ways = "use the format safetensors, which keeps it, or a run"
+    """Raise ValueError for features that a Llama does not have."""
+    ways = "use the format safetensors, which supports it, or a run"
     if not isinstance(attention, DenseConfig):
         raise ValueError(
-            f"attention.type: a Llama has no counterpart of {attention.type}, its query heads all see every token and "
-            f"share keys and values evenly; {ways} of type mha, mqa, gqa, sqa or wgqa"
+            f"attention.type: a Llama has no counterpart of {attention.type}; all of its query heads are used for "
+            f"every token and share keys and values in equal groups; {ways} of type mha, mqa, gqa, sqa or wgqa"
         )
     of_layers = [attention.layer(i, layers) for i in range(layers)]
     windows = next((w for config in of_layers for w in config.group_windows if w is not None), None)
@@ -141,17 +141,17 @@ def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
         "gate": (attention.gate != "none", "a Llama does not gate its heads", "gate none"),
         "window_pattern" if attention.window_pattern else "windows": (
             windows is not None,
-            f"a window of {windows} tokens would be lost, a Llama sees all of them",
+            f"a Llama attends to all tokens, so the window of {windows} tokens would be lost",
             "no windows",
         ),
         "group_sizes": (
             len(set(attention.sizes)) > 1,
-            f"KV heads serve {attention.sizes} query heads, in a Llama all serve equally many",
+            f"KV heads serve {attention.sizes} query heads, but those of a Llama all serve the same number",
             "group_sizes []",
         ),
         "rope_fraction": (
             attention.rotated != attention.head_dim,
-            f"{attention.rotated} of {attention.head_dim} channels turn, in a Llama all do",
+            f"RoPE rotates {attention.rotated} of {attention.head_dim} channels, but a Llama rotates all of them",
             "rope_fraction 1.0",
         ),
     }
@@ -163,7 +163,7 @@ def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """What a config.json says in our words. `seq_len`: the longest sequence it is made for."""
+    """The contents of a config.json as our configs. `seq_len`: maximum sequence length."""
 
     model: ModelConfig
     attention: MhaConfig | MqaConfig | GqaConfig
@@ -173,10 +173,10 @@ class LlamaShape:
 
 
 def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
-    """The decoder that computes what the Llama of this config.json does.
+    """The decoder config equivalent to a Llama's config.json.
 
-    Raises ValueError naming the key, the reason and what to use, for another architecture or for what our decoder has
-    no counterpart of.
+    Raises ValueError, with the key, the reason and what to use, for other architectures and for features that our
+    decoder does not have.
     """
     _refuse_other_functions(config)
     width, heads = (_whole(config, key) for key in ("hidden_size", "num_attention_heads"))
@@ -194,7 +194,7 @@ def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
     if heads % kv_heads:
         raise ValueError(
             f"num_key_value_heads: {heads} query heads do not divide into {kv_heads} equal groups; "
-            f"use a checkpoint whose config.json is its own, or mend num_key_value_heads"
+            f"use the checkpoint's original config.json, or correct num_key_value_heads"
         )
     if kv_heads == heads:
         attention: MhaConfig | MqaConfig | GqaConfig = MhaConfig(**shape)
@@ -224,7 +224,7 @@ def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
 
 
 def _refuse_other_functions(config: Mapping[str, Any]) -> None:
-    """Raises ValueError where config.json describes what is not, or not only, a Llama."""
+    """Raise ValueError if config.json describes another architecture, or a Llama with additional features."""
     architectures, kind = config.get("architectures"), config.get("model_type")
     if architectures not in ([ARCHITECTURE], None) or kind != "llama":
         raise ValueError(
@@ -233,8 +233,8 @@ def _refuse_other_functions(config: Mapping[str, Any]) -> None:
         )
     if "auto_map" in config:
         raise ValueError(
-            "auto_map: the checkpoint brings code of its own, which is not run; use a checkpoint without it, or "
-            "remove auto_map where the model is a plain Llama"
+            "auto_map: the checkpoint contains code, which is not executed; use a checkpoint without it, or "
+            "remove auto_map if the model is a plain Llama"
         )
     for name in ("attention_bias", "mlp_bias"):
         if _truth(config, name):
@@ -244,26 +244,26 @@ def _refuse_other_functions(config: Mapping[str, Any]) -> None:
     act = config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ValueError(
-            f"hidden_act: {act!r} is another MLP than SwiGLU; use a checkpoint with hidden_act silu, or one with swish"
+            f"hidden_act: {act!r} is not the activation of SwiGLU; use a checkpoint with hidden_act silu or swish"
         )
     unknown = [k for k, v in config.items() if k not in _READ | _WITHOUT_EFFECT and v not in (None, False, [], {})]
     if unknown:
         raise ValueError(
-            f"{unknown[0]}: {config[unknown[0]]!r} is not known here and may change what the model computes; use a "
-            f"checkpoint without it, or remove the key where it has no effect"
+            f"{unknown[0]}: {config[unknown[0]]!r} is not supported and may change what the model computes; use a "
+            f"checkpoint without it, or remove the key if it has no effect"
         )
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:
-    """From `rope_theta`, or from `rope_parameters` as newer releases write it; any scaling is refused."""
+    """Base from `rope_theta`, or from `rope_parameters` in newer releases. Raises ValueError for any RoPE scaling."""
     given = config.get("rope_parameters") or {}
     for name, table in (("rope_parameters", given), ("rope_scaling", config.get("rope_scaling") or {})):
         if not isinstance(table, dict):
-            raise ValueError(f"{name}: {table!r} is no table; use null, or the rope_type default")
+            raise ValueError(f"{name}: {table!r} is not an object; use null, or the rope_type default")
         kind = table.get("rope_type", table.get("type", "default"))
         if kind != "default" or set(table) - {"rope_type", "type", "rope_theta"}:
             raise ValueError(
-                f"{name}: positions are scaled ({kind}: {', '.join(sorted(table))}), which our RoPE does not do; "
+                f"{name}: RoPE scaling ({kind}: {', '.join(sorted(table))}) is not supported; "
                 f"use a checkpoint with {name} null, or one with rope_type default"
             )
     return _number({**config, **given}, "rope_theta", 10_000.0)
@@ -273,27 +273,27 @@ def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise ValueError(f"{key}: {value!r} is no whole number above 0; use a whole config.json, or give {key}")
+        raise ValueError(f"{key}: {value!r} is not an integer above 0; use a complete config.json, or set {key}")
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}: {value!r} is no number above 0; use a whole config.json, or give {key}")
+        raise ValueError(f"{key}: {value!r} is not a number above 0; use a complete config.json, or set {key}")
     return float(value)
 
 
 def _truth(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key, False)
     if type(value) is not bool:
-        raise ValueError(f"{key}: {value!r} is neither true nor false; use true, or false")
+        raise ValueError(f"{key}: {value!r} is neither true nor false; use one of them")
     return value
 
 
 def is_derived(name: str, tensor: Tensor, shape: LlamaShape) -> bool:
-    """Whether a tensor of a Llama says nothing that its config does not: saved frequencies that are those of the
-    config, within `INVERSE_FREQUENCY_ERROR`; an `lm_head` that is tied.
+    """Whether a tensor of a Llama follows from its config and weights, and can be skipped: a tied `lm_head`, or RoPE
+    frequencies that agree with the config within `INVERSE_FREQUENCY_ERROR`.
     """
     if name == TOP["head"]:
         return shape.model.tied_embeddings

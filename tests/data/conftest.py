@@ -1,4 +1,4 @@
-"""A small text dataset, built once with the real writer: 100 documents in many small shards, some longer than one."""
+"""A small text dataset, built once with the real writer: 100 documents, some larger than the shard size limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`headway data build`: what is written, when nothing is done, and that a failed build changes nothing."""
+"""`headway data build`: contents of the dataset, up-to-date datasets, and failed builds that change nothing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_running_again_does_nothing_and_says_so(
     assert "up to date" in capsys.readouterr().err
 
 
-def test_changed_settings_and_damaged_shards_are_built_anew(
+def test_changed_settings_and_damaged_shards_trigger_a_rebuild(
     config: CorpusConfig, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny"
@@ -168,7 +168,7 @@ def test_a_folder_that_holds_something_else_is_never_replaced(
         build(config, out=tmp_path / "notes", progress=False)
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
     shutil.copytree(dataset, tmp_path / "tiny")
-    with pytest.raises(DataError, match="holds the dataset 'tiny', not 'other'"):
+    with pytest.raises(DataError, match="contains the dataset 'tiny', not 'other'"):
         build(config.model_copy(update={"name": "other"}), out=tmp_path / "tiny", progress=False)
 
 

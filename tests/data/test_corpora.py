@@ -1,4 +1,4 @@
-"""Documents: every kind of corpus gives the same ones, and what is wrong with one is said with its place."""
+"""Every corpus type gives the same documents, and errors name the file and line."""
 
 from __future__ import annotations
 

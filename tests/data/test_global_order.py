@@ -1,4 +1,4 @@
-"""The global order: every sequence once an epoch, shards in windows, and the same for ever."""
+"""The global order: every sequence once per epoch, shards in windows, and stable between versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def epoch_of(order: GlobalOrder, epoch: int) -> list[int]:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 100])
-def test_every_sequence_stands_once_in_each_epoch(window: int) -> None:
+def test_every_sequence_occurs_once_per_epoch(window: int) -> None:
     order = GlobalOrder(COUNTS, seed=3, window=window)
     assert order.num_sequences == sum(COUNTS)
     epochs = [epoch_of(order, epoch) for epoch in range(3)]

@@ -1,4 +1,4 @@
-"""The loader: one global batch per step, whoever reads it, in whatever portions, from whichever step on."""
+"""The global batch of a step does not depend on ranks, micro-batches, workers and the first step of the loader."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_global_batch_is_the_same_for_any_ranks_micro_batches_and_workers(
         assert sum(batch.targets for batch in mine) == whole.targets
 
 
-def test_tokens_labels_and_digest_are_what_they_are_said_to_be(source: MdsSource) -> None:
+def test_tokens_labels_and_digest_match_their_definitions(source: MdsSource) -> None:
     cfg = data(source)
     packed = open_source(cfg, split="train")
     batch = loader(cfg).batch(3)
@@ -179,7 +179,7 @@ def test_threads_are_daemons_and_end_with_close(source: MdsSource) -> None:
     reader.close()
 
 
-def test_no_more_is_prepared_than_asked_for(source: MdsSource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_batches_are_prepared_than_configured(source: MdsSource, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = loader(data(source, workers=2, prefetch=3))
     prepare, asked, enough = reader.batch, [], threading.Event()
 
@@ -204,7 +204,7 @@ def test_waiting_is_measured(source: MdsSource) -> None:
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(source: MdsSource) -> None:
-    with pytest.raises(DataError, match="8 sequences do not divide into 3 ranks of micro batches of 2"):
+    with pytest.raises(DataError, match="8 sequences do not divide into 3 ranks with micro-batches of 2"):
         loader(data(source), ranks=3)
 
 
@@ -266,7 +266,7 @@ def test_data_that_ends_before_the_training_is_an_error(
     reader = loader(data(source, workers=workers))
     short = replace(reader.batch(0), **wrong)
     monkeypatch.setattr(reader, "batch", lambda _: short)
-    with reader, pytest.raises(DataError, match=r"step 1: .* came instead of 8: the data ended before"):
+    with reader, pytest.raises(DataError, match=r"step 1: got .* instead of 8: the data ended before"):
         next(reader)
 
 
@@ -277,7 +277,7 @@ def test_waiting_ends_before_the_launcher_would_end_the_rank(
         reader = loader(data(source, workers=1, retry_s=0.1, timeout_s=config_s), timeout_s=given_s)
         hangs = threading.Event()
         monkeypatch.setattr(reader, "batch", lambda _, hangs=hangs: hangs.wait(60))
-        with pytest.raises(DataError, match=rf"step 1 did not come in {expected_s} s, waiting for no file"):
+        with pytest.raises(DataError, match=rf"step 1 was not ready after {expected_s} s, waiting for no file"):
             next(reader)
         hangs.set()
         reader.close()

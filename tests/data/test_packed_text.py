@@ -1,4 +1,4 @@
-"""Packing: sequences are the stream of documents cut at every S tokens, and know where documents end."""
+"""Packing: sequences are the stream of documents cut every S tokens, with the index of each document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that go, change or cannot be read while they are: other tokens are never handed out."""
+"""Shards that are deleted, modified or unreadable during reading never give wrong tokens."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_shard_that_is_open_may_be_deleted_or_touched(root: Path) -> None:  # 
 
 
 @pytest.mark.parametrize("failures", [3, 10**9])
-def test_a_disk_that_fails_is_tried_again_for_a_while(
+def test_reads_are_retried_when_the_disk_fails(
     failures: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # F22
     expected, left = digests(config(root), steps=3), [failures]
@@ -111,9 +111,7 @@ def test_a_disk_that_fails_is_tried_again_for_a_while(
             digests(config(root), steps=3)
 
 
-def test_a_shard_that_was_wrong_during_the_read_alone_is_read_again(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_was_wrong_only_during_the_read_is_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = MdsSplit(root, "train")
     document = int(split.first_document[1])
     expected, opened, wrong = split.tokens(document), split._open[1], [True]

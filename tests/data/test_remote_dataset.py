@@ -1,4 +1,4 @@
-"""Remote datasets: fetched file by file, checked on arrival, and then as if they had always been here."""
+"""Remote datasets: files are fetched on demand, checked on arrival, and give the same batches as local ones."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_damaged_cache_is_found_by_the_preflight(remote: Path, tmp_path: Path)
     digests(there)
     shard = sorted((tmp_path / "cache" / "train").glob("*.mds"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{shard.name}: .*cut short or replaced"):
+    with pytest.raises(DataError, match=rf"{shard.name}: .*truncated or replaced"):
         verify(there)
 
 
@@ -142,7 +142,7 @@ def test_a_remote_without_a_dataset_and_an_unknown_scheme_are_refused(
         verify(cached("gopher://host/data", tmp_path / "cache"))
 
 
-def test_a_live_process_that_keeps_a_lock_is_named_by_it(
+def test_a_lock_held_by_a_live_process_is_an_error_that_names_the_lock(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.2)

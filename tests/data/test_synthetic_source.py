@@ -1,4 +1,4 @@
-"""Synthetic tasks: their answers follow from the past (floor 0), and not from the token at hand (chance loss)."""
+"""Synthetic tasks: answers are determined by earlier tokens (minimum loss 0), not by the current one (chance loss)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def problems(source: SyntheticTask, count: int) -> list[tuple[list[int], list[bo
 
 
 def oracle(kind: str, past: list[int], span: int) -> int:
-    """The answer, worked out from the tokens before it alone."""
+    """Compute the answer from the earlier tokens only."""
     if kind == "copy":
         return past[len(past) - span - 1]
     return past[past.index(past[-1]) + 1]
@@ -99,7 +99,7 @@ def test_problems_have_the_documented_layout(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_what_is_left_of_a_sequence_is_filler_without_targets(config: dict[str, Any]) -> None:
+def test_the_rest_of_a_sequence_is_padding_without_targets(config: dict[str, Any]) -> None:
     source = task(config)
     used = source.problems * source.cfg.problem_length
     assert 0 <= source.seq_len + 1 - used < source.cfg.problem_length

@@ -1,4 +1,4 @@
-"""Tokenizers: trained the same way each time, on training text only; any tokenizer.json can be given."""
+"""Tokenizers: training is reproducible and uses training documents only; any tokenizer.json can be used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(
 
 
 def test_merges_are_learned_from_training_documents_only(tmp_path: Path) -> None:
-    # A word of the validation documents alone must not have become a token.
+    # A word that occurs only in validation documents must not have become a token.
     texts = [f"{text} " + "zqxjk " * 200 for text in make_texts(40)]
     build(corpus_config(write_jsonl(tmp_path / "a.jsonl", texts)), out=tmp_path / "out", progress=False)
     held_out = MdsSplit(tmp_path / "out", "validation")
@@ -77,7 +77,7 @@ def test_a_given_tokenizer_is_stored_byte_for_byte(dataset: Path, tmp_path: Path
         (None, EOS_TOKEN, "tokenizer.path: {given} cannot be read"),
         ("{}", EOS_TOKEN, "{given}: not a tokenizer.json"),
         ("good", "</s>", "'</s>' is not in the vocabulary"),
-        ("good", "a", "'a' is ordinary text of this tokenizer"),  # a document that holds it would end there
+        ("good", "a", "'a' is ordinary text for this tokenizer"),  # it would end documents that contain it
     ],
 )
 def test_a_bad_tokenizer_file_is_one_message(

@@ -1,4 +1,4 @@
-"""Preflight: whatever was done to a dataset's files, it is one message that names the file, before anything starts."""
+"""Verification of a dataset: every kind of damage gives one message that names the file, before a run starts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def reseal(root: Path, change: Callable[[dict[str, Any]], None] = lambda _: None
     (root / "MANIFEST.json").write_text(json.dumps(content))
 
 
-def test_a_good_dataset_says_what_it_is(dataset: Path) -> None:
+def test_a_valid_dataset_returns_its_properties(dataset: Path) -> None:
     info, manifest = check(dataset, seq_len=32), read_manifest(dataset)
     assert info.fingerprint == manifest.fingerprint
     assert (info.train_tokens, info.validation_tokens) == (manifest.train.tokens, manifest.validation.tokens)
@@ -76,7 +76,7 @@ def test_a_good_dataset_says_what_it_is(dataset: Path) -> None:
     ("damage", "says"),
     [
         (Path.unlink, "missing"),
-        (lambda path: os.truncate(path, path.stat().st_size - 7), "cut short or replaced"),
+        (lambda path: os.truncate(path, path.stat().st_size - 7), "truncated or replaced"),
         (flip_a_bit, "content changed since the dataset was built"),
     ],
     ids=["missing", "truncated", "flipped bit"],
@@ -121,7 +121,7 @@ def test_files_are_hashed_once_while_they_stay_as_they_are(copy: Path, monkeypat
     assert hashed == ["shard.00001.mds"]
 
 
-def test_a_broken_memory_of_hashes_is_no_obstacle(copy: Path) -> None:
+def test_a_damaged_hash_cache_is_ignored(copy: Path) -> None:
     for content in ("", "[]", '{"train/index.json": 7}', "[" * 100_000):
         (copy / ".verified.json").write_text(content)
         check(copy)
@@ -133,7 +133,7 @@ def test_another_tokenizer_is_refused_even_where_the_manifest_lists_it(copy: Pat
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         check(copy)
     reseal(copy)
-    with pytest.raises(DataError, match="not the tokenizer the shards were made with"):
+    with pytest.raises(DataError, match="not the tokenizer of the shards"):
         check(copy)
 
 
@@ -229,7 +229,7 @@ def test_an_index_without_one_shard_is_refused(copy: Path) -> None:
 def test_a_link_out_of_the_folder_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).rename(tmp_path / "elsewhere")
     (copy / SHARD).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="a link out of the dataset's folder"):
+    with pytest.raises(DataError, match="a link to a file outside of the dataset's folder"):
         check(copy)
 
 
@@ -240,7 +240,7 @@ def test_a_pickle_in_place_of_the_lengths_is_not_opened(copy: Path) -> None:
         check(copy)
 
 
-def test_reading_past_a_shard_whose_offsets_lie_is_an_error(copy: Path) -> None:
+def test_wrong_offsets_in_a_shard_are_an_error(copy: Path) -> None:
     # The hashes are the guard; this is what keeps a reader that skipped them from handing out other bytes.
     path = copy / SHARD
     data = bytearray(path.read_bytes())
@@ -251,15 +251,13 @@ def test_reading_past_a_shard_whose_offsets_lie_is_an_error(copy: Path) -> None:
         documents.tokens(int(documents.first_document[1]))
 
 
-def test_a_file_named_as_a_dataset_is_no_dataset(tmp_path: Path) -> None:
+def test_a_file_given_as_a_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text("name: x\n")
     with pytest.raises(DataError, match=r"corpus\.yaml: no dataset here.*headway data build SPEC"):
         verify(MdsSource(type="mds", path=str(tmp_path / "corpus.yaml")))
 
 
-def test_no_clock_makes_a_changed_file_pass_for_one_that_was_verified(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # F12, F21
+def test_a_changed_file_is_detected_with_any_clock(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # F12, F21
     for clock in (time.time() - 86_400, time.time() + 86_400, 0.0):
         check(copy)
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
@@ -272,7 +270,7 @@ def test_no_clock_makes_a_changed_file_pass_for_one_that_was_verified(
             check(copy)
 
 
-def test_a_write_within_one_tick_of_the_clock_that_stamps_files_is_seen(
+def test_a_write_within_one_tick_of_the_file_timestamps_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "file").open("wb", buffering=0) as file:

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from typing import cast
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ from headway.launcher.run.card import run_card
 from headway.launcher.run.resolve import check_same_data, resolve
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.spec.load import load_spec
-from headway.launcher.train.session import Session
+from headway.launcher.train.agreement import Wishes, agree
+from headway.parallel.layout import Layout
 
 GLOBAL_BATCH, SEQ_LEN, EPOCH = 8, 32, 140
 SHARD = "train/shard.00001.mds"
@@ -168,10 +169,10 @@ def somebody_else(folder: Path):
 
 DAMAGE = {
     "missing": (Path.unlink, "missing"),
-    "cut short": (cut, "cut short or replaced"),
-    "empty": (lambda path: cut(path, 0), "cut short or replaced"),
+    "cut short": (cut, "truncated or replaced"),
+    "empty": (lambda path: cut(path, 0), "truncated or replaced"),
     "flipped bit": (flip_a_bit, "content changed since the dataset was built"),
-    "link out of the folder": (link_out, "a link out of the dataset's folder"),
+    "link out of the folder": (link_out, "a link to a file outside of the dataset's folder"),
     "a folder in its place": (lambda path: (path.unlink(), path.mkdir()), "missing"),
 }
 FILES = ["train/shard.00000.mds", "validation/shard.00000.mds", "train/index.json", "train/lengths.npy"]
@@ -264,7 +265,7 @@ def test_storage_that_does_not_answer_is_an_error_that_says_what_was_waited_for(
     monkeypatch.setattr(shard.os, "preadv", lambda *args: answers.wait(60) and read(*args))
     began = time.monotonic()
     with pytest.raises(
-        DataError, match=r"data\.timeout_s: the batch of step \d+ did not come in 0\.5 s, waiting for /"
+        DataError, match=r"data\.timeout_s: the batch of step \d+ was not ready after 0\.5 s, waiting for /"
     ):
         for _ in range(5):  # what was prepared before still comes
             next(batches)
@@ -355,7 +356,7 @@ def test_a_thread_that_dies_without_a_word_does_not_hang_the_consumer(when, monk
     prefetch._ready = Dies()
     watched.set()
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="data thread that was to prepare step 1 ended without a word"):
+    with pytest.raises(RuntimeError, match="data thread for step 1 ended without a result"):
         prefetch.get(0, timeout_s=60)
     assert time.monotonic() - began < 5
 
@@ -496,12 +497,11 @@ def test_a_run_does_not_go_on_in_another_order(root, tmp_path):  # F15
             run.adopt(resolve(spec_of(root, tmp_path, changed))[0])
 
 
-def agreement(batch, session_step, layout_sum):
+def agreement(batch, steps_done, layout_sum):
     """What one of two data-parallel ranks finds."""
     layout = SimpleNamespace(is_data_lead=True, device="cpu", world_size=2, dp_size=2, sum=layout_sum)
-    session = MagicMock(step=session_step, layout=layout)  # of the rest nothing matters here
-    session.spec.train.global_batch = GLOBAL_BATCH
-    return Session.agree(session, batch, False)
+    wishes = Wishes(stop=False, save=False, written=False)
+    return agree(batch, wishes, cast(Layout, layout), step=steps_done, global_batch=GLOBAL_BATCH)
 
 
 @pytest.mark.parametrize("fault", ["none", "a rank is a step ahead", "a rank has fewer sequences"])

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from run_folders import records
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,10 +20,6 @@ COMMON = ("train.tokens=1536", "train.validate_every_tokens=256", "tracking.tens
 COMMON += ("schedule.warmup_tokens=1280",)  # five steps
 ALONE, TWO, FOUR = "launch.processes=1", "launch.processes=2", "launch.processes=4"
 TP, PP, CP, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.precision=bf16"
-
-
-def records(run, kind="train"):
-    return [r for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
 
 
 def saved(run):

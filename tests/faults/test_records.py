@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +25,7 @@ from headway.launcher.run.lines import Damage, LineFile, decode, encode, gaps, r
 from headway.launcher.run.records import RunRecord, read_run
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
-from headway.launcher.train.session import Session
+from headway.launcher.train.loop import finish
 from headway.launcher.train.tracking import Tracker
 
 YAML = Path(__file__).resolve().parents[2] / "yaml"
@@ -257,11 +257,9 @@ def test_a_run_whose_records_are_not_all_written_is_not_called_complete(tmp_path
     track.train(record(1), seconds_left=None)
     track.flush()
     assert "RECORDS ARE NOT SAFE ON THE DISK: No space left" in capsys.readouterr().out
-    session = SimpleNamespace(
-        _last_validation=2.0, step=1, layout=SimpleNamespace(is_main=True), run=run, tracker=track
-    )
+    session = SimpleNamespace(validation_loss=2.0, step=1, layout=SimpleNamespace(is_main=True), run=run, tracker=track)
     with pytest.raises(OSError, match="could not be written") as caught:
-        Session.finish(cast(Session, session))
+        finish(cast(Any, session))
     assert caught.value.errno == errno.ENOSPC  # which a rank ends with 74 for
     assert not run.summary.exists()
     monkeypatch.setattr(lines.os, "write", write)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headway.launcher.train.guard import NumericError
-from headway.launcher.train.session import Session
+from headway.launcher.train.hooks import CompareReplicas
 from headway.parallel import replicas
 from headway.parallel.replicas import Mismatch, hashed
 
@@ -89,19 +89,22 @@ def test_a_run_ends_with_exit_70_and_says_which_checkpoint_is_good(monkeypatch):
     settled = []
     guard, saving = SimpleNamespace(replicas_every_steps=10), SimpleNamespace(saved_step=15, settle=settled.append)
     session = SimpleNamespace(
-        spec=SimpleNamespace(guard=guard), saving=saving, step=20, engine=None, layout=None, tracker="tracker"
+        spec=SimpleNamespace(guard=guard), saving=saving, step=15, engine=None, layout=None, tracker="tracker"
     )
-    session._compared_step = 15
+    comparison = CompareReplicas()
+    monkeypatch.setattr(replicas, "compare", lambda engine, layout: None)
+    comparison.before_save(cast(Any, session))
+    session.step = 20
     mismatch = Mismatch(name="blocks.0.attn.w_q", odd=[2], hosts=["c"], replicas=[0, 1, 2])
     monkeypatch.setattr(replicas, "compare", lambda engine, layout: mismatch)
     with pytest.raises(NumericError) as caught:
-        Session.compare_replicas(cast(Any, session))
+        comparison.before_save(cast(Any, session))
     text = str(caught.value)
     assert "blocks.0.attn.w_q of rank 2 on c differs from that of 2 ranks that agree" in text
     assert "after step 15" in text and "checkpoint of step 15" in text and caught.value.exit_code == 70
     assert settled == ["tracker"]
     guard.replicas_every_steps = 0
-    Session.compare_replicas(cast(Any, session))  # off
+    comparison.before_save(cast(Any, session))  # off
 
 
 def test_a_bit_that_flips_in_a_run_ends_it_at_the_next_comparison_with_the_rank_named(headway):

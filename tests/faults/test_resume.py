@@ -7,30 +7,12 @@ import signal
 import time
 
 import pytest
+from run_folders import records, trajectory
 
 # Four or two passes per step and rank, loader threads, a router with a bias that is state.
 COMMON = ("train.micro_batch=1", "data.workers=2", "checkpoint.every_tokens=1280", "train.tokens=8960")
 TP, PP, CP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"
 BF16 = "parallel.precision=bf16"
-
-
-def records(run, kind="train"):
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # being written
-            break
-    return [r for r in found if r["kind"] == kind]
-
-
-def trajectory(run):
-    train = [(r["step"], r["loss"], r["grad_norm"], r["aux_loss"], r["lr"], r["batch_hash"]) for r in records(run)]
-    return train + [(r["step"], r["loss"], r["targets"]) for r in records(run, "validation")]
 
 
 def kill_a_rank(run, rank):

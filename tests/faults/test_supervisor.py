@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from run_folders import alive, pids, records, trajectory
 
 from headway.launcher.hosts.faults import CAUSE, Fault
 from headway.launcher.hosts.restarts import Restarts
@@ -20,39 +20,10 @@ SAVED = ("train.tokens=2560000", "launch.processes=2", "tracking.tensorboard=fal
 LONG = (*SAVED, "checkpoint.every_tokens=null")
 
 
-def records(run, kind="train"):
-    found = []
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # being written
-            break
-    return [r for r in found if r["kind"] == kind]
-
-
-def pids(run, ranks=2):
-    return [int((run / "logs" / f"rank-{rank}.pid").read_text()) for rank in range(ranks)]
-
-
 def attempts(run):
     """Starts that failed, in lines."""
     path = run / "logs" / "attempts.jsonl"
     return path.read_text().splitlines() if path.exists() else []
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def trajectory(run):
-    return [(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in records(run)]
 
 
 # ---------------------------------------------------------------- starting again
@@ -163,7 +134,7 @@ def test_ten_signals_at_random_moments_cost_no_step(headway):
         assert last < 400 and max(p.name for p in (run / "checkpoints").iterdir()) == f"step-{last:010d}"
     done = headway.train(*common, "run_dir=stopped")
     assert done.returncode == 0, done.stderr
-    assert trajectory(run) == trajectory(headway.folder / "whole") and len(trajectory(run)) == 400
+    assert trajectory(run) == trajectory(headway.folder / "whole") and len(records(run)) == 400
 
 
 def test_a_second_ctrl_c_ends_ranks_that_cannot_save(headway):

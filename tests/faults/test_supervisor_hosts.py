@@ -6,14 +6,7 @@ import signal
 import socket
 
 import pytest
-
-
-def records(run, kind="train"):
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        return []
-    return [r for line in lines if line.endswith("\n") and (r := json.loads(line))["kind"] == kind]
+from run_folders import records
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from headway.launcher.hosts.faults import CAUSE, Ended, explain
 from headway.launcher.hosts.oom import MemoryWatch
 from headway.launcher.hosts.place import Place
 from headway.launcher.hosts.restarts import Restarts
-from headway.launcher.hosts.supervise import Alone, Watch, supervise
+from headway.launcher.hosts.supervise import Alone, supervise
+from headway.launcher.hosts.watch import Watch
 from headway.launcher.run import run_dir
 from headway.launcher.run.heartbeat import Heartbeat, beat_file, can_beat
 from headway.launcher.run.run_dir import RunDir

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from run_folders import records, trajectory
 
 from headway.launcher.base.errors import HeadwayError
 from headway.launcher.hosts.faults import CAUSE, PREEMPTED, STOPPED, Ended, explain, stopped
@@ -26,20 +27,6 @@ def run(tmp_path) -> RunDir:
     run = RunDir(tmp_path)
     run.logs.mkdir()
     return run
-
-
-def records(run, kind="train"):
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [r for r in found if r["kind"] == kind]
-
-
-def trajectory(run):
-    train = [(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in records(run)]
-    return train + [(r["step"], r["loss"]) for r in records(run, "validation")]
 
 
 # ---------------------------------------------------------------- what is being done when it comes

@@ -37,7 +37,8 @@ ROOMS = (
     "chaos",
     "cli",
 )
-"""Rooms of launcher/, lowest first: each imports itself and those before it. `__main__` may import all of them."""
+"""Rooms of launcher/, lowest first: each imports itself and those before it. `__main__` may import all of them, `api`
+all but cli; nothing imports these two."""
 LARGEST_FOLDER = 24
 FILES = [file for folder in MAY_IMPORT for file in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -54,7 +55,7 @@ def imported_names(source: str, package: str) -> Iterator[str]:
         elif (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
-            and re.fullmatch(r"headway(\.\w+)+", node.value)
+            and re.fullmatch(rf"headway\.({'|'.join(MAY_IMPORT)})(\.\w+)*", node.value)
         ):
             yield node.value
 
@@ -155,6 +156,14 @@ def test_rooms_import_only_rooms_below(file: Path) -> None:
 )
 def test_an_import_of_a_room_above_is_seen(module: str, source: str) -> None:
     assert climbs(source, module)
+
+
+def test_the_python_interface_imports_no_command_line_and_is_imported_by_nothing() -> None:
+    ours = list(imported_names((ROOT / "launcher" / "api.py").read_text(), "headway.launcher"))
+    assert ours and not [name for name in ours if name.startswith("headway.launcher.cli")]
+    others = {module_name(file): file.read_text() for file in FILES if file.name != "api.py"}
+    found = {m: set(imported_names(source, m.rpartition(".")[0])) for m, source in others.items()}
+    assert [m for m, names in found.items() if any(f"{n}.".startswith("headway.launcher.api.") for n in names)] == []
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:

@@ -5,15 +5,32 @@ from pathlib import Path
 
 import pytest
 
+from headway.launcher.study.config import load_study
 from headway.model.attention.registry import MECHANISMS
 
-DOCS = (Path(__file__).parents[2] / "docs" / "mechanisms.md").read_text()
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "yaml" / "studies" / "all-mechanisms.yaml"
+DOCS = (ROOT / "docs" / "mechanisms.md").read_text()
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_every_mechanism_is_explained_and_its_cost_stated(name):
-    assert re.search(rf"^## .*`{name}`", DOCS, re.M)
-    assert re.search(rf"^\| `{name}`.*[24][a-zA-Z]*D.*\|.*\|.*\|", DOCS, re.M)
+    assert re.search(rf"^## .*`{name}`", DOCS, re.M), f"docs/mechanisms.md: add a section `## ...: `{name}``"
+    row = rf"^\| `{name}`.*[24][a-zA-Z]*D.*\|.*\|.*\|"
+    assert re.search(row, DOCS, re.M), f"docs/mechanisms.md: add a row for `{name}` to the table of costs"
+
+
+def test_every_name_in_the_table_of_costs_is_a_mechanism():
+    names = set(re.findall(r"^\| `(\w+)`[^|]*\| \d?d", DOCS, re.M))
+    assert names == MECHANISMS.keys(), (
+        "docs/mechanisms.md: the table of costs has a row for each mechanism, and no other"
+    )
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_mechanism_is_in_the_study_of_all_of_them(name):
+    kinds = {keys["attention.type"] for keys in load_study(STUDY).config.variants.values()}
+    assert name in kinds, f"{STUDY.relative_to(ROOT)}: add a variant with attention.type {name}"
 
 
 def test_links_lead_to_sections_that_exist():

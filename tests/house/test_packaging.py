@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("launcher", "model", "data", "parallel", "kernels")
+SPECS = Path("yaml")
+"""Installed beside the packages, and no package of code."""
 
 
 def normal(name: str) -> str:
@@ -58,7 +61,7 @@ def test_every_dependency_is_documented(project: dict[str, Any]) -> None:
 def test_every_folder_with_code_is_a_listed_package(project: dict[str, Any]) -> None:
     found = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     listed = set(project["tool"]["setuptools"]["packages"])
-    assert listed == {".".join(["headway", *path.parts]) for path in found}
+    assert listed == {".".join(["headway", *path.parts]) for path in [*found, SPECS]}
     mapping = project["tool"]["setuptools"]["package-dir"]
     assert all(mapping[name] == name.removeprefix("headway.").replace(".", "/") for name in listed)
 
@@ -70,25 +73,70 @@ def test_the_links_for_type_checkers_lead_to_the_folders() -> None:
         assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
 
 
-def test_the_wheel_holds_headway_and_nothing_else(tmp_path: Path) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    for name in FOLDERS:
+    for name in (*FOLDERS, str(SPECS)):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
-    out.mkdir()
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(out / done.stdout.splitlines()[-1]) as wheel:
-        files = wheel.namelist()
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel, which takes its dependencies from this one and cannot see this checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    # A line of a .pth file is a folder of modules; the .pth files in it, which lead to this checkout, are not read.
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in packages))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "--no-deps", "--no-index"]
+    done = subprocess.run([*pip, "--force-reinstall", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_wheel_holds_headway_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        files = file.namelist()
     tops = {name.partition("/")[0] for name in files}
     assert sorted(re.sub("-.*(?=[.]dist-info)", "", top) for top in tops) == ["headway", "headway.dist-info"]
     code_files = {name for name in files if name.endswith(".py")}
     ours = {f"headway/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     assert code_files == ours
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    specs = {name for name in files if name.startswith("headway/yaml/")}
+    assert specs == {f"headway/{file.relative_to(ROOT)}" for file in (ROOT / SPECS).rglob("*") if file.is_file()}
+    assert {name for name in files if name.endswith("py.typed")} == {f"headway/{name}/py.typed" for name in FOLDERS}
+
+
+def test_the_wheel_works_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+
+    def headway(*words: str) -> str:
+        command = [str(installed / "bin/headway"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    code = "import headway.launcher.cli.main as main; print(main.__file__)"
+    where = subprocess.run(
+        [str(installed / "bin/python"), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
+    assert "headway init" in headway("--help")
+    shown = headway("train", "long-2048", "--print-config")  # a shipped spec, and another one that is its base
+    assert "headway/yaml/bench/long-2048.yaml" in shown and "headway/yaml/base/quickstart.yaml" in shown
+    assert str(ROOT) not in shown
+    assert "switchhead/seed-1" in headway("study", "status", "quickstart")
+    headway("init", "project")
+    assert (tmp_path / "project/model.yaml").read_text() == (ROOT / "yaml/project/model.yaml").read_text()
 
 
 def test_the_licence_is_apache_2() -> None:

@@ -1,4 +1,4 @@
-"""The core equals attention written out, with every kind of mask, at lengths where it works in blocks and where not."""
+"""The attention core equals attention written out, with every kind of mask, with and without blocks of queries."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_repeated_kv_heads_are_the_same_attention(monkeypatch):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_kv_heads_are_shared_only_where_a_fused_operation_takes_them():
+def test_kv_heads_are_shared_only_where_a_fused_kernel_supports_it():
     assert shares_kv_heads("cpu", torch.float32, masked=True)
     assert shares_kv_heads("cuda", torch.bfloat16, masked=False)
     assert not shares_kv_heads("cuda", torch.bfloat16, masked=True)

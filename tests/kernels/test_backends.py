@@ -1,4 +1,4 @@
-"""Which implementation the attention core is sent to, in which order, and what is said where one cannot run."""
+"""Selection and priority of the attention backends, and the messages for unavailable ones."""
 
 import sys
 from types import ModuleType
@@ -57,20 +57,20 @@ class Fa3:
         return (out, torch.zeros(())) if self.with_sums else out
 
 
-def test_the_cpu_keeps_the_core_it_has():
+def test_the_cpu_uses_the_default_core():
     assert attention_core("auto", device_type="cpu", dtype=FP32) is core
     assert attention_core("math", device_type="cpu", dtype=BF16) is core
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
-def test_what_needs_a_gpu_says_so_on_the_cpu(name):
+def test_gpu_backends_are_refused_on_the_cpu(name):
     with pytest.raises(LeverError, match=rf"speed\.attention: {name} runs on NVIDIA GPUs.* auto or math") as caught:
         attention_core(name, device_type="cpu", dtype=BF16)
     assert caught.value.exit_code == 64
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
-def test_fp32_is_refused_where_no_kernel_takes_it(name):
+def test_fp32_is_refused_by_backends_without_fp32_kernels(name):
     with pytest.raises(LeverError, match=r"takes no fp32; use speed\.attention: auto or math"):
         attention_core(name, device_type="cuda", dtype=FP32)
 
@@ -115,13 +115,13 @@ def test_a_named_backend_is_the_only_one_and_math_has_the_same_gradients(qkv: He
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-def test_flash_does_not_take_a_mask_in_silence(qkv: Heads):
+def test_flash_refuses_a_mask(qkv: Heads):
     q, k, v = (t.transpose(1, 2) for t in qkv)
     with pytest.raises(LeverError, match=r"speed\.attention: flash .* auto or cudnn"):
         ordered_scores("flash", q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool))
 
 
-def test_flash_attention_3_is_asked_for_by_name_and_missing_is_an_error(monkeypatch):
+def test_flash_attention_3_is_used_only_by_name_and_must_be_installed(monkeypatch):
     monkeypatch.setattr(backends, "importable", lambda name: False)
     with pytest.raises(LeverError, match=r"fa3 needs FlashAttention-3 .*not installed; use speed\.attention: auto or"):
         attention_core("fa3", device_type="cuda", dtype=BF16)
@@ -140,13 +140,13 @@ def test_flash_attention_3_gets_causality_windows_and_fewer_kv_heads(monkeypatch
         run(*qkv, torch.ones(5, 5, dtype=torch.bool))
 
 
-def test_flash_attention_3_is_deterministic_where_that_is_asked(monkeypatch, qkv: Heads, deterministic):
+def test_flash_attention_3_is_deterministic_if_required(monkeypatch, qkv: Heads, deterministic):
     fake = Fa3(monkeypatch)
     attention_core("fa3", device_type="cuda", dtype=BF16)(*qkv, None)
     assert fake.calls[0]["deterministic"] is True
 
 
-def test_a_module_that_is_half_there_is_not_importable(monkeypatch):
+def test_an_incomplete_module_is_not_importable(monkeypatch):
     def broken(name):
         raise ValueError(f"{name}.__spec__ is None")
 

@@ -1,4 +1,4 @@
-"""Which form takes a tensor is a fact of the process: in backward passes and in compiled code as in a plain call."""
+"""The dispatch to kernels or twins is process-wide: equal in backward passes, in compiled code and in plain calls."""
 
 import threading
 
@@ -16,7 +16,7 @@ def in_another_thread(call):
     return found[0]
 
 
-def test_threads_of_the_backward_pass_see_what_is_in_force(monkeypatch):
+def test_threads_of_the_backward_pass_see_the_flags(monkeypatch):
     monkeypatch.setattr(device, "_TRITON", True)
     x = torch.zeros(1)
     assert not device.fused(x)
@@ -28,14 +28,14 @@ def test_threads_of_the_backward_pass_see_what_is_in_force(monkeypatch):
     assert not device.fused(x)
 
 
-def test_what_was_in_force_comes_back_after_an_error():
+def test_flags_are_restored_after_an_error():
     for context in (device.interpreted, device.twins):
         with pytest.raises(KeyError), context():
             raise KeyError
     assert not device._FORMS.interpreted and not device._FORMS.twins_alone
 
 
-def test_a_compiled_function_asks_without_a_graph_break_and_again_when_the_answer_changes(monkeypatch):
+def test_a_compiled_function_reads_the_flags_without_a_graph_break_and_recompiles_when_they_change(monkeypatch):
     monkeypatch.setattr(device, "_TRITON", True)
     capability = torch.compiler.disable(lambda index: (9, 0))  # like the real one it cannot be traced
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)

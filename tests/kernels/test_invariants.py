@@ -1,4 +1,4 @@
-"""What kernels keep besides being right, in Triton's interpreter: bit for bit, row by row."""
+"""Invariants of the kernels, in Triton's interpreter: bitwise reproducible, and rows are independent."""
 
 import json
 import os
@@ -28,13 +28,13 @@ def found():
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_kernels_keep_it_bit_for_bit(found, name):
+def test_kernels_keep_the_invariants_bit_for_bit(found, name):
     assert len(found[name, ""]) >= 5
     for what, (differing, _) in found[name, ""].items():
         assert differing == 0, what
 
 
-def test_a_row_that_knows_of_others_is_noticed():
+def test_a_row_that_depends_on_other_rows_is_detected():
     """The first number of a result is another one in each run."""
     broken = [f"rows alone={SLOTS}.launch_expand", f"permuted tokens={GATHER}.gather_project"]
     for errors in interpreted(*broken).values():

@@ -1,4 +1,4 @@
-"""Norms and losses of libraries: what is called, with what, and what is said where they are not there."""
+"""Norms and losses of libraries: the calls and their arguments, and the messages if a library is missing."""
 
 import sys
 from types import ModuleType
@@ -115,7 +115,7 @@ def test_ligers_loss_sums_in_fp32_and_ignores_what_we_ignore(monkeypatch):
     torch.testing.assert_close(total, linear_cross_entropy_sum(*args))
 
 
-def test_no_advice_leads_to_the_next_refusal():  # torch's loss is refused in bf16
+def test_recommended_alternatives_are_not_refused():  # torch's loss is refused in bf16
     for dtype, legal in ((FP32, "chunked or torch"), (BF16, "chunked")):
         with pytest.raises(LeverError, match=rf"use speed\.loss: {legal}$"):
             loss_of("liger", device_type="cpu", dtype=dtype)

@@ -50,7 +50,7 @@ def test_without_gradients_only_the_loss_is_formed():
     torch.testing.assert_close(loss, plain(hidden, weight, labels).detach(), rtol=1e-13, atol=0)
 
 
-def test_the_same_graph_can_be_walked_twice():
+def test_the_backward_pass_can_run_twice():
     hidden, weight, labels = problem()
     loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=4)
     first = torch.autograd.grad(3 * loss, hidden, retain_graph=True)[0].clone()
@@ -71,7 +71,7 @@ def test_bf16_sums_in_fp32():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_gradients_are_formed_only_where_they_are_wanted(grad):
+def test_gradients_are_computed_only_where_required(grad):
     tokens, width, vocab = 12, 4, 7
     hidden, weight = (torch.randn(n, width, requires_grad=True) for n in (tokens, vocab))
     labels = torch.randint(0, vocab, (tokens,))

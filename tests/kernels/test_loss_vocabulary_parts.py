@@ -1,4 +1,4 @@
-"""Head and loss over a vocabulary that is cut over ranks equal those of the whole; here each rank is a thread."""
+"""Head and loss over a sharded vocabulary equal those of the whole vocabulary. Each rank is a thread here."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ class Exchange:
         self._given[rank] = tensor
         self.barrier.wait()
         reduced = getattr(torch.stack(self._given), name)(0)
-        self.barrier.wait()  # nobody gives the next one before all have read this one
+        self.barrier.wait()  # wait until all ranks have read the values, before one replaces its own
         return reduced
 
 
@@ -192,7 +192,7 @@ def test_an_ignored_row_adds_nothing_whatever_it_holds(cuts):
 
 
 @pytest.mark.parametrize("row", [0, 10])
-def test_a_rank_that_holds_nan_tells_all_ranks(row):
+def test_nan_on_one_rank_reaches_all_ranks(row):
     hidden, weight, labels = problem()
     weight[row] = float("nan")
     losses, *_ = loss_and_gradients(CUTS[2], hidden, weight, labels, chunk_tokens=4)

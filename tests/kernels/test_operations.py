@@ -1,4 +1,4 @@
-"""Operations that levers replace: the defaults are PyTorch's, and compiled ones agree with them, forward and back."""
+"""Replaceable operations: the defaults are those of PyTorch, and compiled ones agree, forward and backward."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_pieces_are_their_formulas_bit_by_bit():
     assert torch.equal(added, a + b) and torch.equal(normed, rms_norm(a + b, gain, 1e-5))
 
 
-def test_a_librarys_norm_stands_behind_the_addition_too_and_is_not_compiled(monkeypatch):
+def test_a_librarys_norm_is_used_after_the_addition_too_and_is_not_compiled(monkeypatch):
     def norm(x, gain, eps):
         return rms_norm(x, gain, eps)
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: scores depend on distances alone."""
+"""RoPE: scores depend only on distances."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Selection, gates and the two moves between pool and slots."""
+"""Top-k selection, gates, and the gather and scatter between pool and slots."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_router_is_computed_in_fp32_under_bf16():
     assert not torch.equal(logits.bfloat16().float(), logits)
 
 
-def test_router_tells_apart_what_bf16_would_tie():
+def test_router_separates_logits_that_would_tie_in_bf16():
     x = torch.tensor([[[1.0, 2.0**-9]]]).bfloat16()
     weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).bfloat16()  # logits 1 and 1 + 2^-9: one value in bf16
     assert (x @ weight.T).unique().numel() == 1

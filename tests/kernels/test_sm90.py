@@ -1,4 +1,4 @@
-"""Kernels compile for an H100 as they are launched: without spills, within its memory, products on tensor cores."""
+"""Kernels compile for an H100 in their launch configuration: no spills, shared memory fits, matmuls on tensor cores."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Routing, selection and expansion as Triton kernels, in Triton's interpreter, and what PyTorch is told of them."""
+"""Triton kernels for routing, selection and expansion, in Triton's interpreter, and their registration in PyTorch."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_kernels_match_float64_at_odd_sizes_forward_and_backward(name, errors):
         assert error <= tolerance, (what, error)  # false for NaN too
 
 
-def test_one_wrong_number_of_a_kernel_is_noticed():
+def test_one_wrong_element_of_a_kernel_is_detected():
     slots, choice = "headway.kernels.triton.slots", "headway.kernels.triton.routing"
     launches = [
         f"select_rope={slots}.launch_select_rope",

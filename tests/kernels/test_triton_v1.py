@@ -1,4 +1,4 @@
-"""Routed projections equal float64, by PyTorch and by the Triton kernels under Triton's interpreter."""
+"""Routed projections equal a float64 reference, in PyTorch and with the Triton kernels in Triton's interpreter."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_kernels_equal_float64(kernels, name):
         assert error <= tolerance, (what, error)  # false for NaN too
 
 
-def test_one_wrong_number_of_a_kernel_is_noticed():
+def test_one_wrong_element_of_a_kernel_is_detected():
     gather, weights = "headway.kernels.triton.gather", "headway.kernels.triton.weight_grad"
     launches = [f"{gather}.gather_project", f"{gather}.gather_slot_grad", f"{weights}.weight_grad"]
     found = interpreted(*(f"{NARROW}={launch}" for launch in launches))
@@ -108,7 +108,7 @@ def test_operators_pass_torchs_own_check(routed):
     torch.library.opcheck(make_slot_grad, (plain[0], w_o.detach(), plain[1], plain[2], *lists, routed))
 
 
-def test_two_dtypes_are_refused_in_words():
+def test_different_dtypes_are_refused_with_a_message():
     (x, w, w_o, slots, gate), lists = inputs(torch.float32)
     with pytest.raises(ValueError, match=r"activations are torch\.bfloat16, the weight torch\.float32"):
         routed_project(x.bfloat16(), w, lists)
@@ -130,5 +130,5 @@ def test_heads_too_wide_for_registers_are_refused_before_a_kernel_is_launched_an
             if not forms.gather:
                 call()
                 continue
-            with pytest.raises(ValueError, match=r"128 channels at most, not 256; use projections auto"):
+            with pytest.raises(ValueError, match=r"at most 128 channels per expert, not 256; use projections auto"):
                 call()

@@ -1,9 +1,12 @@
 """Small layers in float64, and the decoders around them."""
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from headway.kernels.attention import core
 from headway.kernels.rope import rope_tables
+from headway.launcher.study.config import load_study
+from headway.launcher.study.plan import variant_spec
 from headway.model.attention.dynamic import DynamicGqaConfig
 from headway.model.attention.gqa import GqaConfig, MqaConfig
 from headway.model.attention.gqe import GqeConfig
@@ -85,12 +90,48 @@ MECHANISMS: dict[str, AttentionConfig] = {
 }
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def of_study(covered: Collection[str]) -> dict[str, AttentionConfig]:
+    """One config of each type in yaml/studies/all-mechanisms.yaml that is not `covered`.
+
+    So a mechanism that has no entry of its own above goes through every generic test nevertheless.
+    """
+    study, found = load_study(ROOT / "yaml" / "studies" / "all-mechanisms.yaml"), dict[str, AttentionConfig]()
+    for name, keys in study.config.variants.items():
+        if (kind := keys["attention.type"]) not in covered:
+            found.setdefault(f"study: {kind}", variant_spec(study, (), name).attention)
+    return found
+
+
+def example_config(**fields: Any) -> AttentionConfig:
+    """The mechanism of docs/examples, whose package need not be installed."""
+    name = "headway_example_mechanism"
+    if name not in sys.modules:
+        path = ROOT / "docs" / "examples" / "headway-example-mechanism" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].TemperatureGqaConfig(**fields)
+
+
+MECHANISMS |= of_study({config.type for config in MECHANISMS.values()})
+MECHANISMS["example package"] = example_config(heads=6, kv_heads=2, head_dim=6, qk_norm=True)
+
 WHOLE = {n for n, config in MECHANISMS.items() if {shard.units for shard in config.shards().values()} == {1}}
 
 
 @pytest.fixture
 def mechanisms() -> dict[str, AttentionConfig]:
     return MECHANISMS
+
+
+@pytest.fixture
+def study_mechanisms() -> Callable[[Collection[str]], dict[str, AttentionConfig]]:
+    """`study_mechanisms(covered)`: see `of_study`."""
+    return of_study
 
 
 @pytest.fixture
@@ -169,15 +210,15 @@ class Exchange:
         self._barrier, self._given = Barrier(ranks, timeout=30), [None] * ranks
 
     def all(self, rank: int, given: Any) -> list[Any]:
-        """What every rank gives, in their order."""
+        """All-gather: the values of all ranks, in rank order."""
         self._given[rank] = given
         self._barrier.wait()
         everyones = list(self._given)
-        self._barrier.wait()  # nobody gives the next one before all have read this one
+        self._barrier.wait()  # wait until all ranks have read the values, before one replaces its own
         return everyones
 
     def run(self, works: list[Callable[[], Any]]) -> list[Any]:
-        """All of them at once, one per rank."""
+        """Run one function per rank in threads, at the same time. Returns their results."""
 
         def guarded(work: Callable[[], Any]) -> Any:
             try:

@@ -124,7 +124,7 @@ def broken(name):
 
     def wrong(*args):
         right(*args)
-        args[-1].view(-1)[-1] = -7  # not the first: a token that sees itself alone has a query of no effect
+        args[-1].view(-1)[-1] = -7  # not of the first token, which attends only to itself, so its query has no effect
 
     setattr(module, function, wrong)
     yield

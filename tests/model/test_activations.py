@@ -1,4 +1,4 @@
-"""What a block is said to keep for its backward pass is what autograd keeps when the real block runs."""
+"""The predicted activation memory of a block equals the bytes that autograd saves when the real block runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,13 @@ def config(name: str, **changes):
     return MECHANISMS[name].model_validate({"type": name, **CONFIGS[name], **changes})
 
 
+@pytest.fixture(params=MECHANISMS)
+def any_config(request, study_mechanisms):
+    """One config of every registered mechanism; those without an entry above are the study's."""
+    name = request.param
+    return config(name) if name in CONFIGS else study_mechanisms(MECHANISMS.keys() - {name})[f"study: {name}"]
+
+
 def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recompute: Any = "none") -> int:
     """Bytes of the storages that autograd saves in a forward pass of the real block, its real core included."""
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -49,9 +56,8 @@ def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recom
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_kept_bytes_are_those_of_autograd(name: str, bf16: bool, masked: bool) -> None:
-    attention = config(name)
+def test_kept_bytes_are_those_of_autograd(any_config, bf16: bool, masked: bool) -> None:
+    attention = any_config
     for batch, seq_len in ((1, 32), (2, 64)):  # two sizes: slope and what does not grow are both seen
         sharing = Sharing(bf16=bf16, masked=masked, device="cpu", seq_len=seq_len)
         said = footprint(MODEL, attention, sharing).kept(batch * seq_len)
@@ -59,9 +65,8 @@ def test_kept_bytes_are_those_of_autograd(name: str, bf16: bool, masked: bool) -
         assert said == pytest.approx(kept(attention, batch=batch, seq_len=seq_len, bf16=bf16, masked=masked), rel=0.02)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_selective_recomputation_keeps_what_the_real_block_keeps_under_it(name: str) -> None:
-    attention = config(name)
+def test_selective_recomputation_keeps_what_the_real_block_keeps_under_it(any_config) -> None:
+    attention = any_config
     for batch, seq_len in ((1, 32), (2, 64)):
         sharing = Sharing(bf16=False, device="cpu", selective=True, seq_len=seq_len)
         said = footprint(MODEL, attention, sharing).kept(batch * seq_len)
@@ -85,9 +90,8 @@ def test_a_mask_over_blocks_of_rows_keeps_one_more_output() -> None:
     assert footprint(MODEL, attention, sharing).kept(1024) == pytest.approx(real, rel=0.02)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_of_a_rank_are_its_share_and_what_all_ranks_hold(name: str) -> None:
-    attention = config(name)
+def test_parameters_of_a_rank_are_its_share_and_what_all_ranks_hold(any_config) -> None:
+    attention = any_config
     alone, shared = (block_parameters(MODEL, attention, tensor=t) for t in (1, 2))
     whole = attention.num_params(width=MODEL.width) + 3 * MODEL.width * MODEL.ffn_width + 2 * MODEL.width
     assert alone.total == whole
@@ -110,7 +114,7 @@ def test_norms_are_one_operation_on_a_gpu() -> None:
     assert cpu.kept_per_token - gpu.kept_per_token >= 2 * 4 * MODEL.width
 
 
-def test_exchanges_within_attention_are_those_of_the_mechanism() -> None:
+def test_all_reduces_within_attention_are_counted_per_mechanism() -> None:
     sharing = Sharing(seq_len=64, tensor=2)
     assert footprint(MODEL, config("gqa"), sharing).sums_per_token == 0
     # GQE: one fp32 number, the sum of chosen probabilities; keys and values of the shared head, 2 D in bf16.

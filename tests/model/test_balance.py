@@ -1,4 +1,4 @@
-"""Balancing losses at uniform use, at collapse, and however a batch is cut."""
+"""Load-balancing losses at uniform load, at collapse, and with different splits of a batch."""
 
 import math
 
@@ -107,7 +107,7 @@ def test_sums_of_one_pass_give_the_loss_and_the_load_of_the_whole(
 
 
 @pytest.mark.parametrize("closely", [True, False])
-def test_a_pass_that_is_computed_again_takes_the_same_way(layer, context, x, monkeypatch, closely):
+def test_a_recomputed_pass_uses_the_same_router_code_path(layer, context, x, monkeypatch, closely):
     """PyTorch refuses a repeated pass that keeps other tensors than the first."""
     for module in (router, routing):  # operations as on a GPU, with their twins
         monkeypatch.setattr(module, "fused", lambda tensor: True)

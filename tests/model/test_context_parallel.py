@@ -1,4 +1,4 @@
-"""Ranks that share each sequence: attention, losses, gradients and statistics are those of the whole sequences."""
+"""Context parallelism: attention, losses, gradients and statistics equal those of the whole sequences."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -107,7 +107,7 @@ def test_statistics_of_the_parts_add_up(mechanism, layer, context, share_sequenc
 
 
 def attended(module, x, context):
-    """KV heads of each call of the core in one pass; queries are dealt out with them."""
+    """Number of KV heads in each call of the core in one pass."""
     calls = []
 
     def counted(q, k, *args, window=None):

@@ -1,4 +1,4 @@
-"""Heads re-ordered, aligned and pooled: what leaves the function alone, and what makes pooling cheap or exact."""
+"""Reordering and aligning heads do not change the function, and alignment lowers the error of pooling."""
 
 from itertools import combinations
 
@@ -44,7 +44,7 @@ def orthogonal(count, size):
 
 
 def plane_rotations(count, rotated):
-    """Rotations of channels (i, i + R/2), any orthogonal matrix on those that RoPE leaves alone: [count, D, D]."""
+    """Random rotations of channels (i, i + R/2), and orthogonal matrices on those without RoPE: [count, D, D]."""
     half = rotated // 2
     angle = torch.rand(count, half, dtype=torch.float64) * 6.3
     cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
@@ -132,7 +132,7 @@ def test_alignment_of_heads_that_already_share_keys_is_the_same_function(layer, 
     unchanged(output(gqa(3), aligned), output(gqa(3), weights))
 
 
-def test_turning_channels_across_planes_of_rope_is_another_function(layer, output, x):
+def test_rotating_channels_across_rope_planes_changes_the_function(layer, output, x):
     """The planes of `align` must be those of RoPE: with others declared, the function is lost."""
     weights = weights_of(layer(mha(0.6)))
     aligned = align(weights, x, groups=2, head_dim=D, rotated=10)
@@ -141,7 +141,7 @@ def test_turning_channels_across_planes_of_rope_is_another_function(layer, outpu
 
 @pytest.mark.parametrize("criterion", ["cosine", "distance"])
 @pytest.mark.parametrize("rotated", [0, 6, 10])
-def test_pooling_turned_copies_is_exact_once_they_are_found_and_aligned(layer, output, x, rotated, criterion):
+def test_pooling_rotated_copies_is_exact_after_grouping_and_alignment(layer, output, x, rotated, criterion):
     config, pooled_config = mha(rotated / D), gqa(2, rope_fraction=rotated / D)
     given = permute_heads(turned_copies(layer, rotated), SHUFFLED, head_dim=D)
     before = output(config, given)
@@ -176,7 +176,7 @@ def test_alignment_and_grouping_lower_the_error_of_pooling_noisy_copies(layer, o
     assert in_place < error(given)
 
 
-def test_no_head_can_be_turned_nearer_to_the_mean_of_its_aligned_group(layer, x):
+def test_no_rotation_moves_a_head_closer_to_the_mean_of_its_aligned_group(layer, x):
     weights = weights_of(layer(mha()))
     aligned = align(weights, x, groups=2, head_dim=D, rotated=0, criterion="distance")
     for name in ("w_k", "w_v"):
@@ -190,12 +190,12 @@ def test_no_head_can_be_turned_nearer_to_the_mean_of_its_aligned_group(layer, x)
         y = heads(aligned)
         u, _, vh = torch.linalg.svd(y.mT @ y.mean(1, keepdim=True))
         assert spread(y) < 0.5 * spread(heads(weights))
-        # Rounds end at a gain of 1e-5 of the squared length of the mean; the first round alone leaves 1e-2.
+        # Iteration stops at a gain of 1e-5 of the squared norm of the mean; after one round, 1e-2 is left.
         assert spread(y @ (u @ vh)) > (1 - 1e-3) * spread(y)
 
 
 @pytest.mark.parametrize(("of", "turns"), [("value", orthogonal), ("key", plane_rotations)])
-def test_similarity_is_that_of_the_best_turn(layer, x, of, turns):
+def test_similarity_is_that_of_the_best_rotation(layer, x, of, turns):
     """No turn of 2000 random ones brings two heads nearer; a turned copy is as near as the head itself."""
     weights = weights_of(layer(mha()))
     name = {"value": "w_v", "key": "w_k"}[of]
@@ -264,7 +264,7 @@ def test_qk_norm_cannot_be_aligned_but_is_pooled_with_its_gains(layer, x):
     layer(gqa(2, qk_norm=True)).load_state_dict(mean_pool(weights, 2, head_dim=D))
 
 
-def test_what_does_not_fit_is_refused_with_two_ways_out(layer, x):
+def test_incompatible_arguments_are_refused_with_two_ways_out(layer, x):
     weights = weights_of(layer(mha()))
     for call, message in (
         (lambda: mean_pool(weights, 4, head_dim=D), "groups: 6 KV heads .* 4 .* use 3 or 6"),
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused_with_two_ways_out(layer, x):
         (lambda: permute_heads(weights, [0, 1, 2, 3, 4, 4], head_dim=D), "order: .* use .* or a permutation of 0 to 5"),
         (lambda: align(weights, x, groups=2, head_dim=D, rotated=5), "rotated: 5 of 10 .* use .* or an even number"),
         (lambda: mean_pool(weights, 2, head_dim=7), "head_dim: .* use .* or "),
-        (lambda: mean_pool({**weights, "w_gate": x}, 2, head_dim=D), "weights: hold w_gate, .* use .* or "),
+        (lambda: mean_pool({**weights, "w_gate": x}, 2, head_dim=D), "weights: w_gate, .* use .* or "),
     ):
         with pytest.raises(ValueError, match="^" + message):
             call()

@@ -1,4 +1,4 @@
-"""Every cell of the reference tables of sizes and FLOPs (cost_tables.md), made anew from the configs' own answers.
+"""Every cell of the reference tables of sizes and FLOPs (cost_tables.md) equals the answers of the configs.
 
 The tables were worked out by an independent calculator: formulas per mechanism, MLP width solved for a budget.
 """

@@ -1,4 +1,4 @@
-"""Head diversity: each measure is its formula, and measuring a model leaves it as it was."""
+"""Head diversity: each measure equals its formula, and measuring does not change the model."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_cka_sees_through_rotation_scale_and_shift_and_cosine_does_not():
     assert abs(float(token_cosine(same))) < 0.9
 
 
-def test_equal_members_and_orthogonal_ones_are_the_two_ends():
+def test_equal_and_orthogonal_members_reach_the_limits_of_the_measures():
     pool = random_pool()
     equal = head_diversity(pool._replace(**{k: v.narrow(d, 0, 1).expand_as(v) for k, v, d in parts(pool)}))
     assert (equal.c_w, equal.c_q, equal.c_o, equal.cka) == pytest.approx((1, 1, 1, 1), abs=1e-12)
@@ -83,7 +83,7 @@ def parts(pool):
     return [("weights", pool.weights, 1), ("projections", pool.projections, 3), ("outputs", pool.outputs, 3)]
 
 
-def test_members_that_make_nothing_do_not_break_the_measures():
+def test_members_with_zero_outputs_give_finite_measures():
     pool = random_pool()
     silent = head_diversity(pool._replace(outputs=torch.zeros_like(pool.outputs)))
     assert (silent.c_o, silent.cka) == (0, 0)
@@ -92,7 +92,7 @@ def test_members_that_make_nothing_do_not_break_the_measures():
 # ---------------------------------------------------------------- in a model
 
 
-def test_a_model_is_measured_in_its_forward_pass_and_left_as_it_was(mechanism, decoder, tokens):
+def test_measuring_happens_in_the_forward_pass_and_does_not_change_the_model(mechanism, decoder, tokens):
     model = decoder(mechanism).eval()
     before = model.logits(tokens)
     with measured(dict(enumerate(model.attention_layers()))) as found:
@@ -111,7 +111,7 @@ def test_a_model_is_measured_in_its_forward_pass_and_left_as_it_was(mechanism, d
             assert found[index].members == pool.weights.shape[1] == pool.outputs.shape[3] > 1
 
 
-def test_what_is_measured_does_not_depend_on_which_heads_are_chosen(decoder, tokens):
+def test_measures_do_not_depend_on_the_selected_heads(decoder, tokens):
     """In the first layer: what reaches later ones has been through the choice."""
     common: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 6}
     found = []
@@ -124,7 +124,7 @@ def test_what_is_measured_does_not_depend_on_which_heads_are_chosen(decoder, tok
     assert found[0][1] != found[2][1]
 
 
-def test_groups_of_one_have_nothing_to_compare(decoder, tokens):
+def test_groups_with_one_member_are_not_measured(decoder, tokens):
     model = decoder(MhaConfig(heads=4, head_dim=6)).eval()
     with measured(dict(enumerate(model.attention_layers()))) as found:
         model.logits(tokens)

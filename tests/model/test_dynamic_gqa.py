@@ -1,4 +1,4 @@
-"""Dynamic groups: the arithmetic of the allocation, when it changes, and that it is GQA in between."""
+"""Dynamic GQA: the allocation of heads, when it changes, and equality with GQA between changes."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ def test_qk_norm_does_not_even_out_the_statistic(layer, context, x):
     assert module.allocation.tolist() == [1, 1, 6]
 
 
-def test_the_statistic_is_that_of_the_whole_batch_however_it_is_cut(layer, context, x):
+def test_the_statistic_does_not_depend_on_the_split_of_the_batch(layer, context, x):
     whole, cut, rank = layer(CONFIG), layer(CONFIG), layer(CONFIG)
     train_step(whole, x, context(CONFIG))
     for module, rows in ((cut, (slice(0, 1), slice(1, 2))), (rank, (slice(2, 3),))):  # two micro-batches; one
@@ -112,7 +112,7 @@ def test_the_statistic_is_that_of_the_whole_batch_however_it_is_cut(layer, conte
         torch.testing.assert_close(module.key_power, whole.key_power, rtol=1e-6, atol=0)
 
 
-def test_evaluation_is_not_counted_and_a_reset_forgets(layer, context, x):
+def test_evaluation_is_not_counted_and_a_reset_clears_the_sums(layer, context, x):
     module = layer(CONFIG)
     module.eval()
     module(x, context(CONFIG))
@@ -142,7 +142,7 @@ def test_keys_that_are_not_finite_move_no_heads(layer, context, x):
     assert module.allocation.tolist() == [1, 1, 6]
 
 
-def test_a_saved_layer_goes_on_where_it_was(layer, context, x):
+def test_a_loaded_layer_continues_as_the_saved_one(layer, context, x):
     module, resumed = layer(CONFIG), layer(CONFIG, seed=2)
     with torch.no_grad():
         module.w_k[12:].mul_(10.0)
@@ -165,11 +165,14 @@ def test_the_statistic_stays_in_fp32_in_a_bf16_model(layer):
     ("fields", "words"),
     [
         ({"kv_heads": 9}, ["kv_heads: ", "9 KV heads need one query head", "kv_heads 8", "heads 9"]),
-        ({"windows": [3, 4, 5]}, ["windows: ", "cost change", "one integer per layer", "type gqa"]),
-        ({"window_pattern": [[3, 4, 5]]}, ["window_pattern: ", "cost change", "one integer per layer", "type gqa"]),
+        ({"windows": [3, 4, 5]}, ["windows: ", "cost would change", "one integer per layer", "type gqa"]),
+        (
+            {"window_pattern": [[3, 4, 5]]},
+            ["window_pattern: ", "cost would change", "one integer per layer", "type gqa"],
+        ),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason_and_two_ways_out(fields, words):
+def test_impossible_configs_are_refused_with_the_reason_and_two_ways_out(fields, words):
     with pytest.raises(ValidationError) as refusal:
         DynamicGqaConfig.model_validate({**SHAPE, "freeze_after_tokens": 0, **fields})
     message = refusal.value.errors()[0]["msg"].removeprefix("Value error, ")

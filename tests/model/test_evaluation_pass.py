@@ -1,4 +1,4 @@
-"""Without gradients the decoder counts the targets it guesses right; with them it does not spend the time."""
+"""The decoder counts correct predictions (hits) only if gradients are disabled."""
 
 import torch
 

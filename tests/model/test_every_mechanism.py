@@ -1,10 +1,11 @@
-"""What holds for each mechanism: causality, independence of sequences and documents, counted costs."""
+"""Properties of every mechanism: causality, independence of sequences and documents, exact costs, sharding."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from headway.model.attention.registry import MECHANISMS
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.decoder import document_mask
@@ -138,9 +139,25 @@ def test_every_parameter_gets_a_gradient(mechanism, decoder, tokens):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_what_cannot_be_cut_over_ranks_is_known(whole_mechanisms, mechanisms):
+def test_every_registered_mechanism_is_here(mechanisms):
+    missing = MECHANISMS.keys() - {config.type for config in mechanisms.values()}
+    assert not missing, (
+        f"{sorted(missing)} go through no generic test: add a variant with that attention.type to "
+        "yaml/studies/all-mechanisms.yaml"
+    )
+
+
+def test_a_type_without_an_entry_of_its_own_is_taken_from_the_study(study_mechanisms, mechanisms):
+    found = study_mechanisms({config.type for config in mechanisms.values()} - {"rgqa", "moa"})
+    assert {name: config.type for name, config in found.items()} == {"study: rgqa": "rgqa", "study: moa": "moa"}
+
+
+def test_mechanisms_that_cannot_be_sharded_are_known(whole_mechanisms, mechanisms):
     """One KV head; groups that follow the keys; a router that reads the queries of all ranks."""
-    assert whole_mechanisms == {"moa", "mqa-gated", "dynamic-gqa", "moh-llama"}
+    here = {name for name in whole_mechanisms if not name.startswith("study: ")}
+    assert here == {"moa", "mqa-gated", "dynamic-gqa", "moh-llama"}, (
+        "say why a new entry cannot be cut, and add it here"
+    )
     for name in whole_mechanisms:
         assert {shard.units for shard in mechanisms[name].shards().values()} == {1}
 

@@ -1,4 +1,4 @@
-"""GQA against attention written out, its two ends, gates and groups of different size."""
+"""GQA equals attention written out; its limits MHA and MQA, gates, and groups of different sizes."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_equals_attention_written_out(layer, context, x, groups):
 @pytest.mark.parametrize(
     ("end", "kv_heads"), [(MhaConfig(heads=6, head_dim=10), 6), (MqaConfig(heads=6, head_dim=10), 1)]
 )
-def test_mha_and_mqa_are_its_ends(decoder, tokens, end, kv_heads):
+def test_mha_and_mqa_are_the_limits_of_gqa(decoder, tokens, end, kv_heads):
     gqa = GqaConfig(heads=6, kv_heads=kv_heads, head_dim=10)
     assert torch.equal(decoder(end).logits(tokens), decoder(gqa).logits(tokens))
     assert end.num_params(width=20) == gqa.num_params(width=20)

@@ -1,4 +1,4 @@
-"""Windows per group and per layer: what is seen, what it costs, what decoding keeps."""
+"""Windows per group and per layer: visible keys, FLOPs, and the KV cache."""
 
 from dataclasses import replace
 
@@ -99,7 +99,7 @@ def test_core_flops_count_the_keys_that_are_seen(sizes):
         assert costs[0] - costs[1] == pytest.approx(less, rel=1e-12)
 
 
-def test_layers_take_turns_with_the_pattern(decoder, tokens):
+def test_layers_repeat_the_window_pattern(decoder, tokens):
     pattern = GqaConfig(heads=4, kv_heads=2, head_dim=6, window_pattern=[3, [None, 2]])
     assert [pattern.layer(i, 5).windows for i in range(5)] == [3, [None, 2], 3, [None, 2], 3]
     model = decoder(pattern)
@@ -117,7 +117,7 @@ def test_layers_take_turns_with_the_pattern(decoder, tokens):
     assert cache.numbers * 8 == pytest.approx(cost.kv_bytes_per_token * tokens.numel(), rel=1e-12)
 
 
-def test_decoding_keeps_what_a_window_still_needs(decoder, tokens):
+def test_decoding_caches_only_keys_that_a_window_still_reads(decoder, tokens):
     """2 layers x 3 sequences x (K and V) x 6 channels; 11 tokens in the global group, 3 in the other."""
     model = decoder(GqaConfig(heads=4, kv_heads=2, head_dim=6, windows=[None, 4]))
     cache = model.new_cache()

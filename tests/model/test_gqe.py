@@ -1,4 +1,4 @@
-"""Grouped query experts: the published equations, what teaches the router, slots, the shared head, ranks."""
+"""Grouped query experts: published equations, gradients of the router, slots, the shared head, tensor parallelism."""
 
 from typing import Any
 
@@ -142,7 +142,7 @@ def test_the_mixing_weights_sum_to_one_over_all_groups(layer, context, x):
         ({"variant": "weighted_concat", "kv_heads": 1}, True),
     ],
 )
-def test_what_teaches_the_router(layer, context, x, fields, moves):
+def test_which_variants_give_the_router_a_gradient(layer, context, x, fields, moves):
     config = unchecked(balance=BalanceConfig(), **fields)
     module = layer(config)
     (module(x, context(config)).y ** 2).sum().backward()
@@ -152,7 +152,7 @@ def test_what_teaches_the_router(layer, context, x, fields, moves):
     assert (largest > 1e-3) if moves else (largest < 1e-12)
 
 
-def test_the_task_reaches_the_logits_of_experts_that_were_not_picked(layer, context, x):
+def test_the_task_loss_gives_gradients_to_logits_of_unselected_experts(layer, context, x):
     config = GqeConfig(**SHAPE, top_k=1)
     module, table = layer(config), context(config)
     logits = module.router.logits(x, table, None).detach().requires_grad_()
@@ -310,7 +310,7 @@ def test_costs_are_the_published_formulas():
         assert config.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=2) == 2 * 2 * g * head_dim
 
 
-def test_what_each_part_adds():
+def test_parameters_and_cache_of_each_optional_part():
     d, head_dim = 96, 16
 
     def params(**fields):
@@ -356,14 +356,14 @@ def test_a_router_that_reads_queries_needs_all_of_them():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 5}, ["top_k: ", "5 experts picked of 4", "top_k 1 to 4", "heads 10"]),
-        ({"kv_heads": 8, "top_k": 1}, ["heads: ", "nothing to choose", "heads 16", "type mha"]),
+        ({"top_k": 5}, ["top_k: ", "5 experts selected of 4", "top_k 1 to 4", "heads 10"]),
+        ({"kv_heads": 8, "top_k": 1}, ["heads: ", "one expert per group", "heads 16", "type mha"]),
         ({"kv_heads": 3, "top_k": 1}, ["kv_heads: ", "8 query heads", "kv_heads 2 or 4"]),
         ({"kv_heads": 1, "top_k": 1}, ["variant: ", "no gradient", "variant weighted_concat", "or top_k 2"]),
-        ({"heads": 1, "kv_heads": 1, "top_k": 1}, ["heads: ", "nothing to choose", "heads 2", "type mha"]),
+        ({"heads": 1, "kv_heads": 1, "top_k": 1}, ["heads: ", "one expert per group", "heads 2", "type mha"]),
         (
             {"top_k": 1, "variant": "hard_concat", "balance": {}},
-            ["variant: hard_concat", "without any gradient", "router.type random"],
+            ["variant: hard_concat", "gives the router no gradient", "router.type random"],
         ),
     ],
 )

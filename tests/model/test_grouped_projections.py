@@ -1,4 +1,4 @@
-"""Grouped products (each expert for the tokens that chose it) are the dense ones: values, gradients, cost."""
+"""Grouped projections (one matmul per expert) equal dense ones in values and gradients, and cost fewer FLOPs."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_grouped_projections_execute_what_is_useful_and_no_more(name):
 
 
 @pytest.mark.parametrize("form", ["dense", "grouped", "routed"])
-def test_an_expert_that_nobody_chose_gets_a_zero_gradient(form):
+def test_an_unselected_expert_gets_a_zero_gradient(form):
     x = torch.randn(1, 5, 4, dtype=torch.float64)
     w_in = torch.randn(3 * 2, 4, dtype=torch.float64, requires_grad=True)
     w_out = torch.randn(4, 3 * 2, dtype=torch.float64, requires_grad=True)
@@ -103,7 +103,7 @@ def test_an_expert_that_nobody_chose_gets_a_zero_gradient(form):
     assert (w_in.grad[:2] != 0).any() and (w_out.grad[:, 4:] != 0).any()
 
 
-def test_each_pair_meets_its_own_expert():
+def test_each_pair_is_multiplied_by_its_own_expert():
     """Two groups, slots in any order: written out pair by pair."""
     x, idx = torch.randn(2, 7, 5, dtype=torch.float64), torch.rand(2, 7, 2, 3).argsort(-1)[..., :2]
     weight = torch.randn(2 * 3 * 4, 5, dtype=torch.float64)

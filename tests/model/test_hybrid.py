@@ -1,4 +1,4 @@
-"""Hybrid-QVO: its special cases, its routers, its cost, and what it refuses."""
+"""Hybrid-QVO: special cases that equal other mechanisms, routers, cost, and refused configs."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def assert_same(hybrid, other, renamed, x, context):
 
 
 def with_unit_value_gates(module):
-    """2 sigmoid(0) = 1, whatever the token."""
+    """Make all value gates 1 for every token, since 2 sigmoid(0) = 1."""
     with torch.no_grad():
         module.value_router.w.zero_()
     return module
@@ -240,7 +240,7 @@ def test_a_bf16_layer_routes_in_fp32_and_stays_bf16(layer, context, x):
 # ---------------------------------------------------------------- start, k, diversity
 
 
-def test_the_start_is_that_of_routed_gqa_but_for_the_values(layer):
+def test_initial_parameters_equal_those_of_routed_gqa_except_for_values(layer):
     module, rgqa = layer(HybridConfig(**SHAPE, top_k=1, **VALUES)), layer(RgqaConfig(**SHAPE, top_k=1))
     for name, value in rgqa.named_parameters():
         assert name == "w_v" or torch.equal(module.get_parameter(name), value)
@@ -326,21 +326,21 @@ QUERY_NORM = {"type": "query_norm"}
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"value_top_k": 4}, ["value_top_k: ", "4 experts picked of 3", "value_top_k 1 to 3", "value_experts 4"]),
+        ({"value_top_k": 4}, ["value_top_k: ", "4 experts selected of 3", "value_top_k 1 to 3", "value_experts 4"]),
         ({"value_router": QUERY_NORM}, ["value_router: ", "no queries", "linear", "token_hash"]),
-        ({**OUTPUTS, "output_top_k": 5}, ["output_top_k: ", "5 experts picked of 4", "1 to 4", "output_experts 5"]),
+        ({**OUTPUTS, "output_top_k": 5}, ["output_top_k: ", "5 experts selected of 4", "1 to 4", "output_experts 5"]),
         ({**OUTPUTS, "output_router": QUERY_NORM}, ["output_router: ", "no queries", "linear", "token_hash"]),
         ({**OUTPUTS, "output": "slot"}, ["output: ", "replaces", "output head", "output_experts 0"]),
-        ({"output_top_k": 3}, ["output_top_k: ", "no output experts", "output_experts 3", "leave output_top_k out"]),
-        ({"output_gate": "sigmoid"}, ["output_gate: ", "no output experts", "output_experts 2", "leave output_gate"]),
-        ({"output_balance": {"f_p": 0.1}}, ["output_balance: ", "no output experts", "output_experts 2", "leave"]),
-        ({"top_k": 5}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 10"]),
+        ({"output_top_k": 3}, ["output_top_k: ", "output_experts is 0", "output_experts 3", "leave output_top_k out"]),
+        ({"output_gate": "sigmoid"}, ["output_gate: ", "output_experts is 0", "output_experts 2", "leave output_gate"]),
+        ({"output_balance": {"f_p": 0.1}}, ["output_balance: ", "output_experts is 0", "output_experts 2", "leave"]),
+        ({"top_k": 5}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 10"]),
         ({"gate": "renorm"}, ["gate: ", "no gradient", "sigmoid2", "top_k 2"]),
-        ({"key_experts": 4}, ["key_experts: ", "never routed", "route values", "kv_heads"]),
-        ({"route_keys": True}, ["route_keys: ", "never routed", "route values", "kv_heads"]),
+        ({"key_experts": 4}, ["key_experts: ", "cannot be routed", "route values", "kv_heads"]),
+        ({"route_keys": True}, ["route_keys: ", "cannot be routed", "route values", "kv_heads"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_field_the_reason_and_two_ways_out(fields, words):
+def test_impossible_configs_are_refused_with_the_field_the_reason_and_two_ways_out(fields, words):
     with pytest.raises(ValidationError) as refusal:
         TypeAdapter(AnyAttention).validate_python({**HYBRID, **fields})
     (error,) = refusal.value.errors()

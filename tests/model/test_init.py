@@ -1,4 +1,4 @@
-"""The same start: parameters are a function of seed and name."""
+"""Initial parameters depend only on seed and name."""
 
 import torch
 
@@ -20,7 +20,7 @@ GQA = GqaConfig(heads=8, kv_heads=2, head_dim=6)
 RGQA = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, router=LinearRouterConfig(init_std=0.7))
 
 
-def test_mechanisms_share_the_start_of_the_parameters_they_share():
+def test_common_parameters_start_equal_in_all_mechanisms():
     gqa, rgqa = dict(build(GQA).named_parameters()), dict(build(RGQA).named_parameters())
     assert set(rgqa) - set(gqa) == {f"blocks.{i}.attn.router.w" for i in range(3)}
     assert set(gqa) <= set(rgqa)
@@ -31,7 +31,7 @@ def test_mechanisms_share_the_start_of_the_parameters_they_share():
         assert torch.equal(switchhead[name], gqa[name]), name
 
 
-def test_a_wider_mlp_moves_nothing_else():
+def test_a_wider_mlp_does_not_change_other_initial_parameters():
     wide, plain = dict(build(GQA, ffn_width=96).named_parameters()), dict(build(GQA).named_parameters())
     for name, parameter in plain.items():
         assert ".mlp." in name or torch.equal(parameter, wide[name]), name
@@ -57,7 +57,7 @@ def test_neither_threads_nor_the_global_generator_matter():
         torch.set_num_threads(threads)
 
 
-def test_spreads_are_those_of_the_config():
+def test_standard_deviations_are_those_of_the_config():
     model = build(RGQA)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

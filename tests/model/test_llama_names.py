@@ -1,4 +1,4 @@
-"""Which decoders have a Llama of the same function, and that its config.json describes the same decoder."""
+"""Which decoders have an equivalent Llama, and that its config.json describes the same decoder."""
 
 import pytest
 from pydantic import TypeAdapter
@@ -57,7 +57,7 @@ def test_a_config_reads_back_as_the_same_decoder(values):
         ("rope_fraction", {"type": "mha", "rope_fraction": 0.0}),
     ],
 )
-def test_what_a_llama_has_no_counterpart_of_is_refused_with_two_ways_out(key, values):
+def test_features_without_a_llama_counterpart_are_refused_with_two_ways_out(key, values):
     with pytest.raises(ValueError, match=rf"^attention\.{key}: .*use the format safetensors.*, or a run (of|with) "):
         config_of(**values)
 

@@ -108,14 +108,14 @@ def test_cost_is_that_of_the_formulas():
     assert config.kv_bytes_per_token(seq_len=1023, bytes_per_element=2) == 2 * 128 * 2
 
 
-def test_one_group_is_one_piece():
+def test_a_single_group_is_not_sharded():
     assert {shard.units for shard in MoaConfig(**SHAPE, top_k=2).shards().values()} == {1}
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 6}, ["top_k: ", "6 experts picked of 5", "top_k 1 to 5", "heads 6"]),
+        ({"top_k": 6}, ["top_k: ", "6 experts selected of 5", "top_k 1 to 5", "heads 6"]),
         ({"heads": 1, "top_k": 1}, ["heads: ", "nothing to choose", "heads 2", "type mqa"]),
         ({"top_k": 0}, ["Input should be greater than or equal to 1"]),
         ({"top_k": 2, "gate": "sigmoid2"}, ["Input should be 'detached_renorm' or 'softmax'"]),

@@ -238,7 +238,7 @@ def test_two_ranks_gradients_add_up_to_the_layers(strong, context, lockstep, x, 
         {"balance": BalanceConfig(loss_free_rate=1e-3)},
     ],
 )
-def test_routers_that_a_rank_could_not_evaluate_keep_the_layer_whole(fields):
+def test_a_layer_is_not_sharded_if_a_rank_could_not_evaluate_its_router(fields):
     config = MohConfig(**SHAPE, shared_heads=2, top_k=2, **fields)
     assert {shard.units for shard in config.shards().values()} == {1}
 
@@ -270,9 +270,9 @@ def test_cost_is_that_of_the_formulas():
         ({"shared_heads": 9}, ["shared_heads: ", "leave 0 to route", "shared_heads 4", "heads 12"]),
         ({"shared_heads": 5}, ["shared_heads: ", "leave 1 to route", "shared_heads 4", "heads 12"]),
         ({"heads": 1, "kv_heads": 1, "shared_heads": 0}, ["shared_heads: ", "leave 1 to route", "type gqa", "heads 2"]),
-        ({"top_k": 5}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 12"]),
-        ({"top_k": 0}, ["top_k: ", "0 heads picked of 4", "top_k 1 or 4"]),
-        ({"top_k": [2, 7]}, ["top_k: ", "7 heads picked of 4", "top_k 1 to 4", "heads 12"]),
+        ({"top_k": 5}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 12"]),
+        ({"top_k": 0}, ["top_k: ", "0 heads selected of 4", "top_k 1 or 4"]),
+        ({"top_k": [2, 7]}, ["top_k: ", "7 heads selected of 4", "top_k 1 to 4", "heads 12"]),
         ({"form": "code", "top_k": 1}, ["form: ", "no gradient", "form paper or straight_through", "top_k 2"]),
     ],
 )

@@ -109,7 +109,7 @@ def test_even_allocation_is_gqa(decoder, tokens):
     torch.testing.assert_close(decoder(kdgqa("even")).logits(tokens), decoder(gqa).logits(tokens), rtol=0, atol=1e-12)
 
 
-def test_allotted_heads_follow_min_max_scaled_norms_and_sum_to_all():
+def test_allocated_heads_follow_min_max_scaled_norms_and_sum_to_all():
     assert allot(torch.tensor([1.0, 3.0, 2.0]), 12) == [0, 8, 4]
     assert allot(torch.tensor([1.0, 2.0, 2.0]), 3) == [0, 1, 2]  # 1.5 rounds to 2 twice
     assert allot(torch.tensor([1.0, 2.0, 2.0]), 5) == [1, 2, 2]  # 2.5 too

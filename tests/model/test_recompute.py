@@ -1,4 +1,4 @@
-"""A recomputed block is the block: outputs, gradients, choices and statistics; and it keeps its input alone."""
+"""Activation recomputation does not change outputs, gradients, router selections or statistics."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -81,7 +81,7 @@ def with_near_ties(module):
     return module
 
 
-def test_a_recomputed_router_does_not_choose_differently(routed_mechanism, layer, context, x):
+def test_a_recomputed_router_repeats_its_selection(routed_mechanism, layer, context, x):
     x.requires_grad_()
     expected, kept = (
         trained(run, with_near_ties(layer(routed_mechanism)), x, context(routed_mechanism))[2]
@@ -90,7 +90,7 @@ def test_a_recomputed_router_does_not_choose_differently(routed_mechanism, layer
     torch.testing.assert_close(kept, expected, rtol=0, atol=1e-5)  # gates follow the noise of 1e-7
 
 
-def test_without_its_memory_it_would(routed_mechanism, layer, context, x, monkeypatch):
+def test_without_memory_a_recomputed_router_selects_differently(routed_mechanism, layer, context, x, monkeypatch):
     x.requires_grad_()
     expected = trained(plain, with_near_ties(layer(routed_mechanism)), x, context(routed_mechanism))[2]
     monkeypatch.setattr(Context, "choice", lambda self, choose, experts: choose())
@@ -126,7 +126,7 @@ def kept_bytes(run, module, x, context):
     return sum(kept.values()), output
 
 
-def test_a_block_keeps_its_input_alone(mechanism, layer, context, x):
+def test_a_block_keeps_only_its_input(mechanism, layer, context, x):
     module = layer(mechanism)
     x = (x + 0).requires_grad_()
     usually, _ = kept_bytes(plain, module, x, context(mechanism))
@@ -146,7 +146,7 @@ def test_choices_take_a_byte_per_slot(layer, context, x):
     ("experts", "dtype"),
     [(2, torch.uint8), (256, torch.uint8), (257, torch.int16), (32_768, torch.int16), (32_769, torch.int32)],
 )
-def test_choices_come_back_in_order_from_the_smallest_integers_that_hold_them(experts, dtype):
+def test_selections_are_replayed_in_order_from_the_smallest_integer_dtype(experts, dtype):
     memory = RoutingMemory()
     first, second = torch.tensor([[[[0, experts - 1]]]]), torch.tensor([[[[experts - 1, 1]]]])
     memory.begin()

@@ -1,4 +1,4 @@
-"""Routed GQA: its identities, its gates and router, its two ways to keep heads in use."""
+"""Routed GQA: special cases that equal GQA and MHA, gates, router, balancing loss and loss-free bias."""
 
 from typing import Any, get_args
 
@@ -365,12 +365,12 @@ def test_descending_the_penalty_drives_the_heads_of_a_group_apart(layer, context
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": [1, 5]}, ["top_k: ", "5 heads picked of 4", "top_k 1 to 4", "heads 10"]),
+        ({"top_k": [1, 5]}, ["top_k: ", "5 heads selected of 4", "top_k 1 to 4", "heads 10"]),
         ({"top_k": 0}, ["top_k: ", "0 heads", "top_k 1 to 4"]),
         ({"k_schedule": [{"until_tokens": 5, "top_k": 9}]}, ["top_k: ", "9 heads", "top_k 1 to 4", "heads 18"]),
         (
             {"k_schedule": [{"until_tokens": 9, "top_k": 2}, {"until_tokens": 5, "top_k": 3}]},
-            ["k_schedule: ", "must grow", "sort", "one stage"],
+            ["k_schedule: ", "must increase", "sort", "one stage"],
         ),
         ({"output": "slot", "top_k": [1, 2]}, ["output: ", "per slot", "output head", "integer"]),
         (

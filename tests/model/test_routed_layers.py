@@ -1,4 +1,4 @@
-"""Layers whose products are routed: by the kernels, interpreted, as their dense references; one graph; equal runs."""
+"""Layers with routed projections, in Triton's interpreter: equal to dense references, one graph, reproducible."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_later_tokens_change_nothing_before_them_though_they_change_lists_and_ti
     assert layer["earlier"] == 0 and layer["later"] > 0
 
 
-def test_one_wrong_number_of_a_kernel_shows_in_the_layer():
+def test_one_wrong_element_of_a_kernel_changes_the_layer():
     gather, weights = "headway.kernels.triton.gather", "headway.kernels.triton.weight_grad"
     launches = (f"{gather}.gather_project", f"{gather}.gather_slot_grad", f"{weights}.weight_grad")
     found = interpreted(*(f"rgqa={launch}" for launch in launches))

@@ -1,4 +1,4 @@
-"""The forms a router can take: where its logits come from, and what noise and dropout may touch."""
+"""Router types: their logits, and the effect of noise and dropout."""
 
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_dropout_passes_over_a_head_with_the_stated_probability(layer):
     module = layer(config)
     best = (x[0, 0] @ module.router.w.T).argmax()
     kept = (module.router(x, Context(rope=(x, x)), k=1).idx == best).double().mean().item()
-    assert kept == pytest.approx(0.7 + 0.3**4, abs=4 * (0.21 / 20_000) ** 0.5)  # all four passed over: the best again
+    assert kept == pytest.approx(0.7 + 0.3**4, abs=4 * (0.21 / 20_000) ** 0.5)  # all dropped: the best
 
 
 def test_equal_rows_leave_no_head_favoured_at_the_start(layer):
@@ -150,14 +150,17 @@ def test_nothing_is_added_to_the_loss_in_evaluation(layer, x, tokens):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"router": {"type": "query_norm"}}, ["gate: ", "lengths", "straight_through", "router.type linear"]),
+        ({"router": {"type": "query_norm"}}, ["gate: ", "sigmoid saturates", "straight_through", "router.type linear"]),
         (
             {"router": {"type": "query_norm"}, "gate": "softmax", "balance": {"loss_free_rate": 1e-3}},
-            ["balance: ", "bias alone", "balance.f_p", "router.type linear"],
+            ["balance: ", "only the bias would decide", "balance.f_p", "router.type linear"],
         ),
-        ({"gate": "hard", "balance": {}}, ["gate: ", "without any gradient", "balance.f_p 0.01", "router.type random"]),
+        (
+            {"gate": "hard", "balance": {}},
+            ["gate: ", "gives the router no gradient", "balance.f_p 0.01", "router.type random"],
+        ),
         ({"heads": 2, "gate": "softmax"}, ["gate: ", "single routed head", "sigmoid2", "heads 4"]),
-        ({"key_experts": 2}, ["key_experts: ", "never routed", "hybrid", "kv_heads"]),
+        ({"key_experts": 2}, ["key_experts: ", "cannot be routed", "hybrid", "kv_heads"]),
     ],
 )
 def test_routers_that_could_not_learn_are_refused(fields, words):

@@ -1,4 +1,4 @@
-"""Router statistics: sums that add up, and figures that mean what they say."""
+"""Router statistics: sums over micro-batches, and the definitions of the figures."""
 
 import math
 from typing import Any
@@ -56,7 +56,7 @@ def test_sums_are_those_of_a_loop_over_tokens(tokens, k):
         assert getattr(d, name).tolist() == pytest.approx(values, rel=1e-5, abs=1e-6), name  # sums are fp32
 
 
-def test_micro_batches_add_up_to_the_batch_and_a_reset_forgets(tokens):
+def test_micro_batches_add_up_to_the_batch_and_a_reset_clears_the_sums(tokens):
     logits = torch.randn(3, 11, 2, 4)
     whole, meter = measured(logits, 2, tokens), RouterMeter()
     for row in range(3):
@@ -131,7 +131,7 @@ def test_an_expert_is_dead_below_a_thousandth_of_the_load(tokens):
     assert figures(torch.tensor([[5000.0, 4991.0, 9.0, 0.0]]), detail).dead == [2]
 
 
-def test_without_token_ids_nothing_is_said_about_them():
+def test_without_token_ids_there_are_no_token_figures():
     found = figures(*measured(torch.randn(3, 11, 2, 4), 1, None)[:2])
     assert all(math.isnan(v) for v in found.mutual_information + found.information_share)
 
@@ -140,7 +140,7 @@ def test_without_token_ids_nothing_is_said_about_them():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_router_that_looks_the_token_up_has_all_the_information_there_can_be(k):
+def test_a_router_that_depends_on_the_token_id_only_reaches_the_maximum_information(k):
     tokens = torch.randint(0, 24, (4, 4096))
     table = torch.randn(24, 1, 6)
     found = figures(*measured(table[tokens], k, tokens)[:2])
@@ -164,14 +164,14 @@ def test_the_bias_that_is_subtracted_is_that_of_independent_choices(k):
     torch.testing.assert_close(information, (raw - bias).clamp_min(0), rtol=0, atol=1e-10)
 
 
-def test_all_experts_for_every_token_tell_nothing():
+def test_selecting_all_experts_has_no_information():
     tokens = torch.randint(0, 64, (1, 4096))
     information, bias, most = token_information(measured(torch.randn(1, 4096, 2, 4), 4, tokens).detail)
     for tensor in (information, bias, most):
         torch.testing.assert_close(tensor, torch.zeros(2), rtol=0, atol=1e-5)
 
 
-def test_ids_that_share_a_bucket_can_only_hide_information():
+def test_bucketing_ids_can_only_lower_the_information():
     tokens = torch.randint(0, 2, (1, 4096)) * TOKEN_BUCKETS  # two ids, one bucket
     table = torch.eye(4)[:, None]
     found = figures(*measured(table[tokens // TOKEN_BUCKETS], 1, tokens)[:2])

@@ -1,4 +1,4 @@
-"""Selective recomputation changes no bit of a training pass, and keeps less for the backward pass."""
+"""Selective recomputation does not change a training pass by a bit, and keeps less for the backward pass."""
 
 import gc
 from copy import deepcopy
@@ -66,7 +66,7 @@ def held_bytes(made: Block) -> int:
     return sum(event.nbytes() for event in events)
 
 
-def test_what_is_said_to_be_kept_less_is_not_allocated_any_more():
+def test_the_predicted_saving_is_the_saving_in_allocated_memory():
     plain, selective = block("none"), block("selective")
     said = kept_bytes(plain) - kept_bytes(selective)
     assert said >= 4 * B * S * (2 * MODEL.width + 2 * MODEL.ffn_width)
@@ -74,7 +74,7 @@ def test_what_is_said_to_be_kept_less_is_not_allocated_any_more():
     assert held_bytes(plain) - held_bytes(selective) == pytest.approx(said, rel=0.02)
 
 
-def test_a_copied_block_keeps_as_little():
+def test_a_deep_copy_of_a_block_keeps_the_same_bytes():
     made = block("selective")
     copied = deepcopy(made)
     assert copied.selective is not made.selective and kept_bytes(copied) == kept_bytes(made)
@@ -95,7 +95,7 @@ def test_every_backward_pass_of_one_graph_is_the_first():
     assert torch.equal(first, second)
 
 
-def test_a_result_is_computed_again_once_however_many_ask():
+def test_a_result_is_recomputed_once_for_all_readers():
     calls = []
 
     def counted(a: Tensor, b: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def test_nothing_outlives_the_graph(backward):
     assert len(recipes()) == before
 
 
-def test_a_result_that_is_written_into_is_kept_as_it_is():
+def test_a_result_modified_in_place_is_kept():
     again = SelectiveRecompute()
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
     with again:

@@ -1,4 +1,4 @@
-"""SQA is GQA with the query heads that are left, in the published forms too."""
+"""SQA equals GQA with the kept query heads, also in the published variants."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_costs_what_the_chosen_heads_of_routed_gqa_cost():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kept": 5}, ["kept: ", "5 of the 4 query heads", "kept 4", "heads 10"]),
+        ({"kept": 5}, ["kept: ", "5 is more than the 4 query heads", "kept 4", "heads 10"]),
         ({"kv_heads": 3}, ["kv_heads: ", "kv_heads 2 or 4"]),
         ({"windows": [3]}, ["windows: ", "1 windows for 2 KV heads", "list of 2", "one integer"]),
         ({"kept": 1, "orthogonality": 1.0}, ["orthogonality: ", "one query head", "0.0", "two or more"]),

@@ -1,4 +1,4 @@
-"""SwitchHead: its identities, its routers, its gates."""
+"""SwitchHead: special cases that equal MHA, routers, gates."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_the_entropy_regulariser_sums_over_both_routers(layer, context, x):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"top_k": 5}, ["top_k: ", "5 experts picked of 3", "top_k 1 to 3", "experts 5"]),
+        ({"top_k": 5}, ["top_k: ", "5 experts selected of 3", "top_k 1 to 3", "experts 5"]),
         ({"top_k": 1, "gate": "renorm"}, ["gate: ", "no gradient", "gate sigmoid", "top_k 2"]),
         ({"top_k": 1, "experts": 1, "shared_selection": True}, ["shared_selection: ", "false", "experts 2"]),
         ({"router": {"type": "query_norm"}}, ["router: ", "query heads", "linear", "two_layer"]),

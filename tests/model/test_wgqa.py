@@ -1,4 +1,4 @@
-"""Weighted GQA: its start, its folded form, its published counts."""
+"""Weighted GQA: initialization, folding to GQA, and published parameter counts."""
 
 import pytest
 import torch
@@ -156,7 +156,7 @@ def test_the_start_is_the_mean_or_standard_normal(layer, weights):
     assert not torch.equal(drawn.k_weights, drawn.v_weights)
 
 
-def test_all_that_mha_has_starts_like_mha(decoder):
+def test_parameters_shared_with_mha_start_equal_to_mha(decoder):
     mha = dict(decoder(MhaConfig(heads=HEADS, head_dim=D)).named_parameters())
     weighted = dict(decoder(wgqa()).named_parameters())
     assert {name for name in weighted if name not in mha} == {
@@ -166,7 +166,7 @@ def test_all_that_mha_has_starts_like_mha(decoder):
 
 
 @pytest.mark.parametrize("weights", FORMS)
-def test_the_weights_are_vectors_which_weight_decay_passes_over(layer, weights):
+def test_the_merge_weights_are_vectors_without_weight_decay(layer, weights):
     module = layer(wgqa(weights=weights))
     assert module.k_weights.ndim == module.v_weights.ndim == 1
 

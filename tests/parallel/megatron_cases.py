@@ -81,7 +81,7 @@ def embedding(p: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def megatron_loss(p: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """In float32, whatever it is given: megatron-core's loss casts its logits."""
+    """In float32 for every input dtype, because megatron-core's loss casts its logits."""
     head = column_parallel(p["rows"].float(), rank)
 
     def loss(x: Tensor) -> Tensor:

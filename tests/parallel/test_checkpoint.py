@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is not there; a changed byte is an error that names the file."""
+"""A checkpoint is complete or does not exist; a changed byte is an error that names the file."""
 
 import gc
 import json
@@ -77,7 +77,7 @@ def test_no_checkpoint_is_no_error(tmp_path):
         assert checkpoint.newest_valid(root, ALONE, warn=print) is None
 
 
-def test_only_the_newest_stay(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
     assert [p.name for p in checkpoint.steps_on_disk(tmp_path)] == ["step-0000000004", "step-0000000003"]
@@ -110,10 +110,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, damag
     assert newest(tmp_path, said).step == 1 and len(said) == 1  # set aside: not looked at again
 
 
-def test_when_every_checkpoint_is_damaged_training_does_not_silently_start_anew(tmp_path):
+def test_training_does_not_silently_start_over_when_every_checkpoint_is_damaged(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "step-0000000001" / "MANIFEST.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is valid"):
         newest(tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_damaged_checkpoints_of_later_steps_never_push_out_the_one_just_written(
     assert newest(tmp_path).step == 7
 
 
-def test_a_checkpoint_the_disk_cannot_read_is_passed_over(tmp_path, monkeypatch):
+def test_a_checkpoint_the_disk_cannot_read_is_skipped(tmp_path, monkeypatch):
     write(tmp_path, 1)
     write(tmp_path, 2)
     hash_of = manifest.file_hash
@@ -199,7 +199,7 @@ def second_of_two(first: Callable[[Any], Any]) -> SecondOfTwo:
     return SecondOfTwo(rank=1, local_rank=1, dp_rank=1, dp_size=2, device=torch.device("cpu"), first=first)
 
 
-def test_ranks_that_see_different_folders_walk_through_the_same_ones(tmp_path):
+def test_ranks_that_see_different_folders_check_the_same_checkpoints(tmp_path):
     write(tmp_path, 1)
 
     def sees_two(value):
@@ -291,7 +291,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monk
     while True:
         root = tmp_path / str(number)
         write(root, 1, keep=1)
-        if damaged_before:  # a folder of the same step that was passed over when the run resumed
+        if damaged_before:  # a folder of the same step that was skipped as damaged when the run resumed
             (root / "step-0000000002").mkdir()
             (root / "step-0000000002" / "MANIFEST.json").write_text("{}")
         with monkeypatch.context() as patch:
@@ -341,7 +341,7 @@ def test_what_is_saved_is_the_step_at_which_the_save_began(tmp_path, monkeypatch
     assert torch.equal(dict(other.module.named_buffers())["bias_of_router"], torch.full((2,), 1.0))
 
 
-def test_a_writer_that_dies_without_a_word_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_a_writer_thread_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
     class Gone(BaseException):
         pass
 
@@ -350,7 +350,7 @@ def test_a_writer_that_dies_without_a_word_leaves_no_checkpoint(tmp_path, monkey
 
     monkeypatch.setattr(saver, "save_file", gone)
     monkeypatch.setattr(saver.threading, "excepthook", lambda args: None)
-    assert "has died" in (write(tmp_path, 1) or "")
+    assert "the writing thread died" in (write(tmp_path, 1) or "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -365,7 +365,7 @@ def test_milestones_and_the_best_stay_beside_the_newest(tmp_path):
     assert [int(p.name[-1]) for p in checkpoint.steps_on_disk(tmp_path)] == [6, 5, 3, 2]
 
 
-def test_a_checkpoint_of_another_run_or_with_a_stranger_in_it_is_passed_over(tmp_path):
+def test_a_checkpoint_of_another_run_or_with_an_unknown_file_is_skipped(tmp_path):
     # F9
     for step, run in ((1, "mine"), (2, "other"), (3, "mine")):
         saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(keep=9), about={"run": run})
@@ -418,7 +418,7 @@ def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path, kind, file):
 @pytest.mark.parametrize(
     "text", [b"", b"step-0000000001", b"../x", b"/etc", b"\xff\xfe", b"a\nb", b"0" * 1_000_000, None]
 )
-def test_a_file_called_latest_means_nothing(tmp_path, text):
+def test_a_file_named_latest_is_ignored(tmp_path, text):
     # F10
     write(tmp_path, 1)
     write(tmp_path, 2)
@@ -454,7 +454,7 @@ def test_the_newest_is_the_one_of_the_latest_step_whatever_clocks_say(tmp_path, 
     ],
     ids=str,
 )
-def test_a_manifest_that_is_none_of_ours_is_one_message(tmp_path, damage):
+def test_an_invalid_manifest_is_one_message(tmp_path, damage):
     write(tmp_path, 1)
     path = tmp_path / "step-0000000001" / "MANIFEST.json"
     value = json.loads(path.read_text())["manifest"] | damage
@@ -467,12 +467,12 @@ def test_a_manifest_too_large_to_be_read_back_is_a_failed_save(tmp_path):
     assert write(tmp_path, 1) is None
     saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(), about={"spec": "x" * (8 << 20)})
     saving.start(2, {"applied_steps": 2})
-    assert "more than the 8 MiB" in (saving.commit().error or "")
+    assert "exceed the limit of 8 MiB" in (saving.commit().error or "")
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
 
 
 @pytest.mark.parametrize("unit", ["[],", "1,"])
-def test_a_manifest_as_large_as_may_be_costs_little(tmp_path, unit):
+def test_a_manifest_of_the_maximum_size_costs_little(tmp_path, unit):
     folder = tmp_path / "step-0000000001"
     folder.mkdir()
     body = unit * ((8 << 20) // len(unit) - 64)
@@ -492,7 +492,7 @@ def test_a_manifest_as_large_as_may_be_costs_little(tmp_path, unit):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
 
 
-def test_who_only_reads_finds_what_a_training_saved_meanwhile(tmp_path, monkeypatch):
+def test_a_reader_finds_checkpoints_that_training_saved_meanwhile(tmp_path, monkeypatch):
     write(tmp_path, 1, keep=1)
     read = checkpoint.read_manifest
 
@@ -515,7 +515,7 @@ def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path):
     path = tmp_path / "step-0000000001" / "MANIFEST.json"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="no file"):
+    with pytest.raises(CheckpointError, match="is not a regular file"):
         checkpoint.read_manifest(path.parent)
 
 
@@ -524,7 +524,7 @@ def test_a_folder_without_any_checkpoint_is_a_new_run_and_one_of_damaged_ones_is
     for root in (tmp_path, tmp_path / "absent"):
         assert checkpoint.newest_valid(root, ALONE, warn=print) is None
     (tmp_path / "step-0000000001").mkdir()
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is valid"):
         checkpoint.newest_valid(tmp_path, ALONE, warn=print)
 
 

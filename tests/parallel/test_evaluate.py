@@ -1,4 +1,4 @@
-"""Loss and accuracy of an evaluation are those of all ranks' targets together, exactly, under every ZeRO stage."""
+"""Loss and accuracy of an evaluation are exact means over the targets of all ranks, under every ZeRO stage."""
 
 import json
 import os

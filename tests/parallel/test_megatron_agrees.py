@@ -1,4 +1,4 @@
-"""What a cut layer must equal: megatron-core's own, in real processes, and the single-process ones give the same."""
+"""Sharded layers in real processes equal those of megatron-core and those of a single process."""
 
 import importlib.util
 import os

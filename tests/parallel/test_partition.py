@@ -1,4 +1,4 @@
-"""Stages hold consecutive layers, and no other partition has a cheaper slowest stage."""
+"""Stages hold consecutive layers, and no other partition has a lower maximum cost."""
 
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -22,7 +22,7 @@ def stages(costs: Sequence[float], bounds: list[int]) -> list[float]:
 
 
 def rank(costs: list[int], bounds: list[int]) -> tuple[float, float, list[int]]:
-    """Of partitions, the smallest is wanted: slowest stage, unevenness, position."""
+    """Sort key of partitions, smallest first: slowest stage, sum of squares, bounds."""
     cost = stages(costs, bounds)
     return max(cost), sum(c * c for c in cost), bounds
 
@@ -43,14 +43,14 @@ def test_equal_costs_in_a_unit_without_an_exact_binary_value_are_still_equal():
         assert balanced([0.1] * 11, parts) == balanced([1.0] * 11, parts)
 
 
-def test_what_ties_decide():
+def test_how_ties_are_broken():
     assert balanced([1.0] * 5, 2) == [0, 2, 5]  # the earliest of two equal ones
     assert balanced([9.0, 1.0, 1.0, 1.0, 1.0], 3) == [0, 1, 3, 5]  # the rest evenly: 9, 2, 2, not 9, 1, 3
 
 
 @pytest.mark.parametrize("parts", [0, 4])
 def test_more_stages_than_layers_are_refused(parts):
-    with pytest.raises(ValueError, match=f"parts: 3 layers cannot be dealt to {parts} stages; use 1 to 3"):
+    with pytest.raises(ValueError, match=f"parts: 3 layers cannot be split into {parts} stages; use 1 to 3"):
         balanced([1.0, 1.0, 1.0], parts)
 
 
@@ -75,7 +75,7 @@ def test_a_layer_that_picks_more_heads_costs_more():
     assert costs[1] > costs[2] == costs[6]
 
 
-def test_blocks_that_are_computed_again_cost_four_passes_and_the_head_three():
+def test_recomputed_blocks_cost_four_passes_and_the_head_three():
     once = layer_costs(MODEL, DENSE, vocab_size=500, seq_len=32)
     twice = layer_costs(MODEL, DENSE, vocab_size=500, seq_len=32, recompute=True)
     assert [b / a for a, b in zip(once[1:7], twice[1:7], strict=True)] == pytest.approx([4 / 3] * 6)
@@ -84,7 +84,7 @@ def test_blocks_that_are_computed_again_cost_four_passes_and_the_head_three():
 
 @pytest.mark.parametrize("vocab_size", [64, 2000, 50_000])
 @pytest.mark.parametrize("parts", range(1, 7))
-def test_every_stage_holds_a_block_and_the_ends_stay_with_theirs(vocab_size, parts):
+def test_every_stage_holds_a_block_with_embedding_first_and_head_last(vocab_size, parts):
     costs = layer_costs(MODEL, DENSE, vocab_size=vocab_size, seq_len=32)
     bounds = stage_bounds(costs, parts)
     assert bounds[0] == 0 and bounds[-1] == 9 and len(bounds) == parts + 1
@@ -105,7 +105,7 @@ def test_an_expensive_head_leaves_fewer_blocks_to_the_last_stage():
 
 def test_a_model_of_one_layer_is_one_stage():
     assert stage_bounds([0.0, 5.0, 0.0, 3.0], 1) == [0, 4]
-    with pytest.raises(ValueError, match="1 layers cannot be dealt to 2 stages"):
+    with pytest.raises(ValueError, match="1 layers cannot be split into 2 stages"):
         stage_bounds([0.0, 5.0, 0.0, 3.0], 2)
 
 

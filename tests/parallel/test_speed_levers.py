@@ -1,4 +1,4 @@
-"""Levers of speed in real engines, in two processes over gloo: the same training, up to rounding or to the bit."""
+"""Speed options in real engines, in two processes over gloo: equal training, bitwise or up to rounding."""
 
 import json
 import os
@@ -30,12 +30,12 @@ def test_selective_recomputation_is_the_same_training_bit_by_bit(found, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_pieces_train_alike_whatever_is_computed_again(found, layout):
+def test_compiled_functions_train_equally_with_any_recomputation(found, layout):
     for mine, plain in zip(found[layout]["compiled"], found[layout]["plain"], strict=True):
         assert mine == pytest.approx(plain, rel=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["pipeline", "zero3"])
-def test_pytorchs_loss_trains_alike(found, layout):
+def test_pytorchs_loss_trains_equally(found, layout):
     for mine, plain in zip(found[layout]["torch's loss"], found[layout]["plain"], strict=True):
         assert mine == pytest.approx(plain, rel=2e-5)

@@ -1,4 +1,4 @@
-"""Run by test_collectives.py in 2 processes: how many exchanges one micro-batch makes, by kind, forward and backward.
+"""Run by test_collectives.py in 2 processes: counts the collectives of one micro-batch by kind, forward and backward.
 
 Prints one JSON object on rank 0: layout -> mechanism -> [forward, backward]. Not a test module itself.
 """
@@ -25,7 +25,7 @@ def counted(name: str) -> Callable[..., Any]:
     real = getattr(dist, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # One that is made of another is one.
+        # Count a collective that calls another one only once.
         COUNTS[name] += not depth
         depth.append(name)
         try:
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Before anything that could take a function from there under a name of its own.
+    # Patch before other modules import the functions under their own names.
     for kind in KINDS:
         setattr(dist, kind, counted(kind))
     import parity_cases as cases

@@ -1,4 +1,4 @@
-"""What the parity table compares: mechanisms, layouts, the training they share, and the list of cases."""
+"""Cases of the parity table: mechanisms, layouts, and the training that they run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TABLE: dict[str, AttentionConfig] = {
 """Mechanisms that are run on every layout."""
 
 DENSE = {"gqa", "wgqa", "windows"}
-"""Those that choose nothing: rounding changes their results a little, never by another choice of experts."""
+"""Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS = TABLE | {
     "moh": MohConfig(heads=8, kv_heads=4, head_dim=8, shared_heads=2, top_k=3),
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """One line for people, different for each case."""
+        """Unique one-line description for reports."""
         words = [self.mechanism, self.layout, f"zero {self.zero}", self.precision]
         words += ["recompute"] * self.recompute + ["untied"] * (not self.tied) + ["unmasked"] * (not self.packed)
         words += [f"micro-batch {self.micro_batch}"] * (self.micro_batch != 2)
@@ -222,7 +222,7 @@ def other_cases() -> list[Case]:
 
 
 def noise_cases() -> list[Case]:
-    """One process in bf16, with its sums in another order: what bf16 results differ by where no layout does."""
+    """One process in bf16 with another order of summation: measures bf16 noise without a change of layout."""
     return [Case(mechanism=x, precision="bf16", micro_batch=size) for x in TABLE for size in (1, 4, 8)]
 
 

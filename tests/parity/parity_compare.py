@@ -1,4 +1,4 @@
-"""When a layout counts as equal to the single process, and by how much it differs."""
+"""Comparison of a layout with the single-process reference: tolerances and differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tolerance:
     grad_norm: float
     validation_loss: float
     accuracy: float  # absolute
-    figures: float | None  # of routers and heads, absolute or relative, whichever is more; None: not compared
+    figures: float | None  # of routers and heads, the larger of absolute and relative; None: not compared
 
 
 FP32 = Tolerance(
@@ -80,7 +80,7 @@ class Verdict:
 
 
 def relative(value: float, expected: float) -> float:
-    """|value - expected| / |expected|; infinite where either is no number."""
+    """|value - expected| / |expected|; infinite if one of them is NaN."""
     if not (math.isfinite(value) and math.isfinite(expected)):
         return math.inf
     return abs(value - expected) / abs(expected) if expected else (0.0 if value == expected else math.inf)
@@ -126,13 +126,13 @@ def _differences(
 
 
 def _figures(mine: Any, expected: Any, case: Case) -> Iterator[tuple[str, float]]:
-    """(where, difference) of every number in two like trees of dicts and lists; infinite where they are not alike."""
+    """(path, difference) of every number in two trees of dicts and lists; infinite where their structures differ."""
     if isinstance(expected, dict):
         if not isinstance(mine, dict) or mine.keys() != expected.keys():
             yield "names", math.inf
             return
         for key, value in expected.items():
-            # Ranks that share sequences leave out the first token of each part, which has its predecessor elsewhere.
+            # Context-parallel ranks omit the first token of each part, whose predecessor is on another rank.
             if key == "switch_rate" and case.parallel.context > 1:
                 continue
             for place, difference in _figures(mine[key], value, case):
@@ -150,7 +150,7 @@ def _figures(mine: Any, expected: Any, case: Case) -> Iterator[tuple[str, float]
 
 
 def check_reference(result: dict[str, Any]) -> tuple[str, ...]:
-    """What would make a comparison worthless: a training that does not learn, or whose gradients are not clipped."""
+    """Faults that make the comparison meaningless: training does not learn, or gradients are not clipped."""
     steps, faults = result["steps"], []
     if not steps[-1]["loss"] < 0.9 * steps[0]["loss"]:
         faults.append(f"the reference does not learn: {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}")

@@ -1,4 +1,4 @@
-"""Faults that a comparison must notice: each takes away one of the things that make a layout exact."""
+"""Faults that the comparison must detect. Each removes one part of the code that makes a layout exact."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from headway.parallel.layout import Layout
 
 @contextlib.contextmanager
 def partial_gradients() -> Iterator[None]:
-    """Gradients of what every tensor-parallel rank holds whole are not added up."""
+    """Gradients of parameters that are replicated over tensor-parallel ranks are not all-reduced."""
     with mock.patch.object(logical, "_summed", lambda group, gradient: gradient):
         yield
 
 
 @contextlib.contextmanager
 def unmarked_parameters() -> Iterator[None]:
-    """DeepSpeed is not told which parameters are cut: their gradients are missing from the norm."""
+    """DeepSpeed is not told which parameters are sharded, so their gradients are missing from the norm."""
     from megatron.core.tensor_parallel import layers
 
     with mock.patch.object(layers, "set_tensor_model_parallel_attributes", lambda *args, **kwargs: None):
@@ -32,7 +32,7 @@ def unmarked_parameters() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stages_apart() -> Iterator[None]:
-    """The two stages that hold the tied matrix do not add up their gradients."""
+    """The two pipeline stages with the tied matrix do not all-reduce its gradient."""
     with (
         mock.patch.object(pipeline.PipelineModule, "allreduce_tied_weight_gradients", lambda self: None),
         mock.patch.object(pipeline.PipelineModule, "get_tied_weights_and_groups", lambda self: []),
@@ -42,7 +42,7 @@ def stages_apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_mean() -> Iterator[None]:
-    """Each rank that shares sequences takes router losses over its own part of them."""
+    """Each context-parallel rank computes router losses from its own part of the sequences."""
 
     def ranks(layout: Layout, core: Callable[..., Tensor]) -> Any:
         return replace(real(layout, core), mean=lambda tensor: tensor)
@@ -54,7 +54,7 @@ def own_mean() -> Iterator[None]:
 
 @contextlib.contextmanager
 def rank_average() -> Iterator[None]:
-    """Every rank takes the mean over its own targets; ranks with few targets weigh as much as those with many."""
+    """Every rank computes the mean over its own targets, so ranks with few targets have the same weight as others."""
 
     def passes(self: engine.Engine, micro: Any, per_target: float) -> Any:
         own = sum(int((batch.labels != -100).sum()) for batch in micro)
@@ -67,7 +67,7 @@ def rank_average() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_load() -> Iterator[None]:
-    """Router biases learn from this rank's tokens alone."""
+    """Router biases are updated from this rank's tokens only."""
 
     def own(self: Layout, tensor: Tensor) -> Tensor:
         return tensor

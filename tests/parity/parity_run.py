@@ -76,7 +76,7 @@ def _judged(case: Case, result: dict[str, Any], results: dict[Case, dict[str, An
 
 
 def _trained(cases: list[Case], size: int, folder: Path, *, name: str) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Each case with what its workers wrote, or {"error": text}."""
+    """Yield (case, result of its workers, or {"error": text})."""
     attempt = 0
     while cases:
         attempt += 1
@@ -125,7 +125,7 @@ def _followed(process: subprocess.Popen[bytes], place: Path, count: int) -> Iter
 
 
 def _error(place: Path) -> str:
-    """Of the rank that failed first; the others fail because it is gone."""
+    """Error of the rank that failed first. The other ranks fail as a consequence."""
     reports = sorted(place.glob("error-*.txt"), key=lambda path: path.stat().st_mtime)
     text = reports[0].read_text() if reports else (place / "log.txt").read_text(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]

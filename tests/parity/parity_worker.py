@@ -1,4 +1,4 @@
-"""One process of a parity run: trains every case it is given, in one process group; rank 0 writes what came out.
+"""One process of a parity run: trains all given cases in one process group. Rank 0 writes the results.
 
 `python parity_worker.py PLACE SHARED` under torchrun, with this folder on PYTHONPATH. Cases are in PLACE/cases.json,
 results are lines of PLACE/results.jsonl; checkpoints go to SHARED. A case that fails ends the process, and

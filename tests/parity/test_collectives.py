@@ -1,4 +1,4 @@
-"""What crosses ranks in one micro-batch: dense attention's exchanges, and those that a mechanism's own page names.
+"""Number of collectives per micro-batch: those of dense attention, and the additional ones of each mechanism.
 
 Counted in a decoder of 4 layers, forward and backward, gradients of whole parameters included.
 """
@@ -69,7 +69,7 @@ def test_gqe_adds_the_sums_that_mix_groups_and_no_more(counts, layout, mechanism
 
 @pytest.mark.parametrize("layout", ["tp2", "sp2"])
 @pytest.mark.parametrize(("mechanism", "whole"), WHOLE_GRADIENTS.items())
-def test_parameters_that_every_rank_holds_whole_cost_a_sum_of_their_gradient(counts, layout, mechanism, whole):
+def test_replicated_parameters_cost_one_all_reduce_of_their_gradient(counts, layout, mechanism, whole):
     forward, backward = counts[layout]["gqa"]
     assert counts[layout][mechanism] == (forward, backward + Counter({SUM: whole * LAYERS}))
 

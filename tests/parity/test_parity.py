@@ -1,4 +1,4 @@
-"""Every way to cut a training over ranks has the losses, norms, figures and checkpoints of one process.
+"""Every parallel layout has the losses, gradient norms, figures and checkpoints of a single process.
 
 What `make test` runs of the parity table; `make parity` runs all of it, through the same code. And that faults show.
 """
@@ -85,7 +85,7 @@ def test_a_checkpoint_goes_on_bit_for_bit_in_its_own_layout(outcomes, case):
 
 
 @pytest.mark.parametrize("case", SABOTAGED, ids=lambda case: case.name)
-def test_a_fault_is_noticed(outcomes, case):
+def test_a_fault_is_detected(outcomes, case):
     assert outcomes[healthy(case)].verdict.faults == ()
     found = outcomes[case]
     assert found.result is not None, found.verdict.faults  # it trained, and to other numbers
@@ -101,7 +101,7 @@ def test_the_rest_of_the_table_too(tmp_path):
     assert {case.name: outcome.verdict.faults for case, outcome in outcomes.items() if not outcome.passed} == {}
 
 
-def test_the_reference_learns_and_is_clipped_or_nothing_counts(outcomes):
+def test_the_table_is_invalid_unless_the_reference_learns_and_clips(outcomes):
     references = {case.reference for case in FAST}
     assert all(outcomes[case].passed for case in references)
 

@@ -6,12 +6,12 @@ Only rows of the code and device that machine.json names are shown; whatever has
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.kernels.choice import TABLE, Form, override
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.bench.gpu.run import read_rows
 from headway.launcher.bench.gpu.tables import bound, comparisons, headline, sections
@@ -33,7 +33,7 @@ def report_gpu(folder: Path, *, out: Path | None = None, refit: bool = False) ->
     title = f"Speed on {card['device']}"
     (out / "report.md").write_text(to_markdown(blocks))
     (out / "report.html").write_text(to_html(blocks, title=title, folder=out))
-    print(f"written to {out / 'report.md'} and {out / 'report.html'}")
+    console.result(f"written to {out / 'report.md'} and {out / 'report.html'}")
     if refit:
         _refit(card, rows, folder)
     return 0
@@ -109,10 +109,10 @@ def _refit(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: P
     except ValueError as error:
         raise SpecError(f"--refit: {error}") from None
     write(gpu.name, entry)
-    print(f"the planner's constants of {gpu.name} are made of it: {FILE}", file=sys.stderr)
+    console.note(f"the planner's constants of {gpu.name} are made of it: {FILE}")
     if faster := faster_forms(rows):
         override(faster)
-        print(f"{len(faster)} choices of dense or routed are made of it: {TABLE}", file=sys.stderr)
+        console.note(f"{len(faster)} choices of dense or routed are made of it: {TABLE}")
 
 
 def faster_forms(rows: Sequence[Mapping[str, Any]]) -> dict[str, Form]:

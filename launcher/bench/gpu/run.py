@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.bench.gpu.rows import GPU, REDUCED, Absent, Failed, Machine, Row
 from headway.launcher.run.identity import code_hash
@@ -49,26 +49,26 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
     late, wrong = [], []
     for i, row in enumerate(rows, 1):
         if row.key in done:
-            _say(f"{i}/{len(rows)} {row.key}: is there")
+            console.note(f"{i}/{len(rows)} {row.key}: is there")
             wrong += [row.key] if done[row.key] in _WRONG else []
             continue
         left = deadline - time.monotonic()
         if left < (row.seconds if here.is_gpu else 0.0):
             late.append(row.key)
             continue
-        _say(f"{i}/{len(rows)} {row.key}: {row.what} ({max(0.0, left):.0f} s left)")
+        console.note(f"{i}/{len(rows)} {row.key}: {row.what} ({max(0.0, left):.0f} s left)")
         line = _measured(row, here)
         _append(out / "rows.jsonl", line | {"id": card["id"], "reduced": not here.is_gpu})
-        _say(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
+        console.note(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
         wrong += [row.key] if line["status"] in _WRONG else []
         if line["status"] == "crashed":
-            _say(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
+            console.warn(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
             break
     if late:
-        _say(f"not measured, no time: {', '.join(late)}; the same command goes on with them")
+        console.note(f"not measured, no time: {', '.join(late)}; the same command goes on with them")
     if wrong:
-        _say(f"WRONG RESULTS: {', '.join(wrong)}; do not train with these kernels")
-    print(f"written to {out / 'rows.jsonl'}; tables: headway bench report {out}")
+        console.warn(f"WRONG RESULTS: {', '.join(wrong)}; do not train with these kernels")
+    console.result(f"written to {out / 'rows.jsonl'}; tables: headway bench report {out}")
     return WRONG_RESULT if wrong else 0
 
 
@@ -193,7 +193,3 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

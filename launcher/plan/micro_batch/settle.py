@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.hosts.commands import forwarded, full_environment
 from headway.launcher.plan.micro_batch.plan import by_plan, with_number
@@ -96,7 +96,7 @@ def settle(run: RunDir, spec: Spec) -> Spec:
     if there is not None:
         return there
     found = find(spec)
-    print(table(found), flush=True)
+    console.say(table(found))
     number = required(found)
     write_json(run.micro_batch, found.record())
     return with_number(spec, number)
@@ -110,16 +110,22 @@ def find(spec: Spec) -> Found:
         else:
             sizes = micro_batches(spec)
             tried = ", ".join(map(str, ladder(sizes)))
-            _say(f"train.micro_batch: {AUTO}: trying {tried} sequences a pass on {rank.device}")
+            console.note(f"train.micro_batch: {AUTO}: trying {tried} sequences a pass on {rank.device}")
             end = time.monotonic() + SECONDS
-            choice = search(
-                sizes,
-                rank,
-                tokens_per_sequence=spec.data.seq_len,
-                limit_bytes=rank.limit_bytes,
-                seconds_left=lambda: end - time.monotonic(),
-                say=_progress,
-            )
+            with console.progress("find micro-batch", len(ladder(sizes)), "sizes") as bar:
+
+                def told(trial: Trial) -> None:
+                    _progress(trial)
+                    bar.update()
+
+                choice = search(
+                    sizes,
+                    rank,
+                    tokens_per_sequence=spec.data.seq_len,
+                    limit_bytes=rank.limit_bytes,
+                    seconds_left=lambda: end - time.monotonic(),
+                    say=told,
+                )
         return Found(
             spec=rank.spec, choice=choice, device=rank.device, on_cpu=rank.on_cpu, limit_bytes=rank.limit_bytes
         )
@@ -170,8 +176,4 @@ def required(found: Found) -> int:
 
 def _progress(trial: Trial) -> None:
     size, rate, quartiles, memory, fits = _cells(trial)
-    _say(f"  {size}: {rate} tokens/s {quartiles}, {memory}, fits: {fits}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    console.note(f"  {size}: {rate} tokens/s {quartiles}, {memory}, fits: {fits}")

@@ -82,6 +82,7 @@ def test_the_seeds_that_decide_do_decide():
     need = seeds_to_decide(pilot, "v1")
     assert need is not None and need.shows == "a difference"
     mean, spread = pilot.differences["v1"].mean, pilot.spread
+    assert spread is not None
     assert chance_of_difference(need.count, 4, spread, mean) >= 0.8
     assert need.count == 2 or chance_of_difference(need.count - 1, 4, spread, mean) < 0.8
 
@@ -96,4 +97,5 @@ def test_a_wide_margin_is_decided_sooner_than_a_small_difference():
 
 def test_a_pilot_s_spread_is_used_with_its_uncertainty():
     pilot = compare_paired(table(np.random.default_rng(10), 5, 3, 0.0), "v0")
-    assert cautious_spread(pilot) > 1.3 * pilot.spread
+    cautious = cautious_spread(pilot)
+    assert cautious is not None and pilot.spread is not None and cautious > 1.3 * pilot.spread

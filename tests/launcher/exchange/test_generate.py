@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(trained, tmp_path, c
         if step == folder:
             assert generate(run, "1", GREEDY) == 0
             assert "checkpoint of step 2" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is valid"):
         generate(run, "1", GREEDY)
     assert "contents changed" in capsys.readouterr().err
     assert folder.is_dir()

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
+from llamas import logits, some_tokens, transformers
 from safetensors.torch import load_file, save_file
 
 from headway.data import tokenizer
 from headway.data.config import TrainTokenizer
 from headway.launcher.exchange.import_hf import import_hf
-from headway.launcher.exchange.llama_check import _hidden
 from headway.launcher.run.codec import Codec
 from headway.model.attention.gqa import GqaConfig
 from headway.model.config import ModelConfig
@@ -41,25 +41,6 @@ def llama_folder(tmp_path_factory):
 def folder(llama_folder, tmp_path):
     """A copy of it to break."""
     return shutil.copytree(llama_folder, tmp_path / "hf")
-
-
-def transformers():
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with _hidden("torchvision"):
-        import transformers
-
-        assert transformers.LlamaForCausalLM
-    return transformers
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.logits(tokens) if isinstance(model, Decoder) else model(input_ids=tokens).logits
-
-
-def some_tokens(vocab_size):
-    return torch.randint(vocab_size, (3, 32), generator=torch.Generator().manual_seed(2))
 
 
 SHAPES = {
@@ -121,18 +102,18 @@ def linked(folder):
 NORM = "model.norm.weight"
 REFUSED = {
     "another architecture": (edited(architectures=["MistralForCausalLM"], model_type="mistral"), "architectures: "),
-    "code of its own": (edited(auto_map={"AutoModel": "x.Y"}), "auto_map: .*code of its own"),
+    "code of its own": (edited(auto_map={"AutoModel": "x.Y"}), "auto_map: .*code, which is not executed"),
     "scaled positions": (edited(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling: .*llama3"),
     "newer scaled positions": (edited(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_parameters: .*yarn"),
     "biases of attention": (edited(attention_bias=True), "attention_bias: .*no biases"),
     "biases of the mlp": (edited(mlp_bias=True), "mlp_bias: .*no biases"),
     "another activation": (edited(hidden_act="gelu"), "hidden_act: 'gelu'"),
-    "a window": (edited(sliding_window=128), "sliding_window: 128 is not known"),
+    "a window": (edited(sliding_window=128), "sliding_window: 128 is not supported"),
     "part of the channels rotated": (edited(partial_rotary_factor=0.5), "partial_rotary_factor: "),
     "heads that do not divide": (edited(head_dim="absent", num_attention_heads=5), "head_dim: not given"),
     "groups that do not divide": (edited(num_key_value_heads=3), "num_key_value_heads: 4 query heads"),
-    "another head size": (edited(head_dim=16), "too few|is \\[.*makes it"),
-    "a smaller head size": (edited(head_dim=4), "makes it"),
+    "another head size": (edited(head_dim=16), "too few|has shape \\[.*implies"),
+    "a smaller head size": (edited(head_dim=4), "config.json implies"),
     "no size": (edited(vocab_size="absent"), "vocab_size: None"),
     "a size that fills memory": (edited(num_hidden_layers=10_000), "too few"),
     "a width that fills memory": (edited(hidden_size=1 << 30), "too few"),
@@ -140,7 +121,7 @@ REFUSED = {
     "no config": (lambda f: (f / "config.json").unlink(), "No such file"),
     "a missing tensor": (tensors(lambda t: t.pop(NORM)), "missing .'model.norm.weight'.|too few"),
     "an unknown tensor": (tensors(lambda t: t.update({"model.extra": torch.ones(3)})), "unknown .'model.extra'."),
-    "a misshapen tensor": (tensors(lambda t: t.update({NORM: torch.ones(33)})), r"is \[33\], .* makes it \[32\]"),
+    "a misshapen tensor": (tensors(lambda t: t.update({NORM: torch.ones(33)})), r"has shape \[33\], .* implies \[32\]"),
     "whole numbers": (tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), "is torch.int8"),
     "no numbers": (tensors(lambda t: t.update({NORM: torch.full((32,), float("nan"))})), "not finite"),
     "a tied head that differs": (edited(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
@@ -148,12 +129,12 @@ REFUSED = {
         tensors(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
         "unknown .*inv_freq",
     ),
-    "a truncated file": (lambda f: os.truncate(f / "model.safetensors", 5000), "not a whole safetensors file"),
+    "a truncated file": (lambda f: os.truncate(f / "model.safetensors", 5000), "not a complete safetensors file"),
     "a pickle": (pickled, "is a pickle, and reading one runs whatever it says"),
     "a link": (linked, "is a link, and links are not followed"),
-    "an index that leads out": (with_index({NORM: "../model.safetensors"}), "names no safetensors file beside it"),
-    "an index of something else": (with_index({NORM: "model.safetensors"}), "does not agree with model.safetensors"),
-    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"has the token 299|is \[300"),
+    "an index that leads out": (with_index({NORM: "../model.safetensors"}), "is not a safetensors file name"),
+    "an index of something else": (with_index({NORM: "model.safetensors"}), "does not match model.safetensors"),
+    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"has the token 299|has shape \[300"),
     "a tokenizer that is none": (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
 }
 

@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from run_folders import alive, steps_done
 
 from headway.launcher.hosts import faults
 from headway.launcher.hosts.faults import CAUSE, CONSEQUENCE, PREEMPTED, STOPPED, explain
 from headway.launcher.hosts.place import Place
 from headway.launcher.hosts.processes import live_pid
-from headway.launcher.hosts.supervise import Watch
+from headway.launcher.hosts.watch import Watch
 from headway.launcher.run import heartbeat
 from headway.launcher.run.heartbeat import Heartbeat, allowed_s, beat_file, read_beat
 from headway.launcher.run.run_dir import RunDir
@@ -252,21 +252,6 @@ def test_a_rank_ends_with_the_launcher_whatever_stands_between_them(run):
         for process in (launcher, between):
             process.kill()
             process.wait()
-
-
-def steps_done(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_text().count('"kind": "train"')
-    except OSError:
-        return 0
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(headway):

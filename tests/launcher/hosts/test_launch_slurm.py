@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from run_folders import steps_done
 
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.slurm import job_script
@@ -120,13 +121,6 @@ def test_a_dry_run_shows_the_script_and_hands_nothing_in(slurm, capsys):
     out = capsys.readouterr().out
     assert "#SBATCH --nodes=2" in out and "torch.distributed.run --node-rank 1 --master-addr FIRST_HOST" in out
     assert not (slurm.folder / "job").exists() and not (slurm.folder / "submitted").exists()
-
-
-def steps_done(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_text().count('"kind": "train"')
-    except OSError:
-        return 0
 
 
 def test_a_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again(slurm):

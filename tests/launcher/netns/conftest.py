@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.launcher.hosts.processes import die_with_parent
+from headway.launcher.base.command import die_with_parent
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 CABLE = "cable0"

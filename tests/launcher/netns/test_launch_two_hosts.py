@@ -1,42 +1,15 @@
 """Two hosts with addresses of their own train one model; one that is cut off is reported, and the run goes on later."""
 
-import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
+from run_folders import alive, pids, steps_done, trajectory
 
 HOST_LOST_S = 4
 COMMON = ("train.tokens=7680", "train.validate_every_tokens=null", "tracking.tensorboard=false")
 WATCHED = (f"launch.host_lost_s={HOST_LOST_S}", "launch.rendezvous_s=60", "launch.hang_s=60", "launch.port=31700")
-
-
-def trajectory(run: Path) -> list[tuple]:
-    """What must be the same, bit for bit, in two runs of one spec."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = [(r["step"], r["loss"], r["grad_norm"], r["batch_hash"]) for r in found if r["kind"] == "train"]
-    return train + [(r["step"], r["loss"]) for r in found if r["kind"] == "validation"]
-
-
-def steps_done(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_text().count('"kind": "train"')
-    except OSError:
-        return 0
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def rank_pids(run: Path) -> list[int]:
-    return [int((run / "logs" / f"rank-{rank}.pid").read_text()) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +24,7 @@ def test_two_hosts_train_as_one_and_one_that_was_cut_off_is_reported_and_comes_b
     a, b = two_hosts.start_both(*COMMON, *WATCHED, "run_dir=two")
     run = two_hosts.headway.folder / "two"
     two_hosts.headway.wait_for(lambda: any((run / "checkpoints").glob("step-*")), a, seconds=240)
-    pids = rank_pids(run)
+    ranks = pids(run, 4)
     start = time.monotonic()
     two_hosts.hosts[1].cable("down")
     (_, said_a), (_, said_b) = a.communicate(timeout=60), b.communicate(timeout=60)
@@ -59,7 +32,7 @@ def test_two_hosts_train_as_one_and_one_that_was_cut_off_is_reported_and_comes_b
     assert (a.returncode, b.returncode) == (70, 70), (said_a, said_b)
     assert "host 1 (" in said_a and f"{two_hosts.hosts[1].address}) is lost: nothing was heard of it" in said_a
     assert "host 0 (" in said_b and f"{two_hosts.hosts[0].address}) is lost: nothing was heard of it" in said_b
-    assert not any(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in ranks)
     assert 6 <= steps_done(run) < 30
 
     two_hosts.hosts[1].cable("up")
@@ -76,16 +49,16 @@ def test_a_rank_that_dies_on_one_host_is_named_on_both(two_hosts):
     a, b = two_hosts.start_both(*WATCHED, "train.tokens=2560000", "run_dir=dies")
     run = two_hosts.headway.folder / "dies"
     two_hosts.headway.wait_for(lambda: steps_done(run) >= 3, a, seconds=240)
-    pids = rank_pids(run)
+    ranks = pids(run, 4)
     start = time.monotonic()
-    os.kill(pids[3], signal.SIGKILL)
+    os.kill(ranks[3], signal.SIGKILL)
     for process in (a, b):
         _, said = process.communicate(timeout=60)
         assert process.returncode == 70
-        assert f"rank 3 (process {pids[3]}) on host 1 (" in said and f"{two_hosts.hosts[1].address})" in said
+        assert f"rank 3 (process {ranks[3]}) on host 1 (" in said and f"{two_hosts.hosts[1].address})" in said
         assert "SIGKILL" in said
     assert time.monotonic() - start < 15
-    assert not any(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in ranks)
 
 
 def test_a_host_that_cannot_be_reached_at_the_start_is_named(two_hosts):

@@ -108,7 +108,7 @@ def test_show_tells_where_a_checkpoint_comes_from_and_what_it_holds(run, capsys)
 def test_what_is_not_there_is_said(run, capsys, arguments):
     assert main(["checkpoint", "list", *(word.replace("RUN", str(run)) for word in arguments)]) == 66
     said = capsys.readouterr().err
-    assert "there are: 10, 5" in said if "--step" in arguments else "it is no run folder" in said
+    assert "there are: 10, 5" in said if "--step" in arguments else "absent: no such folder" in said
 
 
 def test_a_checkpoint_that_a_training_deletes_meanwhile_is_no_damage(run, capsys, monkeypatch):

@@ -23,11 +23,12 @@ from headway.launcher.spec.layouts import (
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 from headway.launcher.study.config import load_study
-from headway.launcher.study.plan import plan_study
+from headway.launcher.study.plan import plan_study, variant_spec
 from headway.model.attention.registry import MECHANISMS
 
 # 2 layers, FFN 160, vocabulary 64, sequences of 64, 8 query heads over 2 KV heads, 16 sequences a step in one pass
 TINY = Path(__file__).parents[3] / "yaml" / "base" / "tiny.yaml"
+STUDY = TINY.parents[1] / "studies" / "all-mechanisms.yaml"
 
 
 def spec(*overrides: str) -> Spec:
@@ -257,12 +258,17 @@ LEGAL: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None]] 
 }
 
 
-def test_every_mechanism_is_listed():
-    assert LEGAL.keys() == MECHANISMS.keys()
+def from_study(name: str) -> dict[str, Any]:
+    """The fields of the first variant of this type in the study of all mechanisms, for one that is not in LEGAL."""
+    study = load_study(STUDY)
+    variants = [v for v, keys in study.config.variants.items() if keys["attention.type"] == name]
+    assert variants, f"add a variant with attention.type {name} to yaml/studies/all-mechanisms.yaml"
+    return variant_spec(study, (), variants[0]).attention.model_dump(exclude_unset=True)
 
 
 def with_mechanism(name: str, **more: Any) -> Spec:
-    values = spec().model_dump() | {"attention": {"type": name, "head_dim": 8} | LEGAL[name][0] | more}
+    fields = LEGAL[name][0] if name in LEGAL else from_study(name)
+    values = spec().model_dump() | {"attention": {"type": name, "head_dim": 8} | fields | more}
     values["data"]["seq_len"], values["train"]["micro_batch"] = 32, 8
     return Spec.model_validate(values)
 
@@ -279,7 +285,22 @@ def test_a_mechanism_runs_on_exactly_the_layouts_that_are_called_legal(name):
     assert halves == (of_half or [])
 
 
-@pytest.mark.parametrize("name", LEGAL)
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_is_called_legal_is_not_refused_and_the_rest_is(name):
+    """Of every mechanism; LEGAL states beyond that what the sizes are."""
+    base = with_mechanism(name)
+    for ranks in (1, 2, 3, 4, 8):
+        cut = why_not(arranged(base, launch={"processes": ranks}, tensor=ranks))
+        shared = why_not(arranged(base, launch={"processes": ranks}, context=ranks))
+        assert (cut is None, shared is None) == (ranks in legal_tensor(base), ranks in legal_context(base)), ranks
+
+
+def test_a_mechanism_that_is_not_listed_is_taken_from_the_study(monkeypatch):
+    monkeypatch.delitem(LEGAL, "gqe")
+    assert with_mechanism("gqe").attention.model_dump()["top_k"] == 1 and from_study("moa")["type"] == "moa"
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_ranks_that_are_legal_get_equal_parts_of_every_parameter_that_is_cut(name):
     base = with_mechanism(name)
     layer = base.attention.build(width=base.model.width, layers=2, init_std=0.02, norm_eps=1e-5)

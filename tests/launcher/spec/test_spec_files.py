@@ -49,7 +49,10 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["attention.type=rqga"], "attention.type: 'rqga' is not a known type. Did you mean rgqa? Legal: gqa, "),
+        (
+            ["attention.type=rqga"],
+            "attention.type: 'rqga' is not a known type. Did you mean rgqa? Legal: dynamic_gqa, gqa, ",
+        ),
         (
             ["attention.topk=1"],
             "attention.topk: unknown key. Did you mean attention.top_k, which only exists for attention.type: ",

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.cli.main import main
 from headway.launcher.compare.cells import cell_state
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.study import run as study_module
@@ -84,12 +85,12 @@ for step in range(1, steps + 1):
     write({"kind": "train", **common, "step_s": 0.1, "data_s": 0.0, "batch_hash": f"{spec['seed'] * 100 + step:016x}"})
     print(f"step {step}/10 loss", flush=True)
     if step % 5 == 0:
-        write({"kind": "validation", **common})
+        write({"kind": "validation", **common, "loss": common["loss"] - 0.1})
     if step == 3 and behaviour == "hang":
         time.sleep(60)
 if behaviour == "half":
     sys.exit(0)
-summary = {"complete": True, "steps": 10, "tokens": 2560, "final_validation_loss": 3.0, "train_s": 1.0, "resumes": 0}
+summary = {"complete": True, "steps": 10, "tokens": 2560, "final_validation_loss": 2.9, "train_s": 1.0, "resumes": 0}
 (run_dir / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -422,11 +423,43 @@ def test_status_shows_every_cell_of_the_study(folder, capsys):
     folder.rewrite("seeds: [1, 2]", "seeds: [1, 2, 3]")
     capsys.readouterr()
     assert status_study(folder.study) == 0
-    rows = {line.split()[0]: line.split()[1:4] for line in capsys.readouterr().out.splitlines()}
-    assert rows["gqa/seed-1"] == ["done", "2,560", "3.0000"]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "cell" and head.index("validation loss") < head.index("training-batch loss")
+    rows = {line.split()[0]: line.split()[1:5] for line in lines}
+    assert rows["gqa/seed-1"] == ["done", "2,560", "2.9000", "3.0000"]
     assert rows["routed/seed-1"][0] == "failed"
-    assert rows["gqa/seed-2"] == ["partial", "1,280", "3.5000"]
-    assert rows["routed/seed-3"] == ["missing", "0", "-"]
+    assert rows["gqa/seed-2"] == ["partial", "1,280", "3.4000", "3.5000"]
+    assert rows["routed/seed-3"] == ["missing", "0", "-", "-"]
+
+
+def test_status_as_json_names_both_losses(folder, capsys):
+    folder.behave({"routed/seed-1": "fail"})
+    run_study(folder.study)
+    capsys.readouterr()
+    assert main(["study", "status", str(folder.study), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    cells = {cell["cell"]: cell for cell in record["cells"]}
+    assert (record["study"], record["out"]) == ("small", "studies/small") and list(cells) == ALL
+    done, failed = cells["gqa/seed-1"], cells["routed/seed-1"]
+    assert (done["variant"], done["seed"], done["state"], done["tokens"]) == ("gqa", 1, "done", 2560)
+    assert (done["validation_loss"], done["training_batch_loss"]) == (2.9, 3.0)
+    assert failed["state"] == "failed" and "disk is on fire" in failed["detail"]
+    assert (failed["validation_loss"], failed["training_batch_loss"]) == (None, None)
+
+
+def test_a_quiet_run_prints_its_report_and_what_failed(folder, capfd):
+    folder.behave({"routed/seed-1": "fail"})
+    assert main(["study", "run", str(folder.study), "--quiet"]) == 1
+    said = capfd.readouterr()
+    assert said.out == "report: studies/small/report.html\n"
+    assert said.err.count("\n") == 1 and "[routed/seed-1] FAILED: exit code 74: error: the disk is on fire" in said.err
+
+
+def test_a_dry_run_as_json_holds_the_command_of_every_cell(folder, capfd):
+    assert main(["study", "run", str(folder.study), "--dry-run", "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert len(record["commands"]) == len(record["cells"]) == 4
+    assert folder.trained() == []
 
 
 def test_status_names_cells_that_left_the_study(folder, capsys):

@@ -70,18 +70,76 @@ def test_the_running_cell_dies_with_the_study(tmp_path):
     pytest.fail("the child outlived the study")
 
 
-def test_eta_is_the_pace_so_far_over_what_is_left():
+def running_eta(cells: int, *, start_s: float = 60.0, first_s: float = 30.0):
+    """An eta of cells of 100 steps of 1 s, whose process and first step are slow; runs cells by hand."""
     now = [0.0]
-    eta = Eta(4, clock=lambda: now[0])
+    eta = Eta(cells, clock=lambda: now[0])
+
+    def run(begin: int, end: int, *, resumed: bool = False) -> None:
+        if begin == 0 or resumed:
+            eta.begin(begin / 100)
+            now[0] += start_s
+        for step in range(begin + 1, end + 1):
+            now[0] += first_s if step == begin + 1 and (begin == 0 or resumed) else 1.0
+            eta.step(step / 100)
+
+    return eta, run
+
+
+def test_eta_says_nothing_until_steady_steps_were_timed():
+    eta, run = running_eta(4)
+    assert str(eta) == "estimating"
+    run(0, 1)  # 90 s for one step of a hundred: two hours and a half, were it taken for a pace
+    assert eta.seconds_left() is None and str(eta) == "estimating"
+    run(1, 5)
     assert eta.seconds_left() is None
-    eta.begin(0.0)
-    now[0] = 30.0
-    eta.step(0.5)
-    assert eta.seconds_left() == pytest.approx(30 / 0.5 * 3.5)
-    now[0] = 60.0
+    run(5, 10)
+    assert str(eta) != "estimating"
+
+
+def test_eta_is_the_pace_of_steady_steps_and_the_start_up_of_every_cell_that_is_left():
+    eta, run = running_eta(4)
+    run(0, 50)
+    assert eta.seconds_left() == pytest.approx(50 + 3 * (100 + 91))  # 60 to start, 30 and 1 of its first two steps
+    run(50, 100)
     eta.end()
-    eta.begin(0.75)  # a resumed cell: only a quarter is left of it
-    assert eta.seconds_left() == pytest.approx(60 * 2.25)
+    assert eta.seconds_left() == pytest.approx(3 * (100 + 60 + 31), rel=0.02)
+
+
+def test_eta_of_a_cell_that_was_resumed_counts_what_is_left_of_it():
+    eta, run = running_eta(2)
+    run(0, 100)
+    eta.end()
+    run(75, 80, resumed=True)
+    assert eta.seconds_left() == pytest.approx(20)
+
+
+def test_a_cell_that_fails_at_its_start_is_no_measure_of_the_others():
+    now = [0.0]
+    eta = Eta(3, clock=lambda: now[0])
+    eta.begin(0.0)
+    now[0] = 5.0
+    eta.end()
+    assert eta.seconds_left() is None
+
+
+def test_cells_with_few_lines_are_timed_as_a_whole():
+    now = [0.0]
+    eta = Eta(2, clock=lambda: now[0])
+    eta.begin(0.0)
+    now[0] = 40.0
+    eta.step(1.0)
+    eta.end()
+    assert eta.seconds_left() == pytest.approx(40)
+
+
+def test_forced_colour_does_not_reach_the_log_of_a_cell(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code = "from headway.launcher.base import console; console.error(ValueError('no'))"
+    lines: list[str] = []
+    with CellRunner() as runner:
+        runner.run([sys.executable, "-P", "-c", code], log=tmp_path / "log", show=lines.append)
+    assert lines == ["error: no"] and (tmp_path / "log").read_text() == "error: no\n"
 
 
 def test_step_share_reads_the_console_line():

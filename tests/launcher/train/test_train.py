@@ -12,28 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from run_folders import records, steps_done, trajectory
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
-
-
-def records(run: Path, kind: str = "train") -> list[dict]:
-    return [r for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
-
-
-def trajectory(run: Path) -> list[tuple]:
-    """What must be the same, bit for bit, in two runs of one spec."""
-    train = [(r["step"], r["loss"], r["grad_norm"], r["aux_loss"], r["lr"], r["batch_hash"]) for r in records(run)]
-    return train + [(r["step"], r["loss"], r["targets"]) for r in records(run, "validation")]
-
-
-def steps_done(run: Path) -> int:
-    try:
-        return len(records(run))
-    except (OSError, ValueError):  # not there yet, or a line being written
-        return 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -365,10 +349,10 @@ def test_a_disk_that_is_full_outside_a_save_ends_with_the_status_of_storage(tmp_
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
-    monkeypatch.setattr(worker, "train", fail)
+    monkeypatch.setattr(worker, "_train", fail)
     monkeypatch.setattr(worker, "_own_log", lambda path, main: None)
-    monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
-    monkeypatch.setattr(worker, "_StopFlag", lambda: None)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "StopFlag", lambda: None)
     monkeypatch.setattr(worker.os, "_exit", leave)
     with pytest.raises(Left) as caught:
         worker.main()

@@ -1,0 +1,135 @@
+"""How far a run is, from its folder, in a few milliseconds: of metrics.jsonl only the end is read. Needs no torch."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from headway.launcher.base.errors import PREEMPTED
+from headway.launcher.run.lines import decode
+from headway.launcher.run.run_dir import RunDir, read_mapping
+
+State = Literal["done", "running", "partial", "failed"]
+
+_TAILS = (64 << 10, 1 << 20)  # bytes of metrics.jsonl: the first is enough but where validations are rare
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """`step` of `steps` and `tokens` are done. `validation_loss` is the newest one recorded, nats per token, of step
+    `validation_step`; None where the end of the records has none.
+    """
+
+    state: State
+    step: int
+    steps: int | None
+    tokens: int
+    validation_loss: float | None
+    validation_step: int | None
+
+
+def run_state(run: RunDir) -> RunState:
+    """Read a run's folder. What is missing or damaged is None or 0; nothing is invented."""
+    summary = read_mapping(run.summary)
+    step, tokens, loss, at = _end_of_records(run.metrics)
+    complete = summary.get("complete") is True
+    if complete and _is_number(summary.get("final_validation_loss")):
+        loss, at = float(summary["final_validation_loss"]), step
+    if complete:
+        state: State = "done"
+    elif held_by_live_process(run.path):
+        state = "running"
+    else:
+        state = "failed" if _failed(run) else "partial"
+    steps = _steps(read_mapping(run.spec))
+    return RunState(state=state, step=step, steps=steps, tokens=tokens, validation_loss=loss, validation_step=at)
+
+
+def held_by_live_process(run_dir: Path, lock: str = "run.lock") -> bool:
+    """Whether a process of this host holds the folder.
+
+    Reads the holder's id and does not try the lock, so that looking at a folder can never keep a run out.
+    """
+    try:
+        pid, _, host = (run_dir / lock).read_text().partition(" on ")
+        if host not in ("", socket.gethostname()[:64]):
+            return False  # its processes cannot be seen from here
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _end_of_records(metrics: Path) -> tuple[int, int, float | None, int | None]:
+    """(step, tokens, validation loss, step of that) of the newest records."""
+    step, tokens, loss, at = 0, 0, None, None
+    for size in _TAILS:
+        step, tokens, loss, at = 0, 0, None, None
+        for record in _backwards(metrics, size):
+            kind, number = record.get("kind"), record.get("step")
+            if not isinstance(number, int):
+                continue
+            if kind == "train" and not step:
+                found = record.get("tokens")
+                step, tokens = number, int(found) if _is_number(found) else 0
+            elif kind == "validation" and loss is None and _is_number(record.get("loss")):
+                loss, at = float(record["loss"]), number
+            if step and loss is not None:
+                return step, tokens, loss, at
+    return step, tokens, loss, at
+
+
+def _backwards(metrics: Path, size: int) -> Iterator[dict[str, Any]]:
+    """Whole records in the last `size` bytes, the newest first."""
+    try:
+        with metrics.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in reversed(lines if end <= size else lines[1:]):
+        if (record := decode(line.decode(errors="replace"))) is not None:
+            yield record
+
+
+def _steps(spec: dict[str, Any]) -> int | None:
+    train, data = spec.get("train"), spec.get("data")
+    if not isinstance(train, dict) or not isinstance(data, dict):
+        return None
+    given = [train.get("tokens"), train.get("global_batch"), data.get("seq_len")]
+    numbers = [number for number in given if isinstance(number, int) and number > 0]
+    if len(numbers) < 3:
+        return None
+    tokens, batch, length = numbers
+    return -(-tokens // (batch * length))
+
+
+def _failed(run: RunDir) -> bool:
+    """Whether the newest start ended by a fault that nothing was started again after (logs/attempts.jsonl)."""
+    try:
+        *_, last = (run.logs / "attempts.jsonl").read_bytes().splitlines()
+        fault = json.loads(last)
+        started = read_mapping(run.card)["attempts"][-1]["started_at"]
+        again, code = fault["started_again"], fault["exit"]
+        return not again and code not in (0, PREEMPTED) and _seconds(fault["time"]) >= _seconds(started)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError):
+        return False
+
+
+def _seconds(text: str) -> int:
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

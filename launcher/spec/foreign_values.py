@@ -1,0 +1,118 @@
+"""Values that other tools have and Headway has not, attention mechanisms above all, and the closest there is.
+
+Like `headway.launcher.spec.aliases`, the table is only read for messages.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from headway.launcher.spec.aliases import fold
+
+_SPARSE = (
+    "Headway has no learned choice of keys or blocks. Closest: gqa with attention.windows, where a query sees the "
+    "last keys alone, or a mechanism that routes heads (rgqa, moh, moa, switchhead)."
+)
+_RECURRENT = (
+    "Headway compares softmax attention; it has no linear attention and no state-space or recurrent layers. "
+    "Closest: gqa with attention.windows, whose cost per token is bounded too."
+)
+_LATENT = "Headway has no low-rank keys and values. Closest: gqa, or mqa, which have a smaller KV cache than mha too."
+_KERNEL = (
+    "This is a kernel, not a mechanism: the choice is speed.attention ({values}); attention.type names the "
+    "mechanism, such as mha or gqa."
+)
+_WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that "
+"differ."
+_POSITIONS = "Positions are RoPE in every mechanism, set by attention.rope_base and attention.rope_fraction."
+_CONTEXT = "This cuts sequences over ranks and is no mechanism: use parallel.context (Ulysses)."
+
+_MECHANISMS = {
+    _SPARSE: "nsa native_sparse dsa deepseek_sparse moba infllm seer sparse block_sparse bigbird longformer_global "
+    "routing reformer quest h2o mixture_of_block top_k_attention csa hca",
+    _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
+    "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
+    "performer hyena xlstm ttt titans griffin rglru",
+    _LATENT: "mla latent multi_head_latent gla_latent mfa tpa tensor_product mtla gta linformer",
+    _WINDOWS: "sliding sliding_window swa local local_global window windowed longformer interleaved alternating "
+    "chunked",
+    _KERNEL.format(values="flash"): "flash flash_attn flash_attention fa2 flash2 flash_attn_2 flash_attention_2",
+    _KERNEL.format(values="fa3"): "fa3 flash3 flash_attn_3 flash_attention_3",
+    _KERNEL.format(values="auto, cudnn, flash, fa3 or math"): "sdpa eager math cudnn xformers memory_efficient flex "
+    "flex_attention paged sage sageattention te",
+    "Headway has no difference of two softmax maps. Closest: gqa with attention.gate headwise or elementwise.": "diff "
+    "differential "
+    "diff_attn "
+    "diff_attention "
+    "diff_transformer",
+    "Use gqa with attention.gate headwise or elementwise.": "gated gated_attention gated_gqa gated_softmax",
+    "Use gqa with attention.group_sizes, such as [1, 5].": "asymgqa asym_gqa unequal uneven_gqa",
+    "Use mha.": "full softmax vanilla standard dense multihead multi_head self self_attention causal default "
+    "multi_head_attention",
+    "Use mqa.": "multi_query multiquery multi_query_attention",
+    "Use gqa with attention.kv_heads.": "grouped grouped_query grouped_query_attention group_query",
+    "Use moh or moa, or switchhead for experts of values and outputs.": "moe mixture mixture_of_heads "
+    "mixture_of_attention "
+    "mixture_of_attention_heads",
+    _POSITIONS: "rope alibi nope rotary yarn",
+    _CONTEXT: "ring ring_attention ulysses tree_attention",
+    "Headway has no such mixing of heads or tokens. Closest: gqa with attention.gate, or wgqa.": "mta multi_token "
+    "talking_heads tha "
+    "forgetting fox",
+}
+
+_BUILD_FIRST = (
+    "Text becomes shards first: `headway data build CORPUS.yaml`; then write {type: mds, path: datasets/NAME}."
+)
+
+_VALUES = {
+    "parallel.precision": {
+        "Write bf16.": "bfloat16 bf16_mixed bf16_true mixed amp torch.bfloat16",
+        "Write fp32.": "float32 32 32_true float full torch.float32",
+        "Headway has no precision but fp32 and bf16.": "fp16 float16 half 16 16_mixed 16_true fp8 torch.float16 fp64",
+    },
+    "parallel.recompute": {"Write block.": "full true all layer op", "Write none.": "false off"},
+    "parallel.zero": {"Write 1, the least there is.": "ddp none false off"},
+    "speed.compile": {
+        "Write elementwise; the whole model is never compiled.": "true all full default max_autotune reduce_overhead "
+        "inductor",
+        "Write none.": "false off",
+    },
+    "speed.attention": {
+        "Write auto.": "sdpa default true",
+        "Write flash.": "flash_attention_2 flash_attn fa2 flash2",
+        "Write fa3.": "flash_attention_3 flash3",
+        "Write math.": "eager naive",
+    },
+    "schedule.type": {
+        "Write wsd, with schedule.decay_fraction: 1 - the share of tokens that warm up.": "linear linear_with_warmup "
+        "linear_warmup",
+        "Write wsd, with schedule.decay_fraction: 0.": "constant constant_with_warmup none",
+        "Write cosine.": "cosine_with_min_lr cosine_with_warmup cosine_annealing cosine_lr",
+        "Write wsd.": "warmup_stable_decay trapezoidal trapezoid",
+    },
+    "data.source.type": {
+        _BUILD_FIRST: "huggingface hf text txt jsonl json parquet csv memmap bin bin_idx megatron streaming webdataset "
+        "arrow stdlib fineweb c4 openwebtext tinystories",
+    },
+}
+
+
+KEYS_OF_VALUES = {"attention.type": _MECHANISMS, **_VALUES}
+"""Dotted key -> what to write -> the words, separated by spaces, that it answers."""
+
+
+@cache
+def _table() -> dict[str, dict[str, str]]:
+    return {
+        key: {fold(name): hint for hint, names in by_hint.items() for name in names.split()}
+        for key, by_hint in KEYS_OF_VALUES.items()
+    }
+
+
+def value_hint(key: str, value: Any) -> str:
+    """What to write at a dotted key instead of `value`; empty where the table does not know it."""
+    names = _table().get(key, {})
+    text = fold(str(value))
+    return names.get(text) or names.get(text.removesuffix("attention"), "")

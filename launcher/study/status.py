@@ -1,0 +1,105 @@
+"""Where a study stands and what its report says: as a table for people, as records for `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base import console
+from headway.launcher.compare.cells import OUTCOMES, cell_state
+from headway.launcher.run.run_dir import read_mapping
+from headway.launcher.study.config import Study
+from headway.launcher.study.plan import cell_key
+
+HEADINGS = ("cell", "state", "tokens", "validation loss", "training-batch loss", "")
+"""Both losses in nats per token, the latest of each; the second is that of one batch, and noisy."""
+
+
+def status_record(study: Study) -> dict[str, Any]:
+    """What `study status --json` prints. A loss is null where there is none yet."""
+    return {
+        "study": study.config.study,
+        "out": str(study.out),
+        "cells": list(_cells(study)),
+        "not_in_study": left(study),
+    }
+
+
+def status_rows(study: Study) -> list[tuple[str, ...]]:
+    """The same as a table, headings first."""
+    return [HEADINGS, *map(_row, _cells(study))]
+
+
+def left(study: Study) -> list[str]:
+    """Cells that lie in the folder and have left the study."""
+    known = {cell_key(v, s) for v in study.config.variants for s in study.config.seeds}
+    return sorted({f"{p.parent.name}/{p.name}" for p in (study.out / "cells").glob("*/seed-*")} - known)
+
+
+def report_record(out: Path, report: Path) -> dict[str, Any]:
+    """What `study report --json` prints: where the report is, and its main figures."""
+    from headway.launcher.compare.analyse import analyse
+
+    result = analyse(out)
+    return {
+        "study": result.record["study"],
+        "out": str(out),
+        "report": str(report),
+        "pairing": result.pairing.status,
+        "tokens": result.tokens,
+        "baseline": result.record["baseline"],
+        "variants": [
+            {
+                "name": v.name,
+                "validation_loss": v.loss and asdict(v.loss),
+                "difference": v.difference and asdict(v.difference),
+                "speed_ratio": v.speed_ratio and asdict(v.speed_ratio),
+            }
+            for v in result.variants
+        ],
+    }
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns of text; the first, the state and the last one are set to the left."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        is_left = [i == 0 or rows[0][i] in ("state", "") for i in range(len(row))]
+        cells = [c.ljust(w) if at_left else c.rjust(w) for c, w, at_left in zip(row, widths, is_left, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def coloured(text: str, stream: Any) -> str:
+    """A status table with the rows of failed cells in red, where `stream` has colour."""
+    lines = [
+        console.paint(line, "red", stream) if line.split()[1:2] == ["failed"] else line for line in text.splitlines()
+    ]
+    return "\n".join(lines)
+
+
+def _cells(study: Study) -> Iterable[dict[str, Any]]:
+    outcomes = read_mapping(study.out / OUTCOMES)
+    for seed in study.config.seeds:
+        for variant in study.config.variants:
+            key = cell_key(variant, seed)
+            state = cell_state(study.out / "cells" / key, outcomes.get(key))
+            yield {
+                "cell": key,
+                "variant": variant,
+                "seed": seed,
+                "state": state.state,
+                "tokens": state.tokens,
+                "validation_loss": state.validation_loss,
+                "training_batch_loss": state.loss,
+                "detail": state.detail,
+            }
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    losses = ["-" if x is None else f"{x:.4f}" for x in (cell["validation_loss"], cell["training_batch_loss"])]
+    return (cell["cell"], cell["state"], f"{cell['tokens']:,}", *losses, cell["detail"])

@@ -1,0 +1,155 @@
+"""What a rank has before its first step: the engine, the weights it starts from, the data, the records.
+
+The weights are those of the newest whole checkpoint; of `init.weights` where there is none yet; random ones else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from headway.data.loader import Loader, validation_batches
+from headway.launcher.run.identity import check_identity
+from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.run.stored_spec import stored_spec
+from headway.launcher.spec.spec import Spec
+from headway.launcher.train.branch_start import start_scales
+from headway.launcher.train.guard import Guard
+from headway.launcher.train.heads import probe_batch
+from headway.launcher.train.hooks import run_hooks
+from headway.launcher.train.initial import load_initial
+from headway.launcher.train.saving import Saving
+from headway.launcher.train.session import Session, seed_step
+from headway.launcher.train.tracking import Tracker, say
+from headway.parallel import checkpoint
+from headway.parallel.build import make_engine
+from headway.parallel.checkpoint import Checkpoint
+from headway.parallel.engine import Engine
+from headway.parallel.layout import Layout, init_layout
+
+
+@contextlib.contextmanager
+def open_session(run: RunDir) -> Iterator[Session]:
+    """Join the process group, build or resume everything, and close it in the right order."""
+    spec = stored_spec(run)
+    layout = init_layout(
+        device=spec.launch.device,
+        timeout_s=spec.launch.timeout_s,
+        parallel=spec.parallel,
+        check=partial(check_identity, spec, read_mapping(run.card).get("data_fingerprint")),
+    )
+    # The launcher's lock dies with the launcher; this one tells a new launcher that a rank is still alive.
+    lock = run.locked("worker.lock") if layout.is_main else contextlib.nullcontext()
+    with lock:
+        session = load_session(run, spec, layout)
+        try:
+            yield session
+        finally:
+            session.close()
+    layout.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
+    """Everything of this rank, as it is before the next step of the run. Collective."""
+    train, data = spec.train, spec.data
+    seed_step(spec, layout, 0)
+    engine = _engine(run, spec, layout)
+    validation = validation_batches(
+        data,
+        tokens=train.validation_tokens,
+        micro_batch=train.micro_batch,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+    )
+    saving = Saving(run, spec, layout, engine)
+    found = _load_weights(run, spec, engine, layout)
+    session = Session(
+        run=run,
+        spec=spec,
+        layout=layout,
+        engine=engine,
+        validation=validation,
+        saving=saving,
+        tracker=_tracker(run, spec, layout, resumed=found),
+        loader=_loader(run, spec, layout, start_step=0 if found is None else found.step),
+        guard=Guard(spec.guard),
+    )
+    if found is not None:
+        session.restore(found.step, found.state)
+    engine.before_step(session.tokens)
+    session.hooks = run_hooks(session)
+    for hook in session.hooks:
+        hook.on_start(session)
+    return session
+
+
+def _engine(run: RunDir, spec: Spec, layout: Layout) -> Engine:
+    """The engine of this rank's part of the model, with random weights."""
+    assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
+    return make_engine(
+        spec.model,
+        spec.attention,
+        vocab_size=spec.model.vocab_size,
+        seed=spec.seed,
+        seq_len=spec.data.seq_len,
+        parallel=spec.parallel,
+        speed=spec.speed,
+        optimizer=spec.optimizer,
+        layout=layout,
+        micro_batch=spec.train.micro_batch,
+        accumulation=spec.train.global_batch // (spec.train.micro_batch * layout.dp_size),
+        scales=start_scales(run, spec, layout, probe_batch(spec.data)),
+    )
+
+
+def _load_weights(run: RunDir, spec: Spec, engine: Engine, layout: Layout) -> Checkpoint | None:
+    """Load the newest whole checkpoint and return it; without one, load `init.weights` where the spec has them."""
+    found = checkpoint.newest_valid(run.checkpoints, layout, warn=say, run=run.run_id())
+    if found is not None:
+        checkpoint.load(found, engine, layout)
+    elif spec.init.weights is not None:
+        load_initial(spec, engine, layout)
+    return found
+
+
+def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | None) -> Tracker:
+    """The records of the run, cut off after the step of `resumed`; what was resumed or lost is said in them."""
+    step = 0 if resumed is None else resumed.step
+    lost = run.truncate_metrics(last_step=step) if layout.is_main else None
+    tracker = Tracker(
+        run,
+        main=layout.is_main,
+        tensorboard=spec.tracking.tensorboard,
+        log_every_steps=spec.tracking.log_every_steps,
+        total_steps=spec.steps,
+        start_step=step,
+    )
+    if resumed is not None:
+        tracker.event(
+            {"kind": "resume", "step": step, "ranks": layout.world_size, "zero": spec.parallel.zero},
+            f"resumed from {resumed.path} (step {step}/{spec.steps})",
+        )
+    if lost:
+        record = {"kind": "records_lost", "step": step, "lines": lost.lines, "gaps": lost.gaps}
+        tracker.event(record, f"RECORDS WERE LOST in {run.metrics}: {lost}")
+    return tracker
+
+
+def _loader(run: RunDir, spec: Spec, layout: Layout, *, start_step: int) -> Loader:
+    """This rank's batches from the one after `start_step` on."""
+    return Loader(
+        spec.data,
+        split="train",
+        global_batch=spec.train.global_batch,
+        micro_batch=spec.train.micro_batch,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+        start_step=start_step,
+        # Before the launcher, or another rank, ends a run that could still say what it waits for.
+        timeout_s=0.8 * min(spec.launch.hang_s, spec.launch.timeout_s),
+        fingerprint=read_mapping(run.card).get("data_fingerprint"),  # of what the launcher has verified
+    )

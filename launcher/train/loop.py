@@ -1,0 +1,160 @@
+"""The training loop of one rank: load, then step, log, validate, save until all tokens are trained.
+
+Every rank runs the same code in the same order, because most of it is collective. What is optional beside training is
+in `headway.launcher.train.hooks`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from headway.launcher.run import heartbeat
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.train.agreement import Agreed, Wishes, agree
+from headway.launcher.train.load import open_session
+from headway.launcher.train.session import Session, seed_step
+from headway.launcher.train.stop import Preempted, StopFlag
+from headway.launcher.train.tracking import say
+from headway.parallel.engine import StepStats
+from headway.parallel.fault_points import memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step that was taken: what the ranks agreed on before it, its outcome, seconds of reading and of all of it."""
+
+    agreed: Agreed
+    stats: StepStats
+    data_s: float
+    step_s: float
+
+
+def train(run: RunDir, stop: StopFlag) -> None:
+    """Train the run to its end. Raises Preempted once the state is saved after `stop` was raised on any rank."""
+    with open_session(run) as s:
+        spec = s.spec
+        while s.step < spec.steps:
+            agreed = train_step(s, stop=stop.raised).agreed
+            if s.is_due(spec.train.validate_every_tokens):
+                validate(s)
+            if s.is_due(spec.checkpoint.every_tokens) or agreed.save or agreed.stop:
+                save(s, last=agreed.stop or s.step == spec.steps)
+            elif agreed.written:
+                s.saving.settle(s.tracker)
+            if agreed.stop and s.step < spec.steps:
+                raise Preempted(f"stopped after step {s.step} by a signal; the same command continues from there")
+        finish(s)
+
+
+def train_step(s: Session, *, stop: bool = False) -> Step:
+    """Read a batch, take one optimizer step, log it. `stop`: this rank was asked to stop."""
+    heartbeat.beat("data", s.step + 1)
+    start = time.perf_counter()
+    batch = next(s.loader)
+    data_s = time.perf_counter() - start
+    heartbeat.beat("step", s.step + 1)
+    wishes = Wishes(stop=stop, save=s.saving.overdue, written=s.saving.written)
+    agreed = agree(batch, wishes, s.layout, step=s.step, global_batch=s.spec.train.global_batch)
+    seed_step(s.spec, s.layout, s.step + 1)
+    s.engine.before_step(s.tokens)
+    for hook in s.hooks:
+        hook.before_step(s)
+    lr, allows = s.lr, s.guard.allows if s.guard.vetoes else None
+    stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=lr, allows=allows)
+    step = Step(agreed=agreed, stats=stats, data_s=data_s, step_s=time.perf_counter() - start)
+    s.count_step(step.step_s)
+    memory("step:weights", s.engine.logical[0].parameter.data)
+    record = _record(s, step, lr)
+    for hook in s.hooks:
+        hook.after_step(s, stats, record)
+    s.tracker.train(record, seconds_left=s.seconds_left)
+    for hook in s.hooks:
+        hook.after_log(s, stats, record)
+    return step
+
+
+def _record(s: Session, step: Step, lr: float) -> dict[str, Any]:
+    stats = step.stats
+    return {
+        "kind": "train",
+        "step": s.step,
+        "tokens": s.tokens,
+        "loss": stats.loss,
+        "aux_loss": stats.aux_loss,
+        "grad_norm": stats.grad_norm,
+        "lr": lr,
+        "targets": stats.targets,
+        "skipped": stats.skipped,
+        "batch_hash": step.agreed.digest,
+        "step_s": step.step_s,
+        "data_s": step.data_s,
+        "forward_s": stats.forward_s,
+        "backward_s": stats.backward_s,
+        "optimizer_s": stats.optimizer_s,
+        "train_s": s.train_s,
+        "tokens_per_s": s.spec.tokens_per_step / step.step_s,
+    }
+
+
+def validate(s: Session) -> None:
+    """Log loss and accuracy on the fixed validation tokens."""
+    heartbeat.beat("validate", s.step)
+    start = time.perf_counter()
+    s.engine.before_step(s.tokens)  # schedules as they stand now, also where a stage just ended
+    result = s.engine.evaluate(s.validation)
+    s.validation_loss, s.validation_step = result.loss, s.step
+    s.tracker.validation(
+        {
+            "kind": "validation",
+            "step": s.step,
+            "tokens": s.tokens,
+            "loss": result.loss,
+            "accuracy": result.accuracy,
+            "targets": result.targets,
+            "train_s": s.train_s,
+            "seconds": time.perf_counter() - start,
+        }
+    )
+    for hook in s.hooks:
+        hook.after_validation(s)
+
+
+def save(s: Session, *, last: bool = False) -> None:
+    """Begin a checkpoint; training goes on while its files are written. `last`: it does not, and they are waited for.
+
+    Raises CheckpointError as `Saving.settle` does.
+    """
+    for hook in s.hooks:
+        hook.before_save(s)
+    s.saving.begin(s.tracker, s.state())
+    if last:
+        s.saving.settle(s.tracker, last=True)
+
+
+def finish(s: Session) -> None:
+    """Write summary.json: the run is complete. Raises OSError where records are missing on the disk."""
+    if s.validation_loss is None:
+        validate(s)
+    heartbeat.beat("finish", s.step)
+    if not s.layout.is_main:
+        return
+    s.tracker.require()
+    steady = sorted(r["step_s"] for r in s.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
+    median = steady[len(steady) // 2] if steady else None
+    summary = {
+        "complete": True,
+        "exit": "complete",
+        "steps": s.step,
+        "tokens": s.tokens,
+        "final_validation_loss": s.validation_loss,
+        "train_s": s.train_s,
+        "tokens_per_s_median": s.spec.tokens_per_step / median if median else None,
+        "resumes": s.resumes,
+    }
+    write_json(s.run.summary, summary)
+    say(
+        f"done: {s.tokens:,} tokens in {s.train_s:.1f} s of training, validation loss {s.validation_loss:.4f}; "
+        f"records in {s.run.path}",
+    )

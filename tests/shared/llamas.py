@@ -1,0 +1,31 @@
+"""Hugging Face's Llama beside ours."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from headway.launcher.exchange.llama_check import _hidden
+
+
+def transformers() -> Any:
+    """The library, without what it imports besides."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("transformers")
+    with _hidden("torchvision"):
+        import transformers
+
+        assert transformers.LlamaForCausalLM
+    return transformers
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, S, V] of a decoder of ours or a Llama of theirs."""
+    with torch.no_grad():
+        return model.logits(tokens) if hasattr(model, "attention_layers") else model(input_ids=tokens).logits
+
+
+def some_tokens(vocab_size: int, length: int = 32) -> torch.Tensor:
+    """[3, length], always the same."""
+    return torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(2))
