@@ -233,7 +233,7 @@ class Soak:
 
     def _check(self, run: Path, said: str, *, whole: int, before: int) -> None:
         """The start went on from the newest whole checkpoint, and no step is recorded twice or left out."""
-        said = said.partition("starting the ranks again")[0]  # what the launcher did after that is its own affair
+        said = said.partition("restarting the ranks")[0]  # what the launcher did after that is its own affair
         resumed = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)/", said)]
         if resumed and resumed[0] != whole:
             raise Broken(f"resumed from step {resumed[0]}; the newest whole checkpoint was of step {whole}")

@@ -71,7 +71,7 @@ def test_ranks_that_die_are_started_again_by_the_launcher_itself(headway):
         headway.wait_for(lambda old=old: not any(map(alive, old)), process)
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert stdout.count("starting the ranks again from the newest checkpoint") == 3 and "SIGKILL" in stdout
+    assert stdout.count("restarting the ranks from the newest checkpoint") == 3 and "SIGKILL" in stdout
     assert trajectory(run) == trajectory(headway.folder / "whole")
     lines = [json.loads(line) for line in (run / "logs" / "attempts.jsonl").read_text().splitlines()]
     assert [line["started_again"] for line in lines] == [True] * 3 and "SIGKILL" in lines[0]["cause"]
@@ -81,8 +81,8 @@ def test_starts_that_bring_no_checkpoint_end_when_the_budget_is_spent(headway):
     env = {**headway.environment(), "HEADWAY_FAULT": "save:begin@1#1:kill"}
     done = headway.train("launch.processes=2", "run_dir=doomed", "launch.restarts=1", env=env)
     assert done.returncode == 70
-    assert done.stdout.count("starting the ranks again") == 1
-    assert "started again 1 time(s) without reaching another checkpoint (launch.restarts)" in done.stderr
+    assert done.stdout.count("restarting the ranks") == 1
+    assert "restarted 1 time(s) without a new checkpoint (limit: launch.restarts)" in done.stderr
 
 
 def test_the_budget_is_full_again_after_progress_and_mistakes_are_not_repeated(tmp_path):
@@ -119,7 +119,7 @@ def test_ranks_without_memory_are_named_and_started_again(headway):
         headway.wait_for(lambda begun=begun: len(attempts(run)) > begun, process)
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert stdout.count("starting the ranks again") == 3 and "rank 0" in stdout and "rank 1" in stdout
+    assert stdout.count("restarting the ranks") == 3 and "rank 0" in stdout and "rank 1" in stdout
     assert trajectory(run) == trajectory(headway.folder / "whole")
 
 
@@ -246,7 +246,7 @@ def test_a_rank_that_is_stopped_is_found_within_the_limit_and_five_seconds_and_r
     assert time.monotonic() - began <= 10 + 5
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert "rank 1" in stdout and "it is stopped (SIGSTOP" in stdout and "starting the ranks again" in stdout
+    assert "rank 1" in stdout and "it is stopped (SIGSTOP" in stdout and "restarting the ranks" in stdout
 
 
 def test_two_launchers_on_one_folder_cannot_both_write(headway):

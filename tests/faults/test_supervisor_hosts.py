@@ -35,7 +35,7 @@ def test_two_hosts_start_their_ranks_again_after_one_has_died_and_later_stop_tog
     for process in (first, second):
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 75, stderr
-        assert stdout.count("starting the ranks again") == 1 and "rank 1 (process" in stdout and "SIGKILL" in stdout
+        assert stdout.count("restarting the ranks") == 1 and "rank 1 (process" in stdout and "SIGKILL" in stdout
     (line,) = (run / "logs" / "attempts.jsonl").read_text().splitlines()[:-1]
     assert json.loads(line)["started_again"]
     last = records(run)[-1]["step"]

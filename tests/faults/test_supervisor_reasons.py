@@ -75,7 +75,9 @@ def test_a_rank_in_an_endless_loop_or_with_the_interpreters_lock_ends_the_run_in
     culprit = kinds.index("loop") if "loop" in kinds else kinds.index("lock")
     assert time.monotonic() - float((run.logs / f"since-{culprit}").read_text()) < 2 + 5
     pid = (run.logs / f"rank-{culprit}.pid").read_text()
-    assert f"rank {culprit} (process {pid}) on here hangs: it is busy with something else" in str(ended.value)
+    assert f"rank {culprit} (process {pid}) on here hangs: it is busy while the other ranks wait for it" in str(
+        ended.value
+    )
     assert ended.value.fault.weight == CAUSE
     for rank in (0, 1):
         assert "most recent call first" in (run.logs / f"rank-{rank}.log").read_text()
@@ -111,7 +113,7 @@ def test_a_rank_that_the_kernel_ended_for_memory_is_named_with_the_counter_and_t
     assert "memory" not in killed(run, memory, pid).splitlines()[0]  # somebody else killed it
     (groups / "memory.events").write_text("low 0\nhigh 2\nmax 9\noom 2\noom_kill 2\n")
     first = killed(run, memory, pid).splitlines()[0]
-    assert "was ended by SIGKILL: the kernel ended processes because memory ran out" in first
+    assert "was killed by SIGKILL: the kernel killed processes because memory ran out" in first
     assert f"{groups / 'memory.events'}: 1 before, 2 now, limit 1.50 GiB" in first and "train.micro_batch" in first
     (groups / "memory.max").write_text("max\n")
     assert "2 now)" in killed(run, memory, pid)
@@ -125,7 +127,7 @@ def test_what_the_kernel_logs_of_a_process_is_found_where_it_may_be_read(tmp_pat
     memory = MemoryWatch()
     with log.open("a") as f:
         f.write("3,2,2,-;Memory cgroup out of memory: Killed process 78 (python3) total-vm:1kB, anon-rss:1kB\n")
-    assert memory.reason(77) is None and "ended it because memory ran out" in (memory.reason(78) or "")
+    assert memory.reason(77) is None and "killed it because memory ran out" in (memory.reason(78) or "")
     assert "memory ran out" in (memory.reason(78) or "") and memory.reason(7) is None
     memory.close()
 

@@ -77,7 +77,9 @@ def test_a_host_that_does_not_come_is_named_by_its_number_everywhere(load, run):
     found = meet((spec, run, 0, EQUAL), (spec, run, 1, EQUAL))
     assert time.monotonic() - start < 5
     for text in messages(found):
-        assert text.startswith("host 2 of 3 did not come within 1 s; start the same command there with --node-rank 2")
+        assert text.startswith(
+            "host 2 of 3 did not connect within 1 s; start the same command there with --node-rank 2"
+        )
 
 
 def test_a_first_host_that_does_not_answer_is_named_with_its_address(load, run):
@@ -122,8 +124,8 @@ def test_a_host_that_does_not_see_the_run_folder_is_named(load, run, tmp_path, m
 def test_two_hosts_with_one_number_are_told_apart(load, run):
     spec = load("launch.hosts=3", "launch.rendezvous_s=2")
     texts = messages(meet((spec, run, 0, EQUAL), (spec, run, 1, EQUAL), (spec, run, 1, EQUAL)))
-    assert sum("host 1 is there already" in text for text in texts) == 1
-    assert sum("host 2 of 3 did not come" in text for text in texts) == 2
+    assert sum("host 1 is already connected" in text for text in texts) == 1
+    assert sum("host 2 of 3 did not connect" in text for text in texts) == 2
 
 
 def test_every_pair_that_cannot_connect_is_named_with_the_port(load, run, monkeypatch):
@@ -176,7 +178,7 @@ def test_strangers_neither_join_nor_stop_the_others(load, run):
 
 
 def test_an_interface_that_is_not_there_is_answered_with_those_that_are(load, run):
-    with pytest.raises(SpecError, match=r"launch\.interface: nope0 is not on this host.* lo"):
+    with pytest.raises(SpecError, match=r"launch\.interface: this host has no interface nope0 .* lo"):
         join(load("launch.hosts=2", "launch.interface=nope0"), run, 1, EQUAL, env={}, restarts=Restarts(run, 0))
     assert interfaces()["lo"] == "127.0.0.1"
 
@@ -254,7 +256,7 @@ def test_a_silent_host_is_lost_on_both_sides_within_the_limit():
         faults = [r.result() for r in results]
     assert 0.9 < time.monotonic() - start < 4
     for fault in faults:
-        assert fault is not None and fault.text.startswith("host 1 (b) is lost: nothing was heard of it for 1 s")
+        assert fault is not None and fault.text.startswith("host 1 (b) is lost: no sign of life for 1 s")
     silent, end = socket.socketpair()
     with silent, end:
         fault = Link(Wire(end), "host 0 (a)", host_lost_s=0.5).wait(10)
@@ -266,7 +268,7 @@ def test_a_launcher_that_was_killed_is_noticed_at_once():
     one._wire.close()
     start = time.monotonic()
     fault = hub.wait(10)
-    assert fault is not None and "the launcher on host 1 (b) is gone" in fault.text
+    assert fault is not None and "the launcher on host 1 (b) has ended or closed its connection" in fault.text
     assert two.wait(10) == fault and time.monotonic() - start < 2
 
 

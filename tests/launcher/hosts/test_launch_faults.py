@@ -105,18 +105,18 @@ def test_reports_of_ranks_on_other_hosts_are_theirs_to_explain(run):
 def test_a_rank_that_a_launcher_without_a_table_lost_is_the_first_that_was_seen_to_end(run):
     (run.logs / "rank-1.pid").write_text("77")
     fault = explain(run, HERE, 256 - signal.SIGKILL, signalled=False, died={1: None, 0: None})
-    assert "rank 1 (process 77) on here was ended by SIGKILL" in fault.text
+    assert "rank 1 (process 77) on here was killed by SIGKILL" in fault.text
 
 
 def test_a_rank_that_lost_one_that_was_killed_is_not_blamed_though_both_were_seen_to_end_at_once(run):
     write_reports(run, ("DistNetworkError", LOST))
     fault = explain(run, HERE, 256 - signal.SIGKILL, signalled=False, died={0: 1, 1: -signal.SIGKILL})
-    assert "rank 1 (process unknown) on here was ended by SIGKILL" in fault.text
+    assert "rank 1 (process unknown) on here was killed by SIGKILL" in fault.text
 
 
 def test_a_rank_that_ended_before_the_others_were_ended_by_us_is_named(run):
     fault = explain(run, HERE, None, signalled=False, died={1: None})
-    assert "rank 1 (process unknown) on here ended without a word" in fault.text and fault.weight == CAUSE
+    assert "rank 1 (process unknown) on here ended without an error report" in fault.text and fault.weight == CAUSE
     assert explain(run, HERE, None, signalled=False, died={}).weight == CONSEQUENCE
 
 
@@ -198,7 +198,7 @@ else:
     [
         (["collective", "stop"], 1, "is stopped"),
         (["stop", "busy"], 0, "is stopped"),
-        (["collective", "busy"], 1, "busy with something else"),
+        (["collective", "busy"], 1, "busy while the other ranks wait"),
         (["collective", "collective"], 0, "waits for other ranks"),
     ],
 )
@@ -297,7 +297,9 @@ def test_a_killed_rank_is_named_under_the_launcher_of_deepspeed(headway):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 70, stderr
     # DeepSpeed's launcher does not say how a rank ended, and may have asked before we could see it.
-    assert re.search(r"rank 1 \(process \d+\) on \S+ (was ended by SIGKILL|ended without a word)", stderr), stderr
+    assert re.search(r"rank 1 \(process \d+\) on \S+ (was killed by SIGKILL|ended without an error report)", stderr), (
+        stderr
+    )
 
 
 @pytest.mark.slow

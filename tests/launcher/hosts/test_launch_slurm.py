@@ -131,7 +131,9 @@ def steps_done(run: Path) -> int:
 
 def test_a_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again(slurm):
     done = slurm.train(*JOB)
-    assert done.returncode == 0 and done.stdout.startswith("job 4242; its log is job/slurm/4242.log"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("submitted job 4242; its log is job/slurm/4242.log"), (
+        done.stderr
+    )
     run, job = slurm.folder / "job", slurm.folder / "submitted"
     assert job.read_text() == (run / "slurm" / "job.sbatch").read_text()
     env = {**os.environ, "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "a[1-2]"}
