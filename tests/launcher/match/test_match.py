@@ -133,7 +133,7 @@ def test_the_message_names_the_nearest_legal_value_and_why_its_neighbour_is_none
     text = str(error.value)
     assert "the nearest legal multiple of 1 is 6 (7 is not legal: kv_heads: 12 query heads do not divide" in text
     assert "-14.29%, beyond the tolerance of 10.00%" in text
-    assert "free another dimension, or match.tolerance: 14.30% if that is fair" in text
+    assert "free another dimension, or match.tolerance: 14.30% if that difference is acceptable" in text
 
 
 def test_beyond_the_largest_legal_value_the_message_says_so():
