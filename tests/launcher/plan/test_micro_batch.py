@@ -110,7 +110,7 @@ def test_several_hosts_are_refused_before_anything_is_written(auto_spec, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(auto_spec), "launch.hosts=2", "launch.address=first"]) == 64
     said = capsys.readouterr().err
-    assert "each of the 2 hosts would measure by itself" in said
+    assert "each of the 2 hosts could measure a different number" in said
     assert "write train.micro_batch 1, 2 or 4, or find the number with `headway bench micro-batch" in said
     assert not (tmp_path / "runs").exists()
 
@@ -157,7 +157,9 @@ def test_where_nothing_fits_the_message_says_what_to_change(auto_spec, tmp_path,
     monkeypatch.setattr(micro_batch, "find", lambda spec: nothing)
     run = micro_batch.RunDir(tmp_path / "run")
     with pytest.raises(
-        SpecError, match=r"auto: not even one sequence .* parallel.recompute=block, .*write train.micro_batch: 1"
+        SpecError,
+        match=r"auto: even one sequence per pass does not fit .* parallel.recompute=block, .*"
+        "write train.micro_batch: 1",
     ):
         micro_batch.settle(run, spec)
     assert not run.path.exists()
@@ -179,7 +181,7 @@ def test_train_measures_once_and_records_a_plain_number(auto):
     assert [trial["micro_batch"] for trial in kept["trials"]][:2] == [1, 2]
     assert json.loads((run / "spec.json").read_text())["train"]["micro_batch"] == number
     assert "micro-batch  tokens/s" in first.stdout and f"train.micro_batch: auto -> {number}: " in first.stdout
-    assert "trying 1, 2, 4, 8 sequences a pass on cpu" in first.stderr
+    assert "trying 1, 2, 4, 8 sequences per pass on cpu" in first.stderr
     assert first.stdout.index("auto ->") < first.stdout.index("step 1/")
     again = auto.train("train.tokens=512")
     assert again.returncode == 0 and "already complete" in again.stdout and "auto" not in again.stdout + again.stderr

@@ -48,7 +48,7 @@ def test_the_plan_states_memory_communication_bubble_and_speed_with_their_ground
     for part in ("parameters of a rank", "Adam's moments", "activations", "pipeline bubble", "tokens/s, estimated"):
         assert part in text
     assert "tensor: layers' inputs and outputs" in text and "data: gradients" in text
-    assert "estimates from datasheets, measured nowhere" in text and GPUS["h100"].source in text
+    assert "estimates from datasheets, not measured" in text and GPUS["h100"].source in text
 
 
 def test_json_has_every_figure(capsys) -> None:
@@ -187,7 +187,7 @@ def test_the_search_never_cuts_what_cannot_be_cut() -> None:
 
 
 def test_gpus_that_are_no_whole_hosts_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"--gpus: 12 are not whole hosts of 8.*use 8 or 16"):
+    with pytest.raises(SpecError, match=r"--gpus: 12 is not a multiple of the 8 GPUs of a host.*use 8 or 16"):
         found(LARGE, 12)
 
 
@@ -215,7 +215,7 @@ def test_a_model_has_the_parameters_of_its_name(name: str) -> None:
 
 
 def test_the_committed_plans_are_what_the_code_computes() -> None:
-    """`make plans` writes them anew."""
+    """`make plans` writes docs/results/plans again."""
     folder, fresh = ROOT / "docs/results/plans", tables(ROOT)
     committed = json.loads((folder / "plans.json").read_text())
     assert {name: committed[name] for name in fresh} == json.loads(json.dumps(fresh))
