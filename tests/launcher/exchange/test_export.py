@@ -281,7 +281,7 @@ def test_a_changed_folder_is_not_read(runs, tmp_path):
 
 def test_export_and_import_are_inverse_bit_for_bit(llama_folder, runs, tmp_path, capsys):
     assert main(["import", str(llama_folder), "--to", str(tmp_path / "ours")]) == 0
-    assert "largest difference of logits to transformers" in capsys.readouterr().out
+    assert "largest difference from the logits of transformers" in capsys.readouterr().out
     run, back = decoder_of(runs / "text.run"), load_exported(tmp_path / "ours")
     tokens = some_tokens(300)
     assert torch.equal(logits(run, tokens), logits(back, tokens))

@@ -122,11 +122,11 @@ def test_the_command_prints_the_prompt_and_what_follows(trained, capsys):
 
 def test_more_tokens_than_were_trained_on_are_noted(trained, capsys):
     assert main(["generate", str(trained), "1 2 3", "--tokens", "40"]) == 0
-    assert "more than the 32 the run was trained on" in capsys.readouterr().err
+    assert "more than the 32 tokens per sequence of the training" in capsys.readouterr().err
 
 
 def test_mistakes_say_what_to_do(trained, tmp_path):
-    with pytest.raises(NoInputError, match=r"no spec.json: train one"):
+    with pytest.raises(NoInputError, match=r"no spec.json: train a model"):
         generate(tmp_path, "1", GREEDY)
     with pytest.raises(NoInputError, match=r"is a file; name the run's folder"):
         generate(trained / "spec.json", "1", GREEDY)

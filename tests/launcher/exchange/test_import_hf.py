@@ -142,18 +142,18 @@ REFUSED = {
     "an unknown tensor": (tensors(lambda t: t.update({"model.extra": torch.ones(3)})), "unknown .'model.extra'."),
     "a misshapen tensor": (tensors(lambda t: t.update({NORM: torch.ones(33)})), r"is \[33\], .* makes it \[32\]"),
     "whole numbers": (tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), "is torch.int8"),
-    "no numbers": (tensors(lambda t: t.update({NORM: torch.full((32,), float("nan"))})), "not finite"),
+    "no numbers": (tensors(lambda t: t.update({NORM: torch.full((32,), float("nan"))})), "has NaN or Inf values"),
     "a tied head that differs": (edited(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
     "other frequencies": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
         "unknown .*inv_freq",
     ),
     "a truncated file": (lambda f: os.truncate(f / "model.safetensors", 5000), "not a whole safetensors file"),
-    "a pickle": (pickled, "is a pickle, and reading one runs whatever it says"),
+    "a pickle": (pickled, "is a pickle, and loading a pickle can execute code"),
     "a link": (linked, "is a link, and links are not followed"),
     "an index that leads out": (with_index({NORM: "../model.safetensors"}), "names no safetensors file beside it"),
     "an index of something else": (with_index({NORM: "model.safetensors"}), "does not agree with model.safetensors"),
-    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"has the token 299|is \[300"),
+    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"contains token 299|is \[300"),
     "a tokenizer that is none": (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
 }
 
