@@ -51,7 +51,7 @@ def test_the_summary_is_printed_and_nothing_else_is_left(measured):
 
 
 def test_what_measures_nothing_is_refused(headway_once):
-    with pytest.raises(SpecError, match="give at least 2"):
+    with pytest.raises(SpecError, match="use at least 2"):
         bench_checkpoint(headway_once.spec, [], rounds=1, out=None)
     with pytest.raises(SpecError, match="one process"):
         bench_checkpoint(headway_once.spec, ["launch.processes=2"], rounds=2, out=None)

@@ -79,7 +79,7 @@ def test_numbers_of_a_reduced_run_are_no_results(measured, tmp_path):
     out, _ = measured
     assert report_gpu(out, out=tmp_path) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "no number here says anything of a GPU" in text
+    assert "no number here applies to a GPU" in text
     goals = text.split("## Goals")[1].split("##")[0]
     assert goals.count("| not measured |") == 4
     assert not (tmp_path / "speed.png").exists()
@@ -366,7 +366,7 @@ def test_the_planner_takes_the_constants_that_a_refit_finds(tmp_path, monkeypatc
     monkeypatch.setattr(plan_measured, "FILE", file)
     spec = MODELS / "940m.yaml"
     plan(spec, [])
-    assert "from datasheets, measured nowhere" in capsys.readouterr().out
+    assert "from datasheets, not measured" in capsys.readouterr().out
     results = tmp_path / "results"
     results.mkdir()
     write_gpu(results, gpu_rows())

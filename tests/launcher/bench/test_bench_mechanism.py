@@ -114,8 +114,8 @@ def test_prefill_takes_the_prompt_in_and_forms_the_logits_of_its_last_token_alon
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rounds": 1}, "--rounds: 1 rounds have no spread; give at least 2"),
-        ({"lengths": [16, 16]}, "--lengths: .* give different lengths"),
+        ({"rounds": 1}, "--rounds: 1 round\\(s\\) have no spread; use at least 2"),
+        ({"lengths": [16, 16]}, "--lengths: .* use different lengths"),
         ({"lengths": [1]}, "at least 2 tokens"),
     ],
 )
