@@ -163,7 +163,7 @@ def test_runs_are_found_in_studies_and_probes(run, tmp_path):
     assert len(runs_below(tmp_path / "probes")) == 1
     (tmp_path / "empty").mkdir()
     for nothing in ("empty", "absent"):
-        with pytest.raises(NoInputError, match="no run here, and none below"):
+        with pytest.raises(NoInputError, match="no run in this folder or below it"):
             runs_below(tmp_path / nothing)
     with pytest.raises(NoInputError, match="no record to show"):
         rebuild(RunDir(tmp_path / "study" / "cells" / "gqa" / "seed-1"))
