@@ -1,4 +1,4 @@
-"""Several hosts start again together, and stop together."""
+"""Several hosts restart together and stop together."""
 
 import json
 import os
@@ -17,8 +17,8 @@ def records(run, kind="train"):
 
 
 @pytest.mark.slow
-def test_two_hosts_start_their_ranks_again_after_one_has_died_and_later_stop_together(headway_alone):
-    # F1, F5: the launchers are those of two hosts; that they share a machine is nothing they know of.
+def test_two_hosts_restart_their_ranks_after_one_died_and_stop_together(headway_alone):
+    # F1, F5: the launchers of two hosts, on one machine.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = min(probe.getsockname()[1], 65_000)

@@ -107,7 +107,7 @@ def test_a_run_unpickles_nothing(audited):  # vectors 1-3
     assert audited[1].get("unpickled", []) == []
 
 
-def test_a_run_writes_into_its_folder_caches_and_temporary_files_alone(audited):  # P8
+def test_a_run_writes_only_to_its_folder_caches_and_temporary_files(audited):  # P8
     here, report = audited
     allowed = [
         here / "runs" / "tiny",
@@ -125,7 +125,7 @@ def test_a_run_writes_into_its_folder_caches_and_temporary_files_alone(audited):
     assert outside == []
 
 
-def test_a_run_reads_no_file_of_the_folder_it_is_started_in_but_its_own(audited):  # vector 10, P8
+def test_a_run_reads_only_its_own_files_of_the_working_folder(audited):  # vector 10, P8
     here, report = audited
     run = here / "runs" / "tiny"
     read = [path for path in map(Path, report["read"]) if path.is_relative_to(here) or path.name == ".deepspeed_env"]
@@ -134,12 +134,12 @@ def test_a_run_reads_no_file_of_the_folder_it_is_started_in_but_its_own(audited)
     assert not [path for path in read if path.name in ("evil.pt", ".metadata", "latest", "pytorch_model.bin")]
 
 
-def test_a_run_starts_no_program_but_these(audited):
+def test_a_run_starts_only_known_programs(audited):
     # git: the commit for the run card; gcc: DeepSpeed asks whether libaio is there
     assert {program.split("'")[1] for program in audited[1].get("started", [])} <= {"git", "gcc"}
 
 
-def test_nobody_else_may_change_what_a_run_writes_whatever_the_umask(audited):  # vector 14
+def test_files_of_a_run_are_writable_only_by_their_owner_under_any_umask(audited):  # vector 14
     here, _ = audited
     ours = {
         path: path.stat().st_mode for path in (here / "runs" / "tiny").rglob("*") if not path.name.startswith("evil")
@@ -151,7 +151,7 @@ def test_nobody_else_may_change_what_a_run_writes_whatever_the_umask(audited):  
     assert locks and all(ours[path] & 0o077 == 0 for path in locks)
 
 
-def test_a_run_leaves_nothing_in_the_folder_for_temporary_files_that_others_may_change(audited):  # vector 14
+def test_a_run_leaves_no_files_writable_by_others_in_the_temporary_folder(audited):  # vector 14
     left = [path for path in (audited[0].parent / "tmp").rglob("*") if path.stat().st_mode & 0o022]
     assert left == []
 
