@@ -1,4 +1,4 @@
-"""What the sources never call, by their syntax tree: a comment or a string that names it is no call. Vector 17."""
+"""Functions that the sources never call, checked in their syntax trees, so that comments do not count. Vector 17."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything that is called or imported."""
+    """(line, dotted name) of all calls and imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield node.lineno, dotted(node.func)

@@ -1,4 +1,4 @@
-"""No file that Headway reads is executed: pickles in every place, foreign modules. The canary does not appear. (F26)"""
+"""Headway executes no file that it reads, such as pickles or foreign modules: the canary file is not created. (F26)"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "tensors-00000-of-00001.safetensors"
 
 
 class Evil:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -47,7 +47,7 @@ def canary(tmp_path):
 
 @pytest.fixture
 def evil(canary):
-    """Bytes that touch the canary where they are unpickled, and the same as torch.save and as numpy write them."""
+    """Pickles that create the canary file when loaded: plain, by torch.save, and by numpy."""
     return pickle.dumps(Evil(canary))
 
 
@@ -62,7 +62,7 @@ def test_unpickling_the_evil_file_touches_the_canary(tmp_path):
 
 @pytest.fixture
 def step(tmp_path):
-    """A whole checkpoint of a small module, and a function that seals its manifest anew."""
+    """A complete checkpoint of a small module, and a function that updates the hash of its manifest."""
     folder = tmp_path / "checkpoints" / "step-0000000003"
     folder.mkdir(parents=True)
     save_file({f"param/{n}": p.detach() for n, p in torch.nn.Linear(2, 2).named_parameters()}, folder / NAME)

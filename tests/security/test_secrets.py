@@ -1,4 +1,4 @@
-"""Values of variables that are named like secrets stand in no spec, no message and no text of a dry run."""
+"""Values of variables with names of secrets occur in no spec, message or dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Headway hands to shells and programs arrives there letter by letter, or is refused before. Vectors 8-12."""
+"""Arguments that Headway passes to shells and programs arrive unchanged, or are refused before. Vectors 8-12."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_ssh_and_its_remote_shell_get_the_exact_arguments(here, programs, tmp_pa
     probe, *started = programs()
     assert probe == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", "b", "true"]
     assert sorted(started) == [remote_command(name, host, arguments, folder) for host, name in ((1, "b"), (2, "c"))]
-    # what the shell at the other end makes of it
+    # the words that the remote shell parses
     text = started[0][-1].replace("exec ", "printf '%s\\0' ")
     shown = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True).stdout.split("\0")
     assert shown[-len(arguments) - 3 : -3] == arguments
