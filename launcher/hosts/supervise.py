@@ -225,10 +225,11 @@ class Watch:
         evidence, beat = marks[rank][0], beats.get(rank)
         lines = [f"rank {rank} (process {live[rank]}) on {self._place.name} hangs: {_EVIDENCE[evidence]}"]
         if beat is not None:
-            lines[0] += f"; no sign of life for {now - beat.time_s:.0f} s, since {beat.section} of step {beat.step}"
+            last_seen = f"section {beat.section!r} of step {beat.step}"
+            lines[0] += f"; no sign of life for {now - beat.time_s:.0f} s, the last in {last_seen}"
         if hung is not None:
             limit = allowed_s(hung.section, self._hang_s)
-            lines[0] += f" (limit {limit:.0f} s in {hung.section}: launch.hang_s)"
+            lines[0] += f" (limit {limit:.0f} s in section {hung.section!r}, from launch.hang_s)"
         text = "".join(stacks[rank].partition("Current thread")[1:]).splitlines()[:12]
         log = self._run.logs / f"rank-{rank}.log"
         lines += quoted(["stack:", *text] if text else tail(log))

@@ -8,7 +8,7 @@ LARGEST = 1 << 24
 """Largest value of the free dimension; wider than any transformer's MLP."""
 
 GAP = 1024
-"""After this many illegal multiples in a row no legal one is expected, because the rules are about divisibility."""
+"""After this many illegal multiples in a row no legal one is expected, because rules of divisibility are periodic."""
 
 STEPS = 32
 """The search tries each of the first `STEPS` multiples, then increases the value by 1/`STEPS` (3 %) per step."""
