@@ -1,12 +1,12 @@
-"""`headway bench checkpoint`: what training waits for a checkpoint, and how much slower steps are beside its writing.
+"""`headway bench checkpoint`: measure how long a checkpoint blocks training, and how much it slows steps while it is
+written.
 
-Each round takes steps without a save, begins one, takes steps until it is committed as the worker does, and takes steps
-without a save again. Steps beside the writing are paired with the median of their own round, so that a machine whose
-speed drifts slows both. The cost of a checkpoint is what training waited for plus what its steps took longer.
+Each round takes steps without a save, starts a save, takes steps until it is committed, and again takes steps without a
+save. The steps during the write are compared with the median of their own round, so that a drifting machine speed
+affects both. The cost of a checkpoint is the time that training waits plus the additional time of its steps.
 
-The other things that a run does to survive are timed at the end of each round: hashing the files (the writer does it),
-the signs of life of a step, and hashing the parameters for the comparison of replicas, without its exchange of a few
-numbers.
+Other safety measures of a run are timed at the end of each round: hashing the files (done by the writer), the signs of
+life of a step, and hashing the parameters for the comparison of replicas, without the exchange of the hashes.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
     from headway.parallel.checkpoint import Checkpoint
 
 WARMUP = 1
-"""Rounds that are not counted: the first save deletes no older checkpoint, the first steps fill caches."""
+"""Rounds that are not counted: the first save deletes no older checkpoint, and the first steps fill caches."""
 QUIET_STEPS = 3
-"""Steps without a save on either side of one."""
+"""Steps without a save before and after each save."""
 
 
 def bench_checkpoint(path: Path, overrides: Sequence[str], *, rounds: int, out: Path | None) -> int:
     """Measure `rounds` saves of the spec at `path` in one process, on the file system of its `run_dir`.
 
-    Raises SpecError for several processes or too few rounds, CheckpointError where a save fails.
+    Raises SpecError for several processes or too few rounds, CheckpointError if a save fails.
     """
     if rounds < 2:
-        raise SpecError(f"--rounds: {rounds} measured saves have no spread; give at least 2")
+        raise SpecError(f"--rounds: {rounds} measured save(s) have no spread; use at least 2")
     spec, _ = resolve(load_spec(path, overrides).spec)
     if spec.launch.world_size != 1:
-        raise SpecError("launch.processes: bench checkpoint measures one process; give launch.processes=1")
+        raise SpecError("launch.processes: bench checkpoint measures one process; use launch.processes=1")
     os.environ.update(worker_environment(spec))
     import torch
 
@@ -78,13 +78,13 @@ def bench_checkpoint(path: Path, overrides: Sequence[str], *, rounds: int, out: 
 
 
 def _place(spec: Spec) -> Path:
-    """The nearest folder there is on the way to the run's: its disk is the one that counts."""
+    """The nearest existing parent of the run folder, which is on the same file system."""
     wanted = Path(spec.run_dir or f"runs/{spec.name}").absolute()
     return next(folder for folder in wanted.parents if folder.is_dir())
 
 
 def _prepared(spec: Spec) -> Spec:
-    """Saves begin when the benchmark says so, and each one deletes the one before it; the run never ends."""
+    """The spec with saves only on request, one checkpoint kept, and enough tokens that the run does not end."""
     settings = {"every_tokens": None, "every_minutes": None, "keep": 1, "keep_every_tokens": None, "keep_best": False}
     return spec.model_copy(
         update={
@@ -140,7 +140,7 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _round(session: Session, run: RunDir) -> dict[str, Any]:
-    """Seconds of one save and of the steps around and beside it, and of what else guards a run."""
+    """Seconds of one save, of the steps before, during and after it, and of the other safety measures."""
     from headway.launcher.train.loop import save
     from headway.parallel.replicas import hashed
 
@@ -170,7 +170,7 @@ def _round(session: Session, run: RunDir) -> dict[str, Any]:
 
 
 def _seconds(act: Callable[[], Any], *, times: int = 1) -> float:
-    """Of one call, the mean of so many."""
+    """Mean seconds of a call over `times` calls."""
     t0 = time.perf_counter()
     for _ in range(times):
         act()
@@ -178,7 +178,7 @@ def _seconds(act: Callable[[], Any], *, times: int = 1) -> float:
 
 
 def _beats(heart: Heartbeat, step: int) -> None:
-    """Those of one step of the worker."""
+    """The signs of life that the worker writes in one step."""
     heart.beat("data", step)
     heart.beat("step", step)
 
@@ -198,12 +198,12 @@ def _newest(run: RunDir) -> Checkpoint:
     damaged: list[str] = []
     found = newest_readable(run.checkpoints, warn=damaged.append)
     if damaged:
-        raise CheckpointError(f"a measured checkpoint is not whole ({damaged[0]}); mend the disk and measure again")
+        raise CheckpointError(f"a measured checkpoint is damaged ({damaged[0]}); check the disk, and measure again")
     return found
 
 
 def _file_system(folder: Path) -> str:
-    """Type of the file system that holds the folder; unknown where the kernel does not tell."""
+    """Type of the folder's file system; "unknown" if /proc/self/mounts cannot be read."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
@@ -227,14 +227,15 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['bytes'] / 1e6:,.1f} MB of {result['parameters']:,} parameters on {result['file_system']}",
-            f"  training waits {ms('stall_s')}; files are written beside it in {write_s:.2f} s ({rate:,.0f} MB/s)",
-            f"  a step takes {ms('step_s')}, beside the writing {ratio['median']:.3f} times as long "
+            f"  training waits {ms('stall_s')}; files are written during training in {write_s:.2f} s "
+            f"({rate:,.0f} MB/s)",
+            f"  a step takes {ms('step_s')}, and {ratio['median']:.3f} times as long during the write "
             f"(quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f}, n={ratio['n']})",
-            f"  at one checkpoint in {result['default_interval_s'] / 60:g} minutes: waiting "
-            f"{100 * result['stall_share_at_default_interval']:.3f} % of the time, with slower steps "
+            f"  with one checkpoint per {result['default_interval_s'] / 60:g} minutes: waiting takes "
+            f"{100 * result['stall_share_at_default_interval']:.3f} % of the time, waiting and slower steps "
             f"{100 * result['cost_share_at_default_interval']:.3f} %",
-            f"  hashing the files, beside training: {share('hash_share_at_default_interval')}; in it: signs of life "
-            f"{share('beats_share')}, hashes of replicas every {result['default_replicas_every_steps']} steps "
-            f"{share('replicas_share_at_default_interval')}",
+            f"  hashing the files takes {share('hash_share_at_default_interval')} of the time, during training; signs "
+            f"of life take {share('beats_share')}; hashes of replicas every "
+            f"{result['default_replicas_every_steps']} steps take {share('replicas_share_at_default_interval')}",
         ]
     )

@@ -1,9 +1,10 @@
-"""`headway bench mechanism`: forward, forward and backward, and prefill of every variant of a study, over lengths.
+"""`headway bench mechanism`: time forward, forward and backward, and prefill of every variant of a study, at several
+sequence lengths.
 
-All variants take turns in one process, round by round, and each is paired with the baseline of its own round, so that a
-machine whose speed drifts slows all of them. Beside each ratio stands what FLOPs alone promise (Amdahl's bound on what
-a cheaper attention can save): the variant's useful FLOPs over the baseline's, whole model, and the same for the FLOPs
-that are executed. Time may fall below it: softmax and the memory traffic of score maps are no FLOPs.
+All variants take turns in one process, round by round. Each is compared with the baseline of the same round, so that a
+drifting machine speed affects all of them. Each time ratio is reported with the ratio of useful FLOPs of the whole
+model (Amdahl's bound for a cheaper attention) and of executed FLOPs. Time can fall below these ratios, because softmax
+and the memory traffic of score maps are not FLOPs.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 PHASES = ("forward", "forward_backward", "prefill")
 WARMUP = 2
 FAR = 1.5
-"""A time ratio this many times its useful-FLOP ratio is marked."""
+"""A time ratio is marked if it exceeds the ratio of useful FLOPs by this factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """FLOPs per token, forward, of the whole model; in prefill the head is computed for the last token only."""
+    """Forward FLOPs per token of the whole model. In prefill, the head is computed only for the last token."""
 
     useful: float
     executed: float
@@ -55,13 +56,16 @@ def bench_mechanism(
     tokens: int,
     out: Path | None,
 ) -> int:
-    """Measure every variant of the study at `path` at its matched size. `tokens` per pass: shorter sequences come in
-    batches. Raises SpecError for lengths or rounds that measure nothing.
+    """Measure every variant of the study at `path` at its matched size.
+
+    `tokens`: tokens per pass; shorter sequences are batched. Raises SpecError for invalid lengths or too few rounds.
     """
     if rounds < 2:
-        raise SpecError(f"--rounds: {rounds} rounds have no spread; give at least 2")
+        raise SpecError(f"--rounds: {rounds} round(s) have no spread; use at least 2")
     if not lengths or min(lengths) < 2 or len(set(lengths)) != len(lengths):
-        raise SpecError(f"--lengths: {list(lengths)}; give different lengths of at least 2 tokens, such as 256,1024")
+        raise SpecError(
+            f"--lengths: {list(lengths)} is invalid; use different lengths of at least 2 tokens, such as 256,1024"
+        )
     plan = plan_study(load_study(path), overrides)
     seed = plan.study.config.seeds[0]
     specs = {cell.variant: (cell.spec, cell.vocab_size) for cell in plan.cells if cell.seed == seed}
@@ -94,10 +98,10 @@ def bench_mechanism(
         "rows": [],
     }
     for i, length in enumerate(lengths):
-        about = f"{len(specs)} variants, {rounds} rounds of {len(PHASES)}"
+        about = f"{len(specs)} variants, {len(PHASES)} phases, {rounds} rounds"
         console.note(f"{length} tokens ({i + 1} of {len(lengths)}): {about}")
         result["rows"] += _measure(specs, baseline, length, rounds=rounds, tokens=tokens, device=device)
-        if out is not None:  # after each length: an interrupted measurement keeps what it has
+        if out is not None:  # write after each length, so that an interruption loses only the current one
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
             out.with_suffix(".md").write_text(markdown(result))
@@ -117,7 +121,7 @@ def _measure(
     tokens: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Rows of one length: for each variant and phase the spread of seconds and of the pairwise ratio."""
+    """Rows of one length: for each variant and phase, the spread of the seconds and of the pairwise ratio."""
     import torch
 
     batch = max(1, tokens // length)
@@ -166,12 +170,12 @@ def _model(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
     from headway.model.decoder import Decoder
 
     model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed)
-    model.before_step(spec.steps * spec.tokens_per_step)  # schedules at their end, where costs are stated
+    model.before_step(spec.steps * spec.tokens_per_step)  # the final state of schedules, for which costs are stated
     return model.to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
 
 
 def _passes(model: Decoder, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed. The training passes count router statistics and losses, as training does."""
+    """Phase -> pass to time. The training passes compute router statistics and losses, as in training."""
     import torch
 
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -218,10 +222,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"# Time of each mechanism over {result['baseline']}'s",
         "",
         f"`{result['command']}`, commit {result['git_commit']}, {result['measured_at']}, {result['device']}, "
-        f"{result['precision']}. Each cell: median of {result['rounds']} pairwise ratios (quartiles), then "
-        "the ratio of useful FLOPs of the whole model, which is what FLOPs alone promise, and of executed FLOPs; time "
-        "may fall below, as softmax and the memory traffic of score maps are no FLOPs. "
-        f"`far`: the time ratio is more than {FAR} times the useful one.",
+        f"{result['precision']}. Time cells: median of {result['rounds']} pairwise ratios (quartiles). Then follow the "
+        "ratios of useful and of executed FLOPs of the whole model. The time ratio can be lower than both, because "
+        "softmax and the memory traffic of score maps are not FLOPs. "
+        f"`far`: the time ratio is more than {FAR} times the ratio of useful FLOPs.",
     ]
     lengths = list(dict.fromkeys(row["seq_len"] for row in result["rows"]))
     for length in lengths:
@@ -240,7 +244,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """One panel per length: time ratio of forward and backward over the ratio of useful FLOPs, a point per variant."""
+    """Draw one panel per length: time ratio of forward and backward against useful FLOP ratio, a point per variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,7 +258,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         size = (WIDTH_IN * max(1.0, len(lengths) / 2), 5.5)
         figure, axes = plt.subplots(1, len(lengths), figsize=size, squeeze=False, sharey=True, layout="constrained")
         for axis, length in zip(axes[0], lengths, strict=True):
-            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="what FLOPs promise")
+            axis.plot([low, high], [low, high], color="#000000", linewidth=1, label="equal to FLOPs")
             axis.plot([low, high], [FAR * low, FAR * high], color="#999999", linestyle="--", label=f"{FAR} times that")
             for row in (row for row in rows if row["seq_len"] == length):
                 x, r = row["useful_flop_ratio"], row["ratio"]

@@ -1,4 +1,4 @@
-"""`headway bench micro-batch`: what `train.micro_batch: auto` finds on this host, without training."""
+"""`headway bench micro-batch`: find the micro-batch of `train.micro_batch: auto` on this host, without training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from headway.launcher.spec.load import load_spec
 
 
 def bench_micro_batch(path: Path, overrides: Sequence[str], *, out: Path | None) -> int:
-    """Print what `auto` finds for the spec on this host, whatever its `train.micro_batch` says; nothing is trained.
+    """Print the micro-batch that `auto` finds for the spec on this host. Ignores the spec's own `train.micro_batch`.
 
-    Raises SpecError where nothing fits.
+    Raises SpecError if no size fits.
     """
     found = find(with_vocabulary(load_spec(path, overrides, no_auto=None).spec))
     console.result(table(found))

@@ -1,4 +1,4 @@
-"""`headway bench step` and `headway bench data`: speed with its spread and its baseline, in one run."""
+"""`headway bench step` and `headway bench data`: time training steps, or the data loader alone."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ WARMUP = 3
 def bench_step(
     path: Path, overrides: Sequence[str], *, steps: int, out: Path | None, against: Sequence[str] = ()
 ) -> int:
-    """Time Headway's whole step beside a bare PyTorch loop with the same model, optimizer and batches.
+    """Time Headway's whole step and a bare PyTorch loop with the same model, optimizer and batches.
 
-    The contestants take turns, step by step, in one process, so that a machine whose speed drifts slows all of them.
-    Headway's side includes the loader, DeepSpeed, the agreement over ranks, metrics.jsonl and TensorBoard. `against`
-    are overrides of one more spec that takes part (another mechanism, say). Raises SpecError for several processes.
+    They take turns, step by step, in one process, so that a drifting machine speed affects both. Headway's step
+    includes the loader, DeepSpeed, the agreement of the ranks, metrics.jsonl and TensorBoard. `against`: overrides of
+    a second spec to time as well, for example another mechanism. Raises SpecError for several processes.
     """
     _check_steps(steps)
     spec = _lengthened(resolve(load_spec(path, overrides).spec)[0], steps)
     other = None
     if against:
-        # A key given in `against` replaces the same key of the overrides, and a type all keys of its section.
+        # A key in `against` replaces the same key of the overrides. A `type` replaces all keys of its section.
         named = [word.split("=", 1)[0] for word in against]
         sections = tuple(key.removesuffix("type") for key in named if key.endswith(".type"))
         kept = [w for w in overrides if w.split("=", 1)[0] not in named and not (sections and w.startswith(sections))]
         other = _lengthened(resolve(load_spec(path, [*kept, *against]).spec)[0], steps)
     for s in (spec, other):
         if s is not None and s.launch.processes != 1:
-            raise SpecError("launch.processes: bench step measures one process; give launch.processes=1")
+            raise SpecError("launch.processes: bench step measures one process; use launch.processes=1")
     os.environ.update(worker_environment(spec))
     import torch
 
@@ -89,7 +89,7 @@ def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> d
         bar = stack.enter_context(console.progress("measure steps", steps + WARMUP, "steps", tick=False))
         for i in range(steps + WARMUP):
             bar.update()
-            # The order rotates: whoever comes second finds warmer caches.
+            # The order rotates, because the second loop of a round finds warmer caches.
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 seconds, shares = loops[name].step()
                 if i >= WARMUP:
@@ -112,7 +112,7 @@ def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> d
 
 
 class _HeadwayLoop:
-    """The product's own step, as the worker takes it."""
+    """The same step as in the worker of `headway train`."""
 
     def __init__(self, session: Session) -> None:
         self._s = session
@@ -136,7 +136,7 @@ class _HeadwayLoop:
 
 
 class _BareLoop:
-    """The loop a person would write by hand: forward, backward, clip, AdamW."""
+    """A minimal PyTorch loop: forward, backward, gradient clipping, AdamW."""
 
     def __init__(self, spec: Spec) -> None:
         import torch
@@ -152,7 +152,7 @@ class _BareLoop:
             parameter_groups(self._model, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
         )
 
-        # The same sequences as Headway's side, held in memory: a bare loop pays nothing for its data.
+        # The same sequences as Headway's loop. They are loaded before the clock starts.
         from headway.data.loader import Loader
 
         train = spec.train
@@ -167,7 +167,7 @@ class _BareLoop:
         self._step = 0
 
     def step(self) -> tuple[float, dict[str, float]]:
-        """Seconds of one step; the batch is ready before the clock starts."""
+        """(seconds of one step, no parts). The batch is loaded before the clock starts."""
         import torch
 
         batch = self._loader.batch(self._step)
@@ -184,7 +184,7 @@ class _BareLoop:
 
 
 def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | None) -> int:
-    """Time the loader alone: every batch prepared in line, and how long a consumer that does nothing else waits."""
+    """Time the loader alone: the time to open it, and to prepare each batch without prefetching."""
     _check_steps(steps)
     spec, _ = resolve(load_spec(path, overrides).spec)
     from headway.data.loader import Loader
@@ -222,7 +222,7 @@ def bench_data(path: Path, overrides: Sequence[str], *, steps: int, out: Path | 
 
 def _check_steps(steps: int) -> None:
     if steps < 2:
-        raise SpecError(f"--steps: {steps} measured steps have no spread; give at least 2")
+        raise SpecError(f"--steps: {steps} measured step(s) have no spread; use at least 2")
 
 
 def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[str], out: Path | None) -> None:
@@ -254,7 +254,7 @@ def _report(result: dict[str, Any], spec: Spec, path: Path, overrides: Sequence[
     ):
         if r := result.get(key):
             quartiles = f"(quartiles {r['q1']:.3f} to {r['q3']:.3f})"
-            console.result(f"  step time over {what}, pairwise: {r['median']:.3f} {quartiles}")
+            console.result(f"  step time relative to {what}, pairwise: {r['median']:.3f} {quartiles}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of each record: scalars, those of routers and heads per layer, and maps of all loads."""
+"""Write records to TensorBoard: scalars, scalars of routers and heads per layer, and images of expert loads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 CELL_PX = 12
-"""Edge of one expert's square; a viewer that enlarges single pixels would blur them."""
+"""Edge length of one expert's square in pixels. Viewers blur enlarged single pixels."""
 
 NONE, EVEN, TWICE = (230, 97, 1), (247, 247, 247), (94, 60, 153)
-"""Colours of a load of 0, of an even share, and of twice that and more: orange, white, violet."""
+"""Colours of a load of 0, of an even share, and of twice an even share or more: orange, white, violet."""
 
 ABSENT = (160, 160, 160)
-"""Colour where a layer has fewer experts than another."""
+"""Colour of cells without an expert, in layers with fewer experts than others."""
 
 ROUTER_MEANS = {
     "entropy": "entropy",
@@ -33,11 +33,11 @@ ROUTER_MEANS = {
 """Key of `headway.model.router_meter.RouterFigures` -> name of its mean over groups."""
 
 HEAD_MEASURES = ("c_w", "c_q", "c_o", "effective_rank", "cka")
-"""Those of `headway.model.diversity.HeadDiversity`."""
+"""Measures of `headway.model.diversity.HeadDiversity`."""
 
 
 def board_train(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """One optimizer step: a record of kind "train", at the clock's seconds `wall_s` (None: now)."""
+    """One optimizer step: a record of kind "train". `wall_s`: wall-clock time in seconds (None: now)."""
     scalars = {
         "train/loss": record["loss"],
         "train/perplexity": _perplexity(record["loss"]),
@@ -95,13 +95,13 @@ DRAW = {
     "checkpoint_failed": board_not_saved,
     "skipped": board_skipped,
 }
-"""Kind of a record -> what shows it. The board holds what they make of metrics.jsonl, and nothing else."""
+"""Kind of a record -> function that writes it. The event files contain nothing else."""
 
 
 def board_routers(board: SummaryWriter, record: dict[str, Any], step: int, wall_s: float | None = None) -> None:
-    """`router/LAYER/ROUTER_NAME` scalars, and one picture `router/load_ROUTER` of layers by experts of all groups.
+    """Scalars `router/LAYER/ROUTER_NAME`, and one image `router/load_ROUTER` of layers by experts of all groups.
 
-    `record`: {layer: {router: figures}}, as `headway.launcher.train.router.RouterMonitor` gives it.
+    `record`: {layer: {router: figures}}, as returned by `headway.launcher.train.router.RouterMonitor`.
     """
     loads: dict[str, list[list[float]]] = {}
     for layer, routers in record.items():
@@ -120,7 +120,7 @@ def board_routers(board: SummaryWriter, record: dict[str, Any], step: int, wall_
 def board_heads(
     board: SummaryWriter, layers: dict[str, dict[str, Any]], step: int, wall_s: float | None = None
 ) -> None:
-    """`heads/LAYER/MEASURE` of each layer, `heads/mean/MEASURE` of all."""
+    """Scalars `heads/LAYER/MEASURE` of each layer, and their means `heads/mean/MEASURE`."""
     for key in HEAD_MEASURES:
         for layer, measures in layers.items():
             board.add_scalar(f"heads/{layer}/{key}", measures[key], step, wall_s)
@@ -129,7 +129,7 @@ def board_heads(
 
 
 def load_map(rows: list[list[float]]) -> NDArray[np.uint8]:
-    """Loads over an even share, one row per layer, of any lengths -> picture [height, width, RGB], top row first."""
+    """Loads relative to an even share, one row per layer, of any lengths -> image [height, width, RGB]."""
     loads = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for i, row in enumerate(rows):
         loads[i, : len(row)] = row

@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run: a view of metrics.jsonl, in the order of the attempts, and made anew from it."""
+"""TensorBoard's event files of a run: order them by attempt, and rebuild them from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from headway.launcher.run.run_dir import RunDir, read_mapping, sync
 
 EVENTS = "events.out.tfevents."
 _ORDERED = re.compile(re.escape(EVENTS) + r"0000000000-(\d{6})\.")
-_REBUILT = f"{EVENTS}9999999999.rebuilt"  # behind all others while they are there: it hides what they show
+_REBUILT = f"{EVENTS}9999999999.rebuilt"  # sorts after all other files, so it hides their points while they exist
 
 
 def put_in_order(folder: Path) -> None:
-    """Let event files of earlier attempts sort before the next one: their names begin with the time, and TensorBoard
-    reads them in the order of their names, whatever the clock did in between.
+    """Rename event files of earlier attempts so that they sort before the next one, even after a clock change.
+
+    Names of event files begin with the time, and TensorBoard reads files in the order of their names.
     """
     found = {path: _ORDERED.match(path.name) for path in folder.glob(f"{EVENTS}*")}
     following = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
     latest = sorted(path for path, match in found.items() if not match)
     for number, path in enumerate(latest, start=following):
-        # "-" sorts before every digit, so before a name of any time.
+        # "-" sorts before every digit, so these names sort before a name with any time.
         path.rename(path.with_name(f"{EVENTS}0000000000-{number:06d}.{path.name.removeprefix(EVENTS)}"))
 
 
 def rebuild(run: RunDir) -> Lost:
-    """Make the event files anew from metrics.jsonl, atomically: a reader sees the old view or the new one.
+    """Rebuild the event files from metrics.jsonl, atomically: a reader sees either the old or the new files.
 
-    Points carry the time at which the run first started plus the seconds of training until then: records hold no
-    clock. Returns what metrics.jsonl lacks. Raises NoInputError without records, SpecError while the run is trained.
+    Records contain no wall-clock time, so the time of a point is the first start of the run plus the seconds of
+    training. Returns the damage and gaps of metrics.jsonl. Raises NoInputError if there are no records, and SpecError
+    while the run is being trained.
     """
     if next(run.read_metrics(), None) is None:
-        raise NoInputError(f"{run.metrics}: there is no record to show; name the folder of a run that has begun")
+        raise NoInputError(f"{run.metrics}: there is no record to show; name the folder of a run that has started")
     with run.locked(), run.locked("worker.lock"):
         temporary = run.path / ".tensorboard.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,7 +59,7 @@ def rebuild(run: RunDir) -> Lost:
 
 
 def _draw(run: RunDir, folder: Path) -> Lost:
-    """Write one event file into a new folder."""
+    """Write one event file into a new folder. Returns the damage found in metrics.jsonl."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
     damage, strange, wall_s = Damage(), 0, _started_s(run)
@@ -71,7 +73,7 @@ def _draw(run: RunDir, folder: Path) -> Lost:
             try:
                 DRAW[kind](board, record, wall_s)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                strange += 1  # without a checksum, and not as Headway writes it
+                strange += 1  # a line without a checksum that does not have Headway's format
                 continue
             if kind == "train":
                 steps.add(record["step"])
@@ -79,7 +81,7 @@ def _draw(run: RunDir, folder: Path) -> Lost:
 
 
 def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records that are drawn, with their kind; where a step stands twice, the later one. Reads the file twice."""
+    """Records to write, with their kind; the later one if a step occurs twice. Reads the file twice."""
     places: dict[tuple[str, int], int] = {}
     for place, record in enumerate(run.read_metrics()):
         kind, step = record.get("kind"), record.get("step")
@@ -92,7 +94,7 @@ def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[
 
 
 def _started_s(run: RunDir) -> float:
-    """When the run first started, in seconds of the clock; 0 where nothing says so."""
+    """Wall-clock time of the run's first start in seconds; 0 if unknown."""
     card = read_mapping(run.card)
     attempts = card.get("attempts")
     first = attempts[0] if isinstance(attempts, list) and attempts and isinstance(attempts[0], dict) else card

@@ -1,4 +1,4 @@
-"""`headway board RUN...`: TensorBoard over runs and studies, for this machine alone unless told otherwise."""
+"""`headway board RUN...`: serve TensorBoard for runs and studies, by default only on this machine."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from headway.launcher.board.files import EVENTS, rebuild
 from headway.launcher.run.run_dir import RunDir
 
 LOOPBACK = "127.0.0.1"
-_DEEPEST = 4  # of a run below the folder that is named: probes/TASK/cells/VARIANT/seed-N
+_DEEPEST = 4  # maximum depth of a run below the named folder: probes/TASK/cells/VARIANT/seed-N
 
 
 def board(paths: Sequence[Path], *, host: str, port: int | None, expose: bool, rebuild_files: bool, serve: bool) -> int:
-    """Show what the runs at or below each of `paths` have recorded, until a signal comes; returns 0.
+    """Serve TensorBoard for the runs at or below each of `paths` until a signal arrives. Returns 0.
 
-    `port`: None takes 6006 or the next that is free, 0 any. `host` beyond this machine needs `expose`.
-    `rebuild_files`: make each run's event files anew from metrics.jsonl first. Without `serve` nothing is started.
-    Raises NoInputError where there is no run, SpecError for an address or a run that is still trained.
+    `port`: None selects 6006 or the next free port, 0 any free port. A `host` other than this machine requires
+    `expose`. `rebuild_files`: first rebuild the event files of each run from metrics.jsonl. `serve` False starts no
+    server. Raises NoInputError if there is no run, SpecError for an invalid address or a run that is being trained.
     """
     address = _address(host, expose)
     if port is not None and not 0 <= port <= 65535:
-        raise SpecError(f"--port: {port} is no port; name one from 1 to 65535, or 0 for any that is free")
+        raise SpecError(f"--port: {port} is not a port; use 1 to 65535, or 0 for any free port")
     found = {path: runs_below(path) for path in paths}
     runs = [run for below in found.values() for run in below]
     if rebuild_files:
         for run in runs:
             lost = rebuild(run)
-            print(f"{run.tensorboard}: made anew from {run.metrics.name}{f'; {lost}' if lost else ''}", flush=True)
+            print(f"{run.tensorboard}: rebuilt from {run.metrics.name}{f'; {lost}' if lost else ''}", flush=True)
     elif empty := [run for run in runs if not any(run.tensorboard.glob(f"{EVENTS}*"))]:
         print(
-            f"{len(empty)} of {len(runs)} runs have nothing to show yet, the first is {empty[0].path}; `--rebuild` "
-            "makes it from metrics.jsonl where a run was trained with tracking.tensorboard=false",
+            f"{len(empty)} of {len(runs)} runs have no event files, for example {empty[0].path}; if they were trained "
+            "with tracking.tensorboard=false, `--rebuild` creates the files from metrics.jsonl",
             flush=True,
         )
     if serve:
@@ -51,14 +51,14 @@ def board(paths: Sequence[Path], *, host: str, port: int | None, expose: bool, r
 
 
 def runs_below(path: Path) -> list[RunDir]:
-    """The run in a folder, or those below it (a study's, those of probes). Raises NoInputError where there is none."""
+    """The run in a folder, or the runs below it (of a study or probes). Raises NoInputError if there is none."""
     if _is_run(path):
         return [RunDir(path)]
     for depth in range(1, _DEEPEST + 1):
         if found := sorted({p.parent for p in path.glob("*/" * depth + "metrics.jsonl") if _is_run(p.parent)}):
             return [RunDir(p) for p in found]
     raise NoInputError(
-        f"{path}: there is no run here, and none below; name the folder that holds metrics.jsonl, or that of a study"
+        f"{path}: no run in this folder or below it; name the folder with metrics.jsonl, or the folder of a study"
     )
 
 
@@ -67,29 +67,30 @@ def _is_run(path: Path) -> bool:
 
 
 def _address(host: str, expose: bool) -> str:
-    """The address to listen at; raises SpecError where others could reach it and nobody said that they may."""
+    """The address to listen at. Raises SpecError if other machines can reach it and `expose` is False."""
     try:
         address = ipaddress.ip_address(LOOPBACK if host == "localhost" else host)
     except ValueError as e:
         raise SpecError(
-            f"--host: {printable(host)} is no address; use {LOOPBACK} (this machine), or the address of an interface"
+            f"--host: {printable(host)} is not an address; use {LOOPBACK} (this machine), or the address of an "
+            "interface"
         ) from e
     if not address.is_loopback and not expose:
         raise SpecError(
-            f"--host: {address} can be reached from other machines, and TensorBoard asks nobody for a password; leave "
-            "it out and go through ssh (the command is shown), or add --expose to let everyone there read it"
+            f"--host: {address} can be reached from other machines, and TensorBoard has no password; omit --host and "
+            "connect through ssh (the command is printed), or add --expose to give everyone in that network access"
         )
     return str(address)
 
 
 def _shown(path: Path, below: Sequence[RunDir]) -> Path:
-    """What TensorBoard is given: a run's view, or the folder above several, so that runs to come are seen too."""
+    """The folder for TensorBoard: the event files of a run, or the parent of several runs, to include later runs."""
     return below[0].tensorboard if below[0].path == path else path
 
 
 @contextlib.contextmanager
 def _log_folder(folders: Sequence[Path]) -> Iterator[Path]:
-    """One folder above several runs as it is; else a temporary one with a link to each view, named after its run."""
+    """The log folder for TensorBoard: a single parent folder itself, else a temporary folder with a link per run."""
     if len(folders) == 1 and folders[0].name != "tensorboard":
         yield folders[0].resolve()
         return
@@ -106,7 +107,7 @@ def _log_folder(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _serve(folder: Path, host: str, port: int | None) -> None:
-    """TensorBoard in threads of this process, until SIGINT or SIGTERM."""
+    """Run TensorBoard in threads of this process, until SIGINT or SIGTERM."""
     from tensorboard import default, program
 
     stop = threading.Event()
@@ -118,13 +119,13 @@ def _serve(folder: Path, host: str, port: int | None) -> None:
     try:
         url = server.launch()
     except program.TensorBoardServerException as e:
-        raise HeadwayError(f"--port: {e.msg}; name another --port, or 0 for any that is free") from e
+        raise HeadwayError(f"--port: {e.msg}; use another --port, or 0 for any free port") from e
     at = urlparse(url).port
-    print(f"TensorBoard: {url}  (Ctrl-C ends it)", flush=True)
+    print(f"TensorBoard: {url}  (stop with Ctrl-C)", flush=True)
     if ipaddress.ip_address(host).is_loopback:
         print(f"from another machine: ssh -N -L {at}:{host}:{at} {_login()}", flush=True)
     else:
-        console.warn(f"EVERYONE who reaches {host}:{at} can read it: there is no password")
+        console.warn(f"WARNING: everyone who can reach {host}:{at} can read it, because there is no password")
     stop.wait()
 
 

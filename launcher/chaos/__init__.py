@@ -1,1 +1,1 @@
-"""Faults done to stock DeepSpeed and to Headway, and what became of each run. Imports exchange and below."""
+"""Inject faults into stock DeepSpeed and Headway, and judge each run. Imports exchange and below."""

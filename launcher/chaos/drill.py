@@ -1,4 +1,4 @@
-"""`headway chaos`: rounds of faults until each has had its trials or the time is used up."""
+"""`headway chaos`: inject faults in rounds until each fault has had its trials or the time is up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from headway.launcher.hosts.forked import ForkServer
 from headway.launcher.run.machine import git_commit, machine, versions
 
 BROKEN = 70
-_MARGIN = 1.3  # a trial may take longer than the one before it
+_MARGIN = 1.3  # a trial may take this many times as long as the previous trial of the same fault
 
 
 def chaos(
@@ -37,17 +37,17 @@ def chaos(
     out: Path | None,
     server: ForkServer | None = None,
 ) -> int:
-    """Do the named faults (default: all) to both sides; prints a line for each trial, then the table.
+    """Inject the named faults (default: all) into both sides. Prints a line per trial, then the table.
 
-    Every fault is tried at least once, also where `seconds` are too few for that. Returns 0 when Headway resumed after
-    each of them, else 70. `server`: one that runs already. Raises SpecError for a fault that does not exist.
+    Every fault is tried at least once, even if that takes longer than `seconds`. Returns 0 if Headway resumed after
+    each fault, else 70. `server`: a running fork server; None starts one. Raises SpecError for an unknown fault.
     """
     chosen = _chosen(faults)
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     command = f"headway chaos --faults {','.join(f.key for f in chosen)} --seconds {seconds:g} --seed {seed}"
     if out is not None:
         command += f" --json {shlex.quote(str(out))}"
-    console.say(f"seed {seed}: the same seed chooses the same ranks, steps and bits")
+    console.say(f"seed {seed}: run with --seed {seed} to use the same ranks, steps and bits")
     begin = time.monotonic()
     with _orderly(), _own_folder() as folder, contextlib.nullcontext(server) if server else ForkServer() as ready:
         drill = Drill(ready, folder, seed)
@@ -76,7 +76,9 @@ def chaos(
         report.write(out, result, shown)
         console.say(f"written: {out} and {out.with_suffix('.md')}")
     verdict = (
-        "Headway held what docs/faults.md promises" if good else "HEADWAY DID NOT HOLD WHAT docs/faults.md PROMISES"
+        "Headway kept the guarantees in docs/faults.md"
+        if good
+        else "HEADWAY DID NOT KEEP THE GUARANTEES in docs/faults.md: report this with the seed and the table above"
     )
     console.result(console.paint(verdict, "green" if good else "red", sys.stdout))
     return 0 if good else BROKEN
@@ -86,12 +88,15 @@ def _chosen(names: Sequence[str] | None) -> list[Fault]:
     known = {fault.key: fault for fault in FAULTS}
     wrong = [name for name in names or () if name.upper() not in known]
     if wrong:
-        raise SpecError(f"--faults: {wrong[0]!r:.40} is none of {', '.join(known)}; use F1,F8, or leave it out for all")
+        raise SpecError(
+            f"--faults: {wrong[0]!r:.40} is not one of {', '.join(known)}; use for example F1,F8, or omit --faults to "
+            "run all"
+        )
     return [fault for fault in FAULTS if names is None or fault.key in {name.upper() for name in names}]
 
 
 class Drill:
-    """Both sides in `folder`; `trials` and `readings` are what happened."""
+    """Runs trials on both sides, in `folder`. `trials` and `readings` hold the results so far."""
 
     def __init__(self, server: ForkServer, folder: Path, seed: int) -> None:
         self.sides: list[Side] = [Stock(server, folder / "stock"), Headway(server, folder / "headway")]
@@ -100,13 +105,13 @@ class Drill:
         self._folder, self._seed, self._begin = folder, seed, time.monotonic()
 
     def prepare(self) -> None:
-        """The uninterrupted training of each side, and the same stopped after half of its steps."""
+        """Train each side without a fault, and make a copy that ends at the checkpoint after half of the steps."""
         for side in self.sides:
             side.back_to(side.copy(side.undisturbed("reference"), side.folder / "half"), HALF)
             self._say(f"{side.name}: uninterrupted training done, {STEPS} steps")
 
     def campaign(self, faults: Sequence[Fault], *, end_s: float, bar: console.Bar | None = None) -> None:
-        """Each fault once, then the one that lacks most of its trials, while there is time."""
+        """Try each fault once, then repeatedly the fault with the smallest share of its trials, while there is time."""
         done, took = dict.fromkeys(faults, 0), dict.fromkeys(faults, 0.0)
         while True:
             left = end_s - time.monotonic()
@@ -131,7 +136,7 @@ class Drill:
             try:
                 seen, facts = fault.act(side, run, number, chance)
             except Missed:
-                self._say(f"{what}: {side.name} was done before it happened; not counted")
+                self._say(f"{what}: {side.name} finished before the fault; trial not counted")
                 continue
             finally:
                 shutil.rmtree(run, ignore_errors=True)
@@ -153,10 +158,13 @@ class Drill:
             chance = random.Random(f"{self._seed}/{fault.key}/reader")
             found = readings(side, fault.key, side.folder / "reader", chance)
             self.readings.append(found)
-            self._say(f"{fault.key} {side.name}'s reader: {found.refused} refused, {found.changed} read changed values")
+            self._say(
+                f"{fault.key}: reader of {side.name}: {found.refused} files refused, {found.changed} read with changed "
+                "values"
+            )
 
     def setting(self) -> dict[str, Any]:
-        """What the table's caption needs."""
+        """Numbers for the text below the table."""
         sizes = [sum(f.stat().st_size for f in s.saved(s.folder / "half")[0].iterdir()) for s in self.sides]
         return {"steps": STEPS, "stock_bytes": f"{sizes[0]:,}", "headway_bytes": f"{sizes[1]:,}"}
 
@@ -166,7 +174,7 @@ class Drill:
 
 @contextlib.contextmanager
 def _orderly() -> Iterator[None]:
-    """A SIGTERM ends the drill as Ctrl-C does: nothing that it has started stays."""
+    """Let SIGTERM end the drill like Ctrl-C, so that all started processes are ended."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -176,7 +184,7 @@ def _orderly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """Everything that is written lies in it, temporary files of libraries too; it is removed at the end."""
+    """A temporary folder for all files of the drill, including temporary files of libraries. Removed at the end."""
     before = os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="headway-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()

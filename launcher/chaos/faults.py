@@ -1,4 +1,4 @@
-"""The faults F1 to F10 of docs/faults.md, each done to one side at a time."""
+"""The faults F1 to F10 of docs/faults.md, each injected into one side at a time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from headway.launcher.hosts.processes import send
 HALF = STEPS // 2
 LIMIT_S = 5.0
 GONE_S = 5.0
-"""Ranks of a launcher that was killed must be gone by then."""
+"""Ranks must end within this time after their launcher was killed."""
 _WATCHED_S = 3 * LIMIT_S
-_ROOM_BYTES = 200_000  # less than the larger files of a checkpoint, more than any record
+_ROOM_BYTES = 200_000  # smaller than the larger files of a checkpoint, larger than any record
 _LONG = 100_000
 
 
 class Missed(Exception):
-    """The training had come to its end before the fault: this is no trial."""
+    """The training ended before the fault, so the trial does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`wanted`: trials where time allows. `variants`: what a trial's number chooses among, in words. `act` does it to a
-    side, in the folder of a run that does not exist yet, and returns what was seen and numbers to show.
+    """One kind of fault.
+
+    `wanted`: number of trials if time allows. `variants`: names of the variants, selected by the number of the trial.
+    `act` injects the fault into a side, in the folder of a new run, and returns the observations and facts to show.
     """
 
     key: str
@@ -49,7 +51,7 @@ class Fault:
 
 
 def _reach(side: Side, run: Path, process: Process, step: int) -> None:
-    """Wait for that step. A training that fails before it is judged like one that fails after it."""
+    """Wait for `step`. A training that fails earlier is judged like one that fails later."""
     if not side.wait_until(run, process, step) and side.is_complete(run):
         raise Missed
 
@@ -101,7 +103,7 @@ def _kill_in_save(side: Side, run: Path, number: int, chance: random.Random) -> 
 
 
 def _kill_launcher(side: Side, run: Path, number: int, chance: random.Random) -> tuple[Seen, dict[str, Any]]:
-    """With the programs that a shell would start: no fork server has a part in how ranks end."""
+    """Start the programs without the fork server, because it would end the ranks itself."""
     settings = Settings(steps=_LONG, keep=3)
     process, pids = side.start(run, settings, alone=True), list[int]()
     try:
@@ -131,18 +133,20 @@ def _kill_launcher(side: Side, run: Path, number: int, chance: random.Random) ->
 
 
 def _begins_alike(side: Side, run: Path) -> bool:
-    """A longer training has another schedule, but its steps are there, each once and in order, and are numbers."""
+    """Whether steps 1 to n are each recorded. Losses are not compared, because this longer training has a different
+    schedule.
+    """
     losses = side.losses(run)
     return bool(losses) and sorted(losses) == list(range(1, len(losses) + 1))
 
 
 def _stop_rank(side: Side, run: Path, number: int, chance: random.Random) -> tuple[Seen, dict[str, Any]]:
-    """In a step, where trainings are nearly all the time, and not in a save."""
+    """Stop a rank within a step and not within a save, because training spends most of its time in steps."""
     settings, victim = Settings(limit_s=LIMIT_S, save_every=4), chance.randrange(2)
     process = side.start(run, settings)
     _reach(side, run, process, chance.randint(5, 6))
     end = time.monotonic() + LIMIT_S
-    while side.newest(run) < 4 and time.monotonic() < end:  # a save that is still being written has a longer limit
+    while side.newest(run) < 4 and time.monotonic() < end:  # during a save, the limit would be longer
         time.sleep(0.005)
     _reach(side, run, process, max(side.losses(run), default=0) + 1)
     pids, had = side.pids(run), side.newest(run)
@@ -156,7 +160,7 @@ def _stop_rank(side: Side, run: Path, number: int, chance: random.Random) -> tup
     if pids and all(alive(pid) for pid in pids) and process.poll() is None:
         side.stop(run, process)
         return Seen(had=had, unnoticed_s=seconds), facts | {"noticed_s": None}
-    if isinstance(side, Stock):  # torchrun waits half a minute for a process that cannot heed its SIGTERM
+    if isinstance(side, Stock):  # torchrun waits half a minute for a stopped process to handle SIGTERM
         side.stop(run, process)
     return _after(side, run, process, settings, had=had, facts=facts)
 
@@ -175,7 +179,7 @@ def _ask_to_end(side: Side, run: Path, number: int, chance: random.Random) -> tu
 
 
 def _fill_disk(side: Side, run: Path, number: int, chance: random.Random) -> tuple[Seen, dict[str, Any]]:
-    """For one rank, by a limit on the size of files; there is room again as soon as a save has failed."""
+    """Simulate a full disk for one rank by a limit on file sizes, which is removed once a save has failed."""
     settings, victim = Settings(save_every=2), number % 2
     process = side.start(run, settings)
     _reach(side, run, process, 5)
@@ -199,20 +203,20 @@ def _limit_files(pids: list[int], size: int) -> None:
 def _after(
     side: Side, run: Path, process: Process, settings: Settings, *, had: int, facts: dict[str, Any]
 ) -> tuple[Seen, dict[str, Any]]:
-    """See the start to its end and, where the training is not complete, start the same command again."""
+    """Wait until the start has ended, and start the same command again if the training is not complete."""
     if side.ended(process) is None:
         side.stop(run, process)
-        return Seen(had=had, said="it neither went on nor ended"), facts
-    before = side.begun_from(run)[1:]  # what ranks went on from that the launcher itself had started again
+        return Seen(had=had, said="neither continued nor ended"), facts
+    before = side.begun_from(run)[1:]  # steps from which ranks continued after restarts by the launcher
     facts = facts | {"commands": 1 if side.is_complete(run) else 2}
     return side.finish(run, settings, had=had, before=before), facts
 
 
-# ---------------------------------------------------------------- damage between two starts
+# ---------------------------------------------------------------- damage to checkpoints between two starts
 
 
 def _halfway(side: Side, run: Path) -> Path:
-    """A run that was stopped after its step HALF; its newest checkpoint."""
+    """Copy the run that ended at step HALF to `run`. Returns its newest checkpoint."""
     side.copy(side.folder / "half", run)
     return side.saved(run)[0]
 
@@ -230,7 +234,7 @@ def _truncate(side: Side, run: Path, number: int, chance: random.Random) -> tupl
 
 
 def _flip(side: Side, run: Path, number: int, chance: random.Random) -> tuple[Seen, dict[str, Any]]:
-    """In the middle of rank 1's file, which holds numbers and nothing else."""
+    """Flip a bit in the middle of rank 1's file, which contains only tensor data."""
     path = side.rank_file(_halfway(side, run), 1)
     body = path.read_bytes()
     bit = 8 * (len(body) // 4) + chance.randrange(4 * len(body))
@@ -253,15 +257,15 @@ def _replace_file(side: Side, run: Path, number: int, chance: random.Random) -> 
     return _resume(side, run, damaged=True)
 
 
-POINTERS = ("empty", "missing", "garbage", "of another training", "a folder", "of a step that is gone")
+POINTERS = ("empty", "missing", "garbage", "of another training", "a folder", "of a missing step")
 
 
 def _point_elsewhere(side: Side, run: Path, number: int, chance: random.Random) -> tuple[Seen, dict[str, Any]]:
-    """What stands in `latest` beside the checkpoints; Headway has no such file, and may not mind one."""
+    """Change the file `latest` beside the checkpoints. Headway has no such file and must ignore it."""
     newest = _halfway(side, run)
     latest, kind = newest.parent / "latest", POINTERS[number % len(POINTERS)]
     latest.unlink(missing_ok=True)
-    texts = {"empty": "", "garbage": "\x00%s\n?", "of a step that is gone": "global_step999"}
+    texts = {"empty": "", "garbage": "\x00%s\n?", "of a missing step": "global_step999"}
     if kind == "a folder":
         latest.mkdir()
     elif kind == "of another training":
@@ -280,27 +284,27 @@ FAULTS = (
     Fault(key="F1", title="SIGKILL of a rank at a random moment", wanted=12, act=_kill_rank),
     Fault(key="F2", title="SIGKILL of a rank inside a save", wanted=9, act=_kill_in_save, variants=_points),
     Fault(key="F3", title="SIGKILL of the launcher", wanted=1, act=_kill_launcher),
-    Fault(key="F4", title=f"a rank stands still in a step (SIGSTOP), limit {LIMIT_S:g} s", wanted=2, act=_stop_rank),
+    Fault(key="F4", title=f"a rank is stopped in a step (SIGSTOP), limit {LIMIT_S:g} s", wanted=2, act=_stop_rank),
     Fault(key="F5", title="SIGTERM to the launcher, saves every 4 steps", wanted=2, act=_ask_to_end),
     Fault(
         key="F6",
-        title="no room for a save",
+        title="no disk space for a save",
         wanted=2,
         act=_fill_disk,
         variants=lambda _: ("on rank 0", "on rank 1"),
     ),
-    Fault(key="F7", title="a checkpoint file cut short", wanted=3, act=_truncate),
+    Fault(key="F7", title="a truncated checkpoint file", wanted=3, act=_truncate),
     Fault(key="F8", title="a flipped bit in a checkpoint file", wanted=3, act=_flip),
     Fault(
         key="F9",
-        title="a rank's file missing or another",
+        title="a rank's file missing or replaced",
         wanted=3,
         act=_replace_file,
         variants=lambda _: MISSING,
     ),
     Fault(
         key="F10",
-        title="`latest` beside the checkpoints",
+        title="a changed file `latest` beside the checkpoints",
         wanted=6,
         act=_point_elsewhere,
         variants=lambda _: POINTERS,

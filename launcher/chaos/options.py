@@ -1,4 +1,4 @@
-"""What the drill and the training it compares with agree on, without importing torch."""
+"""Settings shared by the drill and the stock DeepSpeed training, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECORDS, COMPLETE = "losses.jsonl", "complete"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`die`: where a rank ends itself by SIGKILL, as "rank/n-th save/file/moment"; see `_dying`."""
+    """Options of a stock training. `die`: when a rank kills itself, as "rank/n-th file/kind/moment"; see `_dying`."""
 
     steps: int
     save_every: int

@@ -1,4 +1,4 @@
-"""What each side's reader of checkpoints makes of hundreds of damaged files, without a training around each."""
+"""Test each side's checkpoint reader on hundreds of damaged files, without training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ DAMAGES = 300
 
 
 def readings(side: Side, fault: str, folder: Path, chance: random.Random) -> Readings:
-    """DAMAGES of them, over all files of a checkpoint: cut to random lengths for F7, one random bit flipped for F8."""
+    """Read `DAMAGES` damaged files, spread over all files of a checkpoint.
+
+    F7: files are truncated to random lengths. F8: one random bit is flipped.
+    """
     checkpoint = folder / side.saved(side.folder / "half")[0].name
     shutil.copytree(side.saved(side.folder / "half")[0], checkpoint)
     files, found = sorted(checkpoint.iterdir()), Counter[str]()
@@ -38,7 +41,7 @@ def readings(side: Side, fault: str, folder: Path, chance: random.Random) -> Rea
 
 
 def _stock(side: Stock, path: Path, cuts: list[tuple[int, int]]) -> Counter[str]:
-    """In a process of its own: a damaged pickle may do anything to it."""
+    """Read in a separate process, because a damaged pickle may crash it or execute code."""
     out, log = path.with_name("results"), path.with_name("log")
     lines: list[str] = []
     while len(lines) < len(cuts):
@@ -50,8 +53,8 @@ def _stock(side: Stock, path: Path, cuts: list[tuple[int, int]]) -> Counter[str]
         lines = out.read_text().splitlines() if out.exists() else []
         if len(lines) < len(cuts):
             if len(lines) == before and status == 1 and "Traceback" in log.read_text(errors="replace"):
-                raise RuntimeError(f"DeepSpeed's reader could not be tried: {log.read_text()[-2000:]}")
-            with out.open("a") as f:  # it died at the next one, which nobody can overlook
+                raise RuntimeError(f"DeepSpeed's reader could not be started: {log.read_text()[-2000:]}")
+            with out.open("a") as f:  # the process died at the next file, which counts as refused
                 f.write("refused\n")
             lines.append("refused")
     for extra in (out, log):

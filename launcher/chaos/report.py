@@ -1,4 +1,4 @@
-"""The table of a drill, for the console and for docs/results."""
+"""Format the results of a drill as a table, for the console and for docs/results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from headway.launcher.chaos.faults import FAULTS
 from headway.launcher.chaos.verdict import RULE, Readings, Trial
 
-_ABOUT = """Two processes on the CPU (gloo), ZeRO-1, bf16, {steps} steps, a checkpoint after every step unless said \
-otherwise; models of about the same size ({stock_bytes} and {headway_bytes} bytes a checkpoint). Stock is a loop \
-around DeepSpeed's own `save_checkpoint` and `load_checkpoint` with their defaults and the documented timeout of \
-`init_distributed`, under torchrun in F3 and, so that a start takes a second, under Headway's stand-in for torchrun \
-(no restarts: torchrun's default) in all else. Headway is `headway train`; its launcher restarts ranks as by default \
-(not in F2)."""
+_ABOUT = """Setting: two processes on the CPU (gloo), ZeRO-1, bf16, {steps} steps, a checkpoint after every step \
+unless stated otherwise. The models have about the same size ({stock_bytes} and {headway_bytes} bytes per checkpoint). \
+Stock DeepSpeed is a loop around its own `save_checkpoint` and `load_checkpoint` with their defaults and the \
+documented timeout of `init_distributed`. It runs under torchrun in F3. In all other faults it runs under Headway's \
+fork server, so that a start takes a second, without restarts (torchrun's default). Headway is `headway train` with \
+the default restart budget (without restarts in F2)."""
 
 
 def table(trials: Sequence[Trial], readings: Sequence[Readings], sides: Sequence[str]) -> str:
@@ -30,14 +30,14 @@ def table(trials: Sequence[Trial], readings: Sequence[Readings], sides: Sequence
             lines.append(f"| {fault.key} | {fault.title} | " + " | ".join(cells) + " |")
         found = {r.side: r for r in readings if r.fault == fault.key}
         if found:
-            what = "cut to any length" if fault.key == "F7" else "with one bit flipped anywhere"
+            what = "truncated to random lengths" if fault.key == "F7" else "with one random bit flipped"
             cells = [_reading(found[side]) for side in sides]
-            lines.append(f"| {fault.key} | files {what}, read without a training | " + " | ".join(cells) + " |")
+            lines.append(f"| {fault.key} | files {what}, read without training | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _cell(trials: Sequence[Trial]) -> str:
-    """Counts, reasons, and numbers of this kind of fault."""
+    """Counts of the verdicts, their reasons, and the facts of this kind of fault."""
     kinds = Counter(t.verdict.kind for t in trials)
     parts = [f"{kinds['resumed']} of {len(trials)} resumed"]
     for kind, shown in (("wrong", "**wrong**"), ("stopped", "stopped")):
@@ -53,10 +53,10 @@ def _cell(trials: Sequence[Trial]) -> str:
 
 _FACTS = {
     "noticed_s": "noticed after {} s",
-    "gone_s": "its ranks were gone after {} s",
+    "gone_s": "its ranks ended after {} s",
     "exit": "exit status {}",
     "steps_lost": "{} steps lost",
-    "training_went_on": "training went on: {}",
+    "training_went_on": "training continued: {}",
 }
 
 
@@ -69,7 +69,7 @@ def _fact(trials: Sequence[Trial], name: str, text: str) -> str | None:
 
 def _reading(r: Readings) -> str:
     total = r.refused + r.changed + r.equal
-    wrong = f"**{r.changed} of {total} read with another value, nothing said**" if r.changed else ""
+    wrong = f"**{r.changed} of {total} read with another value without an error**" if r.changed else ""
     good = f"{r.refused} of {total} refused" + (f", {r.equal} changed no value" if r.equal else "")
     return "; ".join(part for part in (wrong, good) if part)
 
@@ -79,24 +79,24 @@ def _plain(text: str) -> str:
 
 
 def about(facts: dict[str, Any]) -> str:
-    """How it was done and what the words mean."""
+    """Setting of the drill and meaning of the verdicts."""
     return _ABOUT.format(**facts) + "\n\n" + RULE
 
 
 def write(out: Path, result: dict[str, Any], shown: str) -> None:
-    """The JSON, and the table beside it."""
+    """Write the JSON file, and the table as Markdown beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = result["machine"]
     foot = (
-        f"{result['trials_done']} trials in {result['seconds']:.0f} s. Made by `{result['command']}` "
+        f"{result['trials_done']} trials in {result['seconds']:.0f} s. Written by `{result['command']}` "
         f"at commit {result['commit']}; {versions}; {machine['cpu']}, {machine['cores']} cores."
     )
-    text = f"# Faults, on stock DeepSpeed and on Headway\n\n{shown}\n\n{about(result['setting'])}\n\n{foot}\n"
+    text = f"# Faults in stock DeepSpeed and Headway\n\n{shown}\n\n{about(result['setting'])}\n\n{foot}\n"
     out.with_suffix(".md").write_text(text)
 
 
 def rows(trials: Sequence[Trial], readings: Sequence[Readings]) -> dict[str, Any]:
-    """Every trial, for the JSON."""
+    """Every trial and reading, for the JSON file."""
     return {"trials": [t.record() for t in trials], "readings": [asdict(r) for r in readings]}

@@ -1,4 +1,4 @@
-"""Stock DeepSpeed and Headway behind one interface: start a training, see where it is, stop it, copy it."""
+"""Stock DeepSpeed and Headway behind one interface: start a training, observe it, stop it, copy it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _TOKENS = 8 * stock.SEQUENCE
 
 
 class Process(Protocol):
-    """What was started: the launcher, torchrun, or what stands for it."""
+    """The started process: Headway's launcher, torchrun, or the fork server's process in its place."""
 
     pid: int
 
@@ -55,10 +55,10 @@ class Process(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What both sides are told alike, but for `die`: each has points of its own at which a rank can be killed.
+    """Settings of a training, equal for both sides except `die`, which names a side's own point for killing a rank.
 
-    `limit_s`: so long a rank may give no sign. `keep`: newest checkpoints that stay; DeepSpeed keeps all of them.
-    `restarts`: by Headway's launcher; torchrun's default is none.
+    `limit_s`: time without a sign of life after which a rank counts as hung. `keep`: number of checkpoints to keep;
+    DeepSpeed keeps all. `restarts`: restart budget of Headway's launcher; torchrun's default is none.
     """
 
     steps: int = STEPS
@@ -71,7 +71,7 @@ class Settings:
 
 
 class Side(ABC):
-    """Trainings in folders under `folder`; `name` is shown."""
+    """One of the two systems. It trains in folders under `folder`. `name`: shown in messages and tables."""
 
     name: str
 
@@ -80,12 +80,12 @@ class Side(ABC):
         folder.mkdir(parents=True)
 
     def start(self, run: Path, settings: Settings, *, alone: bool = False) -> Process:
-        """`alone`: by the programs that a shell would start, instead of the fork server."""
+        """Start a training. `alone`: start the programs directly instead of by the fork server."""
         with self.log(run).open("wb") as log:
             return (self._alone if alone else self._forked)(run, settings, log.fileno())
 
     def log(self, run: Path) -> Path:
-        """What the newest start of a run said."""
+        """Log file of a run's newest start."""
         return run.with_suffix(".log")
 
     @abstractmethod
@@ -96,15 +96,15 @@ class Side(ABC):
 
     @abstractmethod
     def losses(self, run: Path) -> dict[int, tuple[Any, ...]]:
-        """What is recorded of each step, as it is now."""
+        """Step -> recorded values, of all steps recorded so far."""
 
     @abstractmethod
     def begun_from(self, run: Path) -> tuple[int, ...]:
-        """The steps that the newest start of the command went on from; several where it restarted its ranks."""
+        """The steps from which the newest start of the command continued; several if it restarted its ranks."""
 
     @abstractmethod
     def saved(self, run: Path) -> list[Path]:
-        """Folders of checkpoints, newest first, whole or not."""
+        """Folders of checkpoints, newest first, complete or not."""
 
     @abstractmethod
     def step_of(self, checkpoint: Path) -> int: ...
@@ -114,28 +114,28 @@ class Side(ABC):
 
     @abstractmethod
     def rank_file(self, checkpoint: Path, rank: int) -> Path:
-        """The file that this rank wrote (the optimizer's, where there are several)."""
+        """The file that this rank wrote; the optimizer's file if there are several."""
 
     @abstractmethod
     def pids(self, run: Path) -> list[int]:
-        """Of the newest start's ranks, in their order; empty until all have said so."""
+        """Process ids of the newest start's ranks, in order; empty until all ranks have written theirs."""
 
     @abstractmethod
     def save_failed(self, run: Path) -> bool:
-        """Whether a save has failed and training went on."""
+        """Whether a save has failed and training continued."""
 
     @abstractmethod
     def back_to(self, run: Path, step: int) -> None:
-        """Make a finished run one that was stopped after the checkpoint of `step`."""
+        """Change a finished run to one that ended at the checkpoint of `step`."""
 
     @abstractmethod
     def last_words(self, run: Path) -> str:
-        """Why the newest start failed, in a line."""
+        """Error message of the newest start, in one line; empty if there is none."""
 
-    # ------------------------------------------------------------ the same for all
+    # ------------------------------------------------------------ common to both sides
 
     def undisturbed(self, name: str, *, seed: int = 1) -> Path:
-        """A training of its own that nothing happens to, made once. Raises HeadwayError where it does not end well."""
+        """A training without a fault, done once per `name`. Raises HeadwayError if it fails."""
         run = self.folder / name
         if not self.is_complete(run):
             process = self.start(run, Settings(seed=seed))
@@ -143,8 +143,8 @@ class Side(ABC):
             if not self.is_complete(run):
                 self.stop(run, process)
                 raise HeadwayError(
-                    f"{self.name}: the training that nothing happens to did not end well "
-                    f"({self.last_words(run) or 'no message'}); run `headway doctor`, or try with less load"
+                    f"{self.name}: the training without a fault failed ({self.last_words(run) or 'no message'}); run "
+                    "`headway doctor`, or try again with less load on this machine"
                 )
         return run
 
@@ -154,11 +154,11 @@ class Side(ABC):
         return to
 
     def newest(self, run: Path) -> int:
-        """Step of the newest checkpoint folder; 0 where there is none."""
+        """Step of the newest checkpoint folder; 0 if there is none."""
         return max((self.step_of(path) for path in self.saved(run)), default=0)
 
     def wait_until(self, run: Path, process: Process, step: int) -> bool:
-        """Until that step is recorded; False where it ended before."""
+        """Wait until `step` is recorded. False if the process ended before, or after a timeout."""
         end = time.monotonic() + _QUIET_S
         while max(self.losses(run), default=0) < step or not self.pids(run):
             if process.poll() is not None or time.monotonic() > end:
@@ -167,14 +167,14 @@ class Side(ABC):
         return True
 
     def ended(self, process: Process, within_s: float = _ENDS_S) -> int | None:
-        """How it ended; None where it had not within that time."""
+        """Wait for the exit status; None if the process has not ended within `within_s`."""
         end = time.monotonic() + within_s
         while (status := process.poll()) is None and time.monotonic() < end:
             time.sleep(0.005)
         return status
 
     def stop(self, run: Path, process: Process) -> None:
-        """Kill what was started and its ranks, and wait until they are gone."""
+        """Kill the process and its ranks, and wait until they have ended."""
         pids = [process.pid, *self.pids(run)] if process.poll() is None else self.pids(run)
         for pid in pids:
             send(pid, signal.SIGKILL)
@@ -184,12 +184,12 @@ class Side(ABC):
             time.sleep(0.005)
 
     def finish(self, run: Path, settings: Settings, *, had: int, before: Sequence[int] = ()) -> Seen:
-        """Start the same command again, and see how that ends; `before`: what earlier starts went on from."""
+        """Start the same command again and wait for its end. `before`: steps from which earlier starts continued."""
         begun, said = tuple(before), ""
         if not self.is_complete(run):
             process = self.start(run, settings)
             if self.ended(process) is None:
-                said = f"nothing came to an end in {_ENDS_S:.0f} s"
+                said = f"not ended within {_ENDS_S:.0f} s"
                 self.stop(run, process)
             begun += self.begun_from(run)
         complete = self.is_complete(run)
@@ -198,12 +198,12 @@ class Side(ABC):
         return Seen(begun_from=begun, had=had, complete=complete, same_losses=self.is_right(run), said=said)
 
     def is_right(self, run: Path) -> bool:
-        """Whether the losses are those of the uninterrupted training."""
+        """Whether the losses equal those of the uninterrupted training."""
         return self.losses(run) == self.losses(self.folder / "reference")
 
 
 class Stock(Side):
-    """DeepSpeed as its documentation shows it: `headway.launcher.chaos.stock` under torchrun."""
+    """DeepSpeed used as in its documentation: `headway.launcher.chaos.stock` under torchrun."""
 
     name = "stock DeepSpeed"
 
@@ -265,7 +265,7 @@ class Stock(Side):
         return _pids(run, run / "rank-0.pid", run / "rank-1.pid")
 
     def save_failed(self, run: Path) -> bool:
-        return False  # its save raises, which ends the training
+        return False  # a failed save raises an exception that ends the training
 
     def back_to(self, run: Path, step: int) -> None:
         for path in self.saved(run):
@@ -281,7 +281,7 @@ class Stock(Side):
 
 
 class Headway(Side):
-    """The real command."""
+    """The command `headway train`."""
 
     name = "Headway"
 
@@ -363,7 +363,7 @@ def _shell(words: list[str], log: int) -> Process:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole records of a file that may be growing."""
+    """Complete records of a file that may still be written."""
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
@@ -387,6 +387,6 @@ def alive(pid: int) -> bool:
 
 
 def _short(text: str) -> str:
-    """Without paths and numbers of this machine, so that what is alike is counted together."""
+    """Shorten a message and remove paths and error numbers, so that equal errors are counted together."""
     text = re.sub(r"\[Errno \d+\] |\S*/(?=\S)", "", text)
     return text if len(text) <= 72 else text[:69] + "..."

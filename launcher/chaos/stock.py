@@ -1,8 +1,8 @@
-"""What Headway is compared with: a plain training loop around DeepSpeed's own save_checkpoint and load_checkpoint.
+"""The stock side of the drill: a plain training loop around DeepSpeed's own save_checkpoint and load_checkpoint.
 
-One rank of it, started by torchrun or by what stands for it; its arguments are a folder and a JSON of `Options`. Data
-and initial weights depend on the seed and the step alone, so that an uninterrupted run and one that was stopped and
-resumed correctly have the same losses bit for bit.
+This module is one rank, started by torchrun or the fork server. Its arguments are a folder and a JSON of `Options`.
+Data and initial weights depend only on seed and step, so an uninterrupted run and a correctly resumed run have the same
+losses bit for bit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _READER_BYTES = 32 << 30
 
 
 class Decoder(nn.Module):
-    """As large as the drill's Headway model, of torch's own layers."""
+    """A decoder of torch's own layers, about as large as the drill's Headway model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Decoder(nn.Module):
 
 
 def batch(seed: int, step: int, rank: int) -> Tensor:
-    """Tokens [4, S + 1] of a step, of which the second half repeats the first."""
+    """Tokens [4, S + 1] of a step. The second half of each sequence repeats the first."""
     chance = torch.Generator().manual_seed((seed << 40) + (step << 8) + rank)
     half = torch.randint(VOCABULARY, (4, SEQUENCE // 2 + 1), generator=chance)
     return torch.cat((half, half), dim=1)[:, : SEQUENCE + 1]
 
 
 def main() -> int:
-    """`stock FOLDER OPTIONS` trains one rank; `stock read FILE DAMAGES OUT` tries the reader on damaged files."""
+    """`stock FOLDER OPTIONS` trains one rank; `stock read FILE DAMAGES OUT` runs the reader on damaged files."""
     torch.set_num_threads(1)
     if sys.argv[1] == "read":
         return read(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def train(folder: Path, options: Options, rank: int) -> None:
-    """The loop of DeepSpeed's documentation: load what `latest` names, train, save."""
+    """The loop of DeepSpeed's documentation: load the checkpoint that `latest` names, train, save."""
     deepspeed = quiet_deepspeed(cpu=True)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=options.timeout_s))
     torch.manual_seed(options.seed)
@@ -105,7 +105,7 @@ def train(folder: Path, options: Options, rank: int) -> None:
 
 
 def config() -> dict[str, Any]:
-    """ZeRO-1 in bf16, the rest DeepSpeed's defaults."""
+    """ZeRO-1 in bf16; all other settings are DeepSpeed's defaults."""
     return {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
@@ -123,8 +123,9 @@ def _record(file: Any, rank: int, value: dict[str, Any]) -> None:
 
 
 def _dying(engine: Any, rank: int, die: str) -> None:
-    """Let the rank be killed at its n-th file of a kind: "model" or "optim", before, inside (half of it is written) or
-    after it; or at "latest", just before that is written.
+    """Let the rank kill itself when it writes its n-th file of a kind.
+
+    Kinds "model" and "optim": before, inside (half of the file is written) or after it. Kind "latest": before it.
     """
     who, nth, kind, moment = die.split("/")
     if int(who) != rank:
@@ -165,14 +166,14 @@ def _kill() -> None:
 
 
 def read(path: Path, damages: list[list[int]], out: Path) -> int:
-    """Read the file once for each damage, [length, bit]: cut to the length, and with that bit flipped (-1: none).
+    """Read the file once per damage [length, bit]: truncated to the length, and with that bit flipped (-1: none).
 
-    Writes one line for each: refused, changed (a value differs from that of the whole file, and nothing was said) or
-    equal. A process that dies at one has written what came before.
+    Writes one line per damage: refused, changed (a value differs from the original without an error), or equal. If the
+    process dies at one damage, the lines of the earlier ones are written.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    resource.setrlimit(resource.RLIMIT_AS, (_READER_BYTES, _READER_BYTES))  # a flipped size asks for anything
+    resource.setrlimit(resource.RLIMIT_AS, (_READER_BYTES, _READER_BYTES))  # a flipped bit may request a huge size
     engine = TorchCheckpointEngine()
     engine.zipfile_serialization = True
     body = path.read_bytes()
@@ -182,7 +183,7 @@ def read(path: Path, damages: list[list[int]], out: Path) -> int:
             copy.write_bytes(damaged(body, length, bit))
             try:
                 same = flat(engine.load(str(copy), map_location="cpu")) == whole
-            except Exception:  # whatever it is, it was noticed
+            except Exception:  # any exception means that the damage was detected
                 results.write("refused\n")
             else:
                 results.write("equal\n" if same else "changed\n")
@@ -191,7 +192,7 @@ def read(path: Path, damages: list[list[int]], out: Path) -> int:
 
 
 def flat(value: Any) -> Any:
-    """Something that is equal where all values below are, bit for bit."""
+    """A structure that compares equal if and only if all nested values are equal bit for bit."""
     if isinstance(value, Tensor):
         raw = value.detach().contiguous().cpu()
         return str(raw.dtype), tuple(raw.shape), raw.flatten().view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What is right: the same rule for stock DeepSpeed and for Headway."""
+"""Judge a run after a fault, by the same rule for stock DeepSpeed and for Headway."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-RULE = """After the fault the same command is started again, once. *Resumed*: it went on from a whole checkpoint to \
-the losses of the uninterrupted training, bit for bit. *Stopped*: it refused or failed with an error, and somebody \
-has to look. *Wrong*: it went on from a damaged or foreign checkpoint without noticing, began anew at step 0 although \
-there were checkpoints, had other losses in the end, left processes that go on writing, or did not notice a rank that \
-stands still."""
+RULE = """After the fault, the same command is started once more. *Resumed*: it continued from a complete checkpoint, \
+and its losses equal those of the uninterrupted training bit for bit. *Stopped*: it refused or failed with an error, \
+so a person has to act. *Wrong*: it continued from a damaged or foreign checkpoint without an error, restarted at \
+step 0 although there were checkpoints, had different losses at the end, left processes that continue to write, or \
+did not detect a stopped rank."""
 
 Kind = Literal["resumed", "stopped", "wrong"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What was seen of one side after one fault.
+    """Observations of one side after one fault.
 
-    `begun_from`: the steps that starts after the fault went on from; `had`: the newest checkpoint there was, 0 for
-    none; `damaged`: steps whose checkpoints were damaged; `orphans`: processes that were there when they should not
-    have been any more; `unnoticed_s`: so long a standing rank was watched in vain; `said`: last words of one that did
-    not come to its end.
+    `begun_from`: steps from which the starts after the fault continued. `had`: step of the newest checkpoint, 0 for
+    none. `damaged`: steps whose checkpoints were damaged. `orphans`: processes that outlived their launcher.
+    `unnoticed_s`: seconds for which a stopped rank was not detected; None if it was. `said`: last error message of a
+    training that did not complete.
     """
 
     begun_from: tuple[int, ...] = ()
@@ -38,32 +38,32 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`why`: in a few words, equal for what is alike."""
+    """`why`: short reason, with equal texts for equal causes, because they are counted."""
 
     kind: Kind
     why: str = ""
 
 
 def judge(seen: Seen) -> Verdict:
-    """By the rule; what is wrong comes before what stopped."""
+    """Apply `RULE`. A wrong behaviour takes precedence over a stop."""
     if seen.orphans:
         return Verdict(kind="wrong", why=f"{seen.orphans} orphans trained {seen.orphan_steps} more steps in 5 s")
     if seen.unnoticed_s is not None:
         return Verdict(kind="wrong", why=f"not noticed in {seen.unnoticed_s:.0f} s")
     if set(seen.begun_from) & seen.damaged:
-        return Verdict(kind="wrong", why="went on from the damaged checkpoint")
+        return Verdict(kind="wrong", why="continued from the damaged checkpoint")
     if seen.had and 0 in seen.begun_from:
-        return Verdict(kind="wrong", why="began anew at step 0")
+        return Verdict(kind="wrong", why="restarted at step 0")
     if not seen.complete:
-        return Verdict(kind="stopped", why=seen.said or "ended without a word")
+        return Verdict(kind="stopped", why=seen.said or "ended without an error message")
     if not seen.same_losses:
-        return Verdict(kind="wrong", why="other losses in the end")
+        return Verdict(kind="wrong", why="different losses at the end")
     return Verdict(kind="resumed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One fault against one side. `facts`: numbers of this kind of fault (seconds until it was noticed, ...)."""
+    """One fault injected into one side. `facts`: numbers of this kind of fault (seconds until detection, ...)."""
 
     fault: str
     number: int
@@ -80,9 +80,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Readings:
-    """What a side's reader of checkpoints did with damaged files: one damage each, no training around it.
+    """Counts of how a side's checkpoint reader handled damaged files, without training.
 
-    `changed`: read, with another value, and nothing said; `equal`: read, and no value differs.
+    `refused`: reading failed. `changed`: read with a different value and without an error. `equal`: read, and no value
+    differs.
     """
 
     fault: str
@@ -93,8 +94,8 @@ class Readings:
 
 
 def held(trials: Sequence[Trial], readings: Sequence[Readings], side: str, faults: Sequence[str]) -> bool:
-    """Whether a side resumed after every trial of these faults, one at least each, and its reader let no changed value
-    through.
+    """Whether a side resumed in all trials of these faults, with at least one trial each, and its reader accepted no
+    changed value.
     """
     kinds = {fault: {t.verdict.kind for t in trials if t.side == side and t.fault == fault} for fault in faults}
     return all(found == {"resumed"} for found in kinds.values()) and not any(

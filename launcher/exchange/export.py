@@ -1,4 +1,4 @@
-"""`headway export`: a run's weights as a folder for others, as a Llama of Hugging Face or with a config of our own."""
+"""`headway export`: write a run's weights as a Hugging Face Llama, or as safetensors with Headway's own config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from headway.parallel.config import CheckpointError
 
 MIN_SHARD_BYTES = 1 << 10
 SPARE_BYTES = 64 << 20
-"""Disk that is left for what is not tensors."""
+"""Disk space for files other than tensors."""
 
 
 def export(
@@ -39,12 +39,12 @@ def export(
     step: int | None = None,
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
 ) -> int:
-    """Write the weights of a run's newest whole checkpoint, or that of `step`, into the new folder `out`.
+    """Write the weights of a run's newest complete checkpoint, or of the checkpoint of `step`, to the new folder `out`.
 
-    `to` hf: a LlamaForCausalLM; its logits are compared with ours where transformers is installed. Raises SpecError
-    where a Llama has no counterpart of the mechanism or `out` is taken, NoInputError where `path` is no run,
-    CheckpointError where the checkpoint is not whole, DataError where the run's tokenizer is gone, HeadwayError where
-    logits differ. `out` is then not there.
+    `to` hf: a LlamaForCausalLM. Its logits are compared with Headway's if transformers is installed. Raises SpecError
+    if a Llama cannot express the mechanism or `out` exists, NoInputError if `path` is not a run, CheckpointError if the
+    checkpoint is incomplete, DataError if the run's tokenizer is missing, HeadwayError if logits differ. After an error
+    `out` does not exist.
     """
     if max_shard_bytes < MIN_SHARD_BYTES:
         raise SpecError(f"--max-shard-bytes: {max_shard_bytes} is too small; use 5e9, or leave it out")
@@ -116,10 +116,10 @@ def _write_llama(
 
 
 def said(found: dict[str, Difference] | None) -> str:
-    """What was compared, for people."""
+    """Result of the comparison with transformers, as text."""
     if found is None:
         return "logits not compared: transformers is not installed"
-    return "largest difference of logits to transformers: " + ", ".join(
+    return "largest difference from the logits of transformers: " + ", ".join(
         f"{difference} on {name} tokens" for name, difference in found.items()
     )
 
@@ -149,19 +149,22 @@ def _write_ours(
     again = hf.load_exported(folder)
     with torch.no_grad():
         if not torch.equal(again.logits(ids), decoder.logits(ids)):
-            raise HeadwayError(f"{folder}: read back, its logits differ; nothing was written. Please report this")
-    return "read back: logits equal bit for bit"
+            raise HeadwayError(
+                f"{folder}: the logits of the written weights differ from the run's; the folder was removed. Please "
+                "report this with the spec"
+            )
+    return "the logits of the written weights equal the run's bit for bit"
 
 
 def readme(config: hf.ExportedConfig) -> str:
-    """README.md of a folder in our own format."""
+    """Text of README.md for a folder in Headway's own format."""
     return (
         f"# Weights of a {config.attention.type} decoder\n\n{config.source[0].upper()}{config.source[1:]}.\n\n"
         "safetensors in fp32; config.json holds the decoder's `model` and `attention` and the sha256 of every file.\n\n"
         "    from headway.model.huggingface.folder import load_exported\n\n"
-        '    decoder = load_exported("FOLDER")      # reads tensors and JSON; executes nothing of the folder\n'
+        '    decoder = load_exported("FOLDER")      # reads tensors and JSON; executes no code from the folder\n'
         "    logits = decoder.logits(tokens)        # tokens [B, S] int64 -> [B, S, V]\n\n"
-        '`headway generate FOLDER "prompt"` continues text; a spec with `init.weights: FOLDER` trains on from here.\n'
+        '`headway generate FOLDER "prompt"` continues text. A spec with `init.weights: FOLDER` starts from them.\n'
     )
 
 
@@ -170,12 +173,12 @@ def _origin(spec: Spec, found: Checkpoint) -> str:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:
-    """Written, read back and compared. Raises CheckpointError where the disk is too small or gives back others."""
+    """Write tensors, read them back and compare. Raises CheckpointError if the disk is full or a tensor differs."""
     need = sum(t.numel() * t.element_size() for t in tensors.values()) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
-            f"{folder.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free space, or name another folder"
+            f"{folder.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free space, or use another folder"
         )
     with console.progress("write tensors", len(tensors), "tensors") as bar:
         names = hf.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -184,13 +187,15 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
         back.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
             if not torch.equal(back[name], tensor):
-                raise CheckpointError(f"{folder}: {name} reads back as other numbers; check the disk, and export again")
+                raise CheckpointError(
+                    f"{folder}: {name} has other values when read back; check the disk, and export again"
+                )
             bar.update()
     return names
 
 
 def validation_tokens(spec: Spec) -> Tensor:
-    """[SEQUENCES at most, LENGTH at most] int64 of the run's validation data."""
+    """Tokens of the run's validation data, int64 of shape [at most SEQUENCES, at most LENGTH]."""
     from headway.data.loader import validation_batches
 
     batches = validation_batches(

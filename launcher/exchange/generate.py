@@ -1,4 +1,4 @@
-"""`headway generate`: continue a prompt with a run's newest checkpoint, token by token, from a KV cache."""
+"""`headway generate`: continue a prompt with a run's newest checkpoint, token by token, with a KV cache."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from headway.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
-"""Prompt tokens per forward pass: bounds the memory of a long prompt; the result does not depend on it."""
+"""Prompt tokens per forward pass. It limits the memory for a long prompt and does not change the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0: always the likeliest; `top_p`: of the smallest set of tokens that
-    holds this probability; `seed` makes a sample repeatable.
+    """How the next token is selected.
+
+    `temperature` 0: always the most likely token. `top_p`: sample from the smallest set of tokens with this total
+    probability. `seed`: equal seeds give equal samples.
     """
 
     tokens: int
@@ -38,21 +40,24 @@ class Sampling:
     seed: int
 
     def check(self) -> None:
-        """Raises SpecError where a value makes no sense."""
+        """Raises SpecError if a value is out of range."""
         if self.tokens < 1:
-            raise SpecError(f"--tokens: {self.tokens} new tokens; give at least 1, such as --tokens 100")
+            raise SpecError(f"--tokens: {self.tokens} is too small; use at least 1, such as --tokens 100")
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 100:
-            raise SpecError(f"--temperature: {self.temperature}; give 0 (the likeliest token) or 0.001 to 100, say 0.8")
+            raise SpecError(
+                f"--temperature: {self.temperature} is out of range; use 0 (the most likely token) or 0.001 to 100, "
+                "such as 0.8"
+            )
         if not 0 < self.top_p <= 1:
-            raise SpecError(f"--top-p: {self.top_p} is no probability; give more than 0 and at most 1, such as 0.95")
+            raise SpecError(f"--top-p: {self.top_p} is out of range; use more than 0 and at most 1, such as 0.95")
 
 
 def generate(path: Path, prompt: str, sampling: Sampling) -> int:
-    """Print the prompt and its continuation to stdout, what it cost to stderr.
+    """Print the prompt and its continuation to stdout, and times and cache size to stderr.
 
-    `path`: a run, or a folder of exported or imported weights. A model of synthetic data has no text: its prompt and
-    its output are token ids. Raises NoInputError where `path` is neither, CheckpointError where a run has no whole
-    checkpoint, WeightsError where such a folder is not whole, DataError where the tokenizer is gone or another.
+    `path`: a run, or a folder of exported or imported weights. For a model of synthetic data, prompt and output are
+    token ids. Raises NoInputError if `path` is neither a run nor such a folder, CheckpointError if the run has no
+    complete checkpoint, WeightsError if the folder is incomplete, DataError if the tokenizer is missing or differs.
     """
     sampling.check()
     run = RunDir(path)
@@ -64,8 +69,8 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
         raise NoInputError(not_a_run(path))
     if len(ids) + sampling.tokens > seq_len:
         console.note(
-            f"note: {len(ids)} prompt and {sampling.tokens} new tokens are more than the {seq_len} the run "
-            "was trained on; what lies beyond was never practised"
+            f"note: {len(ids)} prompt tokens and {sampling.tokens} new tokens are more than the {seq_len} tokens per "
+            "sequence of the training; the text may degrade beyond that length"
         )
     console.note(f"{title}, {len(ids)} prompt tokens")
     printer = _Printer(codec)
@@ -85,7 +90,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
 
 
 def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """(model, codec, ids of the prompt, tokens of a training sequence, what it is)."""
+    """(model, codec, token ids of the prompt, tokens per training sequence, title)."""
     spec = stored_spec(run)
     codec = Codec.of(spec, run)
     ids = codec.encode(prompt)
@@ -94,7 +99,7 @@ def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, s
 
 
 def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """The same of a folder of weights."""
+    """As `_of_run`, for a folder of weights."""
     from headway.model.huggingface import folder as hf
 
     config = hf.read_exported(folder)
@@ -104,9 +109,9 @@ def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], i
 
 
 def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:
-    """(the run's model in evaluation mode with its newest whole checkpoint or that of `step`, the step of that).
+    """(model in evaluation mode, with the run's newest complete checkpoint or that of `step`; its step).
 
-    Needs no DeepSpeed.
+    Does not need DeepSpeed.
     """
     from headway.launcher.run.weights import find_checkpoint, load_decoder
 
@@ -115,13 +120,13 @@ def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decode
 
 
 def _ready(model: Decoder, shape: ModelConfig, *, cpu: bool = False) -> Decoder:
-    """On the GPU where there is one and `cpu` is false; weighted GQA folded."""
+    """Fold weighted GQA, and move the model to the GPU if there is one and `cpu` is false."""
     import torch
 
     from headway.model.attention.wgqa import WgqaConfig
     from headway.model.convert import fold_decoder
 
-    if isinstance(model.attention, WgqaConfig):  # else every token would merge all heads' keys and values anew
+    if isinstance(model.attention, WgqaConfig):  # so that the heads' keys and values are not merged again per token
         model = fold_decoder(model, shape)
     return model.eval().requires_grad_(False).to("cuda" if not cpu and torch.cuda.is_available() else "cpu")
 
@@ -129,7 +134,7 @@ def _ready(model: Decoder, shape: ModelConfig, *, cpu: bool = False) -> Decoder:
 def continuation(
     model: Decoder, ids: list[int], sampling: Sampling, *, eos_id: int | None, stats: dict[str, Any]
 ) -> Iterator[int]:
-    """New token ids, one by one, until `sampling.tokens` or the end of the document; `stats` is filled on the way."""
+    """Yield new token ids until `sampling.tokens` or the end of the document. Updates `stats` with times and sizes."""
     import torch
 
     device = next(model.parameters()).device
@@ -162,12 +167,12 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     if sampling.temperature == 0:
         return int(logits.argmax())
     p, order = torch.softmax(logits.float() / sampling.temperature, -1).sort(descending=True)
-    p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0.0)  # the first token past the border still belongs
+    p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0.0)  # includes the token that crosses top_p
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
 class _Printer:
-    """Prints text as soon as it is whole: a letter may be spread over several tokens."""
+    """Prints text as soon as its last character is complete. One character may be split over several tokens."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec, self._ids, self._shown = codec, [], ""

@@ -1,4 +1,4 @@
-"""`headway import`: a Llama of Hugging Face as weights to generate with and to train from, and the spec of it."""
+"""`headway import`: convert a Hugging Face Llama to weights for generation and training, with a spec of its model."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def import_hf(source: Path, out: Path) -> int:
     """Write the Llama in the folder `source` into the new folder `out`: weights in fp32, config, tokenizer, spec.
 
-    Its logits are compared with those of transformers where that is installed. Raises NoInputError where `source` is no
-    folder, WeightsError where it is another architecture or not whole, SpecError where `out` is taken, HeadwayError
-    where logits differ. `out` is then not there.
+    Its logits are compared with those of transformers if that is installed. Raises NoInputError if `source` is not a
+    folder, WeightsError if it has another architecture or is incomplete, SpecError if `out` exists, HeadwayError if
+    logits differ. After an error `out` does not exist.
     """
     if not source.is_dir():
         raise NoInputError(f"{source}: no such folder; name one with config.json and model.safetensors")
@@ -41,7 +41,7 @@ def import_hf(source: Path, out: Path) -> int:
     config = source / hf.CONFIG
     raw = hf.read_mapping(config)
     if raw.get("format") == hf.FORMAT:
-        raise SpecError(f"{source}: these are weights of Headway already; use them as they are, or name another folder")
+        raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
     try:
         shape = read_llama_config(raw)
     except ValueError as e:
@@ -78,7 +78,7 @@ def import_hf(source: Path, out: Path) -> int:
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
         return 0
     console.result(f"{out}: {parameters:,} parameters; {result}")
-    console.say(f"train from it with a spec that begins with `base: {out / SPEC}`")
+    console.say(f"to train from these weights, begin a spec with `base: {out / SPEC}`")
     return 0
 
 
@@ -88,13 +88,13 @@ def _refuse_pickles(source: Path) -> None:
     pickles = sorted(path.name for path in source.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise WeightsError(
-            f"{source / pickles[0]}: is a pickle, and reading one runs whatever it says; use the checkpoint's "
-            f"safetensors, or have its author convert it"
+            f"{source / pickles[0]}: is a pickle, and loading a pickle can execute code; use the safetensors version "
+            "of the checkpoint, or ask its author for one"
         )
 
 
 def fill(decoder: Decoder, files: TensorFiles, shape: LlamaShape) -> None:
-    """Set every tensor of the decoder from a Llama's. Raises WeightsError for missing, unknown and misshapen ones."""
+    """Copy a Llama's tensors into the decoder. Raises WeightsError for missing or unknown tensors and wrong shapes."""
     state, source = decoder.state_dict(), files.folder
     wanted = {llama_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     derived = {name for name in set(files) - set(wanted) if is_derived(name, files[name], shape)}
@@ -106,8 +106,8 @@ def fill(decoder: Decoder, files: TensorFiles, shape: LlamaShape) -> None:
     head = llama_name("head")
     if head in derived and not bool((_as_fp32(files[head], head, source) == state["embedding"]).all()):
         raise WeightsError(
-            f"{source}: {head} differs from the embedding, and config.json says that they are tied; use a whole "
-            f"checkpoint, or mend tie_word_embeddings"
+            f"{source}: {head} differs from the embedding, but config.json says that they are tied; use a complete "
+            f"checkpoint, or fix tie_word_embeddings"
         )
 
 
@@ -117,12 +117,12 @@ def _as_fp32(tensor: Tensor, name: str, source: Path) -> Tensor:
             f"{source}: {name} is {tensor.dtype}; use a checkpoint in float32, or one in bfloat16 or float16"
         )
     if not bool(tensor.isfinite().all()):
-        raise WeightsError(f"{source}: {name} holds numbers that are not finite; restore the folder, or name another")
+        raise WeightsError(f"{source}: {name} has NaN or Inf values; restore the folder, or use another one")
     return tensor.to(float32)
 
 
 def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
-    """(token put before a prompt, token that ends a document), as tokenizer.json and config.json say."""
+    """(BOS token, EOS token) from tokenizer.json and config.json; None if there is none."""
     file = source / hf.TOKENIZER
     if not file.exists():
         return None, shape.eos_token_id
@@ -135,13 +135,13 @@ def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
         tokenizer: Any = Tokenizer.from_file(str(file))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
+    except BaseException as e:  # the library raises Exception, and Rust panics, which are not subclasses of Exception
         raise WeightsError(f"{file}: not a tokenizer.json ({e}); restore it, or remove it") from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= shape.vocab_size:
         raise WeightsError(
-            f"{file}: has the token {largest}, config.json a vocab_size of {shape.vocab_size}; use the tokenizer of "
-            f"this checkpoint, or remove it"
+            f"{file}: contains token {largest}, but config.json has a vocab_size of {shape.vocab_size}; use the "
+            f"tokenizer of this checkpoint, or remove it"
         )
     plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
@@ -149,7 +149,7 @@ def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
 
 
 def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
-    """The sections of a spec that are decided; the others are the user's."""
+    """Text of a spec with model, attention and init. The user adds the other sections."""
     model = config.model.model_dump(mode="json")
     attention = config.attention.model_dump(mode="json", exclude_defaults=True)
     sections = {
@@ -158,8 +158,8 @@ def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
         "init": {"weights": str(out), "sha256": hf.sha256_of(folder / hf.CONFIG)},
     }
     lines = [
-        f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` trains on from its weights; it",
-        f"# adds data (with this tokenizer, sequences of {config.seq_len} tokens at most), optimizer and train.",
+        f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` starts from its weights.",
+        f"# Add data (with this tokenizer, at most {config.seq_len} tokens per sequence), optimizer and train.",
     ]
     for section, values in sections.items():
         lines += ["", f"{section}:"]
@@ -168,7 +168,7 @@ def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
 
 
 def _first(error: ValueError) -> str:
-    """One line of what is wrong."""
+    """The first problem of a validation error, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

@@ -1,4 +1,4 @@
-"""What is executed on each host, and in which environment: the same for a real start and for `--dry-run`."""
+"""The command and the environment of each host, for a real start and for `--dry-run` alike."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from headway.launcher.run.run_dir import RunDir
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
-# Where programs, the user, libraries, caches and devices are on a host. Anything else that ranks are to see stands in
-# the spec (launch.env), so that a run does not depend on the shell of each host.
+# Variables that locate programs, the user, libraries, caches and devices on a host. All other variables of the ranks
+# must be in the spec (launch.env), so that a run does not depend on the shell of each host.
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE"),
     *("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
     *("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME", "SSL_CERT_FILE"),
-    "HEADWAY_FAULT",  # a drill: headway.parallel.fault_points
+    "HEADWAY_FAULT",  # fault injection in tests: headway.parallel.fault_points
 )
 
 
 def command(spec: Spec, run: RunDir, *, host: int = 0, port: int | str | None = None) -> list[str]:
-    """What the launcher of a host executes: torchrun or DeepSpeed's launcher around the worker, or one worker alone.
+    """The command that the launcher of a host executes: torchrun or DeepSpeed's launcher, or a single worker directly.
 
-    `port`: of the rendezvous; None takes the spec's, and any free one on a single host.
+    `port`: port of the rendezvous; None: the spec's, or any free port on a single host.
     """
     launch, worker = spec.launch, ["headway.launcher.train.worker", str(run.path.resolve())]
     python = [sys.executable, "-P", "-m"]
@@ -44,24 +44,25 @@ def command(spec: Spec, run: RunDir, *, host: int = 0, port: int | str | None = 
         return [*python, *worker]
     where = ["--standalone"]
     if launch.hosts > 1:
-        assert launch.address is not None, "LaunchConfig asks for it, and a job of Slurm brings it"
+        assert launch.address is not None, "LaunchConfig requires it, and a Slurm job sets it"
         where = ["--node-rank", str(host), "--master-addr", launch.address, "--master-port", str(port or _port(spec))]
     elif launch.port is not None:
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{launch.port}", "--rdzv-id", "headway"]
     return [
         *[*python, "torch.distributed.run", *where, "--nnodes", str(launch.hosts)],
-        # What torchrun writes for itself would else stay in the temporary folder when it is killed.
+        # By default torchrun writes to the temporary folder, and leaves its files there when it is killed.
         *["--log-dir", str(torchrun_folder(run)), "--nproc-per-node", str(launch.processes)],
         *["--max-restarts", "0", "-m", *worker],
     ]
 
 
 def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str, str]:
-    """What Headway sets for the ranks. `interface` of this host is for several hosts; the spec's comes first."""
+    """Variables that Headway sets for the ranks. `interface`: for several hosts; launch.interface overrides it."""
     launch, cores = spec.launch, len(os.sched_getaffinity(0))
     threads = launch.threads or max(1, cores // launch.processes)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    if "HOME" in os.environ:  # else torch keeps compiled code in /tmp, under a name that others can take first
+    # By default torch caches compiled code in /tmp, under a name that another user can create first.
+    if "HOME" in os.environ:
         env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ["HOME"]) / ".cache" / "headway" / "inductor")
     interface = launch.interface or interface
     if interface is not None:
@@ -73,7 +74,7 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
 
 
 def check_caches(environment: Mapping[str, str]) -> None:
-    """Raises SpecError where others may write into a folder out of which ranks load compiled code."""
+    """Raises SpecError if other users can write to a folder from which ranks load compiled code."""
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"):
         folder = environment.get(name)
         if folder is None or not (path := Path(folder)).is_dir():
@@ -81,40 +82,40 @@ def check_caches(environment: Mapping[str, str]) -> None:
         found = path.stat()
         if found.st_mode & 0o022 or found.st_uid not in (0, os.getuid()):
             raise SpecError(
-                f"{name}: others can write into {printable(folder, 300)}, and ranks run the code they find there; "
-                f"take that away with `chmod go-w` (and own it), or unset {name}"
+                f"{name}: ranks run code from {printable(folder, 300)}, and other users can write to it; make it your "
+                f"own folder and run `chmod go-w` on it, or unset {name}"
             )
 
 
 def forwarded(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
-    """Values of launch.env; raises SpecError where one is to be taken from an environment that does not have it."""
+    """Values of launch.env. Raises SpecError if a variable with value null is missing in `environment`."""
     missing = [name for name, value in spec.launch.env.items() if value is None and name not in environment]
     if missing:
         raise SpecError(
-            f"launch.env: {', '.join(missing)} not set where this command was started; set it there, or give the value "
-            "in the spec"
+            f"launch.env: {', '.join(missing)} not set in the environment of this command; set it there, or write its "
+            "value in the spec"
         )
     return {name: environment[name] if value is None else value for name, value in spec.launch.env.items()}
 
 
 def full_environment(spec: Spec, extra: Mapping[str, str], *, interface: str | None = None) -> dict[str, str]:
-    """The whole environment of the ranks: this host's own of `INHERITED`, `extra` (launch.env), and Headway's."""
+    """The whole environment of the ranks: `INHERITED` from this host, `extra` (launch.env), and Headway's variables."""
     own = {name: os.environ[name] for name in INHERITED if name in os.environ}
     return {**own, **extra, **worker_environment(spec, interface=interface)}
 
 
 def torchrun_folder(run: RunDir) -> Path:
-    """For what torchrun writes for itself; removed at the end of each start."""
+    """Folder for torchrun's own log files; removed at the end of each start."""
     return run.logs.resolve() / "torchrun"
 
 
 def hostfile(run: RunDir) -> Path:
-    """Where the hostfile for DeepSpeed's launcher is written."""
+    """Path of the hostfile that Headway writes for DeepSpeed's launcher."""
     return run.path.resolve() / "hostfile"
 
 
 def free_port() -> int:
-    """A port that no process listens at now."""
+    """A port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -128,9 +129,9 @@ def _port(spec: Spec) -> int:
 
 
 def dry_run_text(spec: Spec, run: RunDir, *, names: Sequence[str] | None = None, port: int | str | None = None) -> str:
-    """Environment and command of every host, as a shell would read them.
+    """Environment and command of every host, in shell syntax.
 
-    A variable that a host takes from its own environment is shown as such, so secrets stay where they are.
+    A variable that a host takes from its own environment is shown as a reference, so that no secret is printed.
     """
     launch = spec.launch
     if launch.hosts == 1:

@@ -1,8 +1,8 @@
-"""Bring the launchers of all hosts together before a model is built: who is there, on what, and who reaches whom.
+"""Connect the launchers of all hosts before a model is built, and check that they agree and reach each other.
 
-The first host listens at launch.address, at the port behind that of the rendezvous. Every other host shows that it sees
-the run folder by a number that the first host wrote into it, which at the same time keeps strangers out. Then all
-compare what must be equal, and each connects to each.
+The first host listens at launch.address, one port above that of the rendezvous. Every other host proves that it sees
+the run folder: it knows a secret number that the first host wrote there. This also keeps other programs out. Then the
+first host compares everything that must be equal, and every host tries to connect to every other host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.control import Hub, Link
 from headway.launcher.hosts.faults import Ended, Fault
-from headway.launcher.hosts.gather import Hall, host_name, open_door, try_all
+from headway.launcher.hosts.gather import NEXT_STEP, Hall, host_name, open_door, try_all
 from headway.launcher.hosts.place import Place, rendezvous_port
 from headway.launcher.hosts.restarts import Restarts
 from headway.launcher.hosts.shared import Secret
@@ -26,7 +26,7 @@ from headway.launcher.spec.spec import Spec
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """What a host knows once all are there. `interface`: the network interface that leads to the others."""
+    """What a host knows once all hosts are connected. `interface`: the network interface towards the other hosts."""
 
     place: Place
     control: Hub | Link
@@ -37,12 +37,12 @@ class Joined:
 def join(
     spec: Spec, run: RunDir, host: int, equal: dict[str, Any], *, env: dict[str, str], restarts: Restarts
 ) -> Joined:
-    """Meet the other hosts and check that all agree and reach each other, within launch.rendezvous_s.
+    """Connect to the other hosts and check that all agree and reach each other, within launch.rendezvous_s.
 
-    `equal`: name of a thing that must be the same on all hosts -> its value. `env`: values of launch.env, which the
-    first host gives to all. `restarts`: the run's budget, of which the first host disposes. Raises SpecError, or
-    HeadwayError naming the hosts that are missing, differ, or cannot reach each other; every host that could be told
-    raises the same.
+    `equal`: name -> value that must be the same on all hosts. `env`: values of launch.env, which the first host sends
+    to all hosts. `restarts`: the restart budget of the run, which the first host manages. Raises SpecError, or
+    HeadwayError that names the hosts that are missing, differ, or cannot reach each other. Every host that can be
+    notified raises the same error.
     """
     deadline = time.monotonic() + spec.launch.rendezvous_s
     network = _Network(spec)
@@ -53,18 +53,18 @@ def join(
 
 
 class _Network:
-    """This host in the network of the run."""
+    """Addresses and interfaces of this host in the network of the run."""
 
     def __init__(self, spec: Spec) -> None:
         self._addresses, self._interface = interfaces(), spec.launch.interface
         if self._interface is not None and self._interface not in self._addresses:
             raise SpecError(
-                f"launch.interface: {self._interface} is not on this host, or has no IPv4 address; it has "
-                f"{', '.join(sorted(self._addresses)) or 'none'}: use one of them, or leave launch.interface out"
+                f"launch.interface: this host has no interface {self._interface} with an IPv4 address; use one of "
+                f"{', '.join(sorted(self._addresses)) or '(none found)'}, or remove launch.interface from the spec"
             )
 
     def address(self, used: str) -> str:
-        """Where other hosts find this one: on the chosen interface, or at the address that it already talks from."""
+        """The address at which other hosts reach this one: that of launch.interface, else `used`, already in use."""
         return self._addresses[self._interface] if self._interface else used
 
     def interface(self, address: str) -> str | None:
@@ -113,7 +113,7 @@ def _come(spec: Spec, run: RunDir, network: _Network, host: int, facts: dict[str
         secret = Secret.read(run, hello["sign"], deadline)
         known = {} if secret is None else {"proof": secret.proof(hello["challenge"], host), "facts": facts}
         wire.send({"host": host, "name": facts["name"], **known})
-        # The first host gives up before this one does, and says for whom it waited.
+        # Wait longer than the first host, so that this host receives its message about the missing hosts.
         table = _next(wire, "try", hub, deadline + launch.rendezvous_s)
         ends = {number: [at, port] for number, at, port in table["try"]}
         wire.send({"failed": try_all(host, ends, table["limit_s"])})
@@ -124,14 +124,14 @@ def _come(spec: Spec, run: RunDir, network: _Network, host: int, facts: dict[str
 
 
 def _listen(ear: socket.socket, address: str, hosts: int) -> int:
-    """Let other hosts try to connect; their connections are complete without being accepted. Returns the port."""
+    """Listen so that other hosts can try to connect; the kernel completes their connections. Returns the port."""
     ear.bind((address, 0))
     ear.listen(hosts)
     return ear.getsockname()[1]
 
 
 def _call(spec: Spec, deadline: float) -> Wire:
-    """A wire to the first host, which may come later than this one."""
+    """Connect to the first host, which may start later than this one."""
     launch, port, why = spec.launch, rendezvous_port(spec) + 1, ""
     assert launch.address is not None
     while (left := deadline - time.monotonic()) > 0:
@@ -142,13 +142,13 @@ def _call(spec: Spec, deadline: float) -> Wire:
             time.sleep(min(left, 0.2))
     raise HeadwayError(
         f"host 0 did not answer at {launch.address} port {port} within {launch.rendezvous_s} s ({why}); start the same "
-        "command there with --node-rank 0 and see what it says, or name another launch.address, launch.interface or "
+        "command there with --node-rank 0 and read its output, or use another launch.address, launch.interface or "
         "launch.port"
     )
 
 
 def _next(wire: Wire, key: str, hub: str, deadline: float) -> dict[str, Any]:
-    """The next message, which has the key. Raises what the first host says instead, or that it is gone."""
+    """The next message with `key`. Raises the error that the first host sends instead, or a loss of the connection."""
     while time.monotonic() < deadline:
         if (message := wire.take()) is not None:
             if "end" in message:
@@ -157,6 +157,6 @@ def _next(wire: Wire, key: str, hub: str, deadline: float) -> dict[str, Any]:
             if key in message:
                 return message
         elif wire.closed:
-            raise HeadwayError(f"the launcher on {hub} went away during the start; see what it says there")
+            raise HeadwayError(f"the launcher on {hub} ended or closed the connection at the start; {NEXT_STEP}")
         time.sleep(0.02)
-    raise HeadwayError(f"the launcher on {hub} fell silent during the start; see what it says there")
+    raise HeadwayError(f"the launcher on {hub} stopped responding at the start; {NEXT_STEP}")

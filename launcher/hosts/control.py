@@ -1,7 +1,8 @@
-"""How the launchers of several hosts end together: the first host is the hub, each other one has a link to it.
+"""Let the launchers of several hosts end together: the first host is the hub, every other host has a link to it.
 
-Everyone shows every few seconds that it is there. A host that ends says why; the hub takes the best explanation, since
-ranks that lose a peer end soon after the one that is the cause, and tells it to all. Nothing here needs torch.
+Each launcher sends a sign of life every few seconds. A host that ends reports why. Ranks that lose a peer end soon
+after the rank that is the cause, so the hub selects the fault with the highest weight and sends it to all hosts.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _STEP_S = 0.1
 
 
 class Hub:
-    """Control on the first host. `wires` and `names` by host number; `names` has this host too."""
+    """Control on the first host. `wires` and `names` are keyed by host number; `names` includes this host."""
 
     def __init__(
         self, wires: dict[int, Wire], names: Mapping[int, str], restarts: Restarts, *, host_lost_s: float
@@ -28,7 +29,7 @@ class Hub:
         self._restarts = restarts
         self._wires, self._names, self._lost_s = wires, names, host_lost_s
         self._ended: dict[int, Fault | None] = {}
-        self._doubt_s: float | None = None  # since when there is a fault that may be a mere consequence
+        self._doubt_s: float | None = None  # time of the first fault, which may be only a consequence
         self._sign_s = 0.0
         self._decided, self._verdict = False, None
         for wire in wires.values():
@@ -71,7 +72,7 @@ class Hub:
             if host in self._ended:
                 continue
             if wire.closed:
-                self._note(host, Fault(text=f"the launcher on {self._names[host]} is gone; {CONTINUES}"))
+                self._note(host, Fault(text=_lost(self._names[host])))
             elif now - wire.heard_s > self._lost_s:
                 self._note(host, Fault(text=_silent(self._names[host], self._lost_s)))
 
@@ -79,7 +80,7 @@ class Hub:
         faults = [fault for fault in self._ended.values() if fault is not None]
         best = max(faults, key=lambda f: f.weight, default=None)
         everybody = len(self._ended) == len(self._wires) + 1
-        # A cause that is still to come does so within the time in which a lost host is noticed.
+        # If another host knows the cause, it reports it within the time in which a lost host is detected.
         waited = self._doubt_s is not None and time.monotonic() - self._doubt_s > self._lost_s + 2
         if everybody or waited or (best is not None and best.weight == CAUSE):
             self._decided, self._verdict = True, self._restarts.grant(best)
@@ -92,7 +93,7 @@ class Hub:
 
 
 class Link:
-    """Control on every other host. `hub`: what messages call the first one."""
+    """Control on every other host. `hub`: the name of the first host in messages."""
 
     def __init__(self, wire: Wire, hub: str, *, host_lost_s: float) -> None:
         self._wire, self._hub, self._lost_s = wire, hub, host_lost_s
@@ -126,7 +127,7 @@ class Link:
                 self._wire.close()
                 return
         if self._wire.closed:
-            text = f"the launcher on {self._hub} is gone; see what it says there; {CONTINUES}"
+            text = _lost(self._hub)
         elif now - self._wire.heard_s > self._lost_s:
             text = _silent(self._hub, self._lost_s)
         else:
@@ -135,15 +136,19 @@ class Link:
         self._wire.close()
 
 
+def _lost(name: str) -> str:
+    return f"the launcher on {name} has ended or closed its connection; read its output there; {CONTINUES}"
+
+
 def _silent(name: str, seconds: float) -> str:
     return (
-        f"{name} is lost: nothing was heard of it for {seconds:g} s (launch.host_lost_s); the host, its network or its "
-        f"launcher is down; {CONTINUES}"
+        f"{name} is lost: no sign of life for {seconds:g} s (launch.host_lost_s); check the host, its network and its "
+        f"launcher; {CONTINUES}"
     )
 
 
 def _poll(wires: Any, seconds: float) -> None:
-    """Until one of them has something to read, at most `seconds` and never long enough to miss a sign of life."""
+    """Wait until a wire has something to read, at most `seconds` and at most _STEP_S, so signs of life are not late."""
     with selectors.DefaultSelector() as selector:
         for wire in wires:
             if not wire.closed:

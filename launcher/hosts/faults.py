@@ -1,4 +1,4 @@
-"""Why a run ended: what the ranks of a host reported, or what is known of those that could not report."""
+"""Determine why a run ended: from the error reports of ranks, or from exit statuses and logs if a report is missing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONTINUES = "the same command continues from the last checkpoint"
 
 _WITHIN_STEP = ("data", "first step", "step")  # sections of a step that is not finished
 
-# How much a fault explains. The hosts of a run compare theirs: a cause is worth more than its consequences.
+# How much a fault explains. The hosts of a run compare their faults: a cause takes precedence over its consequences.
 CONSEQUENCE, STOPPED, CAUSE = 1, 2, 3
 
-# Statuses a rank gives on purpose, should it be unable to write why.
+# Exit statuses that a rank sets deliberately. They count even if the rank could not write its report.
 _EXIT_CODES = (64, 65, 66, 70, 74, 75)
 
-# What a rank says when another one went away or stopped answering: a consequence, not a cause.
+# Errors that a rank reports when it loses the connection to another rank: a consequence, not a cause.
 _PEER_LOST = re.compile(
     r"onnection (was likely )?(reset|closed|refused)|Broken pipe|failed to recv, got 0 bytes|gloo/transport|"
     r"NCCL.*remote|Timed out waiting \d+ms|timed out after \d+ seconds|Watchdog caught collective|No route to host|"
@@ -39,8 +39,10 @@ _PEER_LOST = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Why the ranks of a host ended. `weight`: CONSEQUENCE, STOPPED (by a signal, in order) or CAUSE. `again`: started
-    anew they may do better, as after the death of a process, and not after a mistake in the spec.
+    """Why the ranks of a host ended.
+
+    `weight`: CONSEQUENCE, STOPPED (a regular stop after a signal) or CAUSE. `again`: a restart may help, for example
+    after the death of a process, but not after a mistake in the spec.
     """
 
     text: str
@@ -58,7 +60,7 @@ class Fault:
 
 
 class Ended(HeadwayError):
-    """A run that did not come to its end; carries the exit status to pass on."""
+    """The run ended before its last step. Carries the exit status of the launcher."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.text)
@@ -74,14 +76,14 @@ def explain(
     died: Mapping[int, int | None],
     memory: MemoryWatch | None = None,
 ) -> Fault:
-    """Why the processes of this host ended with `status`, None where they were ended by us.
+    """Returns why the processes of this host ended with `status` (None: this launcher killed them).
 
-    `died`: ranks in the order in which they were seen to end, and how, where that could be seen. `memory` knows of
-    those that the kernel ended.
+    `died`: rank -> exit status (None if unknown), in the order in which the ranks were seen to end. `memory` knows
+    which processes the kernel killed because memory ran out.
     """
     files = [path for rank in place.ranks if (path := run.logs / f"rank-{rank}.error.json").exists()]
     files.sort(key=lambda path: path.stat().st_mtime)
-    # On a full disk a report can be cut off, or empty.
+    # On a full disk, a report can be truncated or empty.
     reports = [r for r in map(read_mapping, files) if _is_report(r)]
     known = [r for r in reports if isinstance(r.get("exit_code"), int)]
     if known:
@@ -105,15 +107,15 @@ def explain(
     lines.append(f"full logs are in {run.logs}; {CONTINUES}")
     told = next((code for *_, code in killed if code in _EXIT_CODES), None)
     weight = CAUSE if killed or causes else CONSEQUENCE
-    # What fails before anything is trained does so again: a device that is not there, a model that does not fit.
+    # An error before the first step would occur again: a missing device, a model that does not fit in memory.
     again = told is None and not signalled and (not causes or _has_stepped(run, place))
     return Fault(text="\n".join(lines), code=told or HeadwayError.exit_code, weight=weight, again=again)
 
 
 def stopped(run: RunDir, place: Place, how: str) -> Fault:
-    """The end of a run that a signal asked to stop, where no rank says that all was saved. `how`: for the message.
+    """The fault of a run that was stopped by a signal, if no rank reports that it has saved. `how`: for the message.
 
-    The status is that of a stop in order only where no step is lost.
+    The exit status is PREEMPTED only if no step is lost.
     """
     saved, done = _saved_and_done(run, place)
     lost = f"steps {saved + 1} to {done} are lost, and" if done > saved else "no step is lost, and"
@@ -122,7 +124,7 @@ def stopped(run: RunDir, place: Place, how: str) -> Fault:
 
 
 def _saved_and_done(run: RunDir, place: Place) -> tuple[int, int]:
-    """The step of the newest checkpoint, and the last one that a rank of this host has finished in this start."""
+    """The step of the newest checkpoint, and the last step that a rank of this host has finished in this start."""
     saved = max((step_of(path) for path in steps_on_disk(run.checkpoints)), default=0)
     beats = [beat for rank in place.ranks if (beat := read_beat(beat_file(run.logs, rank))) is not None]
     return saved, max((b.step - (b.section in _WITHIN_STEP) for b in beats), default=0)
@@ -135,18 +137,18 @@ def _has_stepped(run: RunDir, place: Place) -> bool:
 
 
 def _is_report(value: dict[str, Any]) -> bool:
-    """Whether it has what a rank reports, each of its type."""
+    """Whether `value` has all fields of a rank's report, with the right types."""
     kinds = {"rank": int, "type": str, "message": str}
     return all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def host_log(run: RunDir, host: int) -> Path:
-    """What the launchers of a host say."""
+    """Path of the output of torchrun or DeepSpeed's launcher on a host."""
     return run.logs / f"host-{host}.log"
 
 
 def read_pid(run: RunDir, rank: int) -> str:
-    """Process id of a rank as it wrote it."""
+    """Process id that a rank wrote to its file; "unknown" if the file cannot be read."""
     try:
         return (run.logs / f"rank-{rank}.pid").read_text(errors="replace").strip()[:20]
     except OSError:
@@ -154,7 +156,7 @@ def read_pid(run: RunDir, rank: int) -> str:
 
 
 def tail(path: Path, lines: int = 12) -> list[str]:
-    """Last lines of a log, of its latest attempt."""
+    """Last lines of a log, from its latest attempt only."""
     try:
         # Logs of earlier attempts stay in the file; each begins with this line.
         return path.read_text(errors="replace").split(ATTEMPT)[-1].splitlines()[-lines:]
@@ -163,14 +165,14 @@ def tail(path: Path, lines: int = 12) -> list[str]:
 
 
 def quoted(lines: Sequence[str]) -> list[str]:
-    """Lines of a log within a message."""
+    """Format lines of a log for a message."""
     return [f"  | {line}" for line in lines]
 
 
 def _killed_ranks(
     run: RunDir, place: Place, status: int | None, reports: list[Any], died: Mapping[int, int | None]
 ) -> list[tuple[int, str, int | None]]:
-    """(rank, process, status) of ranks that ended without a report of their own."""
+    """(rank, process, status) of ranks that ended without an error report."""
     told = {r.get("rank") for r in reports}
     if len(place.ranks) == 1 and (status is not None or died):
         rank = place.ranks[0]
@@ -178,16 +180,16 @@ def _killed_ranks(
         code = next((c for r, _, c in _in_log(text) if r == rank), _decoded(status))
         return [] if rank in told else [(rank, read_pid(run, rank), code)]
     found = [f for f in _in_log(host_log(run, place.host)) if f[0] not in told]
-    if not found:  # not every launcher says which process it was
+    if not found:  # some launchers do not report which process failed
         silent = [rank for rank in died if rank not in told]
-        passed_on = None if told else _decoded(status)  # else it may be that of a rank that told why
+        passed_on = None if told else _decoded(status)  # with a report, `status` may belong to the rank that reported
         return [(rank, read_pid(run, rank), died[rank] or passed_on) for rank in silent[:1]]
-    # The survivors were ended with SIGTERM: they did not cause anything.
+    # torchrun ends the surviving ranks with SIGTERM; they are not the cause.
     return [f for f in found if f[2] != -signal.SIGTERM] or found
 
 
 def _in_log(path: Path) -> list[tuple[int, str, int | None]]:
-    """What torchrun wrote of the ranks that failed."""
+    """(rank, process, status) of failed ranks, from torchrun's output."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -197,14 +199,14 @@ def _in_log(path: Path) -> list[tuple[int, str, int | None]]:
 
 
 def _decoded(status: int | None) -> int | None:
-    """A status that a launcher passed on: sys.exit(-9) of it arrives as 247."""
+    """Decode an exit status that torchrun or DeepSpeed's launcher forwards: its sys.exit(-9) arrives as 247."""
     return status - 256 if status is not None and status > 192 else status
 
 
 def _how(code: int | None) -> str:
     if code is None:
-        return "ended without a word"
+        return "ended without an error report"
     if code < 0:
         with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
+            return f"was killed by {signal.Signals(-code).name}"
     return f"ended with status {code}"

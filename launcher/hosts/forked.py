@@ -1,9 +1,8 @@
 """Ranks forked from a process that has imported everything: they start in about a second instead of ten.
 
-`ForkServer` is that process, for one host and for whoever starts many short runs (the chaos drill, soak, tests). While
-the environment variable HEADWAY_FORK_SERVER names its socket, launchers let it start their ranks; in all else a run is
-the one that torchrun starts. The server itself is the
-hidden verb `headway fork-server`.
+`ForkServer` starts that process, on one host. The chaos drill, soak and tests use it, because they start many short
+runs. While the environment variable HEADWAY_FORK_SERVER names its socket, launchers let it start their ranks. Apart
+from that, the run is the same as with torchrun. The server itself is the hidden verb `headway fork-server`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 
 VARIABLE = "HEADWAY_FORK_SERVER"
-_TITLE_BYTES = 4096  # room for the command line that a rank shows
+_TITLE_BYTES = 4096  # space for the command line that a rank shows in /proc
 _READY_S = 120.0
 
 
@@ -35,7 +34,7 @@ class ForkServer:
         self._folder = tempfile.TemporaryDirectory(prefix="headway-fork-")
         self.path = Path(self._folder.name) / "socket"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        # Importing torch's compiler makes a folder, which would else stay in the temporary one.
+        # Importing torch's compiler creates a folder. Without this variable it would be left in the temporary folder.
         env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
         command = [*COMMAND, "fork-server", str(self.path), str(os.getpid())]
         log = (Path(self._folder.name) / "log").open("wb")
@@ -44,11 +43,11 @@ class ForkServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the launchers whose ranks the server is to start."""
+        """Environment variables for launchers whose ranks the server shall start."""
         return {VARIABLE: str(self.path)}
 
     def wait_ready(self) -> None:
-        """Until it has imported everything. Raises RuntimeError with its last words where it cannot."""
+        """Wait until it has imported everything. Raises RuntimeError with the end of its log if it cannot start."""
         end = time.monotonic() + _READY_S
         while not self.path.exists():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -56,7 +55,7 @@ class ForkServer:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """End it and every rank it has started."""
+        """End the server and every rank it has started."""
         self._process.terminate()
         self._process.wait()
         self._folder.cleanup()
@@ -70,7 +69,10 @@ class ForkServer:
 
 
 class Forked:
-    """What the server has started, as `subprocess.Popen` shows it: torchrun around ranks, or a `headway` command."""
+    """A process that the server has started, with the interface of `subprocess.Popen`.
+
+    It is either a process that takes torchrun's place around ranks, or a `headway` command.
+    """
 
     def __init__(self, server: str | Path, request: Mapping[str, Any], stdout: int, stderr: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -85,17 +87,17 @@ class Forked:
 
     @classmethod
     def ranks(cls, server: str, worker: list[str], processes: int, env: Mapping[str, str], stderr: int) -> Forked:
-        """`processes` ranks of the module and arguments `worker`, each to call its `main()`, in environment `env`."""
+        """Start `processes` ranks in environment `env`. `worker`: module, whose `main()` is called, and arguments."""
         return cls(server, {"worker": worker, "processes": processes, "env": dict(env)}, 1, stderr)
 
     @classmethod
     def headway(cls, server: ForkServer, arguments: list[str], *, cwd: Path, log: int, **env: str) -> Forked:
-        """`headway ARGUMENTS` in `cwd`, with `env` added to the environment; all it says goes to the descriptor."""
+        """Start `headway ARGUMENTS` in `cwd` with `env` added to the environment. Its output goes to `log`."""
         environment = {**console.plain_environment(), **server.environment, **env}
         return cls(server.path, {"arguments": arguments, "env": environment, "cwd": str(cwd)}, log, log)
 
     def poll(self) -> int | None:
-        """How it ended, negative for a signal; None while it runs."""
+        """Exit status, negative for a signal; None while it runs."""
         if self.returncode is None:
             with contextlib.suppress(BlockingIOError):
                 answer = self._socket.recv(4096)

@@ -1,4 +1,4 @@
-"""The first host's part in bringing the hosts together: let them in, compare them, let each connect to each."""
+"""The first host's part of `connect`: admit the other hosts, compare them, and let all try to connect to each other."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from headway.launcher.hosts.wire import Wire, hang_up, interfaces
 from headway.launcher.run.run_dir import difference
 from headway.launcher.spec.spec import Spec
 
-_AT_ONCE = 64  # connections that a host tries together
+NEXT_STEP = "read its output on that host, then start the same commands again"
+_AT_ONCE = 64  # connections that a host tries in parallel
 
 
 def host_name(host: int, facts: Mapping[str, Any]) -> str:
-    """What messages call a host."""
+    """Name of a host in messages."""
     return f"host {host} ({facts['name']}, {facts['address']})"
 
 
 def open_door(spec: Spec) -> socket.socket:
-    """Where the launchers of the other hosts come to. Raises SpecError where this host cannot listen there."""
+    """Listening socket for the launchers of the other hosts. Raises SpecError if this host cannot listen there."""
     address, port = spec.launch.address, rendezvous_port(spec) + 1
-    assert address is not None, "LaunchConfig asks for it, and a job of Slurm brings it"
+    assert address is not None, "LaunchConfig requires it, and a Slurm job sets it"
     door = socket.socket()
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -38,14 +39,14 @@ def open_door(spec: Spec) -> socket.socket:
     except socket.gaierror as e:
         door.close()
         raise SpecError(
-            f"launch.address: {address} has no IPv4 address ({e.strerror}); use another name, or an address"
+            f"launch.address: {address} has no IPv4 address ({e.strerror}); use another name, or an IPv4 address"
         ) from e
     except OSError as e:
         door.close()
         have = ", ".join(f"{at} ({name})" for name, at in interfaces().items())
         raise SpecError(
             f"launch.address: host 0 cannot listen at {address} port {port} ({e.strerror}); use an address of this "
-            f"host, which has {have}, or another launch.port (this is the one behind it)"
+            f"host, which has {have}, or another launch.port (the launchers use launch.port + 1)"
         ) from e
     door.listen(spec.launch.hosts + 16)
     door.setblocking(False)
@@ -53,7 +54,7 @@ def open_door(spec: Spec) -> socket.socket:
 
 
 class Hall:
-    """The hosts that have come. `facts` and `wires` by host number; `facts` has the first host too."""
+    """The connected hosts. `facts` and `wires` are keyed by host number; `facts` includes the first host."""
 
     def __init__(self, spec: Spec, secret: Secret, own: dict[str, Any]) -> None:
         self.facts: dict[int, dict[str, Any]] = {0: own}
@@ -65,11 +66,11 @@ class Hall:
         return {host: host_name(host, self.facts[host]) for host in sorted(self.facts)}
 
     def dismiss(self, error: HeadwayError) -> None:
-        """Let every host that is here end with the same error."""
+        """Let every connected host end with the same error."""
         _turn_away(self.wires.values(), error)
 
     def admit(self, door: socket.socket, deadline: float) -> None:
-        """Until all are here. Raises HeadwayError with the numbers of those that are not at the deadline."""
+        """Wait until all hosts are connected. Raises HeadwayError with the numbers of hosts missing at the deadline."""
         waiting: dict[Wire, str] = {}
         with selectors.DefaultSelector() as selector:
             selector.register(door, selectors.EVENT_READ)
@@ -94,15 +95,15 @@ class Hall:
             wire.close()
 
     def _take_in(self, wire: Wire, challenge: str, message: dict[str, Any]) -> bool:
-        """Whether the host is taken in. Raises SpecError for one that does not see the run folder."""
+        """Whether the host is admitted. Raises SpecError if it does not see the run folder."""
         host = message.get("host")
         if not isinstance(host, int) or not 0 < host < self._spec.launch.hosts:
             return False
         if message.get("proof") is None:
             error = SpecError(
                 f"host {host} ({message.get('name', 'unknown')!s:.64}, {wire.address}) does not see "
-                f"{self._secret.path}, which host 0 wrote: the run folder must be one and the same on all hosts; use "
-                "run_dir on a file system that all share, or mount it there"
+                f"{self._secret.path}, which host 0 wrote: all hosts must share one run folder; use a run_dir on a "
+                "shared file system, or mount it on that host"
             )
             _turn_away([wire], error)
             raise error
@@ -111,7 +112,8 @@ class Hall:
             return False
         if host in self.facts:
             there = host_name(host, self.facts[host])
-            _turn_away([wire], SpecError(f"host {host} is there already ({there}); give each host its own --node-rank"))
+            error = SpecError(f"host {host} is already connected ({there}); give each host its own --node-rank")
+            _turn_away([wire], error)
             return False
         self.facts[host], self.wires[host] = message["facts"], wire
         return True
@@ -121,13 +123,13 @@ class Hall:
         missing = sorted(set(range(launch.hosts)) - set(self.facts))
         listed = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         return (
-            f"host {listed} of {launch.hosts} did not come within {launch.rendezvous_s} s; start the same command "
-            f"there with --node-rank {missing[0]} and see what it says, or give more time with launch.rendezvous_s. It "
-            f"must reach {launch.address} ({self.facts[0]['name']}) at port {rendezvous_port(self._spec) + 1}"
+            f"host {listed} of {launch.hosts} did not connect within {launch.rendezvous_s} s; start the same command "
+            f"there with --node-rank {missing[0]} and read its output, or increase launch.rendezvous_s. It must reach "
+            f"{launch.address} ({self.facts[0]['name']}) at port {rendezvous_port(self._spec) + 1}"
         )
 
     def compare(self) -> None:
-        """Raises SpecError, or HeadwayError for what is not the spec, with what a host has that the first has not."""
+        """Compare every host with the first. Raises SpecError if the specs differ, HeadwayError if other facts do."""
         first, names = self.facts[0]["equal"], self.names
         for host in names:
             other = self.facts[host]["equal"]
@@ -139,8 +141,8 @@ class Hall:
             for key, a, b in difference(first, other):
                 if key != "spec":
                     raise HeadwayError(
-                        f"{names[host]} has {key} {b}, {names[0]} has {a}; install the same versions, and give the "
-                        "same data, on all hosts"
+                        f"{names[host]} has {key} {b}, {names[0]} has {a}; install the same versions and use the same "
+                        "data on all hosts"
                     )
 
     def connect_all(self, limit_s: float) -> None:
@@ -158,18 +160,20 @@ class Hall:
                     failed += [(host, to, why) for to, why in message.get("failed", [])]
                     del left[host]
                 elif wire.closed:
-                    raise HeadwayError(f"the launcher on {names[host]} went away during the start; see what it says")
+                    raise HeadwayError(
+                        f"the launcher on {names[host]} ended or closed the connection at the start; {NEXT_STEP}"
+                    )
             time.sleep(0.02)
         if left:
-            raise HeadwayError(f"{names[min(left)]} fell silent during the start; see what its launcher says")
+            raise HeadwayError(f"the launcher on {names[min(left)]} stopped responding at the start; {NEXT_STEP}")
         if failed:
             lines = [f"{names[a]} cannot reach {names[b]} at port {ends[b][1]}: {why}" for a, b, why in failed[:10]]
-            lines.append("check routes and firewalls between them, or name another launch.interface")
+            lines.append("check routes and firewalls between these hosts, or use another launch.interface")
             raise HeadwayError("\n".join(lines))
 
 
 def try_all(own_host: int, ends: Mapping[int, list[Any]], limit_s: float) -> list[tuple[int, str]]:
-    """(host, why) of those at whose [address, port] nobody answers this host."""
+    """(host, reason) of the hosts in `ends` (host -> [address, port]) to which this host cannot connect."""
 
     def attempt(host: int) -> tuple[int, str] | None:
         address, port = ends[host]
@@ -188,7 +192,7 @@ def try_all(own_host: int, ends: Mapping[int, list[Any]], limit_s: float) -> lis
 def _accept(door: socket.socket) -> Wire | None:
     try:
         return Wire(door.accept()[0])
-    except OSError:  # who knocked has left
+    except OSError:  # the other end has already closed the connection
         return None
 
 

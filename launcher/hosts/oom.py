@@ -1,4 +1,4 @@
-"""Whether the kernel ended a rank because memory was short: it does so with SIGKILL and tells nobody."""
+"""Find out whether the kernel killed a rank because memory ran out. It sends SIGKILL without notifying the launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 GROUPS = Path("/sys/fs/cgroup")
 KERNEL_LOG = Path("/dev/kmsg")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
-_RECORD_BYTES = 8192  # the kernel hands out one whole record at each read, and none is longer
+_RECORD_BYTES = 8192  # each read of the kernel log returns one whole record, and no record is longer
 _ADVICE = (
     "use a smaller train.micro_batch (auto finds one that fits), parallel.recompute=selective or block, or fewer "
     "processes on a host"
@@ -20,7 +20,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """The control group of a process: where the kernel counts those it has ended, how many they were, its limit."""
+    """The control group of a process: file of the kernel's out-of-memory kill counter, its first value, limit file."""
 
     counter: Path
     before: int
@@ -28,9 +28,9 @@ class _Group:
 
 
 class MemoryWatch:
-    """Remembers the groups of processes while they live, so that their counters can be compared afterwards.
+    """Records the control groups of live processes, so that their counters can be compared after a process has ended.
 
-    What cannot be read (no control groups, a log of the kernel for administrators alone) is left out.
+    Sources that cannot be read are skipped, such as missing control groups or a kernel log for administrators only.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class MemoryWatch:
         self._log: int | None = None
         with contextlib.suppress(OSError):
             self._log = os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(self._log, 0, os.SEEK_END)  # what it says from now on
+            os.lseek(self._log, 0, os.SEEK_END)  # read only records from now on
         self._said = ""
 
     def close(self) -> None:
@@ -47,22 +47,22 @@ class MemoryWatch:
             self._log = None
 
     def note(self, pid: int) -> None:
-        """Process `pid` runs now."""
+        """Record the control group of process `pid`, which runs now."""
         group = _group_of(pid)
         if group is not None:
             self._groups[pid] = group
 
     def reason(self, pid: int) -> str | None:
-        """Why process `pid`, which was ended by SIGKILL, was; None where nothing says that memory was short."""
+        """Why the kernel sent SIGKILL to process `pid`; None if there is no sign that memory ran out."""
         if re.search(rf"Killed process {pid} \(", self._kernel_says()):
-            return f"the kernel ended it because memory ran out (it says so in {KERNEL_LOG}); {_ADVICE}"
+            return f"the kernel killed it because memory ran out (source: {KERNEL_LOG}); {_ADVICE}"
         group = self._groups.get(pid)
         if group is None or (now := _count(group.counter)) is None or now <= group.before:
             return None
         limit = _bytes(group.limit)
         of = "" if limit is None else f", limit {limit / 2**30:.2f} GiB"
         return (
-            f"the kernel ended processes because memory ran out (oom_kill in {group.counter}: {group.before} before, "
+            f"the kernel killed processes because memory ran out (oom_kill in {group.counter}: {group.before} before, "
             f"{now} now{of}); {_ADVICE}"
         )
 
@@ -70,9 +70,9 @@ class MemoryWatch:
         while self._log is not None:
             try:
                 part = os.read(self._log, _RECORD_BYTES)
-            except BrokenPipeError:  # records were overwritten before they were read; the next read goes on behind them
+            except BrokenPipeError:  # records were overwritten before they were read; the next read skips them
                 continue
-            except OSError:  # no more, for now
+            except OSError:  # no more records for now
                 break
             if not part:
                 break
@@ -90,10 +90,10 @@ def _group_of(pid: int) -> _Group | None:
         number, _, rest = line.partition(":")
         kinds, _, path = rest.partition(":")
         inside = path.lstrip("/")
-        if number == "0":  # version 2: one tree for everything
+        if number == "0":  # cgroup version 2: one hierarchy for all controllers
             places += [(GROUPS / inside, "memory.events", "memory.max")]
         elif "memory" in kinds.split(","):
-            # A container may be shown the path that its host sees, with its own group mounted at the top.
+            # cgroup version 1. In a container, the path may be that of the host, while the group is mounted at the top.
             roots = [GROUPS / "memory" / inside, GROUPS / "memory"]
             places += [(root, "memory.oom_control", "memory.limit_in_bytes") for root in roots]
     for folder, counter, limit in places:
@@ -112,9 +112,9 @@ def _count(path: Path) -> int | None:
 
 
 def _bytes(path: Path) -> int | None:
-    """A limit of memory; None where there is none."""
+    """A memory limit in bytes; None if there is no limit."""
     try:
         value = int(path.read_text())
     except (OSError, ValueError):  # "max"
         return None
-    return value if value < 1 << 60 else None  # version 1 writes a number of pages that nobody has
+    return value if value < 1 << 60 else None  # cgroup version 1 writes a huge number for "no limit"

@@ -1,4 +1,4 @@
-"""The hosts of a run: which one this is, what hostfiles say, and starting the others by ssh."""
+"""The hosts of a run: the number of this host, hostfiles, and the start of the other hosts by ssh."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 PORT = 29_500
-"""Of the rendezvous where several hosts meet and the spec names none."""
+"""Default port of the rendezvous between several hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """This host among those of the run; `name` is what messages call it."""
+    """This host within the run. `name`: its name in messages."""
 
     host: int
     hosts: int
@@ -33,7 +33,7 @@ class Place:
 
     @property
     def ranks(self) -> range:
-        """Ranks that run here."""
+        """Ranks that run on this host."""
         return range(self.host * self.processes, (self.host + 1) * self.processes)
 
     @property
@@ -42,9 +42,9 @@ class Place:
 
 
 def this_host(spec: Spec, node_rank: int | None, environment: Mapping[str, str]) -> int:
-    """Number of this host in the run: `--node-rank`, or what Slurm says within a step of a job.
+    """Number of this host in the run: `--node-rank`, or SLURM_NODEID within a Slurm job step.
 
-    Raises SpecError where neither says it, or the run has no such host.
+    Raises SpecError if neither is given, or if the run has no such host.
     """
     launch = spec.launch
     if node_rank is None and "SLURM_STEP_ID" in environment and launch.hosts > 1:
@@ -53,19 +53,20 @@ def this_host(spec: Spec, node_rank: int | None, environment: Mapping[str, str])
         return 0
     if node_rank is None:
         raise SpecError(
-            f"launch.hosts: this run has {launch.hosts} hosts, and nothing says which one this is; give --node-rank 0 "
-            f"on the first ({launch.address}) and 1 to {launch.hosts - 1} on the others, or launch.hosts=1"
+            f"launch.hosts: this run has {launch.hosts} hosts, and the number of this host is unknown; use "
+            f"--node-rank 0 on the first ({launch.address}) and 1 to {launch.hosts - 1} on the others, or "
+            "launch.hosts=1"
         )
     if not 0 <= node_rank < launch.hosts:
         raise SpecError(
-            f"--node-rank: {node_rank} for a run of {launch.hosts} host(s); give 0 to {launch.hosts - 1}, or another "
-            "launch.hosts"
+            f"--node-rank: {node_rank} is out of range for a run of {launch.hosts} host(s); use 0 to "
+            f"{launch.hosts - 1}, or another launch.hosts"
         )
     return node_rank
 
 
 def rendezvous_port(spec: Spec) -> int:
-    """Where several hosts meet for torch; their launchers talk at the next port."""
+    """Port of torch's rendezvous between several hosts; their launchers use the next port."""
     return spec.launch.port or PORT
 
 
@@ -73,10 +74,10 @@ def rendezvous_port(spec: Spec) -> int:
 
 
 def read_hostfile(spec: Spec) -> list[str] | None:
-    """Names of the hosts in `launch.hostfile`, the first one first; None where the spec names none.
+    """Names of the hosts in `launch.hostfile`, in order; None if the spec has no hostfile.
 
-    Raises NoInputError where it cannot be read and SpecError where it does not fit the spec. Names become arguments of
-    other programs, so only plain ones are taken.
+    Raises NoInputError if it cannot be read, and SpecError if it does not fit the spec. Names become arguments of
+    other programs, so only letters, digits and ._- are accepted.
     """
     path = spec.launch.hostfile
     if path is None:
@@ -89,8 +90,8 @@ def read_hostfile(spec: Spec) -> list[str] | None:
             continue
         found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,252})\s+slots=([0-9]{1,4})", text, re.ASCII)
         if found is None or found[1] in names:
-            what = "named twice" if found else "not `name slots=N`"
-            raise SpecError(f"{path}:{number}: {text[:80]!r} is {what}; mend the line, or leave launch.hostfile out")
+            what = "repeats a host" if found else "is not `name slots=N`"
+            raise SpecError(f"{path}:{number}: {text[:80]!r} {what}; fix the line, or remove launch.hostfile")
         if int(found[2]) != spec.launch.processes:
             raise SpecError(
                 f"{path}:{number}: {found[2]} slots, but launch.processes is {spec.launch.processes} on every host; "
@@ -99,14 +100,17 @@ def read_hostfile(spec: Spec) -> list[str] | None:
         names.append(found[1])
     if len(names) != spec.launch.hosts:
         raise SpecError(
-            f"launch.hostfile: {path} names {len(names)} hosts and launch.hosts is {spec.launch.hosts}; use "
-            f"launch.hosts={max(1, len(names))}, or a file of {spec.launch.hosts}"
+            f"launch.hostfile: {path} names {len(names)} hosts, but launch.hosts is {spec.launch.hosts}; use "
+            f"launch.hosts={max(1, len(names))}, or a file with {spec.launch.hosts} hosts"
         )
     return names
 
 
 def hostfile_text(spec: Spec, names: Sequence[str] | None) -> str:
-    """What DeepSpeed's launcher reads. Without names of the user's any will do: it opens no connection by them."""
+    """Text of the hostfile for DeepSpeed's launcher.
+
+    Without names from the user, any names will do, because the launcher does not connect to them.
+    """
     names = names or [f"host-{n}" for n in range(spec.launch.hosts)]
     return "".join(f"{name} slots={spec.launch.processes}\n" for name in names)
 
@@ -115,14 +119,14 @@ def hostfile_text(spec: Spec, names: Sequence[str] | None) -> str:
 
 
 def remote_command(name: str, host: int, arguments: Sequence[str], folder: Path) -> list[str]:
-    """`headway train` of another host, in the same folder there. What the remote shell reads is quoted by us."""
+    """The ssh command that runs `headway train` on another host in the same folder, quoted for the remote shell."""
     inner = [*COMMAND, "train", *arguments, "--node-rank", str(host)]
     text = f"cd {shlex.quote(str(folder))} && exec {shlex.join(inner)}"
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", name, text]
 
 
 def check_ssh(names: Sequence[str]) -> None:
-    """Raises HeadwayError naming the hosts on which ssh runs no command without asking."""
+    """Raises HeadwayError with the hosts on which ssh cannot run a command without a prompt."""
     probes = {
         name: subprocess.Popen(
             ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", name, "true"],
@@ -145,16 +149,16 @@ def check_ssh(names: Sequence[str]) -> None:
             failed.append(f"{name}: {said.strip().splitlines()[-1] if said.strip() else f'status {probe.returncode}'}")
     if failed:
         raise HeadwayError(
-            f"launch.ssh: ssh runs no command on {'; '.join(failed)}\n"
-            f"make `ssh -o BatchMode=yes {failed[0].partition(':')[0]} true` work (keys, known_hosts), or use "
-            "launch.ssh=false and start the same command with --node-rank on each host"
+            f"launch.ssh: ssh cannot run a command on {'; '.join(failed)}\n"
+            f"set up keys and known_hosts until `ssh -o BatchMode=yes {failed[0].partition(':')[0]} true` succeeds, or "
+            "use launch.ssh=false and start the same command with --node-rank on each host"
         )
 
 
 def start_others(
     names: Sequence[str], arguments: Sequence[str], folder: Path, logs: Path
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the launcher on every host but the first, by ssh; what they say goes to logs/ssh-N.log."""
+    """Start the launcher on every host except the first, by ssh. Their output goes to logs/ssh-N.log."""
     started = []
     for host, name in enumerate(names[1:], start=1):
         with (logs / f"ssh-{host}.log").open("wb") as log:
@@ -164,7 +168,7 @@ def start_others(
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C stops the run through the first host's ranks
+                    start_new_session=True,  # Ctrl-C reaches only the first host's launcher, which ends the run
                     env={n: v for n, v in os.environ.items() if n != "SSH_ASKPASS"},
                 )
             )

@@ -1,4 +1,4 @@
-"""Starting the ranks of a run again after one has died or hung, as often as that brings it further."""
+"""Restart the ranks of a run after one has died or hung, within a budget of restarts without a new checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LONGEST_S = 60.0
 
 
 class Restarts:
-    """The budget of a run, kept by its first host: `limit` starts in a row that bring no new checkpoint."""
+    """The restart budget of a run, held by its first host: `limit` restarts in a row without a new checkpoint."""
 
     def __init__(self, run: RunDir, limit: int) -> None:
         self._run, self._limit = run, limit
         self._in_vain, self._reached = 0, self._newest()
 
     def grant(self, fault: Fault | None) -> Fault | None:
-        """The fault, saying whether the ranks are started again after it."""
+        """Decide whether the ranks are restarted after `fault`. Returns the fault with `again` set accordingly."""
         if fault is None:
             return None
         newest = self._newest()
@@ -32,17 +32,20 @@ class Restarts:
         again = fault.again and self._in_vain < self._limit
         text = fault.text
         if fault.again and not again and self._limit:
-            text += f"\nstarted again {self._in_vain} time(s) without reaching another checkpoint (launch.restarts)"
+            text += (
+                f"\nrestarted {self._in_vain} time(s) without a new checkpoint (limit: launch.restarts); remove the "
+                "cause before you start the command again"
+            )
         self._in_vain += again
         self._note(fault, newest, again)
         return replace(fault, again=again, text=text)
 
     def pause(self, fault: Fault) -> None:
-        """Say why, and wait: longer each time."""
+        """Print the fault and wait before the restart; the pause doubles with each restart without a new checkpoint."""
         seconds = min(_LONGEST_S, 0.5 * 2**self._in_vain) if self._in_vain else 0.0
         console.alert(
-            f"{fault.text}\nstarting the ranks again from the newest checkpoint in {seconds:g} s "
-            f"({max(1, self._in_vain)} of {self._limit} without a new checkpoint)",
+            f"{fault.text}\nrestarting the ranks from the newest checkpoint in {seconds:g} s "
+            f"(restart {max(1, self._in_vain)} of {self._limit} without a new checkpoint)",
             "yellow",
         )
         time.sleep(seconds)
@@ -53,7 +56,7 @@ class Restarts:
         return 0
 
     def _note(self, fault: Fault, newest: int, again: bool) -> None:
-        """One line a start, for whoever asks later why the run took so long."""
+        """Append the fault as one line to logs/attempts.jsonl, the history of the run's attempts."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cause": fault.text.splitlines()[0]}
         line |= {"exit": fault.code, "newest_checkpoint": newest, "started_again": again}
         with contextlib.suppress(OSError), (self._run.logs / "attempts.jsonl").open("a", encoding="utf-8") as f:

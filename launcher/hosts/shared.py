@@ -1,4 +1,4 @@
-"""Proof that a host sees the run folder that the first host sees."""
+"""Prove that a host sees the same run folder as the first host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 
 from headway.launcher.run.run_dir import RunDir
 
-_APPEARS_S = 15.0  # what a file may take to appear on another host of a network file system
+_APPEARS_S = 15.0  # a new file may take this long to appear on another host of a network file system
 
 
 class Secret:
-    """A number in the run folder, known to whom sees the folder. `sign` tells numbers apart and shows none."""
+    """A secret number in the run folder, known to every host that sees the folder.
+
+    `sign` is a hash of the number. It identifies the number without revealing it.
+    """
 
     def __init__(self, path: Path, number: str) -> None:
         self.path, self._number = path, number.encode()
@@ -24,7 +27,7 @@ class Secret:
 
     @classmethod
     def written(cls, run: RunDir) -> Secret:
-        """A new one, in the run folder until the context ends."""
+        """Write a new secret into the run folder. The `with` statement deletes it at its end."""
         path = _secret_file(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -37,7 +40,7 @@ class Secret:
 
     @classmethod
     def read(cls, run: RunDir, sign: str, deadline: float) -> Secret | None:
-        """The one with this sign, once this host sees it; None if it does not come to see it."""
+        """Wait for the secret with this `sign` to appear in the run folder. None if it does not appear in time."""
         end = min(deadline, time.monotonic() + _APPEARS_S)
         while True:
             try:
@@ -51,7 +54,7 @@ class Secret:
             time.sleep(0.1)
 
     def proof(self, challenge: str, host: int) -> str:
-        """Shows that the host knows the number, without showing the number."""
+        """HMAC that proves knowledge of the number without revealing it."""
         return hmac.new(self._number, f"{challenge} {host}".encode(), hashlib.sha256).hexdigest()
 
     def __enter__(self) -> Secret:

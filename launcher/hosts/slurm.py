@@ -1,7 +1,7 @@
-"""A run as a job of Slurm: the script, and handing it in.
+"""Run as a Slurm job: write the job script and submit it.
 
-The script starts this launcher once per host with srun, and each starts torchrun for its host. Before the job's time is
-over Slurm signals the script, the ranks save and end with 75, and the job is queued again.
+The script starts this launcher once per host with srun, and each launcher starts torchrun on its host. Before the time
+limit of the job, Slurm sends a signal to the script. The ranks save and end with status 75, and the job is requeued.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 FIRST, PORT = "FIRST_HOST", "PORT"
-"""What a job knows only when it runs, in the text of a dry run."""
+"""Placeholders in the text of a dry run for values that are known only when the job runs."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=,@-]+")
 
 
 def job_script(spec: Spec, run: RunDir, arguments: Sequence[str], folder: Path) -> str:
-    """The text for sbatch. `arguments`: of `headway train`; `folder`: where it is started.
+    """The text of the job script. `arguments`: those of `headway train`; `folder`: its working directory.
 
-    Raises SpecError for a path that sbatch would read otherwise than it is written.
+    Raises SpecError for a path that sbatch would misread.
     """
     slurm, launch = spec.launch.slurm, spec.launch
     log = str(run.path.resolve() / "slurm" / "%j.log")
     for path in (log.removesuffix("%j.log"), str(folder)):
         if not _PLAIN.fullmatch(path):
             raise SpecError(
-                f"launch.method: {path!r} would stand in a line of sbatch, which reads spaces, quotes and % in its own "
-                "way; use a path of letters, digits and _./+=,@-, or launch.method=torchrun within a job of your own"
+                f"launch.method: {path!r} would be part of an #SBATCH line, where sbatch has its own rules for spaces, "
+                "quotes and %; use a path of letters, digits and _./+=,@-, or launch.method=torchrun in your own job"
             )
     options = {
         "job-name": spec.name,
@@ -61,7 +61,7 @@ def job_script(spec: Spec, run: RunDir, arguments: Sequence[str], folder: Path) 
 def _body(spec: Spec, arguments: Sequence[str]) -> str:
     launch = spec.launch
     start = [*COMMAND, "train", *arguments]
-    # What the spec says stands; a value that is given twice is refused.
+    # Set only what the spec does not set, because a value that is given twice is refused.
     found = [] if launch.address else ['"launch.address=$first"']
     found += [] if launch.port else ['"launch.port=$((20000 + SLURM_JOB_ID % 10000 * 2))"']
     inner = f'exec {shlex.join(start)} "$@" --node-rank "$SLURM_NODEID"'
@@ -71,7 +71,7 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c {shlex.quote(inner)} headway \\
     {" ".join(found)} &
 step=$!
-# srun passes the signal on; `wait` returns when it comes, and once more when the ranks have saved.
+# srun forwards the signal. `wait` returns when the signal arrives, and again when the ranks have saved.
 trap 'kill -TERM "$step"' TERM
 wait "$step"
 status=$?
@@ -80,16 +80,16 @@ while kill -0 "$step" 2>/dev/null; do
     status=$?
 done
 if [ "$status" -eq {PREEMPTED} ]; then
-    echo "saved before the end of the job's time"
+    echo "saved before the time limit of the job"
 {again}fi
 exit "$status"
 """
 
 
 def submit(script: str, run: RunDir) -> int:
-    """Write RUN/slurm/job.sbatch and hand it to sbatch; returns 0 and prints the number of the job.
+    """Write RUN/slurm/job.sbatch, submit it with sbatch, and print the job number. Returns 0.
 
-    Raises HeadwayError where sbatch is missing or refuses.
+    Raises HeadwayError if sbatch is missing or rejects the script.
     """
     path = run.path / "slurm" / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,16 +99,16 @@ def submit(script: str, run: RunDir) -> int:
     except FileNotFoundError as e:
         raise HeadwayError(
             "launch.method: there is no sbatch on this machine; start the same command on a login node of the cluster, "
-            f"or hand in {path} there"
+            f"or submit {path} there"
         ) from e
     except subprocess.TimeoutExpired as e:
-        raise HeadwayError(f"sbatch did not answer within 120 s; try again, or hand in {path} yourself") from e
+        raise HeadwayError(f"sbatch did not respond within 120 s; try again, or submit {path} yourself") from e
     if done.returncode:
         said = done.stderr.strip() or f"status {done.returncode}"
-        raise HeadwayError(f"sbatch refuses {path}: {said}; mend launch.slurm, or see `sinfo` for what there is")
+        raise HeadwayError(f"sbatch rejected {path}: {said}; fix launch.slurm (`sinfo` lists the partitions)")
     job = done.stdout.strip().partition(";")[0]
     if console.wants_json():
         console.emit({"run_dir": str(run.path), "job": job, "log": str(path.parent / f"{job}.log")})
         return 0
-    console.result(f"job {job}; its log is {path.parent / job}.log, and `squeue -j {job}` says where it stands")
+    console.result(f"submitted job {job}; its log is {path.parent / job}.log; `squeue -j {job}` shows its state")
     return 0

@@ -1,4 +1,4 @@
-"""Signals that ask a launcher to stop while no ranks run: before they are started, and between two starts."""
+"""Handle signals that stop a launcher while no ranks run: before the first start, and between two starts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from headway.launcher.run.heartbeat import STACKS
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP raise Ended with the status of a stop in order: nothing is being trained.
+    """Let SIGTERM, SIGINT, SIGUSR1 and SIGHUP raise Ended with status 75, because no training step can be lost.
 
-    While ranks run, `supervise` puts its own handlers in the place of these. SIGUSR2 asks for the stacks of ranks, and
-    there are none.
+    While ranks run, `supervise` replaces these handlers with its own. SIGUSR2 asks for the stacks of ranks. It is
+    ignored here because no ranks run.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
 
@@ -29,7 +29,7 @@ def stoppable() -> Iterator[None]:
 
     signals: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), stop)
     signals[STACKS] = signal.SIG_IGN
-    # SIGHUP: the terminal has gone; under nohup it is ignored, and stays so.
+    # SIGHUP means that the terminal was closed. nohup ignores it; do not change that.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals[signal.SIGHUP] = stop
     old = {signum: signal.signal(signum, handler) for signum, handler in signals.items()}

@@ -1,4 +1,4 @@
-"""See the processes of this host through: pass signals on, notice ranks that die or hang, end all within a bound."""
+"""Supervise the ranks of this host: forward signals, detect ranks that die or hang, end all within a time limit."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from headway.launcher.run.heartbeat import STACKS
 from headway.launcher.run.run_dir import RunDir
 
 _POLL_S, _WATCH_S = 0.1, 0.5
-_LEAVE_S = 10.0  # what the others have to end by themselves once a rank has ended in failure
+_LEAVE_S = 10.0  # after a rank has failed, the others have this long to end by themselves
 
 
 class Control(Protocol):
-    """What connects the launchers of a run. With one host nobody is at the other end."""
+    """The connection between the launchers of a run. A run on one host has no other launcher (see `Alone`)."""
 
     def wait(self, seconds: float) -> Fault | None:
-        """Let `seconds` pass; why all must end, as soon as it is known."""
+        """Wait `seconds`. Returns early with the fault if all hosts must end, else None."""
         ...
 
     def settle(self, own: Fault | None) -> Fault | None:
-        """Say how this host ended (None: well); how the run ended, which is the same on every host."""
+        """Report how this host ended (None: without a fault). Returns how the run ended, the same on every host."""
         ...
 
 
@@ -62,9 +62,9 @@ def supervise(
     hang_s: float,
     stop_s: float,
 ) -> int:
-    """Run `command` to its end; returns 0 when every host came to a good one.
+    """Run `command` until it ends. Returns 0 if all hosts ended without a fault.
 
-    Raises Ended with the cause and its exit status otherwise, when no rank is left on this host.
+    Otherwise raises Ended with the cause and its exit status, after all ranks of this host have ended.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
     for rank in place.ranks:
@@ -101,7 +101,7 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
             env=env,
             stdin=subprocess.DEVNULL,
             stderr=log,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on in order
+            start_new_session=True,  # Ctrl-C reaches only the launcher, which forwards it to the ranks
             preexec_fn=become_child,
         )
 
@@ -109,7 +109,7 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
 def _see_through(
     run: RunDir, place: Place, child: Child, watch: Watch, control: Control, stop: _Stop, stop_s: float
 ) -> Fault | None:
-    """Until the child has ended, by itself or by us; the fault if that was seen here."""
+    """Wait until the child has ended by itself or was killed here. Returns the fault if it was detected here."""
     looked = failed = 0.0
     while child.poll() is None:
         if control.wait(_POLL_S) is not None:
@@ -125,7 +125,7 @@ def _see_through(
         looked = now
         failed = failed or (now if watch.died else 0.0)
         hung = watch.hung(now)
-        # A launcher may wait half a minute for a stopped process to heed its SIGTERM, and longer for one that cannot.
+        # Do not wait for torchrun or DeepSpeed's launcher: after SIGTERM it gives its processes half a minute or more.
         if hung is None and not (watch.broken() and now - failed > _LEAVE_S):
             continue
         fault = watch.find_culprit(hung)
@@ -136,12 +136,12 @@ def _see_through(
 
 def _cut_short(run: RunDir, place: Place, stop: _Stop, stop_s: float) -> Fault:
     why = "at a second Ctrl-C" if stop.at_once else f"{stop_s:g} s after the signal (launch.stop_s)"
-    return stopped(run, place, f"and the ranks were killed {why}: they had not saved and ended yet")
+    return stopped(run, place, f"and the ranks were killed {why}, before they had saved and ended")
 
 
 @dataclass
 class _Stop:
-    """Whether somebody has asked the run to end."""
+    """Whether a signal has asked the run to end."""
 
     asked: bool = False
     at_once: bool = False
@@ -150,8 +150,10 @@ class _Stop:
 
 @contextlib.contextmanager
 def _forwarding(child: Child, watch: Watch) -> Iterator[_Stop]:
-    """At SIGTERM, SIGINT, SIGHUP and SIGUSR1 let the ranks save and stop, at a second SIGINT end them at once; at
-    SIGUSR2 let them write their stacks into their logs.
+    """Handle signals while ranks run.
+
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1: the ranks save and stop. A second SIGINT: the ranks are killed at once.
+    SIGUSR2: the ranks write their stacks to their logs.
     """
     stop = _Stop()
 
@@ -165,7 +167,7 @@ def _forwarding(child: Child, watch: Watch) -> Iterator[_Stop]:
 
     handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), forward)
     handlers[STACKS] = lambda *_: watch.ask_stacks()
-    # SIGHUP: the terminal or connection has gone; under nohup it is ignored, and stays so.
+    # SIGHUP means that the terminal or connection was closed. nohup ignores it; do not change that.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         handlers[signal.SIGHUP] = forward
     old = {s: signal.signal(s, handler) for s, handler in handlers.items()}

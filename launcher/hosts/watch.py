@@ -1,4 +1,4 @@
-"""The ranks of this host, seen from outside: which have ended, which hangs, what their stacks say."""
+"""Observe the ranks of this host from the launcher: which have ended, which one hangs, what their stacks show."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from headway.launcher.run.run_dir import RunDir
 
 _STACKS_S = 2.0
 
-# In a stack: a rank that waits for others, and so is not the one they all wait for.
+# A stack with this line belongs to a rank that waits for others, so the others do not wait for this rank.
 _WAITS = re.compile(r'File "[^"]*/(torch/distributed|deepspeed/comm)/')
 
 
 class Child(Protocol):
-    """What the launcher of a host has started around its ranks: leader of a process group of its own."""
+    """The process that the launcher of a host starts, which starts the ranks. It leads its own process group."""
 
     pid: int
     returncode: int | None
@@ -36,22 +36,22 @@ class Child(Protocol):
 
 
 class Watch:
-    """The ranks of this host, seen from outside."""
+    """Observes the ranks of this host from the launcher: process states, beats and stacks."""
 
     def __init__(self, run: RunDir, place: Place, hang_s: float) -> None:
         self.died: dict[int, int | None] = {}
         self.memory = MemoryWatch()
         self._run, self._place, self._hang_s = run, place, hang_s
         self._probe = run.logs / f"host-{place.host}.beat"
-        can_beat(self._probe)  # it must stand there before the disk is full, as the ranks' beats do
+        can_beat(self._probe)  # create the file before the disk is full, as the ranks do with theirs
         self._seen: dict[int, int] = {}
 
     def live(self) -> dict[int, int]:
-        """Rank -> process id of those that run now."""
+        """Rank -> process id of the ranks that run now."""
         return {rank: pid for rank in self._place.ranks if (pid := live_pid(self._run, rank)) is not None}
 
     def note_deaths(self) -> None:
-        """Remember in which order ranks ended, and how."""
+        """Record the order in which ranks ended, and their exit statuses."""
         live = self.live()
         for rank, pid in self._seen.items():
             if rank not in live and rank not in self.died:
@@ -61,22 +61,22 @@ class Watch:
         self._seen |= live
 
     def broken(self) -> bool:
-        """Whether a rank has ended that should not have, or has said that it failed."""
+        """Whether a rank has ended too early, or has reported a failure."""
         reported = any((self._run.logs / f"rank-{rank}.error.json").exists() for rank in self.died)
         silent = any(self._beats().get(rank, _NO_BEAT).section != "finish" for rank in self.died)
         return bool(self.died) and (reported or silent)
 
     def hung(self, now: float) -> Beat | None:
-        """The beat of a rank that is overdue."""
+        """The oldest beat of the live ranks whose beats are overdue; None if no rank hangs."""
         live = self.live()
         overdue = [b for r, b in self._beats().items() if r in live and self._late_s(b, now) > 0]
-        # Nobody hangs for a disk that takes no beats: the training goes on, and only its signs cannot be seen.
+        # If the disk takes no beats (it is full, for example), an old beat does not show that a rank hangs.
         return min(overdue, key=lambda b: b.time_s) if overdue and can_beat(self._probe) else None
 
     def find_culprit(self, hung: Beat | None) -> Fault:
-        """Show the stacks of all live ranks in their logs, and say which one the others wait for.
+        """Let all live ranks write their stacks to their logs. Returns the fault that names the rank others wait for.
 
-        `hung`: the beat that was overdue; None where others ended and these did not.
+        `hung`: the overdue beat; None if other ranks ended and the live ones did not.
         """
         live, now = self.live(), time.monotonic()
         stacks = self._stacks(live)
@@ -87,41 +87,43 @@ class Watch:
             for rank, pid in live.items()
         }
         if not marks:
-            return Fault(text=f"the ranks on {self._place.name} ended without a word", weight=CONSEQUENCE, again=True)
+            text = f"the ranks on {self._place.name} ended without an error report; see the logs in {self._run.logs}"
+            return Fault(text=f"{text}; {CONTINUES}", weight=CONSEQUENCE, again=True)
         rank = max(marks, key=lambda r: marks[r])
         evidence, beat = marks[rank][0], beats.get(rank)
         lines = [f"rank {rank} (process {live[rank]}) on {self._place.name} hangs: {_EVIDENCE[evidence]}"]
         if beat is not None:
-            lines[0] += f"; no sign of it for {now - beat.time_s:.0f} s, since {beat.section} of step {beat.step}"
+            last_seen = f"section {beat.section!r} of step {beat.step}"
+            lines[0] += f"; no sign of life for {now - beat.time_s:.0f} s, the last in {last_seen}"
         if hung is not None:
             limit = allowed_s(hung.section, self._hang_s)
-            lines[0] += f" (limit {limit:.0f} s in {hung.section}: launch.hang_s)"
+            lines[0] += f" (limit {limit:.0f} s in section {hung.section!r}, from launch.hang_s)"
         text = "".join(stacks[rank].partition("Current thread")[1:]).splitlines()[:12]
         log = self._run.logs / f"rank-{rank}.log"
         lines += quoted(["stack:", *text] if text else tail(log))
         lines.append(f"full logs with the stacks of all ranks are in {self._run.logs}; {CONTINUES}")
-        # One that is merely busy after another has ended may be tidying up.
+        # If another rank has ended, a rank that is only busy may be cleaning up.
         sure = evidence > (0 if hung is not None else 1)
         return Fault(text="\n".join(lines), weight=CAUSE if sure else CONSEQUENCE, again=True)
 
     def end_all(self, child: Child) -> None:
-        """Kill what is left of this host's processes, ranks first, and wait until they are gone."""
+        """Kill the remaining processes of this host, ranks first, and wait until they have ended."""
         end = time.monotonic() + 10
         while (live := self.live()) and time.monotonic() < end:
             for pid in live.values():
                 send(pid, signal.SIGKILL)
             time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with what a launcher that has ended itself left behind
+            os.killpg(child.pid, signal.SIGKILL)  # includes processes that an already ended torchrun left running
         child.wait()
 
     def signal_ranks(self, child: Child, signum: int) -> None:
-        """To the ranks, or to the child where there are none yet."""
+        """Send a signal to the ranks, or to the child if no rank runs yet."""
         for pid in self.live().values() or [child.pid]:
             send(pid, signum)
 
     def ask_stacks(self) -> None:
-        """Let all ranks write where they are into their logs."""
+        """Let all ranks write their stacks to their logs."""
         for pid in self.live().values():
             send(pid, STACKS)
 
@@ -133,7 +135,7 @@ class Watch:
         return now - beat.time_s - allowed_s(beat.section, self._hang_s)
 
     def _stacks(self, live: Mapping[int, int]) -> dict[int, str]:
-        """What each rank writes into its log when it is asked where it is; empty for one that does not react."""
+        """Rank -> the stacks that it writes to its log on request; empty if it does not respond."""
         logs = {rank: self._run.logs / f"rank-{rank}.log" for rank in live}
         before = {rank: _size(path) for rank, path in logs.items()}
         self.ask_stacks()
@@ -147,15 +149,15 @@ class Watch:
 
 _NO_BEAT = Beat(rank=-1, host="", section="setup", step=0, time_s=0.0)
 _EVIDENCE = {
-    0: "it waits for other ranks, as they all do, and has done so the longest",
-    1: "it is busy with something else than the others wait for",
-    2: "it does not react to signals",
+    0: "it waits for other ranks, as all ranks do, and has waited the longest",
+    1: "it is busy while the other ranks wait for it",
+    2: "it does not respond to signals",
     3: "it is stopped (SIGSTOP, or a debugger)",
 }
 
 
 def _evidence(pid: int, stacks: str) -> int:
-    """How surely the process is the one that the others wait for: a key of _EVIDENCE."""
+    """How strong the evidence is that the other ranks wait for this process: a key of _EVIDENCE."""
     now = state(pid)
     if not now:
         return 0

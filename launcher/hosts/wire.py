@@ -1,4 +1,4 @@
-"""Lines of JSON between the launchers of a run: what `headway.launcher.hosts.connect` and `control` speak."""
+"""Connections between the launchers of a run, which exchange lines of JSON. `connect` and `control` use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEND_S = 10.0
 
 
 class Wire:
-    """One end of a connection. Reading never waits; `closed`: the other end is gone, or does not speak our language."""
+    """One end of a connection. Reads never block. `closed`: the other end has closed, or sent an invalid message."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -36,14 +36,14 @@ class Wire:
 
     @property
     def address(self) -> str:
-        """IPv4 address of the other end; empty once it is gone."""
+        """IPv4 address of the other end; empty after it has closed."""
         try:
             return self._socket.getpeername()[0]
         except OSError:
             return ""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send one message; a connection that does not take it within 10 s is closed."""
+        """Send one message. Sets `closed` if that takes more than 10 s."""
         if self.closed:
             return
         try:
@@ -55,7 +55,7 @@ class Wire:
             self._socket.setblocking(False)
 
     def take(self) -> dict[str, Any] | None:
-        """The next message that has come; None where there is none yet, or no more."""
+        """The next received message; None if there is none yet, or no more."""
         if not self._pending:
             self._read()
         return self._pending.popleft() if self._pending else None
@@ -85,18 +85,20 @@ class Wire:
             self._pending.append(message)
 
     def end_sending(self) -> None:
-        """Nothing more will be sent; the other end may still be heard."""
+        """Close the sending direction. Messages from the other end can still be received."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Hang up. What the other end has sent and nobody took makes it lose what it has not read: see `hang_up`."""
+        """Close the connection at once. If unread messages are left here, the other end may lose messages that it has
+        not read yet; `hang_up` avoids this.
+        """
         self.closed = True
         self._socket.close()
 
 
 def hang_up(wires: Iterable[Wire], seconds: float = 5.0) -> None:
-    """Close connections when the other ends have, and so have read everything; at the latest after `seconds`."""
+    """Close connections once the other ends have closed and so have read everything, at the latest after `seconds`."""
     wires = list(wires)
     for wire in wires:
         wire.end_sending()

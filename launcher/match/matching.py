@@ -1,4 +1,4 @@
-"""Solve one dimension of a variant so that it costs what the baseline costs.
+"""Solve one dimension of a variant so that its cost equals the baseline's.
 
 Parameters, FLOPs and KV bytes are counted by `headway.model.cost.account`; `headway.launcher.match.time` measures time.
 """
@@ -31,7 +31,7 @@ WORDS: dict[str, str] = {
 
 
 class MatchConfig(StrictModel):
-    """Which cost is equal in all variants, and which dimension gives way."""
+    """Which cost is equal in all variants, and which dimension is solved."""
 
     quantity: Quantity = Field(
         default="params",
@@ -41,13 +41,16 @@ class MatchConfig(StrictModel):
     free: str = Field(default="model.ffn_width", description="dotted key of the integer that is solved")
     multiple: int = Field(default=16, ge=1, le=LARGEST, description="the solved value is a multiple of this")
     tolerance: float = Field(
-        default=0.01, ge=0, lt=1, description="largest share by which a variant may miss the baseline: 0.25% or 0.0025"
+        default=0.01, ge=0, lt=1, description="largest relative difference to the baseline's cost: 0.25% or 0.0025"
     )
     seq_len: int | None = Field(
         default=None, ge=1, description="tokens per sequence at which costs are compared; none: data.seq_len"
     )
     tensor_parallel: int = Field(
-        default=1, ge=1, le=1024, description="ranks over which every layer of the solved model can be cut"
+        default=1,
+        ge=1,
+        le=1024,
+        description="tensor parallel size by which every layer of the solved model must divide",
     )
 
     @field_validator("tolerance", mode="before")
@@ -75,14 +78,14 @@ class MatchConfig(StrictModel):
 
 
 def quantity_words(match: dict[str, Any]) -> str:
-    """`MatchConfig.words` of a config that was dumped into a study's record."""
+    """`MatchConfig.words` for a config from a study's record."""
     seq_len = match.get("seq_len")
     return WORDS[match["quantity"]] + ("" if seq_len is None else f" at {seq_len:,} tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Quartiles of a measured residual over `rounds` rounds in which variant and baseline took turns."""
+    """Quartiles of a measured residual over `rounds` rounds. In each round, variant and baseline run in turns."""
 
     low: float
     high: float
@@ -91,10 +94,10 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Matched:
-    """One variant's matched size. `residual` is the excess over the baseline: 0.01 means 1 % more.
+    """One variant's matched size. `residual` is the relative difference to the baseline: 0.01 means 1 % more.
 
-    Counted: `residual` = cost / target - 1, `spread` None. Measured: the median over rounds of (variant / baseline)
-    - 1, where `cost` and `target` are the median seconds of either.
+    Counted quantities: `residual` = cost / target - 1, and `spread` is None. Measured time: `residual` is the median
+    over rounds of (variant / baseline) - 1, and `cost` and `target` are the median seconds of variant and baseline.
     """
 
     free: str
@@ -106,7 +109,7 @@ class Matched:
 
 
 def spec_with(spec: Spec, key: str, value: Any) -> Spec:
-    """`spec` with the dotted `key` set. Raises ValidationError where the result is not a legal spec."""
+    """`spec` with the dotted `key` set. Raises ValidationError if the result is not a legal spec."""
     tree = spec.model_dump()
     *sections, last = key.split(".")
     node = tree
@@ -117,7 +120,7 @@ def spec_with(spec: Spec, key: str, value: Any) -> Spec:
 
 
 def value_at(spec: Spec, key: str) -> Any:
-    """Value of a dotted key. Raises KeyError where the spec has no such key."""
+    """Value of a dotted key. Raises KeyError if the spec has no such key."""
     node: Any = spec.model_dump()
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
@@ -127,9 +130,9 @@ def value_at(spec: Spec, key: str) -> Any:
 
 
 def spec_cost(spec: Spec, vocab_size: int, seq_len: int | None = None) -> Cost:
-    """Parameters, FLOPs and KV bytes of the spec's model in its precision, at `seq_len` or else its own.
+    """Parameters, FLOPs and KV bytes of the spec's model in its precision, at `seq_len` (default: data.seq_len).
 
-    Raises ValueError where a per-layer field does not fit the number of layers.
+    Raises ValueError if a per-layer field does not fit the number of layers.
     """
     from headway.model.cost import account
 
@@ -143,7 +146,7 @@ def spec_cost(spec: Spec, vocab_size: int, seq_len: int | None = None) -> Cost:
 
 
 def quantity_of(cost: Cost, quantity: Quantity) -> float:
-    """The counted quantity; raises KeyError for `wall_clock`, which no config knows."""
+    """The counted quantity. Raises KeyError for `wall_clock`, which is measured and not counted."""
     counted = {
         "params": cost.num_params,
         "flops": cost.flops_per_token.useful,
@@ -153,7 +156,7 @@ def quantity_of(cost: Cost, quantity: Quantity) -> float:
 
 
 def check_baseline(spec: Spec, match: MatchConfig, head: str) -> None:
-    """Raise SpecError, beginning with `head`, where the baseline is not what its variants have to be."""
+    """Raise SpecError, beginning with `head`, if the baseline does not divide by `match.tensor_parallel`."""
     from headway.launcher.spec.layouts import why_not_cuttable
 
     reason = why_not_cuttable(spec, match.tensor_parallel)
@@ -179,12 +182,12 @@ def candidate(spec: Spec, match: MatchConfig, value: int, vocab_size: int) -> tu
 
 
 def _reason(message: str) -> str:
-    """Without the advice, which is for a person who wrote the value."""
+    """Remove the advice from a message, because the user did not write the value."""
     return message.removeprefix("Value error, ").partition("; use ")[0]
 
 
 def check_free(spec: Spec, match: MatchConfig, head: str) -> None:
-    """Raise SpecError, beginning with `head`, where `match.free` is not an integer of the spec."""
+    """Raise SpecError, beginning with `head`, if `match.free` is not an integer of the spec."""
     try:
         own = value_at(spec, match.free)
     except KeyError:
@@ -198,15 +201,15 @@ def check_free(spec: Spec, match: MatchConfig, head: str) -> None:
             "model"
         ) from None
     if not isinstance(own, int) or isinstance(own, bool):
-        raise SpecError(f"{head}: is {own!r}, not an integer; use model.ffn_width or another integer of the model")
+        raise SpecError(f"{head} is {own!r}, not an integer; use model.ffn_width or another integer of the model")
 
 
 def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float, vocab_size: int) -> Matched:
     """Solve `match.free` of one variant's spec so that its counted cost is nearest to `target`.
 
-    Values that make no legal spec are passed over. Raises SpecError where the key is not an integer of the spec, where
-    no multiple is legal, where the cost does not depend on it, or where the nearest cost misses `target` by more than
-    the tolerance.
+    Values that give no legal spec are skipped. Raises SpecError if the key is not an integer of the spec, if no
+    multiple is legal, if the cost does not depend on it, or if the nearest cost differs from `target` by more than the
+    tolerance.
     """
     head = f"variant {variant}: match.free {match.free}"
     check_free(spec, match, head)
@@ -220,7 +223,7 @@ def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float
     if len(candidates.costs) > 1 and len(set(candidates.costs.values())) == 1:
         raise SpecError(
             f"{head}: {match.words} do not depend on it; free a dimension that has a cost, such as model.ffn_width, "
-            "or leave `match` out to compare as they are"
+            "or remove `match` to compare the variants as they are"
         )
     cost = candidates.costs[value]
     matched = Matched(free=match.free, value=value, cost=cost, target=target, residual=cost / target - 1)
@@ -231,7 +234,7 @@ def match_variant(variant: str, spec: Spec, match: MatchConfig, *, target: float
 
 
 def nothing_legal(head: str, candidates: Candidates, match: MatchConfig) -> str:
-    """The message where no multiple is legal, with the first one's reason."""
+    """The message if no multiple is legal, with the reason for the first one."""
     first, reason = next(iter(candidates.reasons.items()))
     fewer = "a smaller match.tensor_parallel or " if match.tensor_parallel > 1 else ""
     return (
@@ -241,7 +244,7 @@ def nothing_legal(head: str, candidates: Candidates, match: MatchConfig) -> str:
 
 
 def beyond_tolerance(head: str, matched: Matched, match: MatchConfig, candidates: Candidates, found: str) -> str:
-    """The message where the nearest legal value misses by too much; `found` states both costs."""
+    """The message if the nearest legal value exceeds the tolerance; `found` states both costs."""
     value, excess = matched.value, matched.residual
     grows = candidates.costs[max(candidates.costs)] >= candidates.costs[min(candidates.costs)]
     upward = (excess < 0) == grows
@@ -257,7 +260,7 @@ def beyond_tolerance(head: str, matched: Matched, match: MatchConfig, candidates
     missed = abs(excess)
     finer = "use a smaller match.multiple" if match.multiple > 1 else "free another dimension"
     second = (
-        f"match.tolerance: {missed * 100 + 0.01:.2f}% if that is fair"
+        f"match.tolerance: {missed * 100 + 0.01:.2f}% if that difference is acceptable"
         if missed < 0.5
         else "change the variant's other sizes"
     )

@@ -1,4 +1,4 @@
-"""Sizes matched by measured time, kept in the study's folder: a study that is continued keeps what it began with."""
+"""Match sizes by measured time, and store them in the study's folder, so that a continued study keeps its sizes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 FILE = "matching.json"
-"""In the study's folder: key of a measurement -> what was measured."""
+"""File in the study's folder: key of a measurement -> its result."""
 
 HEAVIEST = 8.0
-"""Sizes with this many times the baseline's FLOPs or parameters are not built: they cannot be as fast."""
+"""Sizes with more than this many times the baseline's FLOPs or parameters are not built: they cannot be as fast."""
 
 
 class Measurements:
-    """What was measured for a study: kept by specs, match, machine and versions; what is missing is measured.
+    """Measurements of a study, keyed by specs, match, machine and versions. Missing ones are measured on demand.
 
-    `stored` is the content of `matching.json`; `build` makes the pass that is timed
-    (default: `decoder_pass`).
+    `stored` is the content of `matching.json`. `build` creates the pass that is timed (default: `decoder_pass`).
     """
 
     def __init__(self, stored: dict[str, Any] | None = None, *, build: Build | None = None) -> None:
@@ -53,25 +52,25 @@ class Measurements:
 
     @classmethod
     def of(cls, out: Path) -> Measurements:
-        """Those in the study's folder; none where there are none yet, or the file is damaged."""
+        """Read the measurements in the study's folder; empty if there are none, or if the file is damaged."""
         return cls(read_mapping(out / FILE))
 
     def write(self, out: Path) -> None:
-        """Keep them in the study's folder."""
+        """Write the measurements to the study's folder."""
         if self.stored:
             write_json(out / FILE, self.stored)
 
     def match(self, variant: str, spec: Spec, baseline: Spec, match: MatchConfig) -> Matched:
-        """Solve `match.free` so that `spec` takes the baseline's time; both specs have their vocabulary.
+        """Solve `match.free` so that `spec` takes the baseline's time. Both specs must have their vocabulary size set.
 
-        Raises SpecError where nothing is legal, where the time does not depend on the dimension, or where the nearest
-        size misses the baseline by more than the tolerance.
+        Raises SpecError if no size is legal, if the time does not depend on the dimension, or if the nearest size
+        differs from the baseline by more than the tolerance.
         """
         head = f"variant {variant}: match.free {match.free}"
         check_free(spec, match, head)
         key = _key(spec, baseline, match)
         if key not in self.stored:
-            console.say(f"measuring {variant}: {match.free} for the time of the baseline's micro-batch")
+            console.say(f"measuring {variant}: solving {match.free} for the baseline's time per micro-batch")
             self.stored[key] = {
                 "variant": variant,
                 **self._solved(head, spec, baseline, match),
@@ -101,8 +100,8 @@ class Measurements:
         if not solver.is_affected():
             raise SpecError(
                 f"{head}: the measured time does not depend on it beyond the noise, from {min(solver.points)} to "
-                f"{max(solver.points)}; free a dimension that costs time, such as model.ffn_width, or match quantity "
-                "flops"
+                f"{max(solver.points)}; free a dimension that takes time, such as model.ffn_width, or use "
+                "match.quantity: flops"
             )
         value, ratios = solver.check()
         matched = Matched(
@@ -115,7 +114,7 @@ class Measurements:
         )
         if abs(matched.residual) > match.tolerance:
             found = (
-                f"{1e3 * matched.cost:.4g} ms a pass against the baseline's {1e3 * matched.target:.4g} ms (quartiles "
+                f"{1e3 * matched.cost:.4g} ms per pass, the baseline takes {1e3 * matched.target:.4g} ms (quartiles "
                 f"{ratios.low - 1:+.2%} to {ratios.high - 1:+.2%} over {ratios.rounds} rounds)"
             )
             raise SpecError(beyond_tolerance(head, matched, match, candidates, found))
@@ -140,7 +139,7 @@ def _counted(run: Pass, bar: Bar) -> Pass:
 
 
 def _buildable(spec: Spec, baseline: Spec, match: MatchConfig) -> Candidates:
-    """Legal sizes that are worth building; their counted cost is executed FLOPs."""
+    """Legal sizes below `HEAVIEST` times the baseline's cost; their counted cost is executed FLOPs."""
     vocab_size, limit = spec.model.vocab_size, spec_cost(baseline, baseline.model.vocab_size or 0, match.seq_len)
     assert vocab_size is not None
 
@@ -158,7 +157,7 @@ def _buildable(spec: Spec, baseline: Spec, match: MatchConfig) -> Candidates:
 
 
 def _key(spec: Spec, baseline: Spec, match: MatchConfig) -> str:
-    """sha256 (16 hex digits) over all that decides a measurement."""
+    """sha256 (16 hex digits) of everything on which a measurement depends."""
     facts = {
         "match": match.model_dump(),
         "machine": machine(),
@@ -172,11 +171,11 @@ def _key(spec: Spec, baseline: Spec, match: MatchConfig) -> str:
 
 
 def spread_note(matched: Matched, match: MatchConfig) -> str | None:
-    """What to say of a measured size whose quartiles lie beyond the tolerance."""
+    """A note about a measured size whose quartiles exceed the tolerance; None if they do not."""
     spread = matched.spread
     if spread is None or max(-spread.low, spread.high) <= match.tolerance:
         return None
     return (
         f"the quartiles of its measured residual, {spread.low:+.2%} to {spread.high:+.2%} over {spread.rounds} rounds, "
-        f"reach beyond the tolerance of {match.tolerance:.2%}: the match is no more certain than that"
+        f"exceed the tolerance of {match.tolerance:.2%}, so the match is less certain than the tolerance"
     )

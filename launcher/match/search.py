@@ -1,30 +1,31 @@
-"""Search among the legal multiples of a number for the one whose cost is nearest to a target."""
+"""Search the legal multiples of a number for the one whose cost is nearest to a target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 
 LARGEST = 1 << 24
-"""Largest value the free dimension may take; wider than any transformer's MLP."""
+"""Largest value of the free dimension; wider than any transformer's MLP."""
 
 GAP = 1024
-"""Illegal multiples in a row after which no more legal ones are expected: rules repeat with a period (divisibility)."""
+"""After this many illegal multiples in a row no legal one is expected, because rules of divisibility are periodic."""
 
 STEPS = 32
-"""The search tries every multiple up to this many, then steps of one in this many: 3 %."""
+"""The search tries each of the first `STEPS` multiples, then increases the value by 1/`STEPS` (3 %) per step."""
 
 FAR = 4.0
-"""A cost that rises, and is this many times the target, ends the search."""
+"""The search ends if the cost rises and exceeds this many times the target."""
 
 
 class Illegal(ValueError):
-    """A value of the free dimension that makes no legal spec; the message is the reason."""
+    """A value of the free dimension that gives no legal spec; the message is the reason."""
 
 
 class Candidates:
     """The multiples of `multiple` up to `LARGEST`, each tried at most once.
 
-    `cost` gives a value's cost or raises Illegal. `costs` holds the legal values tried, `reasons` the illegal ones.
+    `cost` returns a value's cost or raises Illegal. `costs`: legal value -> cost; `reasons`: illegal value -> reason,
+    both of the values tried so far.
     """
 
     def __init__(self, cost: Callable[[int], float], *, multiple: int) -> None:
@@ -41,25 +42,25 @@ class Candidates:
         return value in self.costs
 
     def first_legal(self, start: int) -> int | None:
-        """The smallest legal value from `start` on; None where there is none within `GAP` multiples or `LARGEST`."""
+        """The smallest legal value from `start` on; None if there is none within `GAP` multiples and `LARGEST`."""
         stop = min(start + GAP * self.multiple, LARGEST + 1)
         return next((v for v in range(start, stop, self.multiple) if self.is_legal(v)), None)
 
     def nearest_legal(
         self, value: float, *, low: int = 0, high: int = LARGEST + 1, but: Collection[int] = ()
     ) -> int | None:
-        """The legal value nearest to `value` strictly between `low` and `high`, none of `but`; None without one."""
+        """The legal value nearest to `value`, strictly between `low` and `high`, not in `but`; None if none exists."""
         for candidate in self._outward(value, low, min(high, LARGEST + 1)):
             if candidate not in but and self.is_legal(candidate):
                 return candidate
         return None
 
     def nearest_cost(self, target: float) -> int | None:
-        """The legal value whose cost is nearest to `target`, the smaller one on a tie; None where nothing is legal.
+        """The legal value whose cost is nearest to `target`, the smaller one on a tie; None if nothing is legal.
 
-        Values are tried in steps of 3 % (small ones all), and by bisection where a step crosses the target. That is
-        exact for a cost that only rises or only falls. Where a step goes against the one before, the cost has jumped,
-        as a rule that depends on the size makes it, and everything within the step is tried.
+        Values are tried in steps of 3 % (each of the small ones), and by bisection within a step that crosses the
+        target. This is exact for a monotonic cost. If the cost changes direction, it has jumped, for example because of
+        a rule that depends on the size, and all values within the step are tried.
         """
         value, before, rising = self.first_legal(self.multiple), None, None
         while value is not None:
@@ -74,7 +75,7 @@ class Candidates:
             before = value
             following = value + max(1, value // self.multiple // STEPS) * self.multiple
             value = self.first_legal(following)
-            if value is None:  # the last legal one may lie within the step
+            if value is None:  # the last legal value may lie within the step
                 self.nearest_legal(following, low=before, high=following)
         return min(self.costs, key=lambda v: (abs(self.costs[v] - target), v), default=None)
 
@@ -83,7 +84,7 @@ class Candidates:
             self.is_legal(value)
 
     def _bisect(self, low: int, high: int, target: float) -> None:
-        """Try the legal values on both sides of the place between `low` and `high` where the cost crosses `target`."""
+        """Bisect between `low` and `high` until the legal values on both sides of `target` have been tried."""
         below = self.costs[low] < target
         if below == (self.costs[high] < target):
             return
@@ -94,7 +95,7 @@ class Candidates:
                 high = middle
 
     def _outward(self, value: float, low: int, high: int) -> Iterator[int]:
-        """Multiples strictly between `low` and `high`, the nearest to `value` first; at most `GAP` to each side."""
+        """Multiples strictly between `low` and `high`, nearest to `value` first, at most `GAP` on each side."""
         centre = min(max(round(value / self.multiple), low // self.multiple + 1), (high - 1) // self.multiple)
         for distance in range(GAP + 1):
             pair = {(centre - distance) * self.multiple, (centre + distance) * self.multiple}

@@ -9,7 +9,7 @@ from headway.launcher.match.matching import quantity_words
 
 
 def matching_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The matching table of a `study_record`, header first; sizes in whole parameters, FLOPs per token, bytes."""
+    """Rows of the matching table of a `study_record`, header first: sizes in parameters, FLOPs per token and bytes."""
     match = record["match"]
     measured = any(v["matched"] and v["matched"].get("spread") for v in record["variants"])
     residual = "residual [quartiles]" if measured else "residual"
@@ -34,7 +34,7 @@ def matching_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _residual(matched: dict[str, Any]) -> str:
-    """`+0.250%`; a measured one with its quartiles, `+0.2% [-1.0%, +1.3%]`."""
+    """`+0.250%` if counted; `+0.2% [-1.0%, +1.3%]` with quartiles if measured."""
     spread = matched.get("spread")
     if spread is None:
         return f"{matched['residual']:+.3%}"

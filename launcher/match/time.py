@@ -1,6 +1,6 @@
-"""Measure a size's time beside the baseline's, and find the size that takes as long.
+"""Find the size of a variant that takes the baseline's time.
 
-What is timed is the forward and backward pass of one micro-batch, in turns with the baseline, in one process.
+The forward and backward pass of one micro-batch is timed, in turns with the baseline, in one process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ WARM_UP = 2
 LOOK_ROUNDS = 7
 CHECK_ROUNDS = 21
 LOOKS = 6
-"""Sizes measured on the way to a match, `LOOK_ROUNDS` each; at most `CHECKS` of them again, `CHECK_ROUNDS` each."""
+"""At most `LOOKS` sizes are measured with `LOOK_ROUNDS` rounds, then at most `CHECKS` sizes with `CHECK_ROUNDS`."""
 CHECKS = 3
 
 CLEAR = 4.0
-"""Standard errors by which the times of two sizes differ when the size counts; quartiles of 7 rounds are rough."""
+"""The time depends on the size if two sizes differ by this many standard errors; quartiles of 7 rounds are rough."""
 
 REACH = 4.0
-"""A line through measured times is not followed further than this many times beyond them."""
+"""The fitted line is extrapolated to at most this many times the largest, or this fraction of the smallest, size."""
 
 Pass = Callable[[], float]
 """Runs one forward and backward pass and returns its seconds."""
@@ -39,7 +39,7 @@ Build = Callable[["Spec", int], Pass]
 
 @dataclass(frozen=True, kw_only=True)
 class Ratios:
-    """Time of a candidate over that of the baseline, pair by pair: quartiles; and the median seconds of either."""
+    """Quartiles of candidate time / baseline time over pairs of passes, and the median seconds of both."""
 
     low: float
     median: float
@@ -50,7 +50,7 @@ class Ratios:
 
     @property
     def noise(self) -> float:
-        """Half the distance of the quartiles."""
+        """Half the interquartile range."""
         return (self.high - self.low) / 2
 
     @property
@@ -59,12 +59,12 @@ class Ratios:
 
 
 def median_error(noise: float, rounds: int) -> float:
-    """Standard error of a median were the values normal: sqrt(pi / 2) sigma / sqrt(n), sigma = `noise` / 0.6745."""
+    """Standard error of a median of normal values: sqrt(pi / 2) sigma / sqrt(n), with sigma = `noise` / 0.6745."""
     return math.sqrt(math.pi / 2) * noise / 0.6745 / math.sqrt(rounds)
 
 
 def compare(contender: Pass, baseline: Pass, *, rounds: int) -> Ratios:
-    """Time both in turns, after a warm-up. Who begins changes every round: who comes second finds warmer caches."""
+    """Time both in turns, after a warm-up. The order changes every round, because the second pass has warmer caches."""
     for _ in range(WARM_UP):
         baseline()
         contender()
@@ -88,7 +88,7 @@ def compare(contender: Pass, baseline: Pass, *, rounds: int) -> Ratios:
 
 
 def decoder_pass(spec: Spec, seq_len: int) -> Pass:
-    """The spec's model with its device, precision and threads, on one micro-batch of random tokens."""
+    """A pass of the spec's model, with its device, precision and threads, on one micro-batch of random tokens."""
     import torch
 
     from headway.launcher.hosts.commands import worker_environment
@@ -101,7 +101,7 @@ def decoder_pass(spec: Spec, seq_len: int) -> Pass:
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32
     model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed).to(device, dtype)
-    model.before_step(spec.train.tokens)  # the state that a schedule ends in, which is what costs are counted for
+    model.before_step(spec.train.tokens)  # the final state of schedules, for which costs are counted
     generator = torch.Generator().manual_seed(spec.seed)
     shape = (spec.train.micro_batch, seq_len + 1)
     ids = torch.randint(vocab_size, shape, generator=generator).to(device)
@@ -132,7 +132,7 @@ def _now_s(cuda: bool) -> float:
 
 
 class TimeSolver:
-    """Finds the legal value whose time is nearest to the baseline's, taking time for about affine in the value.
+    """Finds the legal value whose time is nearest to the baseline's. Assumes that time is roughly affine in the value.
 
     `measure` takes (value, rounds). `points`: value -> its latest measurement.
     """
@@ -142,7 +142,7 @@ class TimeSolver:
         self.points: dict[int, Ratios] = {}
 
     def look(self, start: int) -> bool:
-        """Measure a few sizes, from the legal one nearest to `start`. False where nothing is legal."""
+        """Measure a few sizes, beginning with the legal one nearest to `start`. False if nothing is legal."""
         value = self._candidates.nearest_legal(start)
         if value is None:
             return False
@@ -151,15 +151,16 @@ class TimeSolver:
                 break
             self.points[value] = self._measure(value, LOOK_ROUNDS)
             value = self._next()
-        if not self.is_affected():  # a refusal deserves a closer look
+        if not self.is_affected():  # this leads to an error, so measure both ends with more rounds first
             for value in (min(self.points), max(self.points)):
                 self.points[value] = self._measure(value, CHECK_ROUNDS)
         return True
 
     def check(self) -> tuple[int, Ratios]:
-        """The chosen value with a longer measurement of its own, against the baseline in the same rounds.
+        """The chosen value with a measurement of more rounds.
 
-        Where that is off by more than its own error, the value that the line then points to is measured as well.
+        If it differs from the baseline by more than its standard error, the line is fitted again and the new value is
+        measured, too.
         """
         checked: dict[int, Ratios] = {}
         value = self._candidates.nearest_legal(self._wanted())
@@ -171,15 +172,15 @@ class TimeSolver:
         return min(checked.items(), key=lambda item: abs(item[1].median - 1))
 
     def is_affected(self) -> bool:
-        """False where the smallest and the largest of several measured values differ by no more than noise explains."""
+        """False if the times of the smallest and the largest measured value differ by no more than the noise."""
         small, large = self.points[min(self.points)], self.points[max(self.points)]
-        # Quartiles of few rounds are rough, so the noise of all points is taken together, relative to their times.
+        # Quartiles of few rounds are rough, so use the median of the relative noise of all points.
         noise = statistics.median(r.noise / r.median for r in self.points.values())
         error = math.hypot(median_error(noise, small.rounds), median_error(noise, large.rounds))
         return len(self.points) == 1 or abs(math.log(large.median / small.median)) > CLEAR * error
 
     def _next(self) -> int | None:
-        """A value not measured so far whose time tells more; None where there is none."""
+        """The next value to measure; None if no new value would add information."""
         smallest, largest = min(self.points), max(self.points)
         if len(self.points) == 1:
             return self._candidates.nearest_legal(self._wanted(), but=self.points)
@@ -191,9 +192,10 @@ class TimeSolver:
         return None if value in self.points else value
 
     def _wanted(self) -> float:
-        """Where the line through the points meets the baseline's time; from one point, as if all time were the value's.
+        """The value at which the fitted line reaches the baseline's time.
 
-        One point is left by at least a quarter: the time of a close neighbour differs by less than noise.
+        With only one point, time is assumed to be proportional to the value, and the value changes by at least a
+        quarter, because closer values differ by less than the noise.
         """
         smallest, largest = min(self.points), max(self.points)
         if len(self.points) == 1:
@@ -205,7 +207,7 @@ class TimeSolver:
         return min(max(wanted, smallest / REACH), REACH * largest)
 
     def _line(self) -> tuple[float, float]:
-        """(slope, offset) by least squares; the points weigh by their rounds and how near they are to the baseline."""
+        """(slope, offset) by least squares, weighted by the rounds of a point and its nearness to the baseline."""
         weights = {v: r.rounds / (0.05 + abs(r.median - 1)) for v, r in self.points.items()}
         total = sum(weights.values())
         x = sum(w * v for v, w in weights.items()) / total

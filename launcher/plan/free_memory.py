@@ -1,4 +1,4 @@
-"""How much memory the processes of this host can still take."""
+"""How much more memory the processes of this host can use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ GROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Limit and use of a control group, in versions 2 and 1."""
+"""Names of the files with limit and usage of a control group, in cgroup versions 2 and 1."""
 
 
 def available_bytes() -> float:
-    """The least of what the host has available and what the control groups of this process leave.
+    """Minimum of the host's available memory and the memory left in the control groups of this process.
 
-    What a group uses holds file caches too, which the kernel would give up: taken off, they make this figure too small
-    rather than too large. Infinite where nothing says.
+    The usage of a group includes file caches, which the kernel could free. The result is therefore a lower bound of the
+    memory left in the group. Infinite if no source can be read.
     """
     return min([_host(), *_groups(Path("/proc/self/cgroup"))])
 
@@ -30,7 +30,7 @@ def _host() -> float:
 
 
 def _groups(listing: Path) -> list[float]:
-    """What each group that this process is in, and those above it, have left."""
+    """Bytes left in each control group of this process and in all their parents."""
     try:
         lines = listing.read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""What a plan assumes of GPUs, networks and software: one table each, with the source of every row.
+"""Assumptions of a plan about GPUs, networks and software: one table each, with the source of every row.
 
-Nothing here was measured by this project. The datasheet figures are upper limits; `ASSUMPTIONS` says what share of them
-training is expected to reach, as a low and a high value, and every estimate of a plan is a range between the two. They
-were set by hand, with published speeds near 1B parameters in view.
+This project measured none of these numbers. The datasheet figures are upper limits. `ASSUMPTIONS` gives the share of
+them that training is expected to reach, as a low and a high value, and every estimate of a plan is a range between the
+two. The shares were set by hand, with knowledge of published speeds near 1B parameters.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ GIB = float(1 << 30)
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One accelerator. FLOP/s are of dense matrices, in the formats of `parallel.precision`."""
+    """One accelerator. FLOP/s are for dense matrix products, in the formats of `parallel.precision`."""
 
     name: str
     bf16_flops: float
-    fp32_flops: float  # without TF32, which PyTorch leaves off
+    fp32_flops: float  # without TF32, which PyTorch disables by default
     memory_bytes: float
     memory_bytes_per_s: float
-    link_bytes_per_s: float  # to another GPU of the host, each way
+    link_bytes_per_s: float  # to another GPU of the host, per direction
     per_host: int
     source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Between hosts; every GPU has an equal share of its host's adapters."""
+    """The network between hosts. Every GPU has an equal share of its host's adapters."""
 
     name: str
-    bytes_per_s: float  # per GPU, each way
+    bytes_per_s: float  # per GPU and direction
     source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Shares of the datasheet's figures that are reached, and times that no datasheet has."""
+    """Shares of the datasheet's figures that are reached, and times that no datasheet states."""
 
-    matmul: float  # of the matrix rate, all matrix products but the attention core's
-    core: float  # the same, attention core by flash attention
-    masked_core: float  # the same, with document masks, which flash attention does not take
-    memory: float  # of the memory rate, element-wise work
+    matmul: float  # share of the matrix rate, for all matrix products except the attention core's
+    core: float  # the same, for the attention core with flash attention
+    masked_core: float  # the same, with document masks, which flash attention does not support
+    memory: float  # share of the memory rate, for element-wise work
     passes_over_kept: float  # times each byte kept for the backward pass is read or written by element-wise work
-    exchange: float  # of a link's or network's rate
-    latency_s: float  # of one exchange between ranks
-    launch_s: float  # of a block's forward and backward pass, however few its tokens: starting its operations
+    exchange: float  # share of a link's or network's rate
+    latency_s: float  # latency of one exchange between ranks
+    launch_s: float  # least time of a block's forward and backward pass: launching its kernels
 
 
 LOW = Assumptions(
@@ -77,10 +77,10 @@ HIGH = Assumptions(
 ASSUMPTIONS = (LOW, HIGH)
 
 RESERVED_BYTES = 2.0 * GIB
-"""CUDA's own context, communication buffers, libraries' workspaces: assumed, not measured."""
+"""CUDA context, communication buffers and workspaces of libraries: assumed, not measured."""
 
 USABLE = 0.94
-"""Share of the rest that fits before fragments get in the way: assumed, not measured."""
+"""Share of the remaining memory that can be used despite fragmentation: assumed, not measured."""
 
 _SHEET = "NVIDIA datasheet, dense; not measured here"
 
@@ -157,17 +157,17 @@ T = TypeVar("T")
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises SpecError with the known names."""
+    """Row of `GPUS` by name. Raises SpecError with the known names."""
     return _find(GPUS, name, "--gpu")
 
 
 def find_network(name: str) -> Network:
-    """Raises SpecError with the known names."""
+    """Row of `NETWORKS` by name. Raises SpecError with the known names."""
     return _find(NETWORKS, name, "--network")
 
 
 def usable_bytes(gpu: Gpu) -> float:
-    """What a run can have of a GPU's memory, by assumption."""
+    """The part of a GPU's memory that a run can use, by assumption."""
     return (gpu.memory_bytes - RESERVED_BYTES) * USABLE
 
 

@@ -1,4 +1,4 @@
-"""The search for a layout: every legal one over a number of GPUs, those that fit by estimated speed."""
+"""Search all legal layouts on a number of GPUs, and sort those that fit by estimated speed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 NEAR = 0.05
-"""Estimates within this share of the best are the same: the simpler layout then comes first."""
+"""Estimates within this share of the best count as equal, and the simpler layout comes first."""
 
 PASS_TOKENS = 16_384
-"""Tokens of a forward pass on a rank that are enough for large products; more only cost memory."""
+"""Tokens per forward pass and rank from which matrix products are large enough; more tokens only take memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A spec in one layout, and what it is expected to need and give."""
+    """A spec in one layout, with its estimated memory and speed."""
 
     spec: Spec
     grid: Grid
     memory: Memory
-    stage: int  # the fullest one
+    stage: int  # the stage that needs most memory
     speed: Speed
-    useful_flops_per_token: float  # of training
+    useful_flops_per_token: float  # forward and backward
 
     @property
     def overrides(self) -> list[str]:
-        """Arguments that put this layout on the spec it was searched for; `first-host` stands for the user's own."""
+        """Command-line arguments that select this layout. The user replaces `first-host` by an address."""
         parallel, launch = self.spec.parallel, self.spec.launch
         meet = launch.hosts > 1 and launch.address is None and launch.method != "slurm"
         return [
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """What one would rather do without: stages, cut layers, recomputation, gathered parameters, small passes."""
+        """Sort key, smaller is simpler: stages, tensor parallel ranks, ZeRO and recomputation, size of the passes."""
         parallel = self.spec.parallel
         extras = parallel.zero + (parallel.recompute == "block")
         return (parallel.pipeline, parallel.tensor, extras, -min(self.grid.tokens, PASS_TOKENS), self.grid.tokens)
@@ -66,8 +66,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What was found, fastest first, each with its best micro-batch. `too_big`: those that fit with none, here with the
-    one that needs least; `illegal`: the keys that forbid others, and how often.
+    """Result of a search.
+
+    `best`: layouts that fit, fastest first, each with its best micro-batch. `too_big`: layouts that fit with no
+    micro-batch, each with the one that needs least memory. `illegal`: key that forbids a layout -> number of layouts.
     """
 
     best: list[Layout]
@@ -76,9 +78,9 @@ class Search:
 
 
 def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_per_token: float) -> Search:
-    """Layouts of `spec` over `gpus` GPUs. Its context size, precision, batch and model stay as they are.
+    """Layouts of `spec` on `gpus` GPUs. Context parallel size, precision, batch and model are not changed.
 
-    Raises SpecError where the number of GPUs is not one host's or whole hosts'.
+    Raises SpecError if `gpus` exceeds one host and is not a multiple of a host's GPUs.
     """
     legal: dict[tuple[object, ...], list[Layout]] = {}
     illegal: Counter[str] = Counter()
@@ -105,7 +107,7 @@ def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_pe
 
 
 def plan_layout(spec: Spec, gpu: Gpu, network: Network, *, useful_flops_per_token: float) -> Layout:
-    """Memory and speed of a legal spec as it stands."""
+    """Memory and speed of a legal spec in its own layout."""
     grid = grid_of(spec)
     stage, memory = worst(grid)
     estimate = speed(grid, gpu, network, useful_flops_per_token=useful_flops_per_token)
@@ -120,7 +122,7 @@ def plan_layout(spec: Spec, gpu: Gpu, network: Network, *, useful_flops_per_toke
 
 
 def _ordered(layouts: list[Layout]) -> list[Layout]:
-    """By speed; of those within a few per cent of each other the simplest first."""
+    """Sort by speed; among layouts within `NEAR` of the fastest remaining one, the simplest comes first."""
     rest, ordered = sorted(layouts, key=lambda layout: -layout.speed.middle), []
     while rest:
         near = [layout for layout in rest if layout.speed.middle >= (1 - NEAR) * rest[0].speed.middle]
@@ -131,20 +133,20 @@ def _ordered(layouts: list[Layout]) -> list[Layout]:
 
 
 def _hosts(gpus: int, gpu: Gpu) -> tuple[int, int]:
-    """(hosts, GPUs of each)."""
+    """(number of hosts, GPUs per host)."""
     if gpus <= gpu.per_host:
         return 1, gpus
     if gpus % gpu.per_host:
         near = gpus // gpu.per_host * gpu.per_host
         raise SpecError(
-            f"--gpus: {gpus} are not whole hosts of {gpu.per_host}, and all hosts run as many processes; "
-            f"use {near} or {near + gpu.per_host}"
+            f"--gpus: {gpus} is not a multiple of the {gpu.per_host} GPUs of a host, and all hosts must run the same "
+            f"number of processes; use {near} or {near + gpu.per_host}"
         )
     return gpus // gpu.per_host, gpu.per_host
 
 
 def _candidates(spec: Spec, hosts: int, processes: int) -> Iterator[Spec]:
-    """Layouts worth looking at: tensor ranks within a host, sequence parallelism wherever layers are cut."""
+    """Candidate layouts: tensor parallel ranks within a host, and sequence parallelism whenever tensor > 1."""
     launch = spec.launch.model_copy(update={"hosts": hosts, "processes": processes})
     world, context = hosts * processes, spec.parallel.context
     for tensor in (t for t in legal_tensor(spec) if processes % (t * context) == 0):

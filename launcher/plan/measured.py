@@ -1,8 +1,8 @@
-"""The planner's constants of GPUs that were measured, and how they are made of a file of `headway bench gpu`.
+"""The planner's constants of measured GPUs, and their fit to a file of `headway bench gpu`.
 
-measured.json holds one entry per GPU; where a GPU has none, `hardware.ASSUMPTIONS` serve. Matrix products of
-inner width K run at rate * K / (K + half_inner): what a product needs besides its K steps is like `half_inner` more of
-them. `headway bench report DIR --refit` writes an entry.
+measured.json holds one entry per GPU. GPUs without an entry use `hardware.ASSUMPTIONS`. Matrix products of inner
+width K run at rate * K / (K + half_inner): the fixed cost of a product equals that of `half_inner` more steps along K.
+`headway bench report DIR --refit` writes an entry.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from headway.launcher.plan.hardware import ASSUMPTIONS, Assumptions, Gpu
 
 FILE = Path(__file__).with_name("measured.json")
 MARGIN = 0.05
-"""What a run may lose, low, against the best of single operations: assumed."""
+"""Loss of speed of a whole run against single operations, in the low estimate: assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Core:
-    """The causal attention core, forward and backward, of one shape; 3.5 times the forward FLOPs per second."""
+    """Measured rate of the causal attention core of one shape, forward and backward (3.5 times the forward FLOPs)."""
 
     head_dim: int
     seq_len: int
@@ -33,7 +33,7 @@ class Core:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Constants of one GPU. `passes_over_kept`: low and high, over the shapes measured."""
+    """Constants of one GPU. `passes_over_kept`: smallest and largest value over the measured shapes."""
 
     source: str
     matmul_flops_per_s: float
@@ -43,11 +43,11 @@ class Measured:
     passes_over_kept: tuple[float, float]
 
     def matmul(self, width: int) -> float:
-        """FLOP/s of products whose inner width is a model's."""
+        """FLOP/s of matrix products of inner width `width`."""
         return self.matmul_flops_per_s * width / (width + self.half_inner)
 
     def core(self, head_dim: int, seq_len: int) -> float:
-        """FLOP/s of the measured shape nearest in head size, then in length."""
+        """FLOP/s of the measured shape that is nearest in head size, then in sequence length."""
         nearest = min(
             self.cores,
             key=lambda c: (abs(math.log(c.head_dim / head_dim)), abs(math.log(c.seq_len / seq_len))),
@@ -56,7 +56,7 @@ class Measured:
 
 
 def measured() -> dict[str, Measured]:
-    """Entries by the GPU's name. Raises ValueError for a file that does not hold them."""
+    """GPU name -> entry of measured.json. Raises ValueError if the file is invalid."""
     return _read(FILE)
 
 
@@ -67,7 +67,7 @@ def _read(file: Path) -> dict[str, Measured]:
         return {name: _entry(entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'{file}: {error}; make it anew with `headway bench report DIR --refit`, or write {{"gpus": {{}}}}'
+            f'{file}: {error}; write it again with `headway bench report DIR --refit`, or write {{"gpus": {{}}}}'
         ) from None
 
 
@@ -78,10 +78,10 @@ def _entry(entry: Mapping[str, Any]) -> Measured:
 
 
 def assumptions(gpu: Gpu, *, width: int, head_dim: int, seq_len: int) -> tuple[Assumptions, Assumptions]:
-    """Low and high for a model's shape: measured where the GPU was, else `ASSUMPTIONS`.
+    """Low and high assumptions for a model's shape: from measurements if the GPU was measured, else `ASSUMPTIONS`.
 
-    Not measured and thus assumed on every GPU: document masks, exchanges between ranks, launches. fp32 runs have the
-    shares of the bf16 ones.
+    Document masks, exchanges between ranks and kernel launches are assumed on every GPU. fp32 runs use the shares that
+    were measured in bf16.
     """
     entry = measured().get(gpu.name)
     if entry is None:
@@ -101,7 +101,7 @@ def assumptions(gpu: Gpu, *, width: int, head_dim: int, seq_len: int) -> tuple[A
 
 
 def fit(rows: Sequence[Mapping[str, Any]], *, source: str) -> Measured:
-    """Constants from rows of `headway bench gpu`. Raises ValueError naming the rows that are missing."""
+    """Fit constants to rows of `headway bench gpu`. Raises ValueError with the missing rows."""
     found = {row["key"]: row["data"] for row in rows if row["status"] == "measured"}
     cores = [key for key in found if key.startswith("ceilings/core ")]
     profiles = [key for key in found if key.startswith("steps/profile ")]
@@ -113,7 +113,7 @@ def fit(rows: Sequence[Mapping[str, Any]], *, source: str) -> Measured:
     memory = found["ceilings/copy"]["bytes_per_s"]
     passes = [p for key in profiles if (p := _passes(found[key], memory)) is not None]
     if not passes:
-        raise ValueError("steps/profile: element-wise work took no time there; measure it again")
+        raise ValueError("steps/profile: the time of element-wise work is zero or negative; measure it again")
     return Measured(
         source=source,
         matmul_flops_per_s=rate,
@@ -125,21 +125,21 @@ def fit(rows: Sequence[Mapping[str, Any]], *, source: str) -> Measured:
 
 
 def fit_products(products: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """(rate, half_inner) by least squares on 1/rate(K) = 1/rate + (half/rate) / K, over the products of equal rows.
+    """(rate, half_inner) by least squares on 1/rate(K) = 1/rate + (half/rate) / K.
 
-    Raises ValueError where rates do not grow with K.
+    Uses the products of the most frequent number of rows. Raises ValueError if the fit gives no finite positive rate.
     """
     rows = max({p["rows"] for p in products}, key=lambda n: sum(p["rows"] == n for p in products))
     xs = [1 / p["inner"] for p in products if p["rows"] == rows]
     ys = [1 / p["flops_per_s"] for p in products if p["rows"] == rows]
     if len(xs) < 2:
-        raise ValueError("ceilings/matmul: one inner width alone; measure several")
+        raise ValueError("ceilings/matmul: only one inner width was measured; measure several")
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     variance = sum((x - mean_x) ** 2 for x in xs)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / variance
     offset = mean_y - slope * mean_x
     if offset <= 0:
-        raise ValueError("ceilings/matmul: rates that do not level off with the inner width; measure them again")
+        raise ValueError("ceilings/matmul: the rate does not level off as the inner width grows; measure it again")
     return 1 / offset, max(0.0, slope / offset)
 
 
@@ -152,13 +152,14 @@ def _best_cores(backends: Sequence[Mapping[str, Any]]) -> tuple[Core, ...]:
                 key = shape["head_dim"], shape["seq_len"]
                 best[key] = max(best.get(key, 0.0), shape["both_flops_per_s"])
     if not best:
-        raise ValueError("ceilings/core: no backend took any shape; measure them again")
+        raise ValueError("ceilings/core: no backend ran any shape; measure them again")
     return tuple(Core(head_dim=d, seq_len=s, flops_per_s=rate) for (d, s), rate in sorted(best.items()))
 
 
 def _passes(profile: Mapping[str, Any], bytes_per_s: float) -> float | None:
-    """How often each byte that is kept for the backward pass crosses the memory, by the time that products and core
-    leave of a dense pass.
+    """Number of reads and writes of each byte kept for the backward pass; None if no time is left for them.
+
+    Computed from the time of a dense pass minus that of matrix products and attention core.
     """
     parts = profile["parts_s"]
     products = sum(parts[name] for name in ("queries", "keys and values", "core", "output", "loss"))
@@ -167,7 +168,7 @@ def _passes(profile: Mapping[str, Any], bytes_per_s: float) -> float | None:
 
 
 def write(name: str, entry: Measured) -> None:
-    """Put an entry into measured.json, beside those of other GPUs."""
+    """Add or replace the entry of GPU `name` in measured.json."""
     content = json.loads(FILE.read_text())
     content["gpus"][name] = asdict(entry)
     FILE.write_text(json.dumps(content, indent=1) + "\n")

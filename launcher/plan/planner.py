@@ -1,4 +1,4 @@
-"""`headway plan`: what a spec costs and needs, computed, without training and without a GPU."""
+"""`headway plan`: compute cost, memory and speed of a spec without training and without a GPU."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def plan(
 ) -> int:
     """Print parameters, FLOPs, memory, communication and expected speed of a spec in its own layout.
 
-    With `gpus`, also the layouts over so many GPUs that are expected to be fastest. Raises SpecError where a GPU or a
-    network is not known, or the spec is not legal.
+    With `gpus`, also print the layouts on that many GPUs with the highest expected speed. Raises SpecError if the GPU
+    or network is unknown, or the spec is not legal.
     """
     chosen, between = find_gpu(gpu), find_network(network)
     loaded = load_spec(path, overrides, no_auto=None)
     spec, auto = with_vocabulary(loaded.spec), None
     if loaded.auto:
         auto = by_plan(spec, usable_bytes(chosen))
-        spec = with_number(spec, auto.micro_batch or 1)  # that it does not fit either is said below
+        spec = with_number(spec, auto.micro_batch or 1)  # if 1 does not fit, the output below says so
     cost = cost_of(spec)
     useful = 3 * cost["flops_per_token_useful"]
     own = plan_layout(spec, chosen, between, useful_flops_per_token=useful)
@@ -63,16 +63,16 @@ def plan(
 
 
 def auto_line(number: int, auto: Choice, gpu: Gpu) -> str:
-    """What `train.micro_batch: auto` is planned with."""
-    why = auto.why if auto.micro_batch is not None else "not even one sequence fits"
+    """The message that states the micro-batch with which `train.micro_batch: auto` is planned."""
+    why = auto.why if auto.micro_batch is not None else "even one sequence does not fit"
     return (
-        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {why}; `headway train` measures on the "
-        "host it starts on, and may take another"
+        f"train.micro_batch: auto is planned as {number} on {gpu.name}: {why}; `headway train` measures on its own "
+        "host and may choose another number"
     )
 
 
 def with_vocabulary(spec: Spec) -> Spec:
-    """The spec with its vocabulary filled in; the data are only read where neither model nor source says it."""
+    """The spec with its vocabulary size set. The data is read only if neither model nor source states the size."""
     size = vocabulary(spec)
     if size is None:
         return resolve(spec)[0]
@@ -80,7 +80,7 @@ def with_vocabulary(spec: Spec) -> Spec:
 
 
 def cost_of(spec: Spec) -> dict[str, Any]:
-    """Parameters, FLOPs and KV cache of a spec whose vocabulary is known."""
+    """Parameters, FLOPs and KV cache of a spec whose vocabulary size is set."""
     from headway.launcher.match.matching import spec_cost
 
     assert spec.model.vocab_size is not None

@@ -1,9 +1,9 @@
-"""Expected tokens per second: an estimate from datasheets and assumptions (`plan_hardware`), or from what was measured
-of a GPU (`plan_measured`).
+"""Expected tokens per second: an estimate from datasheets and assumptions (`hardware`), or from measurements of a GPU
+(`measured`).
 
-A stage's time per micro-batch: matrix products and the attention core at their shares of the matrix rate, element-wise
-work by the bytes it moves, exchanges within layers, none of them hidden behind another. Then m micro-batches and the
-bubble of the pipeline, the exchange of gradients, the optimizer. Legend: P stages, m micro-batches per step.
+A stage's time per micro-batch is the sum of matrix products and attention core at their shares of the matrix rate,
+element-wise work by the bytes it moves, and exchanges within layers, without overlap. A step has m micro-batches, the
+pipeline bubble, the exchange of gradients, and the optimizer. Legend: P stages, m micro-batches per step.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 OPTIMIZER_BYTES = 38.0
-"""Memory traffic of AdamW per parameter of a rank's partition: gradient, moments, master read; three written; bf16."""
+"""Memory traffic of AdamW in bf16 per parameter of a rank's partition, in bytes.
+
+It reads gradient, moments and master weight, and writes moments, master weight and parameter.
+"""
 
 CORE_BACKWARD = 2.5
-"""Attention core, backward over forward: flash attention computes the scores again (Dao, 2023, arXiv 2307.08691)."""
+"""Time of the attention core's backward over its forward pass: flash attention recomputes the scores (Dao, 2023, arXiv
+2307.08691).
+"""
 
 NO_OVERLAP = ("data:", "pipeline: gradient of the tied")
-"""Kinds of exchange that happen once all passes are done, or between them, not within a micro-batch."""
+"""Prefixes of the kinds of exchange that take place after or between the passes, not within a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of one optimizer step on the slowest stage; they add up to `step_s`."""
+    """Seconds of one optimizer step on the slowest stage. `step_s` is their sum."""
 
     matmul_s: float
     core_s: float
     elementwise_s: float
-    launch_s: float  # beyond the work itself: operations cannot be started faster
+    launch_s: float  # additional time because kernels cannot be launched faster
     exchange_s: float  # within layers and between stages
     bubble_s: float
     gradients_s: float  # gradients and parameters between data ranks
@@ -49,10 +54,10 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """An estimate, as a range: all assumptions low, all high."""
+    """An estimate as a range: with all assumptions low, and with all assumptions high."""
 
     tokens_per_s: tuple[float, float]
-    mfu: tuple[float, float]  # useful training FLOPs, causal, over the datasheet's rate of all GPUs
+    mfu: tuple[float, float]  # useful training FLOP/s, causal, over the datasheet's FLOP/s of all GPUs
     times: tuple[Times, Times]
 
     @property
@@ -63,13 +68,13 @@ class Speed:
 
 
 def bubble(grid: Grid) -> float:
-    """Share of a step in which a stage waits: (P-1)/(m+P-1) (Narayanan et al., 2021, arXiv 2104.04473)."""
+    """Share of a step in which a stage is idle: (P-1)/(m+P-1) (Narayanan et al., 2021, arXiv 2104.04473)."""
     stages = grid.spec.parallel.pipeline
     return (stages - 1) / (grid.accumulation + stages - 1)
 
 
 def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: float) -> Speed:
-    """`useful_flops_per_token`: of a training step, over the whole model."""
+    """Estimate speed and MFU. `useful_flops_per_token`: forward and backward FLOPs of the whole model."""
     spec = grid.spec
     low, high = (_times(grid, gpu, network, assumed) for assumed in assumptions_of(spec, gpu))
     rates = (spec.tokens_per_step / low.step_s, spec.tokens_per_step / high.step_s)
@@ -79,17 +84,19 @@ def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: flo
 
 
 def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
-    """Low and high for the spec's shape."""
+    """Low and high assumptions for the spec's shape."""
     return assumptions(gpu, width=spec.model.width, head_dim=spec.attention.head_dim, seq_len=spec.data.seq_len)
 
 
 def matrix_rate(grid: Grid, gpu: Gpu) -> float:
-    """FLOP/s of matrix products in the run's precision, by datasheet."""
+    """FLOP/s of matrix products in the run's precision, from the datasheet."""
     return gpu.bf16_flops if grid.spec.parallel.precision == "bf16" else gpu.fp32_flops
 
 
 def _times(grid: Grid, gpu: Gpu, network: Network, assumed: Assumptions) -> Times:
-    """Of the stage whose micro-batch takes longest, and of the one whose gradients do."""
+    """Times of a step: passes on the stage with the slowest micro-batch, gradients and optimizer each on their slowest
+    stage.
+    """
     each = [_micro_batch(grid, stage, gpu, network, assumed) for stage in grid.stages]
     slowest = max(each, key=sum)
     matmul, core, elementwise, launch, exchange = slowest
@@ -115,8 +122,8 @@ def _times(grid: Grid, gpu: Gpu, network: Network, assumed: Assumptions) -> Time
 def _micro_batch(
     grid: Grid, stage: Stage, gpu: Gpu, network: Network, assumed: Assumptions
 ) -> tuple[float, float, float, float, float]:
-    """Seconds of a forward and backward pass: matrix products, core, element-wise work, waiting for launches,
-    exchanges.
+    """Seconds of a forward and backward pass: matrix products, attention core, element-wise work, additional time for
+    kernel launches, exchanges.
     """
     spec, model = grid.spec, grid.spec.model
     parallel, rate = spec.parallel, matrix_rate(grid, gpu)
@@ -146,7 +153,7 @@ def _is_late(flow: Flow) -> bool:
 
 
 def _seconds(grid: Grid, flow: Flow, gpu: Gpu, network: Network, assumed: Assumptions) -> float:
-    """Of one step's exchanges of a kind. A group that leaves a host uses the adapters of its members there."""
+    """Seconds of a step's exchanges of one kind. A group across hosts uses its members' network adapters."""
     on_host = max(1, min(flow.ranks, grid.spec.launch.processes // flow.every))
     rate = gpu.link_bytes_per_s
     if on_host < flow.ranks:

@@ -1,5 +1,6 @@
-"""What a layout makes of a model: the ranks, the stages, and the parameters and work of each. Legend: n tokens that a
-rank's attention sees in a forward pass, P stages, m micro-batches per step.
+"""How a layout splits a model: ranks, stages, and their parameters and work.
+
+Legend: n tokens that a rank's attention sees in a forward pass, P stages, m micro-batches per step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One pipeline stage on one rank; where there is no pipeline, the whole model."""
+    """One pipeline stage on one rank; the whole model if there is no pipeline."""
 
     index: int
     blocks: tuple[AttentionConfig, ...]
-    parameters: dict[str, int]  # embedding, attention, mlp, norm, head: numbers on one rank
-    replicated: int  # of attention's and MLPs' parameters, those that every tensor-parallel rank holds
+    parameters: dict[str, int]  # numbers on one rank, by part: embedding, attention, mlp, norm, head
+    replicated: int  # attention and MLP parameters that every tensor parallel rank holds in full
     first: bool
     last: bool
 
@@ -35,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A spec's ranks and batch, in numbers."""
+    """Sizes of a spec's layout and batch."""
 
     spec: Spec
     vocab_size: int
@@ -56,7 +57,7 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        """n: of a micro-batch, on one rank."""
+        """n: tokens of a micro-batch on one rank."""
         return self.spec.train.micro_batch * self.spec.data.seq_len // self.spec.parallel.context
 
     @property
@@ -74,14 +75,17 @@ class Grid:
         return self.vocab_size // self.spec.parallel.tensor
 
     def in_flight(self, stage: Stage) -> int:
-        """Micro-batches whose activations a stage keeps at once: 1F1B starts P - p before it has the first back."""
+        """Micro-batches whose activations stage p keeps at once.
+
+        Under 1F1B it starts P - p forward passes before its first backward pass ends.
+        """
         return min(self.spec.parallel.pipeline - stage.index, self.accumulation)
 
     def footprint(self, block: AttentionConfig) -> Footprint:
         return footprint(self.spec.model, block, self.sharing)
 
     def dropped(self, block: AttentionConfig) -> float:
-        """Bytes that the block does not keep because it computes them again, under selective recomputation."""
+        """Bytes of activations that the block recomputes instead of keeping, under selective recomputation."""
         everything = footprint(self.spec.model, block, replace(self.sharing, selective=False))
         return everything.kept(self.tokens) - self.footprint(block).kept(self.tokens)
 
@@ -101,7 +105,7 @@ class Grid:
 
 
 def grid_of(spec: Spec) -> Grid:
-    """The ranks of a legal spec whose vocabulary is known."""
+    """The grid of a legal spec whose vocabulary size is set."""
     vocab_size = vocabulary(spec)
     assert vocab_size is not None, "the vocabulary is filled in before a plan is made"
     model, parallel = spec.model, spec.parallel
@@ -117,7 +121,7 @@ def grid_of(spec: Spec) -> Grid:
         start, end = max(bounds[p] - 1, 0), min(bounds[p + 1] - 1, len(each))
         parts = _sum_parts(held[start:end])
         parts["norm"] += model.width if last else 0
-        # Tied, the last stage has a copy of the embedding, unless it is the first as well.
+        # With tied embeddings the last stage has a copy of the embedding, unless it is also the first stage.
         head = last and not (model.tied_embeddings and first)
         parts = {"embedding": rows if first else 0, **parts, "head": rows if head else 0}
         replicated = sum(block.replicated for block in held[start:end])
@@ -135,7 +139,7 @@ def grid_of(spec: Spec) -> Grid:
 
 
 def layer_costs_of(spec: Spec, vocab_size: int) -> list[float]:
-    """Training FLOPs per token of [embedding, each block, norm, head], over all tensor-parallel ranks."""
+    """Training FLOPs per token of [embedding, each block, norm, head], summed over all tensor parallel ranks."""
     return layer_costs(
         spec.model,
         spec.attention,

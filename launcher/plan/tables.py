@@ -1,6 +1,6 @@
-"""Plans of the models and layouts that ship in `yaml/`, as JSON and Markdown: `python -m headway.launcher.plan.tables`.
+"""Plans of the models and layouts in `yaml/`, as JSON and Markdown: `python -m headway.launcher.plan.tables`.
 
-Everything here is computed and nothing was run; speeds are estimates from datasheets.
+All numbers are computed, none is measured. Speeds are estimates from datasheets.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from headway.launcher.spec.load import load_spec
 
 GPU, NETWORK = "h100", "ndr"
 FAR = 512
-"""GPUs of the table that no layout ships for."""
+"""Number of GPUs of the second table, for which `yaml/layouts` has no file."""
 
 Row = dict[str, Any]
 
 
 def shipped(root: Path) -> list[Row]:
-    """A row for each file of `yaml/layouts`, models by size."""
+    """A row for each file of `yaml/layouts`, sorted by model size and GPUs."""
     gpu, network = find_gpu(GPU), find_network(NETWORK)
     rows = []
     for file in (root / "yaml" / "layouts").glob("*.yaml"):
@@ -35,8 +35,9 @@ def shipped(root: Path) -> list[Row]:
 
 
 def far(root: Path) -> list[Row]:
-    """The way to `FAR` GPUs: of each kind of layout the one expected to be fastest, for every model whose batch has a
-    sequence for each GPU.
+    """Layouts on `FAR` GPUs: the layout of each kind with the highest expected speed.
+
+    Includes every model whose global batch has at least one sequence per GPU.
     """
     gpu, network = find_gpu(GPU), find_network(NETWORK)
     rows = []
@@ -66,10 +67,10 @@ def _row(layout: Layout, spec: str) -> Row:
 
 
 def markdown(tables: dict[str, list[Row]]) -> str:
-    """Both tables, with what they rest on."""
-    lines = ["# Plans", "", "Computed by `make plans`; nothing here was run. GiB and GB of one rank.", ""]
+    """Both tables, preceded by their assumptions."""
+    lines = ["# Plans", "", "Computed by `make plans`; none of these layouts was run. GiB and GB are per rank.", ""]
     lines += assumption_lines(find_gpu(GPU), find_network(NETWORK))
-    titles = {"shipped": "Layouts that ship", "far": f"The way to {FAR} GPUs"}
+    titles = {"shipped": "Layouts in yaml/layouts", "far": f"Layouts on {FAR} GPUs"}
     for name, rows in tables.items():
         lines += ["", f"## {titles[name]}", ""]
         lines += [
@@ -97,7 +98,7 @@ def _markdown_row(row: Row) -> str:
 
 
 def tables(root: Path) -> dict[str, list[Row]]:
-    """By title: rows as in the JSON file. `root`: the repository."""
+    """Table name -> rows, as in the JSON file. `root`: the repository."""
     return {"shipped": shipped(root), "far": far(root)}
 
 

@@ -1,4 +1,4 @@
-"""A plan in words and in JSON."""
+"""Format a plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MEMORY_WORDS = {
     "master": "fp32 master weights",
     "moments": "Adam's moments",
     "gradients": "gradients",
-    "bucket": "bucket for gradients, of fixed size",
+    "bucket": "gradient bucket of fixed size",
     "gathered": "gathered parameters of other ranks",
     "activations": "activations",
     "routing": "routers' choices, for recomputation",
     "mask": "document mask",
-    "logits": "logits and the loss's gradients",
-    "recomputed": "what is computed again",
+    "logits": "logits and gradients of the loss",
+    "recomputed": "recomputed activations",
     "backward": "gradients inside a block",
     "exchange": "copies while gradients are exchanged",
 }
@@ -31,7 +31,7 @@ SHOWN = 5
 
 
 def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
-    """What the model costs, whatever the layout."""
+    """Lines about the cost of the model, which does not depend on the layout."""
     tokens = cost["training_tokens"]
     return _table(
         [
@@ -49,7 +49,7 @@ def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
 
 
 def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
-    """Memory, communication and speed of one layout, with what they rest on."""
+    """Lines about memory, communication and speed of one layout, with the assumptions."""
     grid, memory, speed = layout.grid, layout.memory, layout.speed
     stage = grid.stages[layout.stage]
     held = " ".join(f"{part} {n:,}" for part, n in stage.parameters.items() if n)
@@ -65,19 +65,22 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
     rows = [
         ("layout", describe(layout)),
         ("parameters of a rank", f"{stage.num_params:,}  ({held})" + _which(layout)),
-        ("memory of a rank", f"peak {in_gib(memory.peak)}{_which(layout)}; not all parts at the same time"),
+        ("memory of a rank", f"peak {in_gib(memory.peak)}{_which(layout)}; the parts do not all exist at once"),
         *parts,
         (f"  on {gpu.name}", _fit(layout, gpu)),
-        ("communication", f"bytes that a rank sends in a step{'' if sent else ': none'}"),
-        *((f"  {flow.kind}", f"{_bytes(flow.bytes_per_step)} in {flow.exchanges_per_step:,.0f}") for flow in sent),
+        ("communication", f"bytes that a rank sends per step{'' if sent else ': none'}"),
+        *(
+            (f"  {flow.kind}", f"{_bytes(flow.bytes_per_step)} in {flow.exchanges_per_step:,.0f} exchange(s)")
+            for flow in sent
+        ),
         ("pipeline bubble", f"{bubble(grid):.1%} of a step"),
         ("training FLOPs/token, useful", f"{layout.useful_flops_per_token:,.0f}"),
         (
             "tokens/s, estimated",
             f"{rounded(low)} to {rounded(high)} on {layout.spec.launch.world_size} {gpu.name}, {network.name}",
         ),
-        ("  MFU, causal", f"{speed.mfu[0]:.0%} to {speed.mfu[1]:.0%} of the datasheet's rate"),
-        ("  time of a step (low)", times),
+        ("  MFU, causal", f"{speed.mfu[0]:.0%} to {speed.mfu[1]:.0%} of the datasheet's FLOP/s"),
+        ("  share of step time (low estimate)", times),
         ("  whole training", f"{days[0]:,.3g} to {days[1]:,.3g} days"),
     ]
     return [
@@ -89,29 +92,29 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
 
 
 def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> list[str]:
-    """What the estimates rest on; shares of a measured GPU are those of the spec's shape."""
+    """Lines about the assumptions. For a measured GPU, the shares are those of the spec's shape."""
     entry = measured().get(gpu.name)
     low, high = ASSUMPTIONS if spec is None else assumptions_of(spec, gpu)
-    basis = "from datasheets, measured nowhere. Assumed" if entry is None else f"from {entry.source}. Taken"
+    basis = "from datasheets, not measured. Assumed" if entry is None else f"from {entry.source}. Used"
     if entry is not None and spec is None:
-        basis = f"from {entry.source}, by each model's shape. Where nothing is measured"
+        basis = f"from {entry.source}, for each model's shape. Used for what is not measured"
     return [
         f"Speeds are estimates {basis}, low to high: matrix products at {low.matmul:.0%} to {high.matmul:.0%}",
         f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (with document masks "
         f"{low.masked_core:.0%} to {high.masked_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links and "
         "network",
-        f"{low.exchange:.0%} to {high.exchange:.0%}; no exchange is hidden behind work. Of the GPU's memory "
-        f"{in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest used.",
+        f"{low.exchange:.0%} to {high.exchange:.0%}; communication is not overlapped with computation. Of the GPU's "
+        f"memory, {in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest can be used.",
         f"{gpu.name}: {gpu.source}. {network.name}: {network.source}.",
     ]
 
 
 def search_lines(found: Search, gpus: int, gpu: Gpu) -> list[str]:
-    """The best layouts with their overrides, and why others are not among them."""
+    """Lines about the best layouts with their overrides, and about layouts that do not fit or are not legal."""
     lines = [f"layouts for {gpus} {gpu.name}, fastest first by the same estimate:"]
     if not found.best:
         lines = [
-            f"no layout for {gpus} {gpu.name} fits; use more GPUs, ones with more memory, or a shorter data.seq_len"
+            f"no layout for {gpus} {gpu.name} fits; use more GPUs, GPUs with more memory, or a shorter data.seq_len"
         ]
     for number, layout in enumerate(found.best[:SHOWN], 1):
         low, high = layout.speed.tokens_per_s
@@ -125,12 +128,12 @@ def search_lines(found: Search, gpus: int, gpu: Gpu) -> list[str]:
     if len(found.too_big) > SHOWN:
         lines.append(f"              and {len(found.too_big) - SHOWN} more")
     for key, count in found.illegal.most_common():
-        lines.append(f"not legal: {count} because of {key}")
+        lines.append(f"not legal: {count} layout(s) because of {key}")
     return lines
 
 
 def layout_figures(layout: Layout, gpu: Gpu, network: Network) -> dict[str, Any]:
-    """One layout for JSON: bytes, seconds, tokens."""
+    """One layout as a mapping for JSON, in bytes, seconds and tokens."""
     grid = layout.grid
     return {
         "layout": {
@@ -168,7 +171,7 @@ def search_figures(found: Search, gpu: Gpu, network: Network) -> dict[str, Any]:
 
 
 def describe(layout: Layout) -> str:
-    """`tensor 2, data 4, ZeRO-1, 2 x 8 sequences`: what differs from one process, and the micro-batches."""
+    """`tensor 2, data 4, ZeRO-1, 2 x 8 sequences`: the sizes above 1, and the micro-batches."""
     parallel, grid = layout.spec.parallel, layout.grid
     sizes = {
         "tensor": parallel.tensor,
@@ -183,14 +186,14 @@ def describe(layout: Layout) -> str:
 
 
 def in_gib(nbytes: float) -> str:
-    """`1.5 GiB`, or smaller units for small models."""
+    """`1.5 GiB`, or MiB for small models."""
     if nbytes < GIB / 10:
         return f"{nbytes / (1 << 20):.1f} MiB"
     return f"{nbytes / GIB:.1f} GiB"
 
 
 def rounded(number: float) -> str:
-    """Three digits: an estimate has no more."""
+    """Round to three digits; the estimates are not more precise."""
     return f"{float(f'{number:.3g}'):,.0f}"
 
 
@@ -199,21 +202,21 @@ def spec_seconds(spec: Spec, tokens_per_s: float) -> float:
 
 
 def _busiest(layout: Layout) -> list[Flow]:
-    """What a rank of the stage that sends most sends."""
+    """The flows of the stage whose ranks send most."""
     each = [flows(layout.grid, stage) for stage in layout.grid.stages]
     return max(each, key=lambda sent: sum(flow.bytes_per_step for flow in sent))
 
 
 def _which(layout: Layout) -> str:
     stages = len(layout.grid.stages)
-    return f" (stage {layout.stage + 1} of {stages}, the fullest)" if stages > 1 else ""
+    return f" (stage {layout.stage + 1} of {stages}, which needs most)" if stages > 1 else ""
 
 
 def _fit(layout: Layout, gpu: Gpu) -> str:
     peak, usable = layout.memory.peak, usable_bytes(gpu)
     if peak <= usable:
-        return f"fits: {in_gib(peak)} of {in_gib(usable)} that are usable"
-    return f"DOES NOT FIT: {in_gib(peak)} of {in_gib(usable)} that are usable, {in_gib(peak - usable)} too much"
+        return f"fits: {in_gib(peak)} of {in_gib(usable)} usable memory"
+    return f"DOES NOT FIT: {in_gib(peak)} of {in_gib(usable)} usable memory, {in_gib(peak - usable)} too much"
 
 
 def _warnings(layout: Layout, gpu: Gpu) -> list[str]:
@@ -229,7 +232,7 @@ def _shares(layout: Layout) -> dict[str, float]:
 
 
 def _flops_by_part(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
-    """Where the useful FLOPs go."""
+    """Useful FLOPs per token by part of the model."""
     assert spec.model.vocab_size is not None
     core = cost["flops_per_token_attention_core"]
     mlp = 6.0 * spec.model.layers * spec.model.width * spec.model.ffn_width

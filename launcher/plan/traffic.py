@@ -1,7 +1,8 @@
-"""Bytes that one rank sends in one optimizer step, by kind, and between whom.
+"""Bytes that one rank sends in one optimizer step, by kind, and the ranks of each exchange.
 
-Rings: an all-reduce of b bytes over R ranks sends 2 (R-1)/R b from each, a gather or a reduce-scatter (R-1)/R b of the
-whole. Legend: n tokens of a micro-batch on a rank, d width, m micro-batches per step, L blocks of a stage.
+For ring algorithms: in an all-reduce of b bytes over R ranks, each rank sends 2 (R-1)/R b. In an all-gather or a
+reduce-scatter of b bytes in total, each rank sends (R-1)/R b.
+Legend: n tokens of a micro-batch on a rank, d width, m micro-batches per step, L blocks of a stage.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from headway.launcher.plan.stages import Grid, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """One kind of exchange of one rank. `every`: ranks from one member of the group to the next in rank order."""
+    """One kind of exchange of one rank. `every`: distance in rank order between neighbours in the group."""
 
     kind: str
     bytes_per_step: float
@@ -24,7 +25,7 @@ class Flow:
 
 
 def flows(grid: Grid, stage: Stage) -> list[Flow]:
-    """Of a rank of one stage, without those that send nothing."""
+    """The flows of a rank of one stage, without those that send nothing."""
     found = [
         *_tensor(grid, stage),
         _context(grid, stage),
@@ -36,21 +37,24 @@ def flows(grid: Grid, stage: Stage) -> list[Flow]:
 
 
 def _tensor(grid: Grid, stage: Stage) -> list[Flow]:
-    """Into and out of attention and MLP: an all-reduce out, forward, and one in, backward; under sequence parallelism a
-    gather in and a reduce-scatter out, either way. What a mechanism adds up within a layer goes both ways.
+    """Tensor parallelism of attention and MLP.
+
+    Their outputs are all-reduced in the forward pass, and the gradients of their inputs in the backward pass. Under
+    sequence parallelism, each pass has an all-gather and a reduce-scatter instead. Sums that a mechanism forms within a
+    layer are exchanged in both passes.
     """
     spec, m, ranks = grid.spec, grid.accumulation, grid.spec.parallel.tensor
     share, recomputes = (ranks - 1) / ranks, spec.parallel.recompute == "block"
     residual = grid.tokens * spec.model.width * grid.element_bytes
-    # A gather or a reduce-scatter is half an all-reduce. Out of the recomputed pass nothing comes: autograd stops it
-    # before the MLP's result is added up.
+    # An all-gather or a reduce-scatter sends half as much as an all-reduce. A recomputed pass lacks the last exchange,
+    # because autograd stops it before the MLP's result is reduced.
     halves = 8 + (3 if spec.parallel.sequence_parallel else 2) * recomputes
     borders = (halves * len(stage.blocks) + 2 * stage.first + 2 * stage.last) / 2
     calls = borders * (2 if spec.parallel.sequence_parallel else 1)
     passes = 3 if recomputes else 2  # of blocks: forward, backward, and forward again
     within = sum(grid.footprint(block).sums_per_token for block in stage.blocks) * grid.tokens
     loss = 3 * 4 * grid.tokens if stage.last else 0  # largest logit, sum of exponentials, the label's logit
-    # Parameters that every rank holds whole have partial gradients; norms only where each rank has its own tokens.
+    # Parameters that every rank holds in full have partial gradients; norms only under sequence parallelism.
     whole = stage.replicated + stage.parameters["norm"] * spec.parallel.sequence_parallel
     common = {"ranks": ranks, "every": 1}
     return [
@@ -82,8 +86,9 @@ def _tensor(grid: Grid, stage: Stage) -> list[Flow]:
 
 
 def _context(grid: Grid, stage: Stage) -> Flow:
-    """Ulysses: queries, keys, values in, outputs out, and their gradients back; of one KV head, keys and values are
-    gathered instead.
+    """Ulysses: an all-to-all of queries, keys and values, one of the outputs, and the same for their gradients.
+
+    With one KV head, keys and values are all-gathered instead.
     """
     parallel, m = grid.spec.parallel, grid.accumulation
     ranks = parallel.context
@@ -99,7 +104,7 @@ def _context(grid: Grid, stage: Stage) -> Flow:
 
 
 def _pipeline(grid: Grid, stage: Stage) -> Flow:
-    """Residual streams to the next stage and gradients to the one before."""
+    """Residual streams to the next stage, and their gradients to the previous stage."""
     spec, m = grid.spec, grid.accumulation
     sends = m * ((not stage.last) + (not stage.first))
     return Flow(
@@ -112,10 +117,12 @@ def _pipeline(grid: Grid, stage: Stage) -> Flow:
 
 
 def _data(grid: Grid, stage: Stage) -> list[Flow]:
-    """DeepSpeed all-reduces gradients in the parameters' precision: once a step under ZeRO-1, after every micro-batch
-    under ZeRO-2 (each rank keeps its part of the result), reduce-scattered under ZeRO-3, whose parameters are gathered
-    for every micro-batch, and for its backward pass again where there are too many to stay. ZeRO-1 and 2 gather the new
-    parameters after the step.
+    """Data parallelism: gradients and parameters, in the precision of the parameters.
+
+    Under ZeRO-1, DeepSpeed all-reduces gradients once per step; under ZeRO-2 after every micro-batch, and each rank
+    keeps its part of the result; under ZeRO-3 it reduce-scatters them after every micro-batch. ZeRO-3 all-gathers
+    parameters for every micro-batch, and again for the backward pass if they exceed `LIVE_ELEMENTS`. ZeRO-1 and 2
+    all-gather the new parameters after the step.
     """
     parallel, m, ranks = grid.spec.parallel, grid.accumulation, grid.data_ranks
     share, size = (ranks - 1) / ranks, float(stage.num_params * grid.element_bytes)
@@ -137,7 +144,7 @@ def _data(grid: Grid, stage: Stage) -> list[Flow]:
 
 
 def _tied(grid: Grid, stage: Stage) -> Flow:
-    """The gradient, in fp32, of a matrix that is embedding and head, between the stages that have it."""
+    """The fp32 gradient of tied embeddings, exchanged between the first and the last stage."""
     spec = grid.spec
     shares = spec.model.tied_embeddings and spec.parallel.pipeline > 1 and (stage.first or stage.last)
     return Flow(

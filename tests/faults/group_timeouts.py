@@ -1,5 +1,5 @@
-"""Run by test_supervisor_groups.py: builds the engines of several layouts as one rank of many sees it, and prints the
-timeout of every process group that was made on the way. Collective operations do nothing: there is only this process.
+"""Run by test_supervisor_groups.py: builds the engines of several layouts as one of many ranks, and prints the timeout
+of every process group that is created. Collective operations do nothing, because there is only this process.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def groups_of(world_size: int, parallel: ParallelConfig) -> list[tuple[list[int], float | None]]:
-    """(ranks, timeout in seconds) of the groups of one engine; that of all ranks has an empty list."""
+    """(ranks, timeout in seconds) of the groups of one engine. The group of all ranks has an empty list."""
     groups.clear()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     layout = init_layout(device="cpu", timeout_s=TIMEOUT_S, parallel=parallel)

@@ -1,6 +1,6 @@
-"""Run by test_replicas.py in 4 processes: bits flipped in engines of many layouts. Not a test module itself.
+"""Run by test_replicas.py in 4 processes: flips bits in engines of many layouts. Not a test module itself.
 
-Prints one JSON object per case on rank 0: what was flipped where, and what `compare` said on each rank.
+Prints one JSON object per case on rank 0: the flipped bit, and the result of `compare` on each rank.
 """
 
 import json
@@ -44,7 +44,7 @@ CASES = [
 
 
 def tensor_of(engine, what):
-    """(name, tensor) of a kind of what this rank holds, or None."""
+    """(name, tensor) of one kind of tensor that this rank holds, or None."""
     if what == "bias":
         return next(iter((n, b.tensor) for n, b in engine.buffers().items()), None)
     for p in engine.logical:

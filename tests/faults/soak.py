@@ -1,12 +1,12 @@
-"""Soak: real trainings of several processes that are killed, starved, corrupted and moved until they have had enough.
+"""Soak test: real trainings of several processes under random kills, full disks, damage and layout changes.
 
     python tests/faults/soak.py --minutes 30 --kills 200 --out docs/results/soak.json
 
-Trainings follow one another. While one runs, something happens to it at a random moment: a rank, the launcher or all of
-them are killed, a rank is stopped for good, a signal asks the run to end, a save is cut short at one of its steps, the
-file system is full for a while. Before it is started again its newest checkpoint may be damaged, and the layout may be
-another. In the end each training must have read what the uninterrupted one read and lost what it lost: bit for bit
-where the layout stayed, within rounding where it changed. Every start must go on from the newest whole checkpoint.
+Trainings run one after another. A fault is injected at a random moment: a rank, the launcher or all processes are
+killed, a rank is stopped, a signal requests a stop, a save is interrupted at one of its points, or the file system is
+full for a while. Before the next start, the newest checkpoint may be damaged and the layout may change. At the end,
+batches and losses of each training must equal those of the uninterrupted one: bit for bit if the layout did not change,
+within rounding otherwise. Every start must continue from the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ LAYOUTS = {
     "dp4 zero 2": (4, ("parallel.zero=2",)),
 }
 FIXED = ("dp2", "dp2 zero 3", "pp2")
-"""Layouts that a training may keep throughout, to be compared bit for bit."""
+"""Layouts for trainings without layout changes, which are compared bit for bit."""
 
 SAVE_POINTS = ("save:begin", "save:after_file", "save:before_manifest", "save:after_manifest", "save:after_rename")
-ANY_RANK = SAVE_POINTS[:2]  # what rank 0 alone does comes later
+ANY_RANK = SAVE_POINTS[:2]  # only rank 0 passes the later points
 FAULTS = {"rank": 20, "launcher": 8, "all": 8, "save": 12, "stopped": 1, "term": 3, "full": 3, "none": 2}
-"""What can happen, and how often one happens against the others."""
+"""Fault -> its relative frequency."""
 KILLS = ("rank", "launcher", "all", "save", "stopped")
 
 MEAN_LIFE_S = 2.0
 LIMIT_S = 60.0
-"""So long a start may be silent before it is called hung: hang_s of the set-up is 18 s, of torchrun's grace 30."""
+"""A start without output for this time counts as hung. The set-up may take 18 s, torchrun's grace period 30 s."""
 DISK_BYTES = 24 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class Broken(AssertionError):
-    """A promise was not held."""
+    """A guarantee was violated."""
 
 
 @dataclass
 class Figures:
-    """What happened, for docs/results/soak.json."""
+    """Statistics of a campaign, for docs/results/soak.json."""
 
     faults: Counter[str] = field(default_factory=Counter)
     damaged: Counter[str] = field(default_factory=Counter)
@@ -92,9 +92,9 @@ class Figures:
     steps_repeated: int = 0
     most_steps_repeated: int = 0
     useful_s: float = 0.0
-    """Of the steps that stand in the end, each once."""
+    """Seconds of the steps in the final record, each counted once."""
     training_s: float = 0.0
-    """From the first start of each training to its end."""
+    """Seconds from the first start of each training to its end, summed."""
 
     @property
     def kills(self) -> int:
@@ -102,14 +102,14 @@ class Figures:
 
     @property
     def effective_share(self) -> float:
-        """Effective training time ratio (ETTR). Steps take milliseconds here and starts seconds: low, and no estimate
-        of what large models have.
+        """Effective training time ratio (ETTR). It is low, because steps take milliseconds here and starts seconds, and
+        is not an estimate for large models.
         """
         return self.useful_s / max(1e-9, self.training_s)
 
 
 class Soak:
-    """A campaign in `folder`. `small_disk`: it is a file system of its own, which may be filled."""
+    """A campaign in `folder`. `small_disk`: the folder is a separate small file system, which may be filled."""
 
     def __init__(self, server: ForkServer, folder: Path, seed: int, *, small_disk: bool) -> None:
         self.server, self.folder, self.chance = server, folder, random.Random(seed)
@@ -120,8 +120,8 @@ class Soak:
         self._references: dict[str, list[tuple[Any, ...]]] = {}
 
     def campaign(self, *, seconds: float, kills: int, rank_kills: int, at_most_s: float) -> None:
-        """Trainings until `seconds` have passed and there were so many kills, of ranks alone among them, and one was
-        compared bit for bit. Raises Broken after `at_most_s`.
+        """Train until `seconds` have passed, `kills` and `rank_kills` are reached, and one training was compared bit
+        for bit. Raises Broken after `at_most_s`.
         """
         begin, figures = time.monotonic(), self.figures
         while (
@@ -131,13 +131,13 @@ class Soak:
             or not figures.compared_bitwise
         ):
             if passed > at_most_s:
-                raise Broken(f"{self.figures.kills} kills in {passed:.0f} s; {kills} were to be made")
+                raise Broken(f"{self.figures.kills} kills in {passed:.0f} s; {kills} are required")
             self.training()
             happened = ", ".join(f"{name} {count}" for name, count in sorted(self.figures.faults.items()))
             print(f"{time.monotonic() - begin:5.0f} s  {self.figures.trainings} trainings  {happened}", flush=True)
 
     def training(self) -> None:
-        """From its first step to its end, whatever happens."""
+        """One training, from its first step to its end, with all its starts."""
         moves, layout = self.chance.random() < 0.5, self.chance.choice(FIXED)
         run, begin = self.folder / "run", time.monotonic()
         while not (run / "summary.json").exists():
@@ -155,7 +155,7 @@ class Soak:
         shutil.rmtree(run)
 
     def _damage(self, run: Path) -> int:
-        """Damage the newest checkpoint now and then; the step of the newest that is whole (0: there is none)."""
+        """Sometimes damage the newest checkpoint. Returns the step of the newest complete one (0: none)."""
         folders = checkpoint.steps_on_disk(run / "checkpoints")
         if len(folders) > 1 and self.chance.random() < 0.15:
             kind = self.chance.choice(DAMAGES)
@@ -164,7 +164,7 @@ class Soak:
         return checkpoint.newest_readable(run / "checkpoints", warn=lambda _: None).step if folders else 0
 
     def _start(self, run: Path, layout: str) -> str:
-        """Start the training, let something happen to it, and see it end; what it said."""
+        """Start the training, inject a fault, and wait for its end. Returns its output."""
         fault = self.chance.choices(list(self.faults), list(self.faults.values()))[0]
         processes, overrides = LAYOUTS[layout]
         env: dict[str, str] = {}
@@ -189,14 +189,14 @@ class Soak:
         nobody_left(run)
         self.figures.exits[str(status)] += 1
         said = log.read_text(errors="replace")
-        # Before the command can heed a signal it has said nothing and begun nothing: then the signal ends it.
+        # A signal before the command has set its handlers ends it at once, without output.
         in_order = (0, 75) if said else (0, 75, -signal.SIGTERM)
         if status in (64, 65, 66) or (fault == "term" and status not in in_order) or (fault == "none" and status):
             raise Broken(f"{fault}: ended with {status}: {said[-3000:]}")
         return said
 
     def _inflict(self, fault: str, run: Path, launcher: Forked) -> bool:
-        """Whether it could be done."""
+        """Inject the fault. Returns whether that was possible."""
         if fault == "save":
             return launcher.returncode != 0
         if launcher.poll() is not None:
@@ -217,7 +217,7 @@ class Soak:
         return False
 
     def _fill(self, launcher: Forked) -> None:
-        """No byte is free for a while; then there is room again."""
+        """Fill the file system for a while, then free the space again."""
         ballast = self.folder / "ballast"
         with ballast.open("wb", buffering=0) as f, contextlib.suppress(OSError):
             for size in (1 << 20, 1 << 12, 1):
@@ -229,16 +229,16 @@ class Soak:
             time.sleep(0.01)
         ballast.unlink()
 
-    # ------------------------------------------------------------ what must hold
+    # ------------------------------------------------------------ checks
 
     def _check(self, run: Path, said: str, *, whole: int, before: int) -> None:
-        """The start went on from the newest whole checkpoint, and no step is recorded twice or left out."""
-        said = said.partition("starting the ranks again")[0]  # what the launcher did after that is its own affair
+        """Check that the start continued from the newest complete checkpoint, and that each step is recorded once."""
+        said = said.partition("restarting the ranks")[0]  # ignore restarts by the launcher
         resumed = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)/", said)]
         if resumed and resumed[0] != whole:
             raise Broken(f"resumed from step {resumed[0]}; the newest whole checkpoint was of step {whole}")
         if whole and not resumed and re.search(r"^step +1/", said, re.MULTILINE):
-            raise Broken(f"started anew though there was a checkpoint of step {whole}")
+            raise Broken(f"started from step 0 although there was a checkpoint of step {whole}")
         recorded = steps(run)
         if recorded != list(range(1, len(recorded) + 1)):
             raise Broken(f"steps recorded are not 1, 2, 3 ...: {recorded}")
@@ -258,7 +258,7 @@ class Soak:
             raise Broken(f"{layout}, moved {moved}: not the uninterrupted training: {len(found)} records, {wrong[:1]}")
 
     def _reference(self, layout: str) -> list[tuple[Any, ...]]:
-        """The training that nothing happens to."""
+        """The uninterrupted training."""
         if layout not in self._references:
             processes, overrides = LAYOUTS[layout]
             run, log = self.folder / "reference", self.folder / "log"
@@ -291,7 +291,7 @@ def damage(folder: Path, kind: str, chance: random.Random) -> None:
 
 
 def close(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Equal but for rounding, which 150 steps carry on."""
+    """Equal within rounding, accumulated over 150 steps."""
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=1e-4) if isinstance(x, float) and isinstance(y, float) else x == y
         for x, y in zip(a, b, strict=True)
@@ -299,7 +299,7 @@ def close(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """Whole records of metrics.jsonl."""
+    """Complete records of metrics.jsonl."""
     found = []
     with contextlib.suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -329,7 +329,7 @@ def live_ranks(run: Path) -> list[int]:
 
 
 def nobody_left(run: Path) -> None:
-    """No rank is there 5 s after its launcher has ended."""
+    """Check that no rank runs 5 s after its launcher has ended."""
     end = time.monotonic() + 5
     while left := live_ranks(run):
         if time.monotonic() > end:
@@ -343,7 +343,7 @@ def ended(launcher: Forked, log: Path) -> int:
         if (size := log.stat().st_size) != said:
             end, said = time.monotonic() + LIMIT_S, size
         if time.monotonic() > end:
-            raise Broken(f"nothing was heard for {LIMIT_S:.0f} s: {log.read_text()[-3000:]}")
+            raise Broken(f"no output for {LIMIT_S:.0f} s: {log.read_text()[-3000:]}")
         time.sleep(0.01)
     return status
 
@@ -358,7 +358,7 @@ def send(pid: int, signum: int) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """`folder` as a file system of DISK_BYTES, where this user may mount one; whether it is."""
+    """Mount a file system of DISK_BYTES at `folder` if this user may; yields whether it is mounted."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "headway-soak", str(folder)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
     try:
@@ -369,7 +369,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 def soak(*, seconds: float, kills: int, rank_kills: int, at_most_s: float, seed: int) -> dict[str, Any]:
-    """A campaign in a folder of its own; its figures. Raises Broken where a promise was not held."""
+    """Run a campaign in a temporary folder. Returns its statistics. Raises Broken if a guarantee was violated."""
     begin, shared = time.monotonic(), set(SHARED_MEMORY.iterdir())
     with tempfile.TemporaryDirectory(prefix="headway-soak-") as home:
         folder, temporary = Path(home) / "disk", Path(home) / "tmp"

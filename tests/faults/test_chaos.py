@@ -1,4 +1,4 @@
-"""`headway chaos` tells right from wrong by one rule for both sides, and Headway holds what it promises."""
+"""`headway chaos` judges both sides by one rule, and Headway keeps its guarantees."""
 
 import json
 import tempfile
@@ -26,12 +26,12 @@ RIGHT = {"begun_from": (5,), "had": 6, "complete": True, "same_losses": True}
         ({"begun_from": (6, 5), "damaged": frozenset({6}), "complete": False}, "wrong", "damaged"),
         ({"same_losses": False}, "wrong", "losses"),
         ({"complete": False, "said": "OSError: no"}, "stopped", "OSError: no"),
-        ({"complete": False, "same_losses": False, "begun_from": ()}, "stopped", "without a word"),
+        ({"complete": False, "same_losses": False, "begun_from": ()}, "stopped", "without an error message"),
         ({"orphans": 2, "orphan_steps": 9}, "wrong", "2 orphans trained 9"),
         ({"unnoticed_s": 15.0}, "wrong", "15 s"),
     ],
 )
-def test_the_rule(seen, kind, why):
+def test_each_observation_gets_its_verdict(seen, kind, why):
     verdict = judge(Seen(**{**RIGHT, **seen}))
     assert verdict.kind == kind and why in verdict.why
 
@@ -41,7 +41,7 @@ def trial(kind, side="Headway", fault="F1", **facts):
     return Trial(fault=fault, number=0, side=side, variant="", verdict=verdict, seconds=1.0, facts=facts)
 
 
-def test_promises_are_held_only_where_every_fault_was_tried_and_every_trial_resumed():
+def test_guarantees_are_kept_only_if_every_fault_was_tried_and_every_trial_resumed():
     good, lost = trial("resumed"), trial("stopped", side="stock")
     assert held([good, lost], [], "Headway", ["F1"])
     assert not held([good, lost], [], "stock", ["F1"])
@@ -51,7 +51,7 @@ def test_promises_are_held_only_where_every_fault_was_tried_and_every_trial_resu
     assert not held([good], [blind], "Headway", ["F1"])
 
 
-def test_the_table_counts_what_ran_and_nothing_else():
+def test_the_table_counts_only_trials_that_ran():
     trials = [trial("resumed", noticed_s=5.5), trial("wrong"), trial("resumed", noticed_s=6.0)]
     readings = [Readings(fault="F8", side="Headway", refused=3, changed=1, equal=2)]
     first, second = table(trials, readings, ["Headway"]).splitlines()[2:]
@@ -59,14 +59,14 @@ def test_the_table_counts_what_ran_and_nothing_else():
     assert "1 of 6 read with another value" in second and "3 of 6 refused, 2 changed no value" in second
 
 
-def test_damage_is_one_bit_or_a_cut():
+def test_damage_flips_one_bit_or_truncates():
     assert damaged(b"\x00\x01\x02", 3, 9) == b"\x00\x03\x02"
     assert damaged(b"\x00\x01\x02", 2, -1) == b"\x00\x01"
 
 
-def test_a_fault_that_does_not_exist_is_refused(capsys):
+def test_an_unknown_fault_is_refused(capsys):
     assert main(["chaos", "--faults", "F1,F99"]) == 64
-    assert "'F99' is none of F1, F2" in capsys.readouterr().err
+    assert "'F99' is not one of F1, F2" in capsys.readouterr().err
 
 
 def test_headway_resumes_and_nothing_is_left_behind(fork_server, tmp_path, monkeypatch, capsys):

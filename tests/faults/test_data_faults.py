@@ -1,7 +1,7 @@
-"""Whatever happens to the data, before a run or during it: an error that names the file, never a hang or other tokens.
+"""Data faults before or during a run give an error that names the file, and never a hang or other tokens.
 
-F15 other data at a resume, F16 the place in the data, F21 damaged files before the start, F22 shards that go while they
-are read, F23 threads that end, F24 what killed processes leave.
+F15 other data at a resume, F16 position in the data, F21 damaged files before the start, F22 shards that disappear
+while they are read, F23 threads that end, F24 leftovers of killed processes.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ run_dir: {folder / "run"}
 
 
 def reseal(root: Path) -> None:
-    """Make the manifest agree with the files, as who replaced them with care would."""
+    """Update the manifest to match the files, as a careful attacker would."""
     content = json.loads((root / "MANIFEST.json").read_text())
     content["files"] = {name: hash_file(root / name).model_dump() for name in content["files"]}
     keys = ("schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files")
@@ -117,7 +117,7 @@ def reseal(root: Path) -> None:
 
 
 def flip_a_bit(path: Path, at: float = 0.5) -> None:
-    """In place, its size and modification time as they were."""
+    """Flip a bit in place, without changing size and modification time."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(int(before.st_size * at))
@@ -144,7 +144,7 @@ def link_out(path: Path) -> None:
 
 @pytest.fixture
 def open_folder():
-    """One that everybody may enter, which pytest's own folders are not."""
+    """A folder that all users may enter, unlike pytest's own folders."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -152,7 +152,7 @@ def open_folder():
 
 @contextlib.contextmanager
 def somebody_else(folder: Path):
-    """Without the rights of root, which reads what nobody may."""
+    """Run as an unprivileged user, because root can read all files."""
     if os.geteuid() != 0:
         yield
         return
@@ -240,7 +240,7 @@ def test_a_file_that_may_not_be_read_stops_a_run_before_it_starts(whole, open_fo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_went_away_is_waited_for_and_then_named(workers, root):  # F22
+def test_a_missing_shard_is_waited_for_and_then_named(workers, root):  # F22
     expected = digests(config(root))
     batches = loader(config(root, workers=workers, retry_s=5))
     hidden = [path.rename(path.with_suffix(".away")) for path in sorted((root / "train").glob("*.mds"))]
@@ -258,7 +258,7 @@ def test_a_shard_that_went_away_is_waited_for_and_then_named(workers, root):  # 
     assert 0.3 < time.monotonic() - began < 5
 
 
-def test_storage_that_does_not_answer_is_an_error_that_says_what_was_waited_for(root, monkeypatch):  # F22
+def test_storage_that_does_not_respond_is_an_error_with_the_awaited_file(root, monkeypatch):  # F22
     answers, read = threading.Event(), os.preadv
     batches = loader(config(root, workers=2, timeout_s=0.5), timeout_s=60)
     next(batches)
@@ -267,7 +267,7 @@ def test_storage_that_does_not_answer_is_an_error_that_says_what_was_waited_for(
     with pytest.raises(
         DataError, match=r"data\.timeout_s: the batch of step \d+ was not ready after 0\.5 s, waiting for /"
     ):
-        for _ in range(5):  # what was prepared before still comes
+        for _ in range(5):  # batches that are already prepared are still returned
             next(batches)
     batches.close()
     assert time.monotonic() - began < 5, "closing does not wait for a thread that hangs"
@@ -318,7 +318,7 @@ def test_runs_killed_several_times_in_a_pass_over_the_data_and_at_its_end_read_w
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), OSError(errno.EIO, "gone"), KeyError("defect")], ids=repr)
-def test_any_error_of_a_data_thread_is_the_consumers(error, root, monkeypatch):  # F23
+def test_any_error_of_a_data_thread_is_raised_in_the_consumer(error, root, monkeypatch):  # F23
     batches = loader(config(root, workers=2))
     monkeypatch.setattr(batches.source, "sample", lambda _: (_ for _ in ()).throw(error))
     with batches, pytest.raises(type(error)):
@@ -327,9 +327,9 @@ def test_any_error_of_a_data_thread_is_the_consumers(error, root, monkeypatch): 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [StopIteration, SystemExit, KeyboardInterrupt])
-def test_what_would_end_a_loop_or_a_thread_quietly_is_an_error(error, workers, root, monkeypatch):  # F23, P6
+def test_exceptions_that_end_a_loop_or_thread_silently_are_errors(error, workers, root, monkeypatch):  # F23, P6
     if workers == 0 and error is not StopIteration:
-        return  # it is the main thread's own
+        return  # this exception belongs to the main thread
 
     def end(_):
         raise error
@@ -343,7 +343,7 @@ def test_what_would_end_a_loop_or_a_thread_quietly_is_an_error(error, workers, r
 
 @pytest.mark.parametrize("when", ["before it takes a step", "with a step in hand"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_without_a_word_does_not_hang_the_consumer(when, monkeypatch):  # F23
+def test_a_thread_that_dies_silently_does_not_hang_the_consumer(when, monkeypatch):  # F23
     if when == "before it takes a step":
         monkeypatch.setattr(Prefetch, "_work", lambda self: None)
 
@@ -361,7 +361,7 @@ def test_a_thread_that_dies_without_a_word_does_not_hang_the_consumer(when, monk
     assert time.monotonic() - began < 5
 
 
-# ---------------------------------------------------------------- F24: what killed processes leave
+# ---------------------------------------------------------------- F24: leftovers of killed processes
 
 KILLED = """
 import os, pathlib, shutil, signal, sys, time
@@ -404,7 +404,7 @@ for attempt in range(10):
 """
 
 
-def test_ten_killed_readers_leave_nothing_behind_and_nothing_in_the_way(whole, tmp_path):  # F24
+def test_ten_killed_readers_leave_no_files_and_block_no_later_reader(whole, tmp_path):  # F24
     cache, temporary = tmp_path / "cache", tmp_path / "temporary"
     temporary.mkdir()
     subprocess.run(
@@ -425,7 +425,7 @@ def test_ten_killed_readers_leave_nothing_behind_and_nothing_in_the_way(whole, t
     assert halves() == []
 
 
-def test_files_of_others_are_left_alone_and_named_only_where_they_are_in_the_way(whole, open_folder):  # F24
+def test_files_of_other_users_are_not_changed_and_named_only_if_they_block(whole, open_folder):  # F24
     root, cache = Path(shutil.copytree(whole, open_folder / "tiny")), open_folder / "cache"
     source = MdsSource(type="mds", path=str(cache), remote=str(root))
     verify(source)
@@ -451,7 +451,7 @@ def test_files_of_others_are_left_alone_and_named_only_where_they_are_in_the_way
 
 
 def swapped(root: Path, folder: Path) -> None:
-    """A document has another word, with consistent hashes."""
+    """Change a word of a document, with consistent hashes."""
     flip_a_bit(root / "train/shard.00000.mds", at=0.99)
     reseal(root)
 
@@ -467,7 +467,7 @@ def other_tokenizer(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [swapped, grown, other_tokenizer])
-def test_a_run_does_not_go_on_with_other_data(change, root, tmp_path):  # F15
+def test_a_run_does_not_continue_with_other_data(change, root, tmp_path):  # F15
     run = RunDir.of(spec_of(root, tmp_path))
     spec, info = resolve(spec_of(root, tmp_path))
     run.adopt(spec)
@@ -480,7 +480,7 @@ def test_a_run_does_not_go_on_with_other_data(change, root, tmp_path):  # F15
     assert info["fingerprint"][:16] in str(caught.value) and now["fingerprint"][:16] in str(caught.value)
 
 
-def test_ranks_do_not_read_a_dataset_that_took_the_place_of_the_verified_one(root, tmp_path):  # F15
+def test_ranks_do_not_read_a_dataset_that_replaced_the_verified_one(root, tmp_path):  # F15
     verified = verify(MdsSource(type="mds", path=str(root))).fingerprint
     loader(config(root), fingerprint=verified)
     swapped(root, tmp_path)
@@ -488,7 +488,7 @@ def test_ranks_do_not_read_a_dataset_that_took_the_place_of_the_verified_one(roo
         loader(config(root), fingerprint=verified)
 
 
-def test_a_run_does_not_go_on_in_another_order(root, tmp_path):  # F15
+def test_a_run_does_not_continue_in_another_order(root, tmp_path):  # F15
     run = RunDir.of(spec_of(root, tmp_path))
     run.adopt(resolve(spec_of(root, tmp_path))[0])
     run.adopt(resolve(spec_of(root, tmp_path, "data.workers=4", "data.timeout_s=9", "data.retry_s=1"))[0])
@@ -498,7 +498,7 @@ def test_a_run_does_not_go_on_in_another_order(root, tmp_path):  # F15
 
 
 def agreement(batch, steps_done, layout_sum):
-    """What one of two data-parallel ranks finds."""
+    """The agreement as seen by one of two data parallel ranks."""
     layout = SimpleNamespace(is_data_lead=True, device="cpu", world_size=2, dp_size=2, sum=layout_sum)
     wishes = Wishes(stop=False, save=False, written=False)
     return agree(batch, wishes, cast(Layout, layout), step=steps_done, global_batch=GLOBAL_BATCH)
@@ -511,7 +511,7 @@ def test_ranks_that_did_not_read_the_global_batch_of_the_step_stop(fault, whole)
     if "fewer" in fault:
         batches[1] = dataclasses.replace(batches[1], sequences=3)
     sent: list[torch.Tensor] = []
-    with pytest.raises(StopIteration):  # the other's part of the sum
+    with pytest.raises(StopIteration):  # a wrong sum over the other ranks
         agreement(batches[1], batches[1].step, lambda mine: next(iter(sent.append(mine) or [])))
 
     def outcome():

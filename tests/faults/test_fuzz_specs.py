@@ -1,6 +1,6 @@
-"""F25, F26: whatever stands in a file or a message, what comes out is a value or one of Headway's own errors.
+"""F25, F26: any content of a file or a message gives a value or one of Headway's own errors.
 
-The long form of the same: `python tests/security/fuzz.py --inputs 100000`.
+Long version: `python tests/security/fuzz.py --inputs 100000`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def readers():
 
 @pytest.fixture
 def reader(readers, monkeypatch):
-    """Gives a reader by name, in the folder that it reads from. A reader that starts a process fails."""
+    """Returns a reader by name, with its folder as working directory. A reader that starts a process fails."""
     folder, found = readers
     monkeypatch.chdir(folder)
 
@@ -47,13 +47,13 @@ def reader(readers, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Reading `.npy`")
 @pytest.mark.parametrize("name", fuzz_targets.NAMES)
-def test_broken_inputs_give_a_value_or_our_own_error_soon(name, reader):  # F25, F26
+def test_broken_inputs_give_a_value_or_a_headway_error_soon(name, reader):  # F25, F26
     target = reader(name)
     for data in target.good:
         assert fuzz_targets.outcome(target, data) in ("accepted", "nothing in it"), data
     tally = fuzz.fuzz(target, SEED, range(INPUTS))
     assert not tally.failures, "\n".join(tally.failures[:5])
-    # Both happen, or the inputs test nothing.
+    # Both accepted and refused inputs must occur.
     if name in ("spec", "study", "corpus spec", "overrides"):
         assert set(tally.classes) <= {"accepted", "exit 64", "exit 66"}, tally.classes  # 66: a `base` that is not there
     assert tally.classes["accepted"] >= 4 and tally.classes.total() - tally.classes["accepted"] >= 20, tally.classes
@@ -84,7 +84,7 @@ def test_the_most_hostile_inputs_take_little_time_and_memory(name, reader):  # F
     target = reader(name)
     for what, data in HOSTILE.items():
         begin, memory = time.process_time(), fuzz.peak_bytes()
-        fuzz_targets.outcome(target, data)  # raises what is none of our errors
+        fuzz_targets.outcome(target, data)  # raises exceptions that are not Headway's errors
         assert time.process_time() - begin < fuzz.LIMIT_S and fuzz.peak_bytes() - memory < fuzz.LIMIT_BYTES, what
 
 
@@ -92,7 +92,7 @@ def test_the_most_hostile_inputs_take_little_time_and_memory(name, reader):  # F
     "key", ["model.layers", "attention.heads", "attention.kv_heads", "data.seq_len", "launch.hosts"]
 )
 @pytest.mark.parametrize("value", [10**9, 2**53 + 1, 2**63])
-def test_numbers_that_no_machine_can_count_to_are_refused_at_once(key, value, reader):  # F25
+def test_huge_numbers_are_refused_at_once(key, value, reader):  # F25
     begin = time.process_time()
     assert fuzz_targets.outcome(reader("overrides"), f"{key}={value}".encode()) == "exit 64"
     assert time.process_time() - begin < fuzz.LIMIT_S
@@ -116,21 +116,21 @@ NAMES_OF_SHARDS = [
 
 
 @pytest.mark.parametrize("shard", NAMES_OF_SHARDS, ids=repr)
-def test_an_index_names_plain_files(shard, reader):  # F26
+def test_an_index_may_only_name_plain_files(shard, reader):  # F26
     target = reader("MDS index")
     index = copy.deepcopy(target.trees[0])
     index["shards"][0]["raw_data"]["basename"] = shard
     assert fuzz_targets.outcome(target, json.dumps(index).encode()) == "exit 65"
 
 
-def test_an_index_names_a_file_once(reader):  # F26
+def test_an_index_may_name_a_file_only_once(reader):  # F26
     target = reader("MDS index")
     index = copy.deepcopy(target.trees[0])
     index["shards"] = [index["shards"][0], {**index["shards"][0], "samples": 2}]
     assert fuzz_targets.outcome(target, json.dumps(index).encode()) == "exit 65"
 
 
-def test_an_input_is_made_again_from_its_seed_and_number(reader):
+def test_an_input_is_reproducible_from_seed_and_number(reader):
     target = reader("spec")
     first = [fuzz.broken_input(target, SEED, number) for number in range(50)]
     assert first == [fuzz.broken_input(target, SEED, number) for number in range(50)]
@@ -139,7 +139,7 @@ def test_an_input_is_made_again_from_its_seed_and_number(reader):
 
 
 @pytest.mark.parametrize("bad", ["traceback", "time"])
-def test_a_reader_that_breaks_the_promise_is_found(bad, reader, monkeypatch):
+def test_the_fuzzer_detects_a_faulty_reader(bad, reader, monkeypatch):
     good = reader("wire")
 
     def read(data: bytes) -> str:

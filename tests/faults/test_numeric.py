@@ -1,4 +1,4 @@
-"""A loss that is no number changes nothing on any rank, and is counted; one that jumps is seen."""
+"""A NaN or Inf loss changes nothing on any rank and is counted. A loss spike is detected."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def poisoned(headway, fault, *overrides):
 
 @pytest.fixture(scope="module")
 def alone(headway_once):
-    """Losses of one process that skipped step 3: 4 passes a step, so the tenth is its second."""
+    """Losses of one process that skipped step 3. With 4 passes per step, pass 10 is the second of step 3."""
     done = poisoned(headway_once, "step:loss#10:nan", ALONE, "run_dir=alone")
     assert done.returncode == 0, done.stderr
     return [r["loss"] for r in records(headway_once.folder / "alone")]
@@ -63,7 +63,7 @@ def alone(headway_once):
         ("step:loss@1#10:inf", [TWO, PP, BF16]),
         ("step:loss@3#10:nan", [FOUR, TP, PP]),
         ("step:loss@2#6:nan", [FOUR, PP, BF16]),
-        # one parameter's gradient on one rank, with losses that are numbers
+        # one parameter's gradient on one rank, with finite losses
         ("step:gradient@1#6:inf", [TWO]),
         ("step:gradient@0#5:nan", [TWO, BF16]),
         ("step:gradient@1#5:inf", [TWO, "parallel.zero=2"]),
@@ -81,7 +81,7 @@ def alone(headway_once):
     ],
     ids=str,
 )
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, alone, fault, overrides):
+def test_a_nan_or_inf_step_on_one_rank_changes_nothing_on_any_rank(headway, alone, fault, overrides):
     # F17
     done = poisoned(headway, fault, *overrides, "run_dir=run", "checkpoint.every_tokens=256", "checkpoint.keep=6")
     assert done.returncode == 0, done.stderr
@@ -92,7 +92,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, a
     assert [r["step"] for r in validations] == [1, 2, 3, 4, 5, 6]
     losses = [r["loss"] for r in validations]
     assert losses[2] == losses[1] != losses[3] and all(map(math.isfinite, losses))
-    tolerance = 2e-2 if BF16 in overrides else 1e-5  # bf16 rounds, and its routers turn near ties the other way
+    tolerance = 2e-2 if BF16 in overrides else 1e-5  # bf16 rounding changes near ties of the routers
     for found, expected in zip([r["loss"] for r in steps], alone, strict=True):
         assert math.isnan(expected) or math.isclose(found, expected, rel_tol=tolerance)
     dump = json.loads((run / "skipped" / "step-0000000003.json").read_text())
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, a
     readers = {rank["data_rank"]: rank["sequences"] for rank in dump["ranks"]}
     assert sum(map(len, readers.values())) == 8
     assert all(rank["parameters_not_finite"] == [] for rank in dump["ranks"])
-    # The schedule goes by tokens, whatever was skipped.
+    # The schedule depends on tokens, including skipped steps.
     assert [r["lr"] for r in steps[:5]] == pytest.approx([6e-4, 12e-4, 18e-4, 24e-4, 30e-4])
     # masters, moments and router biases, bit for bit, and Adam's counter
     before, after, then = (state(run, step) for step in (2, 3, 4))
@@ -112,8 +112,8 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(headway, a
     assert [m["state"]["applied_steps"] for m in manifests] == [1, 2, 2, 3, 4, 5]
 
 
-def test_weights_that_are_no_numbers_are_named_and_end_the_run(headway):
-    # F17: as another program may have written them
+def test_nan_weights_are_named_and_end_the_run(headway):
+    # F17: NaN weights, which another program may have written
     common = (*COMMON, "run_dir=run", "checkpoint.every_tokens=512", "guard.max_skipped=2")
     assert headway.train(*common).returncode == 0
     run = headway.folder / "run"
@@ -137,19 +137,19 @@ def test_weights_that_are_no_numbers_are_named_and_end_the_run(headway):
     assert json.loads(dumps[0].read_text())["ranks"][0]["parameters_not_finite"] == [name.removeprefix("param/")]
 
 
-def test_too_many_in_a_row_end_the_run_and_a_resume_goes_on_counting(headway):
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_a_resume_keeps_the_count(headway):
     faults = ";".join(f"step:loss#{n}:nan" for n in (9, 13))  # steps 3 and 4
     done = poisoned(headway, faults, "run_dir=run", "guard.max_skipped=2", "checkpoint.every_tokens=256")
     assert done.returncode == 70 and "step 4: 2 steps in a row" in done.stderr and "guard.max_skipped" in done.stderr
     run = headway.folder / "run"
     assert len(list((run / "skipped").iterdir())) == 2
     again = headway.train(*COMMON, "run_dir=run", "guard.max_skipped=2", "checkpoint.every_tokens=256")
-    assert again.returncode == 0, again.stderr  # after the last checkpoint, before step 4: it is not poisoned any more
+    assert again.returncode == 0, again.stderr  # resumes after step 3 without the injected fault
     assert [r["skipped"] for r in records(run)] == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("overrides", [[TWO], [TWO, PP, BF16], [TWO, "parallel.zero=3"]], ids=str)
-def test_a_spike_is_not_applied_where_the_policy_says_so(headway, overrides):
+def test_a_spike_is_skipped_under_that_policy(headway, overrides):
     # F18. A window of 4 judges from the third step on; step 5 is 50 times itself on one rank.
     world = int(overrides[0][-1])
     last = world - 1
@@ -171,7 +171,7 @@ def test_a_spike_is_reported_or_ends_the_run(headway, policy, status, said):
     assert "step 5 LOSS SPIKE" in done.stdout
 
 
-# ---------------------------------------------------------------- the judgement
+# ---------------------------------------------------------------- detection of spikes
 
 
 class Silent:
@@ -187,25 +187,25 @@ def stats(loss, *, skipped=False, norm=1.0):
     return StepStats(loss=loss, aux_loss=0.0, grad_norm=norm, targets=1, skipped=skipped, **times)
 
 
-def test_the_limit_is_the_median_and_its_spread_and_noise_is_no_spike():
+def test_the_limit_depends_on_median_and_spread_and_noise_is_not_a_spike():
     guard, tracker = Guard(GuardConfig(window=8, deviations=5.0)), Silent()
     assert guard.limit() == math.inf
     for step, loss in enumerate((3.0, 3.2, 2.8, 3.1, 2.9, 3.0, 3.3, 2.7)):
         guard.after_step(step, stats(loss), tracker, saved_step=0)
     # median 3.0, absolute deviations 0 .2 .2 .1 .1 0 .3 .3, their median 0.15
     assert guard.limit() == pytest.approx(3.0 + 5 * 1.4826 * 0.15)
-    assert guard.allows(4.1) and not guard.allows(4.2) and guard.allows(math.nan)  # not a spike, but no number
+    assert guard.allows(4.1) and not guard.allows(4.2) and guard.allows(math.nan)  # NaN is not a spike
     assert tracker.said == []
 
 
-def test_losses_that_hardly_move_do_not_make_a_spike_of_a_little_more():
+def test_with_nearly_constant_losses_a_small_increase_is_not_a_spike():
     guard = Guard(GuardConfig(window=4))
     for step in range(4):
         guard.after_step(step, stats(2.0), Silent(), saved_step=0)
     assert guard.allows(2.09) and not guard.allows(2.11)
 
 
-def test_what_the_guard_knows_survives_in_a_checkpoint():
+def test_the_state_of_the_guard_is_saved_in_a_checkpoint():
     one, other = Guard(GuardConfig(window=4)), Guard(GuardConfig(window=4))
     for step, loss in enumerate((1.0, 1.1, 0.1 + 0.2, math.nan, 1.2)):
         one.after_step(step, stats(loss, skipped=math.isnan(loss)), Silent(), saved_step=0)
@@ -216,6 +216,6 @@ def test_what_the_guard_knows_survives_in_a_checkpoint():
     assert fresh.skipped == 0
 
 
-def test_a_step_that_is_not_finite_and_was_applied_ends_the_run():
+def test_an_applied_nan_or_inf_step_ends_the_run():
     with pytest.raises(HeadwayError, match="was applied"):
         Guard(GuardConfig()).after_step(7, stats(math.nan), Silent(), saved_step=5)

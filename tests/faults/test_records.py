@@ -1,4 +1,4 @@
-"""What a run has recorded is what was written, once for each step, whatever disks and clocks do."""
+"""Records of a run are read as they were written, once per step, despite disk faults and clock changes."""
 
 import errno
 import json
@@ -60,10 +60,10 @@ def test_a_line_is_json_and_its_record_comes_back():
     for value in (record(3), {"text": 'a "crc": "quoted", é \u2028'}, {"loss": float("inf")}):
         assert decode(encode(value)) == value
         json.loads(encode(value))
-    assert decode(json.dumps({"step": 1})) == {"step": 1}  # as they were before there were checksums
+    assert decode(json.dumps({"step": 1})) == {"step": 1}  # the format before checksums
 
 
-def test_no_changed_byte_of_a_line_is_taken_for_a_number():
+def test_a_changed_byte_of_a_line_is_detected():
     # F27
     line, chance = encode(record(7)).encode(), random.Random(1)
     for _ in range(2000):
@@ -75,7 +75,7 @@ def test_no_changed_byte_of_a_line_is_taken_for_a_number():
         assert decode(line[:cut].decode()) is None
 
 
-def test_damaged_lines_are_left_out_everywhere(tmp_path):
+def test_damaged_lines_are_skipped_by_all_readers(tmp_path):
     run = RunDir(tmp_path)
     whole = [encode(record(step, loss=float(step))) for step in (1, 2, 3)]
     whole[1] = whole[1].replace('"loss": 2.0', '"loss": 9.0')
@@ -86,7 +86,7 @@ def test_damaged_lines_are_left_out_everywhere(tmp_path):
     assert [decode(line) for line in run.metrics.read_text().splitlines()] == [record(1, 1.0), record(3, 3.0)]
 
 
-def test_records_wait_for_room_on_the_disk_and_none_is_lost(tmp_path, monkeypatch, capsys):
+def test_records_wait_for_disk_space_and_none_is_lost(tmp_path, monkeypatch, capsys):
     write, room = os.write, [40, 0, 0]
 
     def scarce(fd, data):
@@ -105,11 +105,11 @@ def test_records_wait_for_room_on_the_disk_and_none_is_lost(tmp_path, monkeypatc
     assert capsys.readouterr().out.count("RECORDS CANNOT BE WRITTEN") == 1
 
 
-def test_records_that_never_found_room_are_no_silent_loss(tmp_path, monkeypatch):
+def test_records_that_never_found_disk_space_are_reported(tmp_path, monkeypatch):
     file = LineFile(tmp_path / "metrics.jsonl")
     monkeypatch.setattr(lines, "_MOST_BYTES", 1000)
     monkeypatch.setattr(lines.os, "write", full)
-    assert isinstance(file.write("a"), OSError) and file.write("b") is None  # said once
+    assert isinstance(file.write("a"), OSError) and file.write("b") is None  # reported once
     with pytest.raises(OSError, match="could not be written"):
         file.write("c" * 1000)  # more than may wait in memory
     with pytest.raises(OSError, match="could not be written"):
@@ -117,7 +117,7 @@ def test_records_that_never_found_room_are_no_silent_loss(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("where", ["folder", "call", "thread"])
-def test_a_tensorboard_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, capsys, where):
+def test_training_continues_if_tensorboard_cannot_be_written(tmp_path, monkeypatch, capsys, where):
     # F27
     run = RunDir(tmp_path / "run")
     if where == "folder":
@@ -128,7 +128,7 @@ def test_a_tensorboard_that_cannot_be_written_ends_no_training(tmp_path, monkeyp
         monkeypatch.setattr(track._board, "add_scalar", full)
     if where == "thread":
         monkeypatch.setattr(RecordWriter, "write", full)
-        monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it prints what the thread died of
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it would print the thread's exception
     for step in range(1, 30):
         track.train(record(step), seconds_left=None)
         track.flush()
@@ -138,7 +138,7 @@ def test_a_tensorboard_that_cannot_be_written_ends_no_training(tmp_path, monkeyp
 
 
 DAY = 86_400.0
-CLOCKS = {  # what the clock shows at the start of each of three attempts, and in the middle of the last
+CLOCKS = {  # clock times at the start of each of three attempts, and in the middle of the last
     "back a day": [0.0, -DAY, -2 * DAY, -2 * DAY],
     "forward a day": [0.0, DAY, 2 * DAY, 2 * DAY],
     "equal": [0.0, 0.0, 0.0, 0.0],
@@ -149,7 +149,7 @@ CLOCKS = {  # what the clock shows at the start of each of three attempts, and i
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_each_step_is_shown_once_whatever_the_clock_did(tmp_path, monkeypatch, clock):
+def test_each_step_is_shown_once_after_clock_changes(tmp_path, monkeypatch, clock):
     # F12
     run = RunDir(tmp_path / "run")
     for attempt, (start, offset) in enumerate(zip((0, 2, 4), CLOCKS[clock][:3], strict=True)):
@@ -185,20 +185,20 @@ def test_no_duration_is_measured_with_a_clock_that_can_jump():
     assert found == allowed
 
 
-# ---------------------------------------------------------------- what is lost is said
+# ---------------------------------------------------------------- lost records are reported
 
 
-def test_a_line_that_lost_its_checksum_is_damaged_among_lines_that_have_theirs(tmp_path):
+def test_a_line_without_a_checksum_among_lines_with_one_is_damaged(tmp_path):
     path, damage = tmp_path / "metrics.jsonl", Damage()
     forged = encode(record(2)).replace('"crc"', '"crb"').replace('"loss": 2.5', '"loss": 1.5')
     path.write_text("\n".join([encode(record(1)), forged, encode(record(3)), encode(record(4))[:50]]))
     assert [r["step"] for r in read_lines(path, damage)] == [1, 3]
-    assert damage.lines == [2]  # the last one is being written, or was cut by a kill: that is no damage
+    assert damage.lines == [2]  # an incomplete last line is not damage: it is being written, or the writer was killed
     path.write_text(json.dumps(record(1)) + "\n" + encode(record(2)) + "\n")
-    assert [r["step"] for r in read_lines(path)] == [1, 2]  # an older run that goes on
+    assert [r["step"] for r in read_lines(path)] == [1, 2]  # a run of an older version that continues
 
 
-def test_what_is_lost_is_counted_and_named(tmp_path):
+def test_lost_records_are_counted_and_named(tmp_path):
     run = RunDir(tmp_path)
     whole = [encode(record(step)) for step in range(1, 10)]
     whole[4] = whole[4].replace("2.5", "3.5")
@@ -232,7 +232,7 @@ def test_a_power_cut_after_records_are_cut_leaves_one_of_the_two_files(tmp_path,
     assert order == [str(tmp_path / "metrics.tmp"), "replace", str(tmp_path)]
 
 
-def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path):
+def test_a_concurrent_reader_sees_only_whole_records(tmp_path):
     run, done = RunDir(tmp_path), threading.Event()
 
     def write():
@@ -250,7 +250,7 @@ def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path):
     assert len(list(run.read_metrics())) == 1499
 
 
-def test_a_run_whose_records_are_not_all_written_is_not_called_complete(tmp_path, monkeypatch, capsys):
+def test_a_run_with_unwritten_records_is_not_complete(tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path)
     track, write = tracker(run), os.write
     monkeypatch.setattr(lines.os, "write", full)
@@ -260,7 +260,7 @@ def test_a_run_whose_records_are_not_all_written_is_not_called_complete(tmp_path
     session = SimpleNamespace(validation_loss=2.0, step=1, layout=SimpleNamespace(is_main=True), run=run, tracker=track)
     with pytest.raises(OSError, match="could not be written") as caught:
         finish(cast(Any, session))
-    assert caught.value.errno == errno.ENOSPC  # which a rank ends with 74 for
+    assert caught.value.errno == errno.ENOSPC  # for which a rank exits with 74
     assert not run.summary.exists()
     monkeypatch.setattr(lines.os, "write", write)
     track.close()
@@ -277,13 +277,15 @@ def test_code_that_changed_between_two_starts_of_a_run_is_a_confound():
     first = with_attempts(card("aaa"), {}, spec, from_step=0)
     same = with_attempts(card("aaa"), first, spec, from_step=40)
     other = with_attempts(card("bbb"), same, spec, from_step=80)
-    again = with_attempts(card("aaa"), other, spec, from_step=80)  # nothing of bbb is left
+    again = with_attempts(card("aaa"), other, spec, from_step=80)  # no step of bbb is left
     found = [run_differences({"gqa/seed-1": run_record(c)}) for c in (first, same, other, again)]
     assert found == [[], [], ["git_commit changed within gqa/seed-1: aaa from step 0, bbb from step 80"], []]
     many = {**other, "attempts": [first["attempts"][0], *[other["attempts"][-1]] * 300]}
     kept = with_attempts(card("ccc"), many, spec, from_step=90)["attempts"]
     assert [len(kept), kept[0]["git_commit"], kept[-1]["git_commit"]] == [200, "aaa", "ccc"]
-    older = with_attempts(card("bbb"), card("aaa"), spec, from_step=5)  # a card from before there were lists
+    older = with_attempts(
+        card("bbb"), card("aaa"), spec, from_step=5
+    )  # a card of an older version without a list of attempts
     assert [a["git_commit"] for a in older["attempts"]] == ["aaa", "bbb"]
 
 

@@ -1,4 +1,4 @@
-"""One bit flipped on one rank is found at the next comparison, and named; equal ranks are never accused."""
+"""A flipped bit on one rank is found at the next comparison and named. Equal ranks raise no false alarm."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("replica_cases.py")
 
 @pytest.fixture(scope="module")
 def cases():
-    """What replica_cases.py has found, in one start of 4 ranks."""
+    """Results of replica_cases.py, from one start of 4 ranks."""
     command = [
         sys.executable,
         "-P",
@@ -45,7 +45,7 @@ def test_no_layout_raises_a_false_alarm(cases):
         assert all(found["after"] == "None" for found in case["found"]), case["sizes"]  # flipped back
 
 
-def test_every_flipped_bit_is_found_and_named_alike_on_all_ranks(cases):
+def test_every_flipped_bit_is_found_and_named_equally_on_all_ranks(cases):
     # F19
     found = [(case["sizes"], one) for case in cases for one in case["found"]]
     assert len(found) == 20
@@ -74,7 +74,7 @@ def test_any_flipped_bit_changes_the_hash(dtype, begin):
     assert int(hashed(tensor)) == int(hashed(tensor.clone())) == before
 
 
-def test_exchanged_numbers_change_the_hash_also_in_tensors_of_several_pieces():
+def test_the_position_of_a_value_changes_the_hash_across_pieces_of_a_tensor():
     tensor = torch.zeros(3_000_001)
     tensor[5] = 1.0
     seen = {int(hashed(tensor))}
@@ -119,7 +119,7 @@ def test_a_bit_that_flips_in_a_run_ends_it_at_the_next_comparison_with_the_rank_
 
 
 def test_no_checkpoint_is_made_of_weights_that_differ(headway):
-    # F19: no comparison is due, but one comes before every save
+    # F19: no periodic comparison is due, but there is one before every save
     settings = ("launch.processes=4", "train.micro_batch=1", "guard.replicas_every_steps=1000", "run_dir=run")
     fault = {"HEADWAY_FAULT": "step:weights@1#10:flip"}
     done = headway.train(*settings, env={**headway.environment(), **fault})

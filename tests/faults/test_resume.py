@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: bit for bit in its layout, within rounding in others."""
+"""A stopped run continues as if it had not been stopped: bit for bit in its layout, within rounding in others."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def kill_a_rank(run, rank):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_a_run_killed_again_and_again_is_the_uninterrupted_one_bit_for_bit(headway, processes, overrides):
+def test_a_run_killed_repeatedly_equals_the_uninterrupted_one_bit_for_bit(headway, processes, overrides):
     # F16: the second and third resume in one pass over the data; F1 in every engine.
     common = (*COMMON, *overrides, f"launch.processes={processes}")
     assert headway.train(*common, "run_dir=whole").returncode == 0
@@ -68,8 +68,8 @@ LAYOUTS = {
 }
 
 
-def test_a_run_moves_from_layout_to_layout_and_reads_and_loses_the_same(headway):
-    # F13: twelve moves. Without a router: near ties would turn rounding into another choice.
+def test_a_run_that_changes_layouts_keeps_its_batches_and_losses(headway):
+    # F13: twelve layout changes. Without a router, because rounding could change its choice at near ties.
     common = ("attention={type: gqa, heads: 4, kv_heads: 2, head_dim: 8}", "train.tokens=153600", "optimizer.lr=1e-4")
     common = (*common, "checkpoint.every_tokens=null")
     whole, run = headway.folder / "whole", headway.folder / "moved"
@@ -91,7 +91,7 @@ def test_a_run_moves_from_layout_to_layout_and_reads_and_loses_the_same(headway)
 
 
 def test_a_run_is_resumed_at_its_last_step_and_after_its_end(headway):
-    # F16: with no step left only the end is made up for; a finished run is left alone.
+    # F16: with no step left, only the end of the run is completed; a finished run is not changed.
     assert headway.train("train.tokens=2560").returncode == 0
     run = headway.folder / "runs" / "tiny"
     before = trajectory(run)

@@ -1,4 +1,4 @@
-"""A rank that is not of one kind with the others is refused before a model is built, and named."""
+"""A rank that differs from the others is refused before a model is built, and named."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SPEC = {
 
 
 class Among:
-    """The place of one rank: what it gathers are the other ranks' values, on hosts a, b, c, and its own."""
+    """Stands in for one rank's communication: it gathers its own value and those of ranks on hosts a, b, c."""
 
     def __init__(self, rank, specs, cards):
         self.rank, self.specs, self.cards = rank, specs, cards
@@ -98,7 +98,7 @@ def test_a_rank_that_sees_other_data_is_named():
         check_identity(whole, "beef", Among(1, [whole] * 2, cards))
 
 
-def test_equal_ranks_pass_and_the_hash_of_the_card_tells_cards_apart():
+def test_equal_ranks_pass_and_different_cards_have_different_hashes():
     whole, card = spec(), run_identity(spec(), "f00d")
     check_identity(whole, "f00d", Among(0, [whole] * 2, [card, card]))
     assert identity_hash(card) == identity_hash(dict(reversed(card.items())))
@@ -124,7 +124,7 @@ def other_data(folder, environment):
 
 
 def other_sources(folder, environment):
-    """As on a host where somebody has edited a file."""
+    """Simulate a host on which a source file was edited."""
     for name in ("launcher", "parallel", "model", "data", "kernels"):
         shutil.copytree(ROOT / name, folder / "code" / "headway" / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (folder / "code" / "headway" / "model" / "decoder.py").open("a") as f:
@@ -134,7 +134,7 @@ def other_sources(folder, environment):
 
 
 @pytest.mark.parametrize("odd", [other_spec, other_data, other_sources])
-def test_real_ranks_of_two_kinds_end_before_a_model_is_built(headway, odd):
+def test_real_ranks_that_differ_end_before_a_model_is_built(headway, odd):
     # F20: two workers, each started from a folder of its own as hosts without a common file system are
     done = headway.train("run_dir=rank-0", "train.tokens=256", "launch.processes=2")
     assert done.returncode == 0, done.stderr

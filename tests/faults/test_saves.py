@@ -1,4 +1,4 @@
-"""Saves that are cut off, or do not fit on the disk: the newest whole checkpoint is never lost, nor the training."""
+"""Interrupted saves and full disks never lose the newest complete checkpoint and never end training."""
 
 import pytest
 from run_folders import trajectory
@@ -14,8 +14,8 @@ FIRST = (
 COMMON = ("launch.processes=2", "train.tokens=25600", "checkpoint.keep=1")
 
 
-def test_a_kill_inside_a_save_at_any_point_and_rank_costs_no_more_than_that_save(headway):
-    # F2: eight points, those that every rank passes on either.
+def test_a_kill_at_any_point_of_a_save_loses_only_that_save(headway):
+    # F2: eight points; points that every rank passes are tested on both ranks.
     assert headway.train(*COMMON, "run_dir=whole").returncode == 0
     run, reached = headway.folder / "cut", 0
     points = [f"{name}@{rank}" for name in EACH[:2] for rank in (0, 1)] + [f"{name}@0" for name in FIRST]
@@ -41,7 +41,7 @@ def test_a_kill_inside_a_save_at_any_point_and_rank_costs_no_more_than_that_save
     "point",
     ["save:begin@0", "save:begin@1", "save:after_file@1", "save:before_manifest@0", "save:after_manifest@0"],
 )
-def test_a_save_without_room_fails_on_all_ranks_alike_and_training_goes_on(headway, point):
+def test_a_save_without_disk_space_fails_on_all_ranks_and_training_continues(headway, point):
     # F6: data on either rank, the manifest, the rename
     env = {**headway.environment(), "HEADWAY_FAULT": f"{point}#2:enospc"}
     done = headway.train("launch.processes=2", "run_dir=full", "train.tokens=5120", env=env)
@@ -58,7 +58,7 @@ def test_a_save_without_room_fails_on_all_ranks_alike_and_training_goes_on(headw
     assert failures == [(5, 0), (10, 1), (15, 0), (20, 0)]
 
 
-def test_saves_that_never_succeed_end_the_run_with_the_status_of_storage(headway):
+def test_saves_that_never_succeed_end_the_run_with_74(headway):
     faults = ";".join(f"save:begin@1#{n}:enospc" for n in range(2, 9))
     env = {**headway.environment(), "HEADWAY_FAULT": faults}
     done = headway.train("launch.processes=2", "run_dir=full", env=env)

@@ -1,4 +1,4 @@
-"""The short soak: real trainings, killed and damaged at random, end as the uninterrupted ones do."""
+"""Short soak: real trainings with random kills and damage end like the uninterrupted ones."""
 
 import random
 import sys
@@ -12,7 +12,7 @@ import soak
 
 
 @pytest.mark.timeout(900)
-def test_trainings_survive_what_happens_to_them():
+def test_trainings_survive_random_faults():
     # F1: with the kills of test_resume.py and test_supervisor.py, more than 25 of single ranks; F30
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")

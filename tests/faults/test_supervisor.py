@@ -1,4 +1,4 @@
-"""What ends a run, what starts it again, and that nobody is left behind."""
+"""Faults and signals that end a run, restarts, and no process left behind."""
 
 import json
 import os
@@ -21,16 +21,16 @@ LONG = (*SAVED, "checkpoint.every_tokens=null")
 
 
 def attempts(run):
-    """Starts that failed, in lines."""
+    """Number of failed starts."""
     path = run / "logs" / "attempts.jsonl"
     return path.read_text().splitlines() if path.exists() else []
 
 
-# ---------------------------------------------------------------- starting again
+# ---------------------------------------------------------------- restarts
 
 
-def test_ranks_that_die_are_started_again_by_the_launcher_itself(headway):
-    # F1, F28: a rank killed from outside, as the kernel does when memory is short.
+def test_the_launcher_restarts_ranks_that_die(headway):
+    # F1, F28: a rank is killed by SIGKILL, as by the kernel when memory runs out.
     assert headway.train("launch.processes=2", "run_dir=whole").returncode == 0
     process = headway.start("launch.processes=2", "launch.restarts=2", "run_dir=killed")
     run = headway.folder / "killed"
@@ -42,21 +42,21 @@ def test_ranks_that_die_are_started_again_by_the_launcher_itself(headway):
         headway.wait_for(lambda old=old: not any(map(alive, old)), process)
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert stdout.count("starting the ranks again from the newest checkpoint") == 3 and "SIGKILL" in stdout
+    assert stdout.count("restarting the ranks from the newest checkpoint") == 3 and "SIGKILL" in stdout
     assert trajectory(run) == trajectory(headway.folder / "whole")
     lines = [json.loads(line) for line in (run / "logs" / "attempts.jsonl").read_text().splitlines()]
     assert [line["started_again"] for line in lines] == [True] * 3 and "SIGKILL" in lines[0]["cause"]
 
 
-def test_starts_that_bring_no_checkpoint_end_when_the_budget_is_spent(headway):
+def test_restarts_without_a_checkpoint_end_when_the_budget_is_spent(headway):
     env = {**headway.environment(), "HEADWAY_FAULT": "save:begin@1#1:kill"}
     done = headway.train("launch.processes=2", "run_dir=doomed", "launch.restarts=1", env=env)
     assert done.returncode == 70
-    assert done.stdout.count("starting the ranks again") == 1
-    assert "started again 1 time(s) without reaching another checkpoint (launch.restarts)" in done.stderr
+    assert done.stdout.count("restarting the ranks") == 1
+    assert "restarted 1 time(s) without a new checkpoint (limit: launch.restarts)" in done.stderr
 
 
-def test_the_budget_is_full_again_after_progress_and_mistakes_are_not_repeated(tmp_path):
+def test_the_budget_is_reset_after_progress_and_mistakes_are_not_retried(tmp_path):
     run = RunDir(tmp_path)
     run.logs.mkdir()
     restarts, death = Restarts(run, 2), Fault(text="rank 0 was killed", again=True)
@@ -75,9 +75,9 @@ def test_the_budget_is_full_again_after_progress_and_mistakes_are_not_repeated(t
     assert len((run.logs / "attempts.jsonl").read_text().splitlines()) == 7
 
 
-def test_ranks_without_memory_are_named_and_started_again(headway):
-    # F28: three times, by a limit of their own. They die of it, or wait for ever for a thread that could not begin
-    # (CPython's Thread.start), which is found like any rank that hangs.
+def test_ranks_without_memory_are_named_and_restarted(headway):
+    # F28: three times, by a memory limit of the ranks. They die, or wait forever for a thread that could not start
+    # (CPython's Thread.start), which is detected like any rank that hangs.
     common = ("launch.processes=2", "train.tokens=25600", "launch.hang_s=3")
     assert headway.train(*common, "run_dir=whole").returncode == 0
     run = headway.folder / "short"
@@ -90,7 +90,7 @@ def test_ranks_without_memory_are_named_and_started_again(headway):
         headway.wait_for(lambda begun=begun: len(attempts(run)) > begun, process)
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert stdout.count("starting the ranks again") == 3 and "rank 0" in stdout and "rank 1" in stdout
+    assert stdout.count("restarting the ranks") == 3 and "rank 0" in stdout and "rank 1" in stdout
     assert trajectory(run) == trajectory(headway.folder / "whole")
 
 
@@ -116,8 +116,8 @@ def test_a_signal_to_the_launcher_or_to_one_rank_saves_and_ends_with_75(headway,
     assert "same command continues" in stderr
 
 
-def test_ten_signals_at_random_moments_cost_no_step(headway):
-    # F5: ten of ten; steps go by in milliseconds, so each start ends within a few saves
+def test_ten_signals_at_random_moments_lose_no_step(headway):
+    # F5: ten of ten. Steps take milliseconds, so each start ends within a few saves.
     common = ("train.tokens=102400", "launch.processes=2", "tracking.tensorboard=false", "checkpoint.every_tokens=null")
     assert headway.train(*common, "run_dir=whole").returncode == 0
     run, chance = headway.folder / "stopped", random.Random(5)
@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_ends_ranks_that_cannot_save(headway):
     assert time.monotonic() - began < 10 and not any(map(alive, pids(run)))
 
 
-def test_a_signal_during_the_set_up_is_heeded_after_the_first_step(headway):
+def test_a_signal_during_the_set_up_takes_effect_after_the_first_step(headway):
     process, run = headway.start(*LONG, "run_dir=run"), headway.folder / "run"
     headway.wait_for(lambda: (run / "logs" / "rank-1.beat").exists(), process)
     os.kill(process.pid, signal.SIGTERM)
@@ -161,19 +161,19 @@ def test_a_signal_during_the_set_up_is_heeded_after_the_first_step(headway):
     assert len(records(run)) <= 1
 
 
-def test_ranks_that_do_not_stop_in_time_are_killed_and_nothing_is_claimed(headway):
+def test_ranks_that_do_not_stop_in_time_are_killed_and_the_launcher_exits_with_70(headway):
     process, run = headway.start(*LONG, "run_dir=run", "launch.stop_s=2"), headway.folder / "run"
     headway.wait_for(lambda: len(records(run)) >= 3, process)
     os.kill(pids(run)[1], signal.SIGSTOP)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 70 and "launch.stop_s" in stderr and "had not saved" in stderr, stderr
+    assert process.returncode == 70 and "launch.stop_s" in stderr and "before they had saved" in stderr, stderr
     assert time.monotonic() - began < 2 + 5
     assert not any(map(alive, pids(run)))
 
 
-def test_stacks_are_written_when_they_are_asked_for_and_the_training_goes_on(headway):
+def test_stacks_are_written_on_request_and_training_continues(headway):
     process, run = headway.start(*LONG, "run_dir=run"), headway.folder / "run"
     headway.wait_for(lambda: len(records(run)) >= 3, process)
     process.send_signal(signal.SIGUSR2)
@@ -183,7 +183,7 @@ def test_stacks_are_written_when_they_are_asked_for_and_the_training_goes_on(hea
     headway.wait_for(lambda: len(records(run)) > before + 2, process, 20)
 
 
-# ---------------------------------------------------------------- nobody left, nobody twice
+# ---------------------------------------------------------------- no process left, no second launcher
 
 
 def test_ranks_end_with_their_launcher_every_time(headway):
@@ -201,7 +201,7 @@ def test_ranks_end_with_their_launcher_every_time(headway):
         process.wait(timeout=10)
 
 
-def test_a_rank_that_is_stopped_is_found_within_the_limit_and_five_seconds_and_replaced(headway):
+def test_a_stopped_rank_is_found_within_the_limit_plus_five_seconds_and_restarted(headway):
     # F4: at a limit of 10 s its stack is shown after 11 s at most
     overrides = ("launch.processes=2", "launch.hang_s=10", "launch.restarts=1", "train.tokens=51200")
     process = headway.start(*overrides, "run_dir=run")
@@ -217,7 +217,7 @@ def test_a_rank_that_is_stopped_is_found_within_the_limit_and_five_seconds_and_r
     assert time.monotonic() - began <= 10 + 5
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
-    assert "rank 1" in stdout and "it is stopped (SIGSTOP" in stdout and "starting the ranks again" in stdout
+    assert "rank 1" in stdout and "it is stopped (SIGSTOP" in stdout and "restarting the ranks" in stdout
 
 
 def test_two_launchers_on_one_folder_cannot_both_write(headway):
@@ -230,7 +230,7 @@ def test_two_launchers_on_one_folder_cannot_both_write(headway):
     assert other.poll() is None
 
 
-def test_an_address_in_use_is_said_before_anything_starts(headway):
+def test_an_address_in_use_is_reported_before_anything_starts(headway):
     # F29; hosts that are missing or cannot be reached: tests/launcher/hosts/test_launch_connect.py
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Several hosts start again together, and stop together."""
+"""Several hosts restart together and stop together."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from run_folders import records
 
 
 @pytest.mark.slow
-def test_two_hosts_start_their_ranks_again_after_one_has_died_and_later_stop_together(headway_alone):
-    # F1, F5: the launchers are those of two hosts; that they share a machine is nothing they know of.
+def test_two_hosts_restart_their_ranks_after_one_died_and_stop_together(headway_alone):
+    # F1, F5: the launchers of two hosts, on one machine.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = min(probe.getsockname()[1], 65_000)
@@ -28,7 +28,7 @@ def test_two_hosts_start_their_ranks_again_after_one_has_died_and_later_stop_tog
     for process in (first, second):
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 75, stderr
-        assert stdout.count("starting the ranks again") == 1 and "rank 1 (process" in stdout and "SIGKILL" in stdout
+        assert stdout.count("restarting the ranks") == 1 and "rank 1 (process" in stdout and "SIGKILL" in stdout
     (line,) = (run / "logs" / "attempts.jsonl").read_text().splitlines()[:-1]
     assert json.loads(line)["started_again"]
     last = records(run)[-1]["step"]

@@ -1,4 +1,4 @@
-"""Why a rank ended or hangs is told where the machine knows it, and what no rank can help ends no run."""
+"""The reason why a rank ended or hangs is reported if the machine knows it. Full log disks do not end a run."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-# ---------------------------------------------------------------- ranks that hang in other ways than being stopped
+# ---------------------------------------------------------------- ranks that hang without being stopped
 
 AGENT = """
 import subprocess, sys
@@ -76,7 +76,9 @@ def test_a_rank_in_an_endless_loop_or_with_the_interpreters_lock_ends_the_run_in
     culprit = kinds.index("loop") if "loop" in kinds else kinds.index("lock")
     assert time.monotonic() - float((run.logs / f"since-{culprit}").read_text()) < 2 + 5
     pid = (run.logs / f"rank-{culprit}.pid").read_text()
-    assert f"rank {culprit} (process {pid}) on here hangs: it is busy with something else" in str(ended.value)
+    assert f"rank {culprit} (process {pid}) on here hangs: it is busy while the other ranks wait for it" in str(
+        ended.value
+    )
     assert ended.value.fault.weight == CAUSE
     for rank in (0, 1):
         assert "most recent call first" in (run.logs / f"rank-{rank}.log").read_text()
@@ -88,7 +90,7 @@ def test_a_rank_in_an_endless_loop_or_with_the_interpreters_lock_ends_the_run_in
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch) -> Path:
-    """Control groups of version 2, of which this process is in one; the kernel's log is closed to this user."""
+    """cgroup version 2, with this process in one group. The kernel log is not readable."""
     monkeypatch.setattr(oom, "GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(oom, "KERNEL_LOG", tmp_path / "nothing")
     line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
@@ -105,33 +107,33 @@ def killed(run: RunDir, memory: MemoryWatch, pid: int) -> str:
 
 
 @pytest.mark.skipif("0::" not in Path("/proc/self/cgroup").read_text(), reason="no control groups of version 2")
-def test_a_rank_that_the_kernel_ended_for_memory_is_named_with_the_counter_and_the_limit(run, groups):
+def test_a_rank_killed_for_lack_of_memory_is_named_with_counter_and_limit(run, groups):
     # F28
     memory, pid = MemoryWatch(), os.getpid()
     memory.note(pid)
-    assert "memory" not in killed(run, memory, pid).splitlines()[0]  # somebody else killed it
+    assert "memory" not in killed(run, memory, pid).splitlines()[0]  # killed by another process
     (groups / "memory.events").write_text("low 0\nhigh 2\nmax 9\noom 2\noom_kill 2\n")
     first = killed(run, memory, pid).splitlines()[0]
-    assert "was ended by SIGKILL: the kernel ended processes because memory ran out" in first
+    assert "was killed by SIGKILL: the kernel killed processes because memory ran out" in first
     assert f"{groups / 'memory.events'}: 1 before, 2 now, limit 1.50 GiB" in first and "train.micro_batch" in first
     (groups / "memory.max").write_text("max\n")
     assert "2 now)" in killed(run, memory, pid)
     assert "memory" not in killed(run, memory, 4194999).splitlines()[0]  # never seen alive
 
 
-def test_what_the_kernel_logs_of_a_process_is_found_where_it_may_be_read(tmp_path, monkeypatch):
+def test_the_kernel_log_is_searched_for_the_process_if_it_is_readable(tmp_path, monkeypatch):
     log = tmp_path / "kmsg"
     log.write_text("6,1,1,-;Out of memory: Killed process 77 (python3) total-vm:1kB\n")  # before this run
     monkeypatch.setattr(oom, "KERNEL_LOG", log)
     memory = MemoryWatch()
     with log.open("a") as f:
         f.write("3,2,2,-;Memory cgroup out of memory: Killed process 78 (python3) total-vm:1kB, anon-rss:1kB\n")
-    assert memory.reason(77) is None and "ended it because memory ran out" in (memory.reason(78) or "")
+    assert memory.reason(77) is None and "killed it because memory ran out" in (memory.reason(78) or "")
     assert "memory ran out" in (memory.reason(78) or "") and memory.reason(7) is None
     memory.close()
 
 
-def test_a_machine_that_tells_nothing_gives_no_reason(tmp_path, monkeypatch):
+def test_without_kernel_information_there_is_no_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(oom, "GROUPS", tmp_path)
     monkeypatch.setattr(oom, "KERNEL_LOG", tmp_path / "nothing")
     memory = MemoryWatch()
@@ -144,7 +146,7 @@ HOG = "import sys\nsys.stdin.readline()\nx = []\nwhile True:\n    x.append(bytea
 
 
 def test_the_kernels_own_kill_is_recognised():
-    # F28: as it happens, where this user may limit a group
+    # F28: a real out-of-memory kill, if this user may limit a control group
     with small_group() as folder:
         memory = MemoryWatch()
         hog = subprocess.Popen([sys.executable, "-S", "-c", HOG], stdin=subprocess.PIPE)
@@ -161,7 +163,7 @@ def test_the_kernels_own_kill_is_recognised():
 
 
 class small_group:
-    """A control group of 48 MiB; the test is skipped where none can be made."""
+    """A control group of 48 MiB; the test is skipped if none can be created."""
 
     def __enter__(self) -> Path:
         for root, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
@@ -179,7 +181,7 @@ class small_group:
         self.folder.rmdir()
 
 
-# ---------------------------------------------------------------- a disk that takes no logs
+# ---------------------------------------------------------------- a full disk for logs
 
 
 def test_a_rank_does_not_hang_because_its_beats_cannot_be_written(run, monkeypatch):
@@ -200,7 +202,7 @@ def test_a_rank_does_not_hang_because_its_beats_cannot_be_written(run, monkeypat
     assert not can_beat(run.logs / "host-0.beat")
 
 
-def test_text_for_a_full_disk_is_lost_without_an_error():
+def test_log_text_is_lost_without_an_error_on_a_full_disk():
     with FULL.open("wb", buffering=0) as raw:
         with pytest.raises(OSError):
             raw.write(b"x")
@@ -213,7 +215,7 @@ def test_text_for_a_full_disk_is_lost_without_an_error():
     assert text.getvalue() == b"a line\n"
 
 
-def test_a_training_goes_on_while_the_disk_of_its_logs_is_full(headway):
+def test_training_continues_while_the_disk_of_its_logs_is_full(headway):
     run = headway.folder / "run"
     logs = run / "logs"
     logs.mkdir(parents=True)
@@ -240,7 +242,7 @@ def test_a_training_goes_on_while_the_disk_of_its_logs_is_full(headway):
 # ---------------------------------------------------------------- locks
 
 
-def test_who_holds_a_folder_is_named_with_process_and_host(run):
+def test_the_holder_of_a_lock_is_named_with_process_and_host(run):
     # F3
     with run.locked():
         holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}\)"
@@ -249,7 +251,7 @@ def test_who_holds_a_folder_is_named_with_process_and_host(run):
     assert (run.path / "run.lock").read_text() == ""
 
 
-def test_a_file_system_without_locks_is_refused_as_such(run, monkeypatch):
+def test_a_file_system_without_locks_is_refused(run, monkeypatch):
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

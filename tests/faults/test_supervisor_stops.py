@@ -1,4 +1,4 @@
-"""A stop is asked for at an awkward moment: it ends soon, says the truth about what is saved, and the run goes on."""
+"""A stop at an inconvenient moment ends soon, states correctly what is saved, and the run continues later."""
 
 import json
 import os
@@ -29,11 +29,11 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-# ---------------------------------------------------------------- what is being done when it comes
+# ---------------------------------------------------------------- stops during other work
 
 
-def test_a_stop_during_validation_or_a_save_is_soon_over_and_loses_nothing(headway):
-    # F5: 50,000 tokens take a second or so to validate here; the save is held up for one.
+def test_a_stop_during_validation_or_a_save_ends_soon_and_loses_nothing(headway):
+    # F5: validation of 50,000 tokens takes about a second here; the save is delayed by a second.
     common = (*COMMON, "train.validation_tokens=51200", "train.validate_every_tokens=5120")
     run = headway.folder / "run"
 
@@ -91,17 +91,17 @@ def test_a_stop_between_two_starts_ends_the_launcher_at_once(headway):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_stop_before_the_ranks_are_started_is_one_in_order(signum):
+def test_a_stop_before_the_ranks_are_started_exits_with_75(signum):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Ended) as ended, stoppable():
-        os.kill(os.getpid(), signal.SIGUSR2)  # asks for the stacks of ranks; there are none
+        os.kill(os.getpid(), signal.SIGUSR2)  # requests the stacks of ranks, but no ranks run
         os.kill(os.getpid(), signum)
         time.sleep(5)
     assert ended.value.exit_code == PREEMPTED and not ended.value.fault.again
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# ---------------------------------------------------------------- what is said about it
+# ---------------------------------------------------------------- messages and exit statuses
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_a_stop_before_the_ranks_are_started_is_one_in_order(signum):
         ([], 8, PREEMPTED, "continues from step 8"),
     ],
 )
-def test_a_stop_that_was_cut_short_claims_to_be_in_order_only_where_nothing_is_lost(run, beats, saved, code, words):
+def test_a_stop_with_killed_ranks_exits_with_75_only_if_no_step_is_lost(run, beats, saved, code, words):
     for rank, (section, step) in enumerate(beats):
         heart = Heartbeat(beat_file(run.logs, rank), rank)
-        heart.beat("step", 1)  # else the next one is called the first
+        heart.beat("step", 1)  # so that the next beat is not in the first step
         heart.beat(section, step)
     if saved:
         (run.checkpoints / f"step-{saved:010d}").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_a_stop_that_was_cut_short_claims_to_be_in_order_only_where_nothing_is_l
 
 
 @pytest.mark.parametrize(("section", "again"), [("setup", False), ("first step", False), ("step", True)])
-def test_an_error_that_comes_before_the_first_step_is_not_tried_again(run, section, again):
+def test_an_error_before_the_first_step_is_not_retried(run, section, again):
     heart = Heartbeat(beat_file(run.logs, 0), 0)
     for _ in range({"setup": 0, "first step": 1, "step": 2}[section]):
         heart.beat("step", 1)
@@ -135,12 +135,14 @@ def test_an_error_that_comes_before_the_first_step_is_not_tried_again(run, secti
     (run.logs / "rank-0.error.json").write_text(json.dumps(report))
     fault = explain(run, HERE, 1, signalled=False, died={})
     assert fault.again is again and fault.weight == CAUSE and fault.code == HeadwayError.exit_code
-    assert explain(run, HERE, 1, signalled=False, died={1: -9}).again is again  # its peer, which lost it
+    assert (
+        explain(run, HERE, 1, signalled=False, died={1: -9}).again is again
+    )  # reported by a peer that lost the connection
     (run.logs / "rank-0.error.json").unlink()
-    assert explain(run, HERE, 1, signalled=False, died={1: -9}).again  # killed: that may be over
+    assert explain(run, HERE, 1, signalled=False, died={1: -9}).again  # killed: a restart may help
 
 
-def test_what_stands_between_launcher_and_ranks_outlives_the_signals_that_are_for_them():
+def test_processes_between_launcher_and_ranks_ignore_usr_signals():
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], preexec_fn=become_child)
     try:
         for signum in (signal.SIGUSR1, signal.SIGUSR2):

@@ -1,4 +1,4 @@
-"""One whole run in one process that writes down what it does to the machine: python audited.py REPORT SPEC OVERRIDES...
+"""A whole run in one process that records its effects on the machine: python audited.py REPORT SPEC OVERRIDES...
 
 Connections to anything but this host are refused, as without a network.
 """
@@ -39,14 +39,14 @@ def hook(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _where(path: str, args: tuple[Any, ...]) -> str:
-    """The whole path; of one that is named relative to an open folder, that folder."""
+    """The absolute path; the folder itself for a path relative to an open folder."""
     folders = [n for n in args if isinstance(n, int) and n >= 0 and Path(f"/proc/self/fd/{n}").is_dir()]
     relative = not Path(path).is_absolute() and folders
     return str(Path(f"/proc/self/fd/{folders[0]}").readlink() if relative else Path(path).absolute())
 
 
 def train(spec_file: str, overrides: list[str]) -> None:
-    """What `headway train` does, and then what its one rank does."""
+    """Run `headway train`'s launcher code, and then the code of its one rank."""
     from headway.launcher.cli import main as cli
     from headway.launcher.run.resolve import resolve
     from headway.launcher.run.run_dir import RunDir

@@ -1,8 +1,8 @@
-"""Broken inputs for everything that reads foreign bytes: only Headway's own errors may come out, soon and small.
+"""Fuzz all readers of foreign bytes: only Headway's own errors may result, with limited time and memory.
 
     python tests/security/fuzz.py --inputs 100000          # of each reader; writes docs/results/fuzz.json
     python tests/security/fuzz.py --only spec --at 812     # one input again, with its traceback
-    python tests/security/fuzz.py --only spec --inputs 99  # of one reader; its part of the file is written anew
+    python tests/security/fuzz.py --only spec --inputs 99  # of one reader; its part of the file is replaced
 
 An input is made from (seed, reader, number) alone.
 """
@@ -37,7 +37,7 @@ LIMIT_S, LIMIT_BYTES = 2.0, 200 << 20
 
 @dataclass
 class Tally:
-    """What became of the inputs of one reader."""
+    """Outcomes of the inputs of one reader."""
 
     classes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def broken_input(target: Target, seed: int, number: int) -> bytes:
 
 
 def fuzz(target: Target, seed: int, numbers: range) -> Tally:
-    """Give a reader these inputs. A failure is an exception of ours or none, more than 2 s of CPU, or 200 MB."""
+    """Run a reader on these inputs. Failures: an exception that is not Headway's, more than 2 s of CPU, or 200 MB."""
     tally = Tally()
     begin, memory = time.process_time(), peak_bytes()
     for number in numbers:
@@ -89,7 +89,7 @@ def _tried(target: Target, data: bytes) -> tuple[str, float]:
     try:
         with _alarm():
             what = outcome(target, data)
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a Rust panic is not a subclass of Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -98,7 +98,7 @@ def _tried(target: Target, data: bytes) -> tuple[str, float]:
 
 
 class TooLong(BaseException):
-    """An input that is read for more than five times its limit."""
+    """Reading an input took more than five times its limit."""
 
 
 @contextlib.contextmanager
@@ -116,13 +116,13 @@ def _alarm() -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has used so far."""
+    """Peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[Path]:
-    """A new working folder, in memory where there is such a place: files are written by the hundred thousand."""
+    """A new working folder, in memory if possible, because hundreds of thousands of files are written."""
     before, memory = Path.cwd(), Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         os.chdir(name)
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "fuzz.json")
     args = parser.parse_args()
     commit, out = git_commit(), args.out.absolute()
-    warnings.simplefilter("ignore")  # numpy tells of strange headers, a hundred thousand times
+    warnings.simplefilter("ignore")  # numpy warns about invalid headers, a hundred thousand times
     tallies: dict[str, Tally] = {}
     with own_folder() as folder:
         for target in targets(folder):
@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def _write(out: Path, readers: dict[str, Any], args: argparse.Namespace, commit: str | None) -> None:
-    """The result; where only some readers were tried, theirs within that of all."""
+    """The result. If only some readers were run, their part replaces that of the existing result."""
     before = json.loads(out.read_text()) if args.only and out.exists() else {}
     for counts in readers.values():
         counts["commit"] = commit

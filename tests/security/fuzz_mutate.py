@@ -1,4 +1,4 @@
-"""Broken inputs out of good ones. What is made depends on the given generator alone, so a seed makes it again."""
+"""Create broken inputs from valid ones. The result depends only on the given generator, so a seed reproduces it."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ MAX_BYTES = 1 << 20
 
 
 def mutated(rng: random.Random, good: bytes, *, tree: Any, seal: Callable[[Any], None] | None, text: bool) -> bytes:
-    """One broken input out of `good`, of at most 1 MiB: readers without a limit of their own take time for more.
+    """One broken input derived from `good`, at most 1 MiB, because readers without a size limit take time for more.
 
-    `tree`: the same input as plain values, None where it has no such form. `seal` writes the hashes of a tree that it
-    carries of itself, so that what lies behind their check is reached too. `text`: it consists of lines.
+    `tree`: the same input as plain values; None if there is no such form. `seal` updates the hashes that a tree has of
+    itself, so that code after their check is reached, too. `text`: the input consists of lines.
     """
     return _mutated(rng, good, tree, seal, text)[:MAX_BYTES]
 
@@ -180,7 +180,7 @@ def _line(rng: random.Random, lines: list[str]) -> None:
 
 
 def _whole(rng: random.Random) -> bytes:
-    """Inputs that are hostile as a whole."""
+    """Inputs that do not derive from a valid one."""
     depth = rng.choice((30, 200, 2000, 20_000))
     bomb = [
         "a0: &a0 [x, x, x, x, x, x, x, x, x]",
@@ -219,7 +219,7 @@ def _whole(rng: random.Random) -> bytes:
 def _tree(rng: random.Random, tree: Any, seal: Callable[[Any], None] | None) -> bytes:
     try:
         return _changed_tree(rng, copy.deepcopy(tree), seal)
-    except RecursionError:  # two nestings in one another are more than can be copied here
+    except RecursionError:  # two nested inputs in each other are too deep to copy
         return b'{"a":' * 1200 + b"[0]" + b"}" * 1200
 
 
@@ -227,11 +227,11 @@ def _changed_tree(rng: random.Random, tree: Any, seal: Callable[[Any], None] | N
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         tree = _changed(rng, tree)
     if seal is not None and rng.random() < 0.75:
-        # What cannot be sealed is tried as it is.
+        # An input that cannot be sealed is used as it is.
         with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, RecursionError):
             seal(tree)
     text = json.dumps(tree, indent=rng.choice((None, 1)), ensure_ascii=rng.random() < 0.5)
-    if rng.random() < 0.05:  # a key twice, in one and the same mapping
+    if rng.random() < 0.05:  # a duplicate key in one mapping
         at = text.find("{") + 1
         text = text[:at] + text[at : text.find(",", at) + 1] + text[at:]
     return text.encode("utf-8", "surrogatepass")
@@ -273,7 +273,7 @@ def _holders(tree: Any) -> list[Any]:
 
 
 def _value(rng: random.Random, old: Any) -> Any:
-    """Something else in the place of a value: often of the same type, since checks of the type stop the rest."""
+    """A replacement for a value, often of the same type, because type checks stop the others."""
     number = isinstance(old, int | float) and not isinstance(old, bool)
     match rng.randrange(12):
         case 0 | 1 | 2 if number:

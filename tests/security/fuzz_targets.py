@@ -1,4 +1,4 @@
-"""Everything of Headway that reads bytes which others may have written, each with good examples of what it reads."""
+"""All readers in Headway of bytes that others may have written, each with valid examples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMES = (
     *("checkpoint manifest", "checkpoint tensors", "exported config", "exported tensors"),
     *("metrics", "metrics record", "heartbeat", "run card", "resolved spec", "wire"),
 )
-"""Of `targets`, in their order."""
+"""Names of `targets`, in order."""
 
 SPEC = """name: tiny
 run_dir: runs/tiny
@@ -89,7 +89,7 @@ optimizer.betas=[0.9, 0.99]
 
 @dataclass(frozen=True)
 class Target:
-    """`read` takes an input and returns what became of it, or raises. `seal`: see `fuzz_mutate.mutated`."""
+    """One reader. `read` takes an input and returns the outcome, or raises. `seal`: see `fuzz_mutate.mutated`."""
 
     name: str
     read: Callable[[bytes], str]
@@ -104,11 +104,11 @@ class Target:
 
 
 def targets(folder: Path) -> list[Target]:
-    """All of them; they write into `folder`, which must be the working folder: specs name files in it."""
+    """All targets. They write into `folder`, which must be the working directory, because specs name files in it."""
     return [*_yaml(folder), *_data(folder), *_weights(folder), *_run(folder)]
 
 
-# ---------------------------------------------------------------- what users write
+# ---------------------------------------------------------------- files of users
 
 
 def _yaml(folder: Path) -> list[Target]:
@@ -159,7 +159,7 @@ def _yaml(folder: Path) -> list[Target]:
     ]
 
 
-# ---------------------------------------------------------------- what a dataset holds
+# ---------------------------------------------------------------- files of a dataset
 
 
 def _data(folder: Path) -> list[Target]:
@@ -315,7 +315,7 @@ def _weights(folder: Path) -> list[Target]:
     ]
 
 
-# ---------------------------------------------------------------- what a run folder and the other hosts say
+# ---------------------------------------------------------------- files of a run folder, and messages of other hosts
 
 
 def _run(folder: Path) -> list[Target]:
@@ -363,7 +363,7 @@ def _run(folder: Path) -> list[Target]:
         ours, theirs = socket.socketpair()
         end, count = Wire(ours), 0
         for at in range(0, len(data), 1 << 16):
-            if end.closed:  # it hung up at what is no message
+            if end.closed:  # it closed the connection after an invalid message
                 break
             theirs.sendall(data[at : at + (1 << 16)])
             while end.take() is not None:
@@ -391,7 +391,7 @@ def _run(folder: Path) -> list[Target]:
 
 
 def outcome(target: Target, data: bytes) -> str:
-    """What became of an input: `accepted`, `exit 64`, ...; raises what is no message for a user."""
+    """Outcome of an input: `accepted`, `exit 64`, ... Raises exceptions that are not Headway's errors."""
     try:
         return target.read(data)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the sources never call, by their syntax tree: a comment or a string that names it is no call. Vector 17."""
+"""Functions that the sources never call, checked in their syntax trees, so that comments do not count. Vector 17."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything that is called or imported."""
+    """(line, dotted name) of all calls and imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield node.lineno, dotted(node.func)
@@ -94,11 +94,11 @@ def test_nothing_that_runs_data_as_code_is_called(path):
         "server.bind(('0.0.0.0', 1))",
     ],
 )
-def test_the_search_would_find(text):
+def test_the_search_finds_forbidden_calls(text):
     assert unsafe(ast.parse(text))
 
 
-def test_the_search_lets_the_rest_pass():
+def test_the_search_ignores_other_text():
     assert (
         unsafe(ast.parse("model.eval(); np.load(f, allow_pickle=False); subprocess.run(['ls', x]); re.compile(x)"))
         == []

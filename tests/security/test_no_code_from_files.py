@@ -1,4 +1,4 @@
-"""No file that Headway reads is executed: pickles in every place, foreign modules. The canary does not appear. (F26)"""
+"""Headway executes no file that it reads, such as pickles or foreign modules: the canary file is not created. (F26)"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "tensors-00000-of-00001.safetensors"
 
 
 class Evil:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -47,11 +47,11 @@ def canary(tmp_path):
 
 @pytest.fixture
 def evil(canary):
-    """Bytes that touch the canary where they are unpickled, and the same as torch.save and as numpy write them."""
+    """Pickles that create the canary file when loaded: plain, by torch.save, and by numpy."""
     return pickle.dumps(Evil(canary))
 
 
-def test_the_canary_would_sing(tmp_path):
+def test_unpickling_the_evil_file_touches_the_canary(tmp_path):
     torch.save(Evil(tmp_path / "bird"), tmp_path / "evil.pt")
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert (tmp_path / "bird").exists()
@@ -62,7 +62,7 @@ def test_the_canary_would_sing(tmp_path):
 
 @pytest.fixture
 def step(tmp_path):
-    """A whole checkpoint of a small module, and a function that seals its manifest anew."""
+    """A complete checkpoint of a small module, and a function that updates the hash of its manifest."""
     folder = tmp_path / "checkpoints" / "step-0000000003"
     folder.mkdir(parents=True)
     save_file({f"param/{n}": p.detach() for n, p in torch.nn.Linear(2, 2).named_parameters()}, folder / NAME)
@@ -89,13 +89,13 @@ def read(step: Path) -> None:
     checkpoint.load_weights(found, torch.nn.Linear(2, 2))
 
 
-def test_the_checkpoint_of_these_tests_is_a_good_one(step):
+def test_the_checkpoint_of_these_tests_is_valid(step):
     read(step)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 @pytest.mark.parametrize("place", [NAME, manifest.MANIFEST])
-def test_a_pickle_in_the_place_of_a_file_of_a_checkpoint_is_refused(kind, place, step, evil, canary):  # vectors 1, 3
+def test_a_pickle_in_place_of_a_checkpoint_file_is_refused(kind, place, step, evil, canary):  # vectors 1, 3
     if kind == "pickle":
         (step / place).write_bytes(evil)
     else:
@@ -125,12 +125,12 @@ def test_a_pickle_or_a_pointer_beside_checkpoints_is_not_opened(name, step, evil
 @pytest.mark.parametrize(
     "text", ["../elsewhere", "/etc", "step-0000000003\nstep-0000000009", "", "x" * (1 << 20), "step-0000000009"]
 )
-def test_no_file_says_which_checkpoint_is_the_newest(text, step):  # vector 5
+def test_no_file_selects_the_newest_checkpoint(text, step):  # vector 5
     (step.parent / "latest").write_text(text)
     assert checkpoint.newest_readable(step.parent, warn=lambda text: None).path == step
 
 
-def test_a_manifest_leads_to_no_file_outside_its_folder(step, tmp_path):  # vector 6
+def test_a_manifest_cannot_name_files_outside_its_folder(step, tmp_path):  # vector 6
     data = (step / NAME).read_bytes()
     entry = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data), "tensors": ["param/bias"]}
     (tmp_path / "outside").write_bytes(data)
@@ -168,7 +168,7 @@ def test_a_tokenizer_that_is_a_pickle_or_code_is_refused(tmp_path, evil, canary)
             tokenizer.load(file)
 
 
-def test_a_tokenizer_on_which_the_library_panics_is_refused(tmp_path):
+def test_a_tokenizer_that_makes_the_library_panic_is_refused(tmp_path):
     file = tmp_path / "tokenizer.json"
     vocabulary = {"e": 0, "x": 1, "ex": 2}
     model = {"type": "BPE", "vocab": vocabulary, "merges": [["e", "x"]], "continuing_subword_prefix": "long"}
@@ -188,14 +188,14 @@ def test_a_tokenizer_of_absurd_size_is_refused_before_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("highest", ["1e400", "1.5", '"1"', "null", "[1]"])
-def test_a_vocabulary_whose_ids_are_no_integers_is_refused(highest, tmp_path):
+def test_a_vocabulary_with_ids_that_are_not_integers_is_refused(highest, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(f'{{"model": {{"vocab": {{"a": 0, "b": {highest}}}}}}}')
     with pytest.raises(DataError):
         tokenizer.vocab_size_of(file)
 
 
-def test_files_of_a_run_folder_that_are_pickles_are_as_if_they_were_not_there(tmp_path, evil, canary):
+def test_pickles_in_a_run_folder_are_treated_as_missing_files(tmp_path, evil, canary):
     run = RunDir(tmp_path)
     for path in (run.spec, run.card, run.metrics, run.summary):
         path.write_bytes(evil)
@@ -205,7 +205,7 @@ def test_files_of_a_run_folder_that_are_pickles_are_as_if_they_were_not_there(tm
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
-def test_pickled_weights_of_others_are_not_opened(name, tmp_path, evil, canary):
+def test_pickled_foreign_weights_are_not_opened(name, tmp_path, evil, canary):
     source = tmp_path / "llama"
     source.mkdir()
     (source / name).write_bytes(evil)

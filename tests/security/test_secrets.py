@@ -1,4 +1,4 @@
-"""Values of variables that are named like secrets stand in no spec, no message and no text of a dry run."""
+"""Values of variables with names of secrets occur in no spec, message or dry run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HARMLESS = ["TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "NCCL_DEBUG", "HF_HOME"]
 
 @pytest.mark.parametrize("name", SECRETS)
 @pytest.mark.parametrize("way", ["file", "argument", "mapping", "section"])
-def test_a_spec_does_not_hold_the_value_of_a_secret_and_the_message_does_not_either(name, way, headway):
+def test_a_secret_value_in_a_spec_is_refused_and_not_printed(name, way, headway):
     arguments = {
         "file": [],
         "argument": [f"launch.env.{name}={VALUE}"],
@@ -41,7 +41,7 @@ def test_a_spec_does_not_hold_the_value_of_a_secret_and_the_message_does_not_eit
 
 
 @pytest.mark.parametrize("value", ["12345678901", "[sesame]", "true", "{sesame: 1}", "1.5e300", "'sesame"])
-def test_a_value_of_the_wrong_kind_is_not_shown_either(value, headway):
+def test_a_value_of_the_wrong_type_is_not_printed(value, headway):
     with pytest.raises(SpecError) as caught:
         load_spec(headway.spec, [f"launch.env={{HF_TOKEN: {value}}}"])
     assert "12345678901" not in str(caught.value) and "sesame" not in str(caught.value)
@@ -49,12 +49,12 @@ def test_a_value_of_the_wrong_kind_is_not_shown_either(value, headway):
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_variables_that_only_sound_like_secrets_may_have_values(name, headway):
+def test_variables_with_similar_names_may_have_values(name, headway):
     assert load_spec(headway.spec, [f"launch.env={{{name}: '1'}}"]).spec.launch.env == {name: "1"}
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_of_the_environment_reaches_the_ranks_and_no_text(name, headway, monkeypatch):
+def test_a_secret_from_the_environment_reaches_the_ranks_and_is_not_printed(name, headway, monkeypatch):
     monkeypatch.setenv(name, VALUE)
     loaded = load_spec(headway.spec, [f"launch.env={{{name}: null}}", "launch.processes=2"])
     assert forwarded(loaded.spec, {name: VALUE}) == {name: VALUE}

@@ -1,4 +1,4 @@
-"""Whole runs in hostile surroundings: nothing of them is executed, and the run touches its own folder only."""
+"""Whole runs in a hostile folder and environment execute nothing from it and change only their own folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Evil:
 
 
 def hostile_folder(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A working folder with a name that shells act on, full of files that programs pick up; its environment."""
+    """A working folder whose name has shell syntax, with files that programs load by default; and an environment."""
     here, home, temporary = tmp_path / "a b;$(touch canary)`touch canary`'\"", tmp_path / "home", tmp_path / "tmp"
     for folder in (here, home, temporary, tmp_path / "path"):
         folder.mkdir()
@@ -57,7 +57,7 @@ def hostile_folder(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         (here / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
     for folder in (here, home):
         (folder / ".deepspeed_env").write_text(f"FOO=x$(touch {canary})\nBAR; touch {canary}; export Z=1\n")
-    # what a Python with this PYTHONPATH does first: it says so
+    # A Python with this PYTHONPATH runs sitecustomize first, which writes to a log.
     log = str(tmp_path / "started")
     (tmp_path / "path" / "sitecustomize.py").write_text(
         f"import sys\nwith open({log!r}, 'a') as f:\n    f.write(' '.join(sys.orig_argv) + chr(10))\n"
@@ -95,7 +95,9 @@ def audited(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(tmp_path.rglob("canary")), "something in the working folder was executed"
     report = json.loads((tmp_path / "report").read_text())
-    assert any("summary.json" in path for path in report["written"])  # it was a whole run, and it was watched
+    assert any(
+        "summary.json" in path for path in report["written"]
+    )  # the run was complete, and its writes were recorded
     return here, report
 
 
@@ -107,7 +109,7 @@ def test_a_run_unpickles_nothing(audited):  # vectors 1-3
     assert audited[1].get("unpickled", []) == []
 
 
-def test_a_run_writes_into_its_folder_caches_and_temporary_files_alone(audited):  # P8
+def test_a_run_writes_only_to_its_folder_caches_and_temporary_files(audited):  # P8
     here, report = audited
     allowed = [
         here / "runs" / "tiny",
@@ -125,33 +127,33 @@ def test_a_run_writes_into_its_folder_caches_and_temporary_files_alone(audited):
     assert outside == []
 
 
-def test_a_run_reads_no_file_of_the_folder_it_is_started_in_but_its_own(audited):  # vector 10, P8
+def test_a_run_reads_only_its_own_files_of_the_working_folder(audited):  # vector 10, P8
     here, report = audited
     run = here / "runs" / "tiny"
     read = [path for path in map(Path, report["read"]) if path.is_relative_to(here) or path.name == ".deepspeed_env"]
-    read = [path for path in read if not path.name.startswith("__editable__")]  # how an editable install is found
+    read = [path for path in read if not path.name.startswith("__editable__")]  # files of an editable install
     assert {path for path in read if not path.is_relative_to(run)} <= {here / "tiny.yaml"}
     assert not [path for path in read if path.name in ("evil.pt", ".metadata", "latest", "pytorch_model.bin")]
 
 
-def test_a_run_starts_no_program_but_these(audited):
-    # git: the commit for the run card; gcc: DeepSpeed asks whether libaio is there
+def test_a_run_starts_only_known_programs(audited):
+    # git: the commit for the run card; gcc: DeepSpeed's check for libaio
     assert {program.split("'")[1] for program in audited[1].get("started", [])} <= {"git", "gcc"}
 
 
-def test_nobody_else_may_change_what_a_run_writes_whatever_the_umask(audited):  # vector 14
+def test_files_of_a_run_are_writable_only_by_their_owner_under_any_umask(audited):  # vector 14
     here, _ = audited
     ours = {
         path: path.stat().st_mode for path in (here / "runs" / "tiny").rglob("*") if not path.name.startswith("evil")
     }
     made = {path: mode for path, mode in ours.items() if path.name not in (".metadata", "latest", "pytorch_model.bin")}
-    made.pop(here / "runs" / "tiny" / "checkpoints")  # made by this test
+    made.pop(here / "runs" / "tiny" / "checkpoints")  # created by this test
     assert made and [str(path) for path, mode in made.items() if mode & 0o022] == []
     locks = [path for path in ours if path.suffix == ".lock"]
     assert locks and all(ours[path] & 0o077 == 0 for path in locks)
 
 
-def test_a_run_leaves_nothing_in_the_folder_for_temporary_files_that_others_may_change(audited):  # vector 14
+def test_a_run_leaves_no_files_writable_by_others_in_the_temporary_folder(audited):  # vector 14
     left = [path for path in (audited[0].parent / "tmp").rglob("*") if path.stat().st_mode & 0o022]
     assert left == []
 
@@ -185,7 +187,7 @@ def test_a_run_started_by_the_command_ignores_its_surroundings_and_keeps_secrets
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads((run / "summary.json").read_text())["complete"] is True
     assert not list(tmp_path.rglob("canary"))
-    # Python of this command was started with the user's PYTHONPATH, that of the ranks was not.
+    # The command's Python was started with the user's PYTHONPATH, those of the ranks were not.
     started = (tmp_path / "started").read_text().splitlines()
     assert len(started) == 1 and "headway.launcher" in started[0]
     assert SECRET.encode() not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What Headway hands to shells and programs arrives there letter by letter, or is refused before. Vectors 8-12."""
+"""Arguments that Headway passes to shells and programs arrive unchanged, or are refused before. Vectors 8-12."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def random_words(rng: random.Random) -> list[str]:
     return ["".join(rng.choices(LETTERS, k=rng.randrange(1, 12))) for _ in range(4)] + [rng.choice(EVIL)]
 
 
-def test_a_remote_command_is_read_back_by_a_shell_word_by_word(tmp_path):  # vectors 11, 12
+def test_a_shell_parses_a_remote_command_back_to_the_exact_words(tmp_path):  # vectors 11, 12
     rng = random.Random(3)
     for _ in range(60):
         words = random_words(rng)
@@ -90,7 +90,7 @@ def test_a_remote_command_is_read_back_by_a_shell_word_by_word(tmp_path):  # vec
         assert shlex.split(start)[-2 - len(words) : -2] == words
 
 
-def test_ssh_gets_the_words_and_its_shell_the_arguments(here, programs, tmp_path):  # vector 12
+def test_ssh_and_its_remote_shell_get_the_exact_arguments(here, programs, tmp_path):  # vector 12
     folder = tmp_path / "a b;$(touch canary)"
     (folder / "logs").mkdir(parents=True)
     check_ssh(["b"])
@@ -100,13 +100,13 @@ def test_ssh_gets_the_words_and_its_shell_the_arguments(here, programs, tmp_path
     probe, *started = programs()
     assert probe == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", "b", "true"]
     assert sorted(started) == [remote_command(name, host, arguments, folder) for host, name in ((1, "b"), (2, "c"))]
-    # what the shell at the other end makes of it
+    # the words that the remote shell parses
     text = started[0][-1].replace("exec ", "printf '%s\\0' ")
     shown = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True).stdout.split("\0")
     assert shown[-len(arguments) - 3 : -3] == arguments
 
 
-def test_a_job_of_slurm_hands_the_arguments_to_srun_word_by_word(here, programs):  # vector 12
+def test_a_slurm_job_passes_the_exact_arguments_to_srun(here, programs):  # vector 12
     spec = load_spec(here / "tiny.yaml", ["launch.method=slurm", "launch.hosts=2", "train.global_batch=8"]).spec
     arguments = ["tiny.yaml", *(f"x={evil}" for evil in EVIL)]
     run = RunDir.of(spec)
@@ -127,7 +127,7 @@ def test_a_job_of_slurm_hands_the_arguments_to_srun_word_by_word(here, programs)
 
 
 @pytest.mark.parametrize("method", ["torchrun", "deepspeed"])
-def test_commands_are_lists_and_a_dry_run_is_read_back_as_them(method, here):  # vectors 8, 12
+def test_a_dry_run_parses_back_to_the_commands_that_are_executed(method, here):  # vectors 8, 12
     rng = random.Random(4)
     for _ in range(25):
         name = "".join(random_words(rng)).replace("\t", "")
@@ -143,12 +143,12 @@ def test_commands_are_lists_and_a_dry_run_is_read_back_as_them(method, here):  #
 
 
 @pytest.mark.parametrize("evil", [*EVIL, "../x", "a/b", "", ".", "x" * 300, "a\nb", "\0"])
-def test_the_name_of_a_run_is_a_plain_name_or_refused(evil, here):  # vector 8
+def test_a_run_name_with_special_characters_is_refused(evil, here):  # vector 8
     with pytest.raises(SpecError):
         load_spec(here / "tiny.yaml", extra=[({"name": evil}, "test")])
 
 
-def test_a_folder_with_a_strange_name_has_that_name(here):  # vector 8
+def test_a_folder_with_special_characters_in_its_name_keeps_it(here):  # vector 8
     for evil in EVIL:
         spec = load_spec(here / "tiny.yaml", extra=[({"run_dir": f"runs/{evil}"}, "test")]).spec
         run = RunDir.of(spec)
@@ -157,7 +157,7 @@ def test_a_folder_with_a_strange_name_has_that_name(here):  # vector 8
     assert sorted(path.name for path in (here / "runs").iterdir()) == sorted(EVIL)
 
 
-def test_ranks_get_only_what_the_list_and_the_spec_name(here):  # vector 10
+def test_ranks_get_only_variables_of_the_list_and_the_spec(here):  # vector 10
     loud = {
         **dict.fromkeys(("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONINSPECT", "PYTHONUSERBASE"), "evil"),
         **dict.fromkeys(("LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "ENV", "DS_ENV_FILE", "SSH_ASKPASS"), "evil"),
@@ -176,19 +176,19 @@ def test_ranks_get_only_what_the_list_and_the_spec_name(here):  # vector 10
 
 
 @pytest.mark.parametrize("name", ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"])
-def test_a_folder_of_compiled_code_that_others_write_to_is_refused(name, tmp_path):
+def test_a_cache_folder_that_others_can_write_is_refused(name, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o700)
     check_caches({name: str(tmp_path / "cache")})
     check_caches({name: str(tmp_path / "absent")})
     check_caches({})
     for mode in (0o720, 0o702, 0o1777):
         (tmp_path / "cache").chmod(mode)
-        with pytest.raises(SpecError, match=f"^{name}: others can write.*chmod go-w.*unset {name}"):
+        with pytest.raises(SpecError, match=f"^{name}: .*other users can write.*chmod go-w.*unset {name}"):
             check_caches({name: str(tmp_path / "cache")})
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "large", "bytes"])
-def test_a_hostfile_that_is_no_small_text_file_is_refused_soon(kind, here):  # vector 9
+def test_a_hostfile_that_is_not_a_small_text_file_is_refused_soon(kind, here):  # vector 9
     file = here / "hosts"
     if kind == "pipe":
         os.mkfifo(file)

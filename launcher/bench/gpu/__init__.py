@@ -1,1 +1,1 @@
-"""`headway bench gpu` and its report: limits of a GPU, kernels, mechanisms, steps."""
+"""`headway bench gpu` and its report: measure the limits of a GPU, kernels, mechanisms and steps."""

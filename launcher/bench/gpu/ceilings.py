@@ -1,7 +1,7 @@
-"""The machine's own limits: copies, matrix products, attention cores, cache reads. Random data throughout.
+"""Measure the limits of the machine: copies, matrix products, attention cores, cache reads. All data is random.
 
-Every rate is work over the median time; FLOPs of a causal core count the visible half. Legend: S tokens per sequence,
-D head size, K inner width of a product.
+Every rate is work divided by the median time. FLOPs of a causal core count only unmasked scores. Legend: S tokens per
+sequence, D head size, K inner width of a product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LISTS = 32  # of the grouped product
 
 
 def ceilings() -> list[Row]:
-    """In order of value."""
+    """Rows, the most important first."""
     return [
         Row(key="ceilings/copy", what="copy from device memory to device memory", seconds=3, run=copy),
         Row(key="ceilings/matmul", what="matrix products by inner width, and one large square", seconds=6, run=matmul),
@@ -39,9 +39,9 @@ def ceilings() -> list[Row]:
             )
             for name in BACKENDS
         ),
-        Row(key="ceilings/cache", what="reads of what lies in the L2 cache", seconds=3, run=cache),
+        Row(key="ceilings/cache", what="reads from the L2 cache", seconds=3, run=cache),
         Row(key="ceilings/grouped", what=f"grouped matrix product over {LISTS} lists", seconds=4, run=grouped),
-        Row(key="ceilings/launch", what="starting an operation that does nothing to speak of", seconds=2, run=launch),
+        Row(key="ceilings/launch", what="launch time of a minimal operation", seconds=2, run=launch),
     ]
 
 
@@ -56,7 +56,7 @@ def copy(machine: Machine) -> dict[str, Any]:
 
 
 def cache(machine: Machine) -> dict[str, Any]:
-    """Bytes per second of a reduction over a tensor that fits into the cache; a lower bound on what it delivers."""
+    """Bytes per second of a reduction over a tensor that fits into the cache: a lower bound of the cache bandwidth."""
     scale = machine.scale
     kept = randn((64, scale.cached_bytes // 256), machine.device, torch.float32)
     size = kept.numel() * 4
@@ -67,7 +67,7 @@ def cache(machine: Machine) -> dict[str, Any]:
 
 
 def launch(machine: Machine) -> dict[str, Any]:
-    """Seconds per operation where the host starts many small ones."""
+    """Seconds per operation if the host launches many small ones."""
     small = randn((16,), machine.device, torch.float32)
 
     def many(_: int) -> None:
@@ -139,7 +139,7 @@ def _core(machine: Machine, backend: str, head_dim: int, seq_len: int, kv_heads:
 
     try:
         seconds = short({"forward": forward, "both": both}, device, rounds=max(3, scale.rounds // 2))
-    except RuntimeError as error:  # a backend that does not take the shape says so
+    except RuntimeError as error:  # raised by a backend that does not support the shape
         return {**shape, "refused": str(error).splitlines()[0][:200]}
     flops = 4 * head_dim * QUERY_HEADS * visible_keys(seq_len) * batch * seq_len
     return {
@@ -151,12 +151,12 @@ def _core(machine: Machine, backend: str, head_dim: int, seq_len: int, kv_heads:
 
 
 def with_backend(name: str, device: torch.device) -> Any:
-    """SDPA restricted to one backend on a GPU; a CPU has only its own."""
+    """Restrict SDPA to one backend on a GPU. A CPU has only one backend."""
     return sdpa_kernel(BACKENDS[name]) if device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
 
 
 def grouped(machine: Machine) -> dict[str, Any]:
-    """FLOP/s of PyTorch's grouped product of sorted rows: what a permute-and-multiply form could reach at most."""
+    """FLOP/s of PyTorch's grouped product of sorted rows: an upper bound for permute-and-multiply."""
     product: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product is None:
         return {"refused": f"torch {torch.__version__} has no grouped_mm"}

@@ -1,4 +1,4 @@
-"""Every kernel on this device against float64: the checks that tests run in Triton's interpreter."""
+"""Compare every kernel on this device with float64, by the checks that the tests run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def correctness() -> list[Row]:
-    """A row for each check of the modules kernels/checks in each precision."""
+    """One row per check in kernels/checks and precision."""
     if not has_triton():
         return [Row(key="correctness/kernels", what="kernels against float64", seconds=0, run=_no_triton)]
     return [
@@ -36,7 +36,7 @@ def correctness() -> list[Row]:
 
 
 def compare(check: Check, dtype: torch.dtype, machine: Machine) -> dict[str, Any]:
-    """What was compared, with its error and its tolerance. Raises Failed where an error is not within it."""
+    """Comparison -> (error, tolerance). Raises Failed if an error exceeds its tolerance."""
     if not machine.is_gpu:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise Absent("kernels run on a GPU; TRITON_INTERPRET=1 runs them in Triton's interpreter")

@@ -1,6 +1,6 @@
-"""Dense or routed, measured per product: what the table of kernels/choice.json is made of.
+"""Time the dense and the routed form of each product, for the table in kernels/choice.json.
 
-The dense form is what is taken otherwise: one large product, and our kernels that select and expand.
+The dense form is the default: one large product, and Headway's kernels that select and expand.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from headway.launcher.bench.gpu.timing import Call, randn, ratio, short, summary
 
 PRODUCTS: tuple[Product, Product] = ("gather", "weight_grad")
 KINDS = ("even", "one head")
-"""How tokens spread: random heads, or the same head for all, which makes one long list."""
+"""Distribution of the tokens: over random heads, or all on the same head, which gives one long list."""
 
 
 def forms(machine: Machine) -> list[Row]:
-    """For each size, number of chosen heads and number of tokens a row."""
+    """One row per size, number of selected heads, and number of tokens."""
     return product_rows(machine, "forms", "dense or routed products", compare, seconds=10)
 
 
 def compare(size: Size, k: int, tokens: int, machine: Machine) -> dict[str, Any]:
-    """Seconds of each product in either form, and how much faster the routed one is, lists included."""
+    """Seconds of each product in both forms, and the speedup of the routed form, including the time to build lists."""
     groups, heads = size.kv_heads, size.heads // size.kv_heads
     shape = Shape(tokens=tokens, width=size.width, head_dim=size.head_dim, groups=groups, experts=heads, k=k)
     found = []

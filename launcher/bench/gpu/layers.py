@@ -1,4 +1,4 @@
-"""One attention layer of each mechanism, router included: forward, and forward with backward, beside its baseline's."""
+"""Time one attention layer of each mechanism, including its router, and compare it with its baseline's."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from headway.model.base import Attention, Context
 from headway.model.init import initialise
 
 FORMS = ("forward", "both", "plain", "grouped")
-"""Forward; forward and backward; of routed layers the latter without our kernels, and with one product per expert over
-sorted rows, whose sizes the host reads: what published kernels for mixtures of heads do, in PyTorch.
+"""Forward; forward and backward; for routed layers also forward and backward without Headway's kernels ("plain"), and
+with one product per expert over sorted rows, whose sizes the host reads ("grouped"). The latter is a PyTorch version of
+published kernels for mixtures of heads.
 """
 
 
 def layers(machine: Machine) -> list[Row]:
-    """For each size and length a row."""
+    """One row per size and length."""
     return [
         Row(
             key=f"layers/{size.name} {seq_len}",
@@ -38,7 +39,7 @@ def layers(machine: Machine) -> list[Row]:
 
 
 def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Of each mechanism and form: seconds, and times as fast as its baseline's forward, or forward and backward."""
+    """Per mechanism and form: seconds, and speedup over the baseline's forward, or forward and backward."""
     batch, compared = max(1, machine.scale.tokens // seq_len), variants(size)
     x = randn((batch, seq_len, size.width), machine.device, machine.scale.dtype).requires_grad_()
     grad = randn((batch, seq_len, size.width), machine.device, machine.scale.dtype, 1)
@@ -64,7 +65,7 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
 
 
 def layer_of(size: Size, variant: Variant, machine: Machine) -> Attention:
-    """Random parameters, on the device, in the scale's precision."""
+    """A layer with random parameters, on the device, in the scale's precision."""
     config = variant.attention.layer(0, size.layers)
     with torch.device("meta"):
         layer = config.build(width=size.width, layers=size.layers, init_std=0.02, norm_eps=1e-5)
@@ -76,11 +77,11 @@ def layer_of(size: Size, variant: Variant, machine: Machine) -> Attention:
 
 
 class _Layer:
-    """What is timed of one layer."""
+    """The passes of one layer that are timed."""
 
     def __init__(self, layer: Attention, x: Tensor, grad: Tensor, context: Context) -> None:
         self.layer, self.x, self.grad, self.context = layer, x, grad, context
-        layer.watch_routers(closely=False)  # details are counted now and then in training, not in each step
+        layer.watch_routers(closely=False)  # training computes router details only in some steps
         self._inputs = [x, *layer.parameters()]
 
     def forward(self, _: int) -> None:

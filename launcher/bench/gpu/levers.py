@@ -1,4 +1,4 @@
-"""What each lever of step speed brings to a dense gqa pass: one at a time, in turns with the pass without it."""
+"""Measure the effect of each speed option on a dense gqa pass: one option at a time, in turns with the plain pass."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from headway.model.decoder import Decoder
 
 Pass = Callable[[], Any]
 Lever = Callable[[Tensor, Tensor, Machine], Pass]
-"""Given a batch: the pass with the lever, on a model of its own. Raises Absent or LeverError where it cannot be."""
+"""Takes a batch and returns a pass with the option, on its own model. Raises Absent or LeverError if not possible."""
 
 
 def levers(machine: Machine) -> list[Row]:
-    """For each size a row per length, the longest left out, and one for the optimizer."""
+    """Per size: one row per length except the longest, and one for the optimizer."""
     rows = []
     for size in machine.scale.sizes:
         for seq_len in machine.scale.lengths[:2]:
@@ -55,9 +55,9 @@ def levers(machine: Machine) -> list[Row]:
 
 
 def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[str, Any]:
-    """Seconds and memory of the pass with each lever, and times as fast as the pass without.
+    """Seconds and memory of the pass with each option, and its speedup over the pass without.
 
-    `graphs`: of CUDA graphs alone, which hold the memory of a whole pass for themselves.
+    `graphs`: measure only CUDA graphs, which keep the memory of a whole pass allocated.
     """
     gqa = variants(size)[0].attention
     tokens, labels = batch_of(machine, size, seq_len)
@@ -75,7 +75,7 @@ def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[st
             found[-1]["peak_bytes"] = peak(machine, passes[name])
         except (Absent, LeverError) as why:
             found[-1]["refused"] = str(why)
-        except RuntimeError as error:  # a compiler or a capture that fails says why, and others are measured still
+        except RuntimeError as error:  # record why compilation or capture failed, and continue with the others
             found[-1]["refused"] = f"{type(error).__name__}: {error}"[:300]
         if "refused" in found[-1]:
             passes.pop(name, None)
@@ -90,7 +90,7 @@ def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[st
 
 
 def levers_of(fresh: Callable[..., Decoder], graphs: bool) -> dict[str, Lever]:
-    """By the key of a spec where it has one. `fresh` makes a model with such keys."""
+    """Name (the spec's key, if there is one) -> option. `fresh` creates a model with such keys."""
     if graphs:
         return {"one CUDA graph": functools.partial(_graph, fresh)}
 
@@ -116,7 +116,7 @@ def levers_of(fresh: Callable[..., Decoder], graphs: bool) -> dict[str, Lever]:
 
 
 def _compiled(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
-    """On a CPU traced alone, as there it is the way that is tried and not its speed."""
+    """Compile whole blocks. On a CPU they are only traced, because there only the code path is tested."""
     model = fresh()
     for block in model.blocks:
         block.compile(dynamic=False, backend="inductor" if machine.is_gpu else "aot_eager")
@@ -127,7 +127,7 @@ def _graph(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machin
     if not machine.is_gpu:
         raise Absent("CUDA graphs need a GPU")
     model = fresh()
-    machine.free()  # the graph has memory of its own
+    machine.free()  # the graph allocates its own memory
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -143,7 +143,7 @@ def _graph(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machin
 def _half(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
     """The same tokens in two passes of half as many."""
     if len(tokens) < 2:
-        raise Absent("one sequence alone cannot be halved")
+        raise Absent("a batch of one sequence cannot be halved")
     model, halves = fresh(), list(zip(tokens.chunk(2), labels.chunk(2), strict=True))
 
     def run() -> None:
@@ -154,7 +154,7 @@ def _half(fresh: Callable[..., Decoder], tokens: Tensor, labels: Tensor, machine
 
 
 def optimizers(size: Size, machine: Machine) -> dict[str, Any]:
-    """AdamW over fp32 parameters: fused, as training takes it, beside the others."""
+    """Time AdamW over fp32 parameters: the fused form, which training uses, and other forms."""
     shapes = [
         p.shape for p in decoder(size, variants(size)[0].attention, machine.device, machine.scale.dtype).parameters()
     ]

@@ -1,6 +1,6 @@
-"""Inference: time until the first new token (prefill) by length, then time and cache per token of decoding.
+"""Inference with one sequence: prefill time by length, then time per decoded token, and KV cache per token.
 
-One sequence. Ratios are those of a whole model, and of its core alone where the share of active heads bounds it.
+Ratios are those of a whole model, and of its core alone if the share of active heads bounds it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from headway.model.decoder import Decoder
 DECODED = 8
 """Tokens that one timed decoding adds to the cache."""
 COMPARED = ("gqa", "gqa, half as many KV heads as heads", "gqe", "switchhead")
-"""Besides rgqa with one head per group."""
+"""Mechanisms to measure, in addition to rgqa with one head per group."""
 
 
 def prefill(machine: Machine) -> list[Row]:
-    """For each size, the largest first, a row per length."""
+    """One row per size and length, the largest size first."""
     return [
         Row(
             key=f"prefill/{size.name} {seq_len}",
@@ -77,6 +77,6 @@ def _prefill(model: Decoder, tokens: torch.Tensor, _: int) -> None:
 
 @torch.no_grad()
 def _decode(model: Decoder, token: torch.Tensor, cache: Any, _: int) -> None:
-    """The cache grows by a few tokens each time, alike for all."""
+    """Decode a few tokens. Each call extends the cache, equally for all models."""
     for _ in range(DECODED):
         model.logits(token, cache=cache, last=True)

@@ -1,4 +1,4 @@
-"""Each operation of ours alone, beside the same in plain PyTorch and beside the time it cannot go below.
+"""Time each of Headway's operations alone, and compare it with plain PyTorch and with a lower bound of its time.
 
 Legend: T tokens, d width, G groups, N query heads per group, k chosen ones, D head size.
 """
@@ -23,7 +23,7 @@ from headway.launcher.bench.gpu.timing import Call, randn, ratio, short, summary
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """`run` makes a forward pass of `inputs`; `moved_bytes`: the fewest that it and its backward pass must move."""
+    """`run`: forward pass on `inputs`. `moved_bytes`: minimum memory traffic of forward and backward pass."""
 
     name: str
     run: Callable[..., Tensor]
@@ -32,12 +32,12 @@ class Operation:
 
 
 def products(machine: Machine) -> list[Row]:
-    """For each size, number of chosen heads and number of tokens a row."""
+    """One row per size, number of selected heads, and number of tokens."""
     return product_rows(machine, "products", "operations", compare, seconds=8)
 
 
 def compare(size: Size, k: int, tokens: int, machine: Machine) -> dict[str, Any]:
-    """Seconds of each operation, forward and with backward, and how much faster than its twin."""
+    """Seconds of each operation, forward and backward, and its speedup over plain PyTorch."""
     found = []
     for op in operations(size, k, tokens, machine):
         differentiable = [t for t in op.inputs if t.requires_grad]
@@ -63,7 +63,7 @@ def compare(size: Size, k: int, tokens: int, machine: Machine) -> dict[str, Any]
 
 
 def operations(size: Size, k: int, tokens: int, machine: Machine) -> list[Operation]:
-    """With random inputs on the device; forward and backward of each count together."""
+    """Operations with random inputs on the device. Forward and backward are counted together."""
     groups, heads, head_dim = size.kv_heads, size.heads // size.kv_heads, size.head_dim
     device, dtype, wide = machine.device, machine.scale.dtype, torch.empty((), dtype=machine.scale.dtype).element_size()
     logits = randn((1, tokens, groups, heads), device, torch.float32).requires_grad_()

@@ -1,6 +1,6 @@
-"""`headway bench report`: tables and a plot of what `headway bench gpu` wrote, and the planner's constants made of it.
+"""`headway bench report`: write tables and a plot from the rows of `headway bench gpu`, and update planner constants.
 
-Only rows of the code and device that machine.json names are shown; whatever has no row says "not measured".
+Only rows of the code and device in machine.json are shown. Quantities without a row are shown as "not measured".
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from headway.launcher.report.page import Block, Heading, Image, Items, Text, to_
 def report_gpu(folder: Path, *, out: Path | None = None, refit: bool = False) -> int:
     """Write report.md, report.html and speed.png into `out` (default: `folder`). Returns 0.
 
-    `refit` also puts the planner's constants of this GPU into launcher/plan_measured.json, and the faster form of each
-    product into kernels/choice.json. Raises SpecError where the
-    folder holds no rows, or not those that constants are made of.
+    `refit` also writes the planner's constants of this GPU to launcher/plan/measured.json, and the faster form of each
+    product to kernels/choice.json. Raises SpecError if the folder has no rows, or lacks the rows for the constants.
     """
     card, rows = load(folder)
     out = out or folder
@@ -40,7 +39,7 @@ def report_gpu(folder: Path, *, out: Path | None = None, refit: bool = False) ->
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """machine.json, and the newest row of each key that belongs to it."""
+    """The content of machine.json, and the newest row of each key for that code and device."""
     try:
         card = json.loads((folder / "machine.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -56,7 +55,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def gpu_of(card: Mapping[str, Any]) -> Gpu | None:
-    """The planner's entry for the device measured, by its name."""
+    """The planner's entry for the measured device, found by name; None if there is none."""
     words = card["device"].lower().replace("-", " ").split()
     return next((gpu for name, gpu in GPUS.items() if name in words), None)
 
@@ -71,18 +70,16 @@ def blocks_of(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: P
         Text(
             f"`headway bench gpu`, code {card['code']} (commit {card['git_commit'] or 'unknown'}), "
             f"{card['measured_at']}, torch {versions['torch']}, Triton {versions['triton']}, CUDA {versions['cuda']}. "
-            "Random data, clocks as the machine sets them, medians with quartiles; contestants take turns round by "
-            "round, and ratios are of equal rounds. Raw times: rows.jsonl."
+            "Random data, the machine's own clock settings, medians with quartiles. The compared passes take turns "
+            "round by round, and ratios compare times of the same round. Raw times: rows.jsonl."
         ),
     ]
     if reduced:
-        blocks.append(
-            Text("A reduced run on a CPU, to try the harness: no number here says anything of a GPU.", "warn")
-        )
+        blocks.append(Text("A reduced run on a CPU, to test the benchmark: no number here applies to a GPU.", "warn"))
     wrong = [row for row in rows if row["status"] in ("wrong", "crashed")]
     if wrong:
         names = ", ".join(row["key"] for row in wrong)
-        blocks.append(Text(f"WRONG RESULTS: {names}. Speeds of these kernels count for nothing.", "warn"))
+        blocks.append(Text(f"WRONG RESULTS: {names}. Ignore the speeds of these kernels.", "warn"))
     blocks += headline({} if reduced else data, gpu)
     blocks += sections(data, rows, gpu)
     if not reduced and (plot := _draw(data, out)) is not None:
@@ -102,21 +99,21 @@ def _refit(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: P
     if gpu is None:
         raise SpecError(
             f"--refit: the planner does not know {card['device']!r}; it knows {', '.join(GPUS)}. Add a datasheet entry "
-            "to launcher/plan_hardware.py first, or leave --refit out"
+            "to launcher/plan/hardware.py first, or omit --refit"
         )
     try:
         entry = fit(rows, source=f"{folder}, {card['measured_at']}")
     except ValueError as error:
         raise SpecError(f"--refit: {error}") from None
     write(gpu.name, entry)
-    console.note(f"the planner's constants of {gpu.name} are made of it: {FILE}")
+    console.note(f"updated the planner's constants of {gpu.name} in {FILE}")
     if faster := faster_forms(rows):
         override(faster)
-        console.note(f"{len(faster)} choices of dense or routed are made of it: {TABLE}")
+        console.note(f"updated {len(faster)} choices of the dense or routed form in {TABLE}")
 
 
 def faster_forms(rows: Sequence[Mapping[str, Any]]) -> dict[str, Form]:
-    """Key of kernels/choice.json -> the form that was faster with tokens spread evenly."""
+    """Key of kernels/choice.json -> the faster form with evenly distributed tokens."""
     found: dict[str, Form] = {}
     for row in rows:
         if row["status"] == "measured" and row["key"].startswith("forms/"):
@@ -127,7 +124,7 @@ def faster_forms(rows: Sequence[Mapping[str, Any]]) -> dict[str, Form]:
 
 
 def _draw(data: Mapping[str, Any], out: Path) -> Any:
-    """Ratio over gqa by length, a panel per size; dashed: the Amdahl bound of the same run."""
+    """Draw the speedup over gqa by length, one panel per size; dashed: the Amdahl bound of the same run."""
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in comparisons(data):
         panels.setdefault(row["size"], []).append(row)

@@ -1,4 +1,4 @@
-"""What a row of `headway bench gpu` is, and at which sizes rows are measured: on a GPU, and reduced on a CPU."""
+"""Rows of `headway bench gpu`, and the sizes at which they are measured: full on a GPU, reduced on a CPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headway.launcher.bench.gpu.shapes import GPU_SIZES, TINY, Size
 
 
 class Absent(Exception):
-    """What a row measures is not here; the text says what."""
+    """A row cannot be measured because something is missing here; the text says what."""
 
 
 class Failed(Exception):
-    """What a row found is wrong: the text says what, `data` is what was found."""
+    """A row found a wrong result. The text describes it, and `data` is the result."""
 
     def __init__(self, text: str, data: dict[str, Any]) -> None:
         super().__init__(text)
@@ -26,7 +26,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes of all rows. Reduced ones keep every row runnable without a GPU; their numbers say nothing of one."""
+    """Sizes of all rows. Reduced sizes let every row run without a GPU; their numbers do not apply to a GPU."""
 
     name: str
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Scale:
     head_dims: tuple[int, ...]
     lengths: tuple[int, ...]
     prefill_lengths: tuple[int, ...]
-    tokens: int  # of a micro-batch, at least; a longer sequence comes alone
+    tokens: int  # of a micro-batch; a longer sequence is a micro-batch by itself
     product_tokens: tuple[int, ...]
     sizes: tuple[Size, ...]
 
@@ -83,7 +83,7 @@ REDUCED = Scale(
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where rows run."""
+    """The device and scale of the rows."""
 
     device: torch.device
     scale: Scale
@@ -93,7 +93,7 @@ class Machine:
         return self.device.type == "cuda"
 
     def lost(self) -> bool:
-        """Whether the device answers nothing any more, as after a kernel that wrote where it must not."""
+        """Whether the device no longer works, for example after a kernel with an illegal memory access."""
         if not self.is_gpu:
             return False
         try:
@@ -103,14 +103,14 @@ class Machine:
         return False
 
     def free(self) -> None:
-        """Give unused memory back, so that the next row finds it in one piece."""
+        """Free cached memory, so that the next row does not suffer from fragmentation."""
         if self.is_gpu:
             torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement: `part/...` names it; `seconds` is what it is expected to take on a GPU."""
+    """One measurement. `key`: its name, `part/...`. `seconds`: its expected duration on a GPU."""
 
     key: str
     what: str
@@ -130,7 +130,7 @@ def product_rows(
     *,
     seconds: float,
 ) -> list[Row]:
-    """`compare(size, k, tokens, machine)` for each size, number of tokens, and number k of chosen heads of a group."""
+    """Rows that call `compare(size, k, tokens, machine)` for each size, number of tokens, and k heads per group."""
     return [
         Row(
             key=f"{part}/{size.name} k={k} {tokens}",

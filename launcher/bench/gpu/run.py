@@ -1,7 +1,7 @@
-"""Measures rows by value until the time is over, and writes each one down when it is done.
+"""Measure rows in order of importance until the time is up, and write each row when it is done.
 
-OUT/machine.json says what was measured with; OUT/rows.jsonl has a line per row. The same command again goes on where it
-stopped: rows that stand there for the same code and device are not measured twice.
+OUT/machine.json describes code and device; OUT/rows.jsonl has one line per row. The same command continues where it
+stopped: rows that exist for the same code and device are not measured again.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from headway.launcher.run.machine import git_commit, machine, versions
 PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "forms", "products", "prefill")
 MARGIN_S = 5.0
 WRONG_RESULT = 70
-"""Exit status where a kernel's result is wrong; measurements went on nevertheless."""
+"""Exit status if a kernel's result is wrong. The other rows are still measured."""
 _WRONG = ("wrong", "crashed")
 
 
 def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequence[str] = PARTS) -> int:
-    """Measure what fits into `minutes`. Returns 0, or 70 where a kernel computed something wrong or broke the device,
-    now or in a row that stands in `out`.
+    """Measure the rows that fit into `minutes`. Returns 0, or 70 if a kernel gave a wrong result or broke the device,
+    now or in an existing row of `out`.
 
-    `device` "cpu" runs every row in a reduced form, whose numbers say nothing of a GPU. Raises SpecError for a device
-    that is not there, unknown parts, or no time.
+    `device` "cpu" runs every row in a reduced form, whose numbers do not apply to a GPU. Raises SpecError for a missing
+    device, unknown parts, or no time.
     """
     deadline = time.monotonic() + 60 * minutes - MARGIN_S
     if minutes <= 0:
-        raise SpecError(f"--minutes: {minutes:g} leaves no time; give 8, or 2 for the first rows")
+        raise SpecError(f"--minutes: {minutes:g} leaves no time; use 8, or 2 for the first rows")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise SpecError(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}; give one of them, or leave it out")
+        raise SpecError(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}; use one of them, or omit --parts")
     here = _machine(device)
     card = _card(here)
     out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
     late, wrong = [], []
     for i, row in enumerate(rows, 1):
         if row.key in done:
-            console.note(f"{i}/{len(rows)} {row.key}: is there")
+            console.note(f"{i}/{len(rows)} {row.key}: already measured")
             wrong += [row.key] if done[row.key] in _WRONG else []
             continue
         left = deadline - time.monotonic()
@@ -62,10 +62,12 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
         console.note(f"    {line['status']} in {line['took_s']:.1f} s {line.get('why', '')}".rstrip())
         wrong += [row.key] if line["status"] in _WRONG else []
         if line["status"] == "crashed":
-            console.warn(f"THE DEVICE IS LOST after {row.key}; the same command goes on with the rows behind it")
+            console.warn(
+                f"THE DEVICE IS LOST after {row.key}; run the same command again to continue with the next rows"
+            )
             break
     if late:
-        console.note(f"not measured, no time: {', '.join(late)}; the same command goes on with them")
+        console.note(f"not measured, no time: {', '.join(late)}; run the same command again to measure them")
     if wrong:
         console.warn(f"WRONG RESULTS: {', '.join(wrong)}; do not train with these kernels")
     console.result(f"written to {out / 'rows.jsonl'}; tables: headway bench report {out}")
@@ -73,7 +75,7 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
 
 
 def all_rows(here: Machine) -> list[Row]:
-    """Every row, the most valuable first: limits, right results, the first size's steps and parts, then other sizes."""
+    """All rows, the most important first: limits, correctness, steps and parts of the first size, then other sizes."""
     from headway.launcher.bench.gpu.ceilings import ceilings
     from headway.launcher.bench.gpu.correctness import correctness
     from headway.launcher.bench.gpu.forms import forms
@@ -92,7 +94,7 @@ def all_rows(here: Machine) -> list[Row]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows written so far, in order; a line that was cut off is left out."""
+    """Rows written so far, in order; truncated lines are skipped."""
     try:
         lines = (folder / "rows.jsonl").read_text().splitlines()
     except FileNotFoundError:
@@ -115,14 +117,14 @@ def _machine(device: str) -> Machine:
         return Machine(device=torch.device("cpu"), scale=REDUCED)
     if not torch.cuda.is_available():
         raise SpecError(
-            "bench gpu: no GPU is to be seen here (headway doctor says more); run it where one is, or give --device "
-            "cpu, which tries every row in a reduced form"
+            "bench gpu: no GPU found (`headway doctor` shows details); run it on a machine with a GPU, or use "
+            "--device cpu, which runs every row in a reduced form"
         )
     return Machine(device=torch.device("cuda", 0), scale=GPU)
 
 
 def _card(here: Machine) -> dict[str, Any]:
-    """What decides the numbers; `id` names code and device."""
+    """The setting of the measurements. `id` identifies code, device and versions."""
     import torch
 
     card: dict[str, Any] = {
@@ -160,7 +162,11 @@ def _same(row: dict[str, Any], card: dict[str, Any]) -> bool:
 
 
 def _measured(row: Row, here: Machine) -> dict[str, Any]:
-    """The row's line: measured, absent (not here), wrong (a kernel's result), failed (why), crashed (the device)."""
+    """The row's line, with its status.
+
+    measured; absent: something is missing here; wrong: a kernel's result is wrong; failed: an exception was raised;
+    crashed: the device is lost.
+    """
     import torch
 
     line: dict[str, Any] = {"key": row.key, "what": row.what, "status": "measured"}
@@ -173,7 +179,7 @@ def _measured(row: Row, here: Machine) -> dict[str, Any]:
         line |= {"status": "wrong", "why": str(found), "data": found.data}
     except torch.OutOfMemoryError as error:
         line |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0][:300]}"}
-    except Exception as error:  # one row's failure must not cost the rows after it
+    except Exception as error:  # a failed row must not prevent later rows
         line |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:600]}
     if line["status"] == "failed" and here.lost():
         line["status"] = "crashed"

@@ -1,4 +1,4 @@
-"""Models that are compared: the shapes of yaml/models, and each mechanism at the parameters of its size's gqa.
+"""The compared models: shapes of yaml/models, with each mechanism matched to the parameters of gqa at its size.
 
 Legend: d width, L layers, H query heads, G KV heads, D head size, F FFN width.
 """
@@ -28,7 +28,7 @@ FFN_STEP = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model size: gqa's shape, which all others match in parameters; SwitchHead's heads of its own."""
+    """A model size: the shape of gqa, whose parameters all mechanisms match, and the heads of SwitchHead."""
 
     name: str
     width: int
@@ -105,8 +105,8 @@ TINY = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A mechanism at a size. `active` of `pool`: query heads in the core over those of its `baseline`; None where it is
-    no routing of query heads, and no such bound is known.
+    """A mechanism at a size. `active`: (active, all) query heads of the core; None if it does not route query heads,
+    so that no bound is known.
     """
 
     name: str
@@ -116,12 +116,12 @@ class Variant:
 
     @property
     def routed(self) -> bool:
-        """Whether it has routers, and so takes kernels of ours."""
+        """Whether it has routers, and therefore uses Headway's kernels."""
         return not isinstance(self.attention, GqaConfig)
 
 
 def variants(size: Size) -> list[Variant]:
-    """gqa first, each other one after its baseline."""
+    """All variants of a size: gqa first, every other one after its baseline."""
     heads, groups, head_dim = size.heads, size.kv_heads, size.head_dim
     members = heads // groups
     pool: dict[str, Any] = {"heads": heads, "kv_heads": groups, "head_dim": head_dim}
@@ -149,7 +149,7 @@ def variants(size: Size) -> list[Variant]:
 
 
 def model_config(size: Size, attention: AttentionConfig) -> ModelConfig:
-    """The FFN width, a multiple of 32, that brings the model nearest to the parameters of the size's gqa."""
+    """The FFN width, a multiple of 32, for which the parameters are nearest to those of gqa at this size."""
 
     def made(ffn_width: int) -> ModelConfig:
         return ModelConfig(
@@ -179,9 +179,9 @@ def decoder(
     recompute: Recompute = "none",
     **levers: Any,
 ) -> Decoder:
-    """Random parameters with the usual spreads, drawn on the device: a billion numbers take a CPU many seconds.
+    """A model with random parameters of the usual standard deviations, drawn on the device, because that is faster.
 
-    `levers`: of `headway.kernels.operations.make_operations`, as `speed` of a spec has them.
+    `levers`: options of `headway.kernels.operations.make_operations`, as in `speed` of a spec.
     """
     operations = make_operations(device=device, dtype=dtype, **levers)
     placement = Placement(recompute=recompute, operations=operations, sequence=SequenceRanks(attend=operations.core))
@@ -194,12 +194,12 @@ def decoder(
     initialise(model, seed=1, draw=draw_on(device))
     model.before_step(0)
     for layer in model.attention_layers():
-        layer.watch_routers(closely=False)  # training counts details now and then, not in every step
+        layer.watch_routers(closely=False)  # training computes router details only in some steps
     return model.to(dtype)
 
 
 def draw_on(device: torch.device) -> Callable[..., torch.Tensor]:
-    """A `draw` of `initialise` on the device itself."""
+    """A `draw` function for `initialise` that draws on the device."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(1)
 
     def draw(name: str, shape: torch.Size, *, std: float, seed: int) -> torch.Tensor:

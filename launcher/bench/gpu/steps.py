@@ -1,8 +1,8 @@
-"""Whole training passes: every mechanism at equal parameters, in one process, in turns, beside the dense profile.
+"""Time whole training passes of every mechanism at equal parameters, in turns in one process, and profile a dense pass.
 
-A pass is forward and backward over one micro-batch with the loss; the optimizer's time is measured apart, as it is the
-same for all. Beside each ratio stands its Amdahl bound: gqa's time with query projection, output projection and core
-cut to the share of active heads, and nothing else. Legend: S tokens per sequence, L layers.
+A pass is forward and backward over one micro-batch, including the loss. The optimizer is timed separately, because it
+is the same for all mechanisms. Each ratio is reported with its Amdahl bound: gqa's time with only query projection,
+output projection and core reduced to the share of active heads. Legend: S tokens per sequence, L layers.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from headway.model.cost import account
 from headway.model.decoder import Decoder, Recompute
 
 AGAIN = "gqa, the same again"
-"""Not another model: the noise of the comparison."""
+"""The same model a second time, to show the noise of the comparison."""
 PLAIN = "rgqa, plain PyTorch"
-"""R-GQA at k=1 without our kernels: index_select and scatter, as anybody would write it first."""
+"""R-GQA at k=1 without Headway's kernels: index_select and scatter."""
 
 MLP_PRODUCTS = "products of the mlp"
 
 
 def steps(machine: Machine) -> list[Row]:
-    """For each size and length the comparison, after the dense profile that bounds it."""
+    """Per size and length: the dense profile, which gives the bound, and then the comparison."""
     rows = []
     for size in machine.scale.sizes:
         for seq_len in machine.scale.lengths:
@@ -66,7 +66,7 @@ def steps(machine: Machine) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """Something whose pass is timed."""
+    """A model whose pass is timed."""
 
     name: str
     variant: Variant
@@ -83,14 +83,14 @@ def batch_of(machine: Machine, size: Size, seq_len: int) -> tuple[Tensor, Tensor
 
 
 def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Seconds of each mechanism's pass, its ratio to its baseline round by round, tokens/s, FLOPs, memory.
+    """Seconds of each mechanism's pass, its ratio to its baseline per round, tokens/s, FLOPs, memory.
 
-    Where passes do not fit into memory, all of them compute their blocks again (`recompute`).
+    If a pass does not fit into memory, all passes recompute their blocks (`recompute`).
     """
     try:
         return _compare(size, seq_len, machine, "none")
     except torch.OutOfMemoryError:
-        pass  # outside, so that what the failed pass held is free
+        pass  # retry outside of this block, so that the memory of the failed pass is free
     machine.free()
     return _compare(size, seq_len, machine, "block")
 
@@ -153,7 +153,7 @@ def _contestants(size: Size, machine: Machine, recompute: Recompute) -> Iterator
 
 
 def train_pass(model: Decoder, tokens: Tensor, labels: Tensor, how: Any = contextlib.nullcontext) -> None:
-    """Forward and backward of one micro-batch; gradients are dropped."""
+    """Forward and backward of one micro-batch; gradients are discarded."""
     with how():
         out = model(tokens, labels)
         (out.loss_sum / tokens.numel() + out.aux_loss).backward()
@@ -161,7 +161,7 @@ def train_pass(model: Decoder, tokens: Tensor, labels: Tensor, how: Any = contex
 
 
 def peak(machine: Machine, call: Any) -> int | None:
-    """Bytes at the most in use during a call, beyond those before it."""
+    """Peak memory of a call in bytes, in addition to the memory in use before it."""
     if not machine.is_gpu:
         call()
         return None
@@ -169,11 +169,11 @@ def peak(machine: Machine, call: Any) -> int | None:
     torch.cuda.reset_peak_memory_stats(machine.device)
     before = torch.cuda.memory_allocated(machine.device)
     call()
-    return torch.cuda.max_memory_allocated(machine.device) - before or None  # a replayed graph asks for none
+    return torch.cuda.max_memory_allocated(machine.device) - before or None  # a replayed graph allocates no memory
 
 
 def _optimizer_seconds(model: Decoder, machine: Machine) -> list[float]:
-    """A step of fused AdamW over fp32 masters and moments of all parameters."""
+    """A step of fused AdamW on fp32 master weights and moments of all parameters."""
     masters = [torch.zeros_like(p, dtype=torch.float32).requires_grad_() for p in model.parameters()]
     for master in masters:
         master.grad = torch.full_like(master, 1e-3)
@@ -185,7 +185,7 @@ def _optimizer_seconds(model: Decoder, machine: Machine) -> list[float]:
 
 
 def profile(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
-    """Seconds, forward and backward, of each part of a dense gqa model over one micro-batch, and of the whole."""
+    """Seconds of each part of a dense gqa model, and of the whole model, for forward and backward of a micro-batch."""
     device, dtype = machine.device, machine.scale.dtype
     gqa = variants(size)[0].attention
     model = decoder(size, gqa, device, dtype).train()
@@ -213,7 +213,7 @@ def profile(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
 
 
 def _parts(model: Decoder, gqa: Any, tokens: Tensor, labels: Tensor) -> dict[str, tuple[Any, list[Tensor], int]]:
-    """Name -> (function, its inputs, how often a pass has it). Inputs are what gradients are taken of."""
+    """Name -> (function, its inputs, number of calls per pass). Gradients are computed for the inputs."""
     block: Any = model.blocks[0]
     attention, layers = block.attn, len(model.blocks)
     assert isinstance(attention, GroupedQueryAttention) and isinstance(gqa, GroupedConfig)

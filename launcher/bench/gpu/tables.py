@@ -21,37 +21,37 @@ from headway.launcher.report.page import Block, Heading, Table, Text
 
 HEADLINE = "940M"
 GOALS = {2048: (1.08, 1.12, 1.15), 8192: (1.28, 1.33, 1.37), 32_768: (1.80, 1.90, 1.98)}
-"""Times as fast as gqa that R-GQA with k=1/4 is to be, by length: accepted, target, stretch. Set before measuring."""
+"""Goals for the speedup of R-GQA with k=1/4 over gqa, by length: accepted, target, stretch. Set before measuring."""
 MFU_GOALS = (0.52, 0.56, 0.60)
-"""Of dense gqa at 2048 tokens, likewise."""
+"""Goals for the MFU of dense gqa at 2048 tokens: accepted, target, stretch."""
 TOKENS_PER_UPDATE = 524_288
-"""Over which the optimizer's time is spread where a rate includes it."""
+"""Tokens per optimizer step, for rates that include the optimizer's time."""
 
 
 def comparisons(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Rows of whole passes, as measured."""
+    """Rows of whole passes."""
     for key, row in data.items():
         if key.startswith("steps/") and "contestants" in row:
             yield row
 
 
 def rate_seconds(row: Mapping[str, Any], contestant: Mapping[str, Any]) -> float:
-    """Seconds per token, the optimizer's share included."""
+    """Seconds per token, including the optimizer's share."""
     return contestant["seconds"]["median"] / row["tokens"] + row["optimizer_s"]["median"] / TOKENS_PER_UPDATE
 
 
 def mfu(row: Mapping[str, Any], contestant: Mapping[str, Any], gpu: Gpu | None) -> float | None:
-    """Useful FLOPs, causal, over the datasheet's rate."""
+    """MFU: useful causal FLOP/s over the datasheet's FLOP/s."""
     if gpu is None:
         return None
     return contestant["useful_flops_per_token"] / rate_seconds(row, contestant) / gpu.bf16_flops
 
 
 def bound(data: Mapping[str, Any], size: str, seq_len: int, contestant: Mapping[str, Any]) -> float | None:
-    """The most that routing can bring: gqa's own times with what is routed cut to the share of active heads.
+    """Upper bound of the speedup by routing: gqa's times with the routed parts reduced to the share of active heads.
 
-    Taken from the dense profile of the same run, which is that of the size's gqa; None without it, or for a mechanism
-    that is no routing of query heads over that gqa.
+    Uses the dense gqa profile of the same run and size. None without a profile, or if the mechanism does not route the
+    query heads of that gqa.
     """
     profile = data.get(f"steps/profile {size} {seq_len}")
     if profile is None or not contestant["active"] or contestant["baseline"] != "gqa":
@@ -61,7 +61,7 @@ def bound(data: Mapping[str, Any], size: str, seq_len: int, contestant: Mapping[
 
 
 def headline(data: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
-    """The goals set before measuring, beside what was measured."""
+    """Table of the goals set before measuring, with the measured values."""
     at = {row["seq_len"]: row for row in comparisons(data) if row["size"] == HEADLINE}
     table = [["goal (accept / target / stretch)", "measured", "bound of the same run"]]
     dense = at.get(2048)
@@ -87,7 +87,7 @@ def headline(data: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
 
 
 def sections(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], gpu: Gpu | None) -> list[Block]:
-    """Everything else, in the order of measuring."""
+    """All other tables, in the order of the measurements."""
     return [
         *ceilings(data),
         *correctness(rows),
@@ -134,26 +134,27 @@ def _steps(data: Mapping[str, Any], row: Mapping[str, Any], gpu: Gpu | None) -> 
         Table(table),
         Text(
             f"Forward and backward over {row['tokens']:,} tokens; tokens/s and MFU with an update every "
-            f"{TOKENS_PER_UPDATE:,} tokens ({duration(row['optimizer_s']['median'])}). By FLOPs: what the useful FLOPs "
-            "of the whole model promise. Bound: gqa's own time with queries, core and output cut to the active heads. "
-            "Of roofline: executed FLOPs at the best rates above, over the measured time. Memory: beyond the weights."
+            f"{TOKENS_PER_UPDATE:,} tokens ({duration(row['optimizer_s']['median'])}). By FLOPs: ratio of the useful "
+            "FLOPs of the whole model. Bound: gqa's time with queries, core and output reduced to the active heads. Of "
+            "roofline: time of the executed FLOPs at the best rates above, over the measured time. Memory: in addition "
+            "to the weights."
         ),
     ]
     if row["recompute"] != "none":
-        blocks.append(Text("Passes did not fit into memory: here all of them compute their blocks again.", "warn"))
+        blocks.append(Text("Passes did not fit into memory, so all of them recompute their blocks here.", "warn"))
     profile = data.get(f"steps/profile {size} {seq_len}")
     if profile is not None:
         whole = profile["whole_s"]["median"]
         parts = {**profile["parts_s"], "rest": profile["rest_s"]}
         shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in parts.items())
-        blocks.append(Text(f"Where dense gqa spends its {duration(whole)}, parts measured alone: {shares}."))
+        blocks.append(Text(f"Parts of dense gqa's {duration(whole)}, measured separately: {shares}."))
     return blocks
 
 
 def roofline_s_per_token(
     data: Mapping[str, Any], row: Mapping[str, Any], contestant: Mapping[str, Any]
 ) -> float | None:
-    """Executed FLOPs at the best rates that this run found on the machine; None where it did not look."""
+    """Seconds per token for the executed FLOPs at the best rates of this run; None if they were not measured."""
     products = data.get("ceilings/matmul")
     rates = [
         shape["both_flops_per_s"]

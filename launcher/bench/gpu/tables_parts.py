@@ -1,4 +1,4 @@
-"""Tables of `headway bench report` that stand for themselves: limits, right results, operations, layers, inference."""
+"""Tables of `headway bench report` about limits, correctness, operations, layers and inference."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from headway.launcher.report.page import Block, Heading, Table, Text
 
 
 def ceilings(data: Mapping[str, Any]) -> list[Block]:
-    """Copies, products, attention cores."""
+    """Tables of copies, products and attention cores."""
     copy, cache, launch = (data.get(f"ceilings/{name}") for name in ("copy", "cache", "launch"))
     grouped, products = data.get("ceilings/grouped"), data.get("ceilings/matmul", {}).get("products", [])
     table = [["what", "rate"]]
     table.append(["copy, read and written", rate(copy and copy["bytes_per_s"], "B/s")])
-    table.append(["reads out of L2, at least", rate(cache and cache["bytes_per_s"], "B/s")])
-    table.append(["starting a small operation", duration(launch and launch["seconds_per_operation"])])
+    table.append(["reads from L2, lower bound", rate(cache and cache["bytes_per_s"], "B/s")])
+    table.append(["launch of a small operation", duration(launch and launch["seconds_per_operation"])])
     table += [
         [f"product of {p['rows']} rows, K = N = {p['inner']}", rate(p["flops_per_s"], "FLOP/s")] for p in products
     ] or [["matrix products", NOT_MEASURED]]
     for form in ("grouped", "dense"):
         found = grouped and grouped.get("flops_per_s")
         table.append([f"{form} product, N of one head", rate(found and found[form], "FLOP/s")])
-    blocks: list[Block] = [Heading("What the machine can do"), Table(table)]
+    blocks: list[Block] = [Heading("Limits of the machine"), Table(table)]
     shapes = [
         (backend, s)
         for backend in ("cudnn", "flash")
@@ -40,7 +40,7 @@ def ceilings(data: Mapping[str, Any]) -> list[Block]:
 
 
 def cores(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(backend, what was measured of a shape)."""
+    """(backend, measurement of one shape) of all attention cores."""
     for key, row in data.items():
         if key.startswith("ceilings/core "):
             for shape in row["shapes"]:
@@ -48,7 +48,7 @@ def cores(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def correctness(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Each check's result."""
+    """Table of the kernel checks and their results."""
     table = [["kernel check", "result", "comparisons", "largest error over its tolerance"]]
     for row in rows:
         if row["key"].startswith("correctness/"):
@@ -64,7 +64,7 @@ def correctness(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def levers(data: Mapping[str, Any]) -> list[Block]:
-    """One table per shape."""
+    """One table of speed options per shape."""
     blocks: list[Block] = [Heading("Levers, one at a time")]
     for key, row in data.items():
         if not key.startswith("levers/"):
@@ -88,7 +88,7 @@ def levers(data: Mapping[str, Any]) -> list[Block]:
 
 
 def layers(data: Mapping[str, Any]) -> list[Block]:
-    """Attention alone."""
+    """Table of single attention layers."""
     head = ["layer", "tokens", "forward", "over baseline (quartiles)", "with backward", "over baseline"]
     table = [[*head, "plain PyTorch", "one product per expert"]]
     for key, row in data.items():
@@ -105,13 +105,14 @@ def layers(data: Mapping[str, Any]) -> list[Block]:
     if len(table) == 1:
         return [Heading("Attention layers"), Text(f"{NOT_MEASURED.capitalize()}.")]
     text = (
-        "Each ratio is over the baseline's time in the same rounds; the last two are of forward and backward together."
+        "Each ratio compares with the baseline's time in the same rounds. The last two columns are for forward and "
+        "backward together."
     )
     return [Heading("Attention layers"), Table(table), Text(text)]
 
 
 def forms(data: Mapping[str, Any]) -> list[Block]:
-    """Dense or routed."""
+    """Table of products in the dense and the routed form."""
     table = [["product", "shape", "tokens on", "dense", "routed", "routed over dense (quartiles)"]]
     for key, row in data.items():
         if not key.startswith("forms/"):
@@ -121,11 +122,11 @@ def forms(data: Mapping[str, Any]) -> list[Block]:
             table.append([p["product"], row["shape"], p["kind"], *times, spread_text(p["ratio"])])
     if len(table) == 1:
         return [Heading("Dense or routed"), Text(f"{NOT_MEASURED.capitalize()}.")]
-    return [Heading("Dense or routed"), Table(table), Text("Of the routed form the making of lists is part.")]
+    return [Heading("Dense or routed"), Table(table), Text("The time of the routed form includes building its lists.")]
 
 
 def products(data: Mapping[str, Any]) -> list[Block]:
-    """Each operation beside its twin and its floor."""
+    """Table of single operations, compared with plain PyTorch and with their floor."""
     table = [["operation", "shape", "time", "over plain PyTorch (quartiles)", "of its floor"]]
     for key, row in data.items():
         if not key.startswith("products/"):
@@ -144,13 +145,13 @@ def products(data: Mapping[str, Any]) -> list[Block]:
     if len(table) == 1:
         return [Heading("Operations"), Text(f"{NOT_MEASURED.capitalize()}.")]
     text = (
-        "Floor: the bytes that must move at the copy rate, or the FLOPs at the best product's rate, if that is longer."
+        "Floor: the larger of two times: minimum memory traffic at the copy rate, and FLOPs at the best product's rate."
     )
     return [Heading("Operations"), Table(table), Text(text)]
 
 
 def _floor(data: Mapping[str, Any], operation: Mapping[str, Any]) -> float | None:
-    """Seconds that an operation cannot go below on this machine; None where its rates were not measured."""
+    """Lower bound of an operation's seconds on this machine; None if the rates were not measured."""
     copy, products = data.get("ceilings/copy"), data.get("ceilings/matmul")
     if copy is None or products is None:
         return None
@@ -159,7 +160,7 @@ def _floor(data: Mapping[str, Any], operation: Mapping[str, Any]) -> float | Non
 
 
 def prefill(data: Mapping[str, Any]) -> list[Block]:
-    """Prefill, decoding, cache."""
+    """Table of prefill, decoding and KV cache."""
     table = [
         ["model", "tokens", "prefill", "over baseline (quartiles)", "per decoded token", "over baseline", "KV cache"]
     ]

@@ -1,4 +1,4 @@
-"""Times of calls on a device: taken in turns, with the noise of the measurement beside them."""
+"""Time calls on a device, in turns, and report the noise of the measurement."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from headway.launcher.base.spread import spread
 
 Call = Callable[[int], Any]
-"""What is timed; it is given a number that grows, by which it takes one of several inputs."""
+"""A function to time. Its argument is a call number, by which it selects one of several inputs."""
 
 WARMUP = 2
 BURST_S = 2e-3
-"""A short call is repeated until it takes about so long: a pair of events costs a few microseconds."""
+"""A short call is repeated for about this many seconds, because a pair of events costs a few microseconds."""
 ROTATED_BYTES = 150 << 20
-"""Inputs together; more than twice the L2 cache of an H100 or H200, so that none is found there."""
+"""Total bytes of all inputs: more than twice the L2 cache of an H100 or H200, so that no input is in the cache."""
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, from an idle device to an idle device."""
+    """Seconds of one call. The device is idle before and after it."""
     if device.type != "cuda":
         t0 = time.perf_counter()
         call()
@@ -37,7 +37,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round. Every round begins with another one, so that a drift hits all of them."""
+    """Seconds of each call in each round. The order rotates, so that a drifting speed affects all calls."""
     names, found = list(calls), {name: [] for name in calls}
     for i in range(WARMUP + rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -50,10 +50,10 @@ def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int) ->
 def short(
     calls: Mapping[str, Call], device: torch.device, *, rounds: int, waiting: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """`in_turns` for calls of microseconds: each is repeated, as a CUDA graph where it can be captured.
+    """`in_turns` for calls of microseconds: each is repeated, as a CUDA graph if it can be captured.
 
-    A graph leaves out the host's time for starting operations, which is no property of a kernel. Calls in `waiting`
-    wait for the host and are not tried: their time includes that.
+    A graph excludes the host's launch time, which is not a property of a kernel. Calls in `waiting` wait for the host,
+    so they are not captured, and their time includes the wait.
     """
     bursts = {name: _burst(call, device, capture=name not in waiting) for name, call in calls.items()}
     found = in_turns({name: (lambda _, run=run: run()) for name, (run, _) in bursts.items()}, device, rounds=rounds)
@@ -61,7 +61,7 @@ def short(
 
 
 def _burst(call: Call, device: torch.device, *, capture: bool) -> tuple[Callable[[], Any], int]:
-    """One call that makes several, and how many."""
+    """(function that repeats the call, number of repetitions)."""
     for i in range(WARMUP):
         call(i)
     once = min(seconds_of(lambda i=i: call(i), device) for i in range(3))
@@ -85,25 +85,25 @@ def _burst(call: Call, device: torch.device, *, capture: bool) -> tuple[Callable
 
 
 def rotated(make: Callable[[int], Sequence[Tensor]], *, most: int = 16) -> list[Sequence[Tensor]]:
-    """Inputs of seeds 0, 1, ..., so many that the cache holds none of them when its turn comes again."""
+    """Inputs with seeds 0, 1, ...; enough that an input is no longer in the cache when it is used again."""
     first = make(0)
     size = sum(t.numel() * t.element_size() for t in first)
     return [first, *(make(seed) for seed in range(1, max(2, min(most, -(-ROTATED_BYTES // max(1, size))))))]
 
 
 def randn(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normal numbers; zeros would run faster, as a chip that toggles less clocks higher."""
+    """Normally distributed numbers. Zeros would be faster, because fewer bit flips allow higher clock rates."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(tuple(shape), device=device, dtype=torch.float32, generator=generator).to(dtype)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Spread, and the times themselves."""
+    """The spread of the times, and the raw times."""
     return {**spread(seconds), "raw": list(seconds)}
 
 
 def ratio(baseline: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """How many times as fast as the baseline `other` is, pairwise by round."""
+    """Speedup of `other` over the baseline, pairwise by round."""
     return spread([a / b for a, b in zip(baseline, other, strict=True)])
 
 

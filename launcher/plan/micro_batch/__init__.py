@@ -1,1 +1,1 @@
-"""Finds the fastest micro-batch that fits: by the plan, or by trials in a child process."""
+"""Find the fastest micro-batch that fits: from the plan, or by trials in a child process."""

@@ -1,8 +1,9 @@
-"""`python -m headway.launcher.plan.micro_batch.child`: passes of one rank in a process of their own.
+"""`python -m headway.launcher.plan.micro_batch.child`: run the passes of one rank in a separate process.
 
-Memory that runs out ends this process and no other, and all of it is free again afterwards. Lines of JSON: the spec
-comes first and is answered by the device; then each {"micro_batch": m} by {"seconds": [...], "passes_bytes": n}, or by
-{"out_of_memory": text}. n is what the passes add to parameters and gradients on a GPU, null on a CPU.
+If memory runs out, only this process ends, and all its memory is freed. It reads and writes lines of JSON. The first
+line is the spec, and the answer is the device. Each further line is {"micro_batch": m}, and the answer is {"seconds":
+[...], "passes_bytes": n} or {"out_of_memory": text}. n is the peak memory in addition to parameters and gradients on a
+GPU, and null on a CPU.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ENOUGH_S = 1.0
-"""Passes are timed for so long, `ROUNDS` at least."""
+"""Passes are timed for at least this long, and at least `ROUNDS` times."""
 
 LONG_S = 10.0
-"""Beyond this, two passes of a size are enough to have a spread, and one to warm up."""
+"""If passes take longer than this in total, two timed passes of a size and one warm-up pass are enough."""
 
 MOST = 25
-"""Passes that are timed at most."""
+"""Maximum number of timed passes."""
 
 
 def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    with contextlib.suppress(OSError):  # when the host's memory runs out the kernel is to end this process first
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
+    with contextlib.suppress(OSError):  # if the host's memory runs out, the kernel shall kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     spec = Spec.model_validate_json(sys.stdin.readline())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -74,7 +75,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def model_of(spec: Spec, device: torch.device) -> Decoder:
-    """The whole model, as a rank of the spec runs it, with gradients of zeros."""
+    """The whole model, as a rank of the spec runs it, with all gradients set to zero."""
     assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
     operations = operations_of(spec.speed, spec.parallel, device)
     placement = Placement(
@@ -83,8 +84,8 @@ def model_of(spec: Spec, device: torch.device) -> Decoder:
     model = Decoder(
         spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed, placement=placement
     ).to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
-    model.before_step(spec.train.tokens)  # the state that a schedule ends in
-    for parameter in model.parameters():  # there throughout, so that what passes add is all that comes and goes
+    model.before_step(spec.train.tokens)  # the final state of schedules
+    for parameter in model.parameters():  # allocate gradients now, so that they do not count as memory of the passes
         parameter.grad = torch.zeros_like(parameter)
     return model.train()
 
@@ -115,14 +116,14 @@ def _measure(model: Decoder, spec: Spec, size: int, device: torch.device) -> dic
 
 
 def warm_up(run: Callable[[], float]) -> None:
-    """Passes that are not counted: the first of a shape may compile, choose kernels, and get memory."""
+    """Passes that are not timed: the first passes of a shape may compile, select kernels, and allocate memory."""
     for _ in range(WARM_UP):
         if run() > LONG_S:
             break
 
 
 def times(run: Callable[[], float]) -> list[float]:
-    """Seconds of `ROUNDS` passes or more, fewer where they are long."""
+    """Seconds of each timed pass: `ROUNDS` passes or more, fewer if they are slow."""
     seconds: list[float] = []
     while len(seconds) < MOST:
         seconds.append(run())
@@ -139,7 +140,7 @@ def _now_s(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch says it of a CPU in a RuntimeError without a class of its own."""
+    """Whether memory ran out. On a CPU, PyTorch raises a plain RuntimeError for that."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,4 +1,4 @@
-"""A micro-batch by the plan's estimate of memory, where nothing can be measured."""
+"""Choose a micro-batch from the plan's estimate of memory if nothing can be measured."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def with_number(spec: Spec, micro_batch: int) -> Spec:
 
 
 def memory_of(spec: Spec, micro_batch: int) -> Memory:
-    """Of the fullest rank, with this micro-batch; the vocabulary of `spec` is known."""
+    """Memory of the rank that needs most, with this micro-batch. The vocabulary size of `spec` must be set."""
     return worst(grid_of(with_number(spec, micro_batch)))[1]
 
 
 def by_plan(spec: Spec, limit_bytes: float) -> Choice:
-    """The smallest micro-batch whose passes have `PASS_TOKENS` tokens, or else the largest, of those that fit.
+    """The smallest micro-batch that fits and whose passes have `PASS_TOKENS` tokens, else the largest that fits.
 
-    Of those that leave each pipeline stage a micro-batch to work on, where there are any. Speed is not looked at.
+    Prefers sizes with at least one micro-batch per pipeline stage. Does not estimate speed.
     """
     grids = {size: grid_of(with_number(spec, size)) for size in micro_batches(spec)}
     trials = [_trial(size, grid, limit_bytes) for size, grid in grids.items()]

@@ -1,4 +1,4 @@
-"""A rank's passes, tried out in a child process: what the search for a micro-batch asks of this host."""
+"""Measure the passes of one rank in a child process, for the search for a micro-batch."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from headway.launcher.plan.micro_batch.plan import memory_of
 from headway.launcher.plan.micro_batch.search import Timed
 from headway.launcher.spec.spec import Spec
 
-# -P: the folder the user stands in must not be able to shadow a module
+# -P: a file in the working directory must not shadow a module
 COMMAND = (sys.executable, "-P", "-m", "headway.launcher.plan.micro_batch.child")
 
 PROCESS_BYTES = 0.5 * GIB
-"""What Python, PyTorch and DeepSpeed take of a host's memory in each rank: assumed, not measured."""
+"""Host memory that Python, PyTorch and DeepSpeed use in each rank: assumed, not measured."""
 
 SILENT_S = 600.0
-"""A child that says nothing for so long hangs."""
+"""Timeout for an answer of the child process."""
 
 
 class Rank:
     """One rank of a spec whose layout has one rank per model; use it in a `with` statement.
 
-    `spec` has its vocabulary filled in, and from then on its device; `limit_bytes`: what a rank of this host can have.
-    Raises HeadwayError where the child ends for another reason than memory.
+    The vocabulary size of `spec` must be set. The attribute `spec` also has the device set. `limit_bytes`: memory
+    available to a rank of this host. Raises HeadwayError if the child ends for another reason than lack of memory.
     """
 
     def __init__(self, spec: Spec, environment: Mapping[str, str], *, command: Sequence[str] = COMMAND) -> None:
@@ -58,7 +58,10 @@ class Rank:
             self._send(spec.model_dump_json())
             told = self._answer()
             if isinstance(told, str):
-                raise HeadwayError(f"train.micro_batch: auto: {told}, before anything was tried")
+                raise HeadwayError(
+                    f"train.micro_batch: auto: {told}, before any size was tried; write a number for "
+                    "train.micro_batch, or free memory on this host"
+                )
             self.device: str = told["device"]
             self.on_cpu = told["total_bytes"] is None
             launch = spec.launch.model_copy(update={"device": "cpu" if self.on_cpu else "cuda"})
@@ -70,11 +73,11 @@ class Rank:
             self._open = stack.pop_all()
 
     def planned_bytes(self, micro_batch: int) -> float | None:
-        """On a CPU, where memory that runs out takes other processes with it, the plan decides what is tried."""
+        """Memory by the plan on a CPU, where lack of memory could end other processes, so the plan must exclude it."""
         return memory_of(self.spec, micro_batch).peak if self.on_cpu else None
 
     def run(self, micro_batch: int) -> Timed | str:
-        """Forward and backward passes; on a GPU what they add is measured, and all else is what the plan computes."""
+        """Time passes. On a GPU their memory is measured; all other memory is computed by the plan."""
         self._send(json.dumps({"micro_batch": micro_batch}))
         told = self._answer()
         if isinstance(told, str):
@@ -86,7 +89,7 @@ class Rank:
         return Timed(seconds=told["seconds"], memory_bytes=memory.peak_with(passes))
 
     def close(self) -> None:
-        """End the child, whatever it does."""
+        """Kill the child."""
         self._open.close()
 
     def __enter__(self) -> Rank:
@@ -100,17 +103,17 @@ class Rank:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # what it was not told any more
+                with contextlib.suppress(BrokenPipeError):  # unsent data to a process that has ended
                     pipe.close()
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; reading its answer tells how
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `_answer` finds out why
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any] | str:
-        """What the child says next, or that the kernel ended it."""
+        """The child's next answer; a text if it was killed by SIGKILL."""
         assert self._process.stdout is not None
         source, end = self._process.stdout.fileno(), time.monotonic() + SILENT_S
         while b"\n" not in self._rest:
@@ -128,14 +131,14 @@ class Rank:
     def _ended(self) -> str:
         status = self._process.wait()
         if status == -signal.SIGKILL:
-            return "the process that tried it was ended by SIGKILL, as the kernel does when memory runs out"
+            return "the child process was killed by SIGKILL, probably because memory ran out"
         self._words.seek(0)
         last = self._words.read()[-4000:].decode(errors="replace").splitlines()[-8:]
         raise HeadwayError(
             "\n".join(
                 [
                     f"train.micro_batch: auto: the passes could not be measured (status {status}); write a number for "
-                    "train.micro_batch to start without. The process said:",
+                    "train.micro_batch to start without a measurement. Output of the process:",
                     *quoted(last),
                 ]
             )

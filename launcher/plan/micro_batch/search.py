@@ -1,6 +1,6 @@
-"""Which micro-batch to take: sizes are tried from the smallest up, and the smallest of the fast ones is chosen.
+"""Choose a micro-batch: try sizes in increasing order, and select the smallest whose speed is close to the best.
 
-Nothing here runs a model or knows a device: what a size needs and how fast it is is asked of `Trials`.
+This module runs no model and knows no device: `Trials` returns the memory and speed of a size.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 NEAR = 0.02
-"""Speeds within this share of the best are the same: the smallest micro-batch of them needs the least memory."""
+"""Speeds within this share of the best count as equal. The smallest such micro-batch needs the least memory."""
 
 GROWTH = 1.5
-"""The next size tried is at least so many times as large: neighbours differ by less than noise."""
+"""Each size is at least this many times the previous one, because closer sizes differ by less than the noise."""
 
 PATIENCE = 2
-"""Sizes in a row that bring nothing, after which larger ones are not tried: one alone may be noise."""
+"""The search ends after this many sizes in a row that are not faster. A single one may be noise."""
 
 WARM_UP = 2
 ROUNDS = 5
-"""Passes of a size: at least this many are timed, after some that are not."""
+"""Passes of a size: `WARM_UP` passes that are not timed, then at least `ROUNDS` timed ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """Passes of one size that ran to their end."""
+    """Timed passes of one size."""
 
     seconds: Sequence[float]  # of each timed forward and backward pass
-    memory_bytes: float  # of a rank that trains with this size, at its fullest
+    memory_bytes: float  # peak memory of a rank that trains with this size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Tokens per second of one rank's passes: median and quartiles of the timed ones."""
+    """Tokens per second of one rank: median and quartiles over the timed passes."""
 
     median: float
     q1: float
@@ -43,16 +43,16 @@ class Rate:
 
     @property
     def noise(self) -> float:
-        """Half the distance of the quartiles."""
+        """Half the interquartile range."""
         return (self.q3 - self.q1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What was found of one size. `why_not`: why it does not fit; None where it does."""
+    """Result for one size. `why_not`: the reason why it does not fit; None if it fits."""
 
     micro_batch: int
-    memory_bytes: float | None  # of a rank; None where it died before that was known
+    memory_bytes: float | None  # of a rank; None if memory ran out before it was known
     rate: Rate | None = None
     why_not: str | None = None
 
@@ -63,7 +63,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """`micro_batch` is None where not even the smallest size fits. `why`: in words, for the console and the record."""
+    """Result of a search. `micro_batch` is None if even the smallest size does not fit. `why`: reason, as text."""
 
     micro_batch: int | None
     trials: tuple[Trial, ...]
@@ -71,19 +71,19 @@ class Choice:
 
 
 class Trials(Protocol):
-    """What a search asks."""
+    """Source of memory and speed for a search."""
 
     def planned_bytes(self, micro_batch: int) -> float | None:
-        """What a rank is computed to need, where that alone decides whether a size is tried; else None."""
+        """Memory of a rank by the plan, if the plan alone decides whether a size is tried; else None."""
         ...
 
     def run(self, micro_batch: int) -> Timed | str:
-        """Time passes of this size; text where memory ran out."""
+        """Time passes of this size. Returns a text if memory ran out."""
         ...
 
 
 def ladder(sizes: Sequence[int]) -> list[int]:
-    """Of increasing sizes those that are tried: each at least GROWTH times the one before."""
+    """The sizes to try, from increasing `sizes`: each at least `GROWTH` times the previous one."""
     steps: list[int] = []
     for size in sizes:
         if not steps or size >= GROWTH * steps[-1]:
@@ -100,15 +100,15 @@ def search(
     seconds_left: Callable[[], float],
     say: Callable[[Trial], None],
 ) -> Choice:
-    """Try `ladder(sizes)` until one does not fit, two in a row are no faster, or time is up; then choose.
+    """Try `ladder(sizes)` until one does not fit, `PATIENCE` in a row are not faster, or time is up; then choose.
 
-    `limit_bytes`: what a rank may have; `seconds_left`: of the time allowed; the first size is tried in any case.
+    `limit_bytes`: memory available to a rank. `seconds_left`: remaining time. The first size is always tried.
     """
     done: list[Trial] = []
     idle, end = 0, "larger ones do not divide the batch of a rank"
     for size in ladder(sizes):
         if done and _expected_seconds(done[-1], size, tokens_per_sequence) > seconds_left():
-            end = f"{size} and more were not tried: the time for it was up"
+            end = f"{size} and more were not tried, because the time was up"
             break
         best = max((trial.rate.median for trial in done if trial.rate), default=0.0)
         trial = _try(size, trials, tokens_per_sequence, limit_bytes)
@@ -119,7 +119,7 @@ def search(
             break
         idle = 0 if trial.rate.median - trial.rate.noise > (1 + NEAR) * best else idle + 1
         if idle == PATIENCE:
-            end = "larger ones bring no more"
+            end = "larger ones are not faster"
             break
     return _chosen(done, end)
 
@@ -143,7 +143,7 @@ def _try(size: int, trials: Trials, tokens_per_sequence: int, limit_bytes: float
 
 
 def _expected_seconds(last: Trial, size: int, tokens_per_sequence: int) -> float:
-    """A size's passes, were it no faster per token than the one before."""
+    """Expected seconds of a size's passes, at the speed per token of the previous size."""
     assert last.rate is not None, "a search ends at the first size without one"
     return (WARM_UP + ROUNDS) * size * tokens_per_sequence / last.rate.median
 

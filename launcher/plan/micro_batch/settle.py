@@ -1,4 +1,4 @@
-"""`train.micro_batch: auto`: measured on this host before any rank starts, and from then on a number like any other."""
+"""`train.micro_batch: auto`: measure on this host before any rank starts, and replace `auto` by the found number."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from headway.launcher.spec.layouts import listed, micro_batches, why_not
 from headway.launcher.spec.spec import Spec
 
 SECONDS = 60.0
-"""No size is tried that is expected to take longer than what is left of this; the first one is tried in any case."""
+"""Time limit of the search. A size is skipped if it is expected to exceed it; the first size is always tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A choice, and what it rests on. `limit_bytes`: what a rank of this host can have of `device`'s memory."""
+    """A choice with its basis. `limit_bytes`: memory of `device` that is available to a rank of this host."""
 
     spec: Spec
     choice: Choice
@@ -40,7 +40,7 @@ class Found:
         return self.spec.parallel.model_ranks == 1
 
     def record(self) -> dict[str, Any]:
-        """For micro_batch.json and `--out`."""
+        """Content of micro_batch.json and of the file of `--out`."""
         return {
             "format": 1,
             "micro_batch": self.choice.micro_batch,
@@ -58,22 +58,22 @@ class Found:
 
 
 def number_of(run: RunDir, spec: Spec) -> Spec | None:
-    """`spec` with the number that the run in the folder was started with; None where no run was started there.
+    """`spec` with the micro-batch of the run in the folder; None if no run was started there.
 
-    Raises SpecError where the batch does not divide into passes of that number on the processes of `spec`.
+    Raises SpecError if the global batch does not divide into that micro-batch on the processes of `spec`.
     """
     train = read_mapping(run.spec).get("train", {})
     number = train.get("micro_batch")
     if not isinstance(number, int):
         return None
     settled, batch = with_number(spec, number), spec.train.global_batch
-    # Another batch is another run, which is refused, in words of its own, when the folder is taken.
+    # A different global batch is a different run. It is refused later, when the folder is opened.
     if batch == train.get("global_batch") and why_not(settled) is not None:
         ranks = [n for n in range(1, batch // number + 1) if batch % (n * number) == 0]
         raise SpecError(
-            f"{MICRO_BATCH}: {AUTO} is {number} for the run in {run.path}, which was started with it, and {batch} "
-            f"sequences a step do not divide into {number} x {spec.data_parallel} data-parallel ranks; continue it "
-            f"with {listed(ranks)} of them, or give another run_dir=... to start anew"
+            f"{MICRO_BATCH}: {AUTO} is {number} for the run in {run.path}, because it was started with that number, "
+            f"and {batch} sequences per step do not divide into {number} x {spec.data_parallel} data parallel ranks; "
+            f"continue with {listed(ranks)} data parallel ranks, or use another run_dir=... to start a new run"
         )
     return settled
 
@@ -82,15 +82,16 @@ def check_one_host(spec: Spec, path: Path) -> None:
     """Raises SpecError for several hosts."""
     if spec.launch.hosts > 1:
         raise SpecError(
-            f"{MICRO_BATCH}: {AUTO} is for a run on one host: each of the {spec.launch.hosts} hosts would measure by "
-            f"itself, and find another number; {alternatives(spec, str(path))}"
+            f"{MICRO_BATCH}: {AUTO} requires a run on one host, because each of the {spec.launch.hosts} hosts could "
+            f"measure a different number; {alternatives(spec, str(path))}"
         )
 
 
 def settle(run: RunDir, spec: Spec) -> Spec:
-    """`spec`, whose vocabulary is known, with the number of the run in the folder, or else with one that is found now.
+    """`spec` with the micro-batch of the run in the folder, or else with one that is found now.
 
-    What was measured is printed, and kept in the folder. Raises SpecError where nothing fits.
+    The vocabulary size of `spec` must be set. New measurements are printed and stored in the folder. Raises SpecError
+    if nothing fits.
     """
     there = number_of(run, spec)
     if there is not None:
@@ -103,14 +104,17 @@ def settle(run: RunDir, spec: Spec) -> Spec:
 
 
 def find(spec: Spec) -> Found:
-    """Try micro-batches on this host, in a process of its own; `spec` has its vocabulary. Progress goes to stderr."""
+    """Try micro-batches on this host in a child process. The vocabulary size of `spec` must be set.
+
+    Progress goes to stderr.
+    """
     with Rank(spec, full_environment(spec, forwarded(spec, os.environ))) as rank:
         if spec.parallel.model_ranks > 1:
             choice = by_plan(rank.spec, rank.limit_bytes)
         else:
             sizes = micro_batches(spec)
             tried = ", ".join(map(str, ladder(sizes)))
-            console.note(f"train.micro_batch: {AUTO}: trying {tried} sequences a pass on {rank.device}")
+            console.note(f"train.micro_batch: {AUTO}: trying {tried} sequences per pass on {rank.device}")
             end = time.monotonic() + SECONDS
             with console.progress("find micro-batch", len(ladder(sizes)), "sizes") as bar:
 
@@ -132,20 +136,20 @@ def find(spec: Spec) -> Found:
 
 
 def table(found: Found) -> str:
-    """What was tried, and what was chosen and why."""
+    """The trials as a table, the choice, and its reason."""
     rows = [("micro-batch", "tokens/s", "(quartiles)", "memory", "fits"), *map(_cells, found.choice.trials)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-    limit = f"memory: of a rank, which can have {in_gib(found.limit_bytes)} on {found.device}; "
+    limit = f"memory: per rank, of {in_gib(found.limit_bytes)} available on {found.device}; "
     if not found.measured:
-        limit += "computed by the plan, as one process cannot time the ranks that share a model"
+        limit += "computed by the plan, because one process cannot time ranks that share a model"
     elif found.on_cpu:
         limit += "computed by the plan"
     else:
-        limit += "that of the passes measured, that of optimizer states and exchanges computed by the plan"
+        limit += "measured for the passes, computed by the plan for optimizer states and exchanges"
     lines.append(limit)
     if found.measured and found.on_cpu and (ranks := found.spec.launch.processes) > 1:
-        lines.append(f"tokens/s: of one rank alone; the {ranks} of a run share this host")
+        lines.append(f"tokens/s: of one rank alone; in a run, {ranks} ranks share this host")
     number = found.choice.micro_batch
     chosen = "none fits" if number is None else str(number)
     return "\n".join([*lines, f"{MICRO_BATCH}: {AUTO} -> {chosen}: {found.choice.why}"])
@@ -163,13 +167,13 @@ def _cells(trial: Trial) -> tuple[str, str, str, str, str]:
 
 
 def required(found: Found) -> int:
-    """The chosen number. Raises SpecError where nothing fits."""
+    """The chosen number. Raises SpecError if nothing fits."""
     number = found.choice.micro_batch
     if number is None:
         raise SpecError(
-            f"{MICRO_BATCH}: {AUTO}: not even one sequence a pass fits into the "
-            f"{in_gib(found.limit_bytes)} that a rank can have on {found.device}; use parallel.recompute=block, more "
-            f"ranks with parallel.zero=3, or a shorter data.seq_len; or write {MICRO_BATCH}: 1 to try it all the same"
+            f"{MICRO_BATCH}: {AUTO}: even one sequence per pass does not fit into the {in_gib(found.limit_bytes)} "
+            f"available to a rank on {found.device}; use parallel.recompute=block, more ranks with parallel.zero=3, or "
+            f"a shorter data.seq_len; or write {MICRO_BATCH}: 1 to try it anyway"
         )
     return number
 

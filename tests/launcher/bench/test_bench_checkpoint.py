@@ -1,4 +1,4 @@
-"""`headway bench checkpoint`: what training waited for, and steps beside the writing against those of their round."""
+"""`headway bench checkpoint`: time that training waits, and steps during the write compared with those of the round."""
 
 import json
 import statistics
@@ -30,10 +30,10 @@ def test_every_save_is_paired_with_the_steps_of_its_round(measured):
         ratios += [s / quiet for s in r["beside_s"]]
     assert result["step_beside_over_step"]["median"] == pytest.approx(statistics.median(ratios))
     assert result["step_s"]["n"] == 3 * 2 * QUIET_STEPS
-    # A quarter of an hour, as checkpoint.every_minutes says by default.
+    # A quarter of an hour, the default of checkpoint.every_minutes.
     stall = statistics.median(r["stall_s"] for r in rounds)
     assert result["stall_share_at_default_interval"] == pytest.approx(stall / 900)
-    # What else guards a run: of the interval, of a step, of a hundred steps.
+    # Other safety measures: shares of the interval, of a step, of a hundred steps.
     hashing, beats, replicas = (
         statistics.median(r[name] for r in rounds) for name in ("hash_s", "beats_s", "replicas_s")
     )
@@ -44,14 +44,14 @@ def test_every_save_is_paired_with_the_steps_of_its_round(measured):
     assert result["replicas_share_at_default_interval"] == pytest.approx(replicas / (100 * step))
 
 
-def test_the_summary_is_printed_and_nothing_else_is_left(measured):
+def test_the_summary_is_printed_and_no_file_is_left(measured):
     said, result, folder = measured
     assert summary(result) in said and "written to c.json" in said
     assert sorted(p.name for p in folder.iterdir()) == ["c.json", "tiny.yaml"]
 
 
-def test_what_measures_nothing_is_refused(headway_once):
-    with pytest.raises(SpecError, match="give at least 2"):
+def test_invalid_settings_are_refused(headway_once):
+    with pytest.raises(SpecError, match="use at least 2"):
         bench_checkpoint(headway_once.spec, [], rounds=1, out=None)
     with pytest.raises(SpecError, match="one process"):
         bench_checkpoint(headway_once.spec, ["launch.processes=2"], rounds=2, out=None)

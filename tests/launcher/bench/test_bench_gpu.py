@@ -1,4 +1,4 @@
-"""`headway bench gpu` and `bench report`: every row for real in its reduced form, and what is made of rows of a GPU."""
+"""`headway bench gpu` and `bench report`: every row runs in its reduced form, and reports of made-up rows of a GPU."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ MODELS = Path(__file__).parents[3] / "yaml" / "models"
 ABSENT = ("deepspeed", "megatron", "streaming", "pandas", "tokenizers", "safetensors", "tensorboard")
 BARE = f"""
 import sys
-sys.modules.update(dict.fromkeys({ABSENT!r}))  # importing one of these fails, as where it is not installed
+sys.modules.update(dict.fromkeys({ABSENT!r}))  # importing one of these fails, as if it were not installed
 from headway.launcher.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -37,7 +37,7 @@ def rows_of(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A whole reduced run in a process that lacks what a bare GPU machine lacks."""
+    """A whole reduced run in a process without the packages that a bare GPU machine lacks."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-P", "-c", BARE, "bench", "gpu", "--device", "cpu", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -68,18 +68,18 @@ def test_a_gpu_is_measured_at_every_size_length_and_number_of_chosen_heads():
             } <= keys
 
 
-def test_the_same_command_again_measures_nothing_twice(measured):
+def test_the_same_command_measures_no_row_again(measured):
     out, _ = measured
     before = (out / "rows.jsonl").read_text()
     assert gpu_run.bench_gpu(minutes=8, out=out, device="cpu") == 0
     assert (out / "rows.jsonl").read_text() == before
 
 
-def test_numbers_of_a_reduced_run_are_no_results(measured, tmp_path):
+def test_a_reduced_run_reports_no_gpu_results(measured, tmp_path):
     out, _ = measured
     assert report_gpu(out, out=tmp_path) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "no number here says anything of a GPU" in text
+    assert "no number here applies to a GPU" in text
     goals = text.split("## Goals")[1].split("##")[0]
     assert goals.count("| not measured |") == 4
     assert not (tmp_path / "speed.png").exists()
@@ -87,7 +87,7 @@ def test_numbers_of_a_reduced_run_are_no_results(measured, tmp_path):
     assert "Levers" in text and "by torch.compile" in text and "select and rotate" in text
 
 
-def test_progress_and_what_comes_next_are_said(measured):
+def test_progress_and_the_next_command_are_printed(measured):
     _, done = measured
     assert "1/" in done.stderr and "ceilings/copy" in done.stderr and "s left" in done.stderr
     assert "headway bench report" in done.stdout
@@ -111,7 +111,7 @@ def raises(error):
     return run
 
 
-def test_a_row_that_fails_costs_no_other_row(monkeypatch, tmp_path):
+def test_a_failed_row_does_not_prevent_other_rows(monkeypatch, tmp_path):
     fake_rows(
         monkeypatch,
         row("steps/a", raises(RuntimeError("no kernel image"))),
@@ -127,10 +127,10 @@ def test_a_row_that_fails_costs_no_other_row(monkeypatch, tmp_path):
     assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 0
     rows = rows_of(tmp_path)
     assert rows["steps/a"]["status"] == "measured"  # a failed row is tried again
-    assert rows["steps/d"]["data"] == {"value": 1}  # a measured one is not
+    assert rows["steps/d"]["data"] == {"value": 1}  # a measured row is not
 
 
-def test_a_wrong_kernel_is_said_aloud_and_ends_with_its_own_status(monkeypatch, tmp_path, capsys):
+def test_a_wrong_kernel_is_reported_and_sets_the_exit_status(monkeypatch, tmp_path, capsys):
     comparisons = {"comparisons": [{"what": "d pool", "error": 0.3, "tolerance": 4e-3}]}
     fake_rows(monkeypatch, row("correctness/expand bf16", raises(Failed("1 of 1 comparisons: d pool", comparisons))))
     assert gpu_run.bench_gpu(minutes=1, out=tmp_path, device="cpu") == 70
@@ -143,7 +143,7 @@ def test_a_wrong_kernel_is_said_aloud_and_ends_with_its_own_status(monkeypatch, 
     assert "| expand bf16 | WRONG |" in text
 
 
-def test_a_kernel_that_breaks_the_device_ends_the_measuring_and_is_not_run_again(monkeypatch, tmp_path, capsys):
+def test_a_kernel_that_breaks_the_device_ends_the_run_and_is_not_repeated(monkeypatch, tmp_path, capsys):
     rows = row("correctness/a", raises(RuntimeError("illegal memory access"))), row("steps/b", lambda _: {})
     fake_rows(monkeypatch, *rows)
     monkeypatch.setattr(Machine, "lost", lambda self: True)
@@ -156,7 +156,7 @@ def test_a_kernel_that_breaks_the_device_ends_the_measuring_and_is_not_run_again
     assert "WRONG RESULTS: correctness/a" in (tmp_path / "report.md").read_text()
 
 
-def test_passes_that_do_not_fit_are_all_computed_again(monkeypatch):
+def test_all_passes_recompute_if_one_does_not_fit(monkeypatch):
     here, size = Machine(device=torch.device("cpu"), scale=gpu_run.REDUCED), gpu_run.REDUCED.sizes[0]
     calls = []
 
@@ -171,7 +171,7 @@ def test_passes_that_do_not_fit_are_all_computed_again(monkeypatch):
     assert calls == ["none", "block"]
 
 
-def test_what_does_not_fit_into_the_time_is_left_and_named(monkeypatch, tmp_path, capsys):
+def test_rows_beyond_the_time_limit_are_skipped_and_named(monkeypatch, tmp_path, capsys):
     fake_rows(monkeypatch, row("steps/long", lambda _: {}, seconds=1000), row("steps/short", lambda _: {}))
     monkeypatch.setattr(Machine, "is_gpu", property(lambda self: True))
     monkeypatch.setattr(Machine, "free", lambda self: None)
@@ -181,7 +181,7 @@ def test_what_does_not_fit_into_the_time_is_left_and_named(monkeypatch, tmp_path
     assert "not measured, no time: steps/long" in capsys.readouterr().err
 
 
-def test_a_line_that_was_cut_off_and_rows_of_other_code_are_not_shown(measured, tmp_path):
+def test_truncated_lines_and_rows_of_other_code_are_not_shown(measured, tmp_path):
     out, _ = measured
     lines = (out / "rows.jsonl").read_text().splitlines()
     (tmp_path / "machine.json").write_text((out / "machine.json").read_text())
@@ -199,7 +199,7 @@ def test_a_line_that_was_cut_off_and_rows_of_other_code_are_not_shown(measured, 
         ({"minutes": 1.0, "device": "cuda"}, "--device cpu"),
     ],
 )
-def test_mistakes_name_the_way_out(arguments, words, tmp_path):
+def test_errors_name_legal_values(arguments, words, tmp_path):
     with pytest.raises(SpecError, match=words):
         gpu_run.bench_gpu(**{"out": tmp_path, "device": "cpu"} | arguments)
 
@@ -227,7 +227,7 @@ def test_an_error_beyond_its_tolerance_is_a_wrong_result(monkeypatch):
 
 
 @pytest.mark.parametrize("size", GPU_SIZES, ids=lambda size: size.name)
-def test_models_are_those_that_the_yaml_files_train(size):
+def test_models_equal_those_of_the_yaml_files(size):
     spec = load_spec(MODELS / f"{size.name.split(',')[0].lower()}.yaml").spec
     made = model_config(size, variants(size)[0].attention)
     assert made.model_dump(exclude={"norm_eps", "init_std"}) == spec.model.model_dump(exclude={"norm_eps", "init_std"})
@@ -244,7 +244,7 @@ def test_every_mechanism_has_the_parameters_of_gqa(size):
     assert max(counts) / min(counts) < 1.01
 
 
-def test_a_model_made_on_the_device_starts_as_one_that_trains():
+def test_a_model_made_on_the_device_has_the_usual_initial_values():
     size = gpu_run.REDUCED.sizes[0]
     for v in variants(size):
         model = decoder(size, v.attention, torch.device("cpu"), torch.float32)
@@ -255,7 +255,7 @@ def test_a_model_made_on_the_device_starts_as_one_that_trains():
         assert torch.equal(model.norm.gain, torch.ones_like(model.norm.gain))
 
 
-# ---------------------------------------------------------------- made-up rows of a GPU, for what is made of them
+# ---------------------------------------------------------------- reports of made-up rows of a GPU
 
 
 RATE, HALF, BANDWIDTH = 700e12, 300.0, 3e12
@@ -336,7 +336,7 @@ def write_gpu(folder, rows):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_goals_stand_beside_what_was_measured_and_its_bound(tmp_path):
+def test_goals_are_shown_with_measurement_and_bound(tmp_path):
     write_gpu(tmp_path, gpu_rows())
     report_gpu(tmp_path)
     goals = (tmp_path / "report.md").read_text().split("## Goals")[1].split("##")[0]
@@ -347,7 +347,7 @@ def test_goals_stand_beside_what_was_measured_and_its_bound(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
-def test_bound_and_mfu_need_what_they_are_made_of():
+def test_bound_and_mfu_are_absent_without_their_inputs():
     data = {row["key"]: row["data"] for row in gpu_rows()}
     row = data["steps/940M 2048"]
     gqa, rgqa = row["contestants"]
@@ -357,7 +357,7 @@ def test_bound_and_mfu_need_what_they_are_made_of():
     assert mfu(row, gqa, None) is None
 
 
-def test_the_planner_takes_the_constants_that_a_refit_finds(tmp_path, monkeypatch, capsys):
+def test_the_planner_uses_the_constants_of_a_refit(tmp_path, monkeypatch, capsys):
     from headway.launcher.plan import measured as plan_measured
     from headway.launcher.plan.planner import plan
 
@@ -366,7 +366,7 @@ def test_the_planner_takes_the_constants_that_a_refit_finds(tmp_path, monkeypatc
     monkeypatch.setattr(plan_measured, "FILE", file)
     spec = MODELS / "940m.yaml"
     plan(spec, [])
-    assert "from datasheets, measured nowhere" in capsys.readouterr().out
+    assert "from datasheets, not measured" in capsys.readouterr().out
     results = tmp_path / "results"
     results.mkdir()
     write_gpu(results, gpu_rows())
@@ -411,7 +411,7 @@ def test_a_refit_fills_the_table_of_dense_and_routed_products(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("gone", ["ceilings/copy", "ceilings/matmul", "ceilings/core", "steps/profile"])
-def test_a_refit_without_its_rows_says_which_are_missing(gone, tmp_path):
+def test_a_refit_names_missing_rows(gone, tmp_path):
     write_gpu(tmp_path, [row for row in gpu_rows() if not row["key"].startswith(gone)])
     with pytest.raises(SpecError, match=gone):
         report_gpu(tmp_path, refit=True)

@@ -71,14 +71,14 @@ def test_the_bound_is_the_ratio_of_useful_flops_of_the_whole_model(measured):
             RgqaConfig(heads=8, kv_heads=2, head_dim=8, top_k=1),
         )
     )
-    router = 2 * 2 * 32 * 8  # two layers of it, which gqa has not
+    router = 2 * 2 * 32 * 8  # routers of two layers, which gqa does not have
     assert row["useful_flop_ratio"] == pytest.approx(rgqa.useful / (gqa.useful - router), rel=1e-12)
     prefill = next(r for r in result["rows"] if (r["variant"], r["seq_len"], r["phase"]) == ("rgqa", 16, "prefill"))
     head = 2 * 64 * 32 * 15 / 16  # logits of the last token only
     assert prefill["useful_flop_ratio"] == pytest.approx((rgqa.useful - head) / (gqa.useful - router - head), rel=1e-12)
 
 
-def test_the_table_names_the_command_the_commit_and_what_is_far_from_its_bound(measured):
+def test_the_table_names_command_and_commit_and_marks_variants_far_from_their_bound(measured):
     result, table = measured
     assert result["command"] in table and result["git_commit"] in table
     assert "## 32 tokens, 2 sequences" in table and "## 16 tokens, 4 sequences" in table
@@ -89,7 +89,7 @@ def test_the_table_names_the_command_the_commit_and_what_is_far_from_its_bound(m
     assert bench.markdown(result).count(" far |") == 1
 
 
-def test_prefill_takes_the_prompt_in_and_forms_the_logits_of_its_last_token_alone(monkeypatch):
+def test_prefill_fills_the_cache_and_computes_logits_of_the_last_token_only(monkeypatch):
     from headway.model.decoder import Decoder
 
     seen = []
@@ -114,16 +114,16 @@ def test_prefill_takes_the_prompt_in_and_forms_the_logits_of_its_last_token_alon
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rounds": 1}, "--rounds: 1 rounds have no spread; give at least 2"),
-        ({"lengths": [16, 16]}, "--lengths: .* give different lengths"),
+        ({"rounds": 1}, "--rounds: 1 round\\(s\\) have no spread; use at least 2"),
+        ({"lengths": [16, 16]}, "--lengths: .* use different lengths"),
         ({"lengths": [1]}, "at least 2 tokens"),
     ],
 )
-def test_measurements_that_mean_nothing_are_refused(study, options, words):
+def test_invalid_settings_are_refused(study, options, words):
     with pytest.raises(SpecError, match=words):
         bench.bench_mechanism(study, [], **{"lengths": [16], "rounds": 2, "tokens": 32, "out": None, **options})
 
 
-def test_a_length_that_is_no_number_is_a_usage_error(study, capsys):
+def test_a_length_that_is_not_a_number_is_a_usage_error(study, capsys):
     assert main(["bench", "mechanism", str(study), "--lengths", "16,x"]) == 64
     assert "--lengths" in capsys.readouterr().err

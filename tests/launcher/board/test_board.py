@@ -1,4 +1,4 @@
-"""What TensorBoard shows of routers and heads, read back from its event files."""
+"""TensorBoard data of routers and heads, read back from event files."""
 
 import io
 
@@ -26,7 +26,7 @@ HEADS = {"member": "query head", "members": 4, "c_w": 0.1, "c_q": 0.2, "c_o": 0.
 
 @pytest.fixture
 def events(tmp_path):
-    """Call with what to write; returns what a reader of the files finds."""
+    """Call with a function that writes; returns the data read from the event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -55,7 +55,7 @@ def test_router_scalars_are_means_over_groups(events):
     assert values["router/layer_00/router_mutual_information_share"].value == pytest.approx(0.3)  # of the known group
 
 
-def test_loads_are_one_picture_of_layers_by_experts(events):
+def test_loads_are_one_image_of_layers_by_experts(events):
     from PIL import Image
 
     found = events(board_routers, {"layer_00": {"router": FIGURES}, "layer_01": {"router": FIGURES}})
@@ -67,7 +67,7 @@ def test_loads_are_one_picture_of_layers_by_experts(events):
     assert [tuple(map(int, cell)) for cell in cells[1]] == [TWICE] * 2 + [NONE] * 2 + [EVEN] * 4
 
 
-def test_layers_of_other_sizes_are_filled_up_with_grey():
+def test_layers_with_fewer_experts_are_padded_with_grey():
     picture = load_map([[1.0, 1.0], [1.0]])
     assert tuple(picture[0, -1]) == EVEN and tuple(picture[-1, -1]) == ABSENT
 

@@ -1,4 +1,4 @@
-"""`headway board`: the view is made anew from the records, and only this machine sees it unless told otherwise."""
+"""`headway board`: event files are rebuilt from the records, and the server is local unless --expose is given."""
 
 import re
 import signal
@@ -34,7 +34,7 @@ HEADS = {"c_w": 0.1, "c_q": 0.2, "c_o": 0.3, "effective_rank": 3.5, "cka": 0.4}
 
 
 def train(run: RunDir, start: int, last: int, *, loss: float = 2.0) -> None:
-    """An attempt that records routers, heads, validations and a step that was skipped."""
+    """An attempt that records routers, heads, validations and a skipped step."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.truncate_metrics(last_step=start)
     track = Tracker(run, main=True, tensorboard=True, log_every_steps=100, total_steps=100, start_step=start)
@@ -52,7 +52,7 @@ def train(run: RunDir, start: int, last: int, *, loss: float = 2.0) -> None:
 
 
 def view(run: RunDir) -> dict[str, list]:
-    """Tag -> what is shown of it, in the order in which it is shown; NaN as text, so that it equals itself."""
+    """Tag -> its points, in order; NaN as text, so that it equals itself."""
     found = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0, "images": 0})
     found.Reload()
     tags = found.Tags()
@@ -62,15 +62,15 @@ def view(run: RunDir) -> dict[str, list]:
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:
-    """Two attempts: the second goes on after step 6, and repeats what the first had done of 7 to 9."""
+    """Two attempts: the second continues after step 6, and repeats steps 7 to 9."""
     made = RunDir(tmp_path / "runs" / "tiny")
     train(made, 0, 9)
     train(made, 6, 12, loss=3.0)
     return made
 
 
-def test_what_is_made_anew_equals_what_was_shown(run):
-    # F27: routers, heads and maps too
+def test_rebuilt_files_equal_the_original_ones(run):
+    # F27: including routers, heads and images
     before = view(run)
     assert [step for step, _ in before["train/loss"]] == list(range(1, 13)) and "router/load_router" in before
     assert before["train/loss"][4] == (5, "nan") and len(before) == 8 + 3 + 15 + 10 + 1
@@ -79,20 +79,20 @@ def test_what_is_made_anew_equals_what_was_shown(run):
         assert view(run) == before
 
 
-def test_a_view_of_which_a_bit_flipped_is_whole_again(run):
+def test_a_rebuild_repairs_a_flipped_bit(run):
     # F27
     before = view(run)
     for path in run.tensorboard.iterdir():
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 3] ^= 1
         path.write_bytes(damaged)
-    assert view(run) != before  # one bit hides what stands behind it
+    assert view(run) != before  # a flipped bit hides all later points
     rebuild(run)
     assert view(run) == before
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40])
-def test_a_view_that_was_cut_off_shows_each_step_once_after_a_resume(run, cut):
+def test_a_truncated_event_file_shows_each_step_once_after_a_resume(run, cut):
     # F27
     newest = max(run.tensorboard.iterdir(), key=lambda path: path.name)
     newest.write_bytes(newest.read_bytes()[:-cut])
@@ -100,7 +100,7 @@ def test_a_view_that_was_cut_off_shows_each_step_once_after_a_resume(run, cut):
     assert [step for step, _ in view(run)["train/loss"]] == list(range(1, 16))
 
 
-def test_a_run_goes_on_after_its_view_was_made_anew(run):
+def test_a_run_continues_after_a_rebuild(run):
     rebuild(run)
     train(run, 9, 15, loss=4.0)
     before = view(run)
@@ -109,9 +109,9 @@ def test_a_run_goes_on_after_its_view_was_made_anew(run):
     assert view(run) == before
 
 
-def test_killed_while_it_is_made_anew_the_view_is_the_old_one_or_the_new_one(run, monkeypatch):
+def test_a_killed_rebuild_leaves_the_old_or_the_new_files(run, monkeypatch):
     before, replace = view(run), Path.replace
-    next(run.tensorboard.iterdir()).write_bytes(b"")  # so that the old view is another one
+    next(run.tensorboard.iterdir()).write_bytes(b"")  # so that old and new files differ
     old = view(run)
     assert old != before
     for name in ("replace", "unlink"):
@@ -121,7 +121,7 @@ def test_killed_while_it_is_made_anew_the_view_is_the_old_one_or_the_new_one(run
                 rebuild(run)
         assert view(run) == (old if name == "replace" else before)
     assert Path.replace is replace
-    train(run, 12, 15)  # the next attempt sorts what lies there
+    train(run, 12, 15)  # the next attempt puts the existing files in order
     assert [step for step, _ in view(run)["train/loss"]] == list(range(1, 16))
 
 
@@ -146,7 +146,7 @@ def test_lost_records_are_named_and_the_rest_is_shown(run, capsys):
     assert [step for step, _ in view(run)["train/loss"]] == [1, 2, 3, *range(5, 13)]
 
 
-def test_a_run_that_is_trained_keeps_its_view(run):
+def test_a_run_that_is_being_trained_cannot_be_rebuilt(run):
     before = {path: path.read_bytes() for path in run.tensorboard.iterdir()}
     for name in ("run.lock", "worker.lock"):
         with run.locked(name), pytest.raises(SpecError, match="a live run holds this folder"):
@@ -163,29 +163,29 @@ def test_runs_are_found_in_studies_and_probes(run, tmp_path):
     assert len(runs_below(tmp_path / "probes")) == 1
     (tmp_path / "empty").mkdir()
     for nothing in ("empty", "absent"):
-        with pytest.raises(NoInputError, match="no run here, and none below"):
+        with pytest.raises(NoInputError, match="no run in this folder or below it"):
             runs_below(tmp_path / nothing)
     with pytest.raises(NoInputError, match="no record to show"):
         rebuild(RunDir(tmp_path / "study" / "cells" / "gqa" / "seed-1"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org", ""])
-def test_nobody_else_is_let_in_unasked(run, host, capsys, monkeypatch):
+def test_other_machines_need_expose(run, host, capsys, monkeypatch):
     monkeypatch.setattr("headway.launcher.board.server._serve", lambda *_: pytest.fail("it was served"))
     assert main(["board", str(run.path), "--host", host, "--port", "0"]) == 64
     assert "error: --host: " in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_or_none_is_an_error(run, capsys):
+def test_an_occupied_or_invalid_port_is_an_error(run, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["board", str(run.path), "--port", str(taken.getsockname()[1])]) == 70
-    assert "name another --port" in capsys.readouterr().err
+    assert "use another --port" in capsys.readouterr().err
     assert main(["board", str(run.path), "--port", "70000"]) == 64
 
 
-def test_tensorboard_shows_several_runs_on_loopback_alone_until_it_is_stopped(run, headway, tmp_path):
+def test_tensorboard_shows_several_runs_on_loopback_until_it_is_stopped(run, headway, tmp_path):
     other = RunDir(tmp_path / "others" / "tiny")
     train(other, 0, 2)
     command = headway.command("board", str(run.path), str(other.path), "--port", "0")
@@ -197,7 +197,9 @@ def test_tensorboard_shows_several_runs_on_loopback_alone_until_it_is_stopped(ru
     port = int(said[1])
     assert f"ssh -N -L {port}:127.0.0.1:{port} " in process.stdout.readline()
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.2", port), timeout=5).close()  # as if all addresses were listened at
+        socket.create_connection(
+            ("127.0.0.2", port), timeout=5
+        ).close()  # would succeed if the server listened at all addresses
     seen = []
     headway.wait_for(lambda: seen.append(runs(port)) or len(seen[-1]) == 2, process)
     assert seen[-1] == {"tiny", "tiny-2"}

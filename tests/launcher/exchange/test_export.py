@@ -1,4 +1,4 @@
-"""`headway export` and `headway import`: logits stay what they were, and what cannot be kept is refused."""
+"""`headway export` and `headway import` keep the logits, and refuse models for which that is impossible."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ SHORT = ("train.tokens=1024", "train.micro_batch=8", "checkpoint.every_tokens=51
 
 @pytest.fixture(scope="module")
 def runs(headway_once):
-    """A folder with the runs `text` (gqa, real text), `wgqa` and `rgqa` (synthetic ids)."""
+    """A folder with the runs `text` (gqa, real text), `wgqa` and `rgqa` (synthetic token ids)."""
     folder = headway_once.folder
     (folder / "text").mkdir()
     for i in range(30):
@@ -72,7 +72,7 @@ def runs(headway_once):
 
 @pytest.fixture(scope="module")
 def llama_folder(runs, tmp_path_factory):
-    """The text run as a Llama."""
+    """The run `text`, exported as a Llama."""
     out = tmp_path_factory.mktemp("llama") / "hf"
     assert export(runs / "text.run", out, to="hf") == 0
     return out
@@ -100,7 +100,7 @@ def test_transformers_computes_the_logits_of_the_run_and_reads_text_as_it_did(ll
     assert reader.eos_token_id == theirs.config.eos_token_id == 0
 
 
-def test_the_command_says_how_far_the_logits_are_apart(runs, tmp_path, capsys):
+def test_the_command_prints_the_difference_of_the_logits(runs, tmp_path, capsys):
     assert main(["export", str(runs / "text.run"), str(tmp_path / "hf"), "--to", "hf", "--step", "2"]) == 0
     out = capsys.readouterr().out
     assert "gqa of step 2" in out and "on random tokens" in out and "on validation tokens" in out
@@ -109,7 +109,7 @@ def test_the_command_says_how_far_the_logits_are_apart(runs, tmp_path, capsys):
     assert torch.equal(written["lm_head.weight"], older) and not torch.equal(older, newer)
 
 
-def test_shards_hold_what_one_file_does(llama_folder, runs, tmp_path):
+def test_shards_hold_the_same_tensors_as_one_file(llama_folder, runs, tmp_path):
     assert export(runs / "text.run", tmp_path / "hf", to="hf", max_shard_bytes=40_000) == 0
     shards = sorted((tmp_path / "hf").glob("model-*-of-*.safetensors"))
     assert len(shards) > 2 and all(path.stat().st_size < 45_000 for path in shards)
@@ -127,14 +127,14 @@ def test_weighted_gqa_is_folded(runs, tmp_path, capsys):
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors") and config["tie_word_embeddings"]
 
 
-def test_what_a_llama_cannot_be_is_refused_and_nothing_is_left(runs, tmp_path):
+def test_a_mechanism_without_a_llama_form_is_refused_and_nothing_is_left(runs, tmp_path):
     with pytest.raises(SpecError, match=r"attention.type: .*rgqa.*use the format safetensors.* or a run of type mha"):
         export(runs / "rgqa.run", tmp_path / "hf", to="hf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
-    """Gate and up projection have one shape: only the logits can tell."""
+    """Gate and up projection are swapped. They have equal shapes, so only the logits differ."""
     swapped = {"mlp.w_gate": llama.BLOCK["mlp.w_up"], "mlp.w_up": llama.BLOCK["mlp.w_gate"]}
     monkeypatch.setattr(llama, "BLOCK", llama.BLOCK | swapped)
     with pytest.raises(HeadwayError, match=r"logits of random tokens differ by .*nothing was written"):
@@ -142,13 +142,13 @@ def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_transformers_it_says_that_nothing_was_compared(runs, tmp_path, monkeypatch, capsys):
+def test_without_transformers_the_missing_comparison_is_reported(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(llama_check.importlib.util, "find_spec", lambda name: None)
     assert export(runs / "text.run", tmp_path / "hf", to="hf") == 0
     assert "not compared: transformers is not installed" in capsys.readouterr().out
 
 
-def test_a_place_that_is_taken_is_refused(runs, tmp_path, monkeypatch):
+def test_an_existing_target_is_refused(runs, tmp_path, monkeypatch):
     run = runs / "text.run"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
@@ -163,12 +163,12 @@ def test_a_place_that_is_taken_is_refused(runs, tmp_path, monkeypatch):
         export(run, tmp_path / "new", to="safetensors")
     assert list((tmp_path / "elsewhere").iterdir()) == [] and (tmp_path / "full" / "mine").read_text() == "mine"
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(CheckpointError, match="free space, or name another folder"):
+    with pytest.raises(CheckpointError, match="free space, or use another folder"):
         export(run, tmp_path / "roomless", to="safetensors")
     assert not (tmp_path / "roomless").exists() and not (tmp_path / ".roomless.staging").exists()
 
 
-def test_one_writer_at_a_time_and_leftovers_of_a_killed_one_go(tmp_path):
+def test_only_one_process_writes_and_leftovers_of_a_killed_one_are_removed(tmp_path):
     out = tmp_path / "out"
     with new_folder(out, option="OUT"):
         second = new_folder(out, option="OUT")
@@ -184,7 +184,7 @@ def test_one_writer_at_a_time_and_leftovers_of_a_killed_one_go(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
 
 
-def test_mistakes_of_the_command_name_the_way_out(runs, tmp_path, capsys):
+def test_errors_of_the_command_say_what_to_do(runs, tmp_path, capsys):
     for words, status, text in (
         (["export", "nowhere", "x", "--to", "hf"], 66, "name the folder of a run"),
         (["export", str(runs / "text.run"), "x", "--to", "hf", "--step", "7"], 66, "there: 2, 3"),
@@ -198,7 +198,7 @@ def test_mistakes_of_the_command_name_the_way_out(runs, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------ export with a config of our own
+# ------------------------------------------------------------------ export with Headway's own config
 
 
 @pytest.mark.parametrize("name", ["rgqa", "wgqa", "text"])
@@ -262,7 +262,7 @@ def test_a_changed_folder_is_not_read(runs, tmp_path):
 
 def test_export_and_import_are_inverse_bit_for_bit(llama_folder, runs, tmp_path, capsys):
     assert main(["import", str(llama_folder), "--to", str(tmp_path / "ours")]) == 0
-    assert "largest difference of logits to transformers" in capsys.readouterr().out
+    assert "largest difference from the logits of transformers" in capsys.readouterr().out
     run, back = decoder_of(runs / "text.run"), load_exported(tmp_path / "ours")
     tokens = some_tokens(300)
     assert torch.equal(logits(run, tokens), logits(back, tokens))
@@ -277,7 +277,7 @@ def test_export_and_import_are_inverse_bit_for_bit(llama_folder, runs, tmp_path,
 
 @pytest.fixture(scope="module")
 def imported(runs, llama_folder):
-    """Imported into the folder of the runs, with a spec that trains from it."""
+    """Weights imported into the folder of the runs, with a spec that trains from them."""
     assert import_hf(llama_folder, runs / "ours") == 0
     rest = "".join(line + "\n" for line in TEXT.replace("SET", str(runs / "set")).splitlines() if "model:" not in line)
     rest = "".join(line + "\n" for line in rest.splitlines() if "attention:" not in line)
@@ -290,7 +290,7 @@ def losses(run):
 
 
 def test_training_starts_from_the_imported_weights_on_any_layout(imported, headway_once):
-    """The first loss of a run is that of the weights; random ones would make it log 300."""
+    """The first loss of a run is that of the imported weights. With random weights it would be log 300."""
     ones = headway_once.run("train", "from.yaml", "run_dir=one")
     cut = headway_once.run("train", "from.yaml", "run_dir=cut", "launch.processes=2", "parallel.tensor=2")
     staged = headway_once.run("train", "from.yaml", "run_dir=staged", "launch.processes=2", "parallel.pipeline=2")
@@ -310,12 +310,12 @@ def test_training_starts_from_the_imported_weights_on_any_layout(imported, headw
     start = float(sum(o.loss_sum for o in outs) / sum(o.targets for o in outs))
     one = losses(imported / "one")
     assert one[0] == pytest.approx(start, rel=1e-5) and start < 5.5
-    # Sums over ranks are taken in another order.
+    # Ranks sum in a different order.
     assert losses(imported / "cut") == pytest.approx(one, rel=1e-5)
     assert losses(imported / "staged") == pytest.approx(one, rel=1e-5)
 
 
-def test_a_run_is_one_of_its_weights(imported, runs, tmp_path):
+def test_a_run_cannot_continue_with_other_initial_weights(imported, runs, tmp_path):
     spec = with_initial_hash(load_spec(imported / "from.yaml", ["init.sha256="]).spec)
     written = load_spec(imported / "from.yaml").spec
     assert spec.init.sha256 == written.init.sha256 == hf.sha256_of(imported / "ours" / "config.json")
@@ -329,7 +329,7 @@ def test_a_run_is_one_of_its_weights(imported, runs, tmp_path):
         run.adopt(with_initial_hash(load_spec(imported / "from.yaml", other).spec))
     with pytest.raises(SpecError, match="holds other weights"):
         with_initial_hash(load_spec(imported / "from.yaml", other[:1]).spec)
-    # A run that goes on does not need the folder any more.
+    # A run that continues does not need the folder.
     gone = load_spec(imported / "from.yaml", ["init.weights=gone"]).spec
     assert with_initial_hash(gone) == gone
 
@@ -358,6 +358,6 @@ def test_weights_that_do_not_fit_the_spec_are_refused(imported, tmp_path):
         refused(f"init.weights={changed}", "init.sha256=")
 
 
-def test_no_run_is_named_by_a_folder_of_weights(imported):
+def test_a_folder_of_weights_is_not_a_run(imported):
     with pytest.raises(NoInputError, match="name the folder of a run"):
         export(imported / "ours", imported / "new", to="hf")

@@ -1,4 +1,4 @@
-"""`headway generate`: the cache changes nothing, samples repeat, and what is missing is said."""
+"""`headway generate`: the cache does not change the result, samples repeat, and errors name what is missing."""
 
 import json
 
@@ -49,7 +49,7 @@ def model_of(run):
     return load_model(RunDir(run), Spec.model_validate_json((run / "spec.json").read_text()))
 
 
-def test_the_checkpoint_of_the_last_step_is_loaded_with_the_schedule_where_it_stood(trained):
+def test_the_newest_checkpoint_is_loaded_with_its_schedule_state(trained):
     model, step = model_of(trained)
     assert step == 4 and not model.training
     assert [layer.top_k for layer in model.attention_layers()] == [1, 1]
@@ -57,8 +57,8 @@ def test_the_checkpoint_of_the_last_step_is_loaded_with_the_schedule_where_it_st
     assert len(biases) == 2 and all(b.abs().max() > 0 for b in biases)
 
 
-def test_a_validation_where_a_stage_ends_is_of_the_stage_that_begins(trained):
-    """The model that is validated after 512 tokens is the one a reader of that checkpoint gets."""
+def test_a_validation_at_a_stage_boundary_uses_the_new_stage(trained):
+    """The model that is validated after 512 tokens equals the one loaded from that checkpoint."""
     spec = Spec.model_validate_json((trained / "spec.json").read_text())
     recorded = {r["step"]: r for r in RunDir(trained).read_metrics() if r["kind"] == "validation"}
     path = next(p for p in checkpoint.steps_on_disk(trained / "checkpoints") if p.name.endswith("2"))
@@ -79,7 +79,7 @@ def test_a_validation_where_a_stage_ends_is_of_the_stage_that_begins(trained):
     assert abs(losses[511] - losses[512]) > 1e-5 * losses[512]
 
 
-def test_greedy_tokens_are_those_of_full_passes_without_a_cache(trained):
+def test_greedy_tokens_equal_those_of_full_passes_without_a_cache(trained):
     model, _ = model_of(trained)
     ids = [5, 20, 7, 25, 3, 18, 9, 30, 7]
     stats = {}
@@ -105,7 +105,7 @@ def test_samples_repeat_with_their_seed_and_stop_at_the_end_of_a_document(traine
     assert list(continuation(model, [1, 2], hot, eos_id=end, stats={})) == first[: first.index(end)]
 
 
-def test_a_small_top_p_leaves_the_likeliest_token_alone(trained):
+def test_a_small_top_p_leaves_only_the_most_likely_token(trained):
     model, _ = model_of(trained)
     narrow = Sampling(tokens=8, temperature=5.0, top_p=1e-6, seed=3)
     assert list(continuation(model, [1, 2], narrow, eos_id=None, stats={})) == list(
@@ -113,20 +113,20 @@ def test_a_small_top_p_leaves_the_likeliest_token_alone(trained):
     )
 
 
-def test_the_command_prints_the_prompt_and_what_follows(trained, capsys):
+def test_the_command_prints_the_prompt_and_its_continuation(trained, capsys):
     assert main(["generate", str(trained), "5 20 7 25", "--tokens", "3", "--temperature", "0"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("5 20 7 25 ") and len(out.split()) == 7
     assert "rgqa, checkpoint of step 4, 4 prompt tokens" in err and "KV cache" in err
 
 
-def test_more_tokens_than_were_trained_on_are_noted(trained, capsys):
+def test_more_tokens_than_a_training_sequence_are_noted(trained, capsys):
     assert main(["generate", str(trained), "1 2 3", "--tokens", "40"]) == 0
-    assert "more than the 32 the run was trained on" in capsys.readouterr().err
+    assert "more than the 32 tokens per sequence of the training" in capsys.readouterr().err
 
 
-def test_mistakes_say_what_to_do(trained, tmp_path):
-    with pytest.raises(NoInputError, match=r"no spec.json: train one"):
+def test_errors_say_what_to_do(trained, tmp_path):
+    with pytest.raises(NoInputError, match=r"no spec.json: train a model"):
         generate(tmp_path, "1", GREEDY)
     with pytest.raises(NoInputError, match=r"is a file; name the run's folder"):
         generate(trained / "spec.json", "1", GREEDY)
@@ -149,7 +149,7 @@ def test_mistakes_say_what_to_do(trained, tmp_path):
         generate(tmp_path, "1", GREEDY)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left_alone(trained, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_not_changed(trained, tmp_path, capsys):
     import shutil
 
     run = tmp_path / "run"
@@ -169,8 +169,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(trained, tmp_path, c
     assert folder.is_dir()
 
 
-def test_text_is_refused_where_the_dataset_is_another(trained, tmp_path):
-    """Token ids of another tokenizer would be nonsense that looks like an answer."""
+def test_text_is_refused_if_the_dataset_has_changed(trained, tmp_path):
+    """Token ids of another tokenizer would give meaningless text."""
     from headway.launcher.cli.corpus import build_corpus
 
     corpus = tmp_path / "corpus.yaml"

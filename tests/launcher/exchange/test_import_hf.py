@@ -1,4 +1,4 @@
-"""`headway import`: a Llama of any shape computes the same here, and what is none is refused."""
+"""`headway import`: a Llama of any shape keeps its logits, and other models are refused."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def llama_folder(tmp_path_factory):
 
 @pytest.fixture
 def folder(llama_folder, tmp_path):
-    """A copy of it to break."""
+    """A copy of the Llama for a test to modify."""
     return shutil.copytree(llama_folder, tmp_path / "hf")
 
 
@@ -52,7 +52,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_llama_of_transformers_computes_the_same_here(tmp_path, kind, dtype):
+def test_an_imported_llama_has_the_logits_of_transformers(tmp_path, kind, dtype):
     library = transformers()
     shape = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
     config = library.LlamaConfig(**shape, num_attention_heads=4, initializer_range=0.1, **SHAPES[kind])
@@ -123,24 +123,24 @@ REFUSED = {
     "an unknown tensor": (tensors(lambda t: t.update({"model.extra": torch.ones(3)})), "unknown .'model.extra'."),
     "a misshapen tensor": (tensors(lambda t: t.update({NORM: torch.ones(33)})), r"has shape \[33\], .* implies \[32\]"),
     "whole numbers": (tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), "is torch.int8"),
-    "no numbers": (tensors(lambda t: t.update({NORM: torch.full((32,), float("nan"))})), "not finite"),
+    "no numbers": (tensors(lambda t: t.update({NORM: torch.full((32,), float("nan"))})), "has NaN or Inf values"),
     "a tied head that differs": (edited(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
     "other frequencies": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
         "unknown .*inv_freq",
     ),
     "a truncated file": (lambda f: os.truncate(f / "model.safetensors", 5000), "not a complete safetensors file"),
-    "a pickle": (pickled, "is a pickle, and reading one runs whatever it says"),
+    "a pickle": (pickled, "is a pickle, and loading a pickle can execute code"),
     "a link": (linked, "is a link, and links are not followed"),
     "an index that leads out": (with_index({NORM: "../model.safetensors"}), "is not a safetensors file name"),
     "an index of something else": (with_index({NORM: "model.safetensors"}), "does not match model.safetensors"),
-    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"has the token 299|has shape \[300"),
+    "another tokenizer": (lambda f: edited(vocab_size=299)(f), r"contains token 299|has shape \[300"),
     "a tokenizer that is none": (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_whole_llama_is_refused_and_nothing_is_left(folder, tmp_path, what):
+def test_an_invalid_or_incomplete_llama_is_refused_and_nothing_is_left(folder, tmp_path, what):
     change, match = REFUSED[what]
     change(folder)
     with pytest.raises(Exception, match=match) as raised:
@@ -149,8 +149,8 @@ def test_what_is_no_whole_llama_is_refused_and_nothing_is_left(folder, tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_what_says_nothing_new_is_let_pass(folder, tmp_path):
-    """Frequencies and a tied head that older releases wrote, settings of training, and tables of newer releases."""
+def test_redundant_tensors_and_keys_are_accepted(folder, tmp_path):
+    """Frequencies and tied heads of older releases, training settings, and tables of newer releases are accepted."""
     frequencies = 10_000.0 ** (-torch.arange(4) / 4)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     tensors(lambda t: t.update({name: frequencies.bfloat16(), "lm_head.weight": t["model.embed_tokens.weight"] + 0}))(
@@ -164,7 +164,7 @@ def test_what_says_nothing_new_is_let_pass(folder, tmp_path):
     assert load_exported(tmp_path / "ours").head is None
 
 
-def test_a_begin_token_of_the_tokenizer_is_put_before_prompts(folder, tmp_path):
+def test_a_bos_token_of_the_tokenizer_is_added_before_prompts(folder, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 

@@ -1,4 +1,4 @@
-"""Hosts find each other, agree, and end together; here the hosts are threads on the loopback (F29)."""
+"""Hosts connect, agree, and end together. Here the hosts are threads on the loopback interface (F29)."""
 
 import json
 import socket
@@ -43,7 +43,7 @@ def run(tmp_path) -> RunDir:
 
 
 def meet(*hosts: tuple[Spec, RunDir, int, dict]) -> list[Joined | HeadwayError]:
-    """What `join` gives each host, all at once."""
+    """Result of `join` on each host, called at the same time."""
 
     def one(host: tuple[Spec, RunDir, int, dict]) -> Joined | HeadwayError:
         try:
@@ -59,7 +59,7 @@ def messages(found: list[Joined | HeadwayError]) -> list[str]:
     return [str(f) if isinstance(f, HeadwayError) else "joined" for f in found]
 
 
-def test_three_hosts_meet_and_get_the_first_ones_values(load, run):
+def test_three_hosts_connect_and_get_the_values_of_the_first_host(load, run):
     spec = load("launch.hosts=3")
     found = meet(*((spec, run, host, EQUAL) for host in (2, 0, 1)))
     joined = {f.place.host: f for f in found if isinstance(f, Joined)}
@@ -71,13 +71,15 @@ def test_three_hosts_meet_and_get_the_first_ones_values(load, run):
     assert not (run.logs / "hosts.key").exists()
 
 
-def test_a_host_that_does_not_come_is_named_by_its_number_everywhere(load, run):
+def test_all_hosts_name_the_number_of_a_missing_host(load, run):
     spec = load("launch.hosts=3", "launch.rendezvous_s=1")
     start = time.monotonic()
     found = meet((spec, run, 0, EQUAL), (spec, run, 1, EQUAL))
     assert time.monotonic() - start < 5
     for text in messages(found):
-        assert text.startswith("host 2 of 3 did not come within 1 s; start the same command there with --node-rank 2")
+        assert text.startswith(
+            "host 2 of 3 did not connect within 1 s; start the same command there with --node-rank 2"
+        )
 
 
 def test_a_first_host_that_does_not_answer_is_named_with_its_address(load, run):
@@ -94,7 +96,7 @@ def test_a_host_with_another_spec_is_named_with_both_values(load, run):
         assert "host 1 (" in str(f) and "has optimizer.lr = 0.004" in str(f) and "has 0.003" in str(f)
 
 
-def test_hosts_that_differ_in_how_many_they_are_say_so(load, run):
+def test_hosts_with_different_numbers_of_hosts_are_named(load, run):
     # F29
     settings = ("launch.rendezvous_s=3",)
     found = meet((load("launch.hosts=2", *settings), run, 0, EQUAL), (load("launch.hosts=3", *settings), run, 1, EQUAL))
@@ -114,16 +116,16 @@ def test_a_host_that_does_not_see_the_run_folder_is_named(load, run, tmp_path, m
     monkeypatch.setattr(shared, "_APPEARS_S", 0.2)
     spec, elsewhere = load("launch.hosts=2"), RunDir(tmp_path / "elsewhere")
     elsewhere.logs.mkdir(parents=True)
-    (elsewhere.logs / "hosts.key").write_text(json.dumps("0" * 64))  # of an earlier start
+    (elsewhere.logs / "hosts.key").write_text(json.dumps("0" * 64))  # from an earlier start
     for text in messages(meet((spec, run, 0, EQUAL), (spec, elsewhere, 1, EQUAL))):
         assert "does not see" in text and "hosts.key" in text and "shar" in text
 
 
-def test_two_hosts_with_one_number_are_told_apart(load, run):
+def test_a_second_host_with_the_same_number_is_refused(load, run):
     spec = load("launch.hosts=3", "launch.rendezvous_s=2")
     texts = messages(meet((spec, run, 0, EQUAL), (spec, run, 1, EQUAL), (spec, run, 1, EQUAL)))
-    assert sum("host 1 is there already" in text for text in texts) == 1
-    assert sum("host 2 of 3 did not come" in text for text in texts) == 2
+    assert sum("host 1 is already connected" in text for text in texts) == 1
+    assert sum("host 2 of 3 did not connect" in text for text in texts) == 2
 
 
 def test_every_pair_that_cannot_connect_is_named_with_the_port(load, run, monkeypatch):
@@ -144,13 +146,13 @@ def test_every_pair_that_cannot_connect_is_named_with_the_port(load, run, monkey
         assert "launch.interface" in rest[0]
 
 
-def test_nobody_at_a_port_is_said_so():
+def test_a_port_without_a_listener_is_reported():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         assert gather.try_all(0, {1: ["127.0.0.1", closed.getsockname()[1]]}, 1.0) == [(1, "Connection refused")]
 
 
-def test_strangers_neither_join_nor_stop_the_others(load, run):
+def test_foreign_connections_neither_join_nor_stop_the_hosts(load, run):
     spec = load("launch.hosts=2")
     address = ("127.0.0.1", (spec.launch.port or 0) + 1)
     stop = threading.Event()
@@ -175,8 +177,8 @@ def test_strangers_neither_join_nor_stop_the_others(load, run):
     assert all(isinstance(f, Joined) for f in found), messages(found)
 
 
-def test_an_interface_that_is_not_there_is_answered_with_those_that_are(load, run):
-    with pytest.raises(SpecError, match=r"launch\.interface: nope0 is not on this host.* lo"):
+def test_a_missing_interface_is_refused_with_the_existing_ones(load, run):
+    with pytest.raises(SpecError, match=r"launch\.interface: this host has no interface nope0 .* lo"):
         join(load("launch.hosts=2", "launch.interface=nope0"), run, 1, EQUAL, env={}, restarts=Restarts(run, 0))
     assert interfaces()["lo"] == "127.0.0.1"
 
@@ -194,7 +196,7 @@ def trio(host_lost_s: float = 1.0) -> tuple[Hub, Link, Link]:
 
 
 def settle(*ends: tuple[Hub | Link, Fault | None, float]) -> list[Fault | None]:
-    """(control, how its host ended, after how many seconds): what each is told in the end."""
+    """Verdict of each control. Arguments: (control, fault of its host, seconds until its host ends)."""
 
     def one(end: tuple[Hub | Link, Fault | None, float]) -> Fault | None:
         control, own, after = end
@@ -208,15 +210,15 @@ RESET = Fault(text="rank 0 lost a peer", weight=CONSEQUENCE)
 KILLED = Fault(text="rank 3 on host 1 (b) was killed", weight=CAUSE)
 
 
-def test_hosts_wait_for_each_other_to_end_well():
+def test_hosts_wait_until_all_hosts_have_ended():
     hub, one, two = trio()
     start = time.monotonic()
     assert settle((hub, None, 0), (one, None, 1.5), (two, None, 0.2)) == [None, None, None]
-    assert time.monotonic() - start >= 1.5  # longer than a host may be silent: they show that they are there
+    assert time.monotonic() - start >= 1.5  # longer than host_lost_s, so signs of life were sent
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
-def test_all_hosts_name_the_cause_and_not_the_consequence_that_came_first(late):
+def test_all_hosts_name_the_cause_and_not_an_earlier_consequence(late):
     controls = trio()
     start = time.monotonic()
     ends = [(c, KILLED if i == late else RESET, 0.3 if i == late else 0.0) for i, c in enumerate(controls)]
@@ -224,14 +226,14 @@ def test_all_hosts_name_the_cause_and_not_the_consequence_that_came_first(late):
     assert time.monotonic() - start < 1.5
 
 
-def test_a_host_that_goes_on_is_told_to_end():
+def test_a_host_that_still_runs_is_told_to_end():
     hub, one, two = trio()
     start = time.monotonic()
     assert settle((hub, None, 30), (one, KILLED, 0.2), (two, None, 30)) == [KILLED] * 3
     assert time.monotonic() - start < 2
 
 
-def test_hosts_that_were_stopped_in_order_may_finish_saving():
+def test_hosts_stopped_by_a_signal_may_finish_saving():
     stopped = Fault(text="rank 0: stopped after step 5", code=75, weight=STOPPED)
     start = time.monotonic()
     hub, one, two = trio()
@@ -239,38 +241,38 @@ def test_hosts_that_were_stopped_in_order_may_finish_saving():
     assert time.monotonic() - start >= 0.8
 
 
-def test_consequences_alone_are_believed_after_a_while():
+def test_a_consequence_without_a_cause_is_reported_after_a_timeout():
     hub, one, two = trio(host_lost_s=0.5)
     start = time.monotonic()
     found = settle((hub, RESET, 0), (one, RESET, 0), (two, None, 30))
     assert found == [RESET] * 3 and 2 < time.monotonic() - start < 5
 
 
-def test_a_silent_host_is_lost_on_both_sides_within_the_limit():
+def test_a_silent_host_is_reported_on_both_sides_within_the_limit():
     hub, _, two = trio()
     start = time.monotonic()
-    with ThreadPoolExecutor() as pool:  # nobody serves host 1's end of the wire
+    with ThreadPoolExecutor() as pool:  # no thread reads host 1's end of the wire
         results = [pool.submit(c.wait, 30) for c in (hub, two)]
         faults = [r.result() for r in results]
     assert 0.9 < time.monotonic() - start < 4
     for fault in faults:
-        assert fault is not None and fault.text.startswith("host 1 (b) is lost: nothing was heard of it for 1 s")
+        assert fault is not None and fault.text.startswith("host 1 (b) is lost: no sign of life for 1 s")
     silent, end = socket.socketpair()
     with silent, end:
         fault = Link(Wire(end), "host 0 (a)", host_lost_s=0.5).wait(10)
     assert fault is not None and fault.text.startswith("host 0 (a) is lost")
 
 
-def test_a_launcher_that_was_killed_is_noticed_at_once():
+def test_a_killed_launcher_is_detected_at_once():
     hub, one, two = trio(host_lost_s=30)
     one._wire.close()
     start = time.monotonic()
     fault = hub.wait(10)
-    assert fault is not None and "the launcher on host 1 (b) is gone" in fault.text
+    assert fault is not None and "the launcher on host 1 (b) has ended or closed its connection" in fault.text
     assert two.wait(10) == fault and time.monotonic() - start < 2
 
 
-def test_a_wire_gives_whole_messages_and_closes_at_nonsense(tmp_path: Path):
+def test_a_wire_returns_whole_messages_and_closes_after_an_invalid_one(tmp_path: Path):
     a, b = socket.socketpair()
     wire = Wire(a)
     assert wire.take() is None

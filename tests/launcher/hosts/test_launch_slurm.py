@@ -1,4 +1,4 @@
-"""A job of Slurm: its script, and the script in action with stand-ins for Slurm's programs that run everything here."""
+"""The Slurm job script, and its execution with substitutes for Slurm's programs that run everything on this machine."""
 
 import os
 import signal
@@ -50,13 +50,13 @@ exit "$worst"
 
 @pytest.fixture
 def headway(headway_alone):
-    """What these tests are about stands between the command and its ranks."""
+    """Without the fork server: these tests are about the processes between the command and its ranks."""
     return headway_alone
 
 
 @pytest.fixture
 def slurm(headway, monkeypatch):
-    """Slurm's programs, in front of any that this machine has."""
+    """Substitutes for Slurm's programs, first on PATH."""
     folder = headway.folder / "bin"
     folder.mkdir()
     for name, text in STAND_INS.items():
@@ -72,7 +72,7 @@ def script(headway, *overrides: str, folder: Path | None = None) -> str:
     return job_script(spec, RunDir.of(spec), ["tiny.yaml", *overrides], folder or headway.folder)
 
 
-def test_the_script_asks_for_what_the_spec_says(headway):
+def test_the_script_requests_the_settings_of_the_spec(headway):
     text = script(
         headway,
         "launch.hosts=4",
@@ -104,28 +104,30 @@ def test_overrides_reach_the_job_as_they_were_written(headway):
 
 
 @pytest.mark.parametrize("name", ["a b", "a%j", "a'b", "a$(id)"])
-def test_a_path_that_sbatch_would_read_otherwise_is_refused(headway, name):
+def test_a_path_that_sbatch_would_misread_is_refused(headway, name):
     with pytest.raises(SpecError, match=r"launch\.method.*use a path of letters"):
         script(headway, folder=headway.folder / name)
 
 
-def test_a_machine_without_sbatch_is_told_where_to_go(headway, monkeypatch):
+def test_without_sbatch_the_message_names_a_login_node(headway, monkeypatch):
     monkeypatch.chdir(headway.folder)
     monkeypatch.setenv("PATH", str(headway.folder))
     with pytest.raises(HeadwayError, match=r"no sbatch on this machine.*login node"):
         train(headway.spec, list(JOB))
 
 
-def test_a_dry_run_shows_the_script_and_hands_nothing_in(slurm, capsys):
+def test_a_dry_run_prints_the_script_and_submits_nothing(slurm, capsys):
     assert train(slurm.spec, list(JOB), dry_run=True) == 0
     out = capsys.readouterr().out
     assert "#SBATCH --nodes=2" in out and "torch.distributed.run --node-rank 1 --master-addr FIRST_HOST" in out
     assert not (slurm.folder / "job").exists() and not (slurm.folder / "submitted").exists()
 
 
-def test_a_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again(slurm):
+def test_a_job_saves_before_its_time_limit_and_continues_when_requeued(slurm):
     done = slurm.train(*JOB)
-    assert done.returncode == 0 and done.stdout.startswith("job 4242; its log is job/slurm/4242.log"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("submitted job 4242; its log is job/slurm/4242.log"), (
+        done.stderr
+    )
     run, job = slurm.folder / "job", slurm.folder / "submitted"
     assert job.read_text() == (run / "slurm" / "job.sbatch").read_text()
     env = {**os.environ, "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "a[1-2]"}
@@ -145,7 +147,7 @@ def test_a_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again
 
     first = queue()
     slurm.wait_for(lambda: steps_done(run) >= 4, first)
-    first.send_signal(signal.SIGTERM)  # as `--signal=B:TERM` does: to the script alone
+    first.send_signal(signal.SIGTERM)  # only to the script, as with `--signal=B:TERM`
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 75, said
     assert (slurm.folder / "requeued").read_text() == "4242\n"

@@ -1,4 +1,4 @@
-"""Matching solves a dimension so that a variant costs what the baseline costs, or says why it cannot."""
+"""Matching solves a dimension so that a variant's cost equals the baseline's, or states why it cannot."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_useful_flops_can_be_matched_instead_of_parameters():
     target = spec_cost(spec(), VOCAB).flops_per_token.useful
     variant = spec(type="rgqa", top_k=1)
     found = match_variant("v", variant, MatchConfig(quantity="flops", multiple=1), target=target, vocab_size=VOCAB)
-    assert found.value > 160  # a routed variant computes less, so its MLP may grow
+    assert found.value > 160  # a routed variant computes less, so its MLP is larger
     assert abs(found.residual) < 0.005
 
 
-def test_beyond_the_tolerance_the_error_says_by_how_much_and_what_to_do():
+def test_an_error_beyond_the_tolerance_states_the_residual_and_the_next_step():
     target = spec_cost(spec(), VOCAB).num_params
     variant = spec(type="rgqa", top_k=1)
     with pytest.raises(SpecError) as error:
@@ -87,7 +87,7 @@ def test_the_tolerance_named_in_the_error_is_enough():
     match_variant("v", variant, match, target=target, vocab_size=VOCAB)
 
 
-def test_too_large_even_at_the_smallest_value():
+def test_a_variant_that_is_too_large_at_its_smallest_value_is_refused():
     with pytest.raises(SpecError, match="even its smallest legal value 16 is too much"):
         match_variant("v", spec(), MatchConfig(), target=1000.0, vocab_size=VOCAB)
 
@@ -109,7 +109,7 @@ def test_a_dimension_that_cannot_be_solved_is_refused_with_the_reason(free, reas
 # ---------------------------------------------------------------- other quantities
 
 
-def test_kv_bytes_are_matched_over_the_kv_heads_and_illegal_ones_are_passed_over():
+def test_kv_bytes_are_matched_by_kv_heads_and_illegal_values_are_skipped():
     baseline = spec(heads=12, kv_heads=4)
     variant = spec(heads=12, kv_heads=1, head_dim=4)  # half the bytes per KV head, so twice the heads: 8, illegal of 12
     match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1, tolerance=0.3)
@@ -118,14 +118,14 @@ def test_kv_bytes_are_matched_over_the_kv_heads_and_illegal_ones_are_passed_over
     assert (found.value, found.residual) == (6, -0.25)
 
 
-def test_kv_bytes_are_matched_over_the_head_size():
+def test_kv_bytes_are_matched_by_the_head_size():
     target = spec_cost(spec(head_dim=24), VOCAB).kv_bytes_per_token
     match = MatchConfig(quantity="kv_bytes", free="attention.head_dim", multiple=2)
     found = match_variant("v", spec(kv_heads=4, head_dim=16), match, target=target, vocab_size=VOCAB)
     assert (found.value, found.residual) == (12, 0.0)
 
 
-def test_the_message_names_the_nearest_legal_value_and_why_its_neighbour_is_none():
+def test_the_message_names_the_nearest_legal_value_and_why_the_next_is_illegal():
     match = MatchConfig(quantity="kv_bytes", free="attention.kv_heads", multiple=1, tolerance=0.1)
     target = spec_cost(spec(heads=12, kv_heads=6), VOCAB).kv_bytes_per_token * 7 / 6
     with pytest.raises(SpecError) as error:
@@ -133,7 +133,7 @@ def test_the_message_names_the_nearest_legal_value_and_why_its_neighbour_is_none
     text = str(error.value)
     assert "the nearest legal multiple of 1 is 6 (7 is not legal: kv_heads: 12 query heads do not divide" in text
     assert "-14.29%, beyond the tolerance of 10.00%" in text
-    assert "free another dimension, or match.tolerance: 14.30% if that is fair" in text
+    assert "free another dimension, or match.tolerance: 14.30% if that difference is acceptable" in text
 
 
 def test_beyond_the_largest_legal_value_the_message_says_so():
@@ -143,7 +143,7 @@ def test_beyond_the_largest_legal_value_the_message_says_so():
         match_variant("v", spec(), match, target=target, vocab_size=VOCAB)
 
 
-def test_where_no_multiple_is_legal_the_first_ones_reason_is_given():
+def test_if_no_multiple_is_legal_the_reason_of_the_first_is_given():
     match = MatchConfig(free="attention.kv_heads", multiple=16)
     with pytest.raises(SpecError, match=r"no multiple of 16 is legal \(16: kv_heads: 8 query heads.*free another"):
         match_variant("v", spec(), match, target=90_000.0, vocab_size=VOCAB)
@@ -155,8 +155,8 @@ def test_a_dimension_without_a_cost_in_this_quantity_is_refused():
         match_variant("v", spec(), match, target=1000.0, vocab_size=VOCAB)
 
 
-def test_flops_are_matched_at_the_sequence_length_asked_for():
-    """Fewer score maps save more the longer the sequence is, so the MLP may grow more."""
+def test_flops_are_matched_at_the_requested_sequence_length():
+    """With longer sequences, fewer score maps save more FLOPs, so the MLP is larger."""
     variant = spec(type="rgqa", top_k=1)
 
     def solved(seq_len: int | None) -> int:
@@ -167,7 +167,7 @@ def test_flops_are_matched_at_the_sequence_length_asked_for():
     assert solved(None) == solved(64) < solved(4096)
 
 
-def test_a_sequence_length_is_refused_where_only_parameters_are_matched():
+def test_a_sequence_length_is_refused_if_parameters_are_matched():
     with pytest.raises(ValidationError, match="seq_len: the number of parameters does not depend on it; leave it out"):
         MatchConfig(seq_len=64)
 
@@ -175,7 +175,7 @@ def test_a_sequence_length_is_refused_where_only_parameters_are_matched():
 # ---------------------------------------------------------------- tensor parallelism
 
 
-def test_the_solved_value_can_be_cut_over_the_ranks():
+def test_the_solved_value_divides_by_the_tensor_parallel_size():
     target = spec_cost(spec(), VOCAB).num_params
     free = match_variant("v", spec(kv_heads=4), MatchConfig(multiple=1), target=target, vocab_size=VOCAB)
     cut = MatchConfig(multiple=1, tensor_parallel=4, tolerance=0.02)
@@ -196,12 +196,12 @@ def test_a_solved_number_of_groups_divides_over_the_ranks():
     ("ranks", "reason"),
     [(4, "attention.w_q has 2 whole pieces"), (3, "model.ffn_width 160 does not divide over 3"), (2, None)],
 )
-def test_a_model_that_cannot_be_cut_has_a_reason(ranks, reason):
+def test_a_model_that_does_not_divide_has_a_reason(ranks, reason):
     found = why_not_cuttable(spec(), ranks)
     assert found is None if reason is None else found and reason in found
 
 
-def test_where_the_ranks_make_everything_illegal_the_message_says_why():
+def test_if_the_tensor_parallel_size_makes_all_values_illegal_the_message_says_why():
     with pytest.raises(SpecError) as error:
         match_variant("v", spec(), MatchConfig(tensor_parallel=4), target=90_000.0, vocab_size=VOCAB)
     text = str(error.value)

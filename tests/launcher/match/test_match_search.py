@@ -1,4 +1,4 @@
-"""The search finds the legal multiple with the nearest cost, wherever the illegal ones lie, without trying them all."""
+"""The search finds the legal multiple with the nearest cost without trying all values."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ def test_the_smaller_of_two_equally_near_values_is_taken(target, want):
     ("cost", "legal"),
     [
         (lambda n: 7.0 * n + 0.01 * n * n, lambda n: True),
-        (lambda n: 7.0 * n, lambda n: 720 % n == 0),  # as groups of 720 heads
-        (lambda n: 7.0 * n, lambda n: n % 5 == 0),  # as heads of 5 groups
+        (lambda n: 7.0 * n, lambda n: 720 % n == 0),  # like groups of 720 heads
+        (lambda n: 7.0 * n, lambda n: n % 5 == 0),  # like heads of 5 groups
         (lambda n: 7.0 * n, lambda n: n == 77),
         (lambda n: 5000.0 - 7.0 * n, lambda n: n <= 700),  # falls
-        (lambda n: 7.0 * n - (900 if n >= 300 else 0), lambda n: n % 2 == 0),  # jumps back, as k does by a size rule
+        (
+            lambda n: 7.0 * n - (900 if n >= 300 else 0),
+            lambda n: n % 2 == 0,
+        ),  # jumps back, like k with a rule that depends on the size
     ],
     ids=["grows", "divisors", "multiples", "one value", "falls", "jumps"],
 )
-def test_it_agrees_with_trying_all(cost, legal):
+def test_the_search_agrees_with_trying_all_values(cost, legal):
     for target in range(5, 4000, 97):
         best = min((n for n in range(1, 1500) if legal(n)), key=lambda n: (abs(cost(n) - target), n))
         assert candidates(cost, legal=legal).nearest_cost(target) == best
@@ -50,7 +53,7 @@ def test_values_beyond_the_largest_are_not_tried():
     assert search.nearest_cost(1e12) == LARGEST
 
 
-def test_where_nothing_is_legal_nothing_is_found_and_the_reasons_are_kept():
+def test_if_nothing_is_legal_nothing_is_found_and_the_reasons_are_kept():
     search = candidates(float, legal=lambda n: False)
     assert search.nearest_cost(10.0) is None
     assert search.reasons[1] == "1 is odd"

@@ -1,4 +1,4 @@
-"""Sizes matched by measured time: solved on a played clock, kept in the study's folder, and once on the real model."""
+"""Match sizes by measured time: with a simulated clock, stored in the study's folder, and once with a real model."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def spec(*, ffn_width: int = 160, **attention) -> Spec:
 
 
 def by_ffn_width(spec: Spec) -> float:
-    """A pass of a routed model takes longer, and the MLP is part of it: 240 takes as long as gqa's 160."""
+    """Seconds of a pass, which depend on the MLP: rgqa with an FFN width of 240 takes as long as gqa with 160."""
     return (0.06 if spec.attention.type == "gqa" else 0.02) + 0.0005 * spec.model.ffn_width
 
 
 class Clock:
-    """Plays the timed pass: `seconds(spec)` with noise, on a machine that slows down as it works."""
+    """Simulates the timed pass: `seconds(spec)` with noise, on a machine that slows down over time."""
 
     def __init__(self, seconds: Seconds, *, noise: float = 0.01) -> None:
         self._seconds, self._noise, self._random = seconds, noise, random.Random(1)
@@ -80,7 +80,7 @@ def test_rounds_in_turns_cancel_a_machine_that_slows_down():
     assert ratios.low < 1.5 < ratios.high
 
 
-def test_the_size_that_takes_as_long_is_found_with_few_measurements():
+def test_the_size_with_equal_time_is_found_with_few_measurements():
     clock = Clock(by_ffn_width)
     found = solve(clock, spec(type="rgqa", top_k=1))
     assert abs(found.value - 240) <= 16  # one multiple: 4 % of the value, 6 % of the time
@@ -88,7 +88,7 @@ def test_the_size_that_takes_as_long_is_found_with_few_measurements():
     assert len(clock.built) <= 8
 
 
-def test_what_is_recorded_is_the_longer_measurement_of_the_chosen_size():
+def test_the_longer_measurement_of_the_chosen_size_is_recorded():
     found = solve(Clock(by_ffn_width), spec(type="rgqa", top_k=1))
     assert found.spread is not None
     assert found.spread.rounds == CHECK_ROUNDS
@@ -96,14 +96,14 @@ def test_what_is_recorded_is_the_longer_measurement_of_the_chosen_size():
     assert found.cost / found.target == pytest.approx(1 + found.residual, abs=0.02)
 
 
-def test_a_size_far_from_the_written_one_is_reached():
+def test_a_size_far_from_the_initial_one_is_found():
     clock = Clock(lambda s: 0.01 if s.attention.type == "gqa" else 0.00001 * s.model.ffn_width)
     found = solve(clock, spec(type="rgqa", top_k=1, ffn_width=16))
     assert abs(found.value - 1000) <= 16
 
 
 def test_only_legal_sizes_are_built():
-    """Time that asks for 3 KV heads, of 12 that can be shared by 2 ranks: 2, 4, 6 or 12."""
+    """The time matches at 3 KV heads, but with 12 heads on 2 ranks only 2, 4, 6 and 12 are legal."""
     clock = Clock(lambda s: 0.03 if s.model.ffn_width == 160 else 0.01 * s.attention.model_dump()["kv_heads"])
     variant = spec(heads=12, kv_heads=6, ffn_width=128)
     free = {"free": "attention.kv_heads", "multiple": 1, "tensor_parallel": 2}
@@ -113,7 +113,7 @@ def test_only_legal_sizes_are_built():
         solve(clock, variant, **free)
 
 
-def test_passes_have_the_sequence_length_asked_for():
+def test_passes_have_the_requested_sequence_length():
     clock = Clock(by_ffn_width)
     solve(clock, spec(type="rgqa", top_k=1), seq_len=48)
     assert clock.seq_lens == {48}
@@ -124,7 +124,7 @@ def test_a_time_that_does_not_depend_on_the_dimension_is_refused():
         solve(Clock(lambda s: 0.05), spec(type="rgqa", top_k=1))
 
 
-def test_no_size_is_built_that_is_much_heavier_than_the_baseline():
+def test_sizes_much_larger_than_the_baseline_are_not_built():
     clock = Clock(lambda s: 1.0 if s.attention.type == "gqa" else 0.01 + 1e-6 * s.model.ffn_width)
     with pytest.raises(SpecError, match=r"even its largest legal value \d+ is too little .*times the baseline's"):
         solve(clock, spec(type="rgqa", top_k=1))
@@ -137,11 +137,11 @@ def test_a_variant_that_is_too_slow_at_its_smallest_is_refused_with_quartiles():
         solve(clock, spec(type="rgqa", top_k=1))
     text = str(error.value)
     assert "even its smallest legal value 16 is too much" in text
-    assert "ms a pass against the baseline's" in text and f"over {CHECK_ROUNDS} rounds" in text
+    assert "ms per pass, the baseline takes" in text and f"over {CHECK_ROUNDS} rounds" in text
 
 
 @pytest.mark.parametrize(("low", "high", "uncertain"), [(-0.009, 0.01, False), (-0.03, 0.0, True), (0.0, 0.011, True)])
-def test_a_spread_beyond_the_tolerance_is_said(low, high, uncertain):
+def test_a_spread_beyond_the_tolerance_is_noted(low, high, uncertain):
     matched = Matched(
         free="f", value=1, cost=1.0, target=1.0, residual=0.0, spread=Spread(low=low, high=high, rounds=21)
     )
@@ -177,7 +177,7 @@ variants:
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
-    """A study file in the working folder. Cells are not trained: the study stops before the first."""
+    """A study file in the working folder. No cell is trained, because the study stops before the first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "timed.yaml").write_text(STUDY)
@@ -196,7 +196,7 @@ def planned() -> list[int]:
     return [cell["spec"]["model"]["ffn_width"] for cell in record["cells"]]
 
 
-def test_a_study_that_goes_on_measures_nothing_again_and_keeps_its_sizes(study, monkeypatch):
+def test_a_continued_study_measures_nothing_again_and_keeps_its_sizes(study, monkeypatch):
     first = play(monkeypatch, Clock(by_ffn_width))
     run_study(study)
     sizes = planned()
@@ -207,7 +207,7 @@ def test_a_study_that_goes_on_measures_nothing_again_and_keeps_its_sizes(study, 
     assert planned() == sizes
 
 
-def test_a_new_variant_is_measured_alone(study, monkeypatch):
+def test_only_a_new_variant_is_measured(study, monkeypatch):
     play(monkeypatch, Clock(by_ffn_width))
     run_study(study)
     sizes = planned()
@@ -219,7 +219,7 @@ def test_a_new_variant_is_measured_alone(study, monkeypatch):
     assert len(json.loads(Path("studies/timed", FILE).read_text())) == 2
 
 
-def test_fresh_measures_anew(study, monkeypatch):
+def test_fresh_repeats_all_measurements(study, monkeypatch):
     play(monkeypatch, Clock(by_ffn_width))
     run_study(study)
     clock = play(monkeypatch, Clock(lambda s: by_ffn_width(s) + (0.02 if s.attention.type == "gqa" else 0)))
@@ -229,7 +229,7 @@ def test_fresh_measures_anew(study, monkeypatch):
     assert kept["matched"]["value"] == planned()[1]
 
 
-def test_another_machine_or_version_is_measured_anew(study, monkeypatch):
+def test_another_machine_or_version_is_measured_again(study, monkeypatch):
     play(monkeypatch, Clock(by_ffn_width))
     run_study(study)
     clock = play(monkeypatch, Clock(by_ffn_width))
@@ -248,7 +248,7 @@ def test_status_report_and_a_dry_run_of_a_measured_study_measure_nothing(study, 
     assert clock.built == []
 
 
-def test_a_dry_run_keeps_nothing(study, monkeypatch):
+def test_a_dry_run_stores_no_measurement(study, monkeypatch):
     play(monkeypatch, Clock(by_ffn_width))
     run_study(study, dry_run=True)
     assert not Path("studies").exists()
@@ -268,7 +268,7 @@ def test_a_noisy_measurement_is_noted_at_the_variant(study, monkeypatch):
     study.write_text(STUDY.replace("tolerance: 5%", "tolerance: 8%"))
     play(monkeypatch, Clock(by_ffn_width, noise=0.15))
     plan = plan_study(load_study(study))
-    assert any("no more certain than that" in note for note in plan.variants[1].notes)
+    assert any("less certain than the tolerance" in note for note in plan.variants[1].notes)
 
 
 # ---------------------------------------------------------------- counted quantities in a study
@@ -289,7 +289,7 @@ def test_the_table_of_a_counted_match_names_the_quantity(study, match, heading):
     assert rows[2][3].endswith("%")
 
 
-def test_a_baseline_that_cannot_be_cut_over_the_ranks_is_refused(study):
+def test_a_baseline_that_does_not_divide_by_the_tensor_parallel_size_is_refused(study):
     study.write_text(STUDY.replace("quantity: wall_clock", "tensor_parallel: 4"))
     with pytest.raises(SpecError) as error:
         plan_study(load_study(study))
@@ -297,17 +297,17 @@ def test_a_baseline_that_cannot_be_cut_over_the_ranks_is_refused(study):
     assert "match.tensor_parallel: the baseline itself: attention.w_q has 2 whole pieces" in str(error.value)
 
 
-def test_a_sequence_length_for_parameters_is_refused_where_it_stands(study):
+def test_a_sequence_length_for_parameters_is_refused_with_its_line(study):
     study.write_text(STUDY.replace("quantity: wall_clock", "seq_len: 64"))
     with pytest.raises(SpecError, match=r"timed.yaml:4:\d+: match.seq_len: the number of parameters does not depend"):
         load_study(study)
 
 
-# ---------------------------------------------------------------- for real
+# ---------------------------------------------------------------- with the real model
 
 
 def test_the_real_model_is_timed_and_a_longer_mlp_takes_longer():
-    """Sizes four times apart, so that a busy machine cannot turn the order round."""
+    """The sizes differ by a factor of four, so that a busy machine cannot reverse the order."""
     large, small = (decoder_pass(spec(ffn_width=n), 32) for n in (4096, 64))
     ratios = compare(large, small, rounds=5)
     assert ratios.baseline_s > 0
@@ -315,7 +315,7 @@ def test_the_real_model_is_timed_and_a_longer_mlp_takes_longer():
 
 
 def test_a_real_variant_is_matched_by_its_time():
-    """A variant equal to the baseline but for the MLP it starts with; the tolerance is that of a busy machine."""
+    """The variant equals the baseline except for its initial FFN width. The tolerance allows for a busy machine."""
     variant, baseline = spec(ffn_width=512), spec(ffn_width=1024)
     match = MatchConfig(quantity="wall_clock", multiple=128, tolerance=0.5, seq_len=128)
     found = Measurements().match("v", variant, baseline, match)

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: network namespaces joined by a cable (veth), each with an address of its own.
+"""Two hosts on one machine: network namespaces connected by a veth pair, each with its own address.
 
-The namespaces belong to two idle processes and vanish with them. Needs `ip` (iproute2), `unshare` and `nsenter`
-(util-linux), and root or user namespaces; where that is not to be had the tests are skipped with the reason.
+The namespaces belong to two idle processes and end with them. Requires `ip` (iproute2), `unshare` and `nsenter`
+(util-linux), and root or user namespaces. Otherwise the tests are skipped with the reason.
 """
 
 import os
@@ -26,19 +26,19 @@ class Host:
         self.number, self.address, self._enter = number, ADDRESSES[number], enter
 
     def inside(self, *words: str) -> list[str]:
-        """The command that runs `words` on this host, in the process that is started."""
+        """The command that runs `words` on this host."""
         return [*self._enter, "--", *words]
 
     def run(self, *words: str) -> None:
         subprocess.run(self.inside(*words), check=True, capture_output=True, text=True, timeout=20)
 
     def cable(self, state: str) -> None:
-        """Put this host's end of the cable "up" or "down"."""
+        """Set this host's end of the veth pair "up" or "down"."""
         self.run("ip", "link", "set", CABLE, state)
 
 
 class TwoHosts:
-    """Starts `headway train` on either host, and ends what is left."""
+    """Starts `headway train` on a host, and ends all processes at the end."""
 
     def __init__(self, headway, hosts: tuple[Host, Host]) -> None:
         self.headway, self.hosts = headway, hosts
@@ -52,7 +52,7 @@ class TwoHosts:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=die_with_parent,  # a test run that is killed leaves nobody training
+            preexec_fn=die_with_parent,  # so that a killed test run leaves no training behind
         )
         self._started.append(process)
         return process
@@ -65,12 +65,12 @@ class TwoHosts:
     def end_all(self) -> None:
         for process in self._started:
             if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)  # its ranks go with it
+                os.kill(process.pid, signal.SIGKILL)  # its ranks end with it
                 process.communicate()
 
 
 def _namespace(words: list[str]) -> subprocess.Popen:
-    """An idle process in a namespace of its own; it ends when this process does, as then its input does."""
+    """An idle process in its own namespace. It ends with this process, because its input is closed."""
     holder = subprocess.Popen([*words, "unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 20
     while time.monotonic() < end and holder.poll() is None:
@@ -117,7 +117,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def headway_once(headway_once):
-    """Each host imports for itself: what a server outside of it forked would live in another network."""
+    """Without the fork server: ranks forked by a server would live in the server's network namespace."""
     headway_once.server = None
     return headway_once
 

@@ -1,4 +1,4 @@
-"""Run by test_plan_measured.py in 2 processes: what real engines hold, the peak of a step, what they send in it.
+"""Run by test_plan_measured.py in 2 processes: measures memory of real engines, peak and traffic of a step.
 
 Prints one JSON object per case on rank 0. Not a test module itself.
 """
@@ -20,7 +20,7 @@ from headway.parallel.build import make_engine
 from headway.parallel.layout import Layout, arrange, init_layout
 
 PEAKS = 3
-"""Steps of which the smallest peak counts: gloo's threads let go of what they sent when the machine lets them run."""
+"""Number of measured steps, of which the smallest peak counts, because gloo's threads free their buffers late."""
 
 
 class Micro(NamedTuple):
@@ -30,7 +30,7 @@ class Micro(NamedTuple):
 
 
 def storages(keep: list[torch.Tensor] | None = None) -> dict[int, int]:
-    """Address -> bytes of every storage that a tensor of this process has; `keep` is given the tensors."""
+    """Address -> bytes of the storage of every tensor in this process. The tensors are added to `keep`."""
     found = {}
     for candidate in gc.get_objects():
         if type(candidate) in (torch.Tensor, torch.nn.Parameter):
@@ -44,7 +44,7 @@ def storages(keep: list[torch.Tensor] | None = None) -> dict[int, int]:
 
 
 def peak_bytes(profiler: torch.profiler.profile) -> int:
-    """Most that was allocated at once during the profile, beyond what was there before."""
+    """Peak of the allocated memory during the profile, in addition to that before it."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
@@ -56,19 +56,19 @@ def peak_bytes(profiler: torch.profiler.profile) -> int:
 
 SHARES: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
-    "all_gather_into_tensor": lambda ranks: ranks - 1,  # of one rank's part
+    "all_gather_into_tensor": lambda ranks: ranks - 1,  # the input is one rank's part
     "reduce_scatter_tensor": lambda ranks: (ranks - 1) / ranks,
     "all_to_all_single": lambda ranks: (ranks - 1) / ranks,
     "send": lambda ranks: 1.0,
 }
-"""Operation -> bytes that one rank sends over bytes of its input."""
+"""Operation -> bytes that one rank sends, divided by bytes of its input."""
 
 
 class Traffic:
-    """Counts what this rank sends through torch.distributed, as rings send it.
+    """Counts the bytes that this rank sends through torch.distributed, for ring algorithms.
 
-    Collectives work on copies that are made once and stay: gloo's own thread holds on to what it is given, and what it
-    frees as the last one, a profile of this thread misses.
+    Collectives work on copies that are made once and kept. Otherwise gloo's thread could free a tensor last, and the
+    profile of this thread would miss that.
     """
 
     def __init__(self) -> None:
@@ -81,8 +81,8 @@ class Traffic:
         @torch.no_grad()
         def counted(*args: Any, **kwargs: Any) -> Any:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            sent = tensors[-1]  # the input stands behind the output
-            if sent.is_floating_point() and sent.dtype != torch.float64:  # float64: sums of losses, for the record
+            sent = tensors[-1]  # the input is the argument after the output
+            if sent.is_floating_point() and sent.dtype != torch.float64:  # float64: sums of losses for records
                 ranks = dist.get_world_size(kwargs.get("group"))
                 self.sent += share(ranks) * sent.numel() * sent.element_size()
             if name == "send":
@@ -113,7 +113,7 @@ class Traffic:
 def case(spec: Spec, layout: Layout, traffic: Traffic) -> dict[str, float]:
     traffic.copies.clear()
     gc.collect()
-    others: list[torch.Tensor] = []  # kept, lest their addresses are used again
+    others: list[torch.Tensor] = []  # kept, so that their addresses are not reused
     before = storages(others)
     size = spec.model.vocab_size
     assert size is not None
@@ -135,7 +135,7 @@ def case(spec: Spec, layout: Layout, traffic: Traffic) -> dict[str, float]:
     segments = torch.zeros_like(tokens, dtype=torch.int32) if spec.data.document_mask else None
     micro = [Micro(tokens, tokens, segments)] * accumulation(spec)
     targets = len(micro) * tokens.numel() * layout.dp_size
-    engine.train_step(micro, targets=targets, lr=1e-3)  # what is made once in a first step is there after it
+    engine.train_step(micro, targets=targets, lr=1e-3)  # allocate everything that is created in the first step
     gc.collect()
     after = sum(n for address, n in storages().items() if address not in before) - traffic.copied_bytes
     peaks = []

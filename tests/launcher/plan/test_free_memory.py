@@ -1,9 +1,9 @@
-"""What the host and its control groups leave."""
+"""Available memory of the host and its control groups."""
 
 from headway.launcher.plan import free_memory
 
 
-def test_memory_of_a_host_is_the_least_that_any_control_group_leaves(tmp_path, monkeypatch):
+def test_available_memory_is_the_minimum_over_host_and_control_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory, "GROUPS", tmp_path)
     monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")

@@ -1,4 +1,4 @@
-"""`train.micro_batch: auto`: the process that measures, and what commands make of what is found."""
+"""`train.micro_batch: auto` in specs, plans, runs and commands."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def test_the_plan_takes_the_largest_that_fits_where_passes_are_small(auto_spec):
     assert by_plan(spec, peaks[1] - 1).micro_batch is None
 
 
-def test_the_plan_takes_no_more_than_passes_need_and_leaves_each_stage_work(auto_spec):
+def test_the_plan_takes_the_smallest_sufficient_size_and_feeds_each_stage(auto_spec):
     assert by_plan(spec_of(auto_spec, "data.seq_len=8192"), 1e15).micro_batch == 2
     staged = by_plan(spec_of(auto_spec, "parallel.pipeline=2", "launch.processes=2"), 1e12)
     assert staged.micro_batch == 4 and "each of 2 stages" in staged.why
@@ -45,7 +45,7 @@ def test_ranks_that_share_a_model_are_not_timed(auto_spec, monkeypatch):
     monkeypatch.setattr(Rank, "run", lambda self, size: pytest.fail("it was timed"))
     found = micro_batch.find(spec)
     assert not found.measured and found.choice.micro_batch == 8
-    assert "one process cannot time the ranks" in micro_batch.table(found)
+    assert "one process cannot time ranks" in micro_batch.table(found)
 
 
 def test_plan_says_which_number_it_takes_and_that_train_measures(auto_spec, capsys):
@@ -63,7 +63,7 @@ def test_plan_says_which_number_it_takes_and_that_train_measures(auto_spec, caps
 # ---------------------------------------------------------------- in a spec
 
 
-def test_readers_of_a_spec_never_see_the_word(auto_spec):
+def test_loaded_specs_never_contain_auto(auto_spec):
     loaded = load_spec(auto_spec, no_auto=None)
     assert loaded.spec.train.micro_batch == 1 and loaded.auto == {"train.micro_batch"}
     assert "train.micro_batch                = auto " in format_config(loaded)
@@ -77,25 +77,25 @@ def test_a_typo_names_what_is_legal(auto_spec, written):
         load_spec(auto_spec, [f"train.micro_batch={written}"])
 
 
-def test_no_other_key_takes_the_word(auto_spec):
+def test_no_other_key_accepts_auto(auto_spec):
     with pytest.raises(SpecError, match=r"train.global_batch: expected a whole number \(>= 1\); got 'auto'"):
         load_spec(auto_spec, ["train.global_batch=auto"])
 
 
-def test_the_schema_shows_the_word():
+def test_the_schema_contains_auto():
     legal = schema_of()["$defs"]["TrainConfig"]["properties"]["micro_batch"]["anyOf"]
     assert legal == [{"type": "integer", "minimum": 1}, {"type": "string", "const": "auto"}]
 
 
 @pytest.mark.parametrize("verb", [["bench", "step"], ["bench", "data"], ["bench", "checkpoint"]])
-def test_commands_that_need_a_number_say_where_to_get_one(auto_spec, verb, capsys):
+def test_commands_that_need_a_number_say_how_to_find_one(auto_spec, verb, capsys):
     assert main([*verb, str(auto_spec)]) == 64
     said = capsys.readouterr().err
     assert "tiny.yaml:10:3: train.micro_batch: auto is for `headway train`" in said
     assert "write train.micro_batch 1, 2, 4 or 8, or find the number with `headway bench micro-batch " in said
 
 
-def test_a_study_refuses_because_its_variants_must_be_comparable(auto_spec, tmp_path):
+def test_a_study_refuses_auto(auto_spec, tmp_path):
     study = tmp_path / "study.yaml"
     study.write_text("study: s\nbase: tiny.yaml\nseeds: [1]\nvariants:\n  a: {}\n  b: {attention.top_k: 2}\n")
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_several_hosts_are_refused_before_anything_is_written(auto_spec, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(auto_spec), "launch.hosts=2", "launch.address=first"]) == 64
     said = capsys.readouterr().err
-    assert "each of the 2 hosts would measure by itself" in said
+    assert "each of the 2 hosts could measure a different number" in said
     assert "write train.micro_batch 1, 2 or 4, or find the number with `headway bench micro-batch" in said
     assert not (tmp_path / "runs").exists()
 
@@ -119,7 +119,7 @@ def test_several_hosts_are_refused_before_anything_is_written(auto_spec, tmp_pat
 
 
 def settled_run(folder, number):
-    """A run folder as a start with `auto` leaves it."""
+    """A run folder as after a start with `auto`."""
     spec = with_number(spec_of(folder / "tiny.yaml"), number)
     run = micro_batch.RunDir(folder / "run")
     run.adopt(spec)
@@ -145,19 +145,23 @@ def test_several_hosts_continue_a_run_that_has_its_number(auto_spec, tmp_path, c
     assert "# train.micro_batch: auto is measured before this is started" in capsys.readouterr().out
 
 
-def test_a_number_that_does_not_go_with_more_processes_names_those_it_goes_with(auto_spec, tmp_path):
+def test_a_number_that_does_not_divide_the_batch_is_refused_with_legal_ranks(auto_spec, tmp_path):
     run = settled_run(tmp_path, 4)
-    with pytest.raises(SpecError, match=r"auto is 4 for the run in .* into 4 x 8 .* with 1 or 2 of them, or give"):
+    with pytest.raises(
+        SpecError, match=r"auto is 4 for the run in .* into 4 x 8 .* with 1 or 2 data parallel ranks, or use"
+    ):
         micro_batch.number_of(run, spec_of(auto_spec, "launch.processes=8"))
 
 
-def test_where_nothing_fits_the_message_says_what_to_change(auto_spec, tmp_path, monkeypatch):
+def test_if_nothing_fits_the_message_says_what_to_change(auto_spec, tmp_path, monkeypatch):
     spec = spec_of(auto_spec)
     nothing = micro_batch.Found(spec=spec, choice=by_plan(spec, 1.0), device="cpu", on_cpu=True, limit_bytes=1.0)
     monkeypatch.setattr(micro_batch, "find", lambda spec: nothing)
     run = micro_batch.RunDir(tmp_path / "run")
     with pytest.raises(
-        SpecError, match=r"auto: not even one sequence .* parallel.recompute=block, .*write train.micro_batch: 1"
+        SpecError,
+        match=r"auto: even one sequence per pass does not fit .* parallel.recompute=block, .*"
+        "write train.micro_batch: 1",
     ):
         micro_batch.settle(run, spec)
     assert not run.path.exists()
@@ -179,14 +183,14 @@ def test_train_measures_once_and_records_a_plain_number(auto):
     assert [trial["micro_batch"] for trial in kept["trials"]][:2] == [1, 2]
     assert json.loads((run / "spec.json").read_text())["train"]["micro_batch"] == number
     assert "micro-batch  tokens/s" in first.stdout and f"train.micro_batch: auto -> {number}: " in first.stdout
-    assert "trying 1, 2, 4, 8 sequences a pass on cpu" in first.stderr
+    assert "trying 1, 2, 4, 8 sequences per pass on cpu" in first.stderr
     assert first.stdout.index("auto ->") < first.stdout.index("step 1/")
     again = auto.train("train.tokens=512")
     assert again.returncode == 0 and "already complete" in again.stdout and "auto" not in again.stdout + again.stderr
 
 
 def processes_in(folder):
-    """Command lines of all processes that stand in a folder."""
+    """Command lines of all processes whose working directory is `folder`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The process that measures passes for `train.micro_batch: auto`, and what the launcher makes of how it ends."""
+"""The process that measures passes for `train.micro_batch: auto`, and the launcher's reaction to its failures."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_process_killed_mid_way_means_that_the_size_does_not_fit(auto_spec):
+def test_a_size_whose_process_is_killed_does_not_fit(auto_spec):
     with Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", DEAD_AT_FOUR]) as rank:
         found = search(
             [1, 2, 4, 8],
@@ -48,7 +48,7 @@ def test_a_process_killed_mid_way_means_that_the_size_does_not_fit(auto_spec):
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit('no such model')", "import sys; sys.exit('no such model')"])
-def test_a_process_that_fails_otherwise_is_an_error_with_its_last_words(auto_spec, program):
+def test_another_failure_of_the_process_is_an_error_with_its_output(auto_spec, program):
     with pytest.raises(HeadwayError, match=r"(?s)status 1.*write a number.*no such model"):
         Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", program])
 
@@ -64,12 +64,12 @@ for line in sys.stdin:
 """
 
 
-def test_on_a_gpu_measured_passes_replace_those_of_the_plan_and_all_else_is_added(auto_spec):
+def test_on_a_gpu_memory_of_passes_is_measured_and_the_rest_planned(auto_spec):
     with Rank(spec_of(auto_spec), os.environ, command=[sys.executable, "-S", "-c", GPU]) as rank:
-        assert rank.planned_bytes(8) is None  # it is tried, whatever the plan says
+        assert rank.planned_bytes(8) is None  # the plan does not decide whether it is tried
         timed = rank.run(8)
         assert rank.run(16) == "CUDA out of memory"
-        assert 0.9 * 30 * 2**30 < rank.limit_bytes < 30 * 2**30  # what others hold of it is not there
+        assert 0.9 * 30 * 2**30 < rank.limit_bytes < 30 * 2**30  # without memory in use by other processes
         memory = memory_of(rank.spec, 8)
     assert not isinstance(timed, str)
     states = memory.parameters + memory.master + memory.moments + memory.gradients - memory.late_gradients
@@ -91,7 +91,7 @@ def test_the_real_process_measures_passes_of_every_size(auto_spec):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_what_is_measured_is_the_model_as_the_spec_says(auto_spec, recompute, precision, dtype):
+def test_the_measured_model_follows_the_spec(auto_spec, recompute, precision, dtype):
     spec = spec_of(auto_spec, f"parallel.recompute={recompute}", f"parallel.precision={precision}")
     model = micro_batch_child.model_of(spec, torch.device("cpu"))
     blocks = [block for block in model.modules() if isinstance(block, Block)]
@@ -99,7 +99,7 @@ def test_what_is_measured_is_the_model_as_the_spec_says(auto_spec, recompute, pr
     assert all(p.dtype == dtype and p.grad is not None for p in model.parameters())
 
 
-def test_memory_that_ran_out_is_told_from_other_errors():
+def test_out_of_memory_is_distinguished_from_other_errors():
     with pytest.raises(RuntimeError) as short:
         torch.empty(1 << 56, dtype=torch.uint8)
     assert micro_batch_child.is_out_of_memory(short.value)

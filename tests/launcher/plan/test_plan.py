@@ -1,4 +1,4 @@
-"""`headway plan`: what it says of a layout, which layouts it proposes, and the plans that ship."""
+"""`headway plan`: the description of a layout, the search for layouts, and the committed plans."""
 
 import json
 import subprocess
@@ -42,13 +42,13 @@ def sent(layout: Layout, kind: str) -> float:
 # ---------------------------------------------------------------- the command
 
 
-def test_the_plan_states_memory_communication_bubble_and_speed_with_their_ground(capsys) -> None:
+def test_the_plan_states_memory_communication_bubble_and_speed_with_sources(capsys) -> None:
     assert plan(LARGE, ["launch.processes=8", "parallel.tensor=2", "parallel.pipeline=2"]) == 0
     text = capsys.readouterr().out
     for part in ("parameters of a rank", "Adam's moments", "activations", "pipeline bubble", "tokens/s, estimated"):
         assert part in text
     assert "tensor: layers' inputs and outputs" in text and "data: gradients" in text
-    assert "estimates from datasheets, measured nowhere" in text and GPUS["h100"].source in text
+    assert "estimates from datasheets, not measured" in text and GPUS["h100"].source in text
 
 
 def test_json_has_every_figure(capsys) -> None:
@@ -105,36 +105,36 @@ def test_the_first_stage_keeps_most_micro_batches() -> None:
     assert [grid.in_flight(stage) for stage in grid.stages] == [4, 3, 2, 1]
 
 
-def test_recomputation_gives_memory_for_time() -> None:
+def test_recomputation_saves_memory_and_takes_time() -> None:
     kept, again = planned(LARGE), planned(LARGE, "parallel.recompute=block")
     assert again.memory.activations < kept.memory.activations / 5
     assert again.speed.middle < kept.speed.middle
 
 
-def test_zero_stages_cut_optimizer_gradients_and_parameters_in_turn() -> None:
+def test_zero_stages_shard_optimizer_then_gradients_then_parameters() -> None:
     one, two, three = (planned(LARGE, "launch.processes=8", f"parallel.zero={z}").memory for z in (1, 2, 3))
     assert one.moments == two.moments == three.moments
     assert two.gradients < one.gradients and two.parameters == one.parameters
     assert three.parameters == one.parameters / 8
 
 
-def test_tensor_parallel_traffic_is_four_all_reduces_a_block_and_micro_batch() -> None:
+def test_tensor_parallel_traffic_is_four_all_reduces_per_block_and_micro_batch() -> None:
     layout = planned(LARGE, "launch.processes=2", "parallel.tensor=2")
     spec, grid = layout.spec, layout.grid
     residual = grid.tokens * spec.model.width * 2
-    borders = 4 * spec.model.layers + 2  # and out of the embedding, into the head
+    borders = 4 * spec.model.layers + 2  # plus after the embedding and before the head
     assert sent(layout, "tensor: layers") == grid.accumulation * borders * residual  # 2 (T-1)/T = 1
     both = planned(LARGE, "launch.processes=2", "parallel.tensor=2", "parallel.sequence_parallel=true")
     assert sent(both, "tensor: layers") == sent(layout, "tensor: layers")
 
 
-def test_gradients_cross_once_a_step_under_zero_1_and_every_pass_under_zero_2() -> None:
+def test_gradients_are_reduced_once_per_step_under_zero_1_and_per_pass_under_zero_2() -> None:
     one, two = (planned(LARGE, "launch.processes=8", f"parallel.zero={z}") for z in (1, 2))
     assert sent(one, "data: gradients") == 2 * 7 / 8 * 2 * cost_of(one.spec)["num_params"]
     assert sent(two, "data: gradients") == one.grid.accumulation * sent(one, "data: gradients")
 
 
-def test_a_slower_network_costs_where_groups_leave_a_host() -> None:
+def test_a_slower_network_slows_only_groups_across_hosts() -> None:
     inside = ["launch.processes=8"]
     across = ["launch.processes=8", "launch.hosts=2", "launch.address=first"]
     fast, slow = (planned(LARGE, *inside, network=n).speed.middle for n in ("ndr", "ethernet"))
@@ -170,33 +170,33 @@ def test_the_search_proposes_legal_layouts_that_fit_fastest_first() -> None:
     speeds = [layout.speed.middle for layout in result.best]
     assert all(b <= a * 1.06 for a, b in pairwise(speeds))  # 5 % apart counts as equal
     for layout in result.best[:5]:
-        spec = load_spec(LARGE, layout.overrides).spec  # what is printed can be pasted
+        spec = load_spec(LARGE, layout.overrides).spec  # the printed arguments are valid
         assert spec.launch.world_size == 64
         assert grid_of(spec).data_ranks == layout.grid.data_ranks
 
 
-def test_the_search_knows_what_fits_no_micro_batch() -> None:
+def test_the_search_lists_layouts_that_fit_with_no_micro_batch() -> None:
     result = found(ROOT / "yaml/models/3b.yaml", 8, gpu="rtx3090")
     assert result.too_big and not any(layout.fits(GPUS["rtx3090"]) for layout in result.too_big)
     assert result.best and result.best[0].spec.parallel.pipeline > 1  # data parallel ranks alone do not fit
 
 
-def test_the_search_never_cuts_what_cannot_be_cut() -> None:
+def test_the_search_proposes_only_legal_tensor_sizes() -> None:
     result = found(ROOT / "yaml/models/82m.yaml", 8)  # three KV heads
     assert {layout.spec.parallel.tensor for layout in result.best} == {1}
 
 
-def test_gpus_that_are_no_whole_hosts_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"--gpus: 12 are not whole hosts of 8.*use 8 or 16"):
+def test_a_number_of_gpus_that_is_not_whole_hosts_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"--gpus: 12 is not a multiple of the 8 GPUs of a host.*use 8 or 16"):
         found(LARGE, 12)
 
 
-# ---------------------------------------------------------------- what ships
+# ---------------------------------------------------------------- included models and layouts
 
 
 @pytest.mark.parametrize("file", LAYOUTS, ids=lambda file: file.stem)
 def test_a_shipped_layout_fits_the_gpu_it_is_planned_for(file: Path) -> None:
-    layout = planned(file)  # loading it has checked that it is legal
+    layout = planned(file)  # loading checks that it is legal
     assert layout.fits(GPUS["h100"])
     assert file.stem == layout.spec.name == f"{layout.spec.name.rpartition('-')[0]}-{layout.spec.launch.world_size}"
 
@@ -215,7 +215,7 @@ def test_a_model_has_the_parameters_of_its_name(name: str) -> None:
 
 
 def test_the_committed_plans_are_what_the_code_computes() -> None:
-    """`make plans` writes them anew."""
+    """`make plans` writes docs/results/plans again."""
     folder, fresh = ROOT / "docs/results/plans", tables(ROOT)
     committed = json.loads((folder / "plans.json").read_text())
     assert {name: committed[name] for name in fresh} == json.loads(json.dumps(fresh))

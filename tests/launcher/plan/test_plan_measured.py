@@ -22,14 +22,14 @@ optimizer: {lr: 1e-3}
 train: {tokens: 1e6, global_batch: 8, micro_batch: 2}
 launch: {device: cpu, processes: 2}
 """
-# Matrices beyond 100,000 numbers: smaller ones are not cut by ZeRO-3.
+# Matrices have more than 100,000 elements, because ZeRO-3 does not partition smaller ones.
 WIDE = "model.width=256 model.ffn_width=704 train.micro_batch=1"
 ROUTED = "attention.type=rgqa attention.top_k=1"
 EXPERTS = "attention.type=switchhead attention.experts=4 attention.top_k=2"
 HYBRID = "attention.type=hybrid attention.top_k=1 attention.value_experts=4 attention.value_top_k=2"
 TENSOR = "parallel.tensor=2 train.micro_batch=4"
 BF16 = "parallel.precision=bf16"
-# What DeepSpeed allocates there for the exchange differs from run to run; the plan counts the most that was seen.
+# DeepSpeed's allocation for the exchange differs between runs; the plan counts the largest observed one.
 VARIES = f"parallel.zero=3 {BF16} {WIDE}"
 CASES = [
     "parallel.zero=1",
@@ -43,7 +43,7 @@ CASES = [
     "parallel.pipeline=2 train.micro_batch=1 attention.type=wgqa",
     f"parallel.pipeline=2 {BF16} parallel.recompute=block",
     f"parallel.zero=2 {BF16} {WIDE}",
-    # Last: DeepSpeed then leaves torch's linear function replaced by its own.
+    # Must be last, because DeepSpeed then leaves torch's linear function replaced by its own.
     f"parallel.zero=3 {WIDE}",
     VARIES,
 ]
@@ -58,7 +58,7 @@ def spec_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(spec_file) -> dict[str, dict]:
-    """Of rank 0, so of the first stage."""
+    """The measurement of rank 0, which is in the first stage."""
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(HERE / "plan_cases.py"), str(spec_file), *CASES]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -73,7 +73,7 @@ def grid(spec_file: Path, words: str) -> Grid:
 
 
 @pytest.mark.parametrize("words", CASES)
-def test_parameters_and_optimizer_states_are_those_of_the_engine(measured, spec_file, words) -> None:
+def test_parameters_and_optimizer_states_equal_those_of_the_engine(measured, spec_file, words) -> None:
     planned = grid(spec_file, words)
     held = states(planned, planned.stages[0])
     zero = planned.spec.parallel.zero
@@ -81,8 +81,8 @@ def test_parameters_and_optimizer_states_are_those_of_the_engine(measured, spec_
     if zero == 3:
         total += held.gradients + held.bucket
     elif zero == 1 and planned.spec.parallel.precision == "bf16":
-        total += 4 * planned.stages[0].num_params  # gradients in fp32 are there from the start
-    # 0.1 %: DeepSpeed fills partitions up to equal sizes.
+        total += 4 * planned.stages[0].num_params  # fp32 gradients exist from the start
+    # 0.1 %: DeepSpeed pads partitions to equal sizes.
     assert measured[words]["held"] == pytest.approx(total, rel=1e-3)
 
 
@@ -90,10 +90,10 @@ def test_parameters_and_optimizer_states_are_those_of_the_engine(measured, spec_
 def test_the_peak_of_a_step_is_the_planned_one(measured, spec_file, words) -> None:
     planned = grid(spec_file, words)
     memory_of_rank = memory(planned, planned.stages[0])
-    # The bucket of fixed size, a thousand times the rest, is compared with the states.
+    # The bucket of fixed size is a thousand times the rest, so it is compared with the states instead.
     bucket = memory_of_rank.bucket
     peak = measured[words]["after"] + measured[words]["peak"] - bucket
-    # 10 %: at these sizes what is small on a real model (a layer's temporary tensors, copies of an exchange) is not.
+    # 10 %: at these sizes, temporary tensors and copies of an exchange, which are small in a real model, matter.
     if words == VARIES:
         assert 0.9 * peak < memory_of_rank.peak - bucket < 1.4 * peak
     else:
@@ -104,12 +104,12 @@ def test_the_peak_of_a_step_is_the_planned_one(measured, spec_file, words) -> No
 def test_bytes_sent_are_the_planned_ones(measured, spec_file, words) -> None:
     planned = grid(spec_file, words)
     sent = sum(flow.bytes_per_step for flow in flows(planned, planned.stages[0]))
-    # 1 %: norms of gradients and sums of losses are a few numbers. ZeRO-3: parameters that are too small to be cut are
-    # not gathered; here they are 8 % of them.
+    # 1 %: norms of gradients and sums of losses are a few numbers. ZeRO-3 does not gather parameters that are too small
+    # to be partitioned; here they are 8 % of all parameters.
     assert measured[words]["sent"] == pytest.approx(sent, rel=0.08 if planned.spec.parallel.zero == 3 else 0.01, abs=64)
 
 
-def test_the_bucket_is_the_one_that_deepspeed_is_told() -> None:
+def test_the_planned_bucket_size_equals_deepspeeds() -> None:
     from headway.parallel.config import OptimizerConfig, ParallelConfig
     from headway.parallel.engine import deepspeed_config
 
