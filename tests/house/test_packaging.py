@@ -130,7 +130,7 @@ def test_the_wheel_works_outside_of_a_checkout(installed: Path, tmp_path: Path) 
         [str(installed / "bin/python"), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
-    assert "headway init" in headway("--help")
+    assert "write the files of a first project" in headway("--help")
     shown = headway("train", "long-2048", "--print-config")  # a shipped spec, and another one that is its base
     assert "headway/yaml/bench/long-2048.yaml" in shown and "headway/yaml/base/quickstart.yaml" in shown
     assert str(ROOT) not in shown
