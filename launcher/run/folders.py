@@ -74,7 +74,7 @@ def not_a_run(path: Path) -> str:
             f"{shown}: no such folder (looked for {path.absolute()}); name the folder of a run: `headway ls` lists them"
         )
     return (
-        f"{shown} holds no spec.json: train one with `headway train SPEC`, or name the folder of a run (`headway ls`)"
+        f"{shown} has no spec.json: train a model with `headway train SPEC`, or name the folder of a run (`headway ls`)"
     )
 
 

@@ -20,7 +20,7 @@ def steps_done(run: Path) -> int:
 
 
 def trajectory(run: Path) -> list[tuple[Any, ...]]:
-    """What must be the same, bit for bit, in two runs of one spec."""
+    """Records that must be equal bit for bit in two runs of one spec."""
     train = [(r["step"], r["loss"], r["grad_norm"], r["aux_loss"], r["lr"], r["batch_hash"]) for r in records(run)]
     return train + [(r["step"], r["loss"], r["targets"]) for r in records(run, "validation")]
 
@@ -31,7 +31,7 @@ def pids(run: Path, ranks: int = 2) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

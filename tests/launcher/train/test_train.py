@@ -363,5 +363,5 @@ def test_a_benchmark_without_a_spread_is_refused_before_anything_is_read():
     from headway.launcher.bench.step import bench_data, bench_step
 
     for measure in (bench_step, bench_data):
-        with pytest.raises(SpecError, match="give at least 2"):
+        with pytest.raises(SpecError, match="use at least 2"):
             measure(Path("absent.yaml"), [], steps=1, out=None)
