@@ -4,7 +4,8 @@ The standard deviation of a mechanism's output matrix does not fix that ratio: i
 of the matrix, and on the number of slots. Two mechanisms whose branches start differently strong train differently for
 that reason alone, so a comparison of mechanisms needs one ratio for all (`model.branch_start` of a spec).
 
-`branch_scales` finds the factors on output matrices that give every branch a target ratio on a probe batch. It builds
+`branch_scales` finds the factors on output matrices that give every attention branch a target ratio on a probe batch.
+The MLP is the same in every mechanism and stays as drawn. The function builds
 one block at a time in fp32 on the CPU, on one process, so the factors are a function of the configs, the seed and the
 probe batch, whatever the layout.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,11 @@ def branch_scales(
     segments: Tensor | None,
     target: float,
 ) -> list[BranchScale]:
-    """One `BranchScale` for each block: with them each branch adds `target` times the rms of its stream at step 0.
+    """One `BranchScale` for each block: with them attention adds `target` times the rms of its stream at step 0.
 
     tokens [B, S] int64; segments [B, S] int32 numbers the documents, None: one each. Block after block, as a scaled
-    branch changes the stream that later blocks see. `target` 0 makes all output matrices zero. Raises ValueError where
-    a branch of a block is zero or not finite, so that no factor gives it the ratio.
+    branch changes the stream that later blocks see. `target` 0 makes the output matrices of attention and MLP zero.
+    Raises ValueError where attention adds zero or a number that is not finite, so that no factor gives it the ratio.
     """
     mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
     if target == 0:
@@ -61,10 +62,16 @@ def branch_scales(
         block = Block(model, mechanism).eval()
         initialise(block, seed=seed, prefix=f"blocks.{index}.")
         block.attn.before_step(0)
-        where = f"blocks.{index}"
-        x, by_attention = _added(x, lambda x, b=block: b.attn(b.attn_norm(x), context).y, target, f"{where}.attn")
-        x, by_mlp = _added(x, lambda x, b=block: b.mlp(_norm(b, x)), target, f"{where}.mlp")
-        scales.append(BranchScale(attention=by_attention, mlp=by_mlp))
+        y = block.attn(block.attn_norm(x), context).y
+        ratio = rms(y) / rms(x)
+        if not math.isfinite(ratio) or ratio == 0:
+            raise ValueError(
+                f"blocks.{index}.attn: its output is {ratio:g} times the stream, and no factor makes that {target:g}"
+            )
+        factor = _rounded(target / ratio)
+        x, normed = block.mlp_norm(x, factor * y)
+        x = x + block.mlp(normed)
+        scales.append(BranchScale(attention=factor))
     return scales
 
 
@@ -106,20 +113,6 @@ def branch_ratios(sums: Mapping[str, float]) -> dict[str, float]:
         name: math.sqrt(sums[name] / sums[f"{name}_stream"]) if sums.get(f"{name}_stream") else math.nan
         for name in ("attention", "mlp")
     }
-
-
-def _norm(block: Block, x: Tensor) -> Tensor:
-    return block.mlp_norm(x, torch.zeros_like(x))[1]
-
-
-def _added(x: Tensor, branch: Callable[[Tensor], Tensor], target: float, name: str) -> tuple[Tensor, float]:
-    """x with its scaled branch added, and the factor on the branch's output."""
-    y = branch(x)
-    ratio = rms(y) / rms(x)
-    if not math.isfinite(ratio) or ratio == 0:
-        raise ValueError(f"{name}: its output is {ratio:g} times the stream, and no factor makes that {target:g}")
-    factor = _rounded(target / ratio)
-    return x + factor * y, factor
 
 
 def _rounded(factor: float) -> float:

@@ -24,11 +24,11 @@ class ModelConfig(StrictConfig):
     init_std: float = Field(default=0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
     branch_start: BranchStart = Field(
         default="as_drawn",
-        description="start of attention and MLP: as_drawn, zero, or rms of what each adds / rms of its stream",
+        description="start of attention: as_drawn, zero (the MLP too), or rms of what it adds / rms of the stream",
     )
 
     @property
     def branch_target(self) -> float | None:
-        """The ratio that branches are scaled to at the start; None: they stay as drawn."""
+        """The ratio that attention is scaled to at the start; 0 for the MLP too; None: both stay as drawn."""
         named = {"as_drawn": None, "zero": 0.0}
         return named[self.branch_start] if isinstance(self.branch_start, str) else self.branch_start

@@ -142,15 +142,15 @@ def _confounded_starts(result: StudyResult) -> Iterator[str]:
     if found:
         shown = ", ".join(f"{v.name} ({_start(v)})" for v in found)
         yield (
-            f"CONFOUNDED by how strongly branches start: {shown}. A branch that starts more weakly or more strongly "
+            f"CONFOUNDED by how strongly attention starts: {shown}. A branch that starts more weakly or more strongly "
             "than the baseline's trains differently for that reason alone; give all variants one model.branch_start."
         )
 
 
 def _start(v: VariantResult) -> str:
     assert v.start.largest is not None
-    branch, layer, ratio = v.start.largest
-    return f"{branch} of {layer.replace('_0', ' ').replace('_', ' ')} at {ratio:.2f} of the baseline's"
+    layer, ratio = v.start.largest
+    return f"attention of layer {int(layer.removeprefix('layer_'))} at {ratio:.2f} of the baseline's"
 
 
 def _ratio(value: float | None) -> str:

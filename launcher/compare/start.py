@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TOLERANCE = 0.10
-"""A branch whose ratio differs from the baseline's by more, in any layer, is a confound. Between 0.38 and 0.95 the
-quickstart's gqa loses 0.14 nats per token (docs/studies.md)."""
+"""Attention whose ratio differs from the baseline's by more, in any layer, is a confound (docs/studies.md)."""
 
 BRANCHES = ("attention", "mlp")
 
@@ -20,19 +19,19 @@ Start = Mapping[str, Mapping[str, float]]
 class StartStrength:
     """One variant, over its seeds. `attention`, `mlp`: geometric means over layers and seeds; None where unrecorded.
 
-    `largest`: (branch, layer, ratio to the baseline's) of the branch that differs most; None for the baseline and
-    where one of the two is unrecorded.
+    `largest`: (layer, ratio to the baseline's) of the layer whose attention differs most; None for the baseline and
+    where one of the two is unrecorded. The MLP is the same in every variant but for its width, which matching solves.
     """
 
     attention: float | None
     mlp: float | None
-    largest: tuple[str, str, float] | None = None
+    largest: tuple[str, float] | None = None
 
     @property
     def confounded(self) -> bool:
         if self.largest is None:
             return False
-        ratio = self.largest[2]
+        ratio = self.largest[1]
         return not 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE
 
 
@@ -72,14 +71,13 @@ def _over_layers(layers: Mapping[str, Mapping[str, float]], branch: str) -> floa
 
 def _largest(
     layers: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]
-) -> tuple[str, str, float] | None:
+) -> tuple[str, float] | None:
     found = [
-        (branch, layer, _ratio(layers[layer][branch], base[layer][branch]))
-        for layer in layers.keys() & base.keys()
-        for branch in BRANCHES
+        (layer, _ratio(layers[layer]["attention"], base[layer]["attention"]))
+        for layer in sorted(layers.keys() & base.keys())
     ]
-    found = [item for item in found if not math.isnan(item[2])]
-    return max(found, key=lambda item: (_distance(item[2]), item[1], item[0]), default=None)
+    found = [item for item in found if not math.isnan(item[1])]
+    return max(found, key=lambda item: _distance(item[1]), default=None)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -108,7 +108,7 @@ def _start_words(result: StudyResult) -> str:
     return (
         f"Verdict: {equivalent}better or worse where the interval excludes 0, undecided elsewhere. Start: rms of what "
         "attention or MLP adds over rms of the stream that it is added to, before the first step, geometric mean over "
-        "layers and seeds; CONFOUNDED where a layer differs from the baseline's by more than 10 %."
+        "layers and seeds; CONFOUNDED where attention of a layer differs from the baseline's by more than 10 %."
     )
 
 

@@ -270,7 +270,7 @@ def test_a_branch_that_starts_more_than_ten_percent_differently_is_a_confound(sm
     row = first_table(page)["rgqa-k2"]
     assert row[4:] == [f"{ratio:.3f}", "0.300"]
     assert row[0].endswith(" CONFOUNDED") == marked
-    assert ("CONFOUNDED by how strongly branches start: rgqa-k2 (attention of layer" in lead(page)) == marked
+    assert ("CONFOUNDED by how strongly attention starts: rgqa-k2 (attention of layer" in lead(page)) == marked
 
 
 def change_record(folder: StudyFolder, **keys: Any) -> None:
