@@ -6,7 +6,9 @@ import re
 import statistics
 from pathlib import Path
 
-from headway.launcher.compare.stats import paired_difference
+from headway.launcher.compare.simultaneous import compare_paired
+from headway.launcher.compare.verdicts import verdict
+from headway.launcher.run.run_dir import difference, identity
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,15 +41,17 @@ def test_the_table_is_that_of_the_committed_study():
     found, rows = cells(), table()
     assert [row[0] for row in rows] == list(found)
     baseline = found[rows[0][0]]
-    for name, loss, difference, speed, flops, kv in rows:
+    gaps = compare_paired({name: losses(variant) for name, variant in found.items()}, rows[0][0]).differences
+    for name, loss, shown, said, speed, flops, kv in rows:
         variant = found[name]
         assert all(cell["state"] == "done" for cell in variant)
         assert loss == f"{mean(variant, 'validation_loss_nats'):.3f}"
-        gap = paired_difference(losses(variant), losses(baseline))
-        assert gap is not None and gap.low is not None
-        assert difference == (
-            "baseline" if variant is baseline else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-        )
+        if variant is baseline:
+            assert shown == said == "baseline"
+        else:
+            gap = gaps[name]
+            assert shown == f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+            assert said == verdict(gap)
         ratio = statistics.geometric_mean(
             float(a["tokens_per_s_median"]) / float(b["tokens_per_s_median"])
             for a, b in zip(variant, baseline, strict=True)
@@ -57,20 +61,19 @@ def test_the_table_is_that_of_the_committed_study():
         assert kv == f"{float(variant[0]['kv_bytes_per_token']):,.0f}"
 
 
-def test_the_table_of_controls_is_that_of_the_committed_study():
-    found, rows = cells("all-mechanisms"), table("<!-- results: docs/results/all-mechanisms")
-    baseline = found["gqa"]
-    assert rows[0][0] == "gqa" and len(rows) > 5
-    for name, loss, difference, flops in rows:
-        variant = found[name]
-        assert all(cell["state"] == "done" for cell in variant)
-        assert loss == f"{mean(variant, 'validation_loss_nats'):.3f}"
-        gap = paired_difference(losses(variant), losses(baseline))
-        assert gap is not None and gap.low is not None
-        assert difference == (
-            "baseline" if variant is baseline else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-        )
-        assert flops == f"{float(variant[0]['flops_per_token_useful']) / 1e6:.2f} M"
+def test_the_table_of_starts_compares_two_committed_studies():
+    drawn, equal = cells("quickstart-as-drawn"), cells()
+    rows = table("<!-- results: docs/results/quickstart-as-drawn")
+    assert [row[0] for row in rows] == list(equal) == list(drawn)
+    for name, before, after, change in rows:
+        old, new = mean(drawn[name], "validation_loss_nats"), mean(equal[name], "validation_loss_nats")
+        assert (before, after, change) == (f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    designs = [
+        json.loads((RESULTS / study / "study.json").read_text()) for study in ("quickstart-as-drawn", "quickstart")
+    ]
+    for old, new in zip(designs[0]["cells"], designs[1]["cells"], strict=True):
+        differing = difference(identity(old["spec"]), identity(new["spec"]))
+        assert differing == [("model.branch_start", None, 0.3)]
 
 
 def test_speeds_are_those_of_the_committed_measurements():

@@ -193,7 +193,8 @@ def _effects(result: StudyResult) -> tuple[Figure, str, str] | None:
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
     caption = (
-        "Dot: mean over seeds; bar: 95 % t interval; rings: single seeds. Left of the line is better for the loss, "
+        "Dot: mean over seeds; bar: 95 % interval (of losses: for all variants at once); rings: single seeds. Left of "
+        "the line is better for the loss, "
         f"right of it for speed. Grey triangle: the speed that the ratio of {base.name}'s useful FLOPs per token to "
         f"the variant's would give.{' Bars that run out of the axis are cut.' if cut else ''}"
     )
