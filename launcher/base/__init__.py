@@ -1,1 +1,1 @@
-"""What every room may use: errors, console output, new folders, verb registration. Imports no other room."""
+"""Utilities for every other package: errors, console output, new folders, verbs. Imports no other package of ours."""

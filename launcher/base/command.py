@@ -1,4 +1,4 @@
-"""How Headway starts itself in a process of its own."""
+"""Start Headway in a separate process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import signal
 import sys
 
 COMMAND = (sys.executable, "-P", "-m", "headway.launcher")
-"""The `headway` command. -P: the folder the user stands in must not be able to shadow a module."""
+"""The `headway` command. -P keeps the working folder off sys.path, so that no file there can shadow a module."""
 
 
 def die_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send `signum` to this process when its parent ends. Does nothing where there is no prctl.
+    """Ask the kernel to send `signum` to this process when its parent ends. Does nothing on systems without prctl.
 
-    A child calls it before it becomes another program (`preexec_fn`), or when it starts.
+    A child process calls this before it executes another program (`preexec_fn`), or when it starts.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG

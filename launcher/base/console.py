@@ -1,7 +1,8 @@
-"""What a command says: lines, errors, colour and progress bars for people, `--quiet` and `--json` for scripts.
+"""Output of a command: lines, errors, colour and progress bars for people, `--quiet` and `--json` for scripts.
 
-Control characters go to terminals only. A pipe, a file or a terminal of type `dumb` gets plain lines, and long work a
-line of its progress once a minute. NO_COLOR turns colour off and FORCE_COLOR turns it on; bars need a terminal.
+Control characters are written to terminals only. A pipe, a file or a terminal of type `dumb` gets plain lines, and a
+progress line once a minute during long work. NO_COLOR turns colour off and FORCE_COLOR turns it on; bars need a
+terminal.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from headway.launcher.base.errors import format_error
 from headway.launcher.base.text import duration, short_number
 
 DELAY_S = 0.5
-"""Work that is done sooner shows no bar."""
+"""Work that finishes within this time shows no bar."""
 
 REFRESH_S = 0.5
-"""How often the elapsed time of a bar is drawn while nothing is counted."""
+"""Interval at which the elapsed time of a bar is redrawn while no progress is counted."""
 
 LINE_EVERY_S = 60.0
-"""How often long work writes a line where bars cannot be drawn."""
+"""Interval at which long work writes a line when bars cannot be drawn."""
 
 _SCALED = ("B", "characters")
-"""Units of which there are so many that bars show them as 1.2M."""
+"""Units whose counts are large, so that bars show them scaled, such as 1.2M."""
 
 Style = Literal["red", "yellow", "green", "dim"]
 _CODES: dict[Style, str] = {"red": "1;31", "yellow": "1;33", "green": "32", "dim": "2"}
@@ -40,7 +41,7 @@ _PREFIXES: dict[str, Style] = {"error": "red", "warning": "yellow"}
 
 @dataclass
 class _Mode:
-    """How the command that runs speaks; `held` is what goes to stdout when it ends."""
+    """Output mode of the running command. `held`: text that is written to stdout when the command ends."""
 
     quiet: bool = False
     json: bool = False
@@ -57,10 +58,10 @@ _bars: list[_Live] = []
 
 @contextlib.contextmanager
 def output(*, quiet: bool = False, json: bool = False) -> Iterator[None]:
-    """Apply `--quiet` and `--json` to everything in the block, processes that it starts included.
+    """Apply `--quiet` and `--json` to everything in the block, including the processes that it starts.
 
-    With `json`, stdout gets what `emit` was given, and everything else goes to stderr. With `quiet`, stdout gets the
-    results alone, and stderr errors and alerts.
+    With `json`, stdout receives only the arguments of `emit`, and everything else goes to stderr. With `quiet`, stdout
+    receives only the results, and stderr receives errors and alerts.
     """
     global _mode
     before, _mode = _mode, _Mode(quiet=quiet, json=json)
@@ -84,39 +85,44 @@ def wants_json() -> bool:
 
 
 def say(text: str) -> None:
-    """A line on stdout: what is being done, or what was found on the way."""
+    """Print a line on stdout that reports progress or a finding."""
     with _bars_away():
         print(text, flush=True)
 
 
 def note(text: str) -> None:
-    """A line on stderr, beside what stdout holds; not with `--quiet`."""
+    """Print a line on stderr in addition to the output on stdout. Prints nothing with `--quiet`."""
     if not _mode.quiet:
         with _bars_away():
             print(text, file=sys.stderr, flush=True)
 
 
 def alert(text: str, style: Style = "red") -> None:
-    """A line that `--quiet` does not drop: on stdout like `say`, or then on stderr. In colour on a terminal."""
+    """Print a line that `--quiet` does not drop: on stdout, or on stderr with `--quiet` or `--json`.
+
+    The line is in colour on a terminal.
+    """
     stream = sys.stderr if _mode.diverted else sys.stdout
     with _bars_away():
         print(paint(text, style, stream), file=stream, flush=True)
 
 
 def warn(text: str) -> None:
-    """A warning on stderr, also with `--quiet`. Yellow on a terminal."""
+    """Print a warning on stderr, also with `--quiet`. It is yellow on a terminal."""
     with _bars_away():
         print(paint(text, "yellow", sys.stderr), file=sys.stderr, flush=True)
 
 
 def error(mistake: BaseException) -> None:
-    """`error: <message>` on stderr."""
+    """Print `error: <message>` on stderr."""
     with _bars_away():
         print(marked(format_error(mistake), sys.stderr), file=sys.stderr, flush=True)
 
 
 def result(text: str, *, only_quiet: bool = False) -> None:
-    """What a verb was asked for, on stdout. `only_quiet`: the verb has said it already unless `--quiet` was given."""
+    """Print the result of a verb on stdout. `only_quiet`: print it only with `--quiet`, since the verb has otherwise
+    printed it already.
+    """
     if _mode.quiet and not _mode.json:
         _mode.held.append(text)
     elif not only_quiet:
@@ -124,7 +130,7 @@ def result(text: str, *, only_quiet: bool = False) -> None:
 
 
 def emit(value: Any, *, indent: int = 1) -> None:
-    """`value` as JSON on stdout; a number that is not finite as null."""
+    """Print `value` as JSON on stdout. Numbers that are not finite become null."""
     text = json.dumps(_finite(value), indent=indent, allow_nan=False)
     if _mode.diverted:
         _mode.held.append(text)
@@ -153,26 +159,26 @@ def colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, style: Style, stream: TextIO) -> str:
-    """`text` in colour where `stream` has it, else as it is."""
+    """`text` in colour if `stream` shows colour, else unchanged."""
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if text and colour(stream) else text
 
 
 def marked(text: str, stream: TextIO) -> str:
-    """`text` with the word `error:` or `warning:` at its beginning in colour."""
+    """`text` with a leading `error:` or `warning:` in colour."""
     word, colon, rest = text.partition(":")
     style = _PREFIXES.get(word)
     return text if style is None else f"{paint(word + colon, style, stream)}{rest}"
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment for a child process whose output goes into a log: without what forces colour into it."""
+    """Environment for a child process whose output goes to a log: colour is disabled."""
     return {**{key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}, "NO_COLOR": "1"}
 
 
 def _terminal(stream: TextIO) -> bool:
     if os.environ.get("TERM") == "dumb":
         return False
-    with contextlib.suppress(ValueError, AttributeError):  # closed; replaced by something that is no stream
+    with contextlib.suppress(ValueError, AttributeError):  # closed, or replaced by an object that is not a stream
         return stream.isatty()
     return False
 
@@ -184,11 +190,11 @@ class Bar(Protocol):
     """Progress of one piece of work."""
 
     def update(self, n: int = 1) -> None:
-        """So much more is done."""
+        """Add `n` to the completed amount."""
         ...
 
     def name(self, what: str) -> None:
-        """Say what is being done now."""
+        """Set the description of the current work."""
         ...
 
 
@@ -202,11 +208,11 @@ def progress(
     lines: bool = True,
     rate: bool = True,
 ) -> Iterator[Bar]:
-    """A bar on stderr while the block runs, removed at its end; `update` counts up to `total`, where that is known.
+    """Show a bar on stderr while the block runs. `update` counts up to `total`, if it is known.
 
-    `unit` B counts bytes. Without `tick` the bar is drawn in `update` alone: for measurements, beside which no other
-    thread may run. Without `lines` nothing is written where there is no terminal. Without `rate` the bar shows no speed
-    and no time left: for work that has a better estimate of its own.
+    `unit` B counts bytes. Without `tick` the bar is drawn only in `update`: use this for measurements, during which no
+    other thread may run. Without `lines` nothing is written if stderr is not a terminal. Without `rate` the bar shows
+    neither speed nor time left: use this for work that has a better estimate.
     """
     if _mode.quiet:
         yield _Silent()
@@ -231,7 +237,7 @@ class _Silent:
 
 
 class _Lines:
-    """Plain lines, for a log: none in the first minute, then one a minute."""
+    """Plain lines for a log: none in the first minute, then one per minute."""
 
     def __init__(self, what: str, total: int | None, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -253,13 +259,13 @@ class _Lines:
 
 
 class _Live:
-    """A bar of tqdm on a terminal, whose elapsed time goes on while one piece of the work takes long."""
+    """A tqdm bar on a terminal. A thread updates its elapsed time during long pieces of work."""
 
     def __init__(self, what: str, total: int | None, unit: str, *, tick: bool, rate: bool) -> None:
         from tqdm import tqdm
 
         class Quiet(tqdm):
-            monitor_interval = 0  # no thread of tqdm's own
+            monitor_interval = 0  # tqdm must not start a monitor thread
 
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._bar = Quiet(
@@ -299,7 +305,7 @@ class _Live:
 
 @contextlib.contextmanager
 def _bars_away() -> Iterator[None]:
-    """Take live bars off the terminal while something else is written."""
+    """Remove live bars from the terminal while other output is written."""
     if not _bars:
         yield
         return
@@ -311,7 +317,7 @@ def _bars_away() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _diverted(mode: _Mode) -> Iterator[None]:
-    """Send stdout to stderr or nowhere, for this process and those that it starts."""
+    """Redirect stdout to stderr or to the null device, for this process and the processes that it starts."""
     if not mode.diverted:
         yield
         return

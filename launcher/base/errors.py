@@ -1,44 +1,44 @@
-"""What a user can do wrong, and the exit status each kind of mistake ends the program with.
+"""Errors that are shown to the user, and the exit status of the program for each.
 
-Every class of mistake carries `exit_code`: 64 spec, 65 data (`headway.data.config.DataError`) and weights
-(`headway.model.huggingface.folder.WeightsError`), 66 no input, 70 numeric or our own, 74 input and output
-(`headway.parallel.config.CheckpointError`), 75 preempted: start the same command again.
+Every error class has an `exit_code`: 64 spec, 65 data (`headway.data.config.DataError`) and weights
+(`headway.model.huggingface.folder.WeightsError`), 66 no input, 70 numeric error or defect of Headway, 74 input and
+output (`headway.parallel.config.CheckpointError`), 75 preempted: the same command continues the run.
 """
 
 from __future__ import annotations
 
 PREEMPTED = 75
-"""The exit status of a run or study that a signal stopped: the same command continues."""
+"""Exit status of a run or study that a signal stopped. The same command continues it."""
 
 
 class HeadwayError(Exception):
-    """Something went wrong and the message says what to do next; shown without a traceback."""
+    """An error that is shown without a traceback. Its message explains what to do next."""
 
     exit_code = 70
 
 
 class SpecError(HeadwayError):
-    """A spec, a study or an argument is not what it should be. One problem per line of the message."""
+    """A spec, a study or an argument is invalid. The message has one problem per line."""
 
     exit_code = 64
 
 
 class NoInputError(HeadwayError):
-    """A file the user named is not there or cannot be read."""
+    """A file that the user named does not exist or cannot be read."""
 
     exit_code = 66
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit status of a mistake that is shown without a traceback; None for an error of our own (a defect)."""
+    """Exit status of an error that is shown without a traceback; None for a defect of Headway."""
     code = getattr(error, "exit_code", None)
     return code if isinstance(code, int) and not isinstance(code, bool) else None
 
 
 def format_error(error: BaseException) -> str:
-    """`error: <message>`, further lines indented below it; what the command line prints to stderr.
+    """`error: <message>` with further lines indented below it, as the command line prints it to stderr.
 
-    Whatever a file held that the message quotes, no control character reaches the terminal.
+    Control characters are escaped, so that none from a quoted file reaches the terminal.
     """
     text = str(error).rstrip() or type(error).__name__
     first, *rest = [printable(line, 4000) for line in text.split("\n")]
@@ -46,6 +46,9 @@ def format_error(error: BaseException) -> str:
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """`text` for a message: no control characters (a spec must not steer the terminal), at most `limit` letters."""
+    """`text` for a message: at most `limit` characters, with control characters escaped.
+
+    A spec must not be able to control the terminal.
+    """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Create a folder atomically: it appears with all its files or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from headway.launcher.base.errors import SpecError
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, option: str) -> Iterator[Path]:
-    """A hidden folder beside `out` to write files into; it becomes `out` when the block ends well, else it vanishes.
+    """Yield a hidden folder beside `out` to write files into.
 
-    `option`: what messages call the argument that names `out`. What a killed process left is removed by the next one.
-    Raises SpecError where `out` is a file, a link or a folder that is not empty, or where another process is writing
-    it.
+    It is renamed to `out` when the block succeeds and is deleted when the block fails. `option`: name of the argument
+    for `out`, for messages. The next call removes the files that a killed process left. Raises SpecError if `out` is a
+    file, a link or a folder that is not empty, or if another process is writing it.
     """
     refuse_taken(out, option=option)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def new_folder(out: Path, *, option: str) -> Iterator[Path]:
                 _fsync(file)
             _fsync(staging)
             refuse_taken(out, option=option)
-            staging.rename(out)  # over an empty folder, too
+            staging.rename(out)  # also replaces an empty folder
             _fsync(out.parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -52,7 +52,7 @@ def new_folder(out: Path, *, option: str) -> Iterator[Path]:
 
 
 def refuse_taken(out: Path, *, option: str) -> None:
-    """Raises SpecError unless `out` is not there, or an empty folder."""
+    """Raise SpecError unless `out` does not exist or is an empty folder."""
     if out.is_symlink():
         raise SpecError(f"{option}: {out} is a link; name the folder it leads to, or a new one")
     if out.exists() and not out.is_dir():
