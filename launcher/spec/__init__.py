@@ -1,1 +1,1 @@
-"""From a YAML file to a validated spec: reading, merging, checking, advice, legal layouts. Imports base."""
+"""Load a YAML file into a validated spec: reading, merging, validation, advice, legal layouts. Imports base."""

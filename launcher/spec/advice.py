@@ -1,4 +1,4 @@
-"""Words for what is wrong with a value and what to write instead."""
+"""Messages that explain why a value is wrong and what to write instead."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SEVERAL = "A run has one value here; to compare several, write a study with a va
 
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The choice that looks most like `name`, if one does; case, dashes and underscores do not count."""
+    """The choice that is most similar to `name`, or none. Ignores case, dashes and underscores."""
     plain = {_fold(choice): choice for choice in reversed(list(choices))}
     return [plain[match] for match in difflib.get_close_matches(_fold(name), plain, n=1, cutoff=cutoff)]
 
 
 def closest_key(name: str, prefix: str, legal: Sequence[str], everywhere: Sequence[str]) -> list[str]:
-    """Dotted keys that an unknown key `prefix` + `name` may stand for.
+    """Suggest dotted keys for an unknown key `prefix` + `name`.
 
-    First a key of the same mapping that is spelt nearly so, then the same name elsewhere, then a similar one elsewhere.
+    The order is: a key of the same mapping with a similar name, the same name elsewhere, a similar name elsewhere.
     """
     if here := closest(name, legal):
         return [prefix + here[0]]
@@ -46,7 +46,7 @@ def closest_key(name: str, prefix: str, legal: Sequence[str], everywhere: Sequen
 
 
 def not_one_of(value: Any, legal: Sequence[Any], noun: str = "value", hint: str = "") -> str:
-    """`'rqga' is not a known type. Did you mean rgqa? Legal: gqa, rgqa, ...`; `hint` stands for the question."""
+    """`'rqga' is not a known type. Did you mean rgqa? Legal: gqa, rgqa, ...`; `hint` replaces the question."""
     names = [shown(item) for item in legal]
     close = closest(value, names) if isinstance(value, str) and value not in names else []
     if isinstance(value, str) and _all_of(value.split(","), names):
@@ -61,7 +61,7 @@ def shown(value: Any) -> str:
 
 
 def expected(shape: Shape, info: Any = None) -> str:
-    """What may stand at a place, in words, with the legal range where the field states one."""
+    """Describe the legal values at a place, with the legal range if the field has one."""
     if shape.literals:
         return f"one of: {', '.join(shown(value) for value in shape.literals)}"
     words = [text for kind, text in _KINDS.items() if kind in shape.scalars]
@@ -81,7 +81,7 @@ def expected(shape: Shape, info: Any = None) -> str:
 
 
 def legal_range(info: Any) -> str:
-    """`> 0, <= 10` from the constraints of a pydantic FieldInfo."""
+    """The legal range, such as `> 0, <= 10`, from the constraints of a pydantic FieldInfo."""
     found = []
     for item in getattr(info, "metadata", ()):
         found += [
@@ -93,7 +93,7 @@ def legal_range(info: Any) -> str:
 def wrong_value(
     kind: str, message: str, context: Mapping[str, Any], node: Node, shape: Shape, info: Any, hint: str = ""
 ) -> str:
-    """The sentence for one value that pydantic refused with error type `kind`; `hint`: what to write, where known."""
+    """The message for a value that pydantic rejected with error type `kind`. `hint`: known advice on the value."""
     value = node.value
     if kind in _RANGE_ERRORS:
         name = _RANGE_ERRORS[kind]
@@ -120,7 +120,7 @@ def wrong_value(
 
 
 def type_advice(node: Node, shape: Shape) -> str:
-    """What to write instead of a value of the wrong type; empty when there is nothing better to say."""
+    """Advice on what to write instead of a value of the wrong type; empty if there is none."""
     value = node.value
     if isinstance(value, str):
         if close := closest(value, shape.words):
@@ -129,7 +129,7 @@ def type_advice(node: Node, shape: Shape) -> str:
             truth = value.lower() in ("yes", "on", "y", "true")
             return f". Write {str(truth).lower()}" + (" without quotes" if node.quoted else "")
         if (shape.places or shape.items is not None) and "," in value and not node.quoted:
-            quotes = "" if node.place.line else "'"  # a shell may take brackets for a pattern
+            quotes = "" if node.place.line else "'"  # a shell may interpret brackets as a pattern
             return f". Write {quotes}[{printable(value, 60)}]{quotes}"
         if shape.scalars & {int, float}:
             return _number_advice(node, shape)

@@ -1,7 +1,7 @@
-"""Names of spec keys in Hugging Face, nanoGPT, litgpt, torchtitan, Megatron and Hydra, and the key of ours for each.
+"""Names of spec keys in Hugging Face, nanoGPT, litgpt, torchtitan, Megatron and Hydra, with Headway's key for each.
 
-The table is only read for messages: a name from it is never accepted as a key. Names are compared without case,
-dashes and underscores; a name with a dot is compared with the end of the dotted key before a plain one is.
+The table is used only for messages: its names are never accepted as keys. Names are compared without case, dashes and
+underscores. A name with a dot is compared with the end of the dotted key, before plain names are compared.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 
 PER_STEP = ("train.global_batch", "data.seq_len")
-"""Keys whose product is the number of tokens of a step."""
+"""Keys whose product is the number of tokens per step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """What stands in Headway for a name from elsewhere.
+    """Headway's equivalent of a name from another tool.
 
-    `keys`: the nearest keys of ours; none where there is nothing like it. `hint`: sentences for the message; empty
-    where the key means the same in the same unit. `times`: keys whose values, times the value given, are that of
-    `keys[0]`.
+    `keys`: the closest keys of Headway; empty if there is none. `hint`: sentences for the message; empty if the key has
+    the same meaning and unit. `times`: keys whose values, multiplied by the given value, yield the value of `keys[0]`.
     """
 
     names: tuple[str, ...]
@@ -30,7 +29,7 @@ class Alias:
 
 
 def alias(dotted: str) -> Alias | None:
-    """What the table says of an unknown key, such as `training.max_steps`; None where it has no such name."""
+    """The entry of the table for an unknown key, such as `training.max_steps`; None if there is none."""
     parts = dotted.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((found for end in ends if (found := _by_name().get(fold(end)))), None)

@@ -1,4 +1,4 @@
-"""`auto` in a spec file: taken out before validation, so that whoever reads a spec finds a number."""
+"""`auto` in a spec file: it is replaced before validation, so that a validated spec always contains a number."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MICRO_BATCH = "train.micro_batch"
 
 
 def replaced(tree: Node) -> tuple[Node, dict[str, Place]]:
-    """The tree with 1 where `train.micro_batch` says `auto`, and where each key that did so stands.
+    """Replace `auto` at `train.micro_batch` with 1. Returns the tree and the place of each replaced key.
 
-    1 is legal wherever any number is: what else is wrong with the spec is then found as ever.
+    1 is legal wherever a number is, so that validation still finds all other problems of the spec.
     """
     train = tree.value.get("train")
     if train is None or not train.is_mapping:
@@ -25,21 +25,21 @@ def replaced(tree: Node) -> tuple[Node, dict[str, Place]]:
     node = train.value.get("micro_batch")
     if node is None or node.value != AUTO:
         return tree, {}
-    # New nodes: the old ones may belong to a layer that is merged again.
+    # Create new nodes, because the old ones may belong to a layer that is merged again.
     one = Node(1, node.place, node.key_place)
     inner = Node({**train.value, "micro_batch": one}, train.place, train.key_place)
     return Node({**tree.value, "train": inner}, tree.place, tree.key_place), {MICRO_BATCH: node.at}
 
 
 def refuse(spec: Spec, places: dict[str, Place], path: str, reason: str) -> NoReturn:
-    """Raises SpecError for the keys that say `auto`, with what can be done instead. `spec` has 1 in their place."""
+    """Raise SpecError for the keys that are `auto`, with the alternatives. `spec` has 1 in their place."""
     raise SpecError(
         "\n".join(f"{place}: {key}: {AUTO} {reason}; {alternatives(spec, path)}" for key, place in places.items())
     )
 
 
 def alternatives(spec: Spec, path: str) -> str:
-    """What to do where `auto` cannot be."""
+    """Advice on what to write where `auto` is not possible."""
     from headway.launcher.spec.layouts import listed, micro_batches  # imports torch
 
     return (

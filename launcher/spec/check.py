@@ -1,4 +1,4 @@
-"""A located tree against a pydantic model: the validated model, or one message that names every problem."""
+"""Validate a located tree against a pydantic model: returns the model, or raises one error with all problems."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from headway.launcher.spec.yamlio import MAX_INT, Node, Place
 from headway.parallel.config import SECRET_NAME
 
 MAX_PROBLEMS = 10
-MAX_EXAMINED = 50  # of a file with thousands of unknown keys: each is compared with all that exist
+MAX_EXAMINED = 50  # limit for files with thousands of unknown keys: each is compared with all existing keys
 _LOCATED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*): (?=\S)")
 
 M = TypeVar("M", bound=BaseModel)
 
 
 def validate(tree: Node, root: type[M]) -> M:
-    """The model that `tree` describes. Lists become tuples and `1e6` becomes an integer where the field is one.
+    """Validate `tree` and return the model. Lists become tuples; `1e6` becomes an integer for an integer field.
 
-    A float stands for an integer only if it is one exactly (`1.5e3` does, `1.5` does not).
-    Raises SpecError with one line per problem (ten at most): file:line:column, dotted key, the mistake, what is legal.
+    A float is converted to an integer only if it is exactly integral (`1.5e3` is, `1.5` is not).
+    Raises SpecError with one line per problem (at most ten): file:line:column, dotted key, the problem, legal values.
     """
     shape = root_shape(root)
-    # what concerns the whole spec is said of the file, not of its first line
+    # problems of the whole spec are reported for the file, not for its first line
     tree = Node(tree.value, tree.place, Place(tree.place.source))
     try:
         return root.model_validate(_data(tree, shape))
@@ -59,7 +59,7 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Spot:
-    """What pydantic's location means in the tree: the deepest node there is, and what may stand at the location."""
+    """Position in the tree for a pydantic location: the deepest existing node, and the Shape of the location."""
 
     node: Node
     exists: bool
@@ -84,12 +84,12 @@ def _data(node: Node, shape: Shape) -> Any:
     if isinstance(node.value, float) and int in shape.scalars and float not in shape.scalars:
         return _whole(node)
     if isinstance(node.value, bool) and shape.literals and bool not in shape.scalars:
-        return [node.value]  # Literal[1] would take True, which equals 1; it takes no list
+        return [node.value]  # Literal[1] would accept True, which equals 1; it rejects a list
     return node.value
 
 
 def _whole(node: Node) -> int | float:
-    """A float as the integer it is exactly, judged by what was written (1e23 as a double is not 10**23)."""
+    """Convert an exactly integral float to an integer, based on its text (1e23 as a double is not 10**23)."""
     try:
         written = Decimal(node.text if node.text is not None else repr(node.value))
     except InvalidOperation:
@@ -98,13 +98,13 @@ def _whole(node: Node) -> int | float:
 
 
 def _problems(errors: Sequence[ErrorDetails], tree: Node, root: Shape) -> list[_Problem]:
-    """One problem per dotted key, in the order of the files; what is missing comes last."""
+    """One problem per dotted key, in the order of the files. Missing keys come last."""
     found: dict[str, _Problem] = {}
     for details in errors:
         problem = _problem(details, tree, root)
-        # the arms of a union each complain about the same value; the message already names all of them
+        # each arm of a union reports an error for the same value; the message already names all arms
         found.setdefault(problem.key, problem)
-    # an arm that the value was not meant for complains of its type, where the arm it was meant for looks inside
+    # an arm of another type reports a type error for the whole value; the matching arm reports errors inside the value
     inner = [p for p in found.values() if not (p.kind.endswith("_type") and _looked_into(p.key, found))]
     return sorted(inner, key=lambda p: (p.missing, p.place.source, p.place.line, p.place.column))
 
@@ -116,7 +116,7 @@ def _looked_into(key: str, found: Mapping[str, _Problem]) -> bool:
 def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
     kind, location = details["type"], details["loc"]
     if kind == "missing" and isinstance(location[-1], int):
-        kind, location = "too_short", location[:-1]  # a place of a tuple
+        kind, location = "too_short", location[:-1]  # an element of a tuple
     spot = _spot(location, tree, root)
     context = details.get("ctx", {})
     missing = False
@@ -147,21 +147,21 @@ def _spot(location: tuple[int | str, ...], tree: Node, root: Shape) -> _Spot:
     passed_tag = False
     for element in location:
         if spot.shape.variants and not passed_tag:
-            passed_tag = True  # pydantic puts the chosen tag into the location
+            passed_tag = True  # pydantic includes the selected tag in the location
             continue
         if isinstance(element, str) and not (spot.shape.has_keys or spot.shape.values is not None):
-            continue  # the name of a union's arm
+            continue  # the name of an arm of a union
         if isinstance(element, str) and spot.node.is_mapping and "[" in element and element not in spot.node.value:
             continue  # the same, such as `tagged-union[...]` or `function-after[...]`
         if isinstance(element, str) and spot.shape.model is not None and not _names(element, spot):
-            continue  # the same, where one arm is a mapping with keys of its own
+            continue  # the same, if one arm is a mapping with its own keys
         spot = _below(spot, element)
         passed_tag = False
     return spot
 
 
 def _names(element: str, spot: _Spot) -> bool:
-    """Whether `element` is a key at this spot, legal or written."""
+    """Whether `element` is a legal key at this spot or a key that was written there."""
     legal = spot.shape.keys()
     return element in legal or (spot.node.is_mapping and element in spot.node.value)
 
@@ -182,13 +182,13 @@ def _below(spot: _Spot, element: int | str) -> _Spot:
 
 
 def _field(spot: _Spot) -> Any:
-    """The pydantic FieldInfo behind a spot, where there is one."""
+    """The pydantic FieldInfo of a spot, if there is one."""
     model = spot.parent_shape.known_model(tag_of(spot.parent, spot.parent_shape))
     return model.model_fields.get(spot.key.rpartition(".")[2]) if model else None
 
 
 def _raised(message: str, spot: _Spot) -> tuple[_Spot, str]:
-    """A validator's own message; `field: ...` or `a.b: ...` at its start is looked up among the fields."""
+    """Locate the message of a validator: a leading `field: ...` or `a.b: ...` is looked up among the fields."""
     match = _LOCATED.match(message)
     if not match:
         return spot, message
@@ -239,7 +239,7 @@ def _unknown_key(spot: _Spot, tree: Node, root: Shape) -> str:
 
 
 def _foreign(spot: _Spot, tree: Node, root: Shape) -> Iterator[str]:
-    """What is said of a key that other tools have, or of each key in a section that only they have."""
+    """Messages for a key of another tool, or for each key in a section that only other tools have."""
     if (entry := alias(spot.key)) is not None:
         yield _our_key(entry, spot.node, tree)
     elif spot.node.is_mapping:
@@ -247,7 +247,7 @@ def _foreign(spot: _Spot, tree: Node, root: Shape) -> Iterator[str]:
         keys = list(_scalars(spot.node, spot.key))[:MAX_PROBLEMS]
         near = advice.closest(spot.key, spot.parent_shape.keys())
         if near and all(near[0] + key.removeprefix(spot.key) in known for key, _ in keys):
-            return  # the name of the section is misspelt, what is in it is right
+            return  # the section name is misspelt, but its contents are legal
         for key, node in keys:
             if (entry := alias(key)) is not None:
                 yield f"{printable(key)}: {_our_key(entry, node, tree)}"
@@ -256,12 +256,12 @@ def _foreign(spot: _Spot, tree: Node, root: Shape) -> Iterator[str]:
 
 
 def _our_key(entry: Alias, node: Node, tree: Node) -> str:
-    """The sentence for one entry, with the number to write where the spec says all that it follows from."""
+    """The sentence for one entry, with the value to write if the spec contains everything needed to compute it."""
     if not entry.hint:
         return f"Did you mean {entry.keys[0]}?"
     nodes = [node, *(_node_at(tree, key) for key in entry.times)]
     factors = [_whole(item) if type(item.value) is float else item.value for item in nodes]
-    # a share is below 1, and a number of steps is whole: elsewhere `save_steps: 0.1` may mean a tenth of the run
+    # a share is below 1 and a step count is an integer: in other tools `save_steps: 0.1` may mean a tenth of the run
     right = isinstance(factors[0], float) if entry.times == ("train.tokens",) else isinstance(factors[0], int)
     if not entry.times or not right or not all(type(factor) in (int, float) and factor > 0 for factor in factors):
         return entry.hint
@@ -270,20 +270,20 @@ def _our_key(entry: Alias, node: Node, tree: Node) -> str:
 
 
 def _node_at(tree: Node, key: str) -> Node:
-    """The node of a dotted key, or one that holds nothing."""
+    """The node of a dotted key, or an empty node."""
     for part in key.split("."):
         tree = tree.value.get(part, Node(None, tree.place)) if tree.is_mapping else Node(None, tree.place)
     return tree
 
 
 def _scalars(node: Node, key: str) -> Iterator[tuple[str, Node]]:
-    """Dotted keys and nodes below a mapping that are no mappings themselves."""
+    """Dotted keys and nodes below a mapping that are not mappings themselves."""
     for name, item in node.value.items():
         yield from _scalars(item, f"{key}.{name}") if item.is_mapping else [(f"{key}.{name}", item)]
 
 
 def _tags(node: Node, shape: Shape, prefix: str = "") -> dict[str, str]:
-    """The discriminator's value at every dotted key that has one."""
+    """Value of the discriminator at every dotted key that has one."""
     if not node.is_mapping:
         return {}
     tag = tag_of(node, shape)

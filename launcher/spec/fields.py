@@ -1,7 +1,7 @@
-"""What a pydantic model allows at each place of a spec: read from its annotations, before any value is there.
+"""Legal keys and values at each place of a spec, read from the annotations of a pydantic model without any values.
 
-The loader needs this for what validation alone cannot say: which keys belong to which `type`, where else in the spec a
-misplaced key lives, which default a missing key takes, whether `1e6` may stand for an integer.
+The loader needs this for information that validation does not provide: which keys belong to which `type`, where a
+misplaced key belongs, which default a missing key has, and whether `1e6` may be an integer.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
 
 AUTO = "auto"
-"""The word for a value that Headway finds itself."""
+"""The word for a value that Headway determines itself."""
 
-_MAX_DEPTH = 8  # of the paths that are listed; a mechanism may hold mechanisms
+_MAX_DEPTH = 8  # maximum depth of listed paths; a mechanism may contain mechanisms
 
 
 @dataclass(frozen=True)
 class Word:
-    """Beside a field's type: a word that a file may say instead of a value, and that is replaced before validation.
+    """Annotation of a field: a word that a file may contain instead of a value. It is replaced before validation.
 
-    So the field keeps its one type for all who read it, and editors and messages know the word.
+    The field therefore keeps a single type in code, and editors and messages know the word.
     """
 
     text: str
@@ -36,29 +36,29 @@ class Word:
 
 @runtime_checkable
 class Registered(Protocol):
-    """Beside a union of models: those that installed packages add, known by name before they are imported."""
+    """Annotation of a union of models: models from installed packages, known by name before they are imported."""
 
     @property
-    def hint(self) -> str: ...  # where types come from that are not in the list
+    def hint(self) -> str: ...  # source of types that are not in the list
     def names(self) -> list[str]: ...
     def find(self, tag: str) -> type[BaseModel] | None: ...
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What may stand at one place. An empty Shape allows anything."""
+    """Legal values at one place. An empty Shape allows any value."""
 
     scalars: frozenset[type] = frozenset()
     literals: tuple[Any, ...] = ()
-    words: tuple[str, ...] = ()  # that may stand instead of a value, see `Word`
+    words: tuple[str, ...] = ()  # words that may replace a value, see `Word`
     model: type[BaseModel] | None = None
-    variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by the value of `discriminator`
-    registered: Registered | None = None  # further variants, of installed packages
+    variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # value of `discriminator` -> model
+    registered: Registered | None = None  # further variants, from installed packages
     discriminator: str = "type"
-    items: Shape | None = None  # of a list, or of a tuple whose places are all alike
-    places: tuple[Shape, ...] = ()  # of a tuple of fixed length
+    items: Shape | None = None  # elements of a list, or of a tuple with one element type
+    places: tuple[Shape, ...] = ()  # elements of a tuple of fixed length
     is_tuple: bool = False
-    values: Shape | None = None  # of a mapping with free keys
+    values: Shape | None = None  # values of a mapping with free keys
     nullable: bool = False
 
     @property
@@ -66,7 +66,7 @@ class Shape:
         return self.model is not None or bool(self.variants)
 
     def known_model(self, tag: Any) -> type[BaseModel] | None:
-        """The model that describes a mapping whose discriminator has the value `tag`."""
+        """The model of a mapping whose discriminator has the value `tag`."""
         if not self.variants or not isinstance(tag, str):
             return self.model
         known = self.variants.get(tag)
@@ -77,7 +77,7 @@ class Shape:
         return [*self.variants, *(self.registered.names() if self.registered is not None else ())]
 
     def child(self, key: str, tag: Any = None) -> Shape:
-        """Shape of `key`; with an unknown `tag`, of that key in whichever variant has it."""
+        """Shape of `key`. If `tag` is unknown, the shape of that key in any variant that has it."""
         if self.values is not None:
             return self.values
         known = self.known_model(tag)
@@ -87,7 +87,7 @@ class Shape:
         return Shape()
 
     def keys(self, tag: Any = None) -> list[str]:
-        """Legal keys; with an unknown `tag`, those of every variant."""
+        """Legal keys. If `tag` is unknown, the keys of all variants."""
         known = self.known_model(tag)
         models = [known] if known else list(self.variants.values())
         return list(dict.fromkeys(key for model in models for key in model.model_fields))
@@ -106,7 +106,7 @@ def field_shape(info: FieldInfo) -> Shape:
 
 
 def paths(shape: Shape, tag_at: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """Every dotted key of a spec; `tag_at` names the variant chosen at a dotted key, else all variants are listed."""
+    """All dotted keys of a spec. `tag_at`: dotted key -> selected variant; without an entry all variants are listed."""
     if depth > _MAX_DEPTH or not shape.has_keys:
         return
     tag = tag_at.get(prefix.removesuffix("."))
@@ -156,7 +156,7 @@ def _tuple(arguments: tuple[Any, ...]) -> Shape:
 
 
 def _union(arms: list[Shape], discriminator: str | None) -> Shape:
-    """The arms seen as one place. Several models are told apart by a discriminator; without one, the first counts."""
+    """Combine the arms of a union. A discriminator selects among several models; without one, the first is used."""
     models = [arm.model for arm in arms if arm.model is not None]
     variants = {tag: model for arm in arms for tag, model in arm.variants.items()}
     discriminator = discriminator or next((arm.discriminator for arm in arms if arm.variants), "type")

@@ -1,6 +1,6 @@
-"""Values that other tools have and Headway has not, attention mechanisms above all, and the closest there is.
+"""Values of other tools that Headway does not have, mainly attention mechanisms, with the closest alternative.
 
-Like `headway.launcher.spec.aliases`, the table is only read for messages.
+Like `headway.launcher.spec.aliases`, the table is used only for messages.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ _VALUES = {
 
 
 KEYS_OF_VALUES = {"attention.type": _MECHANISMS, **_VALUES}
-"""Dotted key -> what to write -> the words, separated by spaces, that it answers."""
+"""Dotted key -> advice on what to write -> the values it applies to, separated by spaces."""
 
 
 @cache
@@ -112,7 +112,7 @@ def _table() -> dict[str, dict[str, str]]:
 
 
 def value_hint(key: str, value: Any) -> str:
-    """What to write at a dotted key instead of `value`; empty where the table does not know it."""
+    """Advice on what to write at a dotted key instead of `value`; empty if the table has no entry for it."""
     names = _table().get(key, {})
     text = fold(str(value))
     return names.get(text) or names.get(text.removesuffix("attention"), "")

@@ -1,7 +1,7 @@
-"""Which layouts can run: what is wrong with one is found here, before any process starts, with the legal choices.
+"""Check whether a layout can run. Problems are found before any process starts and are reported with legal choices.
 
-A reason reads `key: what is wrong; use A or B`, so that a spec's message can point at the key. It speaks of the first
-rule that is broken. Values that are called legal are so with the spec's other settings as they are.
+A reason has the form `key: problem; use A or B`, so that a message can point at the key in the spec. Only the first
+violated rule is reported. Values that a reason lists as legal are legal with the other settings of the spec unchanged.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from headway.model.base import AttentionConfig
 
 LARGEST = 1024
-"""Ranks in one direction, as `ParallelConfig` limits them."""
+"""Maximum number of ranks per dimension, as in `ParallelConfig`."""
 
 
 def check_layout(spec: Sections) -> None:
-    """Raises ValueError where `why_not` has a reason."""
+    """Raise ValueError if `why_not` returns a reason."""
     reason = why_not(spec)
     if reason is not None:
         raise ValueError(reason)
 
 
 def why_not(spec: Sections) -> str | None:
-    """Why the spec's processes cannot train its model in its layout; None where they can.
+    """Reason why the processes cannot train the model in the layout of the spec; None if they can.
 
-    The vocabulary is looked at where the spec knows it. Cheap enough for a search over many layouts, which copies a
-    spec (`model_copy`), since one that breaks a rule cannot be built.
+    The vocabulary is checked if the spec contains it. The check is cheap enough for a search over many layouts. Such a
+    search copies a spec (`model_copy`), because a spec that violates a rule cannot be constructed.
     """
     rules = (_stages, _zero, _tensor, _vocabulary, _sequence_parallel, _context, _world, _batch, why_not_speed)
     return next((reason for rule in rules if (reason := rule(spec)) is not None), None)
 
 
 def check_vocabulary(spec: Sections) -> None:
-    """Raises SpecError where the vocabulary, if known, cannot be cut over the tensor-parallel ranks.
+    """Raise SpecError if the vocabulary, if known, cannot be sharded over the tensor-parallel ranks.
 
-    For a spec whose vocabulary came from the data, after it was built.
+    This is for a spec whose vocabulary was read from the data after the spec was constructed.
     """
     reason = _vocabulary(spec)
     if reason is not None:
@@ -52,28 +52,28 @@ def check_vocabulary(spec: Sections) -> None:
 
 
 def accumulation(spec: Sections) -> int:
-    """Micro-batches of a data-parallel rank in one step."""
+    """Number of micro-batches of a data-parallel rank per step."""
     return spec.train.global_batch // (spec.train.micro_batch * spec.data_parallel)
 
 
 def vocabulary(spec: Sections) -> int | None:
-    """Rows of the embedding, where the spec knows it: data in shards brings its own."""
+    """Number of rows of the embedding, if the spec contains it; sharded data has its own vocabulary size."""
     return spec.model.vocab_size or getattr(spec.data.source, "vocab_size", None)
 
 
 def legal_tensor(spec: Sections) -> list[int]:
-    """Numbers of ranks over which every layer, and the vocabulary if known, can be cut."""
+    """Tensor-parallel sizes over which every layer, and the vocabulary if known, can be sharded."""
     pieces = [shard.units for config in _layers(spec).values() for shard in config.shards().values()]
     return _divisors(math.gcd(spec.model.ffn_width, vocabulary(spec) or 0, *pieces))
 
 
 def legal_pipeline(spec: Sections) -> list[int]:
-    """Numbers of stages: each holds one layer at least; one under ZeRO-2 and 3."""
+    """Legal numbers of pipeline stages: each stage has at least one layer; ZeRO-2 and ZeRO-3 allow one stage only."""
     return [1] if spec.parallel.zero > 1 else list(range(1, min(spec.model.layers, LARGEST) + 1))
 
 
 def legal_context(spec: Sections) -> list[int]:
-    """Numbers of ranks that can share a sequence, under the spec's tensor size, which must be legal."""
+    """Legal context-parallel sizes with the tensor-parallel size of the spec, which must be legal."""
     tensor, seq_len = spec.parallel.tensor, spec.data.seq_len
     heads = {n for config in _layers(spec).values() for n in config.attended_heads(tensor=tensor)}
     parts = tensor if spec.parallel.sequence_parallel else 1
@@ -82,9 +82,9 @@ def legal_context(spec: Sections) -> list[int]:
 
 
 def why_not_cuttable(spec: Sections, ranks: int) -> str | None:
-    """Why the layers cannot be cut over `ranks` tensor-parallel ranks; None where they can.
+    """Reason why the layers cannot be sharded over `ranks` tensor-parallel ranks; None if they can.
 
-    The width of the residual stream need not divide: no matrix is cut along it.
+    The width of the residual stream need not be divisible: no matrix is sharded along it.
     """
     if ranks == 1:
         return None
@@ -100,7 +100,7 @@ def why_not_cuttable(spec: Sections, ranks: int) -> str | None:
 
 
 def warnings(spec: Sections) -> list[str]:
-    """What is legal but wasteful in the layout of a legal spec, each as `key: text`."""
+    """Legal but wasteful settings in the layout of a legal spec, each as `key: text`."""
     parallel, launch, found = spec.parallel, spec.launch, []
     stages, passes = parallel.pipeline, accumulation(spec)
     if passes < stages:
@@ -123,12 +123,12 @@ def warnings(spec: Sections) -> list[str]:
 
 
 def micro_batches(spec: Sections) -> list[int]:
-    """The values of train.micro_batch that are legal: divisors of a data-parallel rank's sequences of one step."""
+    """Legal values of train.micro_batch: divisors of the number of sequences of a data-parallel rank per step."""
     return _divisors(spec.train.global_batch // spec.data_parallel)
 
 
 def listed(values: Iterable[int]) -> str:
-    """`4`; `1 or 2`; `1, 2 or 4`; `1 to 24`."""
+    """Format values as `4`, `1 or 2`, `1, 2 or 4`, or `1 to 24`."""
     numbers = list(values)
     if len(numbers) > 3 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
@@ -136,7 +136,7 @@ def listed(values: Iterable[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-# ---------------------------------------------------------------- the rules, in the order they are asked
+# ---------------------------------------------------------------- the rules, in the order in which they are checked
 
 
 def _stages(spec: Sections) -> str | None:
@@ -254,12 +254,12 @@ def _batch(spec: Sections) -> str | None:
     )
 
 
-# ---------------------------------------------------------------- what they are made of
+# ---------------------------------------------------------------- helpers of the rules
 
 
 def _layers(spec: Sections) -> dict[int, AttentionConfig]:
-    """Layer -> its mechanism, where it is another than in the layers before."""
-    # A rule by model size decides how many experts a token picks, and so neither pieces nor KV heads.
+    """Layer -> its mechanism, for layers whose mechanism differs from all earlier layers."""
+    # A rule based on the model size sets the number of experts per token, but neither pieces nor KV heads.
     each = layer_configs(spec.model, spec.attention, vocab_size=vocabulary(spec) or 1)
     first: dict[int, int] = {}
     for index, config in enumerate(each):
@@ -268,7 +268,7 @@ def _layers(spec: Sections) -> dict[int, AttentionConfig]:
 
 
 def _can_be_dealt(heads: int, ranks: int) -> bool:
-    """Whether context-parallel ranks can attend with these KV heads: equal shares, or copies of one."""
+    """Whether context-parallel ranks can share these KV heads: equal shares, or copies of one head."""
     return heads == 1 or heads % ranks == 0
 
 
@@ -286,7 +286,7 @@ def _why_not_shared(config: AttentionConfig, pieces: int, ranks: int) -> str:
 
 
 def _other_attention(spec: Sections, ranks: int) -> str:
-    """A change of the attention that lets `ranks` tensor-parallel ranks share it."""
+    """A change of the attention that allows sharding over `ranks` tensor-parallel ranks."""
     values = spec.attention.model_dump()
     if "kv_heads" in values:
         nearest = sorted(range(ranks, 16 * ranks + 1, ranks), key=lambda heads: abs(heads - values["kv_heads"]))
@@ -301,7 +301,7 @@ def _other_attention(spec: Sections, ranks: int) -> str:
 
 
 def _other_tensor(spec: Sections, context: int) -> str:
-    """Tensor sizes under which `context` ranks can share each sequence."""
+    """Tensor-parallel sizes that allow `context` context-parallel ranks."""
 
     def shared(tensor: int) -> bool:
         changed = spec.parallel.model_copy(update={"tensor": tensor})
@@ -316,11 +316,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def _up(number: int, of: int) -> int:
-    """The next multiple."""
+    """The next multiple of `of`."""
     return -(-number // of) * of
 
 
 def _multiples_near(number: int, of: int) -> str:
-    """The two multiples around a number that is none; the first two where it is smaller."""
+    """The two multiples of `of` around a number that is not a multiple; the first two if the number is smaller."""
     below = max(number // of, 1)
     return listed([below * of, (below + 1) * of])

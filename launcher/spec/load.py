@@ -1,4 +1,4 @@
-"""From a YAML file and arguments to a validated spec that knows where each of its values came from."""
+"""Load a validated spec from a YAML file and arguments, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: `yaml/base/tiny.yaml:12`, `argument 'train.tokens=1e6'` or `default`."""
+    """Origin of a value: `yaml/base/tiny.yaml:12`, `argument 'train.tokens=1e6'` or `default`."""
 
     text: str
 
@@ -39,19 +39,19 @@ DEFAULT = Origin("default")
 
 @dataclass(frozen=True)
 class Loaded(Generic[M]):
-    """A validated model and its provenance. `origins` has every dotted key of `format_config`."""
+    """A validated model and its provenance. `origins` contains every dotted key of `format_config`."""
 
     spec: M
     origins: dict[str, Origin]
-    notes: list[str]  # inherited keys that a change of `type` dropped
+    notes: list[str]  # inherited keys that were dropped because `type` changed
     tree: Node
-    auto: frozenset[str] = frozenset()  # dotted keys that say `auto`; the spec has the smallest legal value there
+    auto: frozenset[str] = frozenset()  # dotted keys that are `auto`; the spec has the smallest legal value there
 
 
 NO_AUTO = "is for `headway train`, which measures before it starts; this command needs a number"
-"""Why most commands refuse `auto`."""
+"""Reason why most commands reject `auto`."""
 
-Layer = tuple[Mapping[str, Any] | Node, str]  # values (keys may be dotted), and where they come from
+Layer = tuple[Mapping[str, Any] | Node, str]  # values (keys may be dotted) and their origin
 
 
 @overload
@@ -70,18 +70,18 @@ def load_spec(
     extra: Sequence[Layer] = (),
     no_auto: str | None = NO_AUTO,
 ) -> Loaded[Any]:
-    """Read, merge and validate. `root` is the model to fill (default: `headway.launcher.spec.spec.Spec`).
+    """Read, merge and validate. `root` is the model to construct (default: `headway.launcher.spec.spec.Spec`).
 
-    `no_auto`: why the caller needs numbers where a spec may say `auto`, for the SpecError that then says so; None for
-    a caller that looks at `Loaded.auto`.
+    `no_auto`: reason why the caller needs a number where a spec has `auto`, for the SpecError; None for a caller that
+    reads `Loaded.auto`.
 
-    Layers, lowest first: the chain of `base:` files, the file, each `(values, origin)` of `extra`, all `overrides`
-    together. A root model that has a field `base` of its own keeps it: then nothing is inherited.
-    Raises NoInputError (66) if the file cannot be read, SpecError (64) with file:line:column for everything else.
+    Layers from lowest to highest: the chain of `base:` files, the file, each `(values, origin)` of `extra`, all
+    `overrides` together. If the root model has its own field `base`, nothing is inherited.
+    Raises NoInputError (66) if the file cannot be read, SpecError (64) with file:line:column for all other errors.
     """
     of_run = root is None
     if root is None:
-        from headway.launcher.spec.spec import Spec  # imports torch: only when a spec is wanted
+        from headway.launcher.spec.spec import Spec  # imports torch, so only when a spec is loaded
 
         root = Spec
     shape = root_shape(root)
@@ -99,36 +99,36 @@ def load_spec(
 
 
 def load_mapping(path: Path | str, *, inherit: bool = False) -> Node:
-    """The located tree of a file, keys as written, nothing validated. `inherit` merges it over its `base:` files."""
+    """The located tree of a file with keys as written, not validated. `inherit` merges it over its `base:` files."""
     free = Shape(values=Shape())
     tree, _ = _merge_all(read_layers(Path(path), None if inherit else free, inherit=inherit), free)
     return tree
 
 
 def format_config(loaded: Loaded[Any]) -> str:
-    """Every resolved value as `dotted.key = value   # origin`, defaults included; what was dropped stands below."""
+    """Format all resolved values, including defaults, as `dotted.key = value   # origin`. Dropped keys follow below."""
     rows = [
         (key, AUTO if key in loaded.auto else format_value(value), loaded.origins[key].text)
         for key, value in _leaves(loaded.spec)
     ]
     wide = max((len(key) for key, _, _ in rows), default=0)
-    # one very long value (a list of paths) must not push every origin off the screen
+    # one very long value (such as a list of paths) must not move all origins off the screen
     value_wide = min(max((len(value) for _, value, _ in rows), default=0), 40)
     lines = [f"{key:<{wide}} = {value:<{value_wide}}  # {origin}" for key, value, origin in rows]
     return "\n".join([*lines, *(f"# {note}" for note in loaded.notes)])
 
 
 _KINDS = {
-    "tasks": ("a set of probe tasks", "headway probe run"),  # before `variants`, which it has too
+    "tasks": ("a set of probe tasks", "headway probe run"),  # before `variants`, which such a file also has
     "model": ("the spec of a run", "headway train"),
     "variants": ("a study", "headway study run"),
     "corpus": ("the spec of a corpus", "headway data build"),
 }
-"""The key that only one kind of file has, what the file is then, and the verb for it."""
+"""Key that only one kind of file has -> description of that kind, and the verb for it."""
 
 
 def _refuse_other_kind(tree: Node, root: type[BaseModel]) -> None:
-    """Raise SpecError, once, for a whole file of another kind, instead of calling each of its keys unknown."""
+    """Raise one SpecError for a file of another kind, instead of one error for each unknown key."""
     expected = [kind for key, (kind, _) in _KINDS.items() if key in root.model_fields]
     own = [key for key, node in tree.value.items() if node.at.source == tree.place.source]
     shared = any(key in root.model_fields for key in own if key not in ("name", "seed", "out", "base"))
@@ -147,7 +147,7 @@ def _merge_all(layers: Sequence[Node], shape: Shape) -> tuple[Node, list[str]]:
     tree = layers[0]
     for layer in layers[1:]:
         tree = merge(tree, layer, shape, notes)
-    # the name of the file that was asked for, for messages about what is nowhere
+    # the requested file, for messages about keys that no file contains
     top = next((layer for layer in reversed(layers) if layer.place.line), tree)
     tree.place = top.place
     return tree, notes
@@ -176,7 +176,7 @@ def _origins(spec: BaseModel, tree: Node) -> list[tuple[str, Origin]]:
 def _origin(tree: Node, key: str) -> Origin:
     node, rest = tree, key
     while node.is_mapping:
-        # free names may hold dots themselves, so the longest key that fits is taken
+        # free names may contain dots, so the longest matching key is used
         names = [name for name in node.value if rest == name or rest.startswith(f"{name}.")]
         if not names:
             return DEFAULT

@@ -1,7 +1,8 @@
-"""Layers of a spec: base files, the file itself, variants, command-line overrides; the higher layer wins key by key.
+"""Merge the layers of a spec: base files, the file itself, variants, overrides. The higher layer wins for each key.
 
-Mappings merge; lists and scalars replace. A layer that changes a mapping's `type` drops what the layers below said for
-the old type only: those keys mean nothing for the new one. What the same layer or a higher one says is never dropped.
+Mappings are merged; lists and scalars are replaced. If a layer changes the `type` of a mapping, keys of lower layers
+that exist only for the old type are dropped, because they have no meaning for the new type. Keys of the same layer or
+a higher one are never dropped.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=
 
 
 def read_layers(path: Path, shape: Shape | None, *, inherit: bool = True) -> list[Node]:
-    """The file and the files it is based on, lowest first, dotted keys nested.
+    """Read the file and its base files, lowest layer first, with dotted keys nested.
 
-    With `inherit`, the top-level key `base` names a file relative to the one it stands in. Other relative paths mean
-    the working folder and, where they are not there, the folder of the file (`headway.launcher.spec.paths`).
-    Raises NoInputError if `path` itself cannot be read, SpecError for anything wrong inside, a missing base and a cycle
-    of bases included.
+    With `inherit`, the top-level key `base` names a file relative to the file that contains it. Other relative paths
+    are looked up in the working folder and then in the folder of the file (`headway.launcher.spec.paths`).
+    Raises NoInputError if `path` itself cannot be read, SpecError for all errors in the content, including a missing
+    base and a cycle of bases.
     """
     label, layers, seen = str(path), [], []
     while True:
@@ -67,10 +68,10 @@ def _check_base(path: Path, label: str, base: Node, seen: list[tuple[Path, str]]
 
 
 def nest(node: Node, shape: Shape | None, depth: int = 1) -> Node:
-    """`node` with dotted keys made into nested mappings (`a.b: 1` is `a: {b: 1}`).
+    """Convert dotted keys of `node` to nested mappings (`a.b: 1` becomes `a: {b: 1}`).
 
-    Keys of mappings whose keys are free names (`dict[str, ...]` fields) are left as they are; `shape` None: none are.
-    Raises SpecError where the same key is given both ways.
+    Keys of mappings with free names (`dict[str, ...]` fields) are not changed; with `shape` None all keys are
+    converted. Raises SpecError if the same key is given in both forms.
     """
     if isinstance(node.value, list):
         items = shape.items if shape is not None and shape.items is not None else Shape()
@@ -113,11 +114,11 @@ def _twice(name: str, node: Node, first: Node) -> SpecError:
 
 
 def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
-    """Arguments `a.b=value` as one layer. The value follows the rules of YAML; `[...]`, `{...}` and quotes work too."""
+    """Parse arguments `a.b=value` into one layer. Values are YAML, including `[...]`, `{...}` and quotes."""
     layer = Node({}, Place("arguments"))
     for i, argument in enumerate(overrides):
         key, equals, text = argument.partition("=")
-        # A value for the environment may be a secret; messages and origins name the argument.
+        # The value of an environment variable may be a secret, so messages and origins do not contain it.
         secret = _ENVIRONMENT.match(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
         shown = (f"{key}=..." if equals else "...") if secret else argument
         place = Place(f"argument '{printable(shown, 200)}'")
@@ -135,7 +136,7 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
 
 
 def _right_form(overrides: Sequence[str], i: int) -> str:
-    """What to write instead of `overrides[i]`, which is not KEY=VALUE, with what stands before and behind it."""
+    """Advice on what to write instead of `overrides[i]`, which is not KEY=VALUE, based on the adjacent arguments."""
     argument = overrides[i]
     before = overrides[i - 1] if i else ""
     behind = overrides[i + 1] if i + 1 < len(overrides) else ""
@@ -172,7 +173,7 @@ def _override_value(text: str, place: Place) -> Node:
 
 
 def extra_layer(values: Any, source: str, shape: Shape | None) -> Node:
-    """Values that another file or program gives (a study's variant), all said to come from `source`."""
+    """Layer of values from another file or program, such as a variant of a study, with the origin `source`."""
     node = value_node(values, Place(source))
     if not node.is_mapping:
         raise SpecError(f"{source}: expected a mapping from dotted keys to values")
@@ -180,7 +181,7 @@ def extra_layer(values: Any, source: str, shape: Shape | None) -> Node:
 
 
 def merge(low: Node, high: Node, shape: Shape, notes: list[str], path: str = "") -> Node:
-    """`high` over `low`. Keys dropped because `high` changes a `type` are recorded in `notes`."""
+    """Merge `high` over `low`. Keys that are dropped because `high` changes a `type` are recorded in `notes`."""
     if not (low.is_mapping and high.is_mapping):
         return high
     kept = _drop_foreign(low, high, shape, notes, path)
@@ -189,13 +190,13 @@ def merge(low: Node, high: Node, shape: Shape, notes: list[str], path: str = "")
     for key, item in high.value.items():
         below = kept.get(key)
         merged[key] = item if below is None else merge(below, item, shape.child(key, tag), notes, f"{path}{key}.")
-    # what is missing from a mapping is looked for in a file, even if an argument touched the mapping last
+    # a missing key is reported for a file, even if an argument changed the mapping last
     last = high if high.at.line or not low.at.line else low
     return Node(merged, last.place, last.key_place)
 
 
 def tag_of(node: Node, shape: Shape) -> str | None:
-    """The value of the discriminator written in a mapping, if the place has one."""
+    """Value of the discriminator in a mapping, if the place has a discriminator."""
     if not shape.variants or not node.is_mapping:
         return None
     tag = node.value.get(shape.discriminator)
@@ -209,7 +210,7 @@ def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: s
     legal, somewhere = shape.keys(new), {*shape.keys(), *shape.keys(old)}
     kept = {}
     for key, item in low.value.items():
-        # a key that no type knows is a typing mistake of the lower layer: it stays, and is reported
+        # a key that no type has is a typing error in the lower layer: it is kept and then reported
         if key in legal or key not in somewhere:
             kept[key] = item
         else:
@@ -220,7 +221,7 @@ def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: s
 
 
 def format_value(value: Any) -> str:
-    """A value as YAML on one line, which reads back as the same value."""
+    """Format a value as one line of YAML that is parsed as the same value."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -233,7 +234,7 @@ def format_value(value: Any) -> str:
 
 
 def _quote(text: str) -> str:
-    """Double quotes, and the escapes of YAML for what is not printable (JSON's surrogate pairs are not YAML)."""
+    """Double-quote `text` with YAML escapes for unprintable characters (YAML lacks the surrogate pairs of JSON)."""
     return '"' + "".join(_escape(letter) for letter in text) + '"'
 
 

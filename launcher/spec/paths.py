@@ -1,8 +1,8 @@
-"""Relative paths that a file gives: taken from the working folder, or else from the folder of the file.
+"""Resolve relative paths in a file: against the working folder first, then against the folder of the file.
 
-What is in the working folder is left as it was written. A path that is there only beside the file that wrote it becomes
-absolute, so that what is recorded of it (the spec in a run folder) can be used from any working folder. Arguments are
-not looked at: they mean the working folder alone.
+A path that exists in the working folder is not changed. A path that exists only in the folder of the file becomes
+absolute, so that the recorded spec in a run folder works from any working folder. Paths in arguments are not changed:
+they are always relative to the working folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OF_A_CORPUS = ("corpus.paths", "tokenizer.path")
 
 
 def place_paths(layer: Node, folder: Path) -> None:
-    """Make the paths absolute that one file of `folder` wrote (keys nested) and that are nowhere but beside it."""
+    """Make paths of `layer` absolute if they exist only in `folder`, the folder of its file. Keys must be nested."""
     for key, node in _leaves(layer):
         for item in node.value if isinstance(node.value, list) else [node]:
             if _names_path(key) and isinstance(item.value, str):
@@ -26,7 +26,7 @@ def place_paths(layer: Node, folder: Path) -> None:
 
 
 def _names_path(key: str) -> bool:
-    if key.startswith("variants."):  # of a study, whose variants hold keys of a spec
+    if key.startswith("variants."):  # a study, whose variants contain keys of a spec
         return key.endswith(tuple(f".{name}" for name in OF_A_SPEC))
     return key in OF_A_SPEC or key in OF_A_CORPUS
 
@@ -47,13 +47,13 @@ def _placed(written: str, folder: Path) -> str:
         if _there(folder, written):
             return str((folder / written).resolve())
         remember(written, [Path.cwd(), folder])
-    except (OSError, ValueError, RuntimeError):  # no name of a file: what reads it says so; RuntimeError: no home of ~x
+    except (OSError, ValueError, RuntimeError):  # not a file name: its reader reports it; RuntimeError: no home of ~x
         pass
     return written
 
 
 def _there(folder: Path, written: str) -> bool:
-    """Whether the file or folder is there, or a file of the pattern."""
+    """Whether the file or folder exists, or a file that matches the pattern."""
     if (folder / written).exists():
         return True
     parts = Path(written).parts

@@ -22,7 +22,7 @@ from headway.parallel.config import (
 
 
 class InitConfig(StrictModel):
-    """Where parameters start from, if not from random ones."""
+    """Initial parameters, if they are not random."""
 
     weights: str | None = Field(default=None, min_length=1, description="folder of exported or imported weights")
     sha256: str | None = Field(
@@ -39,7 +39,7 @@ class InitConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """How long to train and in what portions."""
+    """Length of the training and batch sizes."""
 
     tokens: int = Field(gt=0, description="training tokens; rounded up to whole steps")
     global_batch: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
@@ -51,7 +51,7 @@ class TrainConfig(StrictModel):
 
 
 class TrackingConfig(StrictModel):
-    """What is recorded besides metrics.jsonl."""
+    """Records in addition to metrics.jsonl."""
 
     log_every_steps: int = Field(default=1, ge=1, description="console lines; metrics.jsonl has every step")
     router_every_steps: int = Field(default=10, ge=1, description="steps from one record of router figures to the next")
@@ -59,7 +59,7 @@ class TrackingConfig(StrictModel):
 
 
 class Sections(StrictModel):
-    """All sections of one run; `headway.launcher.spec.spec.Spec` adds the rules between them."""
+    """All sections of one run. `headway.launcher.spec.spec.Spec` adds the rules between them."""
 
     name: str = Field(default="run", max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str | None = Field(default=None, description="folder of the run; default runs/NAME")
@@ -80,7 +80,7 @@ class Sections(StrictModel):
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that train on different sequences: what tensor x pipeline x context leaves of the processes."""
+        """Data-parallel size: number of processes divided by tensor x pipeline x context."""
         return self.launch.world_size // self.parallel.model_ranks
 
     @property

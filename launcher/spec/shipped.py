@@ -1,6 +1,6 @@
-"""Specs that come with Headway, found by name from any working folder: `headway train quickstart`.
+"""Specs that are shipped with Headway, found by name from any working folder: `headway train quickstart`.
 
-They are the files of `yaml/` in a checkout, and the same files in `headway/yaml/` where Headway is installed.
+They are the files of `yaml/` in a checkout, and the same files in `headway/yaml/` of an installation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from headway.launcher.base.errors import NoInputError, printable
 
 FOLDER = Path(__file__).resolve().parents[2] / "yaml"
-"""The shipped files. `launcher/` and `yaml/` are neighbours in a checkout and where Headway is installed."""
+"""The shipped files. `launcher/` and `yaml/` have the same parent folder in a checkout and in an installation."""
 
 KINDS = {
     "spec": "headway train",
@@ -20,20 +20,21 @@ KINDS = {
     "probe": "headway probe run",
     "corpus": "headway data build",
 }
-"""Kind of a file, and a verb that takes it."""
+"""Kind of a file -> a verb that accepts it."""
 
 TEMPLATES = FOLDER / "project"
-"""What `headway init` writes; no shipped specs by name."""
+"""Templates that `headway init` writes. They are not found by name."""
 
 _KEY_OF_KIND = re.compile(r"^(tasks|variants|corpus)\s*:", re.MULTILINE)
 _SUFFIXES = (".yaml", ".yml")
 
 
 def find_spec(given: Path, kind: str) -> Path:
-    """The file that the argument `given` means: itself, or with `.yaml`, or a shipped one of `kind` by its name.
+    """Find the file for the argument `given`: the path itself, the path with `.yaml`, or a shipped file of `kind`.
 
-    A name is the path below the shipped folder without `.yaml` (`base/quickstart`), or the last part of it. A file in
-    the working folder wins. Raises NoInputError with the names there are where `given` is neither.
+    The name of a shipped file is its path below the shipped folder without `.yaml` (`base/quickstart`), or the last
+    part of that path. A file in the working folder has precedence. Raises NoInputError with the available names if
+    nothing matches.
     """
     try:
         if given.is_file():
@@ -46,13 +47,13 @@ def find_spec(given: Path, kind: str) -> Path:
                 return _short(found)
         if given.exists():
             return given
-    except OSError:  # a name that is too long, a folder that nobody may look into: what reads it says so
+    except OSError:  # name too long, or folder not accessible: the reader of the file reports it
         return given
     raise NoInputError(_unknown(given, kind))
 
 
 def shipped_names(kind: str) -> dict[str, Path]:
-    """Short name -> file, for every shipped file of one kind; a name that two files share is the longer one."""
+    """Short name -> file, for all shipped files of one kind. Files that share a short name have their longer name."""
     files = _files(kind)
     stems = [Path(name).name for name in files]
     return {name if stems.count(Path(name).name) > 1 else Path(name).name: file for name, file in files.items()}
@@ -77,7 +78,7 @@ def _named(name: str, kind: str) -> Path | None:
 
 
 def _short(file: Path) -> Path:
-    """Relative where that is shorter to read: in a checkout."""
+    """The path relative to the working folder if `file` is below it, as in a checkout."""
     return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 

@@ -1,4 +1,4 @@
-"""The Spec: one run, fully resolved. YAML names the fields of its sections and nothing else."""
+"""The Spec: one fully resolved run. The keys of its YAML files are the fields of its sections."""
 
 from __future__ import annotations
 

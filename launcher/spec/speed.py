@@ -1,4 +1,4 @@
-"""Levers of `speed` that a spec rules out by what else it says; what a machine lacks shows when its ranks start."""
+"""Check settings of `speed` against the rest of a spec. The ranks check the support of the machine when they start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def why_not_speed(spec: Sections) -> str | None:
-    """Why the spec's levers do not go with the rest of it, with the legal choices; None where they do."""
+    """Reason why settings of `speed` conflict with the rest of the spec, with the legal choices; None if legal."""
     speed, parallel = spec.speed, spec.parallel
     if speed.loss != "chunked" and parallel.tensor > 1:
         return (
@@ -38,6 +38,6 @@ def why_not_speed(spec: Sections) -> str | None:
 
 
 def _windows(spec: Sections) -> bool:
-    """Whether a layer of a mechanism that has windows sets one."""
+    """Whether any layer sets an attention window."""
     layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
     return any(getattr(config, "windows", None) is not None for config in layers)

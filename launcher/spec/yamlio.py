@@ -1,15 +1,15 @@
-"""YAML in, plain values with the place of every key and value out. No type changes silently, no tag is ever acted on.
+"""Parse YAML into plain values with the place of every key and value. No type changes silently; tags are rejected.
 
-Only events of PyYAML's safe parser are used; nothing is constructed by PyYAML. Plain (unquoted) scalars follow the core
-schema of YAML 1.2.2 chapter 10.3, narrowed where two readers could disagree:
+Only events of PyYAML's safe parser are used; PyYAML constructs no objects. Plain (unquoted) scalars follow the core
+schema of YAML 1.2.2 chapter 10.3, restricted where parsers disagree:
 
 - `true`, `false`, `null`, `~` (also `True`, `TRUE`, ...): as written; `yes`, `no`, `on`, `off` stay text.
 - integers: decimal without leading zeros, `0o17`, `0x1F`; underscores between digits are accepted (`1_000_000`).
-- floats: `1e-4`, `.5`, `5.`, `1.5E+3`; a float that would overflow to infinity or vanish to zero stays text.
-- everything else stays text: `017`, `12:30:45`, `2024-01-01`, `.inf`, `.nan`. Where a number is expected, the check
-  that follows says what to write instead.
+- floats: `1e-4`, `.5`, `5.`, `1.5E+3`; a float that would overflow to infinity or underflow to zero stays text.
+- everything else stays text: `017`, `12:30:45`, `2024-01-01`, `.inf`, `.nan`. If a number is expected, validation
+  reports what to write instead.
 
-Refused with file:line:column: tags, anchors, aliases, merge keys, duplicate keys, keys that are not text, a second
+Rejected with file:line:column: tags, anchors, aliases, merge keys, duplicate keys, keys that are not text, a second
 document, an empty file, bytes that are not UTF-8, more than `MAX_BYTES`, `MAX_DEPTH` levels or `MAX_VALUES` values.
 """
 
@@ -43,7 +43,7 @@ _UNSAFE = re.compile("[\x00\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was written. `line` and `column` count from 1; line 0: `source` is not a file."""
+    """Place of a key or value. `line` and `column` count from 1; line 0 means that `source` is not a file."""
 
     source: str
     line: int = 0
@@ -59,7 +59,7 @@ class Place:
 
 @dataclass
 class Node:
-    """A value and where it stands. `value` is a scalar, a list of nodes, or a mapping from key to node."""
+    """A value and its place. `value` is a scalar, a list of nodes, or a mapping from key to node."""
 
     value: Any
     place: Place
@@ -69,7 +69,7 @@ class Node:
 
     @property
     def at(self) -> Place:
-        """Where its key stands, or else the value itself."""
+        """Place of the key, or of the value if there is no key."""
         return self.key_place or self.place
 
     @property
@@ -77,7 +77,7 @@ class Node:
         return isinstance(self.value, dict)
 
     def plain(self) -> Any:
-        """The same value out of plain dicts, lists and scalars."""
+        """The value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -90,7 +90,7 @@ def parse_scalar(text: str) -> Scalar:
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text) or _BASED.fullmatch(text):
-        # 70 characters hold any 64-bit integer in any notation; int() refuses very long ones in its own words
+        # 70 characters suffice for a 64-bit integer in any notation; int() rejects very long ones with its own message
         value = int(text.replace("_", ""), 0) if len(text) <= 70 else MAX_INT
         if not -MAX_INT < value < MAX_INT:
             raise ValueError(
@@ -105,7 +105,7 @@ def parse_scalar(text: str) -> Scalar:
 
 
 def load_yaml(path: Path, label: str | None = None) -> Node:
-    """The mapping written in a file. `label` names the file in messages (default: the path as given).
+    """Read the mapping in a file. `label` names the file in messages (default: the path as given).
 
     Raises NoInputError if the file cannot be read, SpecError with file:line:column if it is not a legal mapping.
     """
@@ -117,14 +117,14 @@ def load_yaml(path: Path, label: str | None = None) -> Node:
 
 
 def parse_yaml(text: str, label: str, *, one_line: bool = False) -> Node:
-    """The single YAML value written in `text`. With `one_line`, places name `label` alone (an argument, not a file)."""
+    """Parse the single YAML value in `text`. With `one_line`, places have `label` only (an argument, not a file)."""
     return _Builder(text, label, one_line).document()
 
 
 def value_node(value: Any, place: Place) -> Node:
-    """Plain Python values as a node that stands, with all its parts, at `place`.
+    """Convert plain Python values to a node. The node and all its parts have the place `place`.
 
-    Raises SpecError for what YAML could not have said (a key that is not text, a number that is not finite, ...).
+    Raises SpecError for values that YAML cannot express (a key that is not text, a number that is not finite, ...).
     """
     if isinstance(value, Node):
         return value
@@ -143,7 +143,7 @@ def value_node(value: Any, place: Place) -> Node:
 
 
 def describe(value: Any) -> str:
-    """What kind of thing a value is, with the value, for messages."""
+    """Describe the kind of a value together with the value, for messages."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -156,14 +156,14 @@ def describe(value: Any) -> str:
 
 
 def read_text(path: Path, label: str) -> str:
-    """What is written in a file of at most `MAX_BYTES`, which messages call `label`.
+    """Read the text of a file of at most `MAX_BYTES`. `label` names the file in messages.
 
-    Raises NoInputError where it cannot be read or is no file, SpecError where it is too large or not UTF-8.
+    Raises NoInputError if it cannot be read or is not a file, SpecError if it is too large or not UTF-8.
     """
     try:
         if not path.exists():
             raise NoInputError(f"{label}: no such file (looked for {printable(str(path.absolute()), 300)})")
-        if not path.is_file():  # a named pipe would block, a folder has no text
+        if not path.is_file():  # a named pipe would block, and a folder has no text
             raise NoInputError(f"{label}: is not a file; name a file of text")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -171,7 +171,7 @@ def read_text(path: Path, label: str) -> str:
         raise NoInputError(f"{label}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
         raise SpecError(f"{label}: is larger than {MAX_BYTES} bytes, more than is ever needed; is it the right file?")
-    raw = raw.removeprefix(b"\xef\xbb\xbf")  # editors on Windows write this mark
+    raw = raw.removeprefix(b"\xef\xbb\xbf")  # byte order mark, as editors on Windows write it
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -182,7 +182,7 @@ def read_text(path: Path, label: str) -> str:
 
 
 class _Builder:
-    """One pass over the parser's events."""
+    """Build a tree in one pass over the events of the parser."""
 
     def __init__(self, text: str, label: str, one_line: bool) -> None:
         self.text, self.label, self.one_line = text, label, one_line
