@@ -1,1 +1,1 @@
-"""The run folder and what can be read from it: records, run card, weights, checkpoints. Imports spec and base."""
+"""The run folder and its contents: records, run card, weights, checkpoints. Imports spec and base."""

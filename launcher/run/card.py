@@ -1,4 +1,4 @@
-"""What is known of a run before it starts: the card in its folder, and the lines that a person reads first."""
+"""Description of a run before it starts: the card in its folder and the banner on the console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headway.model.attention.external import provenance
 
 
 def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
-    """What the report needs to know about a run besides its metrics."""
+    """Data about a run that the report needs in addition to its metrics."""
     from headway.model.cost import account
 
     assert spec.model.vocab_size is not None
@@ -52,10 +52,10 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, from_step: int) -> dict[str, Any]:
-    """The card with a list of every start of the run so far: those of the card `before` it, and this one.
+    """Add a list of all starts of the run to the card: the starts in the previous card `before`, and this one.
 
-    `from_step`: of the newest checkpoint there. The first and the newest 199 are kept; a card from before there were
-    lists counts as one start.
+    `from_step`: step of the newest checkpoint. The first start and the newest 199 are kept. A card of an earlier
+    version, which has no list, counts as one start.
     """
     earlier = before.get("attempts")
     if not isinstance(earlier, list):
@@ -72,11 +72,11 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
 
 
 _OF_A_START = ("started_at", "git_commit", "versions", "machine")
-"""What of a card may be another thing at each start of one run."""
+"""Keys of a card that may differ between the starts of one run."""
 
 
 def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
-    """What is about to be trained, in the words of the spec."""
+    """Summary of the training that is about to start, in terms of the spec."""
     cost = card["cost"]
     fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
     attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
@@ -97,7 +97,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
 
 
 def _mechanism(spec: Spec) -> dict[str, Any]:
-    """Name, package and hash of the sources of an external mechanism; nothing of a built-in one."""
+    """Name, package and source hash of an external mechanism; empty for a built-in one."""
     found = provenance(spec.attention)
     return {"mechanism": found} if found else {}
 

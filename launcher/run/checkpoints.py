@@ -1,6 +1,6 @@
-"""`headway checkpoint list|verify|show`: what a run has saved, and whether every byte of it is as it was written.
+"""`headway checkpoint list|verify|show`: list the checkpoints of a run, verify their hashes, show their contents.
 
-Only reads: a training may be going on.
+These commands only read, because the run may still be training.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ _DELETION_S = 1.0
 
 
 def checkpoint_rows(path: Path) -> list[dict[str, Any]]:
-    """Of each checkpoint of a run, newest first; `error` says what is wrong with one. Empty where there is none."""
+    """One row per checkpoint of a run, newest first; empty if there is none. `error` describes a damaged checkpoint."""
     return [row for folder in steps_on_disk(RunDir(path).checkpoints) if (row := _row(folder)) is not None]
 
 
 def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
-    """Newest first: step, tokens, validation loss, size, layout, age; sizes and manifests are checked, not hashes."""
+    """List checkpoints, newest first: step, tokens, validation loss, size, layout, age.
+
+    Sizes and manifests are checked; hashes are not.
+    """
     rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]
     if as_json:
         console.emit(rows)
@@ -57,7 +60,7 @@ def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 
 
 def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
-    """Hash every file; returns 74 and names the file where one is not as it was written."""
+    """Verify the hash of every file. Returns 74 and names the file if one differs from its recorded hash."""
     results = []
     for folder in _folders(path, step):
         error = None
@@ -80,7 +83,7 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 
 
 def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
-    """What the newest checkpoint, or that of `step`, holds: where it comes from, its files, its tensors."""
+    """Show the origin, files and tensors of the newest checkpoint, or of the checkpoint of `step`."""
     folder = _folders(path, step)[0]
     manifest = read_manifest(folder)
     found = Checkpoint(path=folder, step=manifest.step, manifest=manifest)
@@ -119,7 +122,7 @@ def _folders(path: Path, step: int | None) -> list[Path]:
 
 
 def _deleted(folder: Path) -> bool:
-    """Whether a training has just deleted this checkpoint: the manifest goes first, and the rest takes a moment."""
+    """Whether a training process is deleting this checkpoint: the manifest is deleted first, the other files later."""
     end = time.monotonic() + _DELETION_S
     while folder.is_dir() and not (folder / MANIFEST).exists() and time.monotonic() < end:
         time.sleep(0.02)

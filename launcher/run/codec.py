@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the tokenizer a model was trained with."""
+"""Convert between text and token ids with the tokenizer that a model was trained with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Codec:
-    """Text or, where a model learned synthetic data or has no tokenizer, written-out ids to token ids and back.
+    """Convert between text and token ids. For synthetic data or without a tokenizer, the text is a list of ids.
 
     `file`: the tokenizer.json; `eos_id` and `eos_token` end a document; `bos_id` begins every prompt.
     """
@@ -36,7 +36,7 @@ class Codec:
 
     @classmethod
     def of(cls, spec: Spec, run: RunDir) -> Codec:
-        """Of a run. Raises DataError where its dataset is gone or another."""
+        """The codec of a run. Raises DataError if its dataset is missing or differs."""
         source = spec.data.source
         assert spec.model.vocab_size is not None
         if not isinstance(source, MdsSource):
@@ -59,7 +59,7 @@ class Codec:
 
     @classmethod
     def of_exported(cls, folder: Path, config: ExportedConfig) -> Codec:
-        """Of a folder of weights, whose files are verified already."""
+        """The codec of a weights folder whose files have been verified."""
         from headway.model.huggingface.folder import TOKENIZER
 
         if TOKENIZER not in config.files or config.eos_token_id is None:
@@ -77,7 +77,7 @@ class Codec:
         return cls(loaded, vocab_size, file=file, eos_id=eos_id, eos_token=eos_token, bos_id=bos_id)
 
     def encode(self, prompt: str) -> list[int]:
-        """At least one id; an empty prompt of text begins a document."""
+        """Token ids of a prompt, at least one. An empty text prompt begins a document."""
         begin = [] if self.bos_id is None else [self.bos_id]
         if self._tokenizer is not None:
             return begin + self._tokenizer.encode([prompt])[0] or [self._tokenizer.eos_id]
@@ -94,14 +94,14 @@ class Codec:
 
 
 def token_of(file: Path, token_id: int) -> str:
-    """The text of a token of a tokenizer.json. Raises DataError where there is no such token or file."""
+    """The text of a token of a tokenizer.json. Raises DataError if the token or the file does not exist."""
     from tokenizers import Tokenizer
 
     try:
         token = Tokenizer.from_file(str(file)).id_to_token(token_id)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # the library raises bare Exception, and panics of Rust, which are none
+    except BaseException as e:  # the library raises bare Exception, and Rust panics, which do not derive from Exception
         raise DataError(f"{file}: not a tokenizer.json of Hugging Face tokenizers ({e}); restore it") from None
     if token is None:
         raise DataError(f"{file}: has no token {token_id}, which ends documents; give the tokenizer of the model")

@@ -1,4 +1,4 @@
-"""What a folder takes on the disk. Links are never followed."""
+"""Size of a folder on disk. Links are never followed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of all regular files in and below a folder; what vanishes meanwhile counts as nothing."""
+    """Bytes of all regular files in and below a folder. Files that disappear during the scan count as 0."""
     total = 0
     try:
         with os.scandir(folder) as entries:

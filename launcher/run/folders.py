@@ -1,7 +1,7 @@
-"""What kind of folder a path names, told by the files in it, and messages for a folder of another kind.
+"""Determine the kind of a folder from its files, and create messages for a folder of another kind.
 
-A run's folder holds spec.json, a study's study.json and its runs below `cells/`, that of probe tasks probe.json and a
-study for every task. Needs no torch.
+The folder of a run contains spec.json. The folder of a study contains study.json and its runs below `cells/`. The
+folder of probe tasks contains probe.json and a study for every task. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from headway.launcher.run.run_dir import RunDir, read_mapping
 Kind = Literal["run", "study", "probe"]
 
 RECORDS: dict[str, Kind] = {"spec.json": "run", "study.json": "study", "probe.json": "probe"}
-"""The file that only one kind of folder has."""
+"""File that exists in only one kind of folder -> that kind."""
 
 _WORDS = {"run": "the folder of a run", "study": "the folder of a study", "probe": "the folder of probe tasks"}
 _WANTED = {"spec": "the spec of a run", "study": "a study", "probe": "a set of probe tasks", "corpus": "a corpus"}
-_MOST = 24  # paths in one message
+_MOST = 24  # maximum number of paths in one message
 
 
 def kind_of(folder: Path) -> Kind | None:
-    """The kind of a folder of ours; None for any other path."""
+    """The kind of a folder that Headway wrote; None for any other path."""
     return next((kind for name, kind in RECORDS.items() if (folder / name).is_file()), None)
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folders of the runs of a study or of probe tasks that were begun, in the order of the study; or the run."""
+    """Folders of the started runs of a study or of probe tasks, in the order of the study; for a run, only its own."""
     match kind_of(folder):
         case "run":
             return [folder]
@@ -41,21 +41,21 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def cells_of(study: Path) -> list[Path]:
-    """Folders of the cells that study.json plans, begun or not."""
+    """Folders of the cells that study.json plans, started or not."""
     cells = read_mapping(study / "study.json").get("cells")
     names = [cell.get("run_dir") for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
     return [study / name for name in names if isinstance(name, str) and _below(name)]
 
 
 def tasks_of(probe: Path) -> list[Path]:
-    """Folders of the studies that probe.json names, begun or not."""
+    """Folders of the studies that probe.json names, started or not."""
     tasks = read_mapping(probe / "probe.json").get("tasks")
     names = tasks if isinstance(tasks, list) else []
     return [probe / name for name in names if isinstance(name, str) and _below(name)]
 
 
 def find_run(path: Path) -> RunDir:
-    """The run in a folder. Raises NoInputError for anything else, with the runs it could mean, to copy."""
+    """The run in a folder. Raises NoInputError for any other path, with a list of runs that may be meant."""
     run = RunDir(path)
     if not run.spec.is_file():
         raise NoInputError(not_a_run(path))
@@ -63,7 +63,7 @@ def find_run(path: Path) -> RunDir:
 
 
 def not_a_run(path: Path) -> str:
-    """Why `path` is no run's folder, and which folders are meant instead."""
+    """Message that explains why `path` is not the folder of a run, and which folders may be meant."""
     shown = printable(str(path), 300)
     if (kind := kind_of(path)) is not None:
         return f"{shown} is {_WORDS[kind]}; name one of its runs{_listed(runs_in(path))}"
@@ -79,7 +79,9 @@ def not_a_run(path: Path) -> str:
 
 
 def refuse_folder(path: Path, kind: str) -> None:
-    """Raise NoInputError where `path` is a folder of ours and a file is wanted: a spec, study, probe or corpus."""
+    """Raise NoInputError if `path` is a folder that Headway wrote. `kind` of the required file: spec, study, probe or
+    corpus.
+    """
     found = kind_of(path) if path.is_dir() else None
     if found is None:
         return
@@ -96,7 +98,7 @@ def refuse_folder(path: Path, kind: str) -> None:
 
 
 def _of_file(path: Path) -> str:
-    """`: runs/x`: the folder of the run or the runs of the study that a YAML file describes; empty for other files."""
+    """`: runs/x`: folder of the run, or of the runs of the study, that a YAML file describes; empty for other files."""
     from headway.launcher.spec.load import load_mapping
 
     if path.suffix not in (".yaml", ".yml"):
@@ -127,5 +129,5 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 
 def _below(name: str) -> bool:
-    """Whether a name from a record leads below its folder: a record may not point elsewhere."""
+    """Whether a name from a record refers to a path below its folder. A record must not refer to other paths."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -1,7 +1,7 @@
-"""Signs of life of the ranks: each writes where it stands, and its host's launcher reads it.
+"""Heartbeats of the ranks: each rank writes its current section, and the launcher of its host reads it.
 
-`start` and `beat` are the ranks' side, `read_beat` and `allowed_s` the launcher's. A beat is one small write to an open
-file; no thread takes part, so a rank that hangs in any way stops beating.
+The ranks use `start` and `beat`; the launcher uses `read_beat` and `allowed_s`. A beat is one small write to an open
+file. No thread is involved, so that a rank that hangs for any reason stops beating.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECTIONS = {"setup": 6, "first step": 4, "data": 1, "step": 1, "validate": 4, "save": 4, "finish": 4}
-"""Times launch.hang_s that a rank may stay in each: modules are read and kernels built before the steps, saves wait for
-disks."""
+"""Maximum time of a rank in each section, in multiples of launch.hang_s. Before the steps, modules are imported and
+kernels are compiled; saves wait for disks."""
 
 STACKS = signal.SIGUSR2
-"""Asks a rank to write the stacks of its threads into its log, and a launcher to ask all its ranks for theirs."""
+"""Signal on which a rank writes the stacks of its threads to its log. A launcher forwards it to all its ranks."""
 
-_BYTES = 512  # every record has this length, so that a reader never sees the rest of a longer one
+_BYTES = 512  # length of every record, so that a reader never sees the remainder of a longer record
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The last sign of a rank: in `section` of `step` since `time_s` on its host's monotonic clock."""
+    """The last beat of a rank: in `section` of `step` since `time_s` on the monotonic clock of its host."""
 
     rank: int
     host: str
@@ -50,14 +50,14 @@ class Heartbeat:
         self.beat("setup", 0)
 
     def beat(self, section: str, step: int) -> None:
-        """Say that this rank begins `section` (a key of SECTIONS) of optimizer step `step`."""
+        """Record that this rank begins `section` (a key of SECTIONS) of optimizer step `step`."""
         if section == "step":
             section = "step" if self._stepped else "first step"
             self._stepped = True
         assert section in SECTIONS, section
-        # The monotonic clock of the host: the launcher reads the same one, and nobody sets it back.
+        # The launcher reads the same monotonic clock of the host, which is never set back.
         beat = {"rank": self._rank, "host": self._host, "section": section, "step": step, "time_s": time.monotonic()}
-        with contextlib.suppress(OSError):  # a disk that is not well must not end a training
+        with contextlib.suppress(OSError):  # a disk error must not end a training run
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             os.pwrite(self._fd, json.dumps(beat).ljust(_BYTES).encode()[:_BYTES], 0)
@@ -67,7 +67,10 @@ _current: Heartbeat | None = None
 
 
 def start(logs: Path, rank: int) -> None:
-    """Begin to beat in this process, show all stacks on stderr at the signal STACKS, and end when the launcher does."""
+    """Start the heartbeat of this process.
+
+    The process also writes all stacks to stderr on the signal STACKS, and ends when the launcher ends.
+    """
     global _current
     faulthandler.register(STACKS, file=sys.stderr, all_threads=True, chain=False)
     launcher = os.environ.get("HEADWAY_LAUNCHER_PID")
@@ -77,18 +80,18 @@ def start(logs: Path, rank: int) -> None:
 
 
 def beat(section: str, step: int) -> None:
-    """`Heartbeat.beat` of this process; nothing where `start` was not called."""
+    """`Heartbeat.beat` of this process. Does nothing if `start` was not called."""
     if _current is not None:
         _current.beat(section, step)
 
 
 def beat_file(logs: Path, rank: int) -> Path:
-    """Where a rank's beats are."""
+    """Path of the heartbeat file of a rank."""
     return logs / f"rank-{rank}.beat"
 
 
 def read_beat(path: Path) -> Beat | None:
-    """The last beat in `path`; None where there is none, or one is being written."""
+    """The last beat in `path`; None if there is none or if one is being written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         beat = Beat(**{key: found[key] for key in Beat.__dataclass_fields__})
@@ -100,12 +103,15 @@ def read_beat(path: Path) -> Beat | None:
 
 
 def can_beat(path: Path) -> bool:
-    """Whether a record can be written into `path` now, as a rank does it. A full disk takes one where one has stood."""
+    """Whether a record can be written to `path` now, as a rank writes it.
+
+    On a full disk an existing record can still be overwritten.
+    """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.pwrite(fd, b" " * _BYTES, 0)
-            os.fsync(fd)  # network file systems tell of a full disk only then
+            os.fsync(fd)  # network file systems report a full disk only here
         finally:
             os.close(fd)
     except OSError:
@@ -114,17 +120,17 @@ def can_beat(path: Path) -> bool:
 
 
 def allowed_s(section: str, hang_s: float) -> float:
-    """How long a rank may stay in `section` without another sign."""
+    """Maximum time in seconds that a rank may stay in `section` without another beat."""
     return hang_s * SECTIONS.get(section, 1)
 
 
 def _end_with(pid: int) -> None:
-    """End this process when process `pid` does: programs between the two need not pass its end on."""
+    """End this process when process `pid` ends, even if the programs between the two keep running."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGKILL)
-    except OSError:  # not allowed in some containers; the kernel's own signal at a parent's death is left
+    except OSError:  # not permitted in some containers; the parent-death signal of the kernel remains
         return
     else:
         select.select([descriptor], [], [])

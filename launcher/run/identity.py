@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common, compared before a model is built."""
+"""Check that all ranks of a run agree on spec, data, code and versions before a model is built."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from headway.model.attention.external import provenance
 
 
 class Gathers(Protocol):
-    """What is asked of a layout."""
+    """The part of a layout that `check_identity` uses."""
 
     def gather_json(self, value: Any) -> list[Any]: ...
 
 
 def code_hash(folders: Sequence[str] = ("launcher", "parallel", "model", "data", "kernels")) -> str:
-    """Of Headway's own sources: ranks with different ones do not compute the same. sha256, 16 hex digits."""
+    """sha256 of Headway's sources, 16 hex digits. Ranks with different sources compute different results."""
     folder, found = Path(__file__).resolve().parents[2], hashlib.sha256()
     for name in folders:
         for path in sorted((folder / name).rglob("*.py")):
@@ -34,9 +34,9 @@ def code_hash(folders: Sequence[str] = ("launcher", "parallel", "model", "data",
 
 
 def run_identity(spec: Spec, fingerprint: str | None) -> dict[str, str]:
-    """The card of a rank: name of a thing that must be equal -> its value. Seeds are in the spec.
+    """The card of a rank: name -> value of each property that must be equal on all ranks. The spec contains the seeds.
 
-    `fingerprint`: of the data, None where it is synthetic.
+    `fingerprint`: fingerprint of the data; None for synthetic data.
     """
     resolved = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
     return {
@@ -49,7 +49,7 @@ def run_identity(spec: Spec, fingerprint: str | None) -> dict[str, str]:
 
 
 def mechanism_identity(spec: Spec) -> dict[str, str]:
-    """Version and sources of the package that an external mechanism comes from; empty for a built-in one."""
+    """Version and source hash of the package of an external mechanism; empty for a built-in one."""
     found = provenance(spec.attention)
     return {"mechanism package": found["package"], "mechanism sources": found["sources"]} if found else {}
 
@@ -60,10 +60,10 @@ def identity_hash(card: dict[str, str]) -> str:
 
 
 def check_identity(spec: Spec, fingerprint: str | None, layout: Gathers) -> None:
-    """Compare the cards of all ranks; collective, and every rank ends alike.
+    """Compare the cards of all ranks. Collective; all ranks return or raise the same error.
 
-    Raises SpecError (64) where specs or seeds differ, DataError (65) where the data does, HeadwayError (70) where the
-    code or a version does; each names the rank, its host, what differs and both values.
+    Raises SpecError (64) if specs or seeds differ, DataError (65) if the data differs, HeadwayError (70) if the code or
+    a version differs. The message names the rank, its host, the property that differs and both values.
     """
     mine = run_identity(spec, fingerprint)
     reports = layout.gather_json({"host": socket.gethostname(), "card": mine})
@@ -72,7 +72,7 @@ def check_identity(spec: Spec, fingerprint: str | None, layout: Gathers) -> None
         return
     specs = [card.get("spec") for card in cards]
     flat = flatten(spec.model_dump(mode="json"))
-    # Only where they differ: a spec is thousands of times as long as its hash.
+    # Gather specs only if their hashes differ: a spec is thousands of times as long as its hash.
     details = layout.gather_json(flat) if len(set(specs)) > 1 else None
     usual = _usual(cards)
     lines: list[str] = []
@@ -96,7 +96,7 @@ def check_identity(spec: Spec, fingerprint: str | None, layout: Gathers) -> None
 
 
 def _usual(cards: list[dict[str, str]]) -> int:
-    """The first rank that has the commonest card."""
+    """The first rank that has the most common card."""
     texts = [json.dumps(card, sort_keys=True) for card in cards]
     return texts.index(Counter(texts).most_common(1)[0][0])
 

@@ -1,4 +1,4 @@
-"""Which weights a spec starts from (`init.weights`): checks their folder before any process is started."""
+"""Check the folder of the initial weights of a spec (`init.weights`) before any process is started."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from headway.launcher.spec.spec import Spec
 from headway.model.huggingface import folder as hf
 
 _START = ("init_std", "branch_start")
-"""Keys of `model` that decide random weights alone."""
+"""Keys of `model` that affect only random weights."""
 
 
 def with_initial_hash(spec: Spec) -> Spec:
-    """The spec with `init.sha256` filled in, so that it names the weights whatever their folder becomes.
+    """The spec with `init.sha256` filled in, so that it identifies the weights even if their folder changes.
 
-    Raises WeightsError where the folder is not whole, SpecError where its weights are not those the spec names, are
-    another model's, or read another tokenizer's ids.
+    Raises WeightsError if the folder is incomplete or damaged, SpecError if its weights are not those that the spec
+    names, belong to another model, or use the ids of another tokenizer.
     """
     if spec.init.weights is None:
         return spec
     folder = Path(spec.init.weights).expanduser()
     if spec.init.sha256 is not None and not folder.exists():
-        return spec  # a run that goes on needs them no more; one that begins says so when it reads them
+        return spec  # a resumed run no longer needs them; a new run reports the error when it reads them
     if not folder.exists():
         raise hf.WeightsError(
             f"init.weights: {folder}: no such folder{looked_for(folder)}; name a folder written by `headway export RUN "

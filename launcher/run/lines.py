@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl: JSON objects with a checksum of themselves, so that no damaged number is taken for one."""
+"""Lines of metrics.jsonl: JSON objects with a checksum each, so that damaged numbers are detected."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 _KEY = ', "crc": "'
-_MOST_BYTES = 64 << 20  # records that wait for room on the disk
+_MOST_BYTES = 64 << 20  # maximum size of the records that wait for free disk space
 
 
 def encode(record: dict[str, Any]) -> str:
-    """The record (not an empty one) as a line of JSON; its last key is the CRC-32 of what stands before it."""
+    """Encode a record, which must not be empty, as a line of JSON. Its last key is the CRC-32 of the text before it."""
     body = json.dumps(record)[:-1]
     return f'{body}{_KEY}{zlib.crc32(body.encode()):08x}"}}'
 
 
 def decode(line: str) -> dict[str, Any] | None:
-    """The record of a line; None for one that was cut off or changed. One without a checksum is taken as it is."""
+    """The record of a line; None if it was truncated or changed. A record without a checksum is accepted unchecked."""
     return _decoded(line)[0]
 
 
 def _decoded(line: str) -> tuple[dict[str, Any] | None, bool]:
-    """The record, and whether it has a checksum."""
+    """The record of a line, and whether it has a checksum."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -42,18 +42,20 @@ def _decoded(line: str) -> tuple[dict[str, Any] | None, bool]:
 
 @dataclass
 class Damage:
-    """What was found while lines were read: numbers (from 1) of those that are no record, each ended by a line break.
+    """Numbers (from 1) of damaged lines: lines that end with a line break but are not a record.
 
-    A last line without its break is none of them: a kill leaves one, and a reader may come while it is written.
+    A last line without a line break is not included: a killed process leaves one, and a line that is just being written
+    has none yet.
     """
 
     lines: list[int] = field(default_factory=list)
 
 
 def read_lines(path: Path, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
-    """Every whole record, one at a time; `damage` is told of the others. No file: no record. Raises OSError.
+    """Yield all undamaged records; the numbers of damaged lines are added to `damage`. Raises OSError.
 
-    After a line with a checksum one without is damaged: a file has them all or, from before there were any, none.
+    A missing file has no records. A line without a checksum after a line with one is damaged: either all lines of a
+    file have checksums, or none have if an earlier version wrote it.
     """
     try:
         file = path.open("rb")
@@ -72,7 +74,7 @@ def read_lines(path: Path, damage: Damage | None = None) -> Iterator[dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """What a file of records lacks: `lines` were damaged; `gaps` are the first and last of steps without a record."""
+    """Missing records of a file: number of damaged `lines`; `gaps`, (first, last) of each range of missing steps."""
 
     lines: int
     gaps: tuple[tuple[int, int], ...]
@@ -89,21 +91,27 @@ class Lost:
 
 
 def gaps(steps: Iterable[int], last_step: int = 0) -> tuple[tuple[int, int], ...]:
-    """(first, last) of each stretch of steps, from 1 to `last_step` or the last one there, that is not in `steps`."""
+    """(first, last) of each range of steps that is missing from `steps`.
+
+    The steps are counted from 1 to the larger of `last_step` and the last of `steps`.
+    """
     there = sorted({0, *steps})
     there.append(max(there[-1], last_step) + 1)
     return tuple((a + 1, b - 1) for a, b in pairwise(there) if b - a > 1)
 
 
 class LineFile:
-    """Appends lines; those for which a disk has no room wait for it, and go on where the disk stopped."""
+    """Append lines to a file. On a full disk, lines are kept in memory and written once there is space again."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._path, self._waiting = path, b""
 
     def write(self, line: str) -> OSError | None:
-        """Append the line; why it must wait, when that is news. Raises OSError when too much waits."""
+        """Append a line. Returns the error if this line is the first that must wait.
+
+        Raises OSError if more than `_MOST_BYTES` are waiting.
+        """
         waited = bool(self._waiting)
         self._waiting += line.encode() + b"\n"
         error = self._push()
@@ -112,7 +120,7 @@ class LineFile:
         return None if waited else error
 
     def sync(self) -> OSError | None:
-        """Make what was written last through a power cut; why not all of it does."""
+        """Make the written lines survive a power failure. Returns the error if some could not be written."""
         error = self._push()
         try:
             os.fsync(self._fd)
@@ -121,12 +129,12 @@ class LineFile:
         return error
 
     def require(self) -> None:
-        """Raises OSError unless every line is in the file."""
+        """Raise OSError unless all lines are in the file."""
         if (error := self._push()) is not None:
             raise self._unwritten(error)
 
     def close(self) -> None:
-        """Raises OSError when lines are left that the disk has no room for."""
+        """Close the file. Raises OSError if lines remain that could not be written."""
         error = self._push()
         os.close(self._fd)
         if error is not None:

@@ -1,4 +1,4 @@
-"""What this machine and this installation are: written into every run and result."""
+"""Description of this machine and this installation, recorded in every run and result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("headway", "torch", "deepspeed", "mosaicml-streaming", "tokenizers",
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, platform and GPU."""
+    """Processor, number of cores available to this process, memory, platform and GPU."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_name(),
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this runs from, with `+` when it has uncommitted changes; None outside a checkout."""
+    """Commit of the source tree, followed by `+` if it has uncommitted changes; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

@@ -1,7 +1,8 @@
-"""Read what a training run left in its folder. Needs no torch, trusts no line: a torn last line is normal after a kill.
+"""Read the records of a run from its folder. Does not import torch. Every line is checked, since a killed process may
+leave an incomplete last line.
 
 spec.json     the resolved Spec
-run.json      what ran: spec hash, versions, machine, data fingerprint, cost per token; `attempts`: each start of it
+run.json      the run card: spec hash, versions, machine, data fingerprint, cost per token; `attempts`: all starts
 metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), and
               kinds this reader ignores
 summary.json  written last; `complete` is true only for a run that reached its last step
@@ -23,9 +24,9 @@ from headway.launcher.run.run_dir import read_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A loss (nats per token) against training progress; all arrays have one entry per record, in order of steps.
+    """A loss (nats per token) over training progress. All arrays have one entry per record, in order of steps.
 
-    `tokens` and `train_s` are cumulative; `train_s` leaves out validation and checkpoints.
+    `tokens` and `train_s` are cumulative; `train_s` excludes validation and checkpoints.
     """
 
     step: Floats
@@ -37,7 +38,7 @@ class Curve:
         return int(self.step.size)
 
     def loss_at_seconds(self, seconds: float) -> float | None:
-        """Linear interpolation between the two records around `seconds`; None outside the recorded range."""
+        """Loss at `seconds`, interpolated linearly between the adjacent records; None outside the recorded range."""
         known = np.isfinite(self.train_s) & np.isfinite(self.loss)
         x, y = self.train_s[known], self.loss[known]
         if x.size == 0 or not x[0] <= seconds <= x[-1]:
@@ -45,18 +46,18 @@ class Curve:
         return float(np.interp(seconds, x, y))
 
     def loss_at_tokens(self, tokens: int) -> float | None:
-        """The loss recorded at exactly `tokens`; None where there is no such record."""
+        """The loss recorded at exactly `tokens`; None if there is no such record."""
         found = np.flatnonzero(self.tokens == tokens)
         return float(self.loss[found[-1]]) if found.size else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run folder. Missing files leave empty dicts and curves; nothing is invented.
+    """Records of one run folder. Missing files result in empty dicts and curves.
 
-    `accuracy`: at each validation, the share (0..1) of targets whose largest logit is the label's; nan where
-    unrecorded. `start`: layer -> {"attention", "mlp"}, rms of what the branch adds over rms of its stream before the
-    first step; empty where unrecorded. `lost`: what metrics.jsonl lacks, which is in no curve.
+    `accuracy`: fraction (0..1) of targets with the largest logit at the label, at each validation; nan if not
+    recorded. `start`: layer -> {"attention", "mlp"}, ratio of the rms of the branch output to the rms of the residual
+    stream before the first step; empty if not recorded. `lost`: records that metrics.jsonl and all curves lack.
     """
 
     path: Path
@@ -80,12 +81,12 @@ class RunRecord:
 
     @property
     def tokens(self) -> int:
-        """Training tokens done."""
+        """Number of tokens trained."""
         return int(self.train.tokens[-1]) if len(self.train) else 0
 
     @property
     def train_s(self) -> float | None:
-        """Training seconds done, without validation and checkpoints."""
+        """Training time in seconds, without validation and checkpoints."""
         value = self.summary.get("train_s")
         if isinstance(value, int | float):
             return float(value)
@@ -93,7 +94,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder. Where a step stands twice (it was repeated after a kill), the later record counts."""
+    """Read a run folder. If a step has two records, because it was repeated after a kill, the later one is used."""
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}, "start": {}}
     damage = Damage()
     for record in _records(path / "metrics.jsonl", damage):
@@ -120,7 +121,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def last_progress(path: Path) -> tuple[int, float | None]:
-    """(tokens, training loss) of the last whole record in metrics.jsonl, reading only the end of the file."""
+    """(tokens, training loss) of the last complete record in metrics.jsonl. Reads only the end of the file."""
     record = _last(path, "train")
     if record is None:
         return 0, None
@@ -129,13 +130,13 @@ def last_progress(path: Path) -> tuple[int, float | None]:
 
 
 def last_validation(path: Path) -> float | None:
-    """Validation loss of the last whole record of one in metrics.jsonl; None where there is none."""
+    """Validation loss of the last complete validation record in metrics.jsonl; None if there is none."""
     record = _last(path, "validation")
     return None if record is None else _number(record.get("loss"))
 
 
 def _last(path: Path, kind: str) -> dict[str, Any] | None:
-    """The last whole record of a kind. Validations can be far apart: where the file's end has none, more is read."""
+    """The last complete record of a kind. Validations may be far apart; if needed, more of the file is read."""
     mark = f'"{kind}"'.encode()
     for most in (1 << 20, 1 << 26):
         try:

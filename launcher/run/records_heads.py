@@ -1,4 +1,4 @@
-"""What a run recorded of its routers and heads, read back. Needs no torch; what an older run lacks is NaN, or absent.
+"""Read the router and head records of a run. Does not import torch. Values that an older run lacks are NaN or absent.
 
 Legend: G groups, N experts per group.
 """
@@ -25,18 +25,18 @@ ROUTER_KEYS = (
     "information_bias",
     "information_share",
 )
-"""Recorded figures of a router (`headway.model.router_meter.RouterFigures`) of which there is one per group."""
+"""Recorded figures of a router (`headway.model.router_meter.RouterFigures`) with one value per group."""
 
 HEAD_KEYS = ("c_w", "c_q", "c_o", "effective_rank", "cka")
-"""Recorded measures of a layer's heads (`headway.model.diversity.HeadDiversity`)."""
+"""Recorded measures of the heads of a layer (`headway.model.diversity.HeadDiversity`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """One router over the last tenth of a run, mean over the records in it.
+    """Figures of one router, averaged over the records in the last tenth of a run.
 
     `load` [G, N]: share of each expert within its group (rows sum to 1). `means`: each of `ROUTER_KEYS`, mean over
-    groups. `dead`: experts that almost no token chose, at the last record.
+    groups. `dead`: number of experts that almost no token selected, in the last record.
     """
 
     layer: str
@@ -47,17 +47,17 @@ class Router:
 
     @property
     def effective(self) -> float:
-        """exp of the entropy of the load, mean over groups: 1 to N."""
+        """Effective number of experts, 1 to N: exp of the entropy of the load, mean over groups."""
         logs = np.log(np.where(self.load > 0, self.load, 1.0))
         return float(np.exp(-(self.load * logs).sum(1)).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Head diversity over a run; one entry per record, in order of steps.
+    """Head diversity over a run, with one entry per record in order of steps.
 
-    `layers`: layer -> each of `HEAD_KEYS`. `member`: what is compared; `members`: how many to a group, of the first
-    layer that has a pool.
+    `layers`: layer -> each of `HEAD_KEYS`. `member`: kind of the compared members; `members`: number of members per
+    group in the first layer that has a pool.
     """
 
     member: str
@@ -66,12 +66,12 @@ class Heads:
     layers: Mapping[str, Mapping[str, Floats]]
 
     def mean(self, key: str) -> Floats:
-        """Over layers."""
+        """Mean of a measure over layers."""
         return np.mean([values[key] for values in self.layers.values()], axis=0)
 
 
 def read_routers(train: Sequence[dict[str, Any]]) -> tuple[Router, ...]:
-    """From the train records of a run, in order of steps."""
+    """Read the routers from the train records of a run, in order of steps."""
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in train[len(train) - max(1, len(train) // 10) :]:
         layers = record.get("router")
@@ -92,7 +92,7 @@ def read_routers(train: Sequence[dict[str, Any]]) -> tuple[Router, ...]:
 
 
 def mean_routers(runs: Iterable[tuple[Router, ...]]) -> tuple[Router, ...]:
-    """Routers averaged over seeds; `dead` is the worst seed's."""
+    """Average routers over seeds. `dead` is the largest value of any seed."""
     same: dict[tuple[str, str], list[Router]] = {}
     for routers in runs:
         for router in routers:
@@ -110,7 +110,7 @@ def mean_routers(runs: Iterable[tuple[Router, ...]]) -> tuple[Router, ...]:
 
 
 def read_heads(records: Sequence[dict[str, Any]]) -> Heads | None:
-    """From the records of kind heads, in order of steps; None where there are none."""
+    """Read head diversity from the records of kind heads, in order of steps; None if there are none."""
     records = [r for r in records if isinstance(r.get("layers"), dict) and r["layers"]]
     if not records:
         return None
@@ -131,12 +131,12 @@ def read_heads(records: Sequence[dict[str, Any]]) -> Heads | None:
 
 
 def numbers(value: Any) -> list[float]:
-    """A recorded number, or numbers one per group, as a list; NaN for what is none."""
+    """A recorded number, or numbers per group, as a list. Values that are not numbers become NaN."""
     values = value if isinstance(value, list) else [value]
     return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of those that are numbers; NaN where there are none."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     known = [v for v in values if math.isfinite(v)]
     return sum(known) / len(known) if known else math.nan

@@ -1,4 +1,4 @@
-"""What a spec takes from its data: vocabulary size and fingerprint. Every shard is verified on the way."""
+"""Read the vocabulary size and the fingerprint of a spec from its data. Every shard is verified."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from headway.launcher.spec.spec import Spec
 
 
 def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
-    """The spec with its vocabulary filled in, and what is known of the data. Verifies every shard.
+    """The spec with its vocabulary size filled in, and information about the data. Verifies every shard.
 
-    Raises DataError for damaged data and SpecError for a vocabulary that cannot hold it.
+    Raises DataError for damaged data and SpecError for a vocabulary that is too small for the data.
     """
     source = spec.data.source
     if source.type == "synthetic":
@@ -46,7 +46,7 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
 
 
 def check_same_data(run: RunDir, info: dict[str, Any]) -> None:
-    """Raises SpecError when the folder was trained on data with another fingerprint."""
+    """Raise SpecError if the run was trained on data with another fingerprint."""
     before = read_mapping(run.card).get("data_fingerprint")
     if before is not None and before != info["fingerprint"]:
         raise SpecError(

@@ -1,4 +1,4 @@
-"""The run folder: resolved spec, metrics, checkpoints, logs, and the lock that keeps a second run out."""
+"""The run folder: resolved spec, metrics, checkpoints, logs, and the lock that prevents a second run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from headway.launcher.run.lines import Damage, Lost, encode, gaps, read_lines
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
-# What may differ between the spec of a run folder and the spec it is continued with: where things lie, what is recorded
-# and how the work is divided. Everything else changes the result and makes another run.
+# Keys that may differ between the spec of a run folder and the spec that continues the run: paths, records and the
+# distribution of the work. All other keys change the result, so that a different value is another run.
 FREE_KEYS = (
     "name",
     "run_dir",
@@ -46,7 +46,7 @@ FREE_KEYS = (
 )
 
 ADDED_KEYS = {"model.branch_start": "as_drawn"}
-"""Keys that run folders of earlier versions lack, and the value that stands for what those versions did."""
+"""Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
 
 
 class RunDir:
@@ -70,9 +70,9 @@ class RunDir:
         return cls(Path(spec.run_dir or f"runs/{spec.name}"))
 
     def refuse_foreign(self) -> None:
-        """Raise SpecError unless the folder is absent, empty or a run: nothing may be written into other people's."""
+        """Raise SpecError unless the folder is absent, empty or a run. Other folders must not be written to."""
         ours = {"run.lock", "worker.lock", "logs", "slurm", self.id.name, _temporary(self.id).name}
-        # What is written before the spec, by a start that was cut short.
+        # Files that an interrupted start leaves before the spec is written.
         ours |= {_temporary(self.spec).name, self.micro_batch.name, _temporary(self.micro_batch).name}
         if self.path.is_dir() and not self.spec.exists() and not self.checkpoints.exists():
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
@@ -83,14 +83,14 @@ class RunDir:
                 )
 
     def is_complete(self) -> bool:
-        """True when the run trained all its tokens."""
+        """Whether the run has trained all its tokens."""
         return read_mapping(self.summary).get("complete") is True
 
     @contextlib.contextmanager
     def locked(self, name: str = "run.lock", *, wait_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder; raises SpecError when a live process still holds it after `wait_s`.
+        """Hold the lock of the folder. Raises SpecError if a live process still holds it after `wait_s` seconds.
 
-        The kernel frees it when the holder dies.
+        The kernel releases the lock when its holder ends.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -114,12 +114,12 @@ class RunDir:
                 yield
             finally:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(fd, 0)  # no name in a lock that nobody holds
+                    os.ftruncate(fd, 0)  # a lock that is not held contains no name
         finally:
             os.close(fd)
 
     def adopt(self, spec: Spec) -> None:
-        """Write `spec` into the folder, or check that the folder is that of the same run.
+        """Write `spec` into the folder, or check that the folder belongs to the same run.
 
         Raises SpecError with the keys that differ.
         """
@@ -144,18 +144,18 @@ class RunDir:
         write_json(self.spec, new)
 
     def run_id(self) -> str | None:
-        """Made once for each run: checkpoints carry it, so that those of another run are not taken for this one's."""
+        """Unique id of the run. Checkpoints contain it, so that checkpoints of another run are not used by mistake."""
         found = read_json(self.id, None)
         return found if isinstance(found, str) else None
 
     def read_metrics(self, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
-        """Every whole record, one at a time; a line that a crash cut off or damaged is left out."""
+        """Yield all complete records. Lines that a crash truncated or damaged are skipped."""
         yield from read_lines(self.metrics, damage)
 
     def truncate_metrics(self, *, last_step: int) -> Lost:
-        """Drop records after `last_step`: they are trained again. Returns what is lost of those before.
+        """Drop records after `last_step`, since these steps are trained again. Returns the earlier lost records.
 
-        A power cut leaves the old file or the new one, and what is appended to the new one from now on is found.
+        After a power failure either the old file or the new one exists, and records appended to the new file are kept.
         """
         tmp = self.metrics.with_suffix(".tmp")
         damage, trained = Damage(), set[int]()
@@ -175,7 +175,7 @@ class RunDir:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a power cut. Raises OSError."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power failure. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -195,18 +195,18 @@ def _flock(fd: int, wait_s: float) -> None:
 
 
 def identity(spec: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a resolved spec that decide its result; `ADDED_KEYS` only where they change it."""
+    """Dotted keys and values of a resolved spec that affect its result; `ADDED_KEYS` only if they change it."""
     flat = {k: v for k, v in flatten(spec).items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
     return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
 
 
 def spec_hash(spec: dict[str, Any]) -> str:
-    """sha256 (16 hex digits) over `identity`."""
+    """sha256 of `identity`, 16 hex digits."""
     return hashlib.sha256(json.dumps(identity(spec), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay values."""
+    """Flatten nested mappings to dotted keys. Lists remain values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -217,12 +217,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) where they differ; a key that is absent counts as None."""
+    """(key, value in a, value in b) for all values that differ. A missing key counts as None."""
     return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """The JSON in `path`, or `default` when it is not there or cut off."""
+    """Read the JSON in `path`. Returns `default` if the file does not exist or is truncated."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -230,7 +230,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty when there is none."""
+    """Read the JSON object in `path`. Returns an empty dict if there is none."""
     value = read_json(path, None)
     return value if isinstance(value, dict) else {}
 
@@ -240,7 +240,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, after a power cut as well."""
+    """Write atomically: a reader sees either the old file or the new one, also after a power failure."""
     tmp = _temporary(path)
     with tmp.open("w", encoding="utf-8") as f:
         f.write(json.dumps(value, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""How far a run is, from its folder, in a few milliseconds: of metrics.jsonl only the end is read. Needs no torch."""
+"""Read the progress of a run from its folder in a few milliseconds.
+
+Only the end of metrics.jsonl is read. This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from headway.launcher.run.run_dir import RunDir, read_mapping
 
 State = Literal["done", "running", "partial", "failed"]
 
-_TAILS = (64 << 10, 1 << 20)  # bytes of metrics.jsonl: the first is enough but where validations are rare
+_TAILS = (64 << 10, 1 << 20)  # bytes of metrics.jsonl: the first suffices unless validations are rare
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """`step` of `steps` and `tokens` are done. `validation_loss` is the newest one recorded, nats per token, of step
-    `validation_step`; None where the end of the records has none.
+    """Progress of a run: `step` of `steps` and `tokens` are done. `validation_loss`: newest recorded value in nats per
+    token, of step `validation_step`; None if the end of the records has none.
     """
 
     state: State
@@ -37,7 +40,7 @@ class RunState:
 
 
 def run_state(run: RunDir) -> RunState:
-    """Read a run's folder. What is missing or damaged is None or 0; nothing is invented."""
+    """Read the state from a run folder. Missing or damaged values are None or 0."""
     summary = read_mapping(run.summary)
     step, tokens, loss, at = _end_of_records(run.metrics)
     complete = summary.get("complete") is True
@@ -54,14 +57,14 @@ def run_state(run: RunDir) -> RunState:
 
 
 def held_by_live_process(run_dir: Path, lock: str = "run.lock") -> bool:
-    """Whether a process of this host holds the folder.
+    """Whether a process on this host holds the lock of the folder.
 
-    Reads the holder's id and does not try the lock, so that looking at a folder can never keep a run out.
+    This reads the process id of the holder and does not acquire the lock, so that it can never block a run.
     """
     try:
         pid, _, host = (run_dir / lock).read_text().partition(" on ")
         if host not in ("", socket.gethostname()[:64]):
-            return False  # its processes cannot be seen from here
+            return False  # processes of another host are not visible here
         os.kill(int(pid), 0)
     except PermissionError:
         return True
@@ -71,7 +74,7 @@ def held_by_live_process(run_dir: Path, lock: str = "run.lock") -> bool:
 
 
 def _end_of_records(metrics: Path) -> tuple[int, int, float | None, int | None]:
-    """(step, tokens, validation loss, step of that) of the newest records."""
+    """(step, tokens, validation loss, validation step) of the newest records."""
     step, tokens, loss, at = 0, 0, None, None
     for size in _TAILS:
         step, tokens, loss, at = 0, 0, None, None
@@ -90,7 +93,7 @@ def _end_of_records(metrics: Path) -> tuple[int, int, float | None, int | None]:
 
 
 def _backwards(metrics: Path, size: int) -> Iterator[dict[str, Any]]:
-    """Whole records in the last `size` bytes, the newest first."""
+    """Complete records in the last `size` bytes, newest first."""
     try:
         with metrics.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -116,7 +119,7 @@ def _steps(spec: dict[str, Any]) -> int | None:
 
 
 def _failed(run: RunDir) -> bool:
-    """Whether the newest start ended by a fault that nothing was started again after (logs/attempts.jsonl)."""
+    """Whether the newest start ended with a fault and no restart followed (logs/attempts.jsonl)."""
     try:
         *_, last = (run.logs / "attempts.jsonl").read_bytes().splitlines()
         fault = json.loads(last)

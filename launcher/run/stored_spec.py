@@ -1,4 +1,4 @@
-"""The resolved spec that a run folder holds."""
+"""Load the resolved spec of a run folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from headway.launcher.spec.spec import Spec
 
 
 def stored_spec(run: RunDir) -> Spec:
-    """The spec in `spec.json`, as this installation reads it.
+    """Load the spec in `spec.json` with this installation.
 
-    Raises NoInputError where there is none, SpecError where it is damaged or not a spec here: its mechanism may be that
-    of a package which is not installed. The message names line and key.
+    Raises NoInputError if the file does not exist, SpecError if it is damaged or invalid in this installation: the
+    package of its mechanism may not be installed. The message names line and key.
     """
     try:
         return Spec.model_validate_json(run.spec.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return load_spec(run.spec, no_auto=None).spec  # slower, and it says what is wrong
+        return load_spec(run.spec, no_auto=None).spec  # slower, but its error locates the problem

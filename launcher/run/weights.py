@@ -1,4 +1,4 @@
-"""A run's decoder with the weights of one of its checkpoints, in one process."""
+"""Load the decoder of a run with the weights of one of its checkpoints, in a single process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from headway.parallel import checkpoint
 
 
 def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoint:
-    """The newest whole checkpoint, or that of `step`, every hash checked.
+    """The newest complete checkpoint, or the checkpoint of `step`. All hashes are verified.
 
-    Raises CheckpointError where it is not whole or there is none, NoInputError where there is none of `step`.
+    Raises CheckpointError if it is incomplete or if there is none, NoInputError if there is none for `step`.
     """
     if step is None:
         with console.progress("verify checkpoint", lines=False):
@@ -30,7 +30,7 @@ def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoi
 
 
 def load_decoder(spec: Spec, found: checkpoint.Checkpoint) -> Decoder:
-    """The whole decoder on CPU in fp32, in evaluation mode, its schedules where the checkpoint left them."""
+    """The whole decoder on CPU in fp32 and evaluation mode, with its schedules at the state of the checkpoint."""
     assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
     decoder = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
     checkpoint.load_weights(found, decoder)
