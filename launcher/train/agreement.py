@@ -1,4 +1,4 @@
-"""What all ranks must know of a step before they take it."""
+"""Agreement of all ranks before each step: batch, stop and save."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _UINT64 = (1 << 64) - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What one rank wants: to stop, to save because rank 0's clock asks for it, to commit the pending save, of which
-    its own part is written.
+    """Requests of one rank: stop; save, because a checkpoint is due by the clock of rank 0. `written`: its part of the
+    pending checkpoint is written and can be committed.
     """
 
     stop: bool
@@ -26,8 +26,8 @@ class Wishes:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """Targets and hash of the global batch; whether any rank wants to stop, rank 0's clock asks for a checkpoint, every
-    rank has written its part of the pending one.
+    """Number of targets and hash of the global batch. `stop`: a rank requests a stop. `save`: a checkpoint is due by
+    the clock of rank 0. `written`: all ranks have written their parts of the pending checkpoint.
     """
 
     targets: int
@@ -38,11 +38,11 @@ class Agreed:
 
 
 def agree(batch: StepBatch, wishes: Wishes, layout: Layout, *, step: int, global_batch: int) -> Agreed:
-    """One small all-reduce before each step. `step`: steps done; `global_batch`: sequences of all ranks together.
+    """Run one small all-reduce before each step. `step`: completed steps; `global_batch`: sequences of all ranks.
 
-    The hash is the sum of the data-parallel ranks' parts modulo 2^64, added in two halves that cannot overflow.
-    Raises DataError where ranks that work on the same sequences have read different ones, and where the ranks
-    together have not read the whole global batch of this step.
+    The hash is the sum of the parts of the data-parallel ranks modulo 2^64, added in two halves that cannot overflow.
+    Raises DataError if ranks that must process the same sequences have read different ones, or if the ranks together
+    have not read the whole global batch of this step.
     """
     low, high = batch.digest & 0xFFFFFFFF, batch.digest >> 32
     part = [batch.targets, low, high, batch.sequences] if layout.is_data_lead else [0, 0, 0, 0]

@@ -1,7 +1,7 @@
-"""How strongly the residual branches of a run start: factors for `model.branch_start`, and what was measured.
+"""Initial scale of the residual branches: factors for `model.branch_start`, and measured ratios.
 
-The factors are computed once, by rank 0, and kept in the run folder: every rank and every later start of the run uses
-the same ones, whatever the layout. They decide initial parameters alone.
+Rank 0 computes the factors once and stores them in the run folder, so that all ranks and all later starts of the run
+use the same factors in every layout. The factors affect only the initial parameters.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from headway.parallel.layout import Layout
 
 
 def start_scales(run: RunDir, spec: Spec, layout: Layout, batch: MicroBatch) -> list[BranchScale] | None:
-    """The factors of each block; None where `model.branch_start` leaves parameters as drawn. Collective.
+    """The factors of each block; None if `model.branch_start` does not change the random parameters. Collective.
 
-    `batch`: the probe batch, whole sequences. Raises SpecError where a branch cannot be given the ratio.
+    `batch`: the probe batch with whole sequences. Raises SpecError if a branch cannot be scaled to the ratio.
     """
     if spec.model.branch_target is None or spec.init.weights is not None:
         return None
@@ -41,7 +41,7 @@ def start_scales(run: RunDir, spec: Spec, layout: Layout, batch: MicroBatch) -> 
 
 
 def measure_start(engine: Engine, layout: Layout, batch: MicroBatch) -> dict[str, dict[str, float]]:
-    """Layer -> {"attention", "mlp"}: rms of what the branch adds over rms of its stream. Collective."""
+    """Layer -> {"attention", "mlp"}: rms of the branch output divided by rms of the residual stream. Collective."""
     with measured_branches(engine.blocks) as sums:
         engine.evaluate([batch])
     whole: dict[str, dict[str, float]] = {}
@@ -57,7 +57,7 @@ def _computed(spec: Spec, batch: MicroBatch) -> dict[str, Any]:
     target, vocab_size = spec.model.branch_target, spec.model.vocab_size
     assert target is not None and vocab_size is not None
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums must not depend on the machine's cores
+    torch.set_num_threads(1)  # the order of sums must not depend on the number of cores
     try:
         scales = branch_scales(
             spec.model,

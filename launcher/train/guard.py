@@ -1,8 +1,8 @@
-"""Losses that are no numbers, and losses that jump: what a run does about them.
+"""Detect non-finite losses and loss spikes, and apply the policy of the run.
 
-A loss is a spike when it exceeds the median of the last `guard.window` losses by more than `guard.deviations` times
-their spread, and by more than 5 % of the median. The spread is the median absolute deviation, times 1.4826, which makes
-it the standard deviation of normally distributed losses. Nothing is judged until half the window is full.
+A loss is a spike if it exceeds the median of the last `guard.window` losses by more than `guard.deviations` times
+their spread, and by more than 5 % of the median. The spread is the median absolute deviation times 1.4826, which equals
+the standard deviation for normally distributed losses. No loss is checked for spikes until half the window is full.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _DUMPS = 20
 
 
 class NumericError(HeadwayError):
-    """Training has left the numbers in which it makes sense."""
+    """Training cannot continue for numerical reasons."""
 
     exit_code = 70
 
 
 class Tells(Protocol):
-    """Where events are said; `headway.launcher.train.tracking.Tracker` is one."""
+    """Receiver of events, such as `headway.launcher.train.tracking.Tracker`."""
 
     def event(self, record: dict[str, Any], text: str) -> None: ...
 
 
 class Guard:
-    """Judges each step; the same on every rank, as it sees sums over all ranks alone."""
+    """Check each step. All ranks reach the same decision, because the inputs are sums over all ranks."""
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
@@ -46,18 +46,18 @@ class Guard:
         self.skipped, self.in_a_row, self.spikes = 0, 0, 0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes}
         return {"losses": list(self._losses), **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """What `state` returned; an empty mapping for a checkpoint that has none."""
+        """Restore the result of `state`. The mapping is empty for a checkpoint without this state."""
         self._losses.extend(state.get("losses", ()))
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
         self.spikes = state.get("spikes", 0)
 
     def limit(self) -> float:
-        """The loss above which the next step is a spike; infinite while too little is known."""
+        """The loss above which the next step is a spike; infinite while there are too few losses."""
         if self._config.spike == "off" or len(self._losses) < max(2, self._config.window // 2):
             return math.inf
         middle = _median(list(self._losses))
@@ -65,16 +65,16 @@ class Guard:
         return middle + max(self._config.deviations * spread, _LEAST * abs(middle))
 
     def allows(self, loss: float) -> bool:
-        """Whether a step with this loss is applied, under the policy `skip`."""
+        """Whether a step with this loss is applied under the policy `skip`."""
         return not loss > self.limit()
 
     @property
     def vetoes(self) -> bool:
-        """Whether `allows` must be asked before each step."""
+        """Whether `allows` must be called before each step is applied."""
         return self._config.spike == "skip"
 
     def after_step(self, step: int, stats: StepStats, tracker: Tells, *, saved_step: int) -> None:
-        """Count and report. Raises NumericError where the run must end."""
+        """Count and report events of the step. Raises NumericError if the run must end."""
         finite, limit = math.isfinite(stats.loss) and math.isfinite(stats.grad_norm), self.limit()
         spike = math.isfinite(stats.loss) and stats.loss > limit
         if math.isfinite(stats.loss):
@@ -91,7 +91,7 @@ class Guard:
             return
         self.skipped += 1
         self.in_a_row += 1
-        if finite:  # a spike that was not applied, and said so
+        if finite:  # a spike that was not applied and is already reported
             return
         record = {"kind": "skipped", "step": step, "in_a_row": self.in_a_row, "total": self.skipped}
         tracker.event(
@@ -116,10 +116,10 @@ class Guard:
 
 
 def dump(folder: Path, step: int, digest: str, loader: Loader, engine: Engine, layout: Layout) -> None:
-    """Write what a skipped step read; collective.
+    """Write the inputs of a skipped step to `folder`/step-N.json. Collective.
 
-    `folder`/step-N.json: the hash of the batch, and of each rank its sequences' numbers in their order, the sums of the
-    losses of its micro-batches (where it computes them), and which of its parameters hold NaN or infinity.
+    The file contains the hash of the batch and, for each rank, the numbers of its sequences in order, the loss sums of
+    its micro-batches (if it computes them), and its parameters that contain NaN or infinity.
     """
     mine = {
         "rank": layout.rank,

@@ -1,4 +1,4 @@
-"""Head diversity on a probe batch: the same tokens at every validation, on every rank, whatever the layout."""
+"""Head diversity on a probe batch, which has the same tokens at every validation, on every rank and in every layout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from headway.parallel.layout import Layout
 
 PROBE_TOKENS = 512
 PROBE_SEQ_LEN = 256
-"""Longest piece of a sequence in the probe: with full sequences it would hold one document alone."""
+"""Maximum sequence length in the probe. With full sequences the probe would contain a single document."""
 
 
 def probe_batch(data: DataConfig, *, parts: int = 1) -> MicroBatch:
-    """`PROBE_TOKENS` at most, from the beginnings of sequences spread over the validation split.
+    """At most `PROBE_TOKENS` tokens from the beginnings of sequences that are spread over the validation split.
 
-    `parts`: into how many equal ones the layout cuts a sequence; it divides `data.seq_len`.
+    `parts`: number of equal parts into which the layout splits a sequence; it divides `data.seq_len`.
     """
     length = max(parts, min(data.seq_len, PROBE_SEQ_LEN) // parts * parts)
     count = max(1, PROBE_TOKENS // length)
@@ -30,15 +30,15 @@ def probe_batch(data: DataConfig, *, parts: int = 1) -> MicroBatch:
 
 
 class HeadProbe:
-    """Measures each layer's head pool; after it has found that the mechanism has none, it does nothing."""
+    """Measure the head pool of each layer. Does nothing after the first call if the mechanism has no pool."""
 
     def __init__(self, engine: Engine, layout: Layout, batch: MicroBatch) -> None:
         self._engine, self._layout, self._batch, self._empty = engine, layout, batch, False
 
     def measure(self) -> dict[str, Any]:
-        """{"layer_00": `headway.model.diversity.HeadDiversity` as a dict}; every rank calls it.
+        """Return {"layer_00": `headway.model.diversity.HeadDiversity` as a dict}. All ranks must call it.
 
-        Ranks that share a layer measure its groups in equal parts, of which every figure is a mean.
+        Ranks that share a layer measure equal parts of its groups. Each figure is the mean over these parts.
         """
         if self._empty:
             return {}
@@ -54,6 +54,6 @@ class HeadProbe:
 
 
 def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of figures, which are floats; what the members are and how many is the same in all parts."""
+    """Mean of the figures, which are floats. The kind and the number of members are the same in all parts."""
     first = parts[0]
     return {k: sum(p[k] for p in parts) / len(parts) if isinstance(v, float) else v for k, v in first.items()}

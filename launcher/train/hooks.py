@@ -1,7 +1,7 @@
-"""What a run does beside training: router statistics, guard, comparison of replicas, head diversity.
+"""Hooks of the training loop: router statistics, guard, comparison of replicas, branch start, head diversity.
 
-The loop calls them at the places that `Hook` names, in the order of `run_hooks` and on every rank alike, so that a hook
-may be collective.
+The loop calls the methods of `Hook` in the order of `run_hooks` and identically on all ranks, so that a hook may be
+collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headway.parallel.engine import StepStats
 
 
 class RouterStatistics(Hook):
-    """Adds the figures of all routers to the records where they are due, and updates router biases."""
+    """Update router biases, and add the figures of all routers to the records for which they are due."""
 
     def __init__(self, s: Session) -> None:
         self._monitor = RouterMonitor(
@@ -39,24 +39,25 @@ class RouterStatistics(Hook):
 
 
 class GuardSteps(Hook):
-    """Lets the session's guard judge each step, and writes down what a skipped one had read."""
+    """Check each step with the guard of the session, and record the inputs of skipped steps."""
 
     def after_log(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
         if stats.skipped:
-            s.saving.settle(s.tracker)  # the run may end here: what was saved before must not be lost
+            s.saving.settle(s.tracker)  # the run may end here, and the pending checkpoint must not be lost
             dump(s.run.path / "skipped", s.step, record["batch_hash"], s.loader, s.engine, s.layout)
         s.guard.after_step(s.step, stats, s.tracker, saved_step=s.saving.saved_step)
 
 
 class CompareReplicas(Hook):
-    """Compares what ranks hold alike, once per step. Raises NumericError (70) where it differs.
+    """Compare replicated state across ranks, at most once per step. Raises NumericError (70) if it differs.
 
-    It is done before the first step and before each checkpoint too, so that a checkpoint always follows a good
-    comparison; reading the weights costs less than the copy of them, of masters and moments that follows.
+    The comparison also runs before the first step and before each checkpoint, so that every checkpoint follows a
+    successful comparison. Reading the weights costs less than the subsequent copy of weights, master weights and
+    moments.
     """
 
     def __init__(self) -> None:
-        self._compared_step: int | None = None  # that of the last comparison
+        self._compared_step: int | None = None  # step of the last successful comparison
 
     def on_start(self, s: Session) -> None:
         self._compare(s)
@@ -76,7 +77,7 @@ class CompareReplicas(Hook):
         if mismatch is None:
             self._compared_step = s.step
             return
-        s.saving.settle(s.tracker)  # it was begun after a good comparison
+        s.saving.settle(s.tracker)  # the pending checkpoint was started after a successful comparison
         begun = "before the first step" if self._compared_step is None else f"after step {self._compared_step}"
         raise NumericError(
             f"step {s.step}: {mismatch} (guard.replicas_every_steps): memory, a processor or a link is at fault, "
@@ -87,7 +88,7 @@ class CompareReplicas(Hook):
 
 
 class BranchStart(Hook):
-    """Records how strongly the residual branches start, before the first step of a run."""
+    """Record the initial scale of the residual branches before the first step of a run."""
 
     def on_start(self, s: Session) -> None:
         if s.step == 0:
@@ -96,13 +97,13 @@ class BranchStart(Hook):
 
 
 class HeadDiversity(Hook):
-    """Measures how alike the heads of each pool are: before the first step of a run, and with each validation."""
+    """Measure the similarity of the heads in each pool, before the first step of a run and at each validation."""
 
     def __init__(self, s: Session) -> None:
         self._probe = HeadProbe(s.engine, s.layout, probe_batch(s.spec.data, parts=_parts(s)))
 
     def on_start(self, s: Session) -> None:
-        if s.step == 0:  # where they start from: random heads are nearly orthogonal
+        if s.step == 0:  # initial value: random heads are nearly orthogonal
             self._measure(s)
 
     def after_validation(self, s: Session) -> None:
@@ -117,10 +118,10 @@ class HeadDiversity(Hook):
 
 
 def run_hooks(s: Session) -> tuple[Hook, ...]:
-    """Those of a run, in the order in which they are called."""
+    """The hooks of a run, in the order in which they are called."""
     return RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s)
 
 
 def _parts(s: Session) -> int:
-    """Equal parts into which the layout cuts a sequence between layers."""
+    """Number of equal parts into which the layout splits a sequence between layers."""
     return s.layout.cp_size * (s.layout.tp_size if s.spec.parallel.sequence_parallel else 1)

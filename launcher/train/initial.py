@@ -1,4 +1,4 @@
-"""Training that starts from exported or imported weights instead of random ones (`init.weights` of a spec)."""
+"""Start training from exported or imported weights instead of random ones (`init.weights` of a spec)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
-    """Set parameters and buffers of this rank's part from `init.weights`, with moments of 0. Collective.
+    """Load the parameters and buffers of this rank from `init.weights`, with optimizer moments of 0. Collective.
 
-    Raises WeightsError or SpecError where the folder is no longer what the launcher saw.
+    Raises WeightsError or SpecError if the folder has changed since the launcher checked it.
     """
     spec = with_initial_hash(spec)
     files = TensorFiles(Path(str(spec.init.weights)).expanduser())
@@ -33,7 +33,7 @@ def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
 
 
 class _Start(Mapping[str, Tensor]):
-    """What an engine is given: parameters of the files, and Adam's moments before the first step."""
+    """State for the engine: parameters from the files, and the moments of Adam before the first step."""
 
     def __init__(self, files: TensorFiles) -> None:
         self._files = files

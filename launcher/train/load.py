@@ -1,6 +1,6 @@
-"""What a rank has before its first step: the engine, the weights it starts from, the data, the records.
+"""Set up a rank before its first step: engine, initial weights, data and records.
 
-The weights are those of the newest whole checkpoint; of `init.weights` where there is none yet; random ones else.
+The weights are loaded from the newest complete checkpoint, or else from `init.weights`. Otherwise they are random.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from headway.parallel.layout import Layout, init_layout
 
 @contextlib.contextmanager
 def open_session(run: RunDir) -> Iterator[Session]:
-    """Join the process group, build or resume everything, and close it in the right order."""
+    """Join the process group, build or resume the session, and close everything in the correct order."""
     spec = stored_spec(run)
     layout = init_layout(
         device=spec.launch.device,
@@ -41,7 +41,7 @@ def open_session(run: RunDir) -> Iterator[Session]:
         parallel=spec.parallel,
         check=partial(check_identity, spec, read_mapping(run.card).get("data_fingerprint")),
     )
-    # The launcher's lock dies with the launcher; this one tells a new launcher that a rank is still alive.
+    # The lock of the launcher is released when it ends; this lock tells a new launcher that a rank is still alive.
     lock = run.locked("worker.lock") if layout.is_main else contextlib.nullcontext()
     with lock:
         session = load_session(run, spec, layout)
@@ -54,7 +54,7 @@ def open_session(run: RunDir) -> Iterator[Session]:
 
 
 def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
-    """Everything of this rank, as it is before the next step of the run. Collective."""
+    """Build the session of this rank in its state before the next step of the run. Collective."""
     train, data = spec.train, spec.data
     seed_step(spec, layout, 0)
     engine = _engine(run, spec, layout)
@@ -88,7 +88,7 @@ def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
 
 
 def _engine(run: RunDir, spec: Spec, layout: Layout) -> Engine:
-    """The engine of this rank's part of the model, with random weights."""
+    """The engine for this rank's part of the model, with random weights."""
     assert spec.model.vocab_size is not None, "the launcher resolves the vocabulary"
     return make_engine(
         spec.model,
@@ -107,7 +107,7 @@ def _engine(run: RunDir, spec: Spec, layout: Layout) -> Engine:
 
 
 def _load_weights(run: RunDir, spec: Spec, engine: Engine, layout: Layout) -> Checkpoint | None:
-    """Load the newest whole checkpoint and return it; without one, load `init.weights` where the spec has them."""
+    """Load and return the newest complete checkpoint. Without one, load `init.weights` if the spec sets it."""
     found = checkpoint.newest_valid(run.checkpoints, layout, warn=say, run=run.run_id())
     if found is not None:
         checkpoint.load(found, engine, layout)
@@ -117,7 +117,7 @@ def _load_weights(run: RunDir, spec: Spec, engine: Engine, layout: Layout) -> Ch
 
 
 def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | None) -> Tracker:
-    """The records of the run, cut off after the step of `resumed`; what was resumed or lost is said in them."""
+    """The records of the run, truncated after the step of `resumed`, with events for the resume and lost records."""
     step = 0 if resumed is None else resumed.step
     lost = run.truncate_metrics(last_step=step) if layout.is_main else None
     tracker = Tracker(
@@ -140,7 +140,7 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
 
 
 def _loader(run: RunDir, spec: Spec, layout: Layout, *, start_step: int) -> Loader:
-    """This rank's batches from the one after `start_step` on."""
+    """The batches of this rank, beginning with the first one after `start_step`."""
     return Loader(
         spec.data,
         split="train",
@@ -149,7 +149,7 @@ def _loader(run: RunDir, spec: Spec, layout: Layout, *, start_step: int) -> Load
         dp_rank=layout.dp_rank,
         dp_size=layout.dp_size,
         start_step=start_step,
-        # Before the launcher, or another rank, ends a run that could still say what it waits for.
+        # Time out before the launcher or another rank ends the run, so that this rank can report what it waits for.
         timeout_s=0.8 * min(spec.launch.hang_s, spec.launch.timeout_s),
-        fingerprint=read_mapping(run.card).get("data_fingerprint"),  # of what the launcher has verified
+        fingerprint=read_mapping(run.card).get("data_fingerprint"),  # of the data that the launcher verified
     )

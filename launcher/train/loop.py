@@ -1,7 +1,7 @@
 """The training loop of one rank: load, then step, log, validate, save until all tokens are trained.
 
-Every rank runs the same code in the same order, because most of it is collective. What is optional beside training is
-in `headway.launcher.train.hooks`.
+All ranks run the same code in the same order, because most of it is collective. Optional features are in
+`headway.launcher.train.hooks`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headway.parallel.fault_points import memory
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step that was taken: what the ranks agreed on before it, its outcome, seconds of reading and of all of it."""
+    """A completed step: agreement of the ranks before it, statistics, seconds for reading data and in total."""
 
     agreed: Agreed
     stats: StepStats
@@ -32,7 +32,7 @@ class Step:
 
 
 def train(run: RunDir, stop: StopFlag) -> None:
-    """Train the run to its end. Raises Preempted once the state is saved after `stop` was raised on any rank."""
+    """Train the run to its end. If `stop` is set on any rank, saves the state and raises Preempted."""
     with open_session(run) as s:
         spec = s.spec
         while s.step < spec.steps:
@@ -49,7 +49,7 @@ def train(run: RunDir, stop: StopFlag) -> None:
 
 
 def train_step(s: Session, *, stop: bool = False) -> Step:
-    """Read a batch, take one optimizer step, log it. `stop`: this rank was asked to stop."""
+    """Read a batch, take one optimizer step and log it. `stop`: this rank was asked to stop."""
     heartbeat.beat("data", s.step + 1)
     start = time.perf_counter()
     batch = next(s.loader)
@@ -102,7 +102,7 @@ def validate(s: Session) -> None:
     """Log loss and accuracy on the fixed validation tokens."""
     heartbeat.beat("validate", s.step)
     start = time.perf_counter()
-    s.engine.before_step(s.tokens)  # schedules as they stand now, also where a stage just ended
+    s.engine.before_step(s.tokens)  # set schedules to the current state, also if a stage just ended
     result = s.engine.evaluate(s.validation)
     s.validation_loss, s.validation_step = result.loss, s.step
     s.tracker.validation(
@@ -122,9 +122,9 @@ def validate(s: Session) -> None:
 
 
 def save(s: Session, *, last: bool = False) -> None:
-    """Begin a checkpoint; training goes on while its files are written. `last`: it does not, and they are waited for.
+    """Start a checkpoint. Training continues while its files are written; with `last` the call waits for them.
 
-    Raises CheckpointError as `Saving.settle` does.
+    Raises CheckpointError under the conditions of `Saving.settle`.
     """
     for hook in s.hooks:
         hook.before_save(s)
@@ -134,7 +134,7 @@ def save(s: Session, *, last: bool = False) -> None:
 
 
 def finish(s: Session) -> None:
-    """Write summary.json: the run is complete. Raises OSError where records are missing on the disk."""
+    """Write summary.json, which marks the run as complete. Raises OSError if records are missing on the disk."""
     if s.validation_loss is None:
         validate(s)
     heartbeat.beat("finish", s.step)

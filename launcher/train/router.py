@@ -1,4 +1,4 @@
-"""Router figures, summed over ranks and steps: what is logged, and what loss-free balancing learns from."""
+"""Router figures, summed over ranks and steps, for the log and for loss-free balancing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from headway.model.base import Attention, RouterDetail
 from headway.model.router_meter import figures
 from headway.parallel.layout import Layout
 
-_Figures = tuple[bool, dict[str, Any]]  # whether the groups are this tensor-parallel rank's alone; figures by name
+_Figures = tuple[bool, dict[str, Any]]  # whether the groups are only on this tensor-parallel rank; name -> figure
 
 MEASURED_TOKENS = 65_536
-"""Tokens of which a record has the details: the last ones before it. Loads and dead experts are of all of them."""
+"""Number of last tokens that the detailed figures of a record cover. Loads and dead experts cover all its tokens."""
 
 
 class RouterMonitor:
-    """Collects each layer's sums after every optimizer step; figures of a window of steps when their record is due.
+    """Collect the sums of each layer after every optimizer step, and compute figures of a window when a record is due.
 
-    The window reaches back to the last record, or to the start of the process. Due: the first step, the last one, and
-    every `every_steps`.
+    The window begins after the last record, or at the start of the process. Records are due at the first step, at the
+    last step and every `every_steps`.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class RouterMonitor:
     ) -> None:
         self._layers, self._layout = layers, layout
         self._every, self._total, self._tokens_per_step = every_steps, total_steps, tokens_per_step
-        # Sums of the window: (layer, router) -> loads over all ranks; this rank's details, all in one vector.
+        # Sums of the window: (layer, router) -> loads over all ranks; details of this rank as one vector.
         self._loads: dict[tuple[int, str], Tensor] = {}
         self._details: Tensor | None = None
 
     def before_step(self, step: int) -> None:
-        """`step` is about to be taken (from 1); what was counted outside of steps is forgotten."""
+        """Prepare for `step` (counted from 1). Discards values that were counted outside of steps."""
         closely = (self._due_from(step) - step) * self._tokens_per_step < MEASURED_TOKENS
         for layer in self._layers.values():
             layer.reset_router_stats()
             layer.watch_routers(closely=closely)
 
     def after_step(self, step: int, *, applied: bool = True) -> dict[str, Any]:
-        """Update router biases if the step was `applied`; {"layer_00": {"router": figures}} where a record is due.
+        """Update router biases if the step was `applied`. Returns {"layer_00": {"router": figures}} if a record is due.
 
-        Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. Every rank calls it.
+        Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. All ranks must call it.
         """
         stats = [(i, name, s) for i, layer in self._layers.items() for name, s in layer.router_stats().items()]
         details = {(i, name): s.detail for i, name, s in stats if s.detail is not None}
@@ -77,12 +77,12 @@ class RouterMonitor:
         return self._merged(self._record(details, cut))
 
     def _due_from(self, step: int) -> int:
-        """The first step from `step` on whose record is due."""
+        """The first step with a due record, at or after `step`."""
         regular = -(-step // self._every) * self._every
         return min([regular, *(single for single in (1, self._total) if single >= step)])
 
     def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Float64 sums over the ranks that hold the same parameters, by one all-reduce for all tensors."""
+        """Float64 sums over the ranks that hold the same parameters, with one all-reduce for all tensors."""
         if not tensors:
             return []
         return _like(self._layout.sum_data(_flat(tensors)), tensors)
@@ -90,7 +90,7 @@ class RouterMonitor:
     def _record(
         self, details: dict[tuple[int, str], RouterDetail], cut: dict[tuple[int, str], bool]
     ) -> dict[str, dict[str, _Figures]]:
-        """Figures of the routers this rank holds. `details` of the last step: the shapes of the window's."""
+        """Figures of the routers of this rank. `details`: those of the last step, for the shapes of the window sums."""
         if self._details is None:
             return {}
         record: dict[str, dict[str, _Figures]] = {}
@@ -105,10 +105,10 @@ class RouterMonitor:
         return record
 
     def _merged(self, mine: dict[str, dict[str, _Figures]]) -> dict[str, Any]:
-        """The figures of all stages' layers and of all groups of each: those of cut routers are put together."""
+        """Figures of the layers of all stages with all their groups. Figures of sharded routers are concatenated."""
         layout, merged = self._layout, dict[str, Any]()
         parts = [mine]
-        if layout.tp_size * layout.pp_size > 1:  # ranks that share a layer come in the order of its groups
+        if layout.tp_size * layout.pp_size > 1:  # ranks that share a layer are in the order of its groups
             parts = layout.gather_json(mine if layout.data_index == 0 else {})
         for part in parts:
             for layer, routers in part.items():
@@ -121,7 +121,7 @@ class RouterMonitor:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    """One float64 vector."""
+    """Concatenate tensors into one float64 vector."""
     return torch.cat([t.flatten() for t in tensors]).double()
 
 
@@ -132,7 +132,7 @@ def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """Five decimals, which JSON can hold; None for NaN."""
+    """Round to five decimals and replace NaN with None, for JSON."""
     if isinstance(value, list):
         return [_plain(v) for v in value]
     if isinstance(value, float):

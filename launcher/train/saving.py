@@ -1,4 +1,4 @@
-"""When a run saves, what it says about it, and what a failed save means."""
+"""Checkpoint schedule of a run, events about checkpoints, and handling of failed checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headway.parallel.saver import Saved, Saver
 
 
 class Saving:
-    """Checkpoints of a run, written while it trains. `saved_step`: that of the newest whole one."""
+    """Checkpoints of a run, written during training. `saved_step`: step of the newest complete checkpoint."""
 
     def __init__(self, run: RunDir, spec: Spec, layout: Layout, engine: Saved) -> None:
         self._config, self._layout = spec.checkpoint, layout
@@ -28,22 +28,22 @@ class Saving:
         self._tokens, self._begun_s = 0, time.monotonic()
 
     def resumed(self, step: int, tokens: int) -> None:
-        """The run goes on from the checkpoint of `step`."""
+        """Record that the run resumed from the checkpoint of `step`."""
         self.saved_step, self._tokens = step, tokens
 
     @property
     def overdue(self) -> bool:
-        """Whether `checkpoint.every_minutes` have passed; only rank 0's clock counts."""
+        """Whether `checkpoint.every_minutes` have passed. Only the clock of rank 0 is used."""
         minutes = self._config.every_minutes
         return self._layout.is_main and minutes is not None and time.monotonic() - self._begun_s > 60 * minutes
 
     @property
     def written(self) -> bool:
-        """Whether this rank's part of the pending save is on disk."""
+        """Whether this rank's part of the pending checkpoint is on disk."""
         return self._saver.written
 
     def begin(self, tracker: Tracker, state: Mapping[str, Any]) -> None:
-        """Save everything as it is now; the one before is seen to its end first. Collective."""
+        """Start saving the current state, after the pending checkpoint is committed. Collective."""
         self.settle(tracker)
         step, tokens, every = state["step"], state["tokens"], self._config.keep_every_tokens
         heartbeat.beat("save", step)
@@ -53,10 +53,11 @@ class Saving:
         self._tokens, self._begun_s = tokens, time.monotonic()
 
     def settle(self, tracker: Tracker, *, last: bool = False) -> None:
-        """Commit the pending save, if there is one, and say how it went; collective.
+        """Commit the pending checkpoint, if there is one, and report the outcome. Collective.
 
-        A failed one is reported and training goes on, up to `checkpoint.max_failures` in a row. `last`: training does
-        not go on. Raises CheckpointError when a last one, or one too many, has failed.
+        A failure is reported and training continues, until `checkpoint.max_failures` in a row have failed. `last`:
+        training ends after this checkpoint. Raises CheckpointError if the last checkpoint fails or if the number of
+        failures reaches the limit.
         """
         step = self._saver.pending_step
         if step is None:
@@ -82,7 +83,7 @@ class Saving:
 
 
 def _about(run: RunDir, spec: Spec) -> dict[str, Any]:
-    """Where a checkpoint comes from, for those who find it and for resumes that must not take another run's."""
+    """Origin of a checkpoint, for its readers and so that a run does not resume from a checkpoint of another run."""
     resolved = spec.model_dump(mode="json")
     fingerprint = read_mapping(run.card).get("data_fingerprint")
     return {

@@ -1,4 +1,4 @@
-"""What one training process holds: model, engine, data, records, hooks, and where the run stands."""
+"""State of one training process: model, engine, data, records, hooks and progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headway.parallel.schedule import learning_rate
 
 @dataclass(kw_only=True)
 class Session:
-    """State of a training process, made by `headway.launcher.train.load`. `step` counts finished optimizer steps."""
+    """State of a training process, built by `headway.launcher.train.load`. `step` counts completed optimizer steps."""
 
     run: RunDir
     spec: Spec
@@ -38,18 +38,18 @@ class Session:
     step: int = 0
     train_s: float = 0.0
     resumes: int = 0
-    validation_loss: float | None = None  # the last one
+    validation_loss: float | None = None  # of the last validation
     validation_step: int | None = None
-    step_times: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds of the last steps
+    step_times: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # in seconds, of the last steps
 
     @property
     def tokens(self) -> int:
-        """Training tokens done."""
+        """Number of tokens trained."""
         return self.step * self.spec.tokens_per_step
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step about to be taken."""
+        """Learning rate of the next step."""
         total = self.spec.steps * self.spec.tokens_per_step
         after = self.tokens + self.spec.tokens_per_step
         return learning_rate(
@@ -58,25 +58,25 @@ class Session:
 
     @property
     def seconds_left(self) -> float:
-        """Time for the steps left, from the median of the last ones."""
+        """Estimated time for the remaining steps, from the median of the last step times."""
         recent = sorted(self.step_times)
         return (self.spec.steps - self.step) * recent[len(recent) // 2]
 
     def count_step(self, step_s: float) -> None:
-        """A step was taken, in so many seconds."""
+        """Record a completed step that took `step_s` seconds."""
         self.step += 1
         self.train_s += step_s
         self.step_times.append(step_s)
 
     def is_due(self, every_tokens: int | None) -> bool:
-        """Whether the step just taken crossed a multiple of `every_tokens` (None: there are none), or was the last."""
+        """Whether the last step crossed a multiple of `every_tokens` (None: never) or was the final one of the run."""
         if self.step == self.spec.steps:
             return True
         before = self.tokens - self.spec.tokens_per_step
         return every_tokens is not None and self.tokens // every_tokens > before // every_tokens
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has beside tensors."""
+        """State for a checkpoint, apart from tensors."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -89,44 +89,46 @@ class Session:
         }
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Go on after the checkpoint of `step`; `state` is what `state` returned when it was saved."""
+        """Continue after the checkpoint of `step`. `state`: result of the method `state` when it was saved."""
         self.step, self.train_s, self.resumes = step, state["train_s"], state["resumes"] + 1
-        # Checkpoints of earlier versions do not have the following.
+        # Checkpoints of earlier versions do not contain the following keys.
         self.validation_loss, self.validation_step = state.get("validation_loss"), state.get("validation_step")
         self.guard.restore(state.get("guard", {}))
         self.saving.resumed(step, self.tokens)
 
     def close(self) -> None:
-        """End the threads that read data and write records."""
+        """Stop the threads that read data and write records."""
         self.loader.close()
         self.tracker.close()
 
 
 class Hook:
-    """A hook that does nothing. `s.step` counts the steps done; from `after_step` on with the one just taken."""
+    """A hook that does nothing. `s.step` counts completed steps; from `after_step` on it includes the last step."""
 
     def on_start(self, s: Session) -> None:
-        """Everything is loaded, and this process has taken no step."""
+        """Called after everything is loaded, before the first step of this process."""
 
     def before_step(self, s: Session) -> None:
-        """A step is about to be taken."""
+        """Called before a step."""
 
     def after_step(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
-        """A step was taken. What is added to `record` is logged with it."""
+        """Called after a step. Keys that the hook adds to `record` are logged."""
 
     def after_log(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
-        """`record` was logged. The run may be ended from here on: its last step is on record."""
+        """Called after `record` was logged. The hook may end the run, since its last step is recorded."""
 
     def after_validation(self, s: Session) -> None:
-        """The validation loss of this step was logged."""
+        """Called after the validation loss of this step was logged."""
 
     def before_save(self, s: Session) -> None:
-        """A checkpoint of this step is about to be written."""
+        """Called before a checkpoint of this step is written."""
 
 
 def seed_step(spec: Spec, layout: Layout, step: int) -> None:
-    """Random numbers of a step depend on (seed, step, part of the batch, stage) alone: a resumed run draws the same
-    ones, and ranks that share a layer choose alike. Step 0 is the set-up.
+    """Seed the random numbers of a step from (seed, step, part of the batch, stage) only.
+
+    A resumed run therefore draws the same numbers, and ranks that share a layer draw identical numbers. Step 0 is the
+    set-up.
     """
     key = f"{spec.seed}/{step}/{layout.data_index + layout.data_ranks * layout.pp_rank}".encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)

@@ -1,4 +1,4 @@
-"""How a rank is asked to stop."""
+"""Stop requests to a rank by signals."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from headway.launcher.base.errors import PREEMPTED
 
 
 class Preempted(Exception):
-    """SIGTERM, SIGUSR1 or SIGINT came; the state is saved and the same command continues."""
+    """Training stopped on SIGTERM, SIGUSR1 or SIGINT. The state is saved, and the same command continues the run."""
 
     exit_code = PREEMPTED
 
 
 class StopFlag:
-    """Raised by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT stops at once."""
+    """Flag that is set by SIGTERM, SIGUSR1 or SIGINT. A second SIGINT stops the process immediately."""
 
     def __init__(self) -> None:
         self.raised = False

@@ -1,4 +1,4 @@
-"""What a run records: the console line, metrics.jsonl (the truth), TensorBoard (a view of it)."""
+"""Records of a run: console lines, metrics.jsonl (authoritative) and TensorBoard (derived from it)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _GONE = "IS NOT WRITTEN ANY MORE: {}; metrics.jsonl has every record, and `headw
 
 
 class Tracker:
-    """Writes records on the main process; elsewhere every method does nothing.
+    """Write records on the main process. On all other processes every method does nothing.
 
-    `total_steps` and `total_tokens` are those of the whole run; `start_step` is the step it is resumed after.
+    `total_steps` and `total_tokens`: size of the whole run; `start_step`: step after which the run is resumed.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Tracker:
 
             try:
                 put_in_order(run.tensorboard)
-                # At step 0 too: an attempt that was killed before its first checkpoint has left events behind.
+                # Also at step 0: a start that was killed before its first checkpoint may have left events.
                 self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
             except (OSError, RuntimeError, ValueError) as e:
                 say(f"TENSORBOARD {_GONE.format(e)}")
 
     def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
-        """One optimizer step."""
+        """Record one optimizer step."""
         self._write(record)
         step = record["step"]
         if not self._main:
@@ -57,7 +57,7 @@ class Tracker:
             say(self._line(record, seconds_left))
 
     def validation(self, record: dict[str, Any]) -> None:
-        """One validation."""
+        """Record one validation."""
         self._write(record)
         self._validation = record["loss"]
         self._view(lambda board: board_validation(board, record))
@@ -68,12 +68,12 @@ class Tracker:
             )
 
     def heads(self, record: dict[str, Any]) -> None:
-        """Head diversity of every layer that has a pool of heads."""
+        """Record the head diversity of every layer that has a pool of heads."""
         self._write(record)
         self._view(lambda board: board_diversity(board, record))
 
     def event(self, record: dict[str, Any], text: str) -> None:
-        """Something that happened (resume, failed save): one record and one console line."""
+        """Record an event (such as a resume or a failed checkpoint): one record and one console line."""
         self._write(record)
         if record["kind"] in DRAW:
             self._view(lambda board: DRAW[record["kind"]](board, record))
@@ -81,22 +81,22 @@ class Tracker:
             say(text)
 
     def start(self, record: dict[str, Any]) -> None:
-        """How strongly each residual branch starts."""
+        """Record the initial scale of each residual branch."""
         self._write(record)
 
     def flush(self) -> None:
-        """Make everything recorded so far safe on disk; called before a checkpoint is committed."""
+        """Flush all records to disk. Called before a checkpoint is committed."""
         if self._file is not None and (error := self._file.sync()) is not None:
             say(f"RECORDS ARE NOT SAFE ON THE DISK: {error.strerror}; a kill now would lose some of metrics.jsonl")
         self._view(lambda board: board.flush())
 
     def require(self) -> None:
-        """Raises OSError unless every record is written: only then may a run be called complete."""
+        """Raise OSError unless all records are written, which is required before a run is marked as complete."""
         if self._file is not None:
             self._file.require()
 
     def close(self) -> None:
-        """Raises OSError where records are left that could not be written."""
+        """Close the files. Raises OSError if records remain that could not be written."""
         self._view(lambda board: board.close())
         if self._file is not None:
             self._file.close()
@@ -106,7 +106,7 @@ class Tracker:
             say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
 
     def _view(self, draw: Callable[[SummaryWriter], object]) -> None:
-        """TensorBoard, which is a view: when its disk fails there is none any more, and the training goes on."""
+        """Write to TensorBoard. If its disk fails, TensorBoard is disabled and training continues."""
         if self._board is None:
             return
         try:
@@ -132,7 +132,7 @@ class Tracker:
 
 
 def say(text: str) -> None:
-    """Print a line for whoever looks; a terminal or pipe that has gone must not end the training."""
+    """Print a line. A closed terminal or pipe must not end the training."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

@@ -19,18 +19,18 @@ from headway.launcher.train.stop import Preempted, StopFlag
 
 STORAGE = 74
 
-# Full, over quota, too large, failing, read-only: what a log or metrics file meets on a disk that is not well.
+# Errors when writing logs or metrics to a disk: full, over quota, file too large, I/O error, read-only.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def main() -> int:
-    """Train the run in the folder named by the first argument; the exit status tells the launcher how it ended."""
+    """Train the run in the folder of the first argument. The exit status tells the launcher how the run ended."""
     run_path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     logs = run_path / "logs"
     error_file = logs / f"rank-{rank}.error.json"
     error_file.unlink(missing_ok=True)
-    stop = StopFlag()  # a signal during the set-up counts too
-    die_with_parent()  # so that no orphan goes on writing into the folder
+    stop = StopFlag()  # before the set-up, so that a signal during it is not lost
+    die_with_parent()  # so that no orphan process continues to write into the folder
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
     try:
         heartbeat.start(logs, rank)
@@ -44,15 +44,15 @@ def main() -> int:
         report = {"rank": rank, "exit_code": code, "type": type(e).__name__, "message": message}
         if not isinstance(e, Preempted):
             traceback.print_exc()
-        with contextlib.suppress(OSError):  # a full disk must not hide the error it caused
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
             error_file.write_text(json.dumps(report))
         sys.stderr.flush()
-        # Peers may be inside a collective with this rank; leaving at once closes the connection and ends them too.
+        # Peers may wait in a collective for this rank. An immediate exit closes the connections and ends them too.
         os._exit(code if isinstance(code, int) else 1)
 
 
 def _train(run_path: Path, stop: StopFlag) -> None:
-    import torch  # here, because it takes seconds in which signals must be heeded already
+    import torch  # imported here, because the import takes seconds and signals must be handled during them
 
     from headway.launcher.run.run_dir import RunDir
     from headway.launcher.train.loop import train
@@ -62,7 +62,7 @@ def _train(run_path: Path, stop: StopFlag) -> None:
 
 
 class _Log(io.TextIOWrapper):
-    """Text into a log. What a full or failing disk does not take is lost, and ends no training."""
+    """Text stream to a log. Text that a full or failing disk rejects is lost, but does not end the training."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="utf-8", errors="backslashreplace", write_through=True)
@@ -74,7 +74,7 @@ class _Log(io.TextIOWrapper):
 
 
 def _own_log(path: Path, *, main: bool) -> None:
-    """Send stderr of every rank, and stdout of all but rank 0, to the rank's log file."""
+    """Redirect stderr of every rank, and stdout of all ranks except rank 0, to the log file of the rank."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 2)
