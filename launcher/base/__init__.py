@@ -1,1 +1,1 @@
-"""Utilities for every other package: errors, console output, new folders, verbs. Imports no other package of ours."""
+"""Utilities for every other package: errors, console output, new folders, verbs. Imports no other room."""
