@@ -1,4 +1,4 @@
-"""Runs and studies from Python. `docs/python.md` shows each of these with a result.
+"""Python API for runs and studies. `docs/python.md` shows each function with a result.
 
 A run:
 
@@ -12,9 +12,9 @@ A study:
     rows = study.comparison()
     best = min(rows, key=lambda row: row["loss"])
 
-Tables are lists of dicts with the same keys in each row, as `pandas.DataFrame` and `csv.DictWriter` take them. Nothing
-here writes into a folder or imports torch, but for `Run.model`, which imports torch. Errors are HeadwayError and its
-kin, whose text says what to do.
+Tables are lists of dicts with the same keys in each row, suitable for `pandas.DataFrame` and `csv.DictWriter`. No
+function writes into a folder, and only `Run.model` imports torch. Errors are HeadwayError and its subclasses, with
+advice in the message.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 METRICS = ("train", "validation", "heads", "checkpoint")
-"""Kinds of records that most runs have; `Run.metrics` takes any kind that metrics.jsonl has."""
+"""Kinds of records that most runs have. `Run.metrics` accepts any kind in metrics.jsonl."""
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """The run in a folder. Raises NoInputError where the folder holds none."""
+    """Open the run in a folder. Raises NoInputError if the folder does not contain a run."""
     folder = _folder(path, "a run")
     if (folder / "study.json").is_file():
         raise NoInputError(
@@ -59,7 +59,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 def open_study(path: str | os.PathLike[str]) -> Study:
-    """The study in a folder. Raises NoInputError where the folder holds none."""
+    """Open the study in a folder. Raises NoInputError if the folder does not contain a study."""
     folder = _folder(path, "a study")
     if (folder / "spec.json").is_file():
         raise NoInputError(f"{folder}: is the folder of one run; use open_run, or name the folder with study.json")
@@ -71,7 +71,7 @@ def open_study(path: str | os.PathLike[str]) -> Study:
 
 
 class Run:
-    """One run folder, read when asked for: a training may be going on."""
+    """One run folder. Files are read on access, because training may still be running."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._run = path, RunDir(path)
@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def spec(self) -> Row:
-        """The resolved spec, nested as in YAML. Raises SpecError where the file is damaged."""
+        """The resolved spec, nested as in YAML. Raises SpecError if the file is damaged."""
         found = read_mapping(self._run.spec)
         if not found:
             raise SpecError(f"{self._run.spec}: is no whole JSON object; restore it, or train the run anew")
@@ -89,18 +89,18 @@ class Run:
 
     @property
     def card(self) -> Row:
-        """What ran: versions, machine, data fingerprint, cost per token; empty where it was never written."""
+        """Run metadata: versions, machine, data fingerprint, cost per token; empty if it was never written."""
         return read_mapping(self._run.card)
 
     @property
     def summary(self) -> Row:
-        """Totals, written at the end of the training; empty before. `complete` is true for a run that reached it."""
+        """Totals, written at the end of training; empty before. `complete` is true if the run reached its end."""
         return read_mapping(self._run.summary)
 
     def metrics(self, kind: str = "train") -> list[Row]:
-        """Records of one kind in the order of steps. Where a step was trained again, the later record counts.
+        """Records of one kind, in the order of steps. If a step was trained again, the later record is used.
 
-        Raises SpecError for a kind of which the run has no record.
+        Raises SpecError for a kind that has no records in the run.
         """
         found: dict[Any, Row] = {}
         kinds: set[str] = set()
@@ -117,17 +117,17 @@ class Run:
         return _same_keys([row for _, row in rows])
 
     def checkpoints(self) -> list[Row]:
-        """Newest first: step, tokens, validation loss, bytes, layout, age; `error` where one is damaged, else None."""
+        """Checkpoints, newest first: step, tokens, validation loss, bytes, layout, age, `error` (None if intact)."""
         from headway.launcher.run.checkpoints import checkpoint_rows
 
         return _same_keys(checkpoint_rows(self.path))
 
     def model(self, step: int | None = None) -> Model:
-        """The decoder with the weights of the newest whole checkpoint, or of that of `step`, in evaluation mode.
+        """The decoder in evaluation mode, with the weights of the newest complete checkpoint or of that at `step`.
 
-        On the GPU where there is one and the spec does not say cpu. Raises CheckpointError or NoInputError where there
-        is no such checkpoint, DataError where the dataset with the tokenizer is gone or another, SpecError where the
-        mechanism is that of a package which is not installed.
+        Uses the GPU if there is one and the spec does not select the CPU. Raises CheckpointError or NoInputError if the
+        checkpoint does not exist, DataError if the dataset with the tokenizer is missing or different, and SpecError if
+        the mechanism belongs to a package that is not installed.
         """
         from headway.launcher.exchange.generate import load_model
         from headway.launcher.run.codec import Codec
@@ -142,7 +142,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder and its tokenizer. Models of synthetic data have none: their text is ids, separated by spaces."""
+    """A decoder and its tokenizer. Models of synthetic data have none: their text is ids separated by spaces."""
 
     decoder: Decoder
     codec: Codec
@@ -158,7 +158,7 @@ class Model:
         return self.codec.decode(list(ids))
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """ids [S] -> [S, V], or [B, S] -> [B, S, V], on the decoder's device. Without gradients."""
+        """ids [S] -> [S, V], or [B, S] -> [B, S, V], on the device of the decoder. Without gradients."""
         import torch
 
         try:
@@ -186,7 +186,7 @@ class Model:
     def generate(
         self, prompt: str, *, tokens: int = 100, temperature: float = 0.0, top_p: float = 1.0, seed: int = 1
     ) -> str:
-        """The prompt and its continuation, as `headway generate` prints them. Temperature 0: the likeliest tokens."""
+        """The prompt and its continuation, as `headway generate` prints them. Temperature 0: greedy decoding."""
         from headway.launcher.exchange.generate import Sampling, continuation
 
         sampling = Sampling(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -196,7 +196,7 @@ class Model:
 
 
 class Study:
-    """One study folder; results are computed from its runs each time they are asked for."""
+    """One study folder. Each access computes the results from the runs again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -205,23 +205,23 @@ class Study:
         return f"Study({str(self.path)!r})"
 
     def result(self) -> StudyResult:
-        """Everything the report says, as numbers. Raises SpecError where study.json is damaged."""
+        """All numbers of the report. Raises SpecError if study.json is damaged."""
         from headway.launcher.compare.analyse import analyse
 
         return analyse(self.path)
 
     @property
     def variants(self) -> list[str]:
-        """Names, the order of the study file."""
+        """Names of the variants, in the order of the study file."""
         return [variant.name for variant in self.result().variants]
 
     @property
     def baseline(self) -> str:
-        """The variant that differences are taken to."""
+        """Name of the variant that all others are compared with."""
         return self.result().record["baseline"]
 
     def cells(self) -> list[Row]:
-        """One row per variant and seed; `loss`: validation loss at the compared token count, None until it is done."""
+        """One row per variant and seed. `loss`: validation loss at the compared token count; None until it is done."""
         result = self.result()
         return [
             {
@@ -238,10 +238,10 @@ class Study:
         ]
 
     def comparison(self) -> list[Row]:
-        """One row per variant: its loss (nats per token) and how it differs from the baseline, with 95 % intervals.
+        """One row per variant: its loss (nats per token) and its difference to the baseline, with 95 % intervals.
 
-        `difference` is None for the baseline and where nothing is finished, intervals where there is one seed.
-        `pairing` PAIRED: all variants saw the same batches, and differences are taken seed by seed.
+        `difference` is None for the baseline and without finished runs; intervals are None with one seed. `pairing`
+        PAIRED: all variants saw the same batches, and differences are taken within each seed.
         """
         result = self.result()
         rows = []
@@ -268,7 +268,7 @@ class Study:
 
     @property
     def runs(self) -> dict[tuple[str, int], Run]:
-        """(variant, seed) -> its run, of those that were started."""
+        """(variant, seed) -> run, for all runs that were started."""
         cells = [(cell.variant, cell.seed, cell.record.path) for cell in self.result().cells]
         return {(variant, seed): Run(path) for variant, seed, path in cells if (path / "spec.json").is_file()}
 
@@ -282,7 +282,7 @@ def _interval(name: str, found: Estimate | Simultaneous | None, *, p_value: bool
 
 
 def _same_keys(rows: list[Row]) -> list[Row]:
-    """Rows that all have the keys of any; None where one has no such value."""
+    """Extend all rows to the union of their keys. Missing values are None."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in keys} for row in rows]
 

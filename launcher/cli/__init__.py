@@ -1,1 +1,1 @@
-"""The `headway` command: parser, help, verbs that belong to no other room. Imports every room."""
+"""The `headway` command: parser, help, and verbs that belong to no other package. Imports all packages of launcher."""

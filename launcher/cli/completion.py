@@ -1,7 +1,7 @@
-"""Completion in shells: a script for each, which asks the hidden verb `headway complete LINE` what may follow.
+"""Shell completion: a script for each shell, which calls the hidden verb `headway complete LINE` for the candidates.
 
-So one place knows the words, a script never grows old, and a change of verbs needs no new one. The answer has a line
-for each word, `WORD<tab>DESCRIPTION`; or one of the lines `:yaml`, `:file`, which leave names of files to the shell.
+The candidates are computed in one place, so a change of verbs needs no new script. The output has one line
+`WORD<tab>DESCRIPTION` per candidate, or one of the lines `:yaml` and `:file`: the shell then completes file names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ YAML, FILE = ":yaml", ":file"
 
 
 def complete(line: str, parser: Parser) -> list[str]:
-    """Lines for the word at the end of `line`, the command line up to the cursor, of which `parser` knows the verbs."""
+    """Output lines for the last word of `line`, the command line up to the cursor. `parser`: parser of the verbs."""
     *before, current = _split(line)
     place = _Place(parser)
     for word in before:
@@ -28,12 +28,12 @@ def complete(line: str, parser: Parser) -> list[str]:
 
 
 class _Place:
-    """Where on the command line a word stands: behind which verbs, options and positional arguments."""
+    """Position of a word on the command line: the verbs, options and positional arguments before it."""
 
     def __init__(self, parser: Parser) -> None:
         self.parser = parser
-        self.option: argparse.Action | None = None  # that waits for its value
-        self.lost = False  # behind a verb that does not exist
+        self.option: argparse.Action | None = None  # option whose value comes next
+        self.lost = False  # after an unknown verb
         self.positionals = 0
         self.given: set[str] = set()
 
@@ -91,10 +91,10 @@ class _Place:
 
 
 def _split(line: str) -> list[str]:
-    """Words behind the command's own name; the last one, perhaps empty, is the one that is being written."""
+    """Words after the name of the command. The last one, which may be empty, is the word to complete."""
     try:
         words = shlex.split(line)
-    except ValueError:  # a quote that is still open
+    except ValueError:  # a quote that is not closed yet
         words = line.split()
     if not words or line[-1:].isspace():
         words.append("")
@@ -116,7 +116,7 @@ def _values(action: argparse.Action) -> Iterable[str]:
 
 
 def _keys(kind: str, current: str, given: set[str]) -> Iterator[str]:
-    """`key=` for what can be set, or `key=value` behind the sign where the values can be listed."""
+    """`key=` for each key that can be set. After the sign: `key=value` if the values can be listed."""
     key, equals, _ = current.partition("=")
     for name, values in keys_of(kind).items():
         if equals:

@@ -11,7 +11,7 @@ from headway.launcher.spec.load import load_spec
 
 
 def build_corpus(path: Path, overrides: Sequence[str]) -> int:
-    """Build the dataset a corpus spec describes; nothing is done when it is there and unchanged."""
+    """Build the dataset that a corpus spec describes. Does nothing if the dataset exists and is unchanged."""
     from headway.data.build import build
 
     cfg = load_spec(path, overrides, root=CorpusConfig).spec
@@ -22,7 +22,7 @@ def build_corpus(path: Path, overrides: Sequence[str]) -> int:
 
 
 def verify_corpus(path: Path, overrides: Sequence[str]) -> int:
-    """Check size and hash of every file of the dataset a corpus spec describes."""
+    """Check the size and hash of every file of the dataset that a corpus spec describes."""
     from headway.data.verify import verify
 
     out = load_spec(path, overrides, root=CorpusConfig).spec.out_dir()

@@ -1,4 +1,4 @@
-"""`headway doctor`: what this machine has, and what is used instead of what it lacks."""
+"""`headway doctor`: hardware and software of this machine, and the fallback for each missing feature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Fact:
-    """One line. `state`: ok; absent: works without it; wrong: it is needed, and `use` says what to do."""
+    """One line of the output. `state`: ok; absent: optional and missing; wrong: required, and `use` gives advice."""
 
     name: str
     state: Literal["ok", "absent", "wrong"]
@@ -31,7 +31,7 @@ class Fact:
 
 
 def doctor(*, as_json: bool = False) -> int:
-    """Print the facts. Returns 0 if everything that is needed is there, 1 if not."""
+    """Print the facts. Returns 0 if all requirements are met, else 1."""
     facts = inspect_machine()
     wrong = [fact for fact in facts if fact.state == "wrong"]
     if as_json:
@@ -48,7 +48,7 @@ def doctor(*, as_json: bool = False) -> int:
 
 
 def inspect_machine() -> list[Fact]:
-    """Every fact, in the order shown. Imports torch; other packages are only looked up."""
+    """All facts in the order of the output. Imports torch and external mechanisms; only searches for other packages."""
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
@@ -70,11 +70,11 @@ def _cores() -> Fact:
 
 
 def _cpu_quota(file: Path) -> float | None:
-    """Cores that a cgroup (version 2) allows; None if there is no limit."""
+    """Number of cores that a cgroup (version 2) allows; None if there is no limit."""
     try:
         quota, period = file.read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # "max" is no number: no limit
+    except (OSError, ValueError):  # "max" is not a number and means no limit
         return None
 
 
@@ -107,7 +107,7 @@ def _compiler() -> Fact:
 
 
 def _requirements() -> list[Fact]:
-    """What the installed distribution says it needs, by metadata alone: some of these take seconds to import."""
+    """Requirements of the installed distribution, from metadata only: some packages take seconds to import."""
     try:
         lines = [line for line in metadata.requires("headway") or [] if "extra ==" not in line]
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def _requirements() -> list[Fact]:
             facts.append(Fact(name, "wrong", found, "pip install -c constraints.txt -e ."))
         elif name in ("deepspeed", "mosaicml-streaming"):
             facts.append(Fact(name, "ok", version))
-        elif name != "torch":  # has a line of its own
+        elif name != "torch":  # torch has its own line
             rest.append(f"{name} {version}")
     return [*facts, Fact("packages", "ok", ", ".join(rest))]
 
@@ -136,7 +136,7 @@ def _version(distribution: str) -> str | None:
 def _satisfies(requirement: str, version: str) -> bool:
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # not a dependency of ours; without it the version is shown and not judged
+    except ImportError:  # not a dependency of Headway; without it the version is shown but not checked
         return True
     return Requirement(requirement).specifier.contains(version, prereleases=True)
 
@@ -159,7 +159,7 @@ def _torch_and_devices() -> list[Fact]:
 
 
 def _levers() -> list[Fact]:
-    """What of torch and the C++ compiler the section `speed` of a spec can use."""
+    """Features of torch and of the C++ compiler that the section `speed` of a spec can use."""
     gxx = shutil.which(os.environ.get("CXX", "g++"))
     cpu = (
         Fact("speed.compile", "ok", f"elementwise can compile for the CPU with {gxx}")
@@ -168,7 +168,7 @@ def _levers() -> list[Fact]:
     )
     try:
         import torch.nn.functional as functional
-    except Exception:  # it has a line of its own
+    except Exception:  # torch has its own line
         return [cpu]
     if hasattr(functional, "linear_cross_entropy"):
         return [cpu, Fact("speed.loss", "ok", "chunked (Headway's own); torch, in precision fp32")]
@@ -211,11 +211,11 @@ def _flash_attention() -> Fact:
 
 
 def _mechanisms() -> list[Fact]:
-    """Attention mechanisms of other packages; imports each of them. Specs that do not name a broken one work."""
+    """Attention mechanisms of other packages. Imports each of them. A broken one affects only specs that name it."""
     try:
         from headway.model.attention.external import package_of, registered
         from headway.model.attention.registry import EXTERNALS
-    except Exception:  # torch or a package it needs is broken, and has a line of its own
+    except Exception:  # torch or one of its requirements is broken, and has its own line
         return []
     facts, problems = [], EXTERNALS.problems()
     for name, entries in registered().items():

@@ -1,8 +1,7 @@
-"""The fork server: ranks and commands forked from a process that has imported everything.
+"""The fork server: fork ranks and commands from a process that has imported all modules.
 
-`headway.launcher.hosts.forked` starts it (`headway fork-server SOCKET OWNER PADDING`) and is its client. What takes
-torchrun's place is `_Agent`: it forks the ranks of one start, keeps their store, and ends all of them when one has
-failed.
+`headway.launcher.hosts.forked` starts the server (`headway fork-server SOCKET OWNER PADDING`) and is its client.
+`_Agent` replaces torchrun: it forks the ranks of one start, runs their store, and ends all ranks if one fails.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any, NoReturn
 
 from headway.launcher.base.command import COMMAND, die_with_parent
 
-_GRACE_S = 30.0  # what ranks have to end once they are asked to, as under torchrun
+_GRACE_S = 30.0  # time for ranks to end after SIGTERM, as under torchrun
 _MODULES = (
     "headway.launcher.cli.main",
     "headway.launcher.launch.start",
@@ -33,16 +32,16 @@ _MODULES = (
     "headway.launcher.train.worker",
     "headway.parallel.pipeline",
     "deepspeed.runtime.pipe.engine",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with every engine, and with it torch's compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine; imports torch's compiler
     "safetensors.torch",
-    "torch._dynamo",  # imported with every optimizer
+    "torch._dynamo",  # imported by every optimizer
     "torch.optim.adamw",
     "torch.utils.tensorboard.writer",
 )
 
 
 def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
-    """Serve until the process `owner` ends it. Returns 1 where forking would not be safe."""
+    """Serve until the process `owner` ends the server. Returns 1 if forking would not be safe."""
     die_with_parent()
     if os.getppid() != owner:
         return 1
@@ -55,13 +54,13 @@ def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
         hidden = path.with_name(".socket")
         door.bind(str(hidden))
         door.listen(64)
-        hidden.rename(path)  # whoever sees it may connect
+        hidden.rename(path)  # clients can connect from here on
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         _Server(door, command).serve()
 
 
 def _import_everything() -> None:
-    """What ranks and launchers import, DeepSpeed's engines and TensorBoard included."""
+    """Import all modules that ranks and launchers import, including DeepSpeed's engines and TensorBoard."""
     from headway.parallel.engine import quiet_deepspeed
 
     quiet_deepspeed(cpu=True)
@@ -70,7 +69,7 @@ def _import_everything() -> None:
 
 
 class _Server:
-    """Forks an agent for each request, tells how it ended, and ends it when nobody listens any more."""
+    """Fork an agent for each request, send its exit status, and end the agent if the client disconnects."""
 
     def __init__(self, door: socket.socket, command: Callable[[list[str]], int]) -> None:
         self._door, self._command, self._clients = door, command, dict[int, socket.socket]()
@@ -85,7 +84,7 @@ class _Server:
                             connection = self._door.accept()[0]
                             self._start(connection)
                             selector.register(connection, selectors.EVENT_READ)
-                        else:  # a client says nothing more: it is gone
+                        else:  # clients send nothing after the request: this one has disconnected
                             selector.unregister(key.fileobj)
                             self._end(key.fileobj)
                     for connection in self._collect():
@@ -158,7 +157,7 @@ def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], d
 
 
 def _command_line(command: Callable[[list[str]], int], request: dict[str, Any]) -> int:
-    """`headway ARGUMENTS`, of which `command` is the entry point."""
+    """Run `headway ARGUMENTS` through its entry point `command`."""
     os.environ.clear()
     os.environ.update(request["env"])
     arguments = request["arguments"]
@@ -171,7 +170,7 @@ def _agent(request: dict[str, Any]) -> int:
 
 
 class _Agent:
-    """What torchrun is to the ranks of one host."""
+    """Starts and supervises the ranks of one host, as torchrun does."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._request, self._asked_s = request, None
@@ -192,7 +191,7 @@ class _Agent:
                         os.close(reader)
                 _become_rank(self._request, rank, pipes[rank][0])
             self._live[pid] = rank
-        # Only now: it has threads of its own.
+        # The store is created after the forks, because it starts threads.
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -257,9 +256,9 @@ def _become_rank(request: dict[str, Any], rank: int, port_from: int) -> NoReturn
 
 
 def _show_as(words: list[str]) -> None:
-    """Let the kernel show `words` as this process's command line, by which launchers know a rank.
+    """Make the kernel show `words` as the command line of this process. Launchers identify a rank by it.
 
-    It shows the memory in which the arguments of the server stood.
+    The kernel reads the command line from the memory that contained the arguments of the server.
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])

@@ -1,7 +1,7 @@
-"""Dotted keys of the files that `key=value` arguments change, for completion in shells.
+"""Dotted keys of the files that `key=value` arguments change, for shell completion.
 
-To know the keys takes an import of PyTorch, seconds long, so they are kept in the user's cache folder until a source
-file that declares keys changes.
+Collecting the keys imports PyTorch, which takes seconds. The keys are therefore cached in the user's cache folder until
+a source file that declares keys changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DECLARED_IN = ("launcher/spec", "model", "parallel", "data")
 
 
 def keys_of(kind: str) -> dict[str, list[str]]:
-    """Every key that takes a value in files of a kind ("spec" or "corpus"), and its values where they can be listed."""
+    """Every key with a value in files of a kind ("spec" or "corpus") -> its values if they can be listed."""
     cached = _folder() / f"keys-{kind}-{_stamp()}.txt"
     try:
         lines = cached.read_text(encoding="utf-8").splitlines()
@@ -31,7 +31,7 @@ def keys_of(kind: str) -> dict[str, list[str]]:
 
 
 def _lines(kind: str) -> Iterator[str]:
-    """`key value value ...`"""
+    """Lines of the cache file: `key value value ...`."""
     from headway.launcher.cli.schema import model_of
     from headway.launcher.spec.advice import shown
     from headway.launcher.spec.fields import Shape, paths, root_shape
@@ -50,7 +50,7 @@ def _lines(kind: str) -> Iterator[str]:
 
 
 def _stamp() -> str:
-    """Of the sources that declare keys: their places, sizes and times of change."""
+    """Paths, sizes and modification times of the source files that declare keys."""
     found = hashlib.sha256()
     for folder in _DECLARED_IN:
         for file in sorted((_ROOT / folder).rglob("*.py")):
@@ -65,7 +65,7 @@ def _folder() -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step, so that two shells may do it at once; older lists go."""
+    """Write the file atomically, so that two shells can do it at the same time, and delete older lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""`headway ls`: runs and studies, how far each is, what it takes on the disk. Of records only the end is read."""
+"""`headway ls`: runs and studies with progress and disk usage. Reads only the end of each record file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.run.state import State, held_by_live_process, run_state
 
 DEFAULT = ("runs", "studies")
-_DEEPEST = 4  # folders between the one that is named and a run
+_DEEPEST = 4  # maximum number of folders between a named folder and a run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run, study or set of probe tasks. `step` of `steps` is a run's; `cells_done` of `cells` the others'.
+    """One run, study or set of probe tasks. Runs have `step` of `steps`; the others have `cells_done` of `cells`.
 
-    `validation_loss` is the newest one recorded (nats per token), of `validation_step`; never that of a training batch.
-    `age_s`: seconds since a record was written.
+    `validation_loss`: the latest validation loss (nats per token), recorded at `validation_step`; never a loss of a
+    training batch. `age_s`: seconds since the last record was written.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Row:
 
 
 def list_places(folders: Sequence[Path], *, as_json: bool) -> int:
-    """Print a row for everything in `folders`; a study that is named itself is followed by its runs. Returns 0.
+    """Print a row for each run and study in `folders`, and after a study in `folders` a row for each run. Returns 0.
 
-    Default: `runs` and `studies`, or the working folder where it has neither. Raises NoInputError for a folder that is
-    not there.
+    Default: `runs` and `studies`, or the working directory if neither exists. Raises NoInputError for a folder that
+    does not exist.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -64,7 +64,7 @@ def list_places(folders: Sequence[Path], *, as_json: bool) -> int:
 
 
 def places(folder: Path) -> Iterator[Path]:
-    """Runs, studies and probe tasks in and below a folder; below a study only where it is `folder` itself."""
+    """Runs, studies and probe tasks in a folder, recursively. Enters a study only if it is `folder` itself."""
     match kind_of(folder):
         case "run":
             yield folder
@@ -113,7 +113,7 @@ def _row(path: Path) -> Row:
 
 
 def _cells(study: Path) -> Iterator[tuple[Path, State, int]]:
-    """(folder, state, tokens) of every planned cell; one that was not begun is partial."""
+    """(folder, state, tokens) of every planned cell. A cell that was not started counts as partial."""
     outcomes = read_mapping(study / "outcomes.json")
     for cell in cells_of(study):
         found = run_state(RunDir(cell))

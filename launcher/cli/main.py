@@ -1,4 +1,4 @@
-"""Entry point of the `headway` command. Nothing heavy is imported until a verb needs it."""
+"""Entry point of the `headway` command. Imports slow packages only when a verb needs them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from headway.launcher.cli.words import misplaced_file, plain, split_dotted, unkn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. User mistakes end with one message, never a traceback."""
-    os.umask(os.umask(0o077) | 0o022)  # what is written here is read back later: nobody else may change it
+    """Run one command and return its exit status. A user error ends with one message, never a traceback."""
+    os.umask(os.umask(0o077) | 0o022)  # files are read again later: no other user may change them
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
-    except SystemExit as e:  # argparse says what is wrong; 2 is its own status, ours is 64
+    except SystemExit as e:  # argparse has printed the error; it uses status 2, Headway uses 64
         return 64 if e.code else 0
     try:
         return _run(args)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `headway plan ... | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `headway plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command that the words mean. A wrong one ends with the usage of the verb it names, once, and a message."""
+    """Parse the words into a command. A wrong command ends with the usage of its verb, printed once, and a message."""
     parser = make_parser()
     words, dotted = split_dotted(argv, value_options(parser))
     args, rest = parser.parse_known_args(words)
@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if any(word.startswith("-") for word in rest):
         args.parser.error(unknown_option(rest, args.parser, takes_overrides=True))
     if takes_overrides:
-        # argparse does not collect key=value arguments that stand behind an option; they are overrides all the same.
+        # argparse does not collect key=value arguments after an option. They are also overrides.
         args.overrides = [plain(word) for word in (*args.overrides, *rest, *dotted)]
         if wrong := misplaced_file(args.spec, args.overrides):
             args.parser.error(wrong)
@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
         refuse_folder(args.spec, args.spec_kind)
         args.spec = find_spec(args.spec, args.spec_kind)
-    # `headway chaos --json` takes the name of a file.
+    # `headway chaos --json` takes a file name, so compare with True.
     with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
         return args.act(args)
 

@@ -1,4 +1,4 @@
-"""The argument parser of `headway`, made of what the rooms declare."""
+"""The argument parser of `headway`, built from the verbs that the packages of launcher declare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headway.launcher.base.verbs import GROUPS, Verb
 from headway.launcher.cli.words import verb_elsewhere
 
 MAX_WIDTH = 100
-"""Columns of a help text, at most."""
+"""Maximum width of a help text, in columns."""
 
 _ABOUT = "Headway pretrains language models to find out which attention mechanism is worth its cost."
 _OVERRIDES = (
@@ -28,7 +28,7 @@ _OVERRIDES = (
 
 
 def all_verbs() -> list[Verb]:
-    """Every verb of every room, in the order of the help."""
+    """All verbs of all packages, in the order of the help."""
     launcher = Path(__file__).resolve().parents[1]
     rooms = sorted(file.parent.name for file in launcher.glob("*/verbs.py") if file.parent.name != "base")
     modules = [importlib.import_module(f"headway.launcher.{room}.verbs") for room in rooms]
@@ -36,10 +36,10 @@ def all_verbs() -> list[Verb]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says which word was probably meant, and does not call the optional key=value arguments required.
+    """Parser that suggests the closest word, and does not report the optional key=value arguments as required.
 
-    `words`: the visible verbs, or actions of a verb, one of which must follow; none where arguments follow. `about`:
-    what it does, in one line.
+    `words`: the visible verbs, or actions of a verb, one of which must follow; empty if arguments follow. `about`:
+    description in one line.
     """
 
     def __init__(self, *args: Any, words: Sequence[str] = (), about: str = "", **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Version(argparse.Action):
-    """--version: only looks for a version when it is asked."""
+    """--version: determines the version only when the option is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from headway.launcher.cli.version import version_line
@@ -82,9 +82,9 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> Parser:
-    """The whole command line.
+    """The parser of the whole command line.
 
-    A parsed namespace has `act`, the function of the verb that was named, and `parser`, which says how it is used.
+    A parsed namespace has `act`, the function of the verb, and `parser`, the parser of the verb with its usage.
     """
     verbs = all_verbs()
     parser = Parser(
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
 
 
 def value_options(parser: argparse.ArgumentParser) -> set[str]:
-    """Options of a parser and of all below it that a value follows."""
+    """Options of a parser and of all its subparsers that take a value."""
     found: set[str] = set()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -110,7 +110,7 @@ def value_options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _add(parser: Parser, verbs: Iterable[Verb], *, dest: str, words: list[str]) -> None:
-    # the listing stands in the description; argparse would print it a second time
+    # the description contains the list of verbs; argparse would print it a second time
     options = {"dest": dest, "metavar": dest.upper(), "required": True, "help": argparse.SUPPRESS}
     children = parser.add_subparsers(prog=" ".join(words), **options)
     for verb in verbs:
@@ -139,7 +139,7 @@ def _visible(verbs: Iterable[Verb]) -> list[str]:
 
 
 def _groups(verbs: Sequence[Verb]) -> Iterator[str]:
-    """The verbs below the headings of `GROUPS`, with their actions."""
+    """Lines with the verbs and their actions, under the headings of `GROUPS`."""
     shown = [verb for verb in verbs if not verb.hidden]
     wide = max(len(verb.name) for verb in shown)
     for i, (first, title) in enumerate(GROUPS):
@@ -154,7 +154,7 @@ def _groups(verbs: Sequence[Verb]) -> Iterator[str]:
 
 
 def _rows(rows: Iterable[tuple[str, str]], wide: int = 0) -> Iterator[str]:
-    """`  name  help`, the help wrapped and aligned."""
+    """Lines `  name  help`, with the help wrapped and aligned."""
     rows = list(rows)
     wide = wide or max(len(left) for left, _ in rows)
     for left, right in rows:

@@ -1,4 +1,4 @@
-"""`headway init`: the files of a first project."""
+"""`headway init`: create the files of a first project."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FILES = ("README.md", "corpus.yaml", "model.yaml", "study.yaml")
 
 
 def init_project(folder: Path) -> int:
-    """Write a corpus, a model, a study and a README into `folder`, which is made if it is not there. Returns 0.
+    """Write a corpus, a model, a study and a README into `folder`. Creates the folder if it does not exist. Returns 0.
 
-    Raises SpecError, before anything is written, where `folder` is a file or holds one of the files already.
+    Raises SpecError before writing if `folder` is a file or already contains one of the files.
     """
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"{folder}: is a file; name a folder, or a new one")
@@ -25,7 +25,7 @@ def init_project(folder: Path) -> int:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        with (folder / name).open("x", encoding="utf-8") as file:  # x: a file that came in between stays as it is
+        with (folder / name).open("x", encoding="utf-8") as file:  # x: never overwrite a file created in the meantime
             file.write((TEMPLATES / name).read_text(encoding="utf-8"))
         print(f"written: {folder / name}")
     steps = [] if folder.samefile(Path()) else [f"cd {shlex.quote(str(folder))}"]

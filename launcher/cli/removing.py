@@ -1,7 +1,7 @@
-"""`headway rm`: deletes folders of runs, studies and probe tasks, and nothing that Headway did not write.
+"""`headway rm`: delete folders of runs, studies and probe tasks, and nothing that Headway did not write.
 
-A folder is deleted only when every entry of it is known, none is a link, and no process holds it. Records that say what
-the folder is go last, so that a deletion that was interrupted can be begun again.
+A folder is deleted only if all its entries are known, none is a link, and no process holds its lock. The records that
+identify the folder are deleted last, so that an interrupted deletion can be repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A folder that may be deleted. `held`: (folder, kind) of everything in it that has locks; `bytes` to be freed."""
+    """A folder that may be deleted. `held`: (folder, kind) of all its folders with locks. `bytes`: bytes to free."""
 
     path: Path
     kind: Kind
@@ -41,17 +41,17 @@ class Target:
 
 
 def remove(paths: Sequence[Path], *, yes: bool, checkpoints: bool) -> int:
-    """Delete the folders, or with `checkpoints` only the checkpoints of their runs; returns 0, or 1 when told not to.
+    """Delete the folders, or with `checkpoints` only the checkpoints of their runs. Returns 0, or 1 if not confirmed.
 
-    Asks on a terminal unless `yes`. Raises NoInputError or SpecError, before anything is deleted, for what is not
-    there, is not ours, is a link or is held by a live process, and where nobody can be asked.
+    Asks on the terminal unless `yes`. Raises NoInputError or SpecError before any deletion for a folder that does not
+    exist, was not written by Headway, is a link or is held by a live process, and if there is no terminal to ask on.
     """
     targets = _outermost([_target(path, checkpoints) for path in paths])
     with contextlib.ExitStack() as stack:
         for folder, kind in dict.fromkeys(held for target in targets for held in target.held):
             for name in LOCKS[kind]:
                 stack.enter_context(_locked(folder, name))
-        # They may have changed before the locks; those held hold a few bytes of their own.
+        # Check again under the locks. Keep the sizes from before, because the lock files take a few bytes.
         targets = [replace(_target(target.path, checkpoints), bytes=target.bytes) for target in targets]
         for target in targets:
             print(f"{target.path}: {target.kind}, {disk_size(target.bytes)}{' of checkpoints' if checkpoints else ''}")
@@ -66,7 +66,7 @@ def remove(paths: Sequence[Path], *, yes: bool, checkpoints: bool) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold a lock of a folder. Raises SpecError where another process has it."""
+    """Hold a lock of a folder. Raises SpecError if another process holds it."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(RunDir(folder).locked(name))
@@ -81,7 +81,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 def _remove(target: Target, checkpoints: bool) -> None:
     inside = [folder for folder, _ in target.held if folder == target.path or target.path in folder.parents]
-    for folder in reversed(inside):  # cells and tasks before the study that they are of
+    for folder in reversed(inside):  # cells and tasks before their study
         if not checkpoints:
             _delete(folder)
         elif kind_of(folder) == "run":
@@ -89,7 +89,7 @@ def _remove(target: Target, checkpoints: bool) -> None:
 
 
 def _target(path: Path, checkpoints: bool) -> Target:
-    """Everything about one argument that can be checked. Raises NoInputError or SpecError."""
+    """Check one argument and return its target. Raises NoInputError or SpecError."""
     shown = printable(str(path), 300)
     if path.is_symlink():
         raise SpecError(f"{shown}: is a link, and links are not followed; name the folder it leads to")
@@ -103,14 +103,14 @@ def _target(path: Path, checkpoints: bool) -> Target:
     held: tuple[tuple[Path, Kind], ...] = tuple(_checked(path, kind))
     above = path.resolve().parents
     if kind == "run" and len(above) > 2 and above[0].parent.name == "cells" and kind_of(above[2]) == "study":
-        held = ((above[2], "study"), *held)  # which may be about to train this cell
+        held = ((above[2], "study"), *held)  # the study may be about to train this cell
     runs = [folder for folder, inner in held if inner == "run"]
     size = sum(bytes_below(run / _CHECKPOINTS) for run in runs) if checkpoints else bytes_below(path)
     return Target(path=path, kind=kind, held=held, bytes=size)
 
 
 def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
-    """(folder, kind) of `path` and of all runs and studies in it. Raises SpecError for what Headway did not write."""
+    """(folder, kind) of `path` and of all runs and studies in it. Raises SpecError for files of other programs."""
     yield path, kind
     if kind == "run":
         spec = read_mapping(path / "spec.json")
@@ -141,14 +141,14 @@ def _checked_cells(cells: Path) -> Iterator[tuple[Path, Kind]]:
             if kind_of(cell) == "run":
                 yield from _checked(cell, "run")
                 continue
-            for entry in _entries(cell, _RUN_FILES):  # a start that ended before it wrote its spec
+            for entry in _entries(cell, _RUN_FILES):  # the start ended before it wrote the spec
                 if entry.name not in ("logs", "slurm"):
                     raise _foreign(entry)
             yield cell, "run"
 
 
 def _entries(folder: Path, files: re.Pattern[str] | None) -> Iterator[Path]:
-    """The folders in a folder. Raises SpecError for a link, and for anything but a file whose name fits `files`."""
+    """The folders in a folder. Raises SpecError for other entries than regular files that match `files`."""
     for entry in sorted(folder.iterdir()):
         mode = entry.lstat().st_mode
         if stat.S_ISDIR(mode):
@@ -165,7 +165,7 @@ def _foreign(entry: Path) -> SpecError:
 
 
 def _outermost(targets: Sequence[Target]) -> list[Target]:
-    """Without those that are named twice or lie in another one."""
+    """The targets without duplicates and without those inside another target."""
     by_path = {target.path.resolve(): target for target in targets}
     return [target for path, target in by_path.items() if not any(other in path.parents for other in by_path)]
 
@@ -180,7 +180,7 @@ def _confirmed(targets: Sequence[Target], checkpoints: bool) -> bool:
 
 
 def _delete(folder: Path) -> None:
-    """The folder and all below it, its own records last."""
+    """Delete the folder and its content. The records that identify it are deleted last."""
     with os.scandir(folder) as entries:
         names = sorted((entry.name for entry in entries), key=lambda name: (_LAST.get(name, 0), name))
     _delete_in(folder, names)
@@ -188,7 +188,7 @@ def _delete(folder: Path) -> None:
 
 
 def _delete_in(folder: Path, names: Sequence[str]) -> None:
-    """Entries of a folder, through the folder that is open: nothing that takes its name meanwhile is touched."""
+    """Delete entries through the open folder: another folder that takes its name in the meantime is not touched."""
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         for name in names:

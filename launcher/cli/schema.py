@@ -24,10 +24,10 @@ KINDS = {
 
 
 def schema_of(kind: str = "spec") -> dict[str, Any]:
-    """Schema of one kind of file. Looser than the loader: `base:` may supply what is missing.
+    """Schema of one kind of file. It is less strict than the loader, because `base:` may supply missing keys.
 
-    Dotted keys (`attention.type: rgqa`) are accepted, and their values left to the loader.
-    Raises SpecError for an unknown kind.
+    Dotted keys (`attention.type: rgqa`) are accepted; only the loader checks their values. Raises SpecError for an
+    unknown kind.
     """
     if kind not in KINDS:
         raise SpecError(f"schema: {kind!r} is not a kind of file; use one of: {', '.join(KINDS)}")
@@ -52,9 +52,9 @@ def model_schema(root: type[BaseModel], *, title: str) -> dict[str, Any]:
 
 
 def write_schema(path: Path | None = None, kind: str = "spec") -> int:
-    """Write one schema to a file, all of them (`KIND.schema.json`) into a folder, or one to stdout when `path` is None.
+    """Write one schema to a file, all of them (`KIND.schema.json`) into a folder, or one to stdout if `path` is None.
 
-    Returns 0, the exit status. Raises SpecError if the place cannot be written.
+    Returns the exit status 0. Raises SpecError if the path cannot be written.
     """
     if path is None:
         sys.stdout.write(_text(schema_of(kind)))
@@ -84,9 +84,9 @@ def _loosen(schema: Any, definitions: dict[str, Any], inherits: bool) -> None:
     for item in schema.values():
         _loosen(item, definitions, inherits)
     if "oneOf" in schema and "discriminator" in schema:
-        # a section whose `type` is inherited fits several variants, which oneOf would call an error
+        # a section that inherits its `type` matches several variants, which oneOf rejects
         schema["anyOf"] = schema.pop("oneOf")
-        del schema["discriminator"]  # of OpenAPI; editors that follow it insist on the key
+        del schema["discriminator"]  # an OpenAPI keyword; editors that support it require the key
     if isinstance(schema.get("properties"), dict):
         if inherits:
             schema.pop("required", None)

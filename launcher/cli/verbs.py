@@ -1,4 +1,4 @@
-"""Verbs of no other room: the machine, projects, datasets, folders, schemas, shells, the hidden fork server."""
+"""Verbs that belong to no other package: machine, projects, datasets, folders, schemas, shells, hidden fork server."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _completion(args: argparse.Namespace) -> int:
     from headway.launcher.cli.keys import keys_of
 
     print(SCRIPTS[args.shell], flush=True)
-    for kind in ("spec", "corpus"):  # so that no key press has to wait for PyTorch
+    for kind in ("spec", "corpus"):  # fill the cache, so that completion does not wait for the import of PyTorch
         keys_of(kind)
     return 0
 

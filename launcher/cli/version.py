@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def version_line() -> str:
-    """`headway 0.1.0`, and the commit behind it where this runs from a checkout; `+`: with uncommitted changes."""
+    """`headway 0.1.0`, followed by the commit in a git checkout; `+` marks uncommitted changes."""
     try:
         version = importlib.metadata.version("headway")
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     commit = None
-    if (Path(__file__).resolve().parents[2] / ".git").exists():  # not a repository that an installation lies in
+    if (Path(__file__).resolve().parents[2] / ".git").exists():  # not an enclosing repository of an installation
         from headway.launcher.run.machine import git_commit
 
         commit = git_commit()

@@ -1,7 +1,7 @@
-"""What people type who know another tool: `--key=value`, `--key value`, `+key=value`, other names of verbs and files.
+"""Syntax of other tools: `--key=value`, `--key value`, `+key=value`, other names of verbs and files.
 
-Only what can mean one thing is understood: an option with a dot in its name, which no verb has, and Hydra's `+`. All
-else ends with a message that shows the right form.
+Only unambiguous forms are accepted: an option with a dot in its name, which no verb has, and Hydra's `+`. All other
+forms end with a message that shows the right form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADDED = re.compile(r"\+{1,2}([A-Za-z_]\w*(?:\.\w+)*=.*)", re.DOTALL)
 FILE_OPTIONS = frozenset(
     ["config", "configfile", "configpath", "configname", "configdir", "cfg", "spec", "yaml", "file", "study", "c", "f"]
 )
-"""Names, folded, of options that name the file in other tools."""
+"""Case-folded names of options that specify the file in other tools."""
 
 VERBS = {
     "train": "fit pretrain start launch run resume continue finetune",
@@ -44,15 +44,15 @@ VERBS = {
 
 
 def verb_elsewhere(word: str) -> str:
-    """The verb of Headway for another tool's name of it; empty where none is known."""
+    """The verb of Headway for the name in another tool; empty if none is known."""
     return next((verb for verb, names in VERBS.items() if fold(word) in map(fold, names.split())), "")
 
 
 def split_dotted(words: Sequence[str], value_options: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-    """`--a.b=v` and `--a.b v` taken out of a command line: what is left, and the same as overrides `a.b=v`.
+    """Extract `--a.b=v` and `--a.b v` from a command line. Returns the remaining words, and the overrides `a.b=v`.
 
-    What stands behind `--`, or behind one of the `value_options`, whose value it may be meant as, is left alone. An
-    option without a value gives the word `--a.b`, which is no override.
+    Words after `--` are not changed, nor is the word after one of the `value_options`, because it may be its value. An
+    option without a value gives the word `--a.b`, which is not an override.
     """
     rest: list[str] = []
     overrides: list[str] = []
@@ -76,13 +76,13 @@ def split_dotted(words: Sequence[str], value_options: Iterable[str] = ()) -> tup
 
 
 def plain(override: str) -> str:
-    """`key=value` for Hydra's `+key=value` and `++key=value`; anything else as it is."""
+    """`key=value` for Hydra's `+key=value` and `++key=value`; other words unchanged."""
     match = _ADDED.fullmatch(override)
     return match[1] if match else override
 
 
 def misplaced_file(spec: Path, overrides: Sequence[str]) -> str | None:
-    """What to say where an override stands at the place of the file; None where the first word may be a file."""
+    """Error message if an override was given in place of the file; None if the first word may be a file."""
     match = re.fullmatch(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=.*", str(spec), re.DOTALL)
     if match is None or spec.exists():
         return None
@@ -91,7 +91,7 @@ def misplaced_file(spec: Path, overrides: Sequence[str]) -> str | None:
 
 
 def unknown_option(rest: Sequence[str], parser: argparse.ArgumentParser, *, takes_overrides: bool) -> str:
-    """What to say of words that no verb and no override has; `rest` holds at least one, in their order."""
+    """Error message for words that are neither options nor overrides. `rest`: at least one such word, in order."""
     i = next((i for i, word in enumerate(rest) if word.startswith("-")), None)
     if i is None:
         return f"unrecognized arguments: {printable(' '.join(rest), 200)}"

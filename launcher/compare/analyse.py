@@ -1,4 +1,4 @@
-"""The numbers of a report: one study folder in, per-variant losses, differences, speeds and routers out."""
+"""Compute the numbers of a report from a study folder: losses, differences, speeds and routers of each variant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from headway.launcher.run.run_dir import flatten, read_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """One cell; `loss` is the validation loss at the compared token count, for cells that are done."""
+    """One cell. `loss`: the validation loss at the compared token count, for finished cells."""
 
     variant: str
     seed: int
@@ -54,12 +54,12 @@ class CellResult:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantResult:
-    """One variant over its finished seeds; None where there is nothing to compute from.
+    """One variant over its finished seeds. Fields are None without data to compute them from.
 
-    `loss`, `difference` (to the baseline) in nats per token; `seconds_loss`, `seconds_difference` the same at equal
-    training seconds. Intervals of differences hold for all variants at once. `speed_ratio` tokens/s over the
-    baseline's; `planned` is its entry in study.json; `routers` are means over seeds, `heads` of each seed that
-    recorded them.
+    `loss`, `difference` (to the baseline): in nats per token. `seconds_loss`, `seconds_difference`: the same at equal
+    training seconds. Intervals of differences are simultaneous for all variants. `speed_ratio`: tokens/s relative to
+    the baseline. `planned`: the entry of the variant in study.json. `routers`: means over seeds. `heads`: one value for
+    each seed that recorded them.
     """
 
     name: str
@@ -82,9 +82,9 @@ class VariantResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """Everything the report says, as numbers. `tokens` and `seconds` are where losses are compared.
+    """All numbers of the report. `tokens`, `seconds`: token count and training time at which losses are compared.
 
-    `trend` is None for unpaired studies.
+    `trend`: None for unpaired studies.
     """
 
     out: Path
@@ -108,11 +108,11 @@ class StudyResult:
 
     @property
     def margin(self) -> float | None:
-        """Nats per token below which a difference does not matter, as the study says."""
+        """Margin of the study, in nats per token: smaller differences do not matter."""
         return self.record.get("margin_nats")
 
     def verdict(self, variant: VariantResult) -> Verdict:
-        """Of a variant against the baseline; undecided where there is no difference."""
+        """Verdict on a variant against the baseline; undecided if no difference was computed."""
         return "undecided" if variant.difference is None else verdict(variant.difference, self.margin)
 
     @property
@@ -120,12 +120,12 @@ class StudyResult:
         return [v for v in self.variants if v.name != self.record["baseline"]]
 
     def card(self, key: str) -> Any:
-        """A value of run.json that is the same for all runs; None where no run has it."""
+        """A value of run.json that is the same for all runs; None if no run has it."""
         return next((c.record.run[key] for c in self.cells if c.record.run.get(key) is not None), None)
 
 
 def analyse(out: Path) -> StudyResult:
-    """Read a study folder and compute everything. Raises SpecError where it holds no study."""
+    """Read a study folder and compute all results. Raises SpecError if it does not contain a study."""
     record = read_mapping(out / "study.json")
     if record.get("format") != 1:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
@@ -163,7 +163,7 @@ def analyse(out: Path) -> StudyResult:
 
 
 def seed_mean(curves: list[tuple[Any, Any]], points: int = 200) -> tuple[Any, Any] | None:
-    """Mean of several curves (x, y) on a common grid of the range of x that all of them cover; None without curves."""
+    """Mean of several curves (x, y) on a common grid over the range of x that all curves cover; None without curves."""
     curves = [(x, y) for x, y in curves if len(x)]
     if not curves:
         return None
@@ -194,7 +194,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> Cel
 
 
 def _common_tokens(done: list[RunRecord]) -> tuple[int | None, bool]:
-    """(largest token count at which every finished run was validated, whether that is the end of all of them)."""
+    """(largest token count at which all finished runs were validated, whether it is the end of all these runs)."""
     if not done:
         return None, False
     validated = [{int(t) for t in r.validation.tokens if math.isfinite(t)} for r in done]
@@ -206,7 +206,7 @@ def _common_tokens(done: list[RunRecord]) -> tuple[int | None, bool]:
 
 
 def _common_seconds(done: list[RunRecord]) -> float | None:
-    """Training seconds of the fastest finished run at its last validation: all runs have been that far."""
+    """Training seconds of the fastest finished run at its last validation. All finished runs reached this time."""
     ends = [float(r.validation.train_s[-1]) for r in done if len(r.validation)]
     return min(ends) if ends and math.isfinite(min(ends)) else None
 
@@ -222,7 +222,7 @@ def _with_loss(cell: CellResult, tokens: int | None) -> CellResult:
 
 
 def _by_variant(done: list[CellResult], value: Callable[[CellResult], Any]) -> dict[str, dict[int, Any]]:
-    """Variant -> seed -> value, without those that are None."""
+    """Variant -> seed -> value, without values that are None."""
     found: dict[str, dict[int, Any]] = {}
     for c in done:
         if (v := value(c)) is not None:
@@ -279,7 +279,7 @@ def _variants(
 
 
 def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Difference]:
-    """Of the first seed: seeds change nothing but the two seed keys, which are equal within a seed."""
+    """Spec differences of the first seed. Seeds change only the two seed keys, which are equal within a seed."""
     seed = record["seeds"][0]
     specs = {c.variant: c.record.spec or c.planned for c in cells if c.seed == seed}
     keys = {v["name"]: set(v["keys"]) for v in record["variants"]}

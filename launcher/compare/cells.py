@@ -1,4 +1,4 @@
-"""What state each cell of a study is in, read from its run folder."""
+"""State of each cell of a study, read from its run folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from headway.launcher.run.state import held_by_live_process
 State = Literal["done", "running", "partial", "failed", "missing"]
 
 OUTCOMES = "outcomes.json"
-"""File in the study's folder: cell key -> exit code, last lines and times of its latest attempt."""
+"""File in the folder of a study: cell key -> exit code, last lines and times of its latest attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """`tokens` done, `detail` why a cell failed; the latest losses in nats per token: `loss` that of the last training
-    batch, `validation_loss` that of the last validation.
+    """State of a cell. `tokens`: trained tokens. `detail`: the reason of a failure. Losses are in nats per token.
+
+    `loss`: that of the last training batch. `validation_loss`: that of the last validation.
     """
 
     state: State
@@ -50,13 +51,13 @@ def _state(run_dir: Path, outcome: dict[str, Any] | None, tokens: int) -> tuple[
 
 
 def _validation_loss(run_dir: Path, state: State) -> float | None:
-    """Of a run that is done, the one its summary states; else the last one recorded."""
+    """Validation loss: the value in the summary of a finished run, else the last recorded value."""
     stated = read_mapping(run_dir / "summary.json").get("final_validation_loss") if state == "done" else None
     return float(stated) if isinstance(stated, int | float) else last_validation(run_dir)
 
 
 def failure(outcome: dict[str, Any]) -> str:
-    """One line: exit code or signal, and the line that best says why."""
+    """One line: exit code or signal, and the output line that best explains the failure."""
     code, lines = outcome.get("exit_code"), [str(line).strip() for line in outcome.get("last_lines", [])]
     told = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
     how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"

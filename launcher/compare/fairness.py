@@ -1,4 +1,4 @@
-"""Is a comparison fair: what differs between the variants besides the mechanism, and did they see the same data?"""
+"""Check whether a comparison is fair: spec differences besides the mechanism, and whether runs read the same data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABSENT = "(absent)"
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One key in which a variant is not the baseline. `kind` matching: solved to keep the budget equal."""
+    """One key in which a variant differs from the baseline. `kind` matching: solved to keep the budget equal."""
 
     variant: str
     key: str
@@ -29,7 +29,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """Whether the runs of a seed read the same batches. `status` PAIRED: every common step of every seed was equal."""
+    """Whether the runs of a seed read the same batches. `status` PAIRED: equal at all common steps of all seeds."""
 
     status: Literal["PAIRED", "UNPAIRED", "UNKNOWN"]
     lines: tuple[str, ...]
@@ -44,12 +44,12 @@ def spec_differences(
     written: set[str],
     free: str | None,
 ) -> list[Difference]:
-    """Every key in which two resolved specs (JSON) differ, classed.
+    """Every key in which two resolved specs (JSON) differ, with its kind.
 
-    `declared` holds the dotted keys that the variant and the baseline name in the study: these are the intervention,
-    and so is what a declared `...type` brings: keys that exist on one side only, and keys of both types that nobody
-    wrote and that each has at its own default. `written` holds the dotted keys that stand in a file or argument of
-    either side. `free` is the dimension that matching solved. Whatever is left was not asked for: a confound.
+    `declared`: dotted keys that the variant and the baseline set in the study. They are the intervention. The
+    intervention also includes the consequences of a declared `...type`: keys that exist on one side only, and keys of
+    both types that are not written anywhere, so that each side has its own default. `written`: dotted keys that a file
+    or argument of either side sets. `free`: the dimension that matching solved. All other differences are confounds.
     """
     ours, theirs = flatten(spec), flatten(baseline)
     types = {key.rpartition("type")[0] for key in declared if key.rpartition(".")[2] == "type"}
@@ -74,17 +74,17 @@ def spec_differences(
 
 
 def changed_sections(differences: list[Difference]) -> list[str]:
-    """Top-level sections the intervention touches; with more than one, no single cause can be named."""
+    """Top-level sections that the intervention changes. With several sections, the cause of a difference is unknown."""
     return sorted({d.key.split(".")[0] for d in differences if d.kind == "intervention"})
 
 
 def deviation(planned: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, planned, trained) where a run was not what the study planned."""
+    """(key, planned, trained) for each key in which a run differs from the plan of the study."""
     return difference(identity(planned), identity(trained)) if trained else []
 
 
 def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
-    """One line per fact about the circumstances (data, code, versions, machine) that is not equal in all runs.
+    """One line for each property of the environment (data, code, versions, machine) that differs between runs.
 
     Keys of `runs` are cell names.
     """
@@ -105,7 +105,7 @@ def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
 
 
 def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
-    """One line per fact that was not the same at each start of a run: a part of it was trained with something else."""
+    """One line for each property that changed between starts of a run: part of it was trained with another value."""
     seen: dict[str, dict[str, int]] = {}
     for attempt in _attempts_that_count(run):
         values = {key: attempt.get(key) for key in ("git_commit", "code")}
@@ -121,7 +121,7 @@ def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
 
 
 def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Starts of which something is left: what was trained after the step that a later one began from was dropped."""
+    """Starts that contributed to the final run. Steps after the step from which a later start resumed were dropped."""
     attempts, kept = run.get("attempts"), list[dict[str, Any]]()
     for attempt in attempts if isinstance(attempts, list) else []:
         if not isinstance(attempt, dict):
@@ -133,7 +133,7 @@ def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baseline: str) -> Pairing:
-    """Compare batch hashes (variant -> seed -> step -> hash) at every step the variants of a seed have in common."""
+    """Compare batch hashes (variant -> seed -> step -> hash) at every step that the variants of a seed share."""
     seeds = sorted({seed for by_seed in hashes.values() for seed in by_seed})
     lines, differs, compared = [], False, False
     for seed in seeds:

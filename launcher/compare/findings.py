@@ -1,4 +1,4 @@
-"""What a study's numbers say in words, and what they cannot say. Every sentence is computed; none is a fixed claim."""
+"""Findings of a study in words, and their limits. Every sentence is computed from the numbers of the study."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from headway.launcher.compare.verdicts import Verdict, chance_of_difference, see
 from headway.launcher.match.matching import quantity_words
 
 RESOLUTION_NATS = 0.01
-"""A difference in loss that would matter to a reader; the seeds needed to see it are reported."""
+"""A relevant difference in loss, in nats per token. The report states the number of seeds that detect it."""
 
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter of compute-optimal dense decoders (Hoffmann et al. 2022)."""
 
 
 def headline(result: StudyResult) -> list[str]:
-    """The finding, one sentence per kind: losses by verdict, then what confounds them."""
+    """The main findings: one sentence for each verdict on losses, then the confounds."""
     name = result.baseline.name
     if result.tokens is None or result.baseline.loss is None:
         return [f"No finding: no finished run of the baseline {name} has a validation loss to compare with."]
@@ -53,7 +53,7 @@ def headline(result: StudyResult) -> list[str]:
 
 
 def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
-    """The table that a reader can quote, header first."""
+    """Rows of the table of verdicts, header first."""
     header = (
         "variant",
         "verdict",
@@ -82,12 +82,12 @@ def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
 
 
 def limits(result: StudyResult) -> list[tuple[str, str]]:
-    """What the numbers cannot support: (subject, what holds here), each from the numbers; header first."""
+    """Limits of the findings: (subject, statement), computed from the numbers; header first."""
     return [("limit", "here"), *_seed_limits(result), *_other_limits(result)]
 
 
 def matched_words(result: StudyResult) -> str:
-    """`at parameters matched within 0.08 %`, or that nothing was matched."""
+    """Text such as `at parameters matched within 0.08 %`, or a statement that nothing was matched."""
     match = result.record["match"]
     if not match:
         return "with sizes as written (nothing was matched)"
@@ -96,7 +96,7 @@ def matched_words(result: StudyResult) -> str:
 
 
 def signed_interval(e: Simultaneous | None, digits: int = 4) -> str:
-    """`-0.0123 [-0.0200, -0.0046]`, or the mean alone where there is no interval."""
+    """Text such as `-0.0123 [-0.0200, -0.0046]`, or only the mean if there is no interval."""
     if e is None:
         return "-"
     if e.low is None:
@@ -157,7 +157,7 @@ def _ratio(value: float | None) -> str:
     return "not recorded" if value is None else f"{value:.3f}"
 
 
-# ---------------------------------------------------------------- what the numbers cannot say
+# ---------------------------------------------------------------- limits of the findings
 
 
 def _seed_limits(result: StudyResult) -> Iterator[tuple[str, str]]:

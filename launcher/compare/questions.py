@@ -1,11 +1,11 @@
-"""Questions that a study states before its first run (`asks`), and what its intervals answer.
+"""Questions that a study states before its first run (`asks`), and their answers from the intervals.
 
     VARIANT is better than BASELINE
     VARIANT is not worse than BASELINE by more than X
     VARIANT equals BASELINE within X
 
-X in nats per token. A question is answered yes where a test at 5 % shows it (for all variants at once), no where one
-shows its opposite, and is undecided otherwise.
+X is in nats per token. The answer is yes if a test at 5 % (simultaneous for all variants) shows the statement, no if a
+test shows the opposite, and undecided otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PATTERNS: dict[Kind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """`margin` in nats per token; 0 for "better"."""
+    """A parsed question. `margin`: in nats per token; 0 for "better"."""
 
     text: str
     kind: Kind
@@ -44,7 +44,7 @@ class Question:
 
 
 def parse_question(text: str, *, baseline: str, variants: Collection[str]) -> Question:
-    """Raises ValueError where the text has none of the forms, or names what the study does not compare."""
+    """Parse a question. Raises ValueError if the text has none of the forms, or names anything that is not compared."""
     words = " ".join(text.split()).removesuffix("?").removesuffix(".")
     for kind, pattern in _PATTERNS.items():
         found = re.fullmatch(pattern, words)
@@ -67,7 +67,7 @@ def parse_question(text: str, *, baseline: str, variants: Collection[str]) -> Qu
 
 
 def answer(question: Question, difference: Simultaneous | None) -> Answer:
-    """From the difference of the question's variant to the baseline; None where there is no finished run."""
+    """Answer a question. `difference`: the variant of the question - baseline; None without a finished run."""
     if difference is None or difference.equivalence is None:
         return "undecided"
     if question.kind == "equal":

@@ -1,17 +1,18 @@
-"""Differences of several variants to one baseline, with intervals that hold for all of them at once.
+"""Differences of several variants to one baseline, with simultaneous confidence intervals.
 
-Paired runs. Loss of variant v with seed s is modelled as mu_v + seed_s + e_vs, the e_vs independent with one variance.
-A seed sets data order and initial values for all variants, so it is a block; the spread is estimated from the residuals
-of all variants together, with (V - 1)(S - 1) degrees of freedom where every variant has every seed. The interval of
-each difference is that of Dunnett (1955): the critical value is the quantile of the largest |t| over all comparisons
-with the same baseline, so the chance that any interval misses its true difference is at most 1 - confidence.
+Paired runs. The loss of variant v with seed s is modelled as mu_v + seed_s + e_vs. The errors e_vs are independent and
+have a common variance. A seed sets the data order and the initial values of all variants, so it is a block. The spread
+is estimated from the residuals of all variants together, with (V - 1)(S - 1) degrees of freedom if every variant has
+every seed. The intervals are those of Dunnett (1955): the critical value is the quantile of the largest |t| over all
+comparisons with the same baseline. The probability that any interval misses its true difference is therefore at most
+1 - confidence.
 
-A variant, or the baseline, whose own residuals are too large for one common variance is taken out of the pool: its
-intervals come from its own differences, at the Sidak level for the number of comparisons, and are never narrower than
-the pooled ones. The test is an F test of that variant's residuals against those of the others, at 1 % over all
-variants by Holm's procedure (Holm 1979).
+A variant or baseline whose residuals are too large for the common variance is removed from the pool. Its intervals are
+computed from its own differences, at the Sidak level for the number of comparisons, and are never narrower than the
+pooled intervals. The test is an F test of the residuals of that variant against those of the others, at 1 % over all
+variants with Holm's procedure (Holm 1979).
 
-Runs that did not see the same data are compared by Welch's (1947) intervals at the Sidak level.
+Runs that did not see the same data are compared with Welch's (1947) intervals at the Sidak level.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ import numpy as np
 from headway.launcher.compare.stats import CONFIDENCE, estimate, t_critical, unpaired_difference
 
 _NODES = 96
-"""Points of each of the two integrals; the quantile then changes by less than 1e-4 when they are doubled."""
+"""Number of points of each of the two integrals. Doubling it changes the quantile by less than 1e-4."""
 _ODD = 0.01
-"""Chance of taking any variant out of the pool where all spreads are equal. At 0.05 the pool, from which the largest
-residuals are then too often removed, is too small: simulated family-wise error up to 0.073 instead of 0.05."""
+"""Probability of removing any variant from the pool if all spreads are equal. At 0.05 the largest residuals are removed
+too often and the pooled spread is too small: the simulated family-wise error was up to 0.073 instead of 0.05."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simultaneous:
-    """One variant's difference to the baseline. None where it cannot be computed: `low`, `high` and p with one seed.
+    """Difference of one variant to the baseline. With one seed, `low`, `high` and the p values are None.
 
-    `low`, `high`: interval that holds together with those of all other variants. `standard_error` and
-    `degrees_of_freedom` of the mean difference. `p_value`: two-sided, for this variant alone; `p_holm`: adjusted for
-    all comparisons by Holm. `pooled`: whether the spread of all variants was used; `equivalence` the interval that two
-    one-sided tests at 1 - confidence use, for all comparisons at once.
+    `low`, `high`: simultaneous interval for all variants. `standard_error`, `degrees_of_freedom`: of the mean
+    difference. `p_value`: two-sided, for this variant alone. `p_holm`: adjusted for all comparisons with Holm's
+    procedure. `pooled`: whether the spread of all variants was used. `equivalence`: the interval of two one-sided tests
+    at 1 - confidence, simultaneous for all comparisons.
     """
 
     n: int
@@ -60,7 +61,7 @@ class Simultaneous:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def excludes(self, value: float) -> bool:
-        """True where the interval exists and does not contain `value`."""
+        """True if the interval exists and does not contain `value`."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
 
@@ -68,9 +69,9 @@ class Simultaneous:
 class Comparison:
     """All variants of a study against its baseline.
 
-    `spread`: the pooled standard deviation of one run given its variant and seed, in the units of the losses, and
-    `degrees_of_freedom` what it rests on; None where nothing could be pooled. `own_spread`: variants that are not
-    pooled, the baseline possibly among them.
+    `spread`: the pooled standard deviation of one run given its variant and seed, in the unit of the losses; None if
+    nothing could be pooled. `degrees_of_freedom`: those of `spread`. `own_spread`: variants that are not pooled,
+    possibly including the baseline.
     """
 
     differences: dict[str, Simultaneous]
@@ -86,7 +87,7 @@ def dunnett_critical(
 ) -> float:
     """Two-sided critical value of Dunnett's test: the `confidence` quantile of max |t_i| over `comparisons` variates.
 
-    The t_i share one variance estimate and have the given pairwise correlation, 1/2 where all groups are equally large.
+    The t_i share one variance estimate and have the given pairwise correlation, which is 1/2 for groups of equal size.
     """
     from scipy import optimize
 
@@ -101,12 +102,12 @@ def dunnett_critical(
 
 
 def sidak(comparisons: int, confidence: float = CONFIDENCE) -> float:
-    """Confidence of each of so many intervals whose joint confidence is to be at least `confidence`."""
+    """Confidence level of each interval, for a joint confidence of at least `confidence` (Sidak correction)."""
     return confidence ** (1 / comparisons)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's (1979) step-down adjustment: claiming every adjusted p <= alpha has a family-wise error of alpha."""
+    """Holm's (1979) step-down adjustment: rejecting at adjusted p <= alpha has a family-wise error of at most alpha."""
     adjusted, so_far = dict[str, float](), 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         so_far = max(so_far, min(1.0, (len(p_values) - rank) * p))
@@ -119,7 +120,7 @@ def compare_paired(
 ) -> Comparison:
     """Compare variants that ran with the same seeds. `losses`: variant -> seed -> loss.
 
-    Seeds that the baseline lacks are left out. A variant without a common seed is not in the result.
+    Seeds that the baseline lacks are ignored. The result omits variants without a common seed.
     """
     base = losses.get(baseline, {})
     common = {v: sorted(by_seed.keys() & base.keys()) for v, by_seed in losses.items()}
@@ -157,7 +158,7 @@ def compare_paired(
 def compare_unpaired(
     losses: Mapping[str, Sequence[float]], baseline: str, *, confidence: float = CONFIDENCE
 ) -> Comparison:
-    """Compare variants whose runs did not see the same data, by Welch's intervals. `losses`: variant -> values."""
+    """Compare variants whose runs did not see the same data, with Welch's intervals. `losses`: variant -> values."""
     names = [v for v, values in losses.items() if v != baseline and values]
     level = sidak(max(1, len(names)), confidence)
     differences = {}
@@ -207,7 +208,7 @@ def _simultaneous(
 
 
 def _own(values: Sequence[float], comparisons: int, confidence: float) -> Simultaneous:
-    """From the variant's own differences alone, at the Sidak level."""
+    """The result from the differences of the variant alone, at the Sidak level."""
     level = sidak(comparisons, confidence)
     found, narrow = estimate(values, confidence=level), estimate(values, confidence=2 * level - 1)
     return Simultaneous(
@@ -224,7 +225,7 @@ def _own(values: Sequence[float], comparisons: int, confidence: float) -> Simult
 
 
 def _wider(own: Simultaneous, spread: float, df: int, comparisons: int, confidence: float) -> Simultaneous:
-    """`own`, or what pooling would give where that is wider."""
+    """The wider of `own` and the pooled interval."""
     pooled = _simultaneous(
         own.n, own.mean, spread * math.sqrt(2 / own.n), df, comparisons, 0.5, confidence, pooled=False
     )
@@ -244,7 +245,7 @@ def _pooled(
 ) -> tuple[float | None, int, dict[str, dict[str, float]]]:
     """(residual sd, its degrees of freedom, covariance of the differences in units of the residual variance).
 
-    Variant and seed effects by least squares; means where every variant has every seed.
+    Estimates variant and seed effects by least squares, or by means if every variant has every seed.
     """
     names = [baseline, *(v for v in table if v != baseline)]
     seeds = sorted({s for by_seed in table.values() for s in by_seed})
@@ -277,18 +278,18 @@ def _pooled(
 
 
 def _least_correlation(covariance: Mapping[str, Mapping[str, float]]) -> float:
-    """The smallest correlation of two differences: with it the critical value is too large rather than too small."""
+    """The smallest correlation of two differences. It makes the critical value conservative: never too small."""
     names = list(covariance)
     found = [covariance[a][b] / math.sqrt(covariance[a][a] * covariance[b][b]) for a in names for b in names if a < b]
     return min(max(min(found, default=0.5), 0.0), 0.99)
 
 
 def _odd_spreads(table: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Variants whose residuals contradict one common variance, at 1 % over all of them.
+    """Variants whose residuals reject one common variance, at 1 % over all variants.
 
-    Over the seeds that all variants have, a variant's deviations from the mean of the others have the variance
-    (1 + 1 / (V - 1)) sigma^2, independent of the residuals of the others among themselves: their ratio is F with
-    S - 1 and (V - 2)(S - 1) degrees of freedom.
+    Over the seeds that all variants share, the deviations of a variant from the mean of the others have the variance
+    (1 + 1 / (V - 1)) sigma^2. They are independent of the residuals of the others among themselves. The ratio has an F
+    distribution with S - 1 and (V - 2)(S - 1) degrees of freedom.
     """
     from scipy import special
 
@@ -312,7 +313,7 @@ def _odd_spreads(table: Mapping[str, Mapping[int, float]]) -> list[str]:
 
 
 def _residuals(y: Any) -> Any:
-    """What variant and seed effects leave of a complete table [V, S]."""
+    """Residuals of a complete table [V, S] after removal of variant and seed effects."""
     return y - y.mean(axis=0) - y.mean(axis=1, keepdims=True) + y.mean()
 
 
@@ -321,12 +322,12 @@ def _residuals(y: Any) -> Any:
 
 @functools.cache
 def _nodes(degrees_of_freedom: float) -> tuple[Any, Any, Any, Any]:
-    """Points and weights: z of a standard normal variate, and s with s^2 chi-square over its degrees of freedom."""
+    """Points and weights of z and s: z is standard normal, s^2 is chi-square divided by its degrees of freedom."""
     from scipy import special
 
     x, w = np.polynomial.legendre.leggauss(_NODES)
     z, z_weights = 9 * x, 9 * w * np.exp(-((9 * x) ** 2) / 2) / math.sqrt(2 * math.pi)
-    # s by its quantiles, on a scale that is dense at both ends
+    # sample s by its quantiles, on a scale that is dense at both ends
     angle = (x + 1) * math.pi / 4
     upper = np.cos(angle) ** 2
     s = np.sqrt(special.chdtri(degrees_of_freedom, upper) / degrees_of_freedom)

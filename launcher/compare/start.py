@@ -1,4 +1,4 @@
-"""How strongly the branches of each variant start, beside the baseline's."""
+"""Start strength of the branches of each variant, compared with the baseline."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TOLERANCE = 0.10
-"""Attention whose ratio differs from the baseline's by more, in any layer, is a confound (docs/studies.md)."""
+"""A larger relative deviation of the attention ratio from the baseline in any layer is a confound (docs/studies.md)."""
 
 BRANCHES = ("attention", "mlp")
 
 Start = Mapping[str, Mapping[str, float]]
-"""Layer -> {"attention", "mlp"}: rms of what the branch adds over the rms of its stream, before the first step."""
+"""Layer -> {"attention", "mlp"}: rms of the branch output / rms of its residual stream, before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartStrength:
-    """One variant, over its seeds. `attention`, `mlp`: geometric means over layers and seeds; None where unrecorded.
+    """One variant over its seeds. `attention`, `mlp`: geometric means over layers and seeds; None if not recorded.
 
-    `largest`: (layer, ratio to the baseline's) of the layer whose attention differs most; None for the baseline and
-    where one of the two is unrecorded. The MLP is the same in every variant but for its width, which matching solves.
+    `largest`: (layer, ratio to the baseline) of the layer with the largest difference in attention; None for the
+    baseline and if either record is missing. The MLP is the same in every variant except for its width, which matching
+    solves.
     """
 
     attention: float | None
@@ -36,7 +37,7 @@ class StartStrength:
 
 
 def start_strengths(starts: Mapping[str, Sequence[Start]], baseline: str) -> dict[str, StartStrength]:
-    """`starts`: variant -> one record for each of its runs."""
+    """Start strengths by variant. `starts`: variant -> one record for each of its runs."""
     means = {variant: _mean(found) for variant, found in starts.items()}
     base = means.get(baseline, {})
     return {
@@ -50,7 +51,7 @@ def start_strengths(starts: Mapping[str, Sequence[Start]], baseline: str) -> dic
 
 
 def _mean(starts: Sequence[Start]) -> dict[str, dict[str, float]]:
-    """Geometric means over runs; 0 where any is 0."""
+    """Geometric means over runs; 0 if any value is 0."""
     layers = sorted({layer for start in starts for layer in start})
     return {
         layer: {branch: _geometric([start[layer][branch] for start in starts if layer in start]) for branch in BRANCHES}

@@ -1,8 +1,8 @@
-"""Small-sample statistics of a study: a handful of seeds per variant, so every interval is Student's t.
+"""Small-sample statistics of a study: there are few seeds per variant, so all intervals use Student's t distribution.
 
-One value per seed. Seed i uses the same data order and the same initial values of shared parameters in every variant,
-so differences are taken seed by seed; that removes the variation the variants have in common (Student 1908, paired
-design). With one seed there is no interval: the fields are None, never zero.
+There is one value per seed. Seed i uses the same data order and the same initial values of shared parameters in every
+variant, so differences are taken within each seed. This removes the common variation (Student 1908, paired design).
+With one seed there is no interval: the fields are None, never zero.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over `n` seeds. `sd` (n-1 in the denominator), `low`, `high` and `p_value` are None where n < 2.
+    """A mean over `n` seeds. `sd` (n-1 in the denominator), `low`, `high` and `p_value` are None if n < 2.
 
-    `p_value` is two-sided, for the hypothesis that the true mean is zero (one for a ratio).
+    `p_value`: two-sided, for the hypothesis that the true mean is zero (one for a ratio).
     """
 
     n: int
@@ -36,7 +36,7 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def excludes(self, value: float) -> bool:
-        """True where the interval exists and does not contain `value`."""
+        """True if the interval exists and does not contain `value`."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
 
@@ -48,7 +48,7 @@ def t_critical(degrees_of_freedom: float, confidence: float = CONFIDENCE) -> flo
 
 
 def sd_factor(degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float:
-    """How many times the observed sd the true one can be: upper end of its two-sided chi-square interval."""
+    """Upper end of the two-sided chi-square interval of the true sd, as a multiple of the observed sd."""
     from scipy import special
 
     return math.sqrt(degrees_of_freedom / special.chdtri(degrees_of_freedom, 0.5 + confidence / 2))
@@ -70,7 +70,7 @@ def _t_estimate(n: int, mean: float, sd: float | None, standard_error: float, df
 
 
 def estimate(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Estimate:
-    """Mean, sample standard deviation and t interval. Raises ValueError where there are no values."""
+    """Mean, sample standard deviation and t interval. Raises ValueError without values."""
     n = len(values)
     if n == 0:
         raise ValueError("no values")
@@ -84,7 +84,7 @@ def estimate(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Esti
 def paired_difference(
     variant: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = CONFIDENCE
 ) -> Estimate | None:
-    """Mean over the seeds both have of (variant - baseline), with its t interval. None where no seed is common.
+    """Mean of (variant - baseline) over the common seeds, with its t interval. None without a common seed.
 
     Keys are seeds.
     """
@@ -97,9 +97,9 @@ def paired_difference(
 def unpaired_difference(
     variant: Sequence[float], baseline: Sequence[float], *, confidence: float = CONFIDENCE
 ) -> Estimate | None:
-    """Difference of means with Welch's interval (Welch 1947): for runs that did not see the same data.
+    """Difference of means with Welch's interval (Welch 1947), for runs that did not see the same data.
 
-    None where either side is empty; no interval where either has one value. `n` is the smaller of the two.
+    None if either side is empty. No interval if either side has one value. `n` is the smaller number of values.
     """
     if not variant or not baseline:
         return None
@@ -117,9 +117,9 @@ def unpaired_difference(
 def paired_ratio(
     variant: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = CONFIDENCE
 ) -> Estimate | None:
-    """Geometric mean over common seeds of variant / baseline; the interval is a t interval of the logarithms.
+    """Geometric mean of variant / baseline over the common seeds. The interval is a t interval of the logarithms.
 
-    `sd` is that of the logarithms (about the relative spread). None where no seed is common.
+    `sd`: that of the logarithms (approximately the relative spread). None without a common seed.
     """
     logs = paired_difference(
         {s: math.log(v) for s, v in variant.items()},
@@ -140,28 +140,28 @@ def paired_ratio(
 
 
 def power_of_paired_test(n: int, sd: float, difference: float, *, confidence: float = CONFIDENCE) -> float:
-    """Chance that a two-sided paired t-test over `n` seeds finds a true `difference` when differences spread by `sd`.
+    """Power of a two-sided paired t-test over `n` seeds for a true `difference`. `sd`: that of the paired differences.
 
-    Noncentral t distribution (Cohen 1988, ch. 2).
+    Uses the noncentral t distribution (Cohen 1988, ch. 2).
     """
     from scipy import special
 
     if n < 2:
         return 0.0
     critical, shift = t_critical(n - 1, confidence), abs(difference) / sd * math.sqrt(n)
-    # The lower tail (significant with the wrong sign) is left out: it cannot count as finding the difference.
+    # The lower tail (significant with the wrong sign) is left out: it does not count as a detection.
     below = float(special.nctdtr(n - 1, shift, critical))
-    # Far from the critical value the series underflows to nan; the test then finds the difference always.
+    # Far from the critical value the series underflows to nan; the power is then 1.
     return 1.0 if math.isnan(below) else 1.0 - below
 
 
 def seeds_needed(
     sd: float, difference: float, *, power: float = 0.8, confidence: float = CONFIDENCE, limit: int = 10_000
 ) -> int | None:
-    """Fewest seeds with which a paired t-test finds a true `difference` with chance `power`.
+    """Minimum number of seeds with which a paired t-test detects a true `difference` with probability `power`.
 
-    `sd` is that of the paired differences; estimated from two or three seeds it is itself a rough guess. None where
-    `difference` is zero or more than `limit` seeds would be needed.
+    `sd`: that of the paired differences. An estimate from two or three seeds is itself imprecise. None if `difference`
+    is zero or more than `limit` seeds are needed.
     """
     if difference == 0:
         return None
@@ -190,7 +190,7 @@ class Speed:
 
 
 def steady_speed(step_s: Sequence[float], tokens_per_step: int) -> Speed | None:
-    """Speed after warm-up: the first 10 % of the steps, at least two, are dropped. None where nothing is left."""
+    """Speed after warm-up: the first 10 % of the steps, at least two, are dropped. None if no steps are left."""
     dropped = max(2, math.ceil(0.1 * len(step_s)))
     kept = np.asarray(step_s[dropped:], dtype=np.float64)
     kept = kept[np.isfinite(kept) & (kept > 0)]

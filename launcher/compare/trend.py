@@ -1,4 +1,4 @@
-"""How a difference develops over training: at every validation, and between the middle and the end."""
+"""Differences over the course of training: at every validation, and the change between the middle and the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from headway.launcher.run.records import Curve
 class Trend:
     """Differences to the baseline at each token count at which all finished runs were validated.
 
-    `change`: of each difference between `middle` and the last of `tokens`, paired by seeds; None where there are fewer
-    than three validations.
+    `change`: change of each difference between `middle` and the last of `tokens`, paired by seed; None with fewer than
+    three validations.
     """
 
     tokens: tuple[int, ...]
@@ -30,9 +30,9 @@ class Trend:
 
 
 def trend_of(curves: Mapping[str, Mapping[int, Curve]], baseline: str) -> Trend | None:
-    """`curves`: variant -> seed -> validation curve of a finished run. None where the baseline has none.
+    """The trend. `curves`: variant -> seed -> validation curve of a finished run. None if the baseline has none.
 
-    Runs that did not see the same data are compared as if they had: use it for paired studies alone.
+    Use it only for paired studies: it assumes that all runs saw the same data.
     """
     if not curves.get(baseline):
         return None
@@ -60,7 +60,7 @@ def trend_of(curves: Mapping[str, Mapping[int, Curve]], baseline: str) -> Trend 
 
 
 def sentence(trend: Trend, variant: str) -> str | None:
-    """`-0.530 at 25,600 tokens, -0.200 at 204,800, shrinking`; None where the variant has fewer than two points."""
+    """Text such as `-0.530 at 25,600 tokens, -0.200 at 204,800, shrinking`; None with fewer than two points."""
     points = trend.of(variant)
     if len(points) < 2:
         return None

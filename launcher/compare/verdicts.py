@@ -1,8 +1,8 @@
-"""What intervals let one say: verdicts, answers to questions asked beforehand, and the seeds that would decide.
+"""Conclusions from intervals: verdicts, answers to questions stated beforehand, and the number of seeds for a decision.
 
 Better or worse: the simultaneous interval of the difference excludes 0. Equivalent: two one-sided tests (Schuirmann
-1987) at 5 % each show that the difference is inside the margin; as an interval, the one at 90 % lies inside it. All of
-them for every variant at once (`headway.launcher.compare.simultaneous`).
+1987) at 5 % each show that the difference is inside the margin; equivalently, the 90 % interval lies inside the margin.
+All tests are simultaneous for all variants (`headway.launcher.compare.simultaneous`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from headway.launcher.compare.stats import CONFIDENCE, sd_factor
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 MOST_SEEDS = 1000
-"""No larger number of seeds is looked at."""
+"""Maximum number of seeds in a search."""
 
 
 def verdict(difference: Simultaneous, margin: float | None = None) -> Verdict:
-    """Of a difference in loss (variant - baseline, nats per token). `margin`: differences below it do not matter.
+    """Verdict on a difference in loss (variant - baseline, nats per token). Differences below `margin` do not matter.
 
-    A difference that is shown, and shown to be smaller than the margin, is "equivalent".
+    A difference that is significant, but shown to be smaller than the margin, is "equivalent".
     """
     inside = difference.equivalence
     if margin is not None and inside is not None and -margin < inside[0] and inside[1] < margin:
@@ -36,9 +36,9 @@ def verdict(difference: Simultaneous, margin: float | None = None) -> Verdict:
 
 
 def not_worse_by(difference: Simultaneous, margin: float) -> bool | None:
-    """Whether the variant is worse than the baseline by less than `margin` (0: is better). None where undecided.
+    """Whether the variant is worse than the baseline by less than `margin` (0: is better). None if undecided.
 
-    Yes where the one-sided test shows it, no where the opposite is shown; both at 5 %, for all variants at once.
+    True if the one-sided test shows it, False if a test shows the opposite; both at 5 %, simultaneous for all variants.
     """
     if difference.equivalence is None:
         return None
@@ -50,7 +50,7 @@ def not_worse_by(difference: Simultaneous, margin: float) -> bool | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Seeds:
-    """A number of seeds, and what it would show ("a difference" or "equivalence") with the chance asked for."""
+    """A number of seeds, and the result ("a difference" or "equivalence") that it shows with the requested power."""
 
     count: int
     shows: Literal["a difference", "equivalence"]
@@ -59,9 +59,9 @@ class Seeds:
 def seeds_to_decide(
     comparison: Comparison, name: str, margin: float | None = None, *, power: float = 0.8
 ) -> Seeds | None:
-    """Seeds per variant that decide about one variant if its mean difference and the pooled spread are the true ones.
+    """Seeds per variant that decide about one variant if its mean difference and the pooled spread are the true values.
 
-    None where more than `MOST_SEEDS` would be needed, or no spread is known.
+    None if more than `MOST_SEEDS` are needed or the spread is unknown.
     """
     found, spread, count = comparison.differences[name], comparison.spread, len(comparison.differences)
     if spread is None:
@@ -77,9 +77,9 @@ def seeds_to_decide(
 def chance_of_difference(
     n: int, comparisons: int, spread: float, difference: float, *, confidence: float = CONFIDENCE
 ) -> float:
-    """Chance that a paired study of n seeds shows a true `difference` of one of its variants, with the right sign.
+    """Probability that a paired study of n seeds shows a true `difference` of one of its variants with the right sign.
 
-    Noncentral t of the pooled model; `spread` is the sd of one run given its variant and seed.
+    Uses the noncentral t distribution of the pooled model. `spread`: the sd of one run given its variant and seed.
     """
     from scipy import special
 
@@ -96,9 +96,9 @@ def chance_of_difference(
 def chance_of_equivalence(
     n: int, comparisons: int, spread: float, difference: float, margin: float, *, confidence: float = CONFIDENCE
 ) -> float:
-    """Chance that a paired study of n seeds shows a true `difference` to lie within +-`margin`.
+    """Probability that a paired study of n seeds shows that a true `difference` lies within +-`margin`.
 
-    The spread is taken as known, which is a good approximation from about 10 degrees of freedom on.
+    The spread is assumed to be known, which is a good approximation for at least about 10 degrees of freedom.
     """
     from scipy import special
 
@@ -114,7 +114,7 @@ def chance_of_equivalence(
 
 
 def cautious_spread(comparison: Comparison) -> float | None:
-    """The upper end of the 95 % interval of the pooled spread: a pilot's own estimate may be too small by chance."""
+    """Upper end of the 95 % interval of the pooled spread. The estimate of a pilot may be too small by chance."""
     if comparison.spread is None:
         return None
     return comparison.spread * sd_factor(comparison.degrees_of_freedom)

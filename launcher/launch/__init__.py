@@ -1,1 +1,1 @@
-"""`headway train`: checks a spec, then starts its processes and sees them through. Imports plan and below."""
+"""`headway train`: checks a spec, then starts and supervises its processes. Imports plan and below."""

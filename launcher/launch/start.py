@@ -1,4 +1,4 @@
-"""`headway train`: check everything that can be checked, then start the processes and see them through."""
+"""`headway train`: run all checks, then start the processes and supervise them."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from headway.parallel.manifest import step_of, steps_on_disk
 
 
 def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None, dry_run: bool = False) -> int:
-    """Run the spec to its end, resuming what its folder holds; returns the exit status.
+    """Train the run of a spec to its end, resuming from its run folder. Returns the exit status.
 
-    `node_rank`: which of the run's hosts this is. Raises SpecError, DataError or CheckpointError before any process is
-    started when something is not right.
+    `node_rank`: the number of this host among the hosts of the run. Raises SpecError, DataError or CheckpointError
+    before any process is started if a check fails.
     """
     loaded = load_spec(path, overrides, no_auto=None)
     spec, auto = loaded.spec, bool(loaded.auto)
@@ -83,7 +83,7 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
 
 
 def _conclude(run: RunDir) -> None:
-    """The final result, for `--quiet` and `--json`: a rank has said it in words."""
+    """Print the final result for `--quiet` and `--json`. Otherwise a rank has already printed it as text."""
     summary = read_mapping(run.summary)
     if console.wants_json():
         console.emit({"run_dir": str(run.path), **summary})
@@ -129,7 +129,7 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
 
 
 def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto: bool) -> int:
-    """Take the run folder, and train; alone, or with the hosts that come. `auto`: find the micro-batch first."""
+    """Lock the run folder and train, alone or with the other hosts. `auto`: find the micro-batch size first."""
     spec, info = resolve(spec)
     check_port(spec)
     env = forwarded(spec, os.environ)
@@ -148,7 +148,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         card = with_attempts(run_card(spec, info), read_mapping(run.card), spec, from_step=newest)
         write_json(run.card, card)
         print(banner(spec, run, card), flush=True)
-        # A rank that outlives a killed launcher holds it; one the kernel is about to end needs a moment to be gone.
+        # A rank that outlives a killed launcher holds this lock. Wait for ranks that the kernel is about to end.
         with run.locked("worker.lock", wait_s=10):
             pass
         if spec.launch.method == "deepspeed":
@@ -160,7 +160,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
 
 
 def check_no_history(run: RunDir) -> None:
-    """Raises CheckpointError where a run without a checkpoint says that it had some: it would begin anew at step 0."""
+    """Raise CheckpointError if a run has no checkpoint but its records mention one: it would restart at step 0."""
     told = (r.get("step") for r in run.read_metrics() if r.get("kind") == "checkpoint")
     saved = max((step for step in told if isinstance(step, int)), default=0)
     if saved:
@@ -171,7 +171,7 @@ def check_no_history(run: RunDir) -> None:
 
 
 def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> int:
-    """`start`, and again after a fault for which the budget has a start left. Raises Ended as it does."""
+    """Call `start`, and again after each fault while the restart budget allows it. Raises Ended as `start` does."""
     restarts = Restarts(run, spec.launch.restarts)
     while True:
         try:
@@ -183,7 +183,7 @@ def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> in
 
 
 def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
-    """Train with the first host, which holds the run folder."""
+    """Train together with the first host, which holds the locks of the run folder."""
     if run.is_complete():
         print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
         return 0
@@ -215,7 +215,7 @@ def _see_through(
         status = supervise(run, place, control, words, env, hang_s=launch.hang_s, stop_s=launch.stop_s)
     finally:
         shutil.rmtree(torchrun_folder(run), ignore_errors=True)
-    if place.is_first and not run.is_complete():  # DeepSpeed's launcher ends well when a signal ended what it started
+    if place.is_first and not run.is_complete():  # DeepSpeed's launcher exits with 0 if a signal ended its processes
         raise HeadwayError(
             f"{run.path}: the processes ended before the training did; see {run.logs}, and start the same command again"
         )
@@ -223,7 +223,7 @@ def _see_through(
 
 
 def _said(others: Sequence[subprocess.Popen[bytes]], run: RunDir) -> list[str]:
-    """The last lines of those that ended badly."""
+    """The last output lines of the processes that failed."""
     bad = [host for host, process in enumerate(others, start=1) if process.poll()]
     return [line for host in bad for line in [f"host {host} said:", *quoted(tail(run.logs / f"ssh-{host}.log", 3))]]
 
@@ -240,7 +240,7 @@ def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def check_port(spec: Spec) -> None:
-    """Raises SpecError when the rendezvous port of the run, if it is known, is taken on this host, the first one."""
+    """Raise SpecError if the rendezvous port of the run is known and in use on this host, which is the first one."""
     launch = spec.launch
     port = rendezvous_port(spec) if launch.hosts > 1 else launch.port
     if port is None:

@@ -1,4 +1,4 @@
-"""The report's section on routers and heads: what was chosen, how surely, and how alike the heads of a group became."""
+"""Report section on routers and heads: selected experts, router confidence, and similarity of the heads of a group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headway.launcher.run.records_heads import HEAD_KEYS, ROUTER_KEYS, Router, m
 
 
 def router_and_head_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterator[Block]:
-    """Tables over layers and seeds, and the figures `heads` and `routers`; nothing where no run recorded either."""
+    """Tables over layers and seeds, and the figures `heads` and `routers`. No blocks if no run recorded either."""
     routed = [v for v in result.variants if v.routers]
     pooled = [v for v in result.variants if v.heads]
     if not routed and not pooled:
@@ -66,7 +66,7 @@ def _router_cells(routers: Sequence[Router]) -> list[str]:
 
 
 def relative_entropy(router: Router) -> float:
-    """Of the softmax, over its greatest value; 0 for a router of one expert."""
+    """Entropy of the softmax / its maximum; 0 for a router with one expert."""
     experts = router.load.shape[1]
     return router.means["entropy"] / math.log(experts) if experts > 1 else 0.0
 
@@ -98,7 +98,7 @@ def _shown(value: float, places: str) -> str:
 
 
 def router_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """One row per finished cell, layer and router; means over groups, empty where a run recorded no such figure."""
+    """One row per finished cell, layer and router. Values are means over groups, empty if a run did not record them."""
     for c in result.cells:
         for r in c.record.routers if c.done else ():
             load = r.load * r.load.shape[1]

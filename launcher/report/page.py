@@ -1,6 +1,6 @@
-"""A report as a list of blocks, and its two forms: Markdown, and one HTML page that needs nothing but itself.
+"""A report as a list of blocks, and its two output formats: Markdown, and one self-contained HTML page.
 
-Text of blocks knows one mark, `code`; everything else is shown as written.
+The text of blocks supports one markup, `code`; all other characters are shown as written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. `tone` lead: the finding; warn: what a reader must not miss."""
+    """A paragraph. `tone`: lead for the main finding, warn for a warning."""
 
     text: str
     tone: str = "plain"
@@ -35,7 +35,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` of text, the first is the header; the first column is left-aligned, `left` names others."""
+    """A table of text. The first of `rows` is the header. The first column and those in `left` are left-aligned."""
 
     rows: Sequence[Sequence[str]]
     left: frozenset[int] = frozenset({0})
@@ -54,7 +54,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
-    """One page: styles and figures inside, no script, no address of anything outside. `folder` holds the figures."""
+    """One page with embedded styles and figures, without scripts or external links. `folder` contains the figures."""
     body = "\n".join(_html(block, folder) for block in blocks)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -85,7 +85,7 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    # Outside of code, characters that Markdown would read as marks.
+    # Escape characters outside of code that Markdown would interpret as markup.
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(p if p.startswith("`") else re.sub(r"([*_<>\[\]])", r"\\\1", p) for p in parts)
 

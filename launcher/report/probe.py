@@ -1,4 +1,4 @@
-"""`headway probe report`: probe.md, probe.html, probe.csv and a figure, from what the cells of all tasks recorded."""
+"""`headway probe report`: probe.md, probe.html, probe.csv and a figure, from the records of the cells of all tasks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from headway.launcher.report.tables import write_csv, write_text
 from headway.launcher.run.run_dir import read_mapping
 
 SOLVED = 0.99
-"""Accuracy on the validation tokens from which a task counts as solved."""
+"""Minimum accuracy on the validation tokens at which a task counts as solved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task's study. `chance`: accuracy of the best guess that has no memory of earlier tokens."""
+    """The study of one task. `chance`: accuracy of the best guess without memory of earlier tokens."""
 
     name: str
     result: StudyResult
@@ -37,14 +37,14 @@ class Task:
     seq_len: int
 
     def cells(self, variant: str) -> list[CellResult]:
-        """Finished cells of a variant that were validated, in order of seeds."""
+        """Finished and validated cells of a variant, in the order of seeds."""
         return [c for c in self.result.cells if c.variant == variant and c.done and c.record.accuracy.size]
 
 
 def probe_report(out: Path) -> Path:
-    """Write the table of a folder of probe tasks and the report of every task; returns the path of probe.html.
+    """Write the table of a folder of probe tasks and the report of every task. Returns the path of probe.html.
 
-    Raises SpecError where the folder holds no probe tasks, or none was begun.
+    Raises SpecError if the folder does not contain probe tasks, or no task was started.
     """
     record = read_mapping(out / "probe.json")
     if record.get("format") != 1:
@@ -64,7 +64,7 @@ def probe_report(out: Path) -> Path:
 
 
 def solved_at(cell: CellResult) -> int | None:
-    """Optimizer steps done at the first validation with an accuracy of at least 0.99; None where there was none."""
+    """Number of optimizer steps at the first validation with an accuracy of at least 0.99; None without one."""
     reached = np.flatnonzero(cell.record.accuracy >= SOLVED)
     return int(cell.record.validation.step[reached[0]]) if reached.size else None
 
@@ -135,7 +135,7 @@ def _cell(cells: Sequence[CellResult]) -> str:
 
 
 def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
-    """Mean, and in brackets the smallest and largest where they differ as shown."""
+    """Text with the mean, and with minimum and maximum in brackets if their texts differ."""
     low, high = form.format(min(values)), form.format(max(values))
     brackets = "" if low == high else f" ({low} \u2013 {high})"
     return f"{form.format(np.mean(values))}{unit}{brackets}"
@@ -169,7 +169,7 @@ def _what(source: SyntheticSource) -> str:
 
 
 def _interval(task: Task) -> int | None:
-    """Largest number of steps between two validations, over finished runs."""
+    """Maximum number of steps between two validations, over finished runs."""
     gaps = [np.diff(c.record.validation.step, prepend=0).max() for c in task.result.cells if c.done]
     return int(max(gaps)) if gaps else None
 
@@ -218,7 +218,7 @@ def _provenance(record: dict[str, Any], tasks: list[Task]) -> Iterator[str]:
 
 
 def _variants(tasks: list[Task]) -> list[str]:
-    """In the order of the file; every task has the same ones unless the file was changed in between."""
+    """Variants in the order of the file. All tasks have the same variants unless the file was changed in between."""
     return list(dict.fromkeys(v.name for t in tasks for v in t.result.variants))
 
 
@@ -226,7 +226,7 @@ def _variants(tasks: list[Task]) -> list[str]:
 
 
 def _draw(tasks: list[Task], out: Path) -> Plot | None:
-    """Accuracy against the number of pairs; None where fewer than two numbers were tried to the end."""
+    """Plot accuracy against the number of pairs; None if fewer than two numbers have finished runs."""
     recall = sorted((t for t in tasks if t.source.task == "mqar"), key=lambda t: t.source.pairs)
     recall = [t for t in recall if any(t.cells(name) for name in _variants([t]))]
     if len({t.source.pairs for t in recall}) < 2:
@@ -261,7 +261,7 @@ def _draw(tasks: list[Task], out: Path) -> Plot | None:
 
 
 def _rows(tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """One row per run of every task, whatever its state; empty where a run has no such number."""
+    """One row per run of every task, in any state. Values that a run lacks are empty."""
     for t in tasks:
         variants = {v.name: v for v in t.result.variants}
         for c in t.result.cells:

@@ -1,4 +1,4 @@
-"""`headway study report`: report.md, report.html, tables as CSV and figures, from what the cells recorded."""
+"""`headway study report`: report.md, report.html, tables as CSV and figures, from the records of the cells."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from headway.launcher.spec.merge import format_value
 def report(study_dir: Path | str) -> Path:
     """Write the report of a study folder and return the path of report.html.
 
-    Cells that failed, are missing or not finished stand at its top and are in no mean. Raises SpecError where the
-    folder holds no study.
+    Failed, missing and unfinished cells are listed at the top and excluded from all means. Raises SpecError if the
+    folder does not contain a study.
     """
     out = Path(study_dir)
     result = analyse(out)
@@ -164,7 +164,7 @@ def _compared(result: StudyResult) -> Iterator[Block]:
 
 
 def _spec_differences(result: StudyResult) -> Iterator[Block]:
-    """What was asked for and what was not in a table; defaults that a mechanism brings in one line per variant."""
+    """A table of intended and unintended differences, and one line per variant with the defaults of its mechanism."""
     base = result.baseline.name
     yield Text(f"Every key in which a resolved spec differs from {base}'s:")
     rows = [("variant", "key", base, "variant's", "class", "why")]

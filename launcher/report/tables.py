@@ -1,4 +1,4 @@
-"""The tables of a study's report as CSV files, and how files of a report are written."""
+"""The tables of a study report as CSV files, and functions that write the files of a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headway.launcher.compare.findings import bits_per_byte
 
 
 def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """One row per cell of the study, whatever its state; empty where a cell has no such number."""
+    """One row per cell of the study, in any state. Values that a cell lacks are empty."""
     variants = {v.name: v for v in result.variants}
     for c in result.cells:
         v, run = variants[c.variant], c.record.run
@@ -66,7 +66,7 @@ def _data_wait_share(cell: CellResult) -> float | None:
 
 
 def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """One row per recorded loss of every cell, in training and validation."""
+    """One row per recorded training or validation loss of every cell."""
     flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
     for c in result.cells:
         for kind, curve in (("train", c.record.train), ("validation", c.record.validation)):
@@ -84,7 +84,7 @@ def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
 
 
 def write_csv(path: Path, found: Iterator[dict[str, Any]]) -> None:
-    """No file where there are no rows."""
+    """Write the rows to a CSV file. Writes no file without rows."""
     rows = list(found)
     if not rows:
         path.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def write_csv(path: Path, found: Iterator[dict[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or the file as it was."""
+    """Write the text atomically: on failure the old file is unchanged."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

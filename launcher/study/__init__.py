@@ -1,1 +1,1 @@
-"""Studies and probe tasks: what a file says, its cells, running them. Imports report and below."""
+"""Studies and probe tasks: config files, plans, and execution of the cells. Imports report and below."""

@@ -1,4 +1,4 @@
-"""Running the cells of a study as child processes, one after another."""
+"""Run the cells of a study as child processes, one after another."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ _STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")
 
 
 ENOUGH = 0.05
-"""Share of a cell whose steps must have been timed before an estimate of the rest is worth showing."""
+"""Minimum share of a cell whose steps must be timed before an estimate of the remaining time is shown."""
 
 
 class Eta:
-    """Seconds until the last cell ends, from the steps of this invocation. Cells count as equally long.
+    """Estimated seconds until the last cell ends, from the steps of this invocation. All cells count as equally long.
 
-    What a process needs to start, and its first steps, are no measure of those that follow: a cell's pace is taken from
-    its second console line on, and its start-up is counted once for each cell that is left.
+    The start of a process and its first steps are slower than the later steps. The pace of a cell is therefore measured
+    from its second console line on. The start-up time is added once for each remaining cell.
     """
 
     def __init__(self, cells: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._left, self._clock = cells, clock
-        self._steady_s = self._steady_share = 0.0  # of cells that have ended
-        self._starts: list[float] = []  # seconds that each had in which no steady steps were taken
+        self._steady_s = self._steady_share = 0.0  # sums over finished cells
+        self._starts: list[float] = []  # seconds of each finished cell outside its steady steps
         self._begun_s = clock()
         self._marks: list[tuple[float, float]] = []  # (time, share done) at the console lines of the running cell
         self._running = False
         self._before = 0.0
 
     def begin(self, share_done: float) -> None:
-        """A cell starts, `share_done` (0..1) of it trained earlier."""
+        """Record the start of a cell. `share_done` (0..1): the share of it that was trained earlier."""
         self._begun_s, self._marks, self._running, self._before = self._clock(), [], True, share_done
 
     def step(self, share_done: float) -> None:
-        """The running cell has said that it is so far."""
+        """Record that the running cell reported `share_done` (0..1)."""
         if not self._marks or share_done > self._marks[-1][1]:
             self._marks.append((self._clock(), share_done))
 
     def end(self) -> None:
-        """The running cell has ended, well or not."""
+        """Record the end of the running cell, after success or failure."""
         seconds, share = self._steady()
         took = self._clock() - self._begun_s
-        if not share and self._marks:  # too short for two lines: all of it is its pace
+        if not share and self._marks:  # fewer than two console lines: use the whole duration
             seconds, share = took, self._marks[-1][1] - self._before
         if share > 0:
             self._steady_s += seconds
@@ -66,7 +66,7 @@ class Eta:
         self._marks, self._running = [], False
 
     def seconds_left(self) -> float | None:
-        """None while too few steps were timed to say."""
+        """Estimated seconds until the last cell ends; None while too few steps were timed."""
         seconds, share = self._steady()
         seconds, share = seconds + self._steady_s, share + self._steady_share
         if share < ENOUGH:
@@ -93,9 +93,10 @@ class Eta:
 
 
 class CellRunner:
-    """Runs commands one after another; while it is entered, SIGINT and SIGTERM go to the child and stop the study.
+    """Run commands one after another. Within its context, SIGINT and SIGTERM go to the child and stop the study.
 
-    The first signal asks the child to stop (SIGTERM: it saves a checkpoint and ends with 75), the second one kills it.
+    The first signal sends SIGTERM to the child, which saves a checkpoint and exits with status 75. The second signal
+    kills the child.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class CellRunner:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], *, log: Path, show: Callable[[str], None]) -> dict[str, Any]:
-        """Run to its end; every line of output goes to `log` and to `show`. Returns the outcome record."""
+        """Run a command to its end and return the outcome record. Every line of output goes to `log` and to `show`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         last: deque[str] = deque(maxlen=20)
         started = time.monotonic()
@@ -128,10 +129,10 @@ class CellRunner:
                 encoding="utf-8",
                 errors="replace",
                 env={**console.plain_environment(), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
-                start_new_session=True,  # a Ctrl-C in the terminal must reach it once, through us
+                start_new_session=True,  # Ctrl-C in the terminal must reach the child only once, through this process
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
-            if self.stopping:  # a signal came between the last check and the start
+            if self.stopping:  # a signal arrived between the last check and the start
                 child.terminate()
 
             def read() -> None:
@@ -145,7 +146,7 @@ class CellRunner:
             reader = threading.Thread(target=read, daemon=True)
             reader.start()
             code = child.wait()
-            reader.join(timeout=10)  # a stray grandchild may hold the pipe open for ever
+            reader.join(timeout=10)  # an orphaned grandchild may keep the pipe open forever
             self._child = None
         return {
             "exit_code": code,
@@ -170,6 +171,6 @@ class CellRunner:
 
 
 def step_share(line: str) -> float | None:
-    """Share of the run that a console line `step 12/80 ...` reports as done; None for other lines."""
+    """Finished share of the run according to a console line `step 12/80 ...`; None for other lines."""
     match = _STEP.search(line)
     return int(match[1]) / int(match[2]) if match and int(match[2]) else None

@@ -1,4 +1,4 @@
-"""What a study file says: variants of one base spec, sizes matched, several seeds."""
+"""Config of a study file: variants of one base spec, matched sizes, several seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from headway.model.config import BranchStart
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 BRANCH_START = 0.3
-"""Of every study that names none: rms of what a branch adds over rms of its stream, before the first step."""
+"""Default of `branch_start`: rms of the output of a branch / rms of its residual stream, before the first step."""
 
 SET_BY_STUDY = {
     "name": "name the variant instead",
@@ -28,13 +28,13 @@ SET_BY_STUDY = {
     "seed": "use `seeds` of the study instead",
     "data.seed": "use `seeds` of the study instead: pairing needs the same data order in every variant",
 }
-"""Spec keys that every cell gets from the study, and what a user who wants to set one does."""
+"""Spec keys that the study sets for every cell -> advice for a user who wants to set one."""
 
 
 def flat_keys(tree: Any) -> Any:
-    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}; nothing at all counts as no keys.
+    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}. An empty value counts as no keys.
 
-    Raises ValueError where a key is given both dotted and nested.
+    Raises ValueError if a key is given both dotted and nested.
     """
     if tree is None:
         return {}
@@ -54,13 +54,13 @@ def _flat_changes(value: Any) -> Any:
 
 
 Changes = Annotated[dict[str, dict[str, Any]], BeforeValidator(_flat_changes)]
-"""Name -> what differs from the base, by dotted spec keys; the file may nest them."""
+"""Name -> changes to the base spec by dotted key. The file may nest the keys."""
 
 
 def check_changes(section: str, changes: Changes) -> None:
-    """Raises ValueError for a name that cannot be a folder's, and for a key that the study sets.
+    """Raise ValueError for a name that is not a valid folder name, and for a key that the study sets.
 
-    `section`: where the file has them.
+    `section`: the section of the file that contains the changes.
     """
     for name, keys in changes.items():
         if not re.match(NAME, name):
@@ -71,7 +71,7 @@ def check_changes(section: str, changes: Changes) -> None:
 
 
 class StudyConfig(StrictModel):
-    """Every variant is trained once per seed; a seed sets both the initial parameters and the order of the data."""
+    """Every variant is trained once per seed. A seed sets both the initial parameters and the order of the data."""
 
     study: str = Field(max_length=128, pattern=NAME, description="name of the study")
     base: str = Field(min_length=1, description="spec all variants start from, relative to the study file")
@@ -127,10 +127,10 @@ class StudyConfig(StrictModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study file that was read.
+    """A study file after loading.
 
-    `base` is the path of the base spec, `out` the folder of runs and report; `variants` holds each variant as written,
-    with its places in the file.
+    `base`: path of the base spec. `out`: folder of the runs and the report. `variants`: each variant as written, with
+    its positions in the file.
     """
 
     config: StudyConfig
@@ -141,7 +141,7 @@ class Study:
     tree: Node
 
     def place(self, key: str) -> str:
-        """Where the file says `key` (dotted): `study.yaml:3:9`, or the file alone."""
+        """Position of `key` (dotted) in the file, such as `study.yaml:3:9`; the file alone if the key is not in it."""
         node = self.tree
         for part in key.split("."):
             node = node.value.get(part, node) if node.is_mapping else node
@@ -149,9 +149,9 @@ class Study:
 
 
 def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:
-    """Read a study file; `root` may be a kind of study with more keys.
+    """Read a study file. `root`: StudyConfig or a subclass with more keys.
 
-    Raises NoInputError or SpecError with file:line, the key, and what to do.
+    Raises NoInputError or SpecError with file:line, the key, and advice.
     """
     loaded = load_spec(path, root=root)
     config = loaded.spec

@@ -1,4 +1,4 @@
-"""From a study file to cells: every variant matched to the baseline, every seed, each with its resolved spec."""
+"""Plan the cells of a study: match every variant to the baseline, and resolve the spec of every variant and seed."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ NO_AUTO = "would give each variant a micro-batch of its own, and the variants of
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
-    """A variant with its size. `matched` is None for the baseline and where the study matches nothing.
+    """A variant with its size. `matched`: None for the baseline, and for all variants of a study without matching.
 
-    `free_value` is the value of `match.free`, solved or as written; None where the study matches nothing.
+    `free_value`: the value of `match.free`, solved or as written; None in a study without matching.
     """
 
     name: str
@@ -56,7 +56,7 @@ class VariantPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the study. `overrides` turn the base spec into `spec` on the command line of `headway train`."""
+    """One run of the study. `overrides`: arguments of `headway train` that change the base spec into `spec`."""
 
     variant: str
     seed: int
@@ -67,7 +67,7 @@ class Cell:
     data_fingerprint: str | None
 
     def resolved(self) -> dict[str, Any]:
-        """The spec as the run folder will hold it: JSON, with the vocabulary the data gives."""
+        """The spec as JSON, as the run folder will contain it, with the vocabulary size of the data."""
         tree = self.spec.model_dump(mode="json")
         tree["model"]["vocab_size"] = self.vocab_size
         return tree
@@ -79,7 +79,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPlan:
-    """`cells` is seed-major: a study that is cut short still has every variant of the seeds it finished."""
+    """A planned study. `cells` are seed-major: an interrupted study has all variants of its finished seeds."""
 
     study: Study
     arguments: tuple[str, ...]
@@ -88,22 +88,23 @@ class StudyPlan:
 
 
 def cell_key(variant: str, seed: int) -> str:
-    """Name of a cell, and its folder below `cells/`."""
+    """Name of a cell and of its folder in `cells/`."""
     return f"{variant}/seed-{seed}"
 
 
 def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Measurements | None = None) -> StudyPlan:
-    """Resolve and match every cell. `arguments` (`a.b=c`) change the base of all cells; a variant's keys win over them.
+    """Resolve and match every cell.
 
-    Times are taken from `measurements` (default: those in the study's folder), and measured where it has none.
-    Raises SpecError for an illegal spec or a size that cannot be matched, DataError where the data is not there.
+    `arguments` (`a.b=c`) change the base of all cells; keys of a variant override them. Times come from `measurements`
+    (default: those in the folder of the study). Missing times are measured. Raises SpecError for an invalid spec or a
+    size that cannot be matched, and DataError if the data does not exist.
     """
     check_arguments(study, arguments)
     resolver = _Resolver(study, arguments)
     measurements = Measurements.of(study.out) if measurements is None else measurements
     names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
     plans: dict[str, VariantPlan] = {}
-    for name in names:  # the baseline first: its cost is the target of the others
+    for name in names:  # the baseline comes first: its cost is the target for the others
         plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]), measurements)
     variants = tuple(plans[name] for name in study.config.variants)
     cells = tuple(_cell(study, resolver, v, seed) for seed in study.config.seeds for v in variants)
@@ -111,17 +112,17 @@ def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Mea
 
 
 def variant_spec(study: Study, arguments: Sequence[str], variant: str) -> Spec:
-    """A variant's spec as it is before its size is solved and its seed set; looks at no data."""
+    """The spec of a variant before its size is solved and its seed is set. Does not read the data."""
     return _Resolver(study, arguments).load(variant)[0]
 
 
 def check_arguments(study: Study, arguments: Sequence[str]) -> None:
-    """Raise SpecError for an argument that belongs to the study, and where the base spec is no file."""
+    """Raise SpecError for an argument that sets a key of the study, and if the base spec is not a file."""
     for argument in arguments:
         key = argument.partition("=")[0]
         if key in SET_BY_STUDY:
             raise SpecError(f"argument '{argument}': the study sets {key}; {SET_BY_STUDY[key]}")
-        if key.partition(".")[0] in type(study.config).model_fields.keys() - {"base"}:  # it has a message of its own
+        if key.partition(".")[0] in type(study.config).model_fields.keys() - {"base"}:  # `base` has its own message
             raise SpecError(
                 f"argument '{argument}': {key} belongs to the study; write it in {study.path}. Arguments change the "
                 "base spec of all variants, such as train.tokens=1e6"
@@ -134,7 +135,7 @@ def check_arguments(study: Study, arguments: Sequence[str]) -> None:
 
 
 def study_record(plan: StudyPlan) -> dict[str, Any]:
-    """What `study.json` holds: all a report needs to know about the design, without reading YAML again."""
+    """Content of `study.json`: the design of the study, so that a report does not need the YAML file."""
     config = plan.study.config
     return {
         "format": 1,
@@ -181,7 +182,7 @@ def _variant_record(v: VariantPlan) -> dict[str, Any]:
 
 
 class _Resolver:
-    """Resolves specs layer by layer: base file, arguments, variant, solved size, seed."""
+    """Resolve specs layer by layer: base file, arguments, variant, solved size, seed."""
 
     def __init__(self, study: Study, arguments: Sequence[str]) -> None:
         from headway.launcher.spec.spec import Spec
@@ -191,7 +192,7 @@ class _Resolver:
         self.facts: dict[str, tuple[int, str | None]] = {}
 
     def as_written(self, variant: str) -> Loaded[Spec]:
-        """The variant's spec with nothing from the study but its keys."""
+        """The spec of a variant from the base file, the arguments and the keys of the variant only."""
         layers: list[tuple[dict[str, Any] | Node, str]] = [
             (self.layer, "arguments"),
             (self.study.variants[variant], f"variant {variant}"),
@@ -211,24 +212,24 @@ class _Resolver:
         return loaded.spec, loaded.notes
 
     def start(self, loaded: Loaded[Spec]) -> dict[str, Any]:
-        """What the study's `branch_start` sets: nothing where a file or argument does, or where weights are given."""
+        """Keys that `branch_start` of the study sets; none if a file or argument sets them or weights are given."""
         if str(loaded.origins[START]) != str(DEFAULT) or loaded.spec.init.weights is not None:
             return {}
         return {START: self.study.config.branch_start}
 
     def overrides(self, spec: Spec, cell_keys: dict[str, Any]) -> tuple[str, ...]:
-        """The same spec as arguments to the base file alone, where all arguments are one layer and none is dropped."""
+        """Arguments that give the same spec from the base file alone, where they form one layer and none is dropped."""
         present = flatten(spec.model_dump(mode="json"))
         arguments = []
         for argument in self.arguments:
             key = argument.partition("=")[0]
             exists = key in present or any(known.startswith(f"{key}.") for known in present)
-            if key not in cell_keys and exists:  # else the variant's mechanism has no such key, or sets its own value
+            if key not in cell_keys and exists:  # else the mechanism of the variant lacks the key or sets it
                 arguments.append(argument)
         return (*arguments, *(f"{key}={format_value(value)}" for key, value in cell_keys.items()))
 
     def data_facts(self, data: DataConfig) -> tuple[int, str | None]:
-        """(vocabulary size, fingerprint) of a source; a synthetic one has no fingerprint."""
+        """(vocabulary size, fingerprint) of a source; the fingerprint is None for synthetic data."""
         source = data.source
         if not isinstance(source, MdsSource):
             return source.vocab_size, None
@@ -244,7 +245,7 @@ class _Resolver:
         return spec_cost(spec, self.vocab_size(spec))
 
     def sized(self, spec: Spec) -> Spec:
-        """With the vocabulary that the data gives."""
+        """The spec with the vocabulary size of the data."""
         model = spec.model.model_copy(update={"vocab_size": self.vocab_size(spec)})
         return spec.model_copy(update={"model": model})
 

@@ -1,7 +1,7 @@
-"""`headway probe run | report`: the same variants on several synthetic tasks, and what each can do in one table.
+"""`headway probe run | report`: train the same variants on several synthetic tasks, with one table of all results.
 
-Every task is a study in a folder of its own (`OUT/TASK`), with everything that a study has: matched sizes, paired
-seeds, resuming, a report. `probe.json` in `OUT` says which tasks there are.
+Every task is a study in its own folder (`OUT/TASK`), with all features of a study: matched sizes, paired seeds,
+resuming, a report. `probe.json` in `OUT` lists the tasks.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ RECORD = "probe.json"
 
 
 def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
-    """Train the cells of every task that are not done, one task after another, then write the table.
+    """Train the unfinished cells of every task, one task after another, then write the table.
 
-    Arguments and exit status as `headway.launcher.study.run.run_study`: `overrides` change the base of all tasks.
-    Raises SpecError before anything is trained where the folder of any task holds cells of another definition.
+    Arguments and exit status are those of `headway.launcher.study.run.run_study`: `overrides` change the base of all
+    tasks. Raises SpecError before any training if the folder of a task contains cells of another definition.
     """
     probe = load_probe(Path(path))
     out = probe.whole.out
@@ -71,10 +71,10 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
 
 
 def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:
-    """Write the table, and each task's report, from whatever the cells have recorded so far. Returns 0.
+    """Write the table and the report of each task from the current records of the cells. Returns 0.
 
-    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder. Raises
-    SpecError where nothing was started.
+    `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder. Raises
+    SpecError if no cell was started.
     """
     probe = load_probe(Path(path))
     out = probe.whole.out
@@ -90,7 +90,7 @@ def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:
 def plan_probe(
     probe: Probe, arguments: Sequence[str] = (), measurements: dict[str, Measurements] | None = None
 ) -> dict[str, StudyPlan]:
-    """Every task's study, resolved and matched. Raises SpecError where a task reads anything but synthetic data."""
+    """Resolve and match the study of every task. Raises SpecError if a task reads data that is not synthetic."""
     check_arguments(probe.whole, arguments)
     for argument in arguments:
         _refuse_argument(probe, argument)
@@ -123,7 +123,7 @@ def _conclude(probe: Probe, out: Path) -> None:
 
 
 def _emit(probe: Probe, out: Path, table: Path | None) -> None:
-    """For --json: where the table is, and where every task stands."""
+    """For --json: the path of the table, and the status of every task."""
     if console.wants_json():
         tasks = {task: status_record(study) for task, study in probe.tasks.items()}
         console.emit({"out": str(out), "table": table and str(table), "tasks": tasks})

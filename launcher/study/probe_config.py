@@ -1,4 +1,4 @@
-"""What a file of probe tasks says: a study, and the tasks that each of its variants is trained on."""
+"""Config of a file of probe tasks: a study, and the tasks on which each variant is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headway.launcher.study.config import Changes, Study, StudyConfig, check_cha
 
 
 class ProbeConfig(StudyConfig):
-    """A study with tasks: every task is a study of its own, of the same variants and seeds, on its own data."""
+    """A study with tasks. Every task is a separate study of the same variants and seeds on its own data."""
 
     tasks: Changes = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {data.source.pairs: 4}"
@@ -42,7 +42,7 @@ class ProbeConfig(StudyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A file of probe tasks that was read. `whole` is the file as a study; `tasks` has one study for each task."""
+    """A file of probe tasks after loading. `whole`: the file as a study. `tasks`: one study for each task."""
 
     config: ProbeConfig
     whole: Study
@@ -50,7 +50,7 @@ class Probe:
 
 
 def load_probe(path: Path) -> Probe:
-    """Read a file of probe tasks. Raises NoInputError or SpecError with file:line, the key, and what to do."""
+    """Read a file of probe tasks. Raises NoInputError or SpecError with file:line, the key, and advice."""
     whole = load_study(path, ProbeConfig)
     config = whole.config
     assert isinstance(config, ProbeConfig)
@@ -61,12 +61,12 @@ def load_probe(path: Path) -> Probe:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys name the same place, or one a part of the other."""
+    """Whether two dotted keys are equal, or one is a prefix of the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:
-    """The study of one task: its keys stand in every variant, so that they are on the command line of every cell."""
+    """The study of one task. Its keys are added to every variant, so that the command line of every cell has them."""
     shared = {key: getattr(config, key) for key in ("base", "match", "branch_start", "margin_nats", "seeds")}
     return replace(
         whole,
@@ -86,7 +86,7 @@ def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:
 
 
 def _leaves(node: Node, prefix: str = "") -> Iterator[tuple[str, Node]]:
-    """(dotted key, value) of everything below a mapping: what `flat_keys` does, with places in the file."""
+    """(dotted key, value) of all leaves of a mapping: as `flat_keys`, but with positions in the file."""
     for key, item in node.value.items() if node.is_mapping else ():
         if item.is_mapping:
             yield from _leaves(item, f"{prefix}{key}.")

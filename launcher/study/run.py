@@ -1,4 +1,4 @@
-"""`headway study run | status | report`: train every missing cell of a study, say where it stands, write the report."""
+"""`headway study run | status | report`: train every missing cell of a study, show its status, write the report."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from headway.launcher.study.status import coloured, left, report_record, status_
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 
 RECORD = "study.json"
-"""The file in the study's folder that says what the study is."""
+"""The file in the folder of a study that describes the study."""
 
 
 def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
-    """Train the cells that are not done, one after another, then write the report.
+    """Train the unfinished cells, one after another, then write the report.
 
-    `overrides` (`a.b=c`) change the base of all cells. A failing cell does not stop the others. `fresh` moves an older
-    folder of the study aside. Returns 0 when every cell is done, 1 when one failed, 75 when stopped by a signal: the
-    same command goes on. Raises SpecError where the folder holds cells of another definition.
+    `overrides` (`a.b=c`) change the base of all cells. A failed cell does not stop the others. `fresh`: rename an
+    existing folder of the study first. Returns 0 if every cell is done, 1 if one failed, 75 after a stop by a signal;
+    the same command then continues. Raises SpecError if the folder contains cells of another definition.
     """
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
@@ -62,9 +62,9 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
 
 
 def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) -> int:
-    """Train the cells that are not done, and record the design, `measurements` and `command` (what the user typed).
+    """Train the unfinished cells, and record the design, `measurements` and `command` (the command line of the user).
 
-    Exit status as `run_study`. Raises SpecError where the folder holds cells of another definition.
+    Exit status as for `run_study`. Raises SpecError if the folder contains cells of another definition.
     """
     out = plan.study.out
     refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
@@ -78,7 +78,7 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     """Print one line per cell: state, tokens, validation loss, loss of the last training batch. Returns 0.
 
-    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
+    `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder.
     """
     study = load_study(Path(path))
     if console.wants_json():
@@ -89,9 +89,9 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
 
 
 def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
-    """Write the report from whatever the cells have recorded so far. Returns 0; SpecError where nothing was started.
+    """Write the report from the current records of the cells. Returns 0. Raises SpecError if no cell was started.
 
-    `overrides` are accepted so that the arguments of `run` can stay on the line; they change no folder.
+    `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder.
     """
     study = load_study(Path(path))
     if not (study.out / RECORD).exists():
@@ -108,7 +108,7 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
 
 
 def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
-    """The command that trains one cell, resuming it if it was begun."""
+    """The command that trains one cell, or resumes it if it was started before."""
     return [*COMMAND, "train", str(plan.study.base), *cell.overrides]
 
 
@@ -148,7 +148,7 @@ def _run_cell(
     log = plan.study.out / "logs" / f"{cell.variant}.seed-{cell.seed}.log"
     outcome = runner.run(cell_command(plan, cell), log=log, show=show)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
-        outcome["exit_code"] = PREEMPTED  # it was stopped by us before it could save anything: no failure of its own
+        outcome["exit_code"] = PREEMPTED  # this process stopped the cell before it could save: not a failure
     summary = read_mapping(cell.run_dir / "summary.json")
     if outcome["exit_code"] == 0 and summary.get("complete") is not True:
         outcome["exit_code"] = 70
@@ -157,9 +157,9 @@ def _run_cell(
 
 
 def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:
-    """Raise SpecError unless the folder is absent, empty or of `what`: nothing may be written into other people's.
+    """Raise SpecError if the folder exists, is not empty and is not one of `what`: other folders are not written to.
 
-    `record`: the file that such a folder has; `own`: what it may have before that.
+    `record`: the file that identifies such a folder. `own`: entries that may exist before `record` is written.
     """
     if out.is_dir() and not (out / record).exists():
         foreign = sorted({p.name for p in out.iterdir()} - {"study.lock", *own})
@@ -171,7 +171,7 @@ def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: s
 
 
 def refuse_changed(plan: StudyPlan) -> None:
-    """Raise SpecError if a run folder holds a run of another spec or of other data than its cell has now."""
+    """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
     changed = []
     for cell in plan.cells:
         there = read_mapping(cell.run_dir / "spec.json")
@@ -193,7 +193,7 @@ def refuse_changed(plan: StudyPlan) -> None:
 
 
 def move_aside(out: Path) -> None:
-    """Rename a folder of cells that is no longer wanted; nothing is deleted."""
+    """Rename a folder of cells that is no longer needed. Nothing is deleted."""
     if not out.exists():
         return
     with RunDir(out).locked("study.lock"):
@@ -203,7 +203,7 @@ def move_aside(out: Path) -> None:
 
 
 def print_design(plan: StudyPlan, *, commands: bool) -> None:
-    """Variants, seeds and matched sizes, and with `commands` what would be executed for each cell."""
+    """Print variants, seeds and matched sizes, and with `commands` the command of each cell."""
     config, say = plan.study.config, console.result if commands else console.say
     say(
         f"study {config.study}: {len(config.variants)} variants x {len(config.seeds)} seeds = {len(plan.cells)} cells "
@@ -218,7 +218,7 @@ def print_design(plan: StudyPlan, *, commands: bool) -> None:
 
 
 def design_record(plan: StudyPlan) -> dict[str, Any]:
-    """What `--dry-run --json` prints: the design as `study.json` holds it, and the command of every cell."""
+    """Output of `--dry-run --json`: the design as in `study.json`, and the command of every cell."""
     return {**study_record(plan), "commands": [shlex.join(cell_command(plan, cell)) for cell in plan.cells]}
 
 
@@ -241,5 +241,5 @@ def _report(out: Path) -> Path:
 
 
 def now() -> str:
-    """Local time with its offset, for records."""
+    """Local time with its UTC offset, for records."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,4 +1,4 @@
-"""`headway study plan`: how many seeds a study needs, from the spread that its finished cells show."""
+"""`headway study plan`: the number of seeds that a study needs, from the spread of its finished cells."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ SHOWN = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 38
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsRow:
-    """What `seeds` per variant would show. `half_width`: of the simultaneous interval, nats per token. Chances, 0..1:
-    of showing a true difference of the margin, and of showing equivalence within it where the true difference is 0.
+    """Expected result with `seeds` per variant. `half_width`: of the simultaneous interval, in nats per token.
+
+    The other fields are probabilities (0..1): to show a true difference equal to the margin, and to show equivalence
+    within the margin if the true difference is 0.
     """
 
     seeds: int
@@ -35,8 +37,8 @@ class SeedsRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsPlan:
-    """`needed`: fewest seeds that reach the power for both; `cautious` the same at the upper end of the spread's 95 %
-    interval. None where more than `MOST_SEEDS` are needed.
+    """`needed`: minimum number of seeds that reaches the power for both. `cautious`: the same at the upper end of the
+    95 % interval of the spread. None if more than `MOST_SEEDS` are needed.
     """
 
     comparisons: int
@@ -50,10 +52,10 @@ class SeedsPlan:
 
 
 def plan_seeds(path: Path, overrides: Sequence[str] = (), *, power: float, margin: float | None, as_json: bool) -> int:
-    """Print the plan of a study whose folder holds a pilot. Returns 0.
+    """Print the plan of a study whose folder contains a pilot. Returns 0.
 
-    `margin` in nats per token; default: `margin_nats` of the study, else 0.01. Raises SpecError where the folder holds
-    no two finished seeds of two variants, and for a power or margin out of range.
+    `margin`: in nats per token; default: `margin_nats` of the study, else 0.01. Raises SpecError if the folder does not
+    contain two finished seeds of two variants, and for a power or margin out of range.
     """
     study = load_study(path)
     margin = margin if margin is not None else study.config.margin_nats or 0.01
@@ -70,7 +72,7 @@ def plan_seeds(path: Path, overrides: Sequence[str] = (), *, power: float, margi
 
 
 def pilot_plan(out: Path, *, power: float, margin: float, again: str) -> SeedsPlan:
-    """The plan from the finished cells in a study's folder; `again` is the command that trains more of them."""
+    """The plan from the finished cells in the folder of a study. `again`: the command that trains more cells."""
     if not (out / "study.json").exists():
         raise SpecError(f"{out}: no study was started here, so there is no spread to plan from; train a pilot: {again}")
     comparison = analyse(out).comparison
@@ -109,7 +111,7 @@ def _row(n: int, count: int, spread: float, margin: float) -> SeedsRow:
 
 
 def _needed(count: int, spread: float, power: float, margin: float) -> int | None:
-    """By halving: more seeds never show less."""
+    """Binary search for the minimum number of seeds: the power never decreases with more seeds."""
 
     def enough(n: int) -> bool:
         row = _row(n, count, spread, margin)

@@ -1,4 +1,4 @@
-"""Where a study stands and what its report says: as a table for people, as records for `--json`."""
+"""Status of a study and main results of its report: as a table, and as records for `--json`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from headway.launcher.study.config import Study
 from headway.launcher.study.plan import cell_key
 
 HEADINGS = ("cell", "state", "tokens", "validation loss", "training-batch loss", "")
-"""Both losses in nats per token, the latest of each; the second is that of one batch, and noisy."""
+"""Both losses are the latest values in nats per token. The training loss is that of a single batch, and noisy."""
 
 
 def status_record(study: Study) -> dict[str, Any]:
-    """What `study status --json` prints. A loss is null where there is none yet."""
+    """Output of `study status --json`. A loss is null while none is recorded."""
     return {
         "study": study.config.study,
         "out": str(study.out),
@@ -28,18 +28,18 @@ def status_record(study: Study) -> dict[str, Any]:
 
 
 def status_rows(study: Study) -> list[tuple[str, ...]]:
-    """The same as a table, headings first."""
+    """The status as a table, headings first."""
     return [HEADINGS, *map(_row, _cells(study))]
 
 
 def left(study: Study) -> list[str]:
-    """Cells that lie in the folder and have left the study."""
+    """Cells in the folder that are no longer part of the study."""
     known = {cell_key(v, s) for v in study.config.variants for s in study.config.seeds}
     return sorted({f"{p.parent.name}/{p.name}" for p in (study.out / "cells").glob("*/seed-*")} - known)
 
 
 def report_record(out: Path, report: Path) -> dict[str, Any]:
-    """What `study report --json` prints: where the report is, and its main figures."""
+    """Output of `study report --json`: the path of the report, and its main numbers."""
     from headway.launcher.compare.analyse import analyse
 
     result = analyse(out)
@@ -63,7 +63,7 @@ def report_record(out: Path, report: Path) -> dict[str, Any]:
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Columns of text; the first, the state and the last one are set to the left."""
+    """Text in columns. The first column, the state and the last column are left-aligned."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -75,7 +75,7 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def coloured(text: str, stream: Any) -> str:
-    """A status table with the rows of failed cells in red, where `stream` has colour."""
+    """A status table with the rows of failed cells in red if `stream` supports colour."""
     lines = [
         console.paint(line, "red", stream) if line.split()[1:2] == ["failed"] else line for line in text.splitlines()
     ]

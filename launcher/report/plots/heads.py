@@ -1,4 +1,4 @@
-"""Figures of routers and heads: loads per expert, and how the heads of a group grow alike or apart in training."""
+"""Figures of routers and heads: load per expert, and similarity of the heads of a group over training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANELS = {"c_w": "C_W: |cosine| of weights", "c_o": "C_o: cosine of outputs", "c
 
 
 def draw_heads(result: StudyResult) -> tuple[Figure, str, str] | None:
-    """(figure, title, caption): measures of likeness over training, all variants; None without two records of one."""
+    """(figure, title, caption): head similarity over training, all variants; None if no variant has two records."""
     import matplotlib.pyplot as plt
 
     variants = [v for v in result.variants if any(h.tokens.size > 1 for h in v.heads.values())]
@@ -49,7 +49,7 @@ def draw_heads(result: StudyResult) -> tuple[Figure, str, str] | None:
 
 
 def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
-    """(figure, title, caption): a map of the loads of each variant's routers; None without routers."""
+    """(figure, title, caption): a heat map of router loads for each variant; None without routers."""
     import matplotlib.pyplot as plt
 
     panels = [
@@ -57,7 +57,7 @@ def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
         for v in result.variants
         for name in sorted({r.name for r in v.routers})
     ]
-    # A router over one expert has nothing to show; one whose number of experts differs by layer has no common axis.
+    # Skip routers with one expert, and those whose number of experts differs by layer: they have no common axis.
     panels = [p for p in panels if {r.load.shape[1] for r in p[2]} - {1} and len({r.load.shape[1] for r in p[2]}) == 1]
     if not panels:
         return None
@@ -72,7 +72,8 @@ def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
     for axis, (variant, name, routers) in zip(axes.flat, panels, strict=False):
         image = _heat_map(axis, routers)
         label = name.replace("_", " ").removesuffix("router").strip()
-        axis.set_title(f"{variant}\n{label} router".replace("\n ", "\n"))  # two lines: long names must not touch
+        # Two lines, so that long names do not overlap.
+        axis.set_title(f"{variant}\n{label} router".replace("\n ", "\n"))
     for first in axes[:, 0]:
         first.set_ylabel("layer.group")
     for axis in list(axes.flat)[len(panels) :]:

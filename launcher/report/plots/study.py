@@ -1,4 +1,4 @@
-"""Figures of a report, each as SVG (into the page) and PNG (beside it); matplotlib is imported when one is drawn."""
+"""Figures of a report, each as SVG (embedded in the page) and PNG. Imports matplotlib only to draw a figure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EARLY = 0.2
-"""Share of the tokens before which the loss is off the axis: the first fall is the same for all and hides the rest."""
+"""Share of the tokens whose losses do not extend the axis: the initial drop is the same for all and hides the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawn figure. `svg` and `png` are file names in the study's folder."""
+    """A drawn figure. `svg` and `png` are file names in the folder of the study."""
 
     title: str
     caption: str
@@ -34,7 +34,7 @@ class Plot:
 
 
 def draw_all(result: StudyResult) -> list[Plot]:
-    """Draw what there is data for into the study's folder; figures without data are left out."""
+    """Draw all figures that have data into the folder of the study."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str) -
 
     figure.set_layout_engine("constrained", w_pad=0.12)
     for kind in ("svg", "png"):
-        # No date: the same numbers give the same file.
+        # Omit the date, so that the same numbers give the same file.
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(folder / f"{name}.{kind}", dpi=170, metadata=metadata)
     plt.close(figure)
@@ -65,7 +65,7 @@ def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str) -
 
 
 def inline_svg(path: Path) -> str:
-    """The <svg> element of a drawn file, without prolog and metadata, which name external addresses."""
+    """The <svg> element of a file, without prolog and metadata, which contain external addresses."""
     text = path.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     start, end = text.find("<metadata>"), text.find("</metadata>")
@@ -78,8 +78,7 @@ def inline_svg(path: Path) -> str:
 
 
 def curves(result: StudyResult) -> tuple[str, dict[str, list[Curve]]]:
-    """(what is drawn, variant -> one curve per finished seed): validation where it has a shape, else smoothed "
-    "training."""
+    """(label, variant -> one curve per finished seed): validation with at least 4 points, else smoothed training."""
     done = [c for c in result.cells if c.done]
     validated = bool(done) and min(len(c.record.validation) for c in done) >= 4
     by_variant: dict[str, list[Curve]] = {}
@@ -94,7 +93,7 @@ def _smooth(curve: Curve) -> Curve:
     if window == 1:
         return curve
     kernel = np.ones(window) / window
-    # Losses of the last `window` steps, placed at the newest: a curve must not know the future.
+    # Mean loss of the last `window` steps, placed at the latest step: a point uses no later steps.
     loss = np.convolve(curve.loss, kernel, mode="valid")
     keep = np.linspace(0, loss.size - 1, min(400, loss.size)).astype(int)
     rest = {k: getattr(curve, k)[window - 1 :][keep] for k in ("step", "tokens", "train_s")}
@@ -202,7 +201,7 @@ def _effects(result: StudyResult) -> tuple[Figure, str, str] | None:
 
 
 def _limit_ratio_axis(axis: Axes, rows: list[VariantResult], base: VariantResult) -> bool:
-    """Keep the ratios readable where one interval is very wide; True where a bar is cut."""
+    """Limit the axis so that ratios stay readable if one interval is very wide. True if a bar is cut off."""
     ratios = [r for r in (v.speed_ratio for v in rows) if r is not None]
     shown = [1.0, *(flop_ratio(v, base) for v in rows), *(r.mean for r in ratios)]
     ends = [e for r in ratios for e in (r.low, r.high) if e is not None]
@@ -214,7 +213,7 @@ def _limit_ratio_axis(axis: Axes, rows: list[VariantResult], base: VariantResult
 
 
 def flop_ratio(variant: VariantResult, baseline: VariantResult) -> float:
-    """Speed-up if time were proportional to useful FLOPs."""
+    """Expected speed-up if time is proportional to useful FLOPs."""
     return baseline.cost["flops_per_token_useful"] / variant.cost["flops_per_token_useful"]
 
 

@@ -1,4 +1,4 @@
-"""What the figures of a report share: sizes, colours, and short numbers; matplotlib is imported when one is drawn."""
+"""Common style of the figures of a report: sizes, colours, short numbers. Imports matplotlib only to draw a figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.analyse import StudyResult
 
-# Okabe and Ito's set, which stays apart for colour-blind readers and in grey print; the baseline is black.
+# Palette of Okabe and Ito, distinguishable for colour-blind readers and in greyscale; the baseline is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 DASHES = ("-", "--", "-.", ":")
 WIDTH_IN = 10.0
@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {
 
 
 def styles(result: StudyResult) -> dict[str, dict[str, Any]]:
-    """Variant -> colour and dash, the same in every figure."""
+    """Variant -> colour and dash pattern, the same in every figure."""
     found: dict[str, dict[str, Any]] = {result.baseline.name: {"color": "#000000", "linestyle": "-"}}
     for i, v in enumerate(result.others):
         found[v.name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
@@ -36,7 +36,7 @@ def styles(result: StudyResult) -> dict[str, dict[str, Any]]:
 
 
 def engineering() -> Any:
-    """Tick labels as `short_number` writes them."""
+    """Tick formatter that uses `short_number`."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda x, _: short_number(x))
