@@ -23,8 +23,7 @@ _KERNEL = (
     "This is a kernel, not a mechanism: the choice is speed.attention ({values}); attention.type names the "
     "mechanism, such as mha or gqa."
 )
-_WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that "
-"differ."
+_WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that differ."
 _POSITIONS = "Positions are RoPE in every mechanism, set by attention.rope_base and attention.rope_fraction."
 _CONTEXT = "This cuts sequences over ranks and is no mechanism: use parallel.context (Ulysses)."
 
