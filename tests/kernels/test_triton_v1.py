@@ -110,7 +110,7 @@ def test_operators_pass_torchs_own_check(routed):
 
 def test_different_dtypes_are_refused_with_a_message():
     (x, w, w_o, slots, gate), lists = inputs(torch.float32)
-    with pytest.raises(ValueError, match=r"activations are torch\.bfloat16, the weight torch\.float32"):
+    with pytest.raises(ValueError, match=r"activations are torch\.bfloat16, the weight is torch\.float32"):
         routed_project(x.bfloat16(), w, lists)
     with pytest.raises(ValueError, match="projections dense"):
         routed_combine(slots.bfloat16(), w_o, lists, gate)

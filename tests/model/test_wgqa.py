@@ -133,7 +133,7 @@ def test_a_folded_decoder_has_equal_logits_and_the_size_of_gqa(decoder, tokens, 
 
 def test_a_decoder_of_another_mechanism_is_not_folded(decoder):
     mha = decoder(MhaConfig(heads=HEADS, head_dim=D))
-    with pytest.raises(ValueError, match=r"^decoder: .*type mha.*use the decoder as it is, or .* wgqa"):
+    with pytest.raises(ValueError, match=r"^decoder: .*type mha.*use the decoder unchanged, or .* wgqa"):
         fold_decoder(mha, ModelConfig(width=WIDTH, layers=2, ffn_width=28))
 
 

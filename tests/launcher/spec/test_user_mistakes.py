@@ -87,7 +87,7 @@ def test_a_spec_with_one_foreign_key_is_still_a_spec(study: Path) -> None:
     [
         ("ffn_width", "ffn_widht", "study.yaml:3:9: match.free: the spec has no such key 'model.ffn_widht'. Did you "
          "mean model.ffn_width?"),
-        ("model.ffn_width", "optimizer.lr", "study.yaml:3:9: match.free: is 0.003, not an integer"),
+        ("model.ffn_width", "optimizer.lr", "study.yaml:3:9: match.free is 0.003, not an integer"),
         ("base.yaml", "bse.yaml", "study.yaml:2:1: base: no such file: bse.yaml (looked for "),
         ("[1]", "[]", "study.yaml:4:1: seeds: needs at least 1 entry; got none"),
     ],
