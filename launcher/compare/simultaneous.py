@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -98,7 +98,7 @@ def dunnett_critical(
     found = optimize.brentq(
         lambda c: _all_within(c, comparisons, degrees_of_freedom, correlation) - confidence, low, high, xtol=1e-6
     )
-    return float(found)  # type: ignore[arg-type]
+    return cast(float, found)
 
 
 def sidak(comparisons: int, confidence: float = CONFIDENCE) -> float:
