@@ -41,6 +41,20 @@ class ParallelConfig(StrictModel):
     )
     zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; must be 1 with a pipeline")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
+    gradient_reduction: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="precision in which gradients are summed over data-parallel ranks; bf16 halves the traffic and "
+        "rounds gradients to a relative error of about 2e-3",
+    )
+
+    @model_validator(mode="after")
+    def _reduction_fits(self) -> ParallelConfig:
+        if self.gradient_reduction == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "gradient_reduction: bf16 needs bf16 training; use parallel.gradient_reduction fp32, or "
+                "parallel.precision bf16"
+            )
+        return self
 
     @property
     def model_ranks(self) -> int:

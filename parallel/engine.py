@@ -92,6 +92,8 @@ def deepspeed_config(
     }
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    # The default of DeepSpeed under bf16 is bf16, to which even the sum of a single process is rounded before AdamW.
+    config["communication_data_type"] = parallel.gradient_reduction
     return config
 
 

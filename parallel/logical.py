@@ -79,6 +79,7 @@ def prepare_tensor_parallel(logical: Sequence[LogicalParameter], layout: Layout,
 
 
 def _summed(group: Any, gradient: Tensor) -> Tensor:
-    total = gradient.contiguous().clone()
+    """The sum over the ranks of a group, computed in fp32 and rounded once."""
+    total = gradient.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total, group=group)
-    return total
+    return total.to(gradient.dtype)

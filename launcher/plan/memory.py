@@ -8,10 +8,11 @@ code of DeepSpeed 0.19 and measurements):
     fp32  ZeRO-2  4           4/D      8/D      4/D             4, and a bucket of fixed size
     fp32  ZeRO-3  4/D         4/D      8/D      4/D             4, a bucket of fixed size, gathered parameters
     bf16  ZeRO-1  2           4/D      8/D      4 fp32, 2 bf16  2, and 4 if all fit into one bucket
-    bf16  ZeRO-2  2           4/D      8/D      4/D             2, and a bucket of fixed size
+    bf16  ZeRO-2  2           4/D      8/D      4/D             2, 4 for fp32 copies, and a bucket of fixed size
     bf16  ZeRO-3  2/D         4/D      8/D      4/D             2 or 6, a bucket of fixed size, gathered parameters
 
-At most one bucket is copied at a time. "2 or 6": repeated measurements gave both values; the larger is counted.
+bf16 is listed with `parallel.gradient_reduction: fp32`, under which the bucket of ZeRO-3 is in fp32 too. At most one
+bucket is copied at a time. "2 or 6": repeated measurements gave both values; the larger is counted.
 """
 
 from __future__ import annotations
@@ -98,14 +99,16 @@ def states(grid: Grid, stage: Stage) -> States:
         # it is reduced without a copy.
         exchange = (2 * n + (4 * n if n <= BUCKET_ELEMENTS else 0)) if bf16 else 4 * in_bucket
     else:
-        exchange = width * in_bucket + (4 * in_bucket if bf16 and zero == 3 else 0)
+        widened = zero == 2 and bf16 and parallel.gradient_reduction == "fp32"
+        exchange = width * in_bucket + (4 * in_bucket if widened or (bf16 and zero == 3) else 0)
+    reduced = 4 if zero == 3 and parallel.gradient_reduction == "fp32" else width
     return States(
         parameters=width * n / (ranks if zero == 3 else 1),
         master=4 * n / ranks,
         moments=8 * n / ranks,
         gradients=gradients,
         late=late if grid.accumulation == 1 else 0.0,
-        bucket=0.0 if zero == 1 else float(width * BUCKET_ELEMENTS),
+        bucket=0.0 if zero == 1 else float(reduced * BUCKET_ELEMENTS),
         exchange=exchange,
         gathered=width * min(n, LIVE_ELEMENTS) if zero == 3 and ranks > 1 else 0.0,
     )

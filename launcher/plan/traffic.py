@@ -78,7 +78,7 @@ def _tensor(grid: Grid, stage: Stage) -> list[Flow]:
         ),
         Flow(
             kind="tensor: gradients of whole parameters",
-            bytes_per_step=m * whole * grid.element_bytes * 2 * share,
+            bytes_per_step=m * whole * 4 * 2 * share,  # summed in fp32
             exchanges_per_step=m * len(stage.blocks) if whole else 0,
             **common,
         ),
@@ -117,7 +117,7 @@ def _pipeline(grid: Grid, stage: Stage) -> Flow:
 
 
 def _data(grid: Grid, stage: Stage) -> list[Flow]:
-    """Data parallelism: gradients and parameters, in the precision of the parameters.
+    """Data parallelism: gradients in `parallel.gradient_reduction`, parameters in the precision of the parameters.
 
     Under ZeRO-1, DeepSpeed all-reduces gradients once per step; under ZeRO-2 after every micro-batch, and each rank
     keeps its part of the result; under ZeRO-3 it reduce-scatters them after every micro-batch. ZeRO-3 all-gathers
@@ -127,7 +127,8 @@ def _data(grid: Grid, stage: Stage) -> list[Flow]:
     parallel, m, ranks = grid.spec.parallel, grid.accumulation, grid.data_ranks
     share, size = (ranks - 1) / ranks, float(stage.num_params * grid.element_bytes)
     times = 1 if parallel.zero == 1 else m
-    per_gradient = size * share * (1 if parallel.zero == 3 else 2)
+    reduced = float(stage.num_params * (4 if parallel.gradient_reduction == "fp32" else 2))
+    per_gradient = reduced * share * (1 if parallel.zero == 3 else 2)
     stay = stage.num_params <= LIVE_ELEMENTS
     gathers = (m if stay else 2 * m) if parallel.zero == 3 else 1
     layers = len(stage.blocks) if parallel.zero == 3 else 1

@@ -45,7 +45,7 @@ FREE_KEYS = (
     "init.weights",
 )
 
-ADDED_KEYS = {"model.branch_start": "as_drawn"}
+ADDED_KEYS = {"model.branch_start": "as_drawn", "parallel.gradient_reduction": "fp32"}
 """Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
 
 

@@ -130,7 +130,9 @@ def test_tensor_parallel_traffic_is_four_all_reduces_per_block_and_micro_batch()
 
 def test_gradients_are_reduced_once_per_step_under_zero_1_and_per_pass_under_zero_2() -> None:
     one, two = (planned(LARGE, "launch.processes=8", f"parallel.zero={z}") for z in (1, 2))
-    assert sent(one, "data: gradients") == 2 * 7 / 8 * 2 * cost_of(one.spec)["num_params"]
+    rounded = planned(LARGE, "launch.processes=8", "parallel.gradient_reduction=bf16")
+    assert sent(one, "data: gradients") == 2 * 7 / 8 * 4 * cost_of(one.spec)["num_params"]
+    assert sent(rounded, "data: gradients") == sent(one, "data: gradients") / 2
     assert sent(two, "data: gradients") == one.grid.accumulation * sent(one, "data: gradients")
 
 

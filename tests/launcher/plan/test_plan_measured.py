@@ -29,6 +29,7 @@ EXPERTS = "attention.type=switchhead attention.experts=4 attention.top_k=2"
 HYBRID = "attention.type=hybrid attention.top_k=1 attention.value_experts=4 attention.value_top_k=2"
 TENSOR = "parallel.tensor=2 train.micro_batch=4"
 BF16 = "parallel.precision=bf16"
+REDUCED = "parallel.gradient_reduction=bf16"
 # DeepSpeed's allocation for the exchange differs between runs; the plan counts the largest observed one.
 VARIES = f"parallel.zero=3 {BF16} {WIDE}"
 CASES = [
@@ -43,6 +44,8 @@ CASES = [
     "parallel.pipeline=2 train.micro_batch=1 attention.type=wgqa",
     f"parallel.pipeline=2 {BF16} parallel.recompute=block",
     f"parallel.zero=2 {BF16} {WIDE}",
+    f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
+    f"{BF16} {REDUCED}",
     # Must be last, because DeepSpeed then leaves torch's linear function replaced by its own.
     f"parallel.zero=3 {WIDE}",
     VARIES,
