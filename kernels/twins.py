@@ -13,7 +13,12 @@ from headway.kernels.rope import apply_rope
 
 @torch.no_grad()
 def top_k_twin(scores: Tensor, k: int) -> Tensor:
-    """`top_k` in PyTorch."""
+    """`top_k` in PyTorch.
+
+    As in the kernel, NaN counts as infinity, so a tie with it goes to the lower index. -inf is replaced by the lowest
+    finite value, because -inf marks what is chosen: no expert is chosen twice, even if all others have -inf.
+    """
+    scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=torch.finfo(scores.dtype).min)
     chosen = []
     for i in range(k):
         best = scores.argmax(-1, keepdim=True)

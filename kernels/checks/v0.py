@@ -114,12 +114,26 @@ def top_k(device: torch.device, dtype: torch.dtype) -> Errors:
         strange[::3, experts - 1] = float("inf")
         strange[1::3, 0] = float("nan")
         strange[2::3, 0] = -float("inf")
-        for kind, values in (("random", scores), ("tied", tied), ("equal", torch.zeros_like(scores)), ("odd", strange)):
+        alone = torch.full_like(scores, -float("inf"))  # more experts are chosen than have a finite score
+        alone[::2, experts // 2] = 1.0
+        both = strange.clone()
+        both[::2, 0], both[::2, experts - 1] = float("inf"), float("nan")
+        both[1::2, 0], both[1::2, experts - 1] = float("nan"), float("inf")
+        kinds = {
+            "random": scores,
+            "tied": tied,
+            "equal": torch.zeros_like(scores),
+            "odd": strange,
+            "alone": alone,
+            "both": both,
+        }
+        for kind, values in kinds.items():
             idx = torch.full((rows, k), -1, dtype=torch.int64, device=device)
             triton_routing.launch_top_k(values, idx)
             expected = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))
             expected = expected.sort(dim=-1, descending=True, stable=True).indices[:, :k]
             found[f"{rows} {experts} {k} {kind}"] = float((idx != expected).sum()), 0.0
+            found[f"{rows} {experts} {k} {kind}: twin"] = float((twins.top_k_twin(values, k) != expected).sum()), 0.0
     return found
 
 
