@@ -330,20 +330,20 @@ def test_a_changed_definition_is_refused_and_nothing_is_lost(folder, change, key
 def test_a_hash_that_the_start_of_a_cell_filled_in_is_no_change_and_another_one_is(folder, start):
     (key, value), found = *start.items(), "a" * 64
     overrides = [f"init.{key}={value}"]
-    assert run_study(folder / "study.yaml", overrides) == 0
-    cell = folder / "studies/small/cells/gqa/seed-1"
-    stored = json.loads((cell / "spec.json").read_text())
+    assert run_study(folder.study, overrides) == 0
+    file = folder.out / "cells/gqa/seed-1/spec.json"
+    stored = json.loads(file.read_text())
     stored["init"]["sha256"] = found
-    (cell / "spec.json").write_text(json.dumps(stored))
-    plan = plan_study(load_study(folder / "study.yaml"), overrides)
+    file.write_text(json.dumps(stored))
+    plan = folder.plan(*overrides)
     refuse_changed(plan)
     assert deviation(plan.cells[0].resolved(), stored) == []
-    other = plan_study(load_study(folder / "study.yaml"), [*overrides, f"init.sha256={'b' * 64}"])
-    with pytest.raises(SpecError, match=f"gqa/seed-1: init.sha256: '{found}' in the folder, 'b{{64}}' now"):
+    other = folder.plan(*overrides, f"init.sha256={'b' * 64}")
+    with pytest.raises(SpecError, match=rf"gqa/seed-1: init\.sha256: '{found}' in the folder, 'b{{64}}' now"):
         refuse_changed(other)
     assert deviation(other.cells[0].resolved(), stored) == [("init.sha256", "b" * 64, found)]
-    with pytest.raises(SpecError, match="gqa/seed-1: init.sha256: 'a{64}' in the folder, None now"):
-        refuse_changed(plan_study(load_study(folder / "study.yaml")))  # random weights are another start
+    with pytest.raises(SpecError, match=r"gqa/seed-1: init\.sha256: 'a{64}' in the folder, None now"):
+        refuse_changed(folder.plan())  # without given weights it is another run
 
 
 def test_fresh_moves_the_older_folder_aside(folder):
