@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from run_folders import records, steps_done, trajectory
@@ -14,6 +16,7 @@ from headway.launcher.run.branching import hash_of, inherited_attempts
 from headway.launcher.run.resolve import resolve
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
+from headway.launcher.train.initial import load_parent
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import Checkpoint, Tensors, read_manifest
 
@@ -35,6 +38,11 @@ def resolved_card(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
+def state(run: Path, step: int) -> dict:
+    """What a checkpoint holds besides tensors, without times: guard, counters, last validation."""
+    return {key: value for key, value in read_manifest(checkpoints(run)[step]).state.items() if key != "train_s"}
+
+
 @pytest.fixture(scope="module")
 def folder(headway_once):
     """`stable`, the parent, and `whole`, trained from its start under the schedule of the branches."""
@@ -54,7 +62,8 @@ def test_a_branch_before_the_decay_equals_a_run_trained_from_its_start(folder, h
     assert f"branch     of stable after step {step}" in done.stdout and "note" not in done.stdout
     assert trajectory(run)[:20] == trajectory(whole)[:20] and len(records(run)) == 20
     assert records(run, "validation")[-1]["loss"] == records(whole, "validation")[-1]["loss"]
-    assert tensors(run, 20) == tensors(whole, 20)
+    assert tensors(run, 20) == tensors(whole, 20) and state(run, 20) == state(whole, 20)
+    assert len(state(run, 20)["guard"]["losses"]) == 20
     assert records(run, "start") == records(whole, "start") and len(records(run, "heads")) == len(
         records(whole, "heads")
     )
@@ -294,6 +303,27 @@ def test_a_damaged_checkpoint_is_refused(refused):
     refused(CheckpointError, "its contents changed after it was written")
     file.write_bytes(whole[:-1])
     refused(CheckpointError, r"init\.run: .*the manifest says .*; restore it from a copy, or name another step")
+
+
+@pytest.mark.parametrize("damage", ["file", "spec"])
+def test_ranks_refuse_what_changed_after_the_launcher_checked_it(refused, headway, damage):
+    spec, _ = resolve(load_spec(headway.spec, [*SHORT, "run_dir=branch", "init.run=stable@10"]).spec)
+    (file,) = checkpoints(Path("stable"))[10].glob("*.safetensors")
+    if damage == "file":
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        (file.parent / "MANIFEST.json").write_text((file.parent / "MANIFEST.json").read_text() + " ")
+    # Rank 1 of 2 verifies no file here; it hears of the problem that rank 0 has found.
+    heard: list = []
+    alone = SimpleNamespace(rank=0, world_size=2, gather_json=lambda value: heard.append(value) or [value, None])
+    other = SimpleNamespace(rank=1, world_size=2, gather_json=lambda value: [heard[0], value])
+    error, message = {
+        "file": (CheckpointError, "rank 0: .*its contents changed.*; restore the checkpoint from a copy"),
+        "spec": (SpecError, r"rank 0: init\.sha256: the checkpoint of step 10 in stable is another one"),
+    }[damage]
+    for layout in (alone, other):
+        with pytest.raises(error, match=message):
+            load_parent(spec, None, cast("Any", None), cast("Any", layout))
 
 
 def test_a_checkpoint_of_another_run_or_with_another_hash_is_refused(refused):
