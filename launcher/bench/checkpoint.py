@@ -86,8 +86,10 @@ def _place(spec: Spec) -> Path:
 def _prepared(spec: Spec) -> Spec:
     """The spec with saves only on request, one checkpoint kept, and enough tokens that the run does not end."""
     settings = {"every_tokens": None, "every_minutes": None, "keep": 1, "keep_every_tokens": None, "keep_best": False}
+    settings |= {"keep_at_tokens": ()}
     return spec.model_copy(
         update={
+            "init": spec.init.without_run(),
             "checkpoint": spec.checkpoint.model_copy(update={**settings, "max_failures": 1}),
             "train": spec.train.model_copy(update={"tokens": max(spec.train.tokens, 100_000 * spec.tokens_per_step)}),
         }

@@ -16,7 +16,7 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.run_dir import RunDir, difference, identity, read_mapping, write_json
+from headway.launcher.run.run_dir import RunDir, changed, read_mapping, write_json
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
@@ -172,22 +172,22 @@ def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: s
 
 def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
-    changed = []
+    lines = []
     for cell in plan.cells:
         there = read_mapping(cell.run_dir / "spec.json")
         if not there:
             continue
-        differing = difference(identity(there), identity(cell.resolved()))
+        differing = [(key, old, new) for key, new, old in changed(cell.resolved(), there)]
         trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
         if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
             differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
         shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])
         if differing:
-            changed.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
-    if changed:
+            lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
+    if lines:
         raise SpecError(
-            f"{plan.study.out}: {len(changed)} of {len(plan.cells)} cells were begun with another definition:\n"
-            + "\n".join(changed[:10])
+            f"{plan.study.out}: {len(lines)} of {len(plan.cells)} cells were begun with another definition:\n"
+            + "\n".join(lines[:10])
             + "\ngive the study another `out` folder, or run it with --fresh, which moves the old folder aside"
         )
 
