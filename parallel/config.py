@@ -97,6 +97,12 @@ class CheckpointConfig(StrictModel):
     keep_every_tokens: int | None = Field(
         default=None, gt=0, description="keep the first checkpoint after each multiple of this many tokens forever"
     )
+    keep_at_tokens: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(),
+        strict=False,
+        description="also save after the step that reaches each of these numbers of tokens (ascending), and keep that "
+        "checkpoint forever",
+    )
     keep_best: bool = Field(
         default=False,
         description="keep the checkpoint with the lowest validation loss, of those validated at their own step",
@@ -104,6 +110,17 @@ class CheckpointConfig(StrictModel):
     max_failures: int = Field(
         default=3, ge=1, description="number of consecutive failed saves at which the run stops (exit 74)"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        marks = self.keep_at_tokens
+        if list(marks) != sorted(set(marks)):
+            raise ValueError(f"keep_at_tokens: {list(marks)} must ascend; use {sorted(set(marks))}")
+        return self
+
+    def marked(self, *, before: int, tokens: int) -> bool:
+        """Whether the step from `before` to `tokens` reaches one of `keep_at_tokens`."""
+        return any(before < mark <= tokens for mark in self.keep_at_tokens)
 
 
 SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.IGNORECASE)

@@ -208,14 +208,15 @@ class Saver:
 def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
     """Delete old checkpoints after the one of `step` was written.
 
-    Kept are the newest `keep` up to `step`, the milestones (`keep_every_tokens`) and the best one (`keep_best`).
+    Kept are the newest `keep` up to `step`, the milestones (`keep_every_tokens`, `keep_at_tokens`) and the best one
+    (`keep_best`).
     Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are deleted:
     they must not count as kept, and must not be loaded later, because the run has since trained those steps again.
     """
     folders = steps_on_disk(root)
     later = [p for p in folders if step_of(p) > step]
     older = folders[len(later) + config.keep :]
-    if config.keep_every_tokens is not None or config.keep_best:
+    if config.keep_every_tokens is not None or config.keep_at_tokens or config.keep_best:
         older = _not_worth_keeping(folders[len(later) :], older, best=config.keep_best)
     for path in [*later, *older, *root.glob("bad-step-*")]:
         with contextlib.suppress(OSError):  # the new checkpoint is valid; failing to delete an old one is no error

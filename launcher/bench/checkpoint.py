@@ -86,6 +86,7 @@ def _place(spec: Spec) -> Path:
 def _prepared(spec: Spec) -> Spec:
     """The spec with saves only on request, one checkpoint kept, and enough tokens that the run does not end."""
     settings = {"every_tokens": None, "every_minutes": None, "keep": 1, "keep_every_tokens": None, "keep_best": False}
+    settings |= {"keep_at_tokens": ()}
     return spec.model_copy(
         update={
             "checkpoint": spec.checkpoint.model_copy(update={**settings, "max_failures": 1}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from headway.launcher.run.records import RunRecord
-from headway.launcher.run.run_dir import difference, flatten, identity
+from headway.launcher.run.run_dir import changed, flatten
 
 Kind = Literal["intervention", "matching", "CONFOUND"]
 
@@ -80,7 +80,7 @@ def changed_sections(differences: list[Difference]) -> list[str]:
 
 def deviation(planned: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, planned, trained) for each key in which a run differs from the plan of the study."""
-    return difference(identity(planned), identity(trained)) if trained else []
+    return changed(planned, trained) if trained else []
 
 
 def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:

@@ -39,6 +39,7 @@ from headway.launcher.hosts.stopping import stoppable
 from headway.launcher.hosts.supervise import Alone, Control, supervise
 from headway.launcher.hosts.wire import interfaces
 from headway.launcher.plan.micro_batch.settle import check_one_host, number_of, settle
+from headway.launcher.run.branching import inherited_attempts, parse
 from headway.launcher.run.card import banner, run_card, with_attempts
 from headway.launcher.run.identity import code_hash, mechanism_identity
 from headway.launcher.run.machine import versions
@@ -59,7 +60,7 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     loaded = load_spec(path, overrides, no_auto=None)
     spec, auto = loaded.spec, bool(loaded.auto)
     run, arguments = RunDir.of(spec), [str(path), *overrides]
-    if auto and (settled := number_of(run, spec)) is not None:
+    if auto and (settled := _settled(run, spec)) is not None:
         spec, auto = settled, False
     if auto:
         check_one_host(spec, path)
@@ -80,6 +81,12 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     if code == 0 and run.is_complete():
         _conclude(run)
     return code
+
+
+def _settled(run: RunDir, spec: Spec) -> Spec | None:
+    """`spec` with the micro-batch of the run in the folder, or else of the parent of a branch; None without them."""
+    own = number_of(run, spec)
+    return number_of(RunDir(parse(spec.init.run)[0]), spec) if own is None and spec.init.run is not None else own
 
 
 def _conclude(run: RunDir) -> None:
@@ -142,10 +149,14 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         if run.is_complete():
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
             return 0
-        newest = next(map(step_of, steps_on_disk(run.checkpoints)), 0)
-        if not newest:
-            check_no_history(run)
-        card = with_attempts(run_card(spec, info), read_mapping(run.card), spec, from_step=newest)
+        begin = 0 if spec.init.run is None else parse(spec.init.run)[1]
+        newest = next(map(step_of, steps_on_disk(run.checkpoints)), begin)
+        if newest == begin:
+            check_no_history(run, begin=begin)
+        before = read_mapping(run.card)
+        if info.get("branch") and not before:
+            before = {"attempts": inherited_attempts(info["branch"])}
+        card = with_attempts(run_card(spec, info), before, spec, from_step=newest)
         write_json(run.card, card)
         print(banner(spec, run, card), flush=True)
         # A rank that outlives a killed launcher holds this lock. Wait for ranks that the kernel is about to end.
@@ -159,14 +170,17 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         return _until_done(run, spec, lambda budget: _with_others(spec, run, 0, info, env, budget))
 
 
-def check_no_history(run: RunDir) -> None:
-    """Raise CheckpointError if a run has no checkpoint but its records mention one: it would restart at step 0."""
+def check_no_history(run: RunDir, *, begin: int = 0) -> None:
+    """Raise CheckpointError if a run has no checkpoint but its records mention one: it would restart at step `begin`.
+
+    Records up to `begin` are those of the parent of a branch.
+    """
     told = (r.get("step") for r in run.read_metrics() if r.get("kind") == "checkpoint")
     saved = max((step for step in told if isinstance(step, int)), default=0)
-    if saved:
+    if saved > begin:
         raise CheckpointError(
             f"{run.checkpoints}: there is no checkpoint, but the run's records tell of one of step {saved}. Put it "
-            f"back and start again; or delete {run.path}, or give another run_dir, to begin anew at step 0"
+            f"back and start again; or delete {run.path}, or give another run_dir, to begin anew at step {begin}"
         )
 
 

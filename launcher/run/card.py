@@ -47,6 +47,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         },
         "steps": spec.steps,
         "tokens_per_step": spec.tokens_per_step,
+        **({"branch": info["branch"]} if info.get("branch") else {}),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -68,6 +69,8 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
         "from_step": from_step,
     }
     attempts = [*earlier, this]
+    if spec.init.run is not None and "branch" in before:
+        card = {"branch": before["branch"], **card}  # a branch that continues does not read its parent again
     return {**card, "attempts": attempts[:1] + attempts[1:][-199:]}
 
 
@@ -80,6 +83,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
     cost = card["cost"]
     fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
     attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
+    branch = card.get("branch") if spec.init.run is not None else None
     return "\n".join(
         [
             f"run        {run.path}  ({spec.name}, spec {card['spec_hash']})",
@@ -91,9 +95,16 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
             f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
             f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
             f"layout     {_layout(spec)}, ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",
+            *(_branch(spec, branch) if branch else ()),
             f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
         ]
     )
+
+
+def _branch(spec: Spec, branch: dict[str, Any]) -> list[str]:
+    left = (spec.steps - branch["step"]) * spec.tokens_per_step
+    lines = [f"branch     of {branch['path']} after step {branch['step']:,}; {left:,} tokens of its own"]
+    return lines + ([f"note       {branch['note']}"] if branch.get("note") else [])
 
 
 def _mechanism(spec: Spec) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from headway.launcher.spec.spec import Spec
 
 
 def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
-    """The spec with its vocabulary size filled in, and information about the data. Verifies every shard.
+    """The spec with its vocabulary size and the hash of its start filled in, and information about the data.
 
-    Raises DataError for damaged data and SpecError for a vocabulary that is too small for the data.
+    Verifies every shard, the initial weights, and the checkpoint that a branch starts from (`branch` of the
+    information; None for a branch that continues from its own checkpoint). Raises DataError for damaged data,
+    SpecError for a vocabulary that is too small for the data, and what `with_initial_hash` and `with_parent` raise.
     """
     source = spec.data.source
     if source.type == "synthetic":
@@ -42,6 +44,10 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
         from headway.launcher.run.initial_weights import with_initial_hash
 
         spec = with_initial_hash(spec)
+    if spec.init.run is not None:
+        from headway.launcher.run.branching import with_parent
+
+        spec, info["branch"] = with_parent(spec, info["fingerprint"])
     return spec, info
 
 

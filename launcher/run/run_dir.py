@@ -43,7 +43,11 @@ FREE_KEYS = (
     "data.source.path",
     "data.source.remote",
     "init.weights",
+    "init.run",
 )
+
+SHA256 = "init.sha256"
+"""The key that identifies the initial weights, or the checkpoint that a branch starts from."""
 
 ADDED_KEYS = {"model.branch_start": "as_drawn"}
 """Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
@@ -152,17 +156,20 @@ class RunDir:
         """Yield all complete records. Lines that a crash truncated or damaged are skipped."""
         yield from read_lines(self.metrics, damage)
 
-    def truncate_metrics(self, *, last_step: int) -> Lost:
+    def truncate_metrics(self, *, last_step: int, source: RunDir | None = None) -> Lost:
         """Drop records after `last_step`, since these steps are trained again. Returns the earlier lost records.
 
-        After a power failure either the old file or the new one exists, and records appended to the new file are kept.
+        `source`: take the records up to `last_step` from this run, and drop all of this one's. After a power failure
+        either the old file or the new one exists, and records appended to the new file are kept.
         """
         tmp = self.metrics.with_suffix(".tmp")
-        damage, trained = Damage(), set[int]()
+        damage, trained, lines = Damage(), set[int](), None
         with tmp.open("w", encoding="utf-8") as f:
-            for record in self.read_metrics(damage):
+            for record in (source or self).read_metrics(damage):
                 step = record.get("step", 0)
                 if not isinstance(step, int | float) or not step <= last_step:
+                    if source is not None and lines is None and record.get("kind") == "train":
+                        lines = len(damage.lines)  # what is damaged after this line are later records
                     continue
                 f.write(encode(record) + "\n")
                 if record.get("kind") == "train" and isinstance(step, int) and step > 0:
@@ -171,7 +178,7 @@ class RunDir:
             os.fsync(f.fileno())
         tmp.replace(self.metrics)
         sync(self.path)
-        return Lost(lines=len(damage.lines), gaps=gaps(trained, last_step))
+        return Lost(lines=len(damage.lines) if lines is None else lines, gaps=gaps(trained, last_step))
 
 
 def sync(path: Path) -> None:
@@ -219,6 +226,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def difference(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) for all values that differ. A missing key counts as None."""
     return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def changed(planned: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """`difference` of the identities of a planned spec and of the spec in a run folder.
+
+    The first start fills in `init.sha256`, so a hash in the folder is no difference if the plan names none.
+    """
+    flat, ours, theirs = flatten(planned), identity(planned), identity(there)
+    if ours.get(SHA256) is None and any(flat.get(key) is not None for key in ("init.weights", "init.run")):
+        theirs.pop(SHA256, None)
+    return difference(ours, theirs)
 
 
 def read_json(path: Path, default: Any) -> Any:

@@ -240,9 +240,9 @@ _RUN = (
     _hint(
         "resume resume_from resume_from_checkpoint auto_resume init_from load_checkpoint ckpt_path load_path "
         "load_dir initial_load_path initial_checkpoint pretrained checkpoint.load_step checkpoint_path",
-        "run_dir init.weights",
-        "The same command again continues the run in run_dir. To start from other weights: `headway import`, then "
-        "init.weights.",
+        "run_dir init.run init.weights",
+        "The same command again continues the run in run_dir. To branch off a checkpoint of another run: "
+        "init.run=PATH@STEP. To start from other weights: `headway import`, then init.weights.",
     ),
     _same(
         "run_dir",

@@ -7,14 +7,18 @@ they are always relative to the working folder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from headway.data.places import remember
 from headway.launcher.spec.yamlio import Node
 
-OF_A_SPEC = ("data.source.path", "init.weights")
+OF_A_RUN = "init.run"
+"""The key whose path is followed by @STEP."""
+OF_A_SPEC = ("data.source.path", "init.weights", OF_A_RUN)
 OF_A_CORPUS = ("corpus.paths", "tokenizer.path")
+_AT_STEP = re.compile(r"(.+)@([0-9]{1,10})", re.DOTALL)
 
 
 def place_paths(layer: Node, folder: Path) -> None:
@@ -22,7 +26,22 @@ def place_paths(layer: Node, folder: Path) -> None:
     for key, node in _leaves(layer):
         for item in node.value if isinstance(node.value, list) else [node]:
             if _names_path(key) and isinstance(item.value, str):
-                item.value = _placed(item.value, folder)
+                item.value = _placed_run(item.value, folder) if _names_run(key) else _placed(item.value, folder)
+
+
+def split_step(written: str) -> tuple[str, int] | None:
+    """(PATH, STEP) of `PATH@STEP`; None for another text. The path itself may contain `@`."""
+    match = _AT_STEP.fullmatch(written)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def _names_run(key: str) -> bool:
+    return key == OF_A_RUN or key.endswith(f".{OF_A_RUN}")
+
+
+def _placed_run(written: str, folder: Path) -> str:
+    parts = split_step(written)
+    return written if parts is None else f"{_placed(parts[0], folder)}@{written.rpartition('@')[2]}"
 
 
 def _names_path(key: str) -> bool:

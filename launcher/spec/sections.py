@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from headway.data.config import DataConfig, StrictModel
 from headway.launcher.spec.fields import AUTO, Word
+from headway.launcher.spec.paths import split_step
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.parallel.config import (
@@ -22,18 +23,36 @@ from headway.parallel.config import (
 
 
 class InitConfig(StrictModel):
-    """Initial parameters, if they are not random."""
+    """Initial state, if it is not random: given weights, or another run that this one is a branch of."""
 
     weights: str | None = Field(default=None, min_length=1, description="folder of exported or imported weights")
+    run: str | None = Field(
+        default=None, min_length=1, description="PATH@STEP: continue the run in PATH from its checkpoint of STEP"
+    )
     sha256: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{64}$", description="of its config.json; filled in at the first start"
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="of the config.json of weights, or of the manifest of the checkpoint; filled in at the first start",
     )
 
     @model_validator(mode="after")
-    def _hash_has_weights(self) -> InitConfig:
-        if self.sha256 is not None and self.weights is None:
+    def _check(self) -> InitConfig:
+        if self.run is not None:
+            parts = split_step(self.run)
+            if parts is None or parts[1] < 1:
+                raise ValueError(
+                    f"run: {self.run[:80]!r} is not PATH@STEP with a step of at least 1; use the folder of a run and "
+                    "the step of one of its checkpoints (`headway checkpoint list RUN`), such as runs/stable@4000"
+                )
+            if self.weights is not None:
+                raise ValueError(
+                    "run: a run starts either from given weights or from another run; use init.run or init.weights, "
+                    "and leave the other out"
+                )
+        if self.sha256 is not None and self.weights is None and self.run is None:
             raise ValueError(
-                "sha256: there are no weights that it could be the hash of; use init.weights too, or leave init out"
+                "sha256: there are no weights that it could be the hash of; use init.weights or init.run too, or leave "
+                "init out"
             )
         return self
 

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.launcher.run.run_dir import RunDir, difference, identity, read_mapping
+from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
 from headway.launcher.study.config import FULL
 from headway.launcher.study.plan import Cell
 from headway.parallel.manifest import step_of, steps_on_disk
-
-_START = ("init.run", "init.sha256")
-"""Keys that say where a cell of a smaller budget begins. They do not change its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,8 @@ def not_run(cell: Cell, full_run: dict[str, Any], log: Path) -> dict[str, Any]:
 def changes(cell: Cell) -> list[tuple[str, Any, Any]]:
     """(key, value in the folder, value now) where the run in the folder of `cell` has another definition.
 
-    Where a smaller budget begins is no change, and neither is a hash that the first start filled in.
+    Where a smaller budget begins is no change, because it does not change the result.
     """
-    there, now = read_mapping(cell.run_dir / "spec.json"), cell.resolved()
-    if not there:
-        return []
-    return [
-        (key, old, new)
-        for key, old, new in difference(identity(there), identity(now))
-        if not (key == "init.sha256" and new is None) and not (cell.budget != FULL and key in _START)
-    ]
+    there = read_mapping(cell.run_dir / "spec.json")
+    found = changed(cell.resolved(), there) if there else []
+    return [(key, old, new) for key, new, old in found if cell.budget == FULL or key != SHA256]

@@ -204,7 +204,7 @@ def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: s
 
 def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
-    changed = []
+    lines = []
     for cell in plan.cells:
         differing = changes(cell)
         trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
@@ -212,11 +212,11 @@ def refuse_changed(plan: StudyPlan) -> None:
             differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
         shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])
         if differing:
-            changed.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
-    if changed:
+            lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
+    if lines:
         raise SpecError(
-            f"{plan.study.out}: {len(changed)} of {len(plan.cells)} cells were begun with another definition:\n"
-            + "\n".join(changed[:10])
+            f"{plan.study.out}: {len(lines)} of {len(plan.cells)} cells were begun with another definition:\n"
+            + "\n".join(lines[:10])
             + "\ngive the study another `out` folder, or run it with --fresh, which moves the old folder aside"
         )
 

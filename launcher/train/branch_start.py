@@ -25,7 +25,7 @@ def start_scales(run: RunDir, spec: Spec, layout: Layout, batch: MicroBatch) -> 
 
     `batch`: the probe batch with whole sequences. Raises SpecError if a branch cannot be scaled to the ratio.
     """
-    if spec.model.branch_target is None or spec.init.weights is not None:
+    if spec.model.branch_target is None or spec.init.weights is not None or spec.init.run is not None:
         return None
     mine: dict[str, Any] = {}
     if layout.is_main:

@@ -1,4 +1,4 @@
-"""Start training from exported or imported weights instead of random ones (`init.weights` of a spec)."""
+"""Start training from given weights (`init.weights` of a spec) or from a checkpoint of another run (`init.run`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.run.branching import Parent, find_parent
 from headway.launcher.run.initial_weights import with_initial_hash
 from headway.launcher.spec.spec import Spec
 from headway.model.huggingface.folder import TensorFiles
+from headway.parallel import checkpoint
+from headway.parallel.config import CheckpointError
 from headway.parallel.logical import own_part
 
 if TYPE_CHECKING:
@@ -30,6 +34,29 @@ def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
     with torch.no_grad():
         for name, (buffer, dim) in engine.buffers().items():
             buffer.copy_(own_part(files[name], dim, layout))
+
+
+def load_parent(spec: Spec, fingerprint: str | None, engine: Engine, layout: Layout) -> Parent:
+    """Load the state of this rank from the checkpoint that `init.run` names: weights, moments, buffers. Collective.
+
+    `fingerprint`: of the data; None for synthetic data. The hash of each file is verified by one rank. If a check fails
+    on any rank, all ranks raise: SpecError if the parent has changed since the launcher checked it, CheckpointError if
+    the checkpoint is damaged.
+    """
+    parent, problem = None, None
+    try:
+        parent = find_parent(spec, fingerprint)
+        verify = parent.checkpoint
+        checkpoint.verify_hashes(verify.path, verify.manifest, rank=layout.rank, size=layout.world_size)
+    except (HeadwayError, CheckpointError, OSError) as e:
+        problem = [f"rank {layout.rank}: {e}", isinstance(e, HeadwayError)]
+    problems = [found for found in layout.gather_json(problem) if found]
+    if problems:
+        text, of_spec = problems[0]
+        raise SpecError(text) if of_spec else CheckpointError(f"{text}; restore the checkpoint from a copy")
+    assert parent is not None
+    checkpoint.load(parent.checkpoint, engine, layout)
+    return parent
 
 
 class _Start(Mapping[str, Tensor]):

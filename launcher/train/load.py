@@ -1,6 +1,7 @@
 """Set up a rank before its first step: engine, initial weights, data and records.
 
-The weights are loaded from the newest complete checkpoint, or else from `init.weights`. Otherwise they are random.
+The state is loaded from the newest complete checkpoint, or else from the checkpoint of another run (`init.run`). The
+weights are loaded from `init.weights` if the spec sets it. Otherwise they are random.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 
 from headway.data.loader import Loader, validation_batches
+from headway.launcher.run.branching import Parent
 from headway.launcher.run.identity import check_identity
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
@@ -20,7 +22,7 @@ from headway.launcher.train.branch_start import start_scales
 from headway.launcher.train.guard import Guard
 from headway.launcher.train.heads import probe_batch
 from headway.launcher.train.hooks import run_hooks
-from headway.launcher.train.initial import load_initial
+from headway.launcher.train.initial import load_initial, load_parent
 from headway.launcher.train.saving import Saving
 from headway.launcher.train.session import Session, seed_step
 from headway.launcher.train.tracking import Tracker, say
@@ -66,7 +68,7 @@ def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
         dp_size=layout.dp_size,
     )
     saving = Saving(run, spec, layout, engine)
-    found = _load_weights(run, spec, engine, layout)
+    found, parent = _load_weights(run, spec, engine, layout)
     session = Session(
         run=run,
         spec=spec,
@@ -74,12 +76,12 @@ def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
         engine=engine,
         validation=validation,
         saving=saving,
-        tracker=_tracker(run, spec, layout, resumed=found),
+        tracker=_tracker(run, spec, layout, resumed=found, parent=parent),
         loader=_loader(run, spec, layout, start_step=0 if found is None else found.step),
         guard=Guard(spec.guard),
     )
     if found is not None:
-        session.restore(found.step, found.state)
+        session.restore(found.step, found.state, branched=parent is not None)
     engine.before_step(session.tokens)
     session.hooks = run_hooks(session)
     for hook in session.hooks:
@@ -106,20 +108,30 @@ def _engine(run: RunDir, spec: Spec, layout: Layout) -> Engine:
     )
 
 
-def _load_weights(run: RunDir, spec: Spec, engine: Engine, layout: Layout) -> Checkpoint | None:
-    """Load and return the newest complete checkpoint. Without one, load `init.weights` if the spec sets it."""
+def _load_weights(run: RunDir, spec: Spec, engine: Engine, layout: Layout) -> tuple[Checkpoint | None, Parent | None]:
+    """Load and return the newest complete checkpoint. Without one, load what `init` of the spec names.
+
+    Returns the checkpoint that training continues from, and the parent if the checkpoint is that of another run.
+    """
     found = checkpoint.newest_valid(run.checkpoints, layout, warn=say, run=run.run_id())
     if found is not None:
         checkpoint.load(found, engine, layout)
+    elif spec.init.run is not None:
+        parent = load_parent(spec, read_mapping(run.card).get("data_fingerprint"), engine, layout)
+        return parent.checkpoint, parent
     elif spec.init.weights is not None:
         load_initial(spec, engine, layout)
-    return found
+    return found, None
 
 
-def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | None) -> Tracker:
-    """The records of the run, truncated after the step of `resumed`, with events for the resume and lost records."""
+def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | None, parent: Parent | None) -> Tracker:
+    """The records of the run up to the step of `resumed`, with events for the resume and lost records.
+
+    `parent`: the run that the records are copied from, since this run is a branch of it that starts now.
+    """
     step = 0 if resumed is None else resumed.step
-    lost = run.truncate_metrics(last_step=step) if layout.is_main else None
+    source = None if parent is None else parent.run
+    lost = run.truncate_metrics(last_step=step, source=source) if layout.is_main else None
     tracker = Tracker(
         run,
         main=layout.is_main,
@@ -128,14 +140,18 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         total_steps=spec.steps,
         start_step=step,
     )
-    if resumed is not None:
+    if parent is not None:
+        note = "" if parent.note is None else f"\nnote: {parent.note}"
+        text = f"branched from {parent.checkpoint.path} (step {step}/{spec.steps}){note}"
+        tracker.event({"kind": "branch", **parent.facts()}, text)
+    elif resumed is not None:
         tracker.event(
             {"kind": "resume", "step": step, "ranks": layout.world_size, "zero": spec.parallel.zero},
             f"resumed from {resumed.path} (step {step}/{spec.steps})",
         )
     if lost:
         record = {"kind": "records_lost", "step": step, "lines": lost.lines, "gaps": lost.gaps}
-        tracker.event(record, f"RECORDS WERE LOST in {run.metrics}: {lost}")
+        tracker.event(record, f"RECORDS WERE LOST in {(source or run).metrics}: {lost}")
     return tracker
 
 

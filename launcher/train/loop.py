@@ -39,7 +39,7 @@ def train(run: RunDir, stop: StopFlag) -> None:
             agreed = train_step(s, stop=stop.raised).agreed
             if s.is_due(spec.train.validate_every_tokens):
                 validate(s)
-            if s.is_due(spec.checkpoint.every_tokens) or agreed.save or agreed.stop:
+            if s.checkpoint_due or agreed.save or agreed.stop:
                 save(s, last=agreed.stop or s.step == spec.steps)
             elif agreed.written:
                 s.saving.settle(s.tracker)

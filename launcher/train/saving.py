@@ -22,7 +22,7 @@ class Saving:
     """Checkpoints of a run, written during training. `saved_step`: step of the newest complete checkpoint."""
 
     def __init__(self, run: RunDir, spec: Spec, layout: Layout, engine: Saved) -> None:
-        self._config, self._layout = spec.checkpoint, layout
+        self._config, self._layout, self._tokens_per_step = spec.checkpoint, layout, spec.tokens_per_step
         self._saver = Saver(run.checkpoints, engine, layout, spec.checkpoint, about=_about(run, spec))
         self.saved_step, self.failures = 0, 0
         self._tokens, self._begun_s = 0, time.monotonic()
@@ -49,6 +49,7 @@ class Saving:
         heartbeat.beat("save", step)
         tracker.flush()
         milestone = every is not None and tokens // every > self._tokens // every
+        milestone = milestone or self._config.marked(before=tokens - self._tokens_per_step, tokens=tokens)
         self._saver.start(step, {**state, "milestone": milestone})
         self._tokens, self._begun_s = tokens, time.monotonic()
 

@@ -75,6 +75,12 @@ class Session:
         before = self.tokens - self.spec.tokens_per_step
         return every_tokens is not None and self.tokens // every_tokens > before // every_tokens
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the spec asks for a checkpoint after the last step, by its number of tokens."""
+        config, before = self.spec.checkpoint, self.tokens - self.spec.tokens_per_step
+        return self.is_due(config.every_tokens) or config.marked(before=before, tokens=self.tokens)
+
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, apart from tensors."""
         return {
@@ -88,9 +94,12 @@ class Session:
             "guard": self.guard.state(),
         }
 
-    def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Continue after the checkpoint of `step`. `state`: result of the method `state` when it was saved."""
-        self.step, self.train_s, self.resumes = step, state["train_s"], state["resumes"] + 1
+    def restore(self, step: int, state: dict[str, Any], *, branched: bool = False) -> None:
+        """Continue after the checkpoint of `step`. `state`: result of the method `state` when it was saved.
+
+        `branched`: the checkpoint is that of another run, so this is the first start of this run.
+        """
+        self.step, self.train_s, self.resumes = step, state["train_s"], 0 if branched else state["resumes"] + 1
         # Checkpoints of earlier versions do not contain the following keys.
         self.validation_loss, self.validation_step = state.get("validation_loss"), state.get("validation_step")
         self.guard.restore(state.get("guard", {}))
