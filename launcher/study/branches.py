@@ -7,13 +7,13 @@ which checkpoints exist.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
 from headway.launcher.study.config import FULL
-from headway.launcher.study.plan import Cell
+from headway.launcher.study.plan import Cell, StudyPlan
 from headway.parallel.manifest import step_of, steps_on_disk
 
 
@@ -45,6 +45,13 @@ def way_of(cell: Cell) -> Way:
         "more steps, the same result)"
     )
     return Way(cell=cell.whole, note=note)
+
+
+def as_it_stands(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
+    """The plan with every cell as it would be trained with the files that exist now, and the notes about them."""
+    ways = [way_of(cell) for cell in plan.cells]
+    notes = [f"{way.cell.key}: {way.note}" for way in ways if way.note]
+    return replace(plan, cells=tuple(way.cell for way in ways)), notes
 
 
 def not_run(cell: Cell, full_run: dict[str, Any], log: Path) -> dict[str, Any]:

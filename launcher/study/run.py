@@ -18,7 +18,7 @@ from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
-from headway.launcher.study.branches import changes, not_run, way_of
+from headway.launcher.study.branches import as_it_stands, changes, not_run, way_of
 from headway.launcher.study.budgets import budget_lines
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
@@ -41,11 +41,14 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
     plan = plan_study(study, overrides, measurements=measurements)
-    print_design(plan, commands=dry_run)
     if dry_run:
+        plan, notes = (plan, []) if fresh else as_it_stands(plan)
+        print_design(plan, commands=True)
+        _say_notes(notes)
         if console.wants_json():
             console.emit(design_record(plan))
         return 0
+    print_design(plan, commands=False)
     if fresh:
         move_aside(study.out)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
@@ -73,10 +76,11 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
-        cells = [way_of(cell).cell for cell in plan.cells]
-        _record(plan, cells, command)
+        current, notes = as_it_stands(plan)
+        _say_notes(notes)
+        _record(current, command)
         measurements.write(out)
-        return _run_cells(plan, cells, command)
+        return _run_cells(plan, current, command)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
@@ -116,14 +120,20 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
     return [*COMMAND, "train", str(plan.study.base), *cell.overrides]
 
 
-def _record(plan: StudyPlan, cells: Sequence[Cell], command: str) -> None:
-    """Write study.json. `cells`: those of the plan as they are trained now."""
-    record = study_record(replace(plan, cells=tuple(cells)))
-    write_json(plan.study.out / RECORD, {**record, "command": command, "written_at": now()})
+def _say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.say(f"note: {note}")
 
 
-def _run_cells(plan: StudyPlan, cells: list[Cell], command: str) -> int:
+def _record(plan: StudyPlan, command: str) -> None:
+    """Write study.json."""
+    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+
+
+def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
+    """Train the unfinished cells of a plan. `current`: the plan as study.json has it now."""
     out = plan.study.out
+    cells = list(current.cells)
     todo = [i for i, cell in enumerate(cells) if not RunDir(cell.run_dir).is_complete()]
     if len(todo) < len(cells):
         console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
@@ -133,9 +143,8 @@ def _run_cells(plan: StudyPlan, cells: list[Cell], command: str) -> int:
             way = way_of(plan.cells[i])
             if way.cell != cells[i]:
                 cells[i] = way.cell
-                _record(plan, cells, command)
-            if way.note:
-                console.say(f"note: {way.cell.key}: {way.note}")
+                _record(replace(plan, cells=tuple(cells)), command)
+                _say_notes([f"{way.cell.key}: {way.note}"] if way.note else [])
             if way.waits:
                 full = read_mapping(out / OUTCOMES).get(cell_key(way.cell.variant, way.cell.seed))
                 outcome = not_run(way.cell, full or {}, _log(out, way.cell))

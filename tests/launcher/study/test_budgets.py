@@ -98,7 +98,7 @@ def test_the_overrides_of_every_cell_make_its_spec_on_a_command_line(folder):
     for cell in plan.cells:
         assert load_spec(plan.study.base, cell.overrides).spec == cell.spec
     assert plan.cells[0].spec.steps == 30
-    assert plan.cells[0].spec.checkpoint.keep_at_tokens == (512, 1024, 6 * 256, 10 * 256)
+    assert plan.cells[0].spec.checkpoint.keep_at_tokens == (512, 1024, 5 * 256, 10 * 256)
 
 
 def test_budgets_are_rounded_up_to_whole_steps_without_errors_of_floats(folder):
@@ -116,14 +116,14 @@ def test_a_budget_is_a_fraction_of_the_tokens_of_its_variant(folder):
 
 
 def test_cosine_schedules_are_trained_from_their_start(folder, capsys):
-    base(folder, "{decay_fraction: 0.4}", "{type: cosine, warmup_tokens: 256}")
-    cells = folder.plan().cells
+    base(folder, "{decay_fraction: 0.4}", "{type: cosine}")
+    cells = folder.plan("train.tokens=20480").cells
     assert {c.spec.init.run for c in cells} == {None} and {c.whole for c in cells} == {None}
     assert {c.spec.checkpoint.keep_at_tokens for c in cells} == {()}
-    run_study(folder.study, dry_run=True)
+    run_study(folder.study, ["train.tokens=20480"], dry_run=True)
     shown = capsys.readouterr().out
-    assert "budget 0.5: 2,560 tokens, 10 steps; cosine: trained from its start" in shown
-    assert "the budgets add 60 steps to the 80 steps of the full runs (+75.0%)" in shown
+    assert "budget 0.5: 10,240 tokens, 40 steps; cosine: trained from its start" in shown
+    assert "the budgets add 240 steps to the 320 steps of the full runs (+75.0%)" in shown
 
 
 def test_a_schedule_without_decay_leaves_a_step_to_train(folder):
@@ -169,7 +169,7 @@ def test_budgets_that_are_not_possible_are_one_located_message(folder, budgets, 
     folder.rewrite("[1, 0.25, 0.5]", budgets)
     with pytest.raises((SpecError, NoInputError)) as error:
         folder.plan()
-    assert says in str(error.value) and str(error.value).startswith("small.yaml:5:")
+    assert says in str(error.value) and "small.yaml:6:" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_spec_that_is_too_short_at_a_budget_is_refused_with_the_budget(folder,
         folder.rewrite(old, new)
     with pytest.raises(SpecError) as error:
         folder.plan()
-    assert says in str(error.value) and str(error.value).startswith("small.yaml:5:10: budgets: ")
+    assert says in str(error.value) and "small.yaml:6:1: budgets: " in str(error.value)
 
 
 def test_an_argument_cannot_set_budgets(folder):
