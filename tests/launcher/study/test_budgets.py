@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from run_folders import records
+from run_folders import records, steps_done, trajectory
 from study_folder import BASE, Folder
 
 from headway.launcher.base.errors import NoInputError, SpecError
@@ -22,6 +24,7 @@ from headway.launcher.cli.main import main
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.spec.load import load_spec
 from headway.launcher.study import run as study_module
+from headway.launcher.study.config import load_study
 from headway.launcher.study.probe_config import load_probe
 from headway.launcher.study.run import run_study
 
@@ -351,3 +354,73 @@ def test_a_study_with_budgets_can_be_removed(played):
     run_study(played.study)
     assert main(["rm", str(played.out), "--yes"]) == 0
     assert not played.out.exists()
+
+
+# ---------------------------------------------------------------- for real
+
+
+@pytest.fixture
+def trained(folder, headway, monkeypatch):
+    """The study with budget 0.5, whose cells are trained by `headway train` from the fork server."""
+    folder.rewrite("[1, 0.25, 0.5]", "[0.5, 1]")
+    for key, value in headway.environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(
+        study_module,
+        "cell_command",
+        lambda plan, cell: headway.command("train", str(plan.study.base), *cell.overrides),
+    )
+    return folder
+
+
+def whole_run(folder: Folder, headway, key: str) -> Path:
+    """A run of the same spec, trained from its start without the study."""
+    (cell,) = (c for c in folder.plan().cells if c.key == key)
+    assert cell.whole is not None and cell.spec.init.run is not None
+    overrides = [word for word in cell.whole.overrides if not word.startswith("run_dir=")]
+    done = headway.run("train", str(folder.path / "base.yaml"), *overrides, "run_dir=whole")
+    assert done.returncode == 0, done.stderr
+    return folder.path / "whole"
+
+
+def test_a_budget_has_the_numbers_of_a_run_from_its_start_in_every_bit(trained, headway):
+    assert run_study(trained.study) == 0
+    rows = {c["cell"]: c for c in study_module.status_record(load_study(trained.study))["cells"]}
+    assert len(rows) == 8 and {c["state"] for c in rows.values()} == {"done"}
+    assert {c["tokens"] for c in rows.values() if c["budget"] == 0.5} == {2560}
+    for key in ("gqa/seed-1.budget-0.5", "routed/seed-2.budget-0.5"):
+        run, whole = trained.out / "cells" / key, whole_run(trained, headway, key)
+        assert len(records(run, "branch")) == 1 and not records(whole, "branch")
+        assert trajectory(run) == trajectory(whole) and steps_done(run) == 10
+        assert rows[key]["validation_loss"] == read_mapping(whole / "summary.json")["final_validation_loss"]
+        full = trained.out / "cells" / key.removesuffix(".budget-0.5")
+        assert records(full)[9]["loss"] != records(run)[9]["loss"]  # the decay makes a difference
+        shutil.rmtree(whole)
+    assert run_study(trained.study) == 0
+    assert {c["state"] for c in study_module.status_record(load_study(trained.study))["cells"]} == {"done"}
+
+
+def test_a_study_that_is_killed_in_a_branch_continues_in_it(trained, headway, monkeypatch):
+    """The full run saves steps 7 and 8; the branch saves step 8 and then sleeps, so that it is killed after it."""
+    base(trained, "train: {", "checkpoint: {keep_at_tokens: [2048]}\ntrain: {")
+    trained.rewrite("seeds: [1, 2]", "seeds: [1]")
+    monkeypatch.setattr(study_module, "_report", lambda out: out / "report.html")
+    branch = trained.out / "cells/gqa/seed-1.budget-0.5"
+    script = (
+        "from headway.launcher.study import run\n"
+        f"command = {headway.command('train')!r}\n"
+        "run.cell_command = lambda plan, cell: [*command, str(plan.study.base), *cell.overrides]\n"
+        "run.run_study('small.yaml')\n"
+    )
+    environment = {**headway.environment(), "HEADWAY_FAULT": "save:after_rename#1:sleep=5"}
+    study = subprocess.Popen([sys.executable, "-P", "-c", script], env=environment, stdout=subprocess.DEVNULL)
+    headway.wait_for(lambda: (branch / "checkpoints/step-0000000008").exists(), study)
+    launcher = int((branch / "run.lock").read_text().split()[0])
+    study.kill()
+    os.kill(launcher, signal.SIGKILL)
+    study.wait()
+    assert not (branch / "summary.json").exists()
+    assert run_study(trained.study) == 0
+    assert read_mapping(branch / "summary.json")["resumes"] == 1
+    assert [r["step"] for r in records(branch, "resume")] == [8]
+    assert trajectory(branch) == trajectory(whole_run(trained, headway, "gqa/seed-1.budget-0.5"))
