@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+from played_study import BASE, Folder
 from run_folders import records, steps_done, trajectory
-from study_folder import BASE, Folder
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_folder import BASE, Folder
+from played_study import BASE, Folder
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main
