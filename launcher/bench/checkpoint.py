@@ -89,6 +89,7 @@ def _prepared(spec: Spec) -> Spec:
     settings |= {"keep_at_tokens": ()}
     return spec.model_copy(
         update={
+            "init": spec.init.without_run(),
             "checkpoint": spec.checkpoint.model_copy(update={**settings, "max_failures": 1}),
             "train": spec.train.model_copy(update={"tokens": max(spec.train.tokens, 100_000 * spec.tokens_per_step)}),
         }

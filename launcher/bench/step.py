@@ -63,7 +63,8 @@ def bench_step(
 
 def _lengthened(spec: Spec, steps: int) -> Spec:
     tokens = max(spec.train.tokens, (steps + WARMUP) * spec.tokens_per_step)
-    return spec.model_copy(update={"train": spec.train.model_copy(update={"tokens": tokens})})
+    train = spec.train.model_copy(update={"tokens": tokens})
+    return spec.model_copy(update={"train": train, "init": spec.init.without_run()})
 
 
 def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> dict[str, Any]:

@@ -169,7 +169,9 @@ def readme(config: hf.ExportedConfig) -> str:
 
 
 def _origin(spec: Spec, found: Checkpoint) -> str:
-    return f"run {spec.name}, attention {spec.attention.type}, step {found.step}, {found.state['tokens']} tokens"
+    branch = "" if spec.init.run is None else f" (a branch of {spec.init.run})"
+    run = f"run {spec.name}{branch}, attention {spec.attention.type}"
+    return f"{run}, step {found.step}, {found.state['tokens']} tokens"
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:

@@ -70,6 +70,8 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     if dry_run:
         if auto:
             console.result("# train.micro_batch: auto is measured before this is started")
+        if spec.init.run is not None:
+            console.result(f"# a branch of {spec.init.run}, whose checkpoint is checked before this is started")
         console.result(dry_run_text(spec, run, names=names))
         if spec.launch.ssh and names is not None:
             console.result("# host 0 starts the launchers of the others by")
@@ -149,7 +151,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         if run.is_complete():
             print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
             return 0
-        begin = 0 if spec.init.run is None else parse(spec.init.run)[1]
+        begin = spec.init.start_step
         newest = next(map(step_of, steps_on_disk(run.checkpoints)), begin)
         if newest == begin:
             check_no_history(run, begin=begin)

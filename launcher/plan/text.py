@@ -43,6 +43,7 @@ def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
             ("forward FLOPs/token, executed", f"{cost['flops_per_token_executed']:,.0f}"),
             ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
             ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
+            *_own_part(spec),
             ("training FLOPs, useful", f"{cost['training_flops_useful']:.3e}"),
         ]
     )
@@ -81,7 +82,10 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
         ),
         ("  MFU, causal", f"{speed.mfu[0]:.0%} to {speed.mfu[1]:.0%} of the datasheet's FLOP/s"),
         ("  share of step time (low estimate)", times),
-        ("  whole training", f"{days[0]:,.3g} to {days[1]:,.3g} days"),
+        (
+            "  whole training" if layout.spec.init.run is None else "  training of the branch",
+            f"{days[0]:,.3g} to {days[1]:,.3g} days",
+        ),
     ]
     return [
         *_table(rows),
@@ -198,7 +202,15 @@ def rounded(number: float) -> str:
 
 
 def spec_seconds(spec: Spec, tokens_per_s: float) -> float:
-    return spec.steps * spec.tokens_per_step / tokens_per_s
+    """Time of the steps of a run; of a branch, without those of its parent."""
+    return (spec.steps - spec.init.start_step) * spec.tokens_per_step / tokens_per_s
+
+
+def _own_part(spec: Spec) -> list[tuple[str, str]]:
+    if spec.init.run is None:
+        return []
+    steps = spec.steps - spec.init.start_step
+    return [("  of the branch itself", f"{steps * spec.tokens_per_step:,} in {steps:,} steps, after {spec.init.run}")]
 
 
 def _busiest(layout: Layout) -> list[Flow]:

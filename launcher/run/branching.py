@@ -113,11 +113,6 @@ def find_parent(spec: Spec, fingerprint: str | None) -> Parent:
         raise NoInputError(f"init.run: {not_a_run(path)}{looked_for(path)}")
     if path.resolve() == RunDir.of(spec).path.resolve():
         raise SpecError(f"init.run: {path} is the folder of this run itself; give the branch another run_dir=...")
-    if step >= spec.steps:
-        raise SpecError(
-            f"init.run: step {step} is not before the end of this run, which has {spec.steps} steps; use an earlier "
-            f"checkpoint, or train.tokens above {step * spec.tokens_per_step}"
-        )
     before = stored_spec(run)
     _refuse_another(run, before, spec)
     trained_on = read_mapping(run.card).get("data_fingerprint")

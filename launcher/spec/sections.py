@@ -56,6 +56,16 @@ class InitConfig(StrictModel):
             )
         return self
 
+    @property
+    def start_step(self) -> int:
+        """Number of steps that the parent of a branch has trained; 0 for a run that is no branch."""
+        parts = None if self.run is None else split_step(self.run)
+        return 0 if parts is None else parts[1]
+
+    def without_run(self) -> InitConfig:
+        """The same start without a parent, for measurements that do not depend on the weights."""
+        return self if self.run is None else InitConfig()
+
 
 class TrainConfig(StrictModel):
     """Length of the training and batch sizes."""

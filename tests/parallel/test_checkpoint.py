@@ -365,6 +365,16 @@ def test_milestones_and_the_best_stay_beside_the_newest(tmp_path):
     assert [int(p.name[-1]) for p in checkpoint.steps_on_disk(tmp_path)] == [6, 5, 3, 2]
 
 
+def test_marked_checkpoints_stay_without_any_other_reason_to_keep_some(tmp_path):
+    config = CheckpointConfig(keep=1, keep_at_tokens=(30, 45))
+    for step in range(1, 7):  # of 10 tokens
+        saving = saver.Saver(tmp_path, Model(), ALONE, config, about={})
+        marked = config.marked(before=10 * step - 10, tokens=10 * step)
+        saving.start(step, {"applied_steps": step, "step": step, "milestone": marked})
+        assert saving.commit().error is None
+    assert [int(p.name[-1]) for p in checkpoint.steps_on_disk(tmp_path)] == [6, 5, 3]
+
+
 def test_a_checkpoint_of_another_run_or_with_an_unknown_file_is_skipped(tmp_path):
     # F9
     for step, run in ((1, "mine"), (2, "other"), (3, "mine")):

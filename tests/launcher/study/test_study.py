@@ -21,11 +21,12 @@ from played_study import BASE, Folder
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main
 from headway.launcher.compare.cells import cell_state
+from headway.launcher.compare.fairness import deviation
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.study import run as study_module
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study
-from headway.launcher.study.run import report_study, run_study, status_study
+from headway.launcher.study.run import refuse_changed, report_study, run_study, status_study
 
 ALL = ["gqa/seed-1", "routed/seed-1", "gqa/seed-2", "routed/seed-2"]
 
@@ -225,6 +226,26 @@ def test_a_changed_definition_is_refused_and_nothing_is_lost(folder, change, key
     assert "another `out` folder" in str(error.value) and "--fresh" in str(error.value)
     assert folder.trained() == []
     assert {p: p.read_bytes() for p in folder.out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("start", [{"weights": "somewhere"}, {"run": "stable@3"}])
+def test_a_hash_that_the_start_of_a_cell_filled_in_is_no_change_and_another_one_is(folder, start):
+    (key, value), found = *start.items(), "a" * 64
+    overrides = [f"init.{key}={value}"]
+    assert run_study(folder.study, overrides) == 0
+    file = folder.out / "cells/gqa/seed-1/spec.json"
+    stored = json.loads(file.read_text())
+    stored["init"]["sha256"] = found
+    file.write_text(json.dumps(stored))
+    plan = folder.plan(*overrides)
+    refuse_changed(plan)
+    assert deviation(plan.cells[0].resolved(), stored) == []
+    other = folder.plan(*overrides, f"init.sha256={'b' * 64}")
+    with pytest.raises(SpecError, match=rf"gqa/seed-1: init\.sha256: '{found}' in the folder, 'b{{64}}' now"):
+        refuse_changed(other)
+    assert deviation(other.cells[0].resolved(), stored) == [("init.sha256", "b" * 64, found)]
+    with pytest.raises(SpecError, match=r"gqa/seed-1: init\.sha256: 'a{64}' in the folder, None now"):
+        refuse_changed(folder.plan())  # without given weights it is another run
 
 
 def test_fresh_moves_the_older_folder_aside(folder):

@@ -84,5 +84,10 @@ def test_a_run_folder_of_before_the_key_existed_goes_on(headway):
     run.adopt(spec)  # no SpecError
     newer = spec.model_dump(mode="json")
     assert identity(newer) == identity(older) and spec_hash(newer) == spec_hash(older)
+    for section, key in (("init", "run"), ("checkpoint", "keep_at_tokens")):
+        older[section].pop(key)
+    run.spec.write_text(json.dumps(older))
+    run.adopt(spec)
+    assert spec_hash(newer) == spec_hash(older)
     newer["model"]["branch_start"] = 0.4
     assert spec_hash(newer) != spec_hash(older)
