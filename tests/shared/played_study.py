@@ -52,7 +52,7 @@ if behaviour == "fail":
 if spec["init"].get("run") != given:
     print("error: study.json says another init.run", file=sys.stderr)
     sys.exit(70)
-if parent and not (Path(parent) / "checkpoints" / f"step-{int(begin):010d}").is_dir():
+if "cells" in Path(parent).parts and not (Path(parent) / "checkpoints" / f"step-{int(begin):010d}").is_dir():
     print(f"error: init.run: no checkpoint of step {begin}", file=sys.stderr)
     sys.exit(66)
 (run_dir / "spec.json").write_text(json.dumps(spec))
