@@ -24,7 +24,7 @@ from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN
 from headway.launcher.run.machine import git_commit, machine, versions
-from headway.launcher.study.config import load_study
+from headway.launcher.study.config import FULL, load_study
 from headway.launcher.study.plan import plan_study
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def bench_mechanism(
         )
     plan = plan_study(load_study(path), overrides)
     seed = plan.study.config.seeds[0]
-    specs = {cell.variant: (cell.spec, cell.vocab_size) for cell in plan.cells if cell.seed == seed}
+    specs = {
+        cell.variant: (cell.spec, cell.vocab_size) for cell in plan.cells if cell.seed == seed and cell.budget == FULL
+    }
     baseline = plan.study.config.baseline_name
     any_spec = specs[baseline][0]
     os.environ.update(worker_environment(any_spec))

@@ -136,7 +136,7 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
 def _checked_cells(cells: Path) -> Iterator[tuple[Path, Kind]]:
     for variant in _entries(cells, None):
         for cell in _entries(variant, None):
-            if not re.fullmatch(r"seed-\d+", cell.name):
+            if not re.fullmatch(r"seed-\d+(\.budget-[0-9.e-]+)?", cell.name):
                 raise _foreign(cell)
             if kind_of(cell) == "run":
                 yield from _checked(cell, "run")

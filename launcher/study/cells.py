@@ -24,68 +24,71 @@ _STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")
 
 
 ENOUGH = 0.05
-"""Minimum share of a cell whose steps must be timed before an estimate of the remaining time is shown."""
+"""Minimum share of the longest cell whose steps must be timed before an estimate of the remaining time is shown."""
 
 
 class Eta:
-    """Estimated seconds until the last cell ends, from the steps of this invocation. All cells count as equally long.
+    """Estimated seconds until the last cell ends, from the steps of this invocation. A token counts alike in all cells.
 
     The start of a process and its first steps are slower than the later steps. The pace of a cell is therefore measured
     from its second console line on. The start-up time is added once for each remaining cell.
     """
 
-    def __init__(self, cells: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._left, self._clock = cells, clock
-        self._steady_s = self._steady_share = 0.0  # sums over finished cells
+    def __init__(self, cells: Sequence[float], clock: Callable[[], float] = time.monotonic) -> None:
+        """`cells`: tokens that each cell has yet to train, in the order in which they run."""
+        self._left, self._clock = deque(cells), clock
+        self._enough = ENOUGH * max(cells, default=0.0)
+        self._steady_s = self._steady_tokens = 0.0  # sums over finished cells
         self._starts: list[float] = []  # seconds of each finished cell outside its steady steps
         self._begun_s = clock()
-        self._marks: list[tuple[float, float]] = []  # (time, share done) at the console lines of the running cell
+        self._marks: list[tuple[float, float]] = []  # (time, tokens done) at the console lines of the running cell
         self._running = False
-        self._before = 0.0
+        self._before = self._total = 0.0
 
-    def begin(self, share_done: float) -> None:
-        """Record the start of a cell. `share_done` (0..1): the share of it that was trained earlier."""
-        self._begun_s, self._marks, self._running, self._before = self._clock(), [], True, share_done
+    def begin(self, done: float, total: float) -> None:
+        """Record the start of a cell, of whose `total` tokens `done` were trained earlier or by another run."""
+        self._begun_s, self._marks, self._running, self._before = self._clock(), [], True, done
+        self._total = total
 
-    def step(self, share_done: float) -> None:
-        """Record that the running cell reported `share_done` (0..1)."""
-        if not self._marks or share_done > self._marks[-1][1]:
-            self._marks.append((self._clock(), share_done))
+    def step(self, done: float) -> None:
+        """Record that the running cell has trained `done` tokens, with those before it began."""
+        if not self._marks or done > self._marks[-1][1]:
+            self._marks.append((self._clock(), done))
 
     def end(self) -> None:
-        """Record the end of the running cell, after success or failure."""
-        seconds, share = self._steady()
+        """Record the end of the cell whose turn it is, after success or failure, or without a start."""
+        seconds, tokens = self._steady()
         took = self._clock() - self._begun_s
-        if not share and self._marks:  # fewer than two console lines: use the whole duration
-            seconds, share = took, self._marks[-1][1] - self._before
-        if share > 0:
+        if not tokens and self._marks:  # fewer than two console lines: use the whole duration
+            seconds, tokens = took, self._marks[-1][1] - self._before
+        if tokens > 0:
             self._steady_s += seconds
-            self._steady_share += share
+            self._steady_tokens += tokens
             self._starts.append(took - seconds)
-        self._left -= 1
+        self._left.popleft()
         self._marks, self._running = [], False
 
     def seconds_left(self) -> float | None:
         """Estimated seconds until the last cell ends; None while too few steps were timed."""
-        seconds, share = self._steady()
-        seconds, share = seconds + self._steady_s, share + self._steady_share
-        if share < ENOUGH:
+        seconds, tokens = self._steady()
+        seconds, tokens = seconds + self._steady_s, tokens + self._steady_tokens
+        if not tokens or tokens < self._enough:
             return None
-        cell_s, running, others = seconds / share, 0.0, self._left
+        token_s, running, others = seconds / tokens, 0.0, list(self._left)
         starts = self._starts
         if self._running:
-            others -= 1
+            others = others[1:]
             done = self._marks[-1][1] if self._marks else self._before
-            running = (1 - done) * cell_s
+            running = (self._total - done) * token_s
             starts = starts or [self._marks[1][0] - self._begun_s]
-        return running + others * (cell_s + sum(starts) / len(starts))
+        return running + sum(others) * token_s + len(others) * sum(starts) / len(starts)
 
     def __str__(self) -> str:
         left = self.seconds_left()
         return "estimating" if left is None else duration(left)
 
     def _steady(self) -> tuple[float, float]:
-        """(seconds, share of a cell) between the second and the last console line of the running cell."""
+        """(seconds, tokens) between the second and the last console line of the running cell."""
         if len(self._marks) < 3:
             return 0.0, 0.0
         (begin_s, begin), (end_s, end) = self._marks[1], self._marks[-1]

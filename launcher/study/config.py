@@ -19,6 +19,9 @@ from headway.model.config import BranchStart
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
+FULL = 1.0
+"""The budget of a run that trains all of `train.tokens`."""
+
 BRANCH_START = 0.3
 """Default of `branch_start`: rms of the output of a branch / rms of its residual stream, before the first step."""
 
@@ -89,6 +92,11 @@ class StudyConfig(StrictModel):
         default=[], description="questions stated beforehand: `rgqa-k1 is not worse than gqa by more than 0.01`"
     )
     seeds: list[int] = Field(min_length=1, description="one run of every variant per seed")
+    budgets: list[float] = Field(
+        default=[FULL],
+        min_length=1,
+        description="fractions of train.tokens, with 1: one run per variant, seed and budget, each with its own decay",
+    )
     variants: Changes = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
     )
@@ -101,6 +109,19 @@ class StudyConfig(StrictModel):
         if min(value) < 0 or max(value) >= 1 << 63:
             raise ValueError("seeds are integers from 0 to 2^63 - 1")
         return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _with_full_run(cls, value: list[float]) -> list[float]:
+        if not all(0 < budget <= FULL for budget in value):
+            raise ValueError("budgets are fractions of train.tokens, above 0 and up to 1, such as [0.25, 0.5, 1]")
+        if len(set(value)) != len(value):
+            raise ValueError("a budget is given twice; a repeated budget is the same run")
+        if FULL not in value:
+            raise ValueError(
+                f"budget 1, the full run, is missing; write [{', '.join(f'{budget:g}' for budget in [*value, FULL])}]"
+            )
+        return sorted(value)
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.data.config import MdsSource
-from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.match.matching import (
     MatchConfig,
@@ -22,27 +20,23 @@ from headway.launcher.match.matching import (
 )
 from headway.launcher.match.measured import Measurements, spread_note
 from headway.launcher.run.run_dir import flatten
-from headway.launcher.spec.fields import root_shape
-from headway.launcher.spec.load import DEFAULT, Loaded, load_spec
-from headway.launcher.spec.merge import format_value, override_layer
-from headway.launcher.spec.yamlio import Node
-from headway.launcher.study.config import SET_BY_STUDY, Study
+from headway.launcher.study.budgets import Budget, budget_text, plan_budgets
+from headway.launcher.study.config import FULL, SET_BY_STUDY, Study
+from headway.launcher.study.resolver import START, Resolver
 
 if TYPE_CHECKING:
-    from headway.data.config import DataConfig
     from headway.launcher.spec.spec import Spec
     from headway.model.cost import Cost
 
-
-START = "model.branch_start"
-NO_AUTO = "would give each variant a micro-batch of its own, and the variants of a study must cut their batches alike"
+KEEP = "checkpoint.keep_at_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
     """A variant with its size. `matched`: None for the baseline, and for all variants of a study without matching.
 
-    `free_value`: the value of `match.free`, solved or as written; None in a study without matching.
+    `free_value`: the value of `match.free`, solved or as written; None in a study without matching. `budgets`: those
+    below 1.
     """
 
     name: str
@@ -52,11 +46,16 @@ class VariantPlan:
     matched: Matched | None
     free_value: Any
     notes: tuple[str, ...]
+    budgets: tuple[Budget, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the study. `overrides`: arguments of `headway train` that change the base spec into `spec`."""
+    """One run of the study. `overrides`: arguments of `headway train` that change the base spec into `spec`.
+
+    `parent`: folder of the full run that the cell continues after `branch_step`; None for a cell that is trained from
+    its start. `whole`: the same cell trained from its start, if `parent` is not None.
+    """
 
     variant: str
     seed: int
@@ -65,6 +64,10 @@ class Cell:
     spec: Spec
     vocab_size: int
     data_fingerprint: str | None
+    budget: float = FULL
+    parent: Path | None = None
+    branch_step: int = 0
+    whole: Cell | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The spec as JSON, as the run folder will contain it, with the vocabulary size of the data."""
@@ -74,12 +77,15 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return cell_key(self.variant, self.seed)
+        return cell_key(self.variant, self.seed, self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPlan:
-    """A planned study. `cells` are seed-major: an interrupted study has all variants of its finished seeds."""
+    """A planned study. `cells` are seed-major: an interrupted study has all variants of its finished seeds.
+
+    Within a seed and variant, the full run comes first.
+    """
 
     study: Study
     arguments: tuple[str, ...]
@@ -87,9 +93,9 @@ class StudyPlan:
     cells: tuple[Cell, ...]
 
 
-def cell_key(variant: str, seed: int) -> str:
+def cell_key(variant: str, seed: int, budget: float = FULL) -> str:
     """Name of a cell and of its folder in `cells/`."""
-    return f"{variant}/seed-{seed}"
+    return f"{variant}/seed-{seed}" + ("" if budget == FULL else f".budget-{budget_text(budget)}")
 
 
 def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Measurements | None = None) -> StudyPlan:
@@ -100,20 +106,20 @@ def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Mea
     size that cannot be matched, and DataError if the data does not exist.
     """
     check_arguments(study, arguments)
-    resolver = _Resolver(study, arguments)
+    resolver = Resolver(study, arguments)
     measurements = Measurements.of(study.out) if measurements is None else measurements
     names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
     plans: dict[str, VariantPlan] = {}
     for name in names:  # the baseline comes first: its cost is the target for the others
         plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]), measurements)
     variants = tuple(plans[name] for name in study.config.variants)
-    cells = tuple(_cell(study, resolver, v, seed) for seed in study.config.seeds for v in variants)
+    cells = tuple(c for seed in study.config.seeds for v in variants for c in _cells(study, resolver, v, seed))
     return StudyPlan(study=study, arguments=tuple(arguments), variants=variants, cells=cells)
 
 
 def variant_spec(study: Study, arguments: Sequence[str], variant: str) -> Spec:
     """The spec of a variant before its size is solved and its seed is set. Does not read the data."""
-    return _Resolver(study, arguments).load(variant)[0]
+    return Resolver(study, arguments).load(variant)[0]
 
 
 def check_arguments(study: Study, arguments: Sequence[str]) -> None:
@@ -145,6 +151,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "arguments": list(plan.arguments),
         "baseline": config.baseline_name,
         "seeds": list(config.seeds),
+        "budgets": list(config.budgets),
         "match": None if config.match is None else config.match.model_dump(),
         "branch_start": config.branch_start,
         "margin_nats": config.margin_nats,
@@ -154,6 +161,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
             {
                 "variant": cell.variant,
                 "seed": cell.seed,
+                "budget": cell.budget,
                 "run_dir": f"cells/{cell.key}",
                 "overrides": list(cell.overrides),
                 "spec": cell.resolved(),
@@ -181,80 +189,8 @@ def _variant_record(v: VariantPlan) -> dict[str, Any]:
     }
 
 
-class _Resolver:
-    """Resolve specs layer by layer: base file, arguments, variant, solved size, seed."""
-
-    def __init__(self, study: Study, arguments: Sequence[str]) -> None:
-        from headway.launcher.spec.spec import Spec
-
-        self.study, self.arguments = study, list(arguments)
-        self.layer = override_layer(self.arguments, root_shape(Spec))
-        self.facts: dict[str, tuple[int, str | None]] = {}
-
-    def as_written(self, variant: str) -> Loaded[Spec]:
-        """The spec of a variant from the base file, the arguments and the keys of the variant only."""
-        layers: list[tuple[dict[str, Any] | Node, str]] = [
-            (self.layer, "arguments"),
-            (self.study.variants[variant], f"variant {variant}"),
-        ]
-        return load_spec(self.study.base, extra=layers, no_auto=NO_AUTO)
-
-    def load(self, variant: str, *more: tuple[dict[str, Any], str]) -> tuple[Spec, list[str]]:
-        layers: list[tuple[dict[str, Any] | Node, str]] = [
-            (self.layer, "arguments"),
-            (self.study.variants[variant], f"variant {variant}"),
-            *more,
-        ]
-        loaded = load_spec(self.study.base, extra=layers, no_auto=NO_AUTO)
-        start = self.start(loaded)
-        if start:
-            loaded = load_spec(self.study.base, extra=[(start, "branch_start of the study"), *layers], no_auto=NO_AUTO)
-        return loaded.spec, loaded.notes
-
-    def start(self, loaded: Loaded[Spec]) -> dict[str, Any]:
-        """Keys that `branch_start` of the study sets; none if a file or argument sets them or weights are given."""
-        if str(loaded.origins[START]) != str(DEFAULT) or loaded.spec.init.weights is not None:
-            return {}
-        return {START: self.study.config.branch_start}
-
-    def overrides(self, spec: Spec, cell_keys: dict[str, Any]) -> tuple[str, ...]:
-        """Arguments that give the same spec from the base file alone, where they form one layer and none is dropped."""
-        present = flatten(spec.model_dump(mode="json"))
-        arguments = []
-        for argument in self.arguments:
-            key = argument.partition("=")[0]
-            exists = key in present or any(known.startswith(f"{key}.") for known in present)
-            if key not in cell_keys and exists:  # else the mechanism of the variant lacks the key or sets it
-                arguments.append(argument)
-        return (*arguments, *(f"{key}={format_value(value)}" for key, value in cell_keys.items()))
-
-    def data_facts(self, data: DataConfig) -> tuple[int, str | None]:
-        """(vocabulary size, fingerprint) of a source; the fingerprint is None for synthetic data."""
-        source = data.source
-        if not isinstance(source, MdsSource):
-            return source.vocab_size, None
-        key = f"{source.path}\0{source.remote}\0{data.seq_len}"
-        if key not in self.facts:
-            from headway.data.verify import verify
-
-            info = verify(source, seq_len=data.seq_len, progress=console.progress)
-            self.facts[key] = (info.vocab_size, info.fingerprint)
-        return self.facts[key]
-
-    def cost(self, spec: Spec) -> Cost:
-        return spec_cost(spec, self.vocab_size(spec))
-
-    def sized(self, spec: Spec) -> Spec:
-        """The spec with the vocabulary size of the data."""
-        model = spec.model.model_copy(update={"vocab_size": self.vocab_size(spec)})
-        return spec.model_copy(update={"model": model})
-
-    def vocab_size(self, spec: Spec) -> int:
-        return spec.model.vocab_size or self.data_facts(spec.data)[0]
-
-
 def _plan_variant(
-    study: Study, resolver: _Resolver, name: str, baseline: VariantPlan | None, measurements: Measurements
+    study: Study, resolver: Resolver, name: str, baseline: VariantPlan | None, measurements: Measurements
 ) -> VariantPlan:
     spec, notes = resolver.load(name)
     match, matched = study.config.match, None
@@ -267,6 +203,8 @@ def _plan_variant(
         spec, notes = resolver.load(name, _solved(matched))
         uncertain = spread_note(matched, match)
         notes = notes if uncertain is None else [*notes, uncertain]
+    solved = [_solved(matched)] if matched else []
+    budgets = plan_budgets(study, name, spec, lambda keys, why: resolver.load(name, *solved, (dict(keys), why))[0])
     return VariantPlan(
         name=name,
         keys=study.config.variants[name],
@@ -275,11 +213,12 @@ def _plan_variant(
         matched=matched,
         free_value=value_at(spec, match.free) if match is not None else None,
         notes=tuple(notes),
+        budgets=tuple(budgets),
     )
 
 
 def _match(
-    resolver: _Resolver, name: str, spec: Spec, baseline: Spec, match: MatchConfig, measurements: Measurements
+    resolver: Resolver, name: str, spec: Spec, baseline: Spec, match: MatchConfig, measurements: Measurements
 ) -> Matched:
     if match.quantity == "wall_clock":
         return measurements.match(name, resolver.sized(spec), resolver.sized(baseline), match)
@@ -291,21 +230,45 @@ def _solved(matched: Matched) -> tuple[dict[str, Any], str]:
     return {matched.free: matched.value}, "match"
 
 
-def _cell(study: Study, resolver: _Resolver, variant: VariantPlan, seed: int) -> Cell:
-    run_dir = study.out / "cells" / cell_key(variant.name, seed)
+def _cells(study: Study, resolver: Resolver, variant: VariantPlan, seed: int) -> Iterator[Cell]:
+    """The full run of a variant and seed, and then the runs of its smaller budgets."""
+    spec = variant.spec
+    points = {b.branch_step * spec.tokens_per_step for b in variant.budgets if b.branch_step}
+    keep = {KEEP: sorted(points.union(spec.checkpoint.keep_at_tokens))} if points else {}
+    full = _cell(study, resolver, variant, seed, FULL, keep)
+    yield full
+    for budget in variant.budgets:
+        length = {"train.tokens": budget.tokens}
+        cell = _cell(study, resolver, variant, seed, budget.fraction, length)
+        if budget.branch_step:
+            start = {"init.weights": None, "init.sha256": None} if spec.init.weights is not None else {}
+            start |= {"init.run": f"{full.run_dir}@{budget.branch_step}"}
+            branch = _cell(study, resolver, variant, seed, budget.fraction, length | start)
+            cell = replace(branch, parent=full.run_dir, branch_step=budget.branch_step, whole=cell)
+        yield cell
+
+
+def _cell(
+    study: Study, resolver: Resolver, variant: VariantPlan, seed: int, budget: float, more: Mapping[str, Any]
+) -> Cell:
+    """A cell trained from its start, unless `more` (keys that the budget sets) says otherwise."""
+    key = cell_key(variant.name, seed, budget)
+    run_dir = study.out / "cells" / key
     own = {
-        "name": f"{study.config.study}.{variant.name}.seed-{seed}",
+        "name": f"{study.config.study}.{key.replace('/', '.')}",
         "run_dir": str(run_dir),
         "seed": seed,
         "data.seed": seed,
+        **more,
     }
     solved = [_solved(variant.matched)] if variant.matched else []
     spec, _ = resolver.load(variant.name, *solved, (own, f"seed {seed} of the study"))
-    start = {} if START in variant.keys else resolver.start(resolver.as_written(variant.name))
+    start = {} if START in variant.keys else resolver.start(variant.name)
     keys = {**start, **variant.keys, **(solved[0][0] if solved else {}), **own}
     return Cell(
         variant=variant.name,
         seed=seed,
+        budget=budget,
         run_dir=run_dir,
         overrides=resolver.overrides(spec, keys),
         spec=spec,

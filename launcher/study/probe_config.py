@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from headway.launcher.spec.yamlio import Node
-from headway.launcher.study.config import Changes, Study, StudyConfig, check_changes, load_study
+from headway.launcher.study.config import FULL, Changes, Study, StudyConfig, check_changes, load_study
 
 
 class ProbeConfig(StudyConfig):
@@ -21,6 +21,11 @@ class ProbeConfig(StudyConfig):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> ProbeConfig:
+        if self.budgets != [FULL]:
+            raise ValueError(
+                "budgets: probe tasks are compared at their full length only; leave it out here, or give tasks other "
+                "train.tokens"
+            )
         check_changes("tasks", self.tasks)
         for name, keys in self.tasks.items():
             for key in keys:

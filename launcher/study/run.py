@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.run_dir import RunDir, changed, read_mapping, write_json
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.study.branches import as_it_stands, changes, not_run, way_of
+from headway.launcher.study.budgets import budget_lines
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
-from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
+from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
 from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
@@ -38,11 +41,14 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
     plan = plan_study(study, overrides, measurements=measurements)
-    print_design(plan, commands=dry_run)
     if dry_run:
+        plan, notes = (plan, []) if fresh else as_it_stands(plan)
+        print_design(plan, commands=True)
+        _say_notes(notes)
         if console.wants_json():
             console.emit(design_record(plan))
         return 0
+    print_design(plan, commands=False)
     if fresh:
         move_aside(study.out)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
@@ -70,9 +76,11 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
-        write_json(out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+        current, notes = as_it_stands(plan)
+        _say_notes(notes)
+        _record(current, command)
         measurements.write(out)
-        return _run_cells(plan)
+        return _run_cells(plan, current, command)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
@@ -112,24 +120,59 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
     return [*COMMAND, "train", str(plan.study.base), *cell.overrides]
 
 
-def _run_cells(plan: StudyPlan) -> int:
+def _say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.say(f"note: {note}")
+
+
+def _record(plan: StudyPlan, command: str) -> None:
+    """Write study.json."""
+    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+
+
+def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
+    """Train the unfinished cells of a plan. `current`: the plan as study.json has it now."""
     out = plan.study.out
-    todo = [cell for cell in plan.cells if read_mapping(cell.run_dir / "summary.json").get("complete") is not True]
-    if len(todo) < len(plan.cells):
-        console.say(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are done already")
-    eta, failed = Eta(len(todo)), 0
+    cells = list(current.cells)
+    todo = [i for i, cell in enumerate(cells) if not RunDir(cell.run_dir).is_complete()]
+    if len(todo) < len(cells):
+        console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
+    eta, failed = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo]), 0
     with CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
-        for number, cell in enumerate(todo, 1):
-            outcome = _run_cell(plan, cell, runner, eta, bar, f"{number}/{len(todo)} {cell.key}")
+        for number, i in enumerate(todo, 1):
+            way = way_of(plan.cells[i])
+            if way.cell != cells[i]:
+                cells[i] = way.cell
+                _record(replace(plan, cells=tuple(cells)), command)
+                _say_notes([f"{way.cell.key}: {way.note}"] if way.note else [])
+            if way.waits:
+                full = read_mapping(out / OUTCOMES).get(cell_key(way.cell.variant, way.cell.seed))
+                outcome = not_run(way.cell, full or {}, _log(out, way.cell))
+            else:
+                outcome = _run_cell(plan, way.cell, runner, eta, bar, f"{number}/{len(todo)} {way.cell.key}")
             bar.update()
-            write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), cell.key: outcome})
+            write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), way.cell.key: outcome})
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
                 return PREEMPTED
             eta.end()
             if outcome["exit_code"] != 0:
                 failed += 1
-                console.alert(f"[{cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
+                console.alert(f"[{way.cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
     return 1 if failed else 0
+
+
+def _tokens(cell: Cell) -> int:
+    return cell.spec.steps * cell.spec.tokens_per_step
+
+
+def _trained(cell: Cell) -> int:
+    """Tokens that a cell need not train: those of an earlier start, or of the full run that it continues."""
+    done = cell_state(cell.run_dir, None).tokens
+    return min(_tokens(cell), max(done, cell.branch_step * cell.spec.tokens_per_step))
+
+
+def _log(out: Path, cell: Cell) -> Path:
+    return out / "logs" / f"{cell.key.replace('/', '.')}.log"
 
 
 def _run_cell(
@@ -138,15 +181,13 @@ def _run_cell(
     def show(line: str) -> None:
         share = step_share(line)
         if share is not None:
-            eta.step(share)
+            eta.step(share * _tokens(cell))
             bar.name(f"study: {cell.key}, eta {eta}")
         console.say(f"[{label} | study eta {eta}] {line}")
 
-    tokens_planned = cell.spec.steps * cell.spec.tokens_per_step
-    eta.begin(min(1.0, cell_state(cell.run_dir, None).tokens / tokens_planned))
+    eta.begin(_trained(cell), _tokens(cell))
     bar.name(f"study: {cell.key}, eta {eta}")
-    log = plan.study.out / "logs" / f"{cell.variant}.seed-{cell.seed}.log"
-    outcome = runner.run(cell_command(plan, cell), log=log, show=show)
+    outcome = runner.run(cell_command(plan, cell), log=_log(plan.study.out, cell), show=show)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
         outcome["exit_code"] = PREEMPTED  # this process stopped the cell before it could save: not a failure
     summary = read_mapping(cell.run_dir / "summary.json")
@@ -174,10 +215,7 @@ def refuse_changed(plan: StudyPlan) -> None:
     """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
     lines = []
     for cell in plan.cells:
-        there = read_mapping(cell.run_dir / "spec.json")
-        if not there:
-            continue
-        differing = [(key, old, new) for key, new, old in changed(cell.resolved(), there)]
+        differing = changes(cell)
         trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
         if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
             differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
@@ -205,14 +243,16 @@ def move_aside(out: Path) -> None:
 def print_design(plan: StudyPlan, *, commands: bool) -> None:
     """Print variants, seeds and matched sizes, and with `commands` the command of each cell."""
     config, say = plan.study.config, console.result if commands else console.say
-    say(
-        f"study {config.study}: {len(config.variants)} variants x {len(config.seeds)} seeds = {len(plan.cells)} cells "
-        f"in {plan.study.out}"
-    )
+    factors = [f"{len(config.variants)} variants", f"{len(config.seeds)} seeds"]
+    if len(config.budgets) > 1:
+        factors.append(f"{len(config.budgets)} budgets")
+    say(f"study {config.study}: {' x '.join(factors)} = {len(plan.cells)} cells in {plan.study.out}")
     say(table(matching_rows(study_record(plan))))
     for variant in plan.variants:
         for note in variant.notes:
             say(f"note: {variant.name}: {note}")
+    for line in budget_lines({v.name: (v.spec, v.budgets) for v in plan.variants}, len(config.seeds)):
+        say(line)
     for cell in plan.cells if commands else ():
         say(shlex.join(cell_command(plan, cell)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from headway.launcher.base import console
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping
-from headway.launcher.study.config import Study
+from headway.launcher.study.config import FULL, Study
 from headway.launcher.study.plan import cell_key
 
 HEADINGS = ("cell", "state", "tokens", "validation loss", "training-batch loss", "")
@@ -34,7 +34,7 @@ def status_rows(study: Study) -> list[tuple[str, ...]]:
 
 def left(study: Study) -> list[str]:
     """Cells in the folder that are no longer part of the study."""
-    known = {cell_key(v, s) for v in study.config.variants for s in study.config.seeds}
+    known = {cell_key(*cell) for cell in _planned(study)}
     return sorted({f"{p.parent.name}/{p.name}" for p in (study.out / "cells").glob("*/seed-*")} - known)
 
 
@@ -84,20 +84,29 @@ def coloured(text: str, stream: Any) -> str:
 
 def _cells(study: Study) -> Iterable[dict[str, Any]]:
     outcomes = read_mapping(study.out / OUTCOMES)
-    for seed in study.config.seeds:
-        for variant in study.config.variants:
-            key = cell_key(variant, seed)
-            state = cell_state(study.out / "cells" / key, outcomes.get(key))
-            yield {
-                "cell": key,
-                "variant": variant,
-                "seed": seed,
-                "state": state.state,
-                "tokens": state.tokens,
-                "validation_loss": state.validation_loss,
-                "training_batch_loss": state.loss,
-                "detail": state.detail,
-            }
+    for variant, seed, budget in _planned(study):
+        key = cell_key(variant, seed, budget)
+        state = cell_state(study.out / "cells" / key, outcomes.get(key))
+        yield {
+            "cell": key,
+            "variant": variant,
+            "seed": seed,
+            "budget": budget,
+            "state": state.state,
+            "tokens": state.tokens,
+            "validation_loss": state.validation_loss,
+            "training_batch_loss": state.loss,
+            "detail": state.detail,
+        }
+
+
+def _planned(study: Study) -> Iterator[tuple[str, int, float]]:
+    """(variant, seed, budget) of the cells of the study, in the order in which they are trained."""
+    config = study.config
+    for seed in config.seeds:
+        for variant in config.variants:
+            for budget in (FULL, *(b for b in config.budgets if b != FULL)):
+                yield variant, seed, budget
 
 
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:

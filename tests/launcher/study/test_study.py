@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from played_study import BASE, Folder
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main
@@ -26,105 +27,6 @@ from headway.launcher.study import run as study_module
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study
 from headway.launcher.study.run import refuse_changed, report_study, run_study, status_study
-
-BASE = """
-model: {width: 32, layers: 2, ffn_width: 96}
-attention: {type: gqa, heads: 4, kv_heads: 2, head_dim: 8}
-data:
-  seq_len: 32
-  source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
-optimizer: {lr: 3.0e-3}
-train: {tokens: 2560, global_batch: 8, micro_batch: 8, validation_tokens: 256, validate_every_tokens: 1024}
-launch: {threads: 1}
-"""
-
-STUDY = """
-study: small
-base: base.yaml
-match: {multiple: 4, tolerance: 2%}
-seeds: [1, 2]
-variants:
-  gqa:
-  routed: {attention.type: rgqa, attention.top_k: 1}
-"""
-
-# Does to a run folder what `headway train` does; how is read from behaviour.json: cell -> ok, fail, half hang or start.
-TRAINER = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-run_dir = Path(next(a for a in sys.argv if a.startswith("run_dir=")).split("=", 1)[1])
-key = f"{run_dir.parent.name}/{run_dir.name}"
-behaviour = json.loads(Path("behaviour.json").read_text()).get(key, "ok")
-cells = json.loads((run_dir.parents[2] / "study.json").read_text())["cells"]
-spec = next(c["spec"] for c in cells if f"{c['variant']}/seed-{c['seed']}" == key)
-run_dir.mkdir(parents=True, exist_ok=True)
-with open("trained.txt", "a") as f:
-    f.write(key + "\\n")
-if behaviour == "fail":
-    print("starting\\nerror: the disk is on fire", file=sys.stderr)
-    sys.exit(74)
-(run_dir / "spec.json").write_text(json.dumps(spec))
-(run_dir / "run.json").write_text(json.dumps({"tokens_per_step": 256, "data_fingerprint": None}))
-metrics = (run_dir / "metrics.jsonl").open("a")
-
-def write(record):
-    metrics.write(json.dumps(record) + "\\n")
-    metrics.flush()
-
-if behaviour == "start":
-    time.sleep(60)
-
-def stop(*_):
-    print("saved a checkpoint", flush=True)
-    sys.exit(75)
-
-signal.signal(signal.SIGTERM, stop)
-steps = 5 if behaviour == "half" else 10
-for step in range(1, steps + 1):
-    common = {"step": step, "tokens": step * 256, "train_s": step * 0.1, "loss": 4 - 0.1 * step}
-    write({"kind": "train", **common, "step_s": 0.1, "data_s": 0.0, "batch_hash": f"{spec['seed'] * 100 + step:016x}"})
-    print(f"step {step}/10 loss", flush=True)
-    if step % 5 == 0:
-        write({"kind": "validation", **common, "loss": common["loss"] - 0.1})
-    if step == 3 and behaviour == "hang":
-        time.sleep(60)
-if behaviour == "half":
-    sys.exit(0)
-summary = {"complete": True, "steps": 10, "tokens": 2560, "final_validation_loss": 2.9, "train_s": 1.0, "resumes": 0}
-(run_dir / "summary.json").write_text(json.dumps(summary))
-"""
-
-
-class Folder:
-    """A working folder with a study, a base spec and the playing trainer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.out = path, path / "studies" / "small"
-        self.study = path / "small.yaml"
-        self.study.write_text(STUDY)
-        (path / "base.yaml").write_text(BASE)
-        (path / "trainer.py").write_text(TRAINER)
-        self.behave({})
-
-    def behave(self, behaviour: dict[str, str]) -> None:
-        (self.path / "behaviour.json").write_text(json.dumps(behaviour))
-
-    def trained(self) -> list[str]:
-        """Cells that were started since the last call, in order."""
-        file = self.path / "trained.txt"
-        cells = file.read_text().splitlines() if file.exists() else []
-        file.unlink(missing_ok=True)
-        return cells
-
-    def rewrite(self, old: str, new: str) -> None:
-        text = self.study.read_text()
-        assert old in text
-        self.study.write_text(text.replace(old, new))
-
-    def plan(self, *arguments: str):
-        return plan_study(load_study(self.study), arguments)
-
 
 ALL = ["gqa/seed-1", "routed/seed-1", "gqa/seed-2", "routed/seed-2"]
 

@@ -73,15 +73,15 @@ def test_the_running_cell_dies_with_the_study(tmp_path):
 def running_eta(cells: int, *, start_s: float = 60.0, first_s: float = 30.0):
     """An eta of cells of 100 steps of 1 s, whose process and first step are slow; runs cells by hand."""
     now = [0.0]
-    eta = Eta(cells, clock=lambda: now[0])
+    eta = Eta([100] * cells, clock=lambda: now[0])
 
     def run(begin: int, end: int, *, resumed: bool = False) -> None:
         if begin == 0 or resumed:
-            eta.begin(begin / 100)
+            eta.begin(begin, 100)
             now[0] += start_s
         for step in range(begin + 1, end + 1):
             now[0] += first_s if step == begin + 1 and (begin == 0 or resumed) else 1.0
-            eta.step(step / 100)
+            eta.step(step)
 
     return eta, run
 
@@ -116,17 +116,47 @@ def test_eta_of_a_cell_that_was_resumed_counts_what_is_left_of_it():
 
 def test_a_cell_that_fails_at_its_start_is_no_measure_of_the_others():
     now = [0.0]
-    eta = Eta(3, clock=lambda: now[0])
-    eta.begin(0.0)
+    eta = Eta([1.0] * 3, clock=lambda: now[0])
+    eta.begin(0.0, 1.0)
     now[0] = 5.0
     eta.end()
     assert eta.seconds_left() is None
 
 
+def test_eta_counts_what_each_cell_has_to_train():
+    """A full run of 100 steps, and a branch that continues it at step 40 of its 50."""
+    now = [0.0]
+    eta = Eta([100, 10], clock=lambda: now[0])
+    eta.begin(0, 100)
+    for step in range(1, 51):
+        now[0] += 1.0
+        eta.step(step)
+    assert eta.seconds_left() == pytest.approx(50 + 10 + 2)  # and the first two steps of the branch as start-up
+    for step in range(51, 101):
+        now[0] += 1.0
+        eta.step(step)
+    eta.end()
+    eta.begin(40, 50)
+    assert eta.seconds_left() == pytest.approx(10)
+    for step in range(41, 46):
+        now[0] += 1.0
+        eta.step(step)
+    assert eta.seconds_left() == pytest.approx(5)
+
+
+def test_a_cell_that_is_not_run_leaves_the_estimate_of_the_others_alone():
+    eta, run = running_eta(3)
+    run(0, 100)
+    eta.end()
+    assert eta.seconds_left() == pytest.approx(2 * (100 + 91))
+    eta.end()
+    assert eta.seconds_left() == pytest.approx(100 + 91)
+
+
 def test_cells_with_few_lines_are_timed_as_a_whole():
     now = [0.0]
-    eta = Eta(2, clock=lambda: now[0])
-    eta.begin(0.0)
+    eta = Eta([1.0] * 2, clock=lambda: now[0])
+    eta.begin(0.0, 1.0)
     now[0] = 40.0
     eta.step(1.0)
     eta.end()

@@ -1,0 +1,79 @@
+"""How a cell of a smaller budget starts: from a checkpoint of its full run, or, where that is gone, from its start.
+
+Both ways give the same numbers. The way is chosen when the cell is about to be trained, because only then it is known
+which checkpoints exist.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
+from headway.launcher.study.config import FULL
+from headway.launcher.study.plan import Cell, StudyPlan
+from headway.parallel.manifest import step_of, steps_on_disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How to train a cell. `note`: why it is not trained as planned. `waits`: its full run must be trained first."""
+
+    cell: Cell
+    note: str = ""
+    waits: bool = False
+
+
+def way_of(cell: Cell) -> Way:
+    """The way for `cell` with the files that exist now. A cell that was begun continues as it was begun."""
+    if cell.whole is None or cell.parent is None:
+        return Way(cell=cell)
+    init = read_mapping(cell.run_dir / "spec.json").get("init")
+    if isinstance(init, dict):
+        return Way(cell=cell if init.get("run") != cell.whole.spec.init.run else cell.whole)
+    saved = [step_of(path) for path in steps_on_disk(RunDir(cell.parent).checkpoints)]
+    if cell.branch_step in saved:
+        return Way(cell=cell)
+    complete = RunDir(cell.parent).is_complete()
+    if not complete and max(saved, default=0) < cell.branch_step:
+        return Way(cell=cell, waits=True)
+    note = (
+        f"its full run has no checkpoint of step {cell.branch_step:,}, as it passed this step before the budget was in "
+        f"the study, or the checkpoint was deleted; the cell is trained from its start instead ({cell.branch_step:,} "
+        "more steps, the same result)"
+    )
+    return Way(cell=cell.whole, note=note)
+
+
+def as_it_stands(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
+    """The plan with every cell as it would be trained with the files that exist now, and the notes about them."""
+    ways = [way_of(cell) for cell in plan.cells]
+    notes = [f"{way.cell.key}: {way.note}" for way in ways if way.note]
+    return replace(plan, cells=tuple(way.cell for way in ways)), notes
+
+
+def not_run(cell: Cell, full_run: dict[str, Any], log: Path) -> dict[str, Any]:
+    """Outcome record of a cell that waits for its full run in vain. `full_run`: the outcome of the full run."""
+    reason = (
+        f"error: its full run failed, so there is no checkpoint of step {cell.branch_step:,} to continue; the same "
+        "command tries both again"
+    )
+    return {
+        "exit_code": full_run.get("exit_code") or 1,
+        "wall_s": 0.0,
+        "ended_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "last_lines": [reason],
+        "log": str(full_run.get("log") or log),
+    }
+
+
+def changes(cell: Cell) -> list[tuple[str, Any, Any]]:
+    """(key, value in the folder, value now) where the run in the folder of `cell` has another definition.
+
+    Where a smaller budget begins is no change, because it does not change the result.
+    """
+    there = read_mapping(cell.run_dir / "spec.json")
+    found = changed(cell.resolved(), there) if there else []
+    return [(key, old, new) for key, new, old in found if cell.budget == FULL or key != SHA256]
