@@ -42,7 +42,8 @@ _MODULES = (
 
 def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
     """Serve until the process `owner` ends the server. Returns 1 if forking would not be safe."""
-    die_with_parent()
+    die_with_parent(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # while it imports
     if os.getppid() != owner:
         return 1
     _import_everything()
@@ -56,7 +57,9 @@ def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
         door.listen(64)
         hidden.rename(path)  # clients can connect from here on
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        _Server(door, command).serve()
+        server = _Server(door, command)
+        signal.signal(signal.SIGHUP, server.drain)
+        server.serve()
 
 
 def _import_everything() -> None:
@@ -73,12 +76,17 @@ class _Server:
 
     def __init__(self, door: socket.socket, command: Callable[[list[str]], int]) -> None:
         self._door, self._command, self._clients = door, command, dict[int, socket.socket]()
+        self._draining = False
+
+    def drain(self, *_: object) -> None:
+        """Exit when the last client has gone. The owner has died; launchers that it left behind stop their ranks."""
+        self._draining = True
 
     def serve(self) -> NoReturn:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._door, selectors.EVENT_READ)
-                while True:
+                while self._clients or not self._draining:
                     for key, _ in selector.select(0.02):
                         if key.fileobj is self._door:
                             connection = self._door.accept()[0]
@@ -91,6 +99,7 @@ class _Server:
                         with contextlib.suppress(KeyError, ValueError):
                             selector.unregister(connection)
                         connection.close()
+            sys.exit(0)
         finally:
             for pid in self._clients:
                 _kill_group(pid)
@@ -142,7 +151,8 @@ def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], d
     code = 1
     try:
         os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
         for place, descriptor in zip((1, 2), descriptors, strict=True):
             os.dup2(descriptor, place)
             os.close(descriptor)

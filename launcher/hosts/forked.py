@@ -1,8 +1,8 @@
 """Ranks forked from a process that has imported everything: they start in about a second instead of ten.
 
-`ForkServer` starts that process, on one host. The chaos drill, soak and tests use it, because they start many short
-runs. While the environment variable HEADWAY_FORK_SERVER names its socket, launchers let it start their ranks. Apart
-from that, the run is the same as with torchrun. The server itself is the hidden verb `headway fork-server`.
+`ForkServer` starts that process, on one host. Studies, the chaos drill, soak and tests use it, because they start many
+short runs. While the environment variable HEADWAY_FORK_SERVER names its socket, launchers let it start their ranks.
+Apart from that, the run is the same as with torchrun. The server itself is the hidden verb `headway fork-server`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ class ForkServer:
         env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
         command = [*COMMAND, "fork-server", str(self.path), str(os.getpid())]
         log = (Path(self._folder.name) / "log").open("wb")
-        self._process = subprocess.Popen([*command, "x" * _TITLE_BYTES], env=env, stdin=subprocess.DEVNULL, stderr=log)
+        self._process = subprocess.Popen(
+            [*command, "x" * _TITLE_BYTES],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C must not end the ranks before they have saved
+        )
         log.close()
 
     @property
@@ -53,6 +59,10 @@ class ForkServer:
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the fork server did not start: {self.path.with_name('log').read_text()[-2000:]}")
             time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        """Whether it runs and has imported everything."""
+        return self._process.poll() is None and self.path.exists()
 
     def close(self) -> None:
         """End the server and every rank it has started."""

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -117,8 +117,18 @@ class CellRunner:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], *, log: Path, show: Callable[[str], None]) -> dict[str, Any]:
-        """Run a command to its end and return the outcome record. Every line of output goes to `log` and to `show`."""
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        show: Callable[[str], None],
+        environment: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Run a command to its end and return the outcome record. Every line of output goes to `log` and to `show`.
+
+        `environment` is added to that of this process.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         last: deque[str] = deque(maxlen=20)
         started = time.monotonic()
@@ -131,7 +141,12 @@ class CellRunner:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env={**console.plain_environment(), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
+                env={
+                    **console.plain_environment(),
+                    "PYTHONUNBUFFERED": "1",
+                    "PYTHONSAFEPATH": "1",
+                    **(environment or {}),
+                },
                 start_new_session=True,  # Ctrl-C in the terminal must reach the child only once, through this process
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )

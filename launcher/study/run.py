@@ -24,6 +24,7 @@ from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
 from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
+from headway.launcher.study.warm import WarmRanks
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 
@@ -138,7 +139,8 @@ def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
     if len(todo) < len(cells):
         console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
     eta, failed = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo]), 0
-    with CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
+    warm = WarmRanks([cells[i].spec for i in todo])
+    with warm, CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
         for number, i in enumerate(todo, 1):
             way = way_of(plan.cells[i])
             if way.cell != cells[i]:
@@ -149,7 +151,7 @@ def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
                 full = read_mapping(out / OUTCOMES).get(cell_key(way.cell.variant, way.cell.seed))
                 outcome = not_run(way.cell, full or {}, _log(out, way.cell))
             else:
-                outcome = _run_cell(plan, way.cell, runner, eta, bar, f"{number}/{len(todo)} {way.cell.key}")
+                outcome = _run_cell(plan, way.cell, runner, warm, eta, bar, f"{number}/{len(todo)} {way.cell.key}")
             bar.update()
             write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), way.cell.key: outcome})
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
@@ -176,7 +178,7 @@ def _log(out: Path, cell: Cell) -> Path:
 
 
 def _run_cell(
-    plan: StudyPlan, cell: Cell, runner: CellRunner, eta: Eta, bar: console.Bar, label: str
+    plan: StudyPlan, cell: Cell, runner: CellRunner, warm: WarmRanks, eta: Eta, bar: console.Bar, label: str
 ) -> dict[str, Any]:
     def show(line: str) -> None:
         share = step_share(line)
@@ -187,7 +189,8 @@ def _run_cell(
 
     eta.begin(_trained(cell), _tokens(cell))
     bar.name(f"study: {cell.key}, eta {eta}")
-    outcome = runner.run(cell_command(plan, cell), log=_log(plan.study.out, cell), show=show)
+    log = _log(plan.study.out, cell)
+    outcome = runner.run(cell_command(plan, cell), log=log, show=show, environment=warm.environment)
     if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
         outcome["exit_code"] = PREEMPTED  # this process stopped the cell before it could save: not a failure
     summary = read_mapping(cell.run_dir / "summary.json")
