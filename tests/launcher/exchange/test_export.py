@@ -342,7 +342,7 @@ def test_weights_that_do_not_fit_the_spec_are_refused(imported, tmp_path):
         refused("model.norm_eps=1e-6")
     with pytest.raises(SpecError, match=r"(?s)holds another model:.*attention.qk_norm"):
         refused("attention.qk_norm=true")
-    with pytest.raises(SpecError, match=r"use init\.weights too, or leave init out"):
+    with pytest.raises(SpecError, match=r"use init\.weights or init\.run too, or leave init out"):
         refused("init.weights=")
     with pytest.raises(WeightsError, match=r"init\.weights: gone: no such folder"):
         refused("init.weights=gone", "init.sha256=")
