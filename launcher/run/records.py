@@ -37,14 +37,6 @@ class Curve:
     def __len__(self) -> int:
         return int(self.step.size)
 
-    def loss_at_seconds(self, seconds: float) -> float | None:
-        """Loss at `seconds`, interpolated linearly between the adjacent records; None outside the recorded range."""
-        known = np.isfinite(self.train_s) & np.isfinite(self.loss)
-        x, y = self.train_s[known], self.loss[known]
-        if x.size == 0 or not x[0] <= seconds <= x[-1]:
-            return None
-        return float(np.interp(seconds, x, y))
-
     def loss_at_tokens(self, tokens: int) -> float | None:
         """The loss recorded at exactly `tokens`; None if there is no such record."""
         found = np.flatnonzero(self.tokens == tokens)
