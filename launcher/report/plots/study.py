@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from headway.launcher.compare.analyse import StudyResult, VariantResult, seed_mean
+from headway.launcher.report.charts import Chart
 from headway.launcher.report.plots.heads import draw_heads, draw_routers
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN, engineering, styles
 from headway.launcher.run.records import Curve
@@ -25,12 +26,22 @@ EARLY = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawn figure. `svg` and `png` are file names in the folder of the study."""
+    """A drawn figure. `svg` and `png` are file names in the folder of the study. `chart`: its live form in the page."""
 
     title: str
     caption: str
     svg: str
     png: str
+    chart: Chart | None = None
+
+
+class Drawing(NamedTuple):
+    """What a function of `draw_all` returns; the first three fields alone, as a tuple, do as well."""
+
+    figure: Figure
+    title: str
+    caption: str
+    chart: Chart | None = None
 
 
 def draw_all(result: StudyResult) -> list[Plot]:
@@ -46,12 +57,14 @@ def draw_all(result: StudyResult) -> list[Plot]:
             made = draw(result)
             if made is None:
                 continue
-            figure, title, caption = made
-            drawn.append(save(figure, result.out, name, title=title, caption=caption))
+            figure, title, caption, chart = Drawing(*made)
+            drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
     return drawn
 
 
-def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str) -> Plot:
+def save(
+    figure: Figure, folder: Path, name: str, *, title: str, caption: str, chart: Chart | None = None
+) -> Plot:
     """Write a figure as NAME.svg and NAME.png and close it."""
     import matplotlib.pyplot as plt
 
@@ -61,7 +74,7 @@ def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str) -
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(folder / f"{name}.{kind}", dpi=170, metadata=metadata)
     plt.close(figure)
-    return Plot(title=title, caption=caption, svg=f"{name}.svg", png=f"{name}.png")
+    return Plot(title=title, caption=caption, svg=f"{name}.svg", png=f"{name}.png", chart=chart)
 
 
 def inline_svg(path: Path) -> str:
