@@ -1,8 +1,8 @@
 """The data of a chart that readers work with in the page: hover, zoom, hidden variants.
 
-A figure of a report has two forms. The static one is an SVG and a PNG by matplotlib: it is in report.md, in print, and in
-the page where scripts are off. The live one is a `Chart`, which the page holds as JSON and page.js draws. How to add the
-live form to a figure:
+A figure of a report has two forms. The static one is an SVG and a PNG by matplotlib: it is in report.md, in print, and
+in the page where scripts are off. The live one is a `Chart`, which the page holds as JSON and page.js draws. How to add
+the live form to a figure:
 
     chart = Chart(
         styles=styles(result),  # plots.style: the colour and dashes that the variant has in every figure
@@ -18,7 +18,7 @@ live form to a figure:
             )
         ],
     )
-    return Drawing(figure, title, caption, chart)  # plots.study: what a function in the list of `draw_all` returns
+    return Drawing(figure, title, caption, chart)  # from a function in the list of `draw_all`
 
 A scatter with a front: for each variant one series of `mark="dot"` (with `x_low`, `x_high`, `low`, `high` where there
 are intervals, and `texts` for what only the hover text shows) and one of `mark="thin"` if its points belong together;
@@ -33,7 +33,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Mark = Literal["line", "thin", "dot", "ring", "triangle"]
 DIGITS = 7
@@ -44,8 +47,9 @@ DIGITS = 7
 class Axis:
     """An axis with its title, which contains the unit.
 
-    `low`, `high`: the first range; None: that of the data. An axis with `low` > `high` runs the other way. `ticks`: fixed
-    (value, text) pairs, for categories; without them the page chooses round numbers. `log`: all values are positive.
+    `low`, `high`: the first range; None: that of the data. An axis with `low` > `high` runs the other way. `ticks`:
+    fixed (value, text) pairs, for categories; without them the page chooses round numbers. `log`: all values are
+    positive.
     """
 
     label: str
@@ -60,8 +64,8 @@ class Series:
     """Points of one variant (None: of no variant) under one name, such as `mean`, `seed 1` or `FLOP ratio`.
 
     `x`, `y`: equally long; a value that is not finite interrupts a line. `low`, `high`: bounds of `y`, a band around a
-    line and a bar through a dot. `x_low`, `x_high`: bounds of `x`, a bar through a dot. `texts`: one for each point, for
-    the hover text. Marks: `line` is thick, for means; `thin` is a pale line, for seeds; `dot` is filled; `ring` and
+    line and a bar through a dot. `x_low`, `x_high`: bounds of `x`, a bar through a dot. `texts`: one for each point,
+    for the hover text. Marks: `line` is thick, for means; `thin` is a pale line, for seeds; `dot` is filled; `ring` and
     `triangle` are small.
     """
 
@@ -108,6 +112,15 @@ class Chart:
         """Variants that have points, in the order of `styles`."""
         drawn = {s.variant for p in self.panels for s in p.series}
         return [name for name in self.styles if name in drawn]
+
+
+class Drawing(NamedTuple):
+    """What a function of `plots.study.draw_all` returns. A tuple of the first three fields does as well."""
+
+    figure: Figure
+    title: str
+    caption: str
+    chart: Chart | None = None
 
 
 def chart_json(chart: Chart) -> str:

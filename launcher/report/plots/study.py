@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headway.launcher.compare.analyse import StudyResult, VariantResult, seed_mean
-from headway.launcher.report.charts import Chart
+from headway.launcher.report.charts import Chart, Drawing
 from headway.launcher.report.plots.heads import draw_heads, draw_routers
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN, engineering, styles
 from headway.launcher.run.records import Curve
@@ -35,15 +35,6 @@ class Plot:
     chart: Chart | None = None
 
 
-class Drawing(NamedTuple):
-    """What a function of `draw_all` returns; the first three fields alone, as a tuple, do as well."""
-
-    figure: Figure
-    title: str
-    caption: str
-    chart: Chart | None = None
-
-
 def draw_all(result: StudyResult) -> list[Plot]:
     """Draw all figures that have data into the folder of the study."""
     import matplotlib
@@ -62,9 +53,7 @@ def draw_all(result: StudyResult) -> list[Plot]:
     return drawn
 
 
-def save(
-    figure: Figure, folder: Path, name: str, *, title: str, caption: str, chart: Chart | None = None
-) -> Plot:
+def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str, chart: Chart | None = None) -> Plot:
     """Write a figure as NAME.svg and NAME.png and close it."""
     import matplotlib.pyplot as plt
 
