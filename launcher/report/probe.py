@@ -60,7 +60,8 @@ def probe_report(out: Path) -> Path:
     plot = _draw(tasks, out)
     blocks = list(_blocks(record, tasks, [n for n in record["tasks"] if n not in begun], plot))
     write_text(out / "probe.md", to_markdown(blocks))
-    write_text(out / "probe.html", to_html(blocks, title=f"Probe tasks {record['probe']}", folder=out))
+    title = f"Probe tasks {record['probe']}"
+    write_text(out / "probe.html", to_html(blocks, title=title, folder=out, styles=styles(tasks[0].result)))
     write_csv(out / "probe.csv", _rows(tasks))
     return out / "probe.html"
 
