@@ -6,7 +6,7 @@
 
 /** A value for the hover text: six significant digits, thousands apart. */
 function exact(value) {
-  if (Math.abs(value) >= 1e15) return value.toExponential(3);
+  if (Math.abs(value) >= 1e12) return value.toExponential(3);
   return value.toLocaleString("en", { maximumSignificantDigits: 6 });
 }
 
@@ -49,7 +49,17 @@ function ticks(axis, [a, b], count) {
 
 // ------------------------------------------------------------ charts
 
+const panels = [];
 let clips = 0;
+
+/** Outline of the mark of a variant: its dashes and its mark go together (MARKERS in plots/style.py). */
+function outline(mark, x, y, r) {
+  if (mark === "s") return `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`;
+  const wide = 1.35 * r;
+  if (mark === "D") return `M${x} ${y - wide}l${wide} ${wide}l${-wide} ${wide}l${-wide} ${-wide}z`;
+  if (mark === "^") return `M${x} ${y - 1.2 * r}l${1.3 * r} ${2.2 * r}h${-2.6 * r}z`;
+  return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`;
+}
 
 /** One coordinate system, drawn anew for each size and range. A range is two positions: logarithms on a log axis. */
 class Panel {
@@ -65,6 +75,10 @@ class Panel {
     this.box.append(this.tip);
     this.home = { x: this.range("x"), y: this.range("y") };
     this.view = { ...this.home };
+    // Rows of variants: those that are hidden leave no gap.
+    const { low, high, ticks } = data.y;
+    this.rows = ticks.length > 0 && low > high && ticks.every(([, text]) => looks.has(text));
+    panels.push(this);
     this.listen();
     const fit = () => this.box.clientWidth !== this.width && this.draw();
     new ResizeObserver(() => requestAnimationFrame(fit)).observe(this.box);
@@ -109,6 +123,8 @@ class Panel {
   at(key, value) {
     const [a, b] = this.view[key];
     const [start, size] = key === "x" ? [this.left, this.w] : [this.top + this.h, -this.h];
+    const gone = ([row, text]) => hidden.has(text) && row < Math.round(value);
+    if (this.rows && key === "y") value -= this.data.y.ticks.filter(gone).length;
     return start + ((forward(this.data[key], value) - a) / (b - a)) * size;
   }
 
@@ -123,14 +139,16 @@ class Panel {
     this.width = this.box.clientWidth;
     if (!this.width) return;
     const xLabel = x.label.split("\n");
-    const height = y.ticks.length ? 50 + 18 * xLabel.length + 26 * Math.max(2, y.ticks.length) : 320;
+    const rows = y.ticks.filter(([, text]) => !hidden.has(text)).length;
+    if (this.rows) this.home.y = this.view.y = [rows - 0.5, -0.5];
+    const height = y.ticks.length ? 50 + 18 * xLabel.length + 26 * Math.max(2, rows) : 320;
     this.top = 8;
     this.h = height - this.top - 26 - 16 * xLabel.length;
-    const yTicks = ticks(y, this.view.y, 5);
+    const yTicks = this.rows ? y.ticks.filter(([, text]) => !hidden.has(text)) : ticks(y, this.view.y, 5);
     const yLabel = y.label ? 18 : 0;
     this.left = yLabel + 12 + 6.8 * Math.max(2, ...yTicks.map(([, text]) => text.length));
     this.w = this.width - this.left - 14;
-    const xTicks = ticks(x, this.view.x, Math.max(2, this.w / 75));
+    const xTicks = ticks(x, this.view.x, Math.max(3, this.w / 75));
     const [right, bottom] = [this.left + this.w, this.top + this.h];
     this.svg.replaceChildren();
     this.svg.dataset.x = this.view.x.map((v) => back(x, v));
@@ -198,7 +216,8 @@ class Panel {
       if (bounded(s.x_low, s.x_high, i)) bar(this.at("x", s.x_low[i]), this.at("x", s.x_high[i]), py[i], py[i]);
       const [cx, cy, r] = [p, py[i], s.mark === "ring" ? 3.2 : 4.5];
       if (s.mark === "triangle") add(group, "path", { class: s.mark, d: `M${cx - 5} ${cy - 4}h10l-5 8z` });
-      else if (!line || s.x.length === 1) add(group, "circle", { class: s.mark, cx, cy, r });
+      else if (!line || s.x.length === 1)
+        add(group, "path", { class: s.mark, d: outline(looks.get(s.variant)?.marker, cx, cy, r) });
       this.points.push({ s, i, group, px: p, py: py[i] });
     });
   }
@@ -243,7 +262,7 @@ class Panel {
     const fit = (p, low, size) => Math.min(low + size, Math.max(low, p));
     const xs = [fit(Math.min(x0, x1), this.left, this.w), fit(Math.max(x0, x1), this.left, this.w)];
     const ys = [fit(Math.min(y0, y1), this.top, this.h), fit(Math.max(y0, y1), this.top, this.h)];
-    return { x: xs[1] - xs[0] < 12 ? null : xs, y: ys[1] - ys[0] < 24 ? null : ys };
+    return { x: xs[1] - xs[0] < 12 ? null : xs, y: ys[1] - ys[0] < 24 || this.rows ? null : ys };
   }
 
   stretch(from, to) {
@@ -316,13 +335,13 @@ class Panel {
 function chart(figure, source) {
   const data = JSON.parse(source.textContent);
   const reset = make("button", { type: "button", class: "reset" }, "Reset zoom");
-  const changed = () => (reset.disabled = !panels.some((p) => p.zoomed));
-  const panels = data.panels.map((p) => new Panel(p, figure.dataset.title, changed));
+  const changed = () => (reset.disabled = !own.some((p) => p.zoomed));
+  const own = data.panels.map((p) => new Panel(p, figure.dataset.title, changed));
   reset.disabled = true;
-  reset.addEventListener("click", () => panels.forEach((p) => p.reset()));
+  reset.addEventListener("click", () => own.forEach((p) => p.reset()));
   const hint = make("span", {}, "Drag to zoom; double-click resets. Click a name to hide a variant.");
   const tools = make("div", { class: "tools" }, hint, reset);
-  const grid = make("div", { class: "panels" }, ...panels.map((p) => p.box));
+  const grid = make("div", { class: "panels" }, ...own.map((p) => p.box));
   figure.prepend(make("div", { class: "chart" }, grid, legend(data.variants), tools));
   figure.classList.add("live");
 }

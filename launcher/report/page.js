@@ -2,7 +2,7 @@
    has all text, tables and static figures. One script holds charts.js and, after it, this file. */
 
 const SVG = "http://www.w3.org/2000/svg";
-const variants = JSON.parse(document.getElementById("variants").textContent); // [{name, color, dash}]
+const variants = JSON.parse(document.getElementById("variants").textContent); // [{name, color, dash, marker}]
 const looks = new Map(variants.map((v) => [v.name, v]));
 const hidden = new Set();
 
@@ -39,6 +39,7 @@ function setHidden(names) {
   const note = document.querySelector(".hidden-note");
   const shown = variants.map((v) => v.name).filter((name) => !hidden.has(name));
   const few = shown.length < hidden.size ? `all but ${shown.join(", ") || "none"}` : [...hidden].join(", ");
+  panels.filter((p) => p.rows).forEach((p) => p.draw());
   note.hidden = !hidden.size;
   note.firstChild.textContent = `Hidden in figures and tables: ${few}. Text and numbers stay those of all variants. `;
 }
@@ -53,10 +54,11 @@ function legend(names, only = false) {
   for (const name of names) {
     const attributes = { type: "button", class: "variant", "aria-pressed": "true", value: name };
     const button = make("button", { ...attributes, title: `Hide or show ${name} everywhere` });
-    const swatch = add(button, "svg", { width: 26, height: 8, "aria-hidden": "true" });
+    const swatch = add(button, "svg", { width: 26, height: 9, "aria-hidden": "true" });
     const dash = looks.get(name)?.dash ?? "";
-    const line = { x1: 0, x2: 26, y1: 4, y2: 4, "stroke-width": 3, "stroke-dasharray": dash };
+    const line = { x1: 0, x2: 26, y1: 4.5, y2: 4.5, "stroke-width": 3, "stroke-dasharray": dash };
     add(swatch, "line", { ...line, style: `stroke:${colour(name)}` });
+    add(swatch, "path", { d: outline(looks.get(name)?.marker, 13, 4.5, 3.4), style: `fill:${colour(name)}` });
     button.append(name);
     button.addEventListener("click", () => toggle(name));
     const entry = make("span", {}, button);
@@ -96,7 +98,7 @@ function contents(side) {
   fold();
   links.forEach((a) => a.addEventListener("click", () => wide.matches || fold()));
   const mark = () => {
-    const above = headings.filter((h) => h.getBoundingClientRect().top < innerHeight / 4).length;
+    const above = headings.filter((h) => h.getBoundingClientRect().top < Math.min(160, innerHeight / 4)).length;
     const end = innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
     const current = end && scrollY > 0 ? links.length - 1 : Math.max(0, above - 1);
     links.forEach((a) => a.removeAttribute("aria-current"));

@@ -17,6 +17,7 @@ from typing import Any
 
 from headway.launcher.report.charts import chart_json
 from headway.launcher.report.plots.study import Plot, inline_svg
+from headway.launcher.report.plots.style import marker
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def to_html(blocks: Sequence[Block], *, title: str, folder: Path, styles: Styles
     script = _part("charts.js") + _part("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    looks = [{"name": n, "color": look["color"].lower(), "dash": _dashes(look)} for n, look in known.items()]
+    looks = [
+        {"name": name, "color": look["color"].lower(), "dash": _dashes(look), "marker": marker(look)}
+        for name, look in known.items()
+    ]
     parts = [
         f"<title>{html.escape(title)}</title>\n<style>{_part('page.css')}</style>\n</head>\n<body>",
         '<a class="skip" href="#report">Skip to the report</a>',

@@ -259,7 +259,7 @@ def _draw(tasks: list[Task], out: Path) -> Plot | None:
     with plt.rc_context({**STYLE, "svg.hashsalt": "recall"}):
         figure = draw(chart, height_in=4.0, width_in=7.0)
         title = "Associative recall by number of pairs"
-        caption = "Line: mean over seeds; rings: single seeds. Grey: the best guess without memory."
+        caption = "Line: mean over seeds; hollow marks: single seeds. Grey: the best guess without memory."
         return save(figure, out, "recall", title=title, caption=caption, chart=chart)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headway.launcher.report.charts import Axis, Chart, Panel, Rule, Series
-from headway.launcher.report.plots.style import GREY, WIDTH_IN, engineering, legend_below, variant_gid
+from headway.launcher.report.plots.style import GREY, WIDTH_IN, engineering, legend_below, marker, variant_gid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,9 @@ def _series(axis: Axes, series: Series, chart: Chart) -> None:
         case "thin":
             axis.plot(x, y, linewidth=0.8, alpha=0.45, **look, **common)
         case "dot":
-            axis.plot(x, y, "o", color=look["color"], markersize=7, zorder=4, **common)
+            axis.plot(x, y, marker(look), color=look["color"], markersize=7, zorder=4, **common)
         case "ring":
-            axis.plot(x, y, "o", mfc="white", mec=look["color"], markersize=5, zorder=3, **common)
+            axis.plot(x, y, marker(look), mfc="white", mec=look["color"], markersize=5, zorder=3, **common)
         case "triangle":
             axis.plot(x, y, "v", color=GREY, markersize=6, **common)
 

@@ -197,8 +197,8 @@ def _effects(result: StudyResult) -> Drawing | None:
     )
     figure = draw(chart, height_in=1.5 + (0.5 if len(rows) <= 10 else 0.34) * len(rows), share_y=True)
     caption = (
-        "Dot: mean over seeds; bar: 95 % interval (of losses: for all variants at once); rings: single seeds. Left of "
-        "the line is better for the loss, "
+        "Filled: mean over seeds; bar: 95 % interval (of losses: for all variants at once); hollow: single seeds. Left "
+        "of the line is better for the loss, "
         f"right of it for speed. Grey triangle: the speed that the ratio of {base.name}'s useful FLOPs per token to "
         f"the variant's would give.{' Bars that run out of the axis are cut.' if cut else ''}"
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 DASHES = ("-", "--", "-.", ":")
 """With `COLOURS`, 28 styles beside the baseline's."""
+MARKERS = {"-": "o", "--": "s", "-.": "D", ":": "^"}
+"""Points of variants of one colour differ as their dashes do."""
 GREY = "#777777"
 WIDTH_IN = 10.0
 STYLE: dict[Any, Any] = {
@@ -45,6 +47,12 @@ def styles(result: StudyResult) -> dict[str, dict[str, Any]]:
     for i, v in enumerate(result.others):
         found[v.name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
     return found
+
+
+def marker(look: Mapping[str, Any]) -> str:
+    """Mark of the points of a variant, from its style."""
+    style = look.get("linestyle", "-")
+    return MARKERS.get(style, "o") if isinstance(style, str) else "o"
 
 
 def variant_gid(name: str) -> str:
