@@ -26,6 +26,7 @@ from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
+from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
 from headway.launcher.spec.merge import format_value
 
@@ -44,7 +45,7 @@ def report(study_dir: Path | str) -> Path:
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"
     write_text(out / "report.md", to_markdown(blocks))
-    write_text(out / "report.html", to_html(blocks, title=title, folder=out))
+    write_text(out / "report.html", to_html(blocks, title=title, folder=out, styles=styles(result)))
     write_csv(out / "report.csv", cell_rows(result))
     write_csv(out / "curves.csv", curve_rows(result))
     write_csv(out / "routers.csv", router_rows(result))

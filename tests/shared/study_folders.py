@@ -1,9 +1,10 @@
-"""Study folders without training: the files that `headway study run` leaves, from a formula; and tables of reports."""
+"""Study folders as `headway study run` and `headway train` leave them, with made-up curves; and tables of reports."""
 
 from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,23 @@ import numpy as np
 
 from headway.launcher.report.study import report
 
+
+class Values(dict[str, float]):
+    """Values of four variants. Any other variant has a value made from its name, between `low` and `high`."""
+
+    def __init__(self, values: dict[str, float], low: float, high: float) -> None:
+        super().__init__(values)
+        self.low, self.high = low, high
+
+    def __missing__(self, variant: str) -> float:
+        return self.low + (self.high - self.low) * (zlib.crc32(variant.encode()) % 1000) / 1000
+
+
 STEPS, TOKENS_PER_STEP, LAYERS, GROUPS = 40, 1000, 2, 2
-GAIN = {"gqa": 0.0, "rgqa-k1": 0.02, "rgqa-k2": -0.03, "switchhead": 0.015}
-STEP_S = {"gqa": 0.10, "rgqa-k1": 0.08, "rgqa-k2": 0.09, "switchhead": 0.16}
-FLOPS = {"gqa": 2.0e6, "rgqa-k1": 1.5e6, "rgqa-k2": 1.7e6, "switchhead": 2.0e6}
-EXPERTS = {"gqa": {}, "rgqa-k1": {"q": 4}, "rgqa-k2": {"q": 4}, "switchhead": {"o": 4, "v": 4}}
+GAIN = Values({"gqa": 0.0, "rgqa-k1": 0.02, "rgqa-k2": -0.03, "switchhead": 0.015}, -0.05, 0.05)
+STEP_S = Values({"gqa": 0.10, "rgqa-k1": 0.08, "rgqa-k2": 0.09, "switchhead": 0.16}, 0.08, 0.18)
+FLOPS = Values({"gqa": 2.0e6, "rgqa-k1": 1.5e6, "rgqa-k2": 1.7e6, "switchhead": 2.0e6}, 1.4e6, 2.2e6)
+EXPERTS: dict[str, dict[str, int]] = {"rgqa-k1": {"q": 4}, "rgqa-k2": {"q": 4}, "switchhead": {"o": 4, "v": 4}}
 
 
 def cell_key(variant: str, seed: int, budget: float = 1.0) -> str:
@@ -148,7 +161,7 @@ class StudyFolder:
                 "data_s": 0.001 * step_s,
             }
             train["batch_hash"] = f"{hash_of(seed, step):016x}"
-            if EXPERTS[variant]:
+            if variant in EXPERTS:
                 train["router"] = {f"layer_{i:02d}": self.routers(variant, i) for i in range(LAYERS)}
             lines.append({"kind": "train", **common, **train})
             if step % 4 == 0 or step == last:
