@@ -239,7 +239,6 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
         )
     if reasons := why_not_measured(result):
         yield "effective speed-up", f"not measured: {'; '.join(reasons)}"
-    yield "speed", measured_speed_holds_for(result)
 
 
 def measured_speed_holds_for(result: StudyResult) -> str:

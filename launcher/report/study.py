@@ -66,10 +66,7 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     yield Heading("What these numbers cannot say", 3)
     yield Table(limits(result), frozenset({0, 1}))
     yield from _trend(result)
-    if "loss" in plots:
-        yield Image(plots["loss"])
-    if "effects" in plots:
-        yield Image(plots["effects"])
+    yield from (Image(plots[name]) for name in ("loss", "effects", "trend") if name in plots)
     yield from _compared(result)
     yield from _equal_tokens(result)
     yield from _speed(result)

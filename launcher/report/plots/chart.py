@@ -65,7 +65,8 @@ def _series(axis: Axes, series: Series, chart: Chart) -> None:
         case "thin":
             axis.plot(x, y, linewidth=0.8, alpha=0.45, **look, **common)
         case "dot":
-            axis.plot(x, y, marker(look), color=look["color"], markersize=7, zorder=4, **common)
+            label = series.variant or series.name
+            axis.plot(x, y, marker(look), color=look["color"], markersize=7, zorder=4, label=label, **common)
         case "ring":
             axis.plot(x, y, marker(look), mfc="white", mec=look["color"], markersize=5, zorder=3, **common)
         case "triangle":

@@ -14,6 +14,7 @@ import numpy as np
 from headway.launcher.compare.analyse import StudyResult, VariantResult
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
 from headway.launcher.report.plots.chart import draw
+from headway.launcher.report.plots.effective import draw_pareto, draw_trend
 from headway.launcher.report.plots.heads import draw_heads, draw_routers, seed_series
 from headway.launcher.report.plots.style import STYLE, styles
 from headway.launcher.run.records import Curve
@@ -45,8 +46,8 @@ def draw_all(result: StudyResult) -> list[Plot]:
 
     drawn = []
     with plt.rc_context({**STYLE, "svg.hashsalt": str(result.record["study"])}):
-        for name, draw in (("loss", _loss), ("effects", _effects), ("heads", draw_heads), ("routers", draw_routers)):
-            made = draw(result)
+        for name, make in FIGURES.items():
+            made = make(result)
             if made is None:
                 continue
             figure, title, caption, chart = Drawing(*made)
@@ -228,3 +229,14 @@ def _ratio_range(rows: list[VariantResult], base: VariantResult) -> tuple[float,
 def flop_ratio(variant: VariantResult, baseline: VariantResult) -> float:
     """Expected speed-up if time is proportional to useful FLOPs."""
     return baseline.cost["flops_per_token_useful"] / variant.cost["flops_per_token_useful"]
+
+
+FIGURES: dict[str, Callable[[StudyResult], Any]] = {
+    "loss": _loss,
+    "effects": _effects,
+    "trend": draw_trend,
+    "pareto": draw_pareto,
+    "heads": draw_heads,
+    "routers": draw_routers,
+}
+"""Name of the files -> function that draws the figure, or returns None without data."""

@@ -138,12 +138,12 @@ def test_the_page_needs_nothing_but_itself(full):
     assert set(names) <= {"xmlns", "xmlns:xlink"}
     assert "<link" not in page and "@import" not in page
     assert not re.search(r"src=|url\((?!#)", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
 
 
 def test_figures_lie_beside_the_page_and_markdown_shows_them(full):
     page = (full / "report.md").read_text()
-    for name in ("loss", "effects", "routers", "heads"):
+    for name in ("loss", "effects", "trend", "pareto", "routers", "heads"):
         assert (full / f"{name}.svg").stat().st_size > 5000
         assert (full / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in page

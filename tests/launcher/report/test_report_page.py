@@ -142,13 +142,13 @@ def test_the_chart_of_differences_has_the_intervals_of_the_comparison(page: Page
 
 def test_figures_are_in_the_page_without_scripts(few: Path) -> None:
     text = (few / "report.html").read_text()
-    assert text.count('<div class="static"><svg') == 4
+    assert text.count('<div class="static"><svg') == 6
     assert 'class="live"' not in text  # a script adds it, and the style sheet hides static figures by it alone
     assert set(re.findall(r"([^}]*)\{ display: none; \}", text.split("@media print")[0])) >= {"\n.live > .static "}
 
 
 def test_text_of_figures_is_text(page: Page) -> None:
-    assert len(page.figures) == 4
+    assert len(page.figures) == 6
     for words in ("training tokens", "useful training FLOPs", "loss (nats per token)", "rgqa-k2", "15k"):
         assert words in page.figures[0]
     assert "validation loss minus gqa's (nats per token)" in page.figures[1]
