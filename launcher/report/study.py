@@ -22,6 +22,7 @@ from headway.launcher.compare.questions import answer, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
+from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
@@ -72,6 +73,7 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     yield from _speed(result)
     yield from effective_blocks(result, plots)
     yield from router_and_head_blocks(result, plots)
+    yield from context_blocks(result)
     yield from _fairness(result)
     yield from _provenance(result)
 

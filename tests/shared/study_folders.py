@@ -25,6 +25,9 @@ class Values(dict[str, float]):
 
 
 STEPS, TOKENS_PER_STEP, LAYERS, GROUPS = 40, 1000, 2, 2
+CLIPPED = 6
+"""The first steps of a run, whose gradients are clipped."""
+NOISE = {"standard_error": 0.02, "micro_batches": 8}
 GAIN = Values({"gqa": 0.0, "rgqa-k1": 0.02, "rgqa-k2": -0.03, "switchhead": 0.015}, -0.05, 0.05)
 STEP_S = Values({"gqa": 0.10, "rgqa-k1": 0.08, "rgqa-k2": 0.09, "switchhead": 0.16}, 0.08, 0.18)
 FLOPS = Values({"gqa": 2.0e6, "rgqa-k1": 1.5e6, "rgqa-k2": 1.7e6, "switchhead": 2.0e6}, 1.4e6, 2.2e6)
@@ -48,7 +51,8 @@ def spec_of(variant: str, seed: int, budget: float = 1.0) -> dict[str, Any]:
         "model": {"width": 64, "ffn_width": 256 if variant == "gqa" else 240, "vocab_size": 512},
         "attention": attention,
         "data": {"seed": seed, "seq_len": 100},
-        "optimizer": {"lr": 0.003},
+        "optimizer": {"lr": 0.003, "clip_norm": 1.0},
+        "guard": {"spike": "warn"},
         "train": {"tokens": int(budget * STEPS) * TOKENS_PER_STEP},
     }
 
@@ -145,6 +149,7 @@ class StudyFolder:
             "machine": {"cpu": "Test CPU", "cores": 2, "gpu": None},
             "data_fingerprint": "f" * 64,
             "vocab_size": 512,
+            "train_tokens_of_data": 16_000,
         }
         run |= {"unigram_entropy_nats": 5.2, "validation_bytes_per_token": 3.0, "tokens_per_step": TOKENS_PER_STEP}
         run |= {"steps": last, "started_at": "2025-01-02T03:04:05Z"}
@@ -159,6 +164,8 @@ class StudyFolder:
                 "loss": loss + 0.05 * math.sin(3 * step),
                 "step_s": step_s,
                 "data_s": 0.001 * step_s,
+                "grad_norm": 1.5 if step <= CLIPPED else 0.5,
+                "skipped": False,
             }
             train["batch_hash"] = f"{hash_of(seed, step):016x}"
             if variant in EXPERTS:
@@ -166,7 +173,7 @@ class StudyFolder:
             lines.append({"kind": "train", **common, **train})
             if step % 4 == 0 or step == last:
                 lines.append({"kind": "heads", **common, "layers": self.heads(step)})
-                lines.append({"kind": "validation", **common, "loss": loss, "targets": 5000})
+                lines.append({"kind": "validation", **common, "loss": loss, "targets": 5000, **NOISE})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if steps == last:
             summary = {
