@@ -298,7 +298,7 @@ class Panel {
     for (const p of this.points) {
       if (hidden.has(p.s.variant) || p.px < this.left - 1 || p.px > this.left + this.w + 1) continue;
       if (p.py < this.top - 1 || p.py > this.top + this.h + 1) continue;
-      const far = Math.hypot(p.px - x, p.py - y) - (p.s.mark === "line" || p.s.mark === "dot" ? 2 : 0);
+      const far = Math.hypot(p.px - x, p.py - y) - (p.s.mark === "line" || p.s.mark === "dot" ? 0.5 : 0);
       if (far < least) [best, least] = [p, far];
     }
     const name = best?.s.variant ?? null;

@@ -104,7 +104,7 @@ function contents(side) {
     links.forEach((a) => a.removeAttribute("aria-current"));
     links[current]?.setAttribute("aria-current", "location");
   };
-  addEventListener("scroll", () => requestAnimationFrame(mark), { passive: true });
+  addEventListener("scroll", mark, { passive: true });
   mark();
 }
 
