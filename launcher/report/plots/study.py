@@ -44,12 +44,18 @@ def draw_all(result: StudyResult) -> list[Plot]:
     import matplotlib.pyplot as plt
 
     drawn = []
+    functions: dict[str, Callable[[StudyResult], Drawing | tuple[Figure, str, str] | None]] = {
+        "loss": _loss,
+        "effects": _effects,
+        "heads": draw_heads,
+        "routers": draw_routers,
+    }
     with plt.rc_context({**STYLE, "svg.hashsalt": str(result.record["study"])}):
-        for name, draw in (("loss", _loss), ("effects", _effects), ("heads", draw_heads), ("routers", draw_routers)):
-            made = draw(result)
+        for name, draw_one in functions.items():
+            made = draw_one(result)
             if made is None:
                 continue
-            figure, title, caption, chart = Drawing(*made)
+            figure, title, caption, chart = made if isinstance(made, Drawing) else Drawing(*made)
             drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
     return drawn
 
