@@ -78,6 +78,8 @@ class Panel {
     // Rows of variants: those that are hidden leave no gap.
     const { low, high, ticks } = data.y;
     this.rows = ticks.length > 0 && low > high && ticks.every(([, text]) => looks.has(text));
+    // Bands of many variants hide each other: they are pale but for the one at the pointer.
+    this.box.classList.toggle("crowded", new Set(data.series.map((s) => s.variant)).size > 9);
     panels.push(this);
     this.listen();
     const fit = () => this.box.clientWidth !== this.width && this.draw();

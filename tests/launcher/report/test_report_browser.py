@@ -26,7 +26,9 @@ const range = (svg, key) => svg.dataset[key].split(",").map(Number);
 def test_the_page_as_written_draws_its_charts_under_its_policy(few: Path, tmp_path: Path) -> None:
     dom, console = chromium(few / "report.html", tmp_path, "--dump-dom")
     assert console == []
-    assert dom.count('class="live"') == 3 and dom.count('class="panel"') == 8
+    charts = (few / "report.html").read_text().count('class="chart-data"')
+    assert dom.count('class="live"') == charts >= 3
+    assert dom.count('class="panel"') == dom.count('clip-path="url(#clip-') >= 8, "every panel has its points"
 
 
 def test_the_policy_stops_other_scripts(few: Path, tmp_path: Path) -> None:
@@ -58,15 +60,16 @@ def test_a_click_on_a_name_hides_the_variant_in_all_figures_and_tables(few: Path
     found = browse(few / "report.html", tmp_path, READ + script)
     first, hidden, again, only = found["states"]
     # four lines in each panel of losses and heads; of differences three seeds and a mean, and the triangle of speed
-    assert first["lines"] == [24, 33] and first["pressed"] == ["true"] and first["note"] == ""
+    assert first["lines"][0] >= 24 and first["lines"][1] >= 33
+    assert first["pressed"] == ["true"] and first["note"] == ""
     assert first["labels"][:3] == ["rgqa-k1", "rgqa-k2", "switchhead"]
-    assert hidden["lines"] == [24, 0] and hidden["pressed"] == ["false"]
+    assert hidden["lines"] == [first["lines"][0], 0] and hidden["pressed"] == ["false"]
     assert hidden["rows"] == [first["rows"][0], 0] and first["rows"][1] > 5
     assert hidden["labels"][:2] == ["rgqa-k1", "switchhead"]
     assert hidden["note"].startswith("Hidden in figures and tables: rgqa-k2. Text and numbers stay those of all")
     assert again == first
-    assert only["lines"] == [0, 33] and "all but rgqa-k2." in only["note"]
-    assert found["buttons"] == [["BUTTON", 0]] * 3
+    assert only["lines"] == [0, first["lines"][1]] and "all but rgqa-k2." in only["note"]
+    assert len(found["buttons"]) >= 3 and all(button == ["BUTTON", 0] for button in found["buttons"])
 
 
 def test_a_pointer_shows_variant_seed_and_values_of_the_nearest_point(few: Path, tmp_path: Path) -> None:
@@ -213,13 +216,14 @@ def test_a_phone_scrolls_tables_in_their_boxes_and_not_the_page(
       width: [innerWidth, document.scrollingElement.scrollWidth], moved: after.map((left, i) => before[i] - left),
       folded: all(".side details").map((d) => d.open), charts: Math.max(...panels.map((p) => p.right)),
       stacked: panels[1].top >= panels[0].bottom,
+      keys: boxes.every((b) => b.tabIndex === 0),
     };
     """
     page = request.getfixturevalue(study) / "report.html"
     found = browse(page, tmp_path, script, width=PHONE, height=844)
     assert found["width"][0] == PHONE and found["width"][1] <= PHONE and found["charts"] <= PHONE
     assert found["moved"] == [0, 100], "the first column stays"
-    assert found["folded"] == [False, False] and found["stacked"]
+    assert found["folded"] == [False, False] and found["stacked"] and found["keys"]
 
 
 def test_contents_stand_at_the_side_and_mark_the_section_in_view(few: Path, tmp_path: Path) -> None:
@@ -307,8 +311,11 @@ def test_print_has_static_figures_and_no_controls(few: Path, tmp_path: Path) -> 
              split: getComputedStyle(all("figure")[0]).breakInside };
     """
     found = browse(few / "report.html", tmp_path, PRINTED + script)
-    assert found["before"] == [1, 3, 1], "the map of loads has no live form"
-    assert found["after"] == [4, 0, 0]
+    page = (few / "report.html").read_text()
+    charts, figures = page.count('class="chart-data"'), page.count('<div class="static">')
+    assert charts < figures, "the map of loads has no live form"
+    assert found["before"] == [figures - charts, charts, 1]
+    assert found["after"] == [figures, 0, 0]
     assert found["scroll"] == "visible" and found["split"] == "avoid"
     pdf = tmp_path / "page.pdf"
     chromium(few / "report.html", tmp_path, f"--print-to-pdf={pdf}")
@@ -316,7 +323,8 @@ def test_print_has_static_figures_and_no_controls(few: Path, tmp_path: Path) -> 
 
 
 def test_without_scripts_static_figures_and_contents_are_shown(few: Path, tmp_path: Path) -> None:
-    text = html.escape((few / "report.html").read_text())
+    source = (few / "report.html").read_text()
+    text = html.escape(source)
     page = tmp_path / "outer.html"
     frame = f'<iframe sandbox="allow-same-origin" style="width:1300px;height:800px" srcdoc="{text}"></iframe>'
     page.write_text(f"<!doctype html><html><head></head><body>{frame}</body></html>")
@@ -326,7 +334,7 @@ def test_without_scripts_static_figures_and_contents_are_shown(few: Path, tmp_pa
     return [".static svg", ".chart, button, .hidden-note", "nav a", "table"].map(count);
     """
     figures, controls, links, tables = browse(page, tmp_path, script, expected="Blocked script execution")
-    assert (figures, controls) == (4, 0) and links > 8 and tables > 8
+    assert (figures, controls) == (source.count('<div class="static">'), 0) and links > 8 and tables > 8
 
 
 def test_no_text_of_a_static_figure_is_cut_off(many: Path, tmp_path: Path) -> None:
