@@ -168,8 +168,11 @@ class Panel {
       if (looks.has(text)) label.dataset.variant = text;
     }
     add(this.svg, "path", { class: "axis", fill: "none", d: `M${this.left} ${this.top}V${bottom}H${right}` });
+    // Long titles move to the left rather than beyond the edge.
+    const half = 3.3 * Math.max(...xLabel.map((line) => line.length));
+    const middle = Math.max(half, Math.min((this.left + right) / 2, this.width - half));
     xLabel.forEach((line, i) => {
-      add(this.svg, "text", { x: (this.left + right) / 2, y: bottom + 34 + 16 * i, "text-anchor": "middle" }, line);
+      add(this.svg, "text", { x: middle, y: bottom + 34 + 16 * i, "text-anchor": "middle" }, line);
     });
     const turned = `translate(12 ${(this.top + bottom) / 2}) rotate(-90)`;
     if (y.label) add(this.svg, "text", { transform: turned, "text-anchor": "middle" }, y.label);

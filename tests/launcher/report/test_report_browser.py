@@ -226,6 +226,23 @@ def test_a_phone_scrolls_tables_in_their_boxes_and_not_the_page(
     assert found["folded"] == [False, False] and found["stacked"] and found["keys"]
 
 
+@pytest.mark.parametrize("width", [PHONE, 1400])
+def test_no_text_of_a_live_figure_is_cut_off(width: int, many: Path, tmp_path: Path) -> None:
+    script = """
+    const found = [];
+    for (const svg of all(".panel svg")) {
+      const outer = svg.getBoundingClientRect();
+      for (const t of svg.querySelectorAll("text")) {
+        const box = t.getBoundingClientRect();
+        if (box.left < outer.left - 1 || box.right > outer.right + 1 || box.bottom > outer.bottom + 1)
+          found.push(t.textContent);
+      }
+    }
+    return found;
+    """
+    assert browse(many / "report.html", tmp_path, script, width=width) == []
+
+
 def test_contents_stand_at_the_side_and_mark_the_section_in_view(few: Path, tmp_path: Path) -> None:
     script = """
     const current = () => all("nav [aria-current]").map((a) => a.textContent);
