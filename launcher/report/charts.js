@@ -78,6 +78,8 @@ class Panel {
     // Rows of variants: those that are hidden leave no gap.
     const { low, high, ticks } = data.y;
     this.rows = ticks.length > 0 && low > high && ticks.every(([, text]) => looks.has(text));
+    // Bands of many variants hide each other: they are pale but for the one at the pointer.
+    this.box.classList.toggle("crowded", new Set(data.series.map((s) => s.variant)).size > 9);
     panels.push(this);
     this.listen();
     const fit = () => this.box.clientWidth !== this.width && this.draw();
@@ -166,8 +168,11 @@ class Panel {
       if (looks.has(text)) label.dataset.variant = text;
     }
     add(this.svg, "path", { class: "axis", fill: "none", d: `M${this.left} ${this.top}V${bottom}H${right}` });
+    // Long titles move to the left rather than beyond the edge.
+    const half = 3.3 * Math.max(...xLabel.map((line) => line.length));
+    const middle = Math.max(half, Math.min((this.left + right) / 2, this.width - half));
     xLabel.forEach((line, i) => {
-      add(this.svg, "text", { x: (this.left + right) / 2, y: bottom + 34 + 16 * i, "text-anchor": "middle" }, line);
+      add(this.svg, "text", { x: middle, y: bottom + 34 + 16 * i, "text-anchor": "middle" }, line);
     });
     const turned = `translate(12 ${(this.top + bottom) / 2}) rotate(-90)`;
     if (y.label) add(this.svg, "text", { transform: turned, "text-anchor": "middle" }, y.label);
@@ -298,7 +303,7 @@ class Panel {
     for (const p of this.points) {
       if (hidden.has(p.s.variant) || p.px < this.left - 1 || p.px > this.left + this.w + 1) continue;
       if (p.py < this.top - 1 || p.py > this.top + this.h + 1) continue;
-      const far = Math.hypot(p.px - x, p.py - y) - (p.s.mark === "line" || p.s.mark === "dot" ? 2 : 0);
+      const far = Math.hypot(p.px - x, p.py - y) - (p.s.mark === "line" || p.s.mark === "dot" ? 0.5 : 0);
       if (far < least) [best, least] = [p, far];
     }
     const name = best?.s.variant ?? null;

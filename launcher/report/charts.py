@@ -31,13 +31,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Numbers = Sequence[float] | NDArray[Any]
 Mark = Literal["line", "thin", "dot", "ring", "triangle"]
 DIGITS = 7
 """Significant digits of numbers in the page. A loss of 3.512345 keeps its sixth decimal."""
@@ -71,13 +74,13 @@ class Series:
 
     variant: str | None
     name: str
-    x: Iterable[float]
-    y: Iterable[float]
+    x: Numbers
+    y: Numbers
     mark: Mark = "line"
-    low: Iterable[float] | None = None
-    high: Iterable[float] | None = None
-    x_low: Iterable[float] | None = None
-    x_high: Iterable[float] | None = None
+    low: Numbers | None = None
+    high: Numbers | None = None
+    x_low: Numbers | None = None
+    x_high: Numbers | None = None
     texts: Sequence[str] | None = None
 
 

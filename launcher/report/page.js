@@ -104,7 +104,7 @@ function contents(side) {
     links.forEach((a) => a.removeAttribute("aria-current"));
     links[current]?.setAttribute("aria-current", "location");
   };
-  addEventListener("scroll", () => requestAnimationFrame(mark), { passive: true });
+  addEventListener("scroll", mark, { passive: true });
   mark();
 }
 
@@ -146,6 +146,8 @@ function table(element) {
   const body = element.tBodies[0];
   const rows = [...body.rows];
   const heads = [...element.tHead.rows[0].cells];
+  const box = element.parentElement;
+  if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; // the arrow keys scroll it
   if (rows.length < 2) return;
   heads.forEach((head, column) => {
     const button = make("button", { type: "button" }, ...head.childNodes);
@@ -165,7 +167,7 @@ function table(element) {
     const fits = (row) => words.every((word) => row.textContent.toLowerCase().includes(word));
     rows.forEach((row) => row.classList.toggle("filtered", !fits(row)));
   });
-  element.parentElement.before(make("div", { class: "filter" }, input));
+  box.before(make("div", { class: "filter" }, input));
 }
 
 const side = document.querySelector(".side");

@@ -63,10 +63,13 @@ def framed(source: str, width: int, height: int) -> str:
     )
 
 
-def browse(page: Path, folder: Path, script: str, *flags: str, width: int = 1400, height: int = 900) -> Any:
-    """What `script`, the body of an async function, returns in a copy of the page. No error may occur in the page.
+def browse(
+    page: Path, folder: Path, script: str, *flags: str, width: int = 1400, height: int = 900, expected: str = ""
+) -> Any:
+    """What `script`, the body of an async function, returns in a copy of the page.
 
-    The copy has no security policy, which would not allow the script.
+    Nothing may be written to the console but messages that contain `expected`. The copy has no security policy, which
+    would not allow the script.
     """
     source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     source = source.replace("<head>", f"<head>{HEAD}", 1).replace("</body>", f"{TAIL % script}</body>", 1)
@@ -76,5 +79,6 @@ def browse(page: Path, folder: Path, script: str, *flags: str, width: int = 1400
     found = re.search(r'<pre id="outcome">(.*?)</pre>', dom, re.S)
     assert found, f"the script did not end; console: {console}"
     outcome = json.loads(html.unescape(found[1]))
-    assert outcome["problems"] == [] and console == []
+    assert outcome["problems"] == []
+    assert [line for line in console if not expected or expected not in line] == []
     return outcome["result"]

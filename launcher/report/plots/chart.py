@@ -58,7 +58,7 @@ def _series(axis: Axes, series: Series, chart: Chart) -> None:
         else:
             axis.vlines(x, low, high, color=look["color"], **bars, **common)
     if series.x_low is not None and series.x_high is not None:
-        axis.hlines(y, series.x_low, series.x_high, color=look["color"], **bars, **common)
+        axis.hlines(y, np.asarray(series.x_low), np.asarray(series.x_high), color=look["color"], **bars, **common)
     match series.mark:
         case "line":
             axis.plot(x, y, linewidth=2.2, label=series.variant or series.name, **look, **common)

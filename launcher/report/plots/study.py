@@ -45,12 +45,20 @@ def draw_all(result: StudyResult) -> list[Plot]:
     import matplotlib.pyplot as plt
 
     drawn = []
+    functions: dict[str, Callable[[StudyResult], Drawing | tuple[Figure, str, str] | None]] = {
+        "loss": _loss,
+        "effects": _effects,
+        "trend": draw_trend,
+        "pareto": draw_pareto,
+        "heads": draw_heads,
+        "routers": draw_routers,
+    }
     with plt.rc_context({**STYLE, "svg.hashsalt": str(result.record["study"])}):
-        for name, make in FIGURES.items():
-            made = make(result)
+        for name, draw_one in functions.items():
+            made = draw_one(result)
             if made is None:
                 continue
-            figure, title, caption, chart = Drawing(*made)
+            figure, title, caption, chart = made if isinstance(made, Drawing) else Drawing(*made)
             drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
     return drawn
 
@@ -229,14 +237,3 @@ def _ratio_range(rows: list[VariantResult], base: VariantResult) -> tuple[float,
 def flop_ratio(variant: VariantResult, baseline: VariantResult) -> float:
     """Expected speed-up if time is proportional to useful FLOPs."""
     return baseline.cost["flops_per_token_useful"] / variant.cost["flops_per_token_useful"]
-
-
-FIGURES: dict[str, Callable[[StudyResult], Any]] = {
-    "loss": _loss,
-    "effects": _effects,
-    "trend": draw_trend,
-    "pareto": draw_pareto,
-    "heads": draw_heads,
-    "routers": draw_routers,
-}
-"""Name of the files -> function that draws the figure, or returns None without data."""

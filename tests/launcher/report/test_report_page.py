@@ -40,7 +40,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
+        found = {key: value or "" for key, value in attrs}
         if "id" in found:
             self.ids.append(found["id"])
         if tag == "a":
@@ -55,7 +55,7 @@ class Page(HTMLParser):
             self.open.append((tag, found))
 
     def handle_startendtag(self, tag, attrs):
-        self.ids += [value for key, value in attrs if key == "id"]
+        self.ids += [value or "" for key, value in attrs if key == "id"]
 
     def handle_endtag(self, tag):
         self.open.pop()
@@ -178,7 +178,7 @@ def test_the_legend_of_23_variants_names_all_and_their_styles_differ(many: Path)
 
 
 def a_chart(**series: Any) -> Chart:
-    panel = Panel(x=Axis(label="x"), y=Axis(label="y"), series=[Series(**{"variant": "a", "name": "mean"} | series)])
+    panel = Panel(x=Axis(label="x"), y=Axis(label="y"), series=[Series(variant="a", name="mean", **series)])
     return Chart(panels=[panel], styles={"a": {"color": "#000000", "linestyle": (0, (3, 1))}})
 
 
