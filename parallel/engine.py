@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -58,11 +59,30 @@ class StepStats:
 class Evaluation:
     """Result of an evaluation over all ranks: mean loss in nats per target token, accuracy (fraction of targets that
     are the argmax of the logits), number of targets.
+
+    `standard_error`: of the loss as an estimate of that on all text of this kind, from the spread of `micro_batches`
+    micro-batches over all ranks; None with one of them.
     """
 
     loss: float
     accuracy: float
     targets: int
+    standard_error: float | None
+    micro_batches: int
+
+
+def evaluation_of(sums: Tensor) -> Evaluation:
+    """The result from sums of loss, hits and targets of each micro-batch, [N, 3] float64.
+
+    The standard error is that of a ratio of sums (Cochran 1977, section 2.11): micro-batches differ in their targets.
+    """
+    total, count = sums.sum(0).tolist(), len(sums)
+    loss_sum, hits, targets = total
+    some = max(1.0, targets)
+    loss = loss_sum / some
+    residual = sums[:, 0] - loss * sums[:, 2]
+    error = None if count < 2 else math.sqrt(count / (count - 1) * float(residual.square().sum())) / some
+    return Evaluation(loss=loss, accuracy=hits / some, targets=int(targets), standard_error=error, micro_batches=count)
 
 
 def deepspeed_config(
@@ -296,22 +316,23 @@ class Engine:
         The number of targets may differ between ranks. The number of micro-batches must not: ZeRO-3 gathers parameters
         in every forward pass, so a rank with an extra micro-batch would wait for the others until the timeout.
         """
-        sums = self._evaluation_sums(micro)
-        if self.layout.tp_rank:
-            sums.zero_()
-        loss_sum, hits, targets = self.layout.sum(sums).tolist()
-        return Evaluation(loss=loss_sum / max(1.0, targets), accuracy=hits / max(1.0, targets), targets=int(targets))
+        layout, own = self.layout, self._evaluation_sums(micro)
+        # One row for each micro-batch. Ranks that share its sequences add up; tensor-parallel ranks have equal sums.
+        rows = torch.zeros(layout.dp_size, len(micro), 3, dtype=torch.float64, device=layout.device)
+        if not layout.tp_rank:
+            rows[layout.dp_rank] = own
+        return evaluation_of(layout.sum(rows).flatten(0, 1))
 
     def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
-        """Sums of loss, hits and targets over this rank's micro-batches, [3] float64."""
+        """Sums of loss, hits and targets of each of this rank's micro-batches, [N, 3] float64."""
         module = self._engine
         module.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
+        sums = []
         for batch in micro:
             out = module(*self._inputs(batch))
-            sums += torch.stack([out.loss_sum.double(), out.hits.double(), out.targets.double()])
+            sums.append(torch.stack([out.loss_sum.double(), out.hits.double(), out.targets.double()]))
         module.train()
-        return sums
+        return torch.stack(sums)
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences."""

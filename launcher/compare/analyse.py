@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.compare.cells import OUTCOMES, cell_state
+from headway.launcher.compare.cell_results import FULL, CellResult, common_end, read_cells
+from headway.launcher.compare.effective import HOW_TO_MEASURE, Effective, EffectiveCosts, effective_costs
 from headway.launcher.compare.fairness import (
     Difference,
     Pairing,
@@ -22,43 +22,20 @@ from headway.launcher.compare.fairness import (
 )
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
 from headway.launcher.compare.start import StartStrength, start_strengths
-from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio, steady_speed
+from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio
 from headway.launcher.compare.trend import Trend, trend_of
 from headway.launcher.compare.verdicts import Verdict, verdict
-from headway.launcher.run.records import RunRecord, read_run
 from headway.launcher.run.records_heads import Heads, Router, mean_routers
 from headway.launcher.run.run_dir import flatten, read_mapping
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellResult:
-    """One cell. `loss`: the validation loss at the compared token count, for finished cells."""
-
-    variant: str
-    seed: int
-    state: str
-    detail: str
-    record: RunRecord
-    planned: dict[str, Any]
-    loss: float | None
-    speed: Speed | None
-
-    @property
-    def key(self) -> str:
-        return f"{self.variant}/seed-{self.seed}"
-
-    @property
-    def done(self) -> bool:
-        return self.state == "done"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantResult:
     """One variant over its finished seeds. Fields are None without data to compute them from.
 
-    `loss`, `difference` (to the baseline): in nats per token. `seconds_loss`, `seconds_difference`: the same at equal
-    training seconds. Intervals of differences are simultaneous for all variants. `speed_ratio`: tokens/s relative to
-    the baseline. `planned`: the entry of the variant in study.json. `routers`: means over seeds. `heads`: one value for
+    `loss`, `difference` (to the baseline): in nats per token. Intervals of differences are simultaneous for all
+    variants. `effective`: how much less of a cost reaches the same loss. `speed_ratio`: tokens/s relative to the
+    baseline. `planned`: the entry of the variant in study.json. `routers`: means over seeds. `heads`: one value for
     each seed that recorded them.
     """
 
@@ -69,8 +46,7 @@ class VariantResult:
     difference: Simultaneous | None
     speeds: dict[int, Speed]
     speed_ratio: Estimate | None
-    seconds_loss: Estimate | None
-    seconds_difference: Simultaneous | None
+    effective: Effective | None
     routers: tuple[Router, ...]
     heads: dict[int, Heads]
     start: StartStrength
@@ -82,8 +58,10 @@ class VariantResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """All numbers of the report. `tokens`, `seconds`: token count and training time at which losses are compared.
+    """All numbers of the report. `tokens`: the token count at which losses are compared.
 
+    `cells`: those of the full budget, which alone give every number except for `effective`. `short_cells`: those of
+    smaller budgets. `short_pairing`: their pairing, by budget. `short_deviations`: their differences from the plan.
     `trend`: None for unpaired studies.
     """
 
@@ -93,7 +71,6 @@ class StudyResult:
     variants: tuple[VariantResult, ...]
     tokens: int | None
     tokens_are_final: bool
-    seconds: float | None
     comparison: Comparison
     trend: Trend | None
     pairing: Pairing
@@ -101,6 +78,10 @@ class StudyResult:
     circumstances: tuple[str, ...]
     deviations: tuple[str, ...]
     leftovers: tuple[str, ...]
+    short_cells: tuple[CellResult, ...]
+    short_pairing: dict[float, Pairing]
+    short_deviations: tuple[str, ...]
+    effective: EffectiveCosts
 
     @property
     def baseline(self) -> VariantResult:
@@ -129,36 +110,40 @@ def analyse(out: Path) -> StudyResult:
     record = read_mapping(out / "study.json")
     if record.get("format") != 1:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
-    outcomes = read_mapping(out / OUTCOMES)
-    cells = [_read_cell(out, cell, outcomes) for cell in record["cells"]]
-    tokens, final = _common_tokens([c.record for c in cells if c.done])
-    cells = [_with_loss(c, tokens) for c in cells]
+    base = record["baseline"]
+    every = read_cells(out, record["cells"])
+    cells = [c for c in every if c.budget == FULL]
+    short = [c for c in every if c.budget != FULL]
+    end = common_end(cells, FULL)
     done = {c.key: c for c in cells if c.done}
-    seconds = _common_seconds([c.record for c in done.values()])
-    hashes: dict[str, dict[int, dict[int, str]]] = {}
-    for c in cells:
-        hashes.setdefault(c.variant, {})[c.seed] = c.record.batch_hash
-    pairing = check_pairing(hashes, record["baseline"])
+    pairing = check_pairing(_hashes(cells), base)
     paired = pairing.status != "UNPAIRED"
-    comparison = _compare(list(done.values()), record["baseline"], lambda c: c.loss, paired=paired)
+    comparison = _compare(list(done.values()), base, lambda c: c.loss, paired=paired)
     validations = _by_variant(list(done.values()), lambda c: c.record.validation if len(c.record.validation) else None)
-    known = {c.key for c in cells}
+    short_pairing = {
+        b: check_pairing(_hashes([c for c in short if c.budget == b]), base) for b in sorted({c.budget for c in short})
+    }
+    all_paired = paired and all(p.status != "UNPAIRED" for p in short_pairing.values())
+    effective = _effective(record, every, comparison, paired=all_paired)
     there = {f"{p.parent.name}/{p.name}" for p in (out / "cells").glob("*/seed-*")}
     return StudyResult(
         out=out,
         record=record,
         cells=tuple(cells),
-        variants=tuple(_variants(record, list(done.values()), seconds, comparison, paired=paired)),
-        tokens=tokens,
-        tokens_are_final=final,
-        seconds=seconds,
+        variants=tuple(_variants(record, list(done.values()), comparison, effective)),
+        tokens=end.tokens,
+        tokens_are_final=end.final,
         comparison=comparison,
-        trend=trend_of(validations, record["baseline"]) if paired else None,
+        trend=trend_of(validations, base) if paired else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
         circumstances=tuple(run_differences({key: c.record for key, c in done.items()})),
         deviations=tuple(_deviations(cells)),
-        leftovers=tuple(sorted(there - known)),
+        leftovers=tuple(sorted(there - {c.key for c in every})),
+        short_cells=tuple(short),
+        short_pairing=short_pairing,
+        short_deviations=tuple(_deviations(short)),
+        effective=effective,
     )
 
 
@@ -174,51 +159,6 @@ def seed_mean(curves: list[tuple[Any, Any]], points: int = 200) -> tuple[Any, An
         return None
     grid = np.linspace(low, high, points)
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-
-
-def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> CellResult:
-    run_dir = out / cell["run_dir"]
-    record = read_run(run_dir)
-    state = cell_state(run_dir, outcomes.get(f"{cell['variant']}/seed-{cell['seed']}"))
-    tokens_per_step = record.run.get("tokens_per_step")
-    return CellResult(
-        variant=cell["variant"],
-        seed=cell["seed"],
-        state=state.state,
-        detail=state.detail,
-        record=record,
-        planned=cell["spec"],
-        loss=None,
-        speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step else None,
-    )
-
-
-def _common_tokens(done: list[RunRecord]) -> tuple[int | None, bool]:
-    """(largest token count at which all finished runs were validated, whether it is the end of all these runs)."""
-    if not done:
-        return None, False
-    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t)} for r in done]
-    common = set.intersection(*validated)
-    if not common:
-        return None, False
-    tokens = max(common)
-    return tokens, all(tokens == max(own) and tokens == r.tokens for own, r in zip(validated, done, strict=True))
-
-
-def _common_seconds(done: list[RunRecord]) -> float | None:
-    """Training seconds of the fastest finished run at its last validation. All finished runs reached this time."""
-    ends = [float(r.validation.train_s[-1]) for r in done if len(r.validation)]
-    return min(ends) if ends and math.isfinite(min(ends)) else None
-
-
-def _with_loss(cell: CellResult, tokens: int | None) -> CellResult:
-    if not cell.done:
-        return cell
-    loss = None if tokens is None else cell.record.validation.loss_at_tokens(tokens)
-    state, detail = cell.state, cell.detail
-    if loss is None or not math.isfinite(loss):
-        state, detail, loss = "failed", f"trained to its end, but its validation loss is {loss}", None
-    return replace(cell, loss=loss, state=state, detail=detail)
 
 
 def _by_variant(done: list[CellResult], value: Callable[[CellResult], Any]) -> dict[str, dict[int, Any]]:
@@ -239,16 +179,51 @@ def _compare(
     return compare_unpaired({v: list(by_seed.values()) for v, by_seed in losses.items()}, baseline)
 
 
-def _variants(
-    record: dict[str, Any], done: list[CellResult], seconds: float | None, comparison: Comparison, *, paired: bool
-) -> list[VariantResult]:
-    def at_seconds(cell: CellResult) -> float | None:
-        return None if seconds is None else cell.record.validation.loss_at_seconds(seconds)
+def _hashes(cells: list[CellResult]) -> dict[str, dict[int, dict[int, str]]]:
+    """Variant -> seed -> step -> hash of the global batch."""
+    found: dict[str, dict[int, dict[int, str]]] = {}
+    for c in cells:
+        found.setdefault(c.variant, {})[c.seed] = c.record.batch_hash
+    return found
 
+
+def _effective(
+    record: dict[str, Any], cells: list[CellResult], comparison: Comparison, *, paired: bool
+) -> EffectiveCosts:
+    budgets = sorted({c.budget for c in cells})
+    if len(budgets) < 2:
+        return EffectiveCosts(tokens={}, why=f"the study has one budget; {HOW_TO_MEASURE}")
+    ends = {b: common_end(cells, b) for b in budgets}
+    lost = [b for b, end in ends.items() if end.tokens is None]
+    if lost:
+        shown = ", ".join(f"{b:g}" for b in lost)
+        return EffectiveCosts(tokens={}, why=f"no cell of budget {shown} has finished; run the study again")
+    uneven = [b for b, end in ends.items() if not end.final]
+    if uneven:
+        shown = ", ".join(f"{b:g}" for b in uneven)
+        return EffectiveCosts(tokens={}, why=f"the cells of budget {shown} did not all end at one token count")
+    losses: dict[str, dict[float, dict[int, float]]] = {planned["name"]: {} for planned in record["variants"]}
+    for c in cells:
+        if c.done and c.loss is not None:
+            losses[c.variant].setdefault(c.budget, {})[c.seed] = c.loss
+    speeds = _by_variant([c for c in cells if c.done and c.budget == FULL], lambda c: c.speed and c.speed.tokens_per_s)
+    return effective_costs(
+        losses,
+        {b: end.tokens for b, end in ends.items() if end.tokens is not None},
+        record["baseline"],
+        flops={planned["name"]: planned["cost"]["flops_per_token_useful"] for planned in record["variants"]},
+        speeds=speeds,
+        own_spread=comparison.own_spread,
+        paired=paired,
+    )
+
+
+def _variants(
+    record: dict[str, Any], done: list[CellResult], comparison: Comparison, effective: EffectiveCosts
+) -> list[VariantResult]:
     base = record["baseline"]
-    all_losses, all_timed = _by_variant(done, lambda c: c.loss), _by_variant(done, at_seconds)
+    all_losses = _by_variant(done, lambda c: c.loss)
     all_speeds, all_heads = _by_variant(done, lambda c: c.speed), _by_variant(done, lambda c: c.record.heads)
-    timed_comparison = _compare(done, base, at_seconds, paired=paired)
     names = [planned["name"] for planned in record["variants"]]
     starts = start_strengths(
         {name: [c.record.start for c in done if c.variant == name and c.record.start] for name in names}, base
@@ -257,7 +232,7 @@ def _variants(
     results = []
     for planned in record["variants"]:
         name = planned["name"]
-        losses, timed = all_losses.get(name, {}), all_timed.get(name, {})
+        losses = all_losses.get(name, {})
         ratio = None if name == base else paired_ratio(tokens_per_s.get(name, {}), tokens_per_s.get(base, {}))
         results.append(
             VariantResult(
@@ -268,8 +243,7 @@ def _variants(
                 difference=comparison.differences.get(name),
                 speeds=all_speeds.get(name, {}),
                 speed_ratio=ratio,
-                seconds_loss=estimate(list(timed.values())) if timed else None,
-                seconds_difference=timed_comparison.differences.get(name),
+                effective=effective.by_variant.get(name),
                 routers=mean_routers(c.record.routers for c in done if c.variant == name),
                 heads=all_heads.get(name, {}),
                 start=starts[name],

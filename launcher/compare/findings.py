@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.analyse import StudyResult, VariantResult
+from headway.launcher.compare.effective import SpeedUp
 from headway.launcher.compare.simultaneous import Simultaneous
 from headway.launcher.compare.stats import sd_factor
 from headway.launcher.compare.verdicts import Verdict, chance_of_difference, seeds_to_decide
@@ -58,6 +59,8 @@ def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
         "variant",
         "verdict",
         "difference in loss [95 %, all at once]",
+        "effective speed-up, FLOPs",
+        "effective speed-up, seconds",
         "tokens/s",
         "KV bytes/token",
         "start: attention",
@@ -72,6 +75,8 @@ def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
                 v.name,
                 "baseline" if base else result.verdict(v) + marked,
                 "baseline" if base else signed_interval(v.difference),
+                "1.00x" if base else speed_up(v.effective and v.effective.flops),
+                "1.00x" if base else speed_up(v.effective and v.effective.seconds),
                 "1.00x" if base else ("-" if v.speed_ratio is None else f"{v.speed_ratio.mean:.2f}x"),
                 f"{v.cost['kv_bytes_per_token']:,.12g}",
                 _ratio(v.start.attention),
@@ -102,6 +107,18 @@ def signed_interval(e: Simultaneous | None, digits: int = 4) -> str:
     if e.low is None:
         return f"{e.mean:+.{digits}f} (no interval)"
     return f"{e.mean:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+
+
+def speed_up(found: SpeedUp | None) -> str:
+    """Text such as `1.42x [1.20, 1.71]`, or "not measured"."""
+    return "not measured" if found is None else str(found)
+
+
+def why_not_measured(result: StudyResult) -> list[str]:
+    """Why effective speed-ups are not measured: one reason for the study, or one for each variant without them."""
+    if result.effective.why:
+        return [result.effective.why]
+    return [f"{v.name}: {v.effective.why}" for v in result.others if v.effective is not None and v.effective.why]
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
@@ -220,11 +237,23 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
             f"the runs do not all end at {result.tokens:,} tokens, where losses are compared: some are still in the "
             "middle of their learning-rate schedule there",
         )
-    machine = result.card("machine") or {}
-    yield (
-        "speed",
-        f"this implementation on {machine.get('gpu') or machine.get('cpu') or 'an unknown machine'} with "
-        f"{machine.get('cores', '?')} cores; runs ran one after another, so other load on the machine shows in them",
+    if reasons := why_not_measured(result):
+        yield "effective speed-up", f"not measured: {'; '.join(reasons)}"
+
+
+def measured_speed_holds_for(result: StudyResult) -> str:
+    """What a measured speed holds for: machine, implementation, size, sequence length, layout, other load."""
+    machine, versions, attempts = (result.card(key) for key in ("machine", "versions", "attempts"))
+    machine, versions = machine or {}, versions or {}
+    code = ", ".join(f"{name} {versions[name]}" for name in ("headway", "torch", "deepspeed") if versions.get(name))
+    layout = attempts[-1].get("layout") if isinstance(attempts, list) and attempts else None
+    seq_len = next((c.planned.get("data", {}).get("seq_len") for c in result.cells), None)
+    return (
+        f"measured on {machine.get('gpu') or machine.get('cpu') or 'an unknown machine'} with "
+        f"{machine.get('cores', '?')} cores, by this implementation ({code or 'unknown versions'}), at "
+        f"{short_number(result.baseline.cost['num_params'])} parameters and sequences of {seq_len or '?'} tokens, as "
+        f"{layout or 'an unknown layout'}; with another of these it can be another one. Runs ran one after another, so "
+        "other load on the machine shows in them"
     )
 
 

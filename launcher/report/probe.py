@@ -15,9 +15,11 @@ from headway.data.synthetic import SyntheticTask
 from headway.launcher.base.errors import SpecError
 from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult, analyse
 from headway.launcher.match.matching import quantity_words
+from headway.launcher.report.charts import Axis, Chart, Panel, Series
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
+from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.study import Plot, save
-from headway.launcher.report.plots.style import STYLE, styles
+from headway.launcher.report.plots.style import GREY, STYLE, styles
 from headway.launcher.report.study import report
 from headway.launcher.report.tables import write_csv, write_text
 from headway.launcher.run.run_dir import read_mapping
@@ -58,7 +60,8 @@ def probe_report(out: Path) -> Path:
     plot = _draw(tasks, out)
     blocks = list(_blocks(record, tasks, [n for n in record["tasks"] if n not in begun], plot))
     write_text(out / "probe.md", to_markdown(blocks))
-    write_text(out / "probe.html", to_html(blocks, title=f"Probe tasks {record['probe']}", folder=out))
+    title = f"Probe tasks {record['probe']}"
+    write_text(out / "probe.html", to_html(blocks, title=title, folder=out, styles=styles(tasks[0].result)))
     write_csv(out / "probe.csv", _rows(tasks))
     return out / "probe.html"
 
@@ -236,28 +239,28 @@ def _draw(tasks: list[Task], out: Path) -> Plot | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    looks = {name: {"color": GREY, "linestyle": "-"} for name in _variants(recall)} | styles(recall[0].result)
+    series = []
+    for name in _variants(recall):
+        runs = [(t.source.pairs, c.seed, 100 * float(c.record.accuracy[-1])) for t in recall for c in t.cells(name)]
+        pairs = sorted({p for p, _, _ in runs})
+        means = [float(np.mean([a for p, _, a in runs if p == pair])) for pair in pairs]
+        series.append(Series(variant=name, name="mean", x=pairs, y=means))
+        for seed in sorted({s for _, s, _ in runs}):
+            own = [(p, a) for p, s, a in runs if s == seed]
+            x, y = [p for p, _ in own], [a for _, a in own]
+            series.append(Series(variant=name, name=f"seed {seed}", x=x, y=y, mark="ring"))
+    pairs = [t.source.pairs for t in recall]
+    chance = [100 * t.chance for t in recall]
+    series.append(Series(variant=None, name="chance", x=pairs, y=chance))
+    x_axis = Axis(label="key-value pairs", log=True, ticks=[(p, str(p)) for p in pairs])
+    y_axis = Axis(label="accuracy at the end (%)", low=-2, high=103)
+    chart = Chart(styles=looks, panels=[Panel(x=x_axis, y=y_axis, series=series)])
     with plt.rc_context({**STYLE, "svg.hashsalt": "recall"}):
-        figure, axis = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-        looks = styles(recall[0].result)
-        for name in _variants(recall):
-            runs = [(t.source.pairs, 100 * float(c.record.accuracy[-1])) for t in recall for c in t.cells(name)]
-            pairs = sorted({p for p, _ in runs})
-            means = [np.mean([a for p, a in runs if p == pair]) for pair in pairs]
-            look = looks.get(name, {"color": "#777777", "linestyle": "-"})
-            axis.plot(pairs, means, linewidth=2.2, label=name, **look)
-            axis.plot([p for p, _ in runs], [a for _, a in runs], "o", color=look["color"], fillstyle="none")
-        pairs = [t.source.pairs for t in recall]
-        chance = [100 * t.chance for t in recall]
-        axis.plot(pairs, chance, color="#777777", linewidth=1, linestyle=(0, (1, 2)), label="chance")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(pairs, [str(p) for p in pairs])
-        axis.minorticks_off()
-        axis.set_ylim(-2, 103)
-        axis.set_xlabel("key-value pairs")
-        axis.set_ylabel("accuracy at the end (%)")
-        figure.legend(loc="outside upper center", ncols=6, frameon=False)
-        caption = "Line: mean over seeds; rings: single seeds. Dotted: the best guess without memory."
-        return save(figure, out, "recall", title="Associative recall by number of pairs", caption=caption)
+        figure = draw(chart, height_in=4.0, width_in=7.0)
+        title = "Associative recall by number of pairs"
+        caption = "Line: mean over seeds; hollow marks: single seeds. Grey: the best guess without memory."
+        return save(figure, out, "recall", title=title, caption=caption, chart=chart)
 
 
 def _rows(tasks: list[Task]) -> Iterator[dict[str, Any]]:

@@ -10,14 +10,24 @@ from statistics import median
 from headway.launcher.base import console
 from headway.launcher.compare.analyse import StudyResult, analyse
 from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
-from headway.launcher.compare.findings import bits_per_byte, headline, limits, signed_interval, verdict_rows
+from headway.launcher.compare.findings import (
+    bits_per_byte,
+    headline,
+    limits,
+    measured_speed_holds_for,
+    signed_interval,
+    verdict_rows,
+)
 from headway.launcher.compare.questions import answer, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
+from headway.launcher.report.context import context_blocks
+from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
+from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
 from headway.launcher.spec.merge import format_value
 
@@ -36,7 +46,7 @@ def report(study_dir: Path | str) -> Path:
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"
     write_text(out / "report.md", to_markdown(blocks))
-    write_text(out / "report.html", to_html(blocks, title=title, folder=out))
+    write_text(out / "report.html", to_html(blocks, title=title, folder=out, styles=styles(result)))
     write_csv(out / "report.csv", cell_rows(result))
     write_csv(out / "curves.csv", curve_rows(result))
     write_csv(out / "routers.csv", router_rows(result))
@@ -52,19 +62,18 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     if result.comparison.differences:
         yield Table(verdict_rows(result), frozenset({0, 1}))
         yield Text(_start_words(result))
+        yield Text(f"Tokens per second and speed-up by seconds: {measured_speed_holds_for(result)}.")
     yield from _answers(result)
     yield Heading("What these numbers cannot say", 3)
     yield Table(limits(result), frozenset({0, 1}))
     yield from _trend(result)
-    if "loss" in plots:
-        yield Image(plots["loss"])
-    if "effects" in plots:
-        yield Image(plots["effects"])
+    yield from (Image(plots[name]) for name in ("loss", "effects", "trend") if name in plots)
     yield from _compared(result)
     yield from _equal_tokens(result)
     yield from _speed(result)
-    yield from _equal_seconds(result)
+    yield from effective_blocks(result, plots)
     yield from router_and_head_blocks(result, plots)
+    yield from context_blocks(result)
     yield from _fairness(result)
     yield from _provenance(result)
 
@@ -73,9 +82,10 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
 
 
 def _not_done(result: StudyResult) -> Iterator[Block]:
-    missing = [c for c in result.cells if not c.done]
+    every = [*result.cells, *result.short_cells]
+    missing = [c for c in every if not c.done]
     if missing:
-        yield Text(f"{len(missing)} of {len(result.cells)} cells are not in the numbers below:", "warn")
+        yield Text(f"{len(missing)} of {len(every)} cells are not in the numbers below:", "warn")
         rows = [("cell", "state", "tokens", "why")]
         rows += [(c.key, c.state, f"{c.record.tokens:,}", c.detail or "-") for c in missing]
         yield Table(rows, frozenset({0, 1, 3}))
@@ -93,7 +103,7 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
             "and part of every difference may come from the data.",
             "warn",
         )
-    lost = [f"{c.key}: {c.record.lost}" for c in result.cells if c.record.lost]
+    lost = [f"{c.key}: {c.record.lost}" for c in (*result.cells, *result.short_cells) if c.record.lost]
     if lost:
         yield Text("Records were lost; what is left of these runs is shown as it is:", "warn")
         yield Items(lost)
@@ -108,7 +118,9 @@ def _start_words(result: StudyResult) -> str:
     return (
         f"Verdict: {equivalent}better or worse where the interval excludes 0, undecided elsewhere. Start: rms of what "
         "attention or MLP adds over rms of the stream that it is added to, before the first step, geometric mean over "
-        "layers and seeds; CONFOUNDED where attention of a layer differs from the baseline's by more than 10 %."
+        "layers and seeds; CONFOUNDED where attention of a layer differs from the baseline's by more than 10 %. "
+        "Effective speed-up: how many times less of the cost than the baseline's reaches the same loss; above 1 is "
+        "better."
     )
 
 
@@ -240,32 +252,15 @@ def _speed(result: StudyResult) -> Iterator[Block]:
     yield Table(rows)
 
 
-def _equal_seconds(result: StudyResult) -> Iterator[Block]:
-    yield Heading("Loss at equal seconds")
-    known = [v for v in result.variants if v.seconds_loss is not None]
-    if result.seconds is None or not known:
-        yield Text("Needs finished runs that were validated at least twice.")
-        return
-    yield Text(
-        f"Validation loss after {result.seconds:,.1f} training seconds, when the fastest finished run ended; between "
-        "validations it is interpolated. A slower variant is caught in the middle of its learning-rate schedule "
-        "there, which counts against it: runs whose schedules end at that time would be the fairer test. Other load on "
-        "the machine during a run counts in its seconds."
-    )
-    rows = [["variant", "n", "mean", "difference [95 % interval]"]]
-    for v in result.variants:
-        mean = "-" if v.seconds_loss is None else f"{v.seconds_loss.mean:.4f}"
-        n = 0 if v.seconds_loss is None else v.seconds_loss.n
-        rows.append(
-            [v.name, str(n), mean, "baseline" if v is result.baseline else signed_interval(v.seconds_difference)]
-        )
-    yield Table(rows)
-
-
 def _fairness(result: StudyResult) -> Iterator[Block]:
     yield Heading("Is the comparison fair?")
     yield Text(f"Data: {result.pairing.status}.", "warn" if result.pairing.status == "UNPAIRED" else "plain")
     yield Items(result.pairing.lines)
+    for budget, pairing in result.short_pairing.items():
+        differ = [line for line in pairing.lines if "different batches" in line]
+        yield Text(f"Data of budget {budget:g}: {pairing.status}.", "warn" if differ else "plain")
+        if differ:
+            yield Items(differ)
     if result.differences:
         yield from _spec_differences(result)
     for v in result.others:

@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult
+from headway.launcher.compare.cell_results import FULL
 from headway.launcher.compare.findings import bits_per_byte
 
 
 def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
     """One row per cell of the study, in any state. Values that a cell lacks are empty."""
     variants = {v.name: v for v in result.variants}
-    for c in result.cells:
+    for c in (*result.cells, *result.short_cells):
         v, run = variants[c.variant], c.record.run
         per_byte = run.get("validation_bytes_per_token")
         yield {
             "variant": c.variant,
             "seed": c.seed,
+            "budget": c.budget,
             "state": c.state,
             "detail": c.detail,
             "tokens": c.record.tokens,
             "steps": len(c.record.train),
-            "compared_tokens": result.tokens if c.done else None,
+            "compared_tokens": (result.tokens if c.budget == FULL else result.effective.tokens.get(c.budget))
+            if c.done
+            else None,
             "validation_loss_nats": c.loss,
             "bits_per_byte": bits_per_byte(c.loss, per_byte) if c.loss is not None and per_byte else None,
             "final_validation_loss_nats": c.record.summary.get("final_validation_loss"),
@@ -68,12 +72,13 @@ def _data_wait_share(cell: CellResult) -> float | None:
 def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
     """One row per recorded training or validation loss of every cell."""
     flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
-    for c in result.cells:
+    for c in (*result.cells, *result.short_cells):
         for kind, curve in (("train", c.record.train), ("validation", c.record.validation)):
             for step, tokens, loss, seconds in zip(curve.step, curve.tokens, curve.loss, curve.train_s, strict=True):
                 yield {
                     "variant": c.variant,
                     "seed": c.seed,
+                    "budget": c.budget,
                     "kind": kind,
                     "step": int(step),
                     "tokens": int(tokens),

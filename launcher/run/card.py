@@ -35,6 +35,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "data_fingerprint": info["fingerprint"],
         "vocab_size": spec.model.vocab_size,
+        "train_tokens_of_data": info.get("train_tokens"),
         "unigram_entropy_nats": info.get("unigram_entropy_nats"),
         "validation_bytes_per_token": info.get("validation_bytes_per_token"),
         "cost": {

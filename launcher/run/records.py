@@ -3,8 +3,8 @@ leave an incomplete last line.
 
 spec.json     the resolved Spec
 run.json      the run card: spec hash, versions, machine, data fingerprint, cost per token; `attempts`: all starts
-metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), and
-              kinds this reader ignores
+metrics.jsonl one JSON object per line: `kind` train (every optimizer step), validation, heads (their diversity), start,
+              spike, and kinds this reader ignores
 summary.json  written last; `complete` is true only for a run that reached its last step
 """
 
@@ -20,6 +20,8 @@ import numpy as np
 from headway.launcher.run.lines import Damage, Lost, decode, gaps, read_lines
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
 from headway.launcher.run.run_dir import read_mapping
+
+KINDS = ("train", "validation", "heads", "start", "spike")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,6 @@ class Curve:
     def __len__(self) -> int:
         return int(self.step.size)
 
-    def loss_at_seconds(self, seconds: float) -> float | None:
-        """Loss at `seconds`, interpolated linearly between the adjacent records; None outside the recorded range."""
-        known = np.isfinite(self.train_s) & np.isfinite(self.loss)
-        x, y = self.train_s[known], self.loss[known]
-        if x.size == 0 or not x[0] <= seconds <= x[-1]:
-            return None
-        return float(np.interp(seconds, x, y))
-
     def loss_at_tokens(self, tokens: int) -> float | None:
         """The loss recorded at exactly `tokens`; None if there is no such record."""
         found = np.flatnonzero(self.tokens == tokens)
@@ -57,7 +51,10 @@ class RunRecord:
 
     `accuracy`: fraction (0..1) of targets with the largest logit at the label, at each validation; nan if not
     recorded. `start`: layer -> {"attention", "mlp"}, ratio of the rms of the branch output to the rms of the residual
-    stream before the first step; empty if not recorded. `lost`: records that metrics.jsonl and all curves lack.
+    stream before the first step; empty if not recorded. `grad_norm`: of each step, before clipping. `skipped`: steps
+    whose update was not applied. `spikes`: steps with a loss spike (`guard.spike`). `standard_error`: of each
+    validation loss, from the spread over `micro_batches`; nan if not recorded. `targets`: of each validation. `lost`:
+    records that metrics.jsonl and all curves lack.
     """
 
     path: Path
@@ -67,6 +64,12 @@ class RunRecord:
     train: Curve
     validation: Curve
     accuracy: Floats
+    standard_error: Floats
+    micro_batches: Floats
+    targets: Floats
+    grad_norm: Floats
+    skipped: int
+    spikes: int
     step_s: Floats
     data_s: Floats
     batch_hash: dict[int, str] = field(repr=False)
@@ -95,13 +98,13 @@ class RunRecord:
 
 def read_run(path: Path) -> RunRecord:
     """Read a run folder. If a step has two records, because it was repeated after a kill, the later one is used."""
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}, "heads": {}, "start": {}}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
     damage = Damage()
     for record in _records(path / "metrics.jsonl", damage):
         kind, step = record.get("kind"), record.get("step")
         if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
             by_kind[kind][step] = record
-    steps, validations, heads, starts = ([found[step] for step in sorted(found)] for found in by_kind.values())
+    steps, validations, heads, starts, spikes = ([found[step] for step in sorted(found)] for found in by_kind.values())
     return RunRecord(
         path=path,
         spec=read_mapping(path / "spec.json"),
@@ -110,6 +113,12 @@ def read_run(path: Path) -> RunRecord:
         train=_curve(steps),
         validation=_curve(validations),
         accuracy=_column(validations, "accuracy"),
+        standard_error=_column(validations, "standard_error"),
+        micro_batches=_column(validations, "micro_batches"),
+        targets=_column(validations, "targets"),
+        grad_norm=_column(steps, "grad_norm"),
+        skipped=sum(r.get("skipped") is True for r in steps),
+        spikes=len(spikes),
         step_s=_column(steps, "step_s"),
         data_s=_column(steps, "data_s"),
         batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},

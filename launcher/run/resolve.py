@@ -28,6 +28,7 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
         info = {
             "fingerprint": found.fingerprint,
             "vocab_size": found.vocab_size,
+            "train_tokens": found.train_tokens,
             "unigram_entropy_nats": found.unigram_entropy_nats,
             "validation_bytes_per_token": found.validation_bytes_per_token,
         }

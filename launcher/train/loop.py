@@ -113,6 +113,8 @@ def validate(s: Session) -> None:
             "loss": result.loss,
             "accuracy": result.accuracy,
             "targets": result.targets,
+            "standard_error": result.standard_error,
+            "micro_batches": result.micro_batches,
             "train_s": s.train_s,
             "seconds": time.perf_counter() - start,
         }

@@ -111,6 +111,8 @@ def test_the_wheel_holds_headway_and_nothing_else(wheel: Path) -> None:
     ours = {f"headway/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     assert code_files == ours
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    parts = {f"headway/launcher/report/{name}" for name in ("page.css", "page.js", "charts.js")}
+    assert {name for name in files if name.endswith((".css", ".js"))} == parts
     specs = {name for name in files if name.startswith("headway/yaml/")}
     assert specs == {f"headway/{file.relative_to(ROOT)}" for file in (ROOT / SPECS).rglob("*") if file.is_file()}
     assert {name for name in files if name.endswith("py.typed")} == {f"headway/{name}/py.typed" for name in FOLDERS}

@@ -45,11 +45,14 @@ def main() -> None:
         result = engine.evaluate(micro)
         if layout.is_main:
             found = {"accuracy": result.accuracy, "targets": result.targets, "loss": result.loss}
+            found |= {"standard_error": result.standard_error, "micro_batches": result.micro_batches}
             print("CASE", json.dumps({"zero": zero, "mine": mine, "expected": expected, **found}), flush=True)
         dist.barrier()
     if layout.is_main:
         out = cases.decoder()(tokens, labels)
-        print("PLAIN", float(out.loss_sum) / int(out.targets), flush=True)
+        pairs = [cases.decoder()(tokens[i : i + 2], labels[i : i + 2]) for i in range(0, len(tokens), 2)]
+        each = [[float(pair.loss_sum), int(pair.targets)] for pair in pairs]
+        print("PLAIN", json.dumps({"loss": float(out.loss_sum) / int(out.targets), "each": each}), flush=True)
     dist.destroy_process_group()
 
 

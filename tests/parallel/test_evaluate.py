@@ -1,12 +1,17 @@
 """Loss and accuracy of an evaluation are exact means over the targets of all ranks, under every ZeRO stage."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from headway.parallel.engine import evaluation_of
 
 
 def test_accuracy_and_loss_are_sums_over_ranks_with_different_numbers_of_targets():
@@ -17,11 +22,30 @@ def test_accuracy_and_loss_are_sums_over_ranks_with_different_numbers_of_targets
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
     cases = [json.loads(body) for kind, body in lines if kind == "CASE"]
-    plain = next(float(body) for kind, body in lines if kind == "PLAIN")
+    plain = next(json.loads(body) for kind, body in lines if kind == "PLAIN")
     assert [case["zero"] for case in cases] == [1, 3]
     for case in cases:
         expected = case["expected"]
         assert case["targets"] == expected["targets"] and case["mine"] != expected["targets"] / 2
         assert case["accuracy"] == expected["hits"] / expected["targets"]
         assert 0 < case["accuracy"] < 1
-        assert case["loss"] == pytest.approx(plain, rel=1e-6)  # fp32 sums in another order
+        assert case["loss"] == pytest.approx(plain["loss"], rel=1e-6)  # fp32 sums in another order
+        # The micro-batches of both ranks count; one of them has no target.
+        losses, targets = np.array(plain["each"]).T
+        residual = losses - plain["loss"] * targets
+        count = len(targets)
+        expected_error = math.sqrt(count / (count - 1) * (residual**2).sum()) / targets.sum()
+        assert case["micro_batches"] == count == 4
+        assert case["standard_error"] == pytest.approx(expected_error, rel=1e-4)
+
+
+def test_the_standard_error_is_the_spread_of_repeated_evaluations():
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(400):
+        targets = torch.randint(20, 60, (12,), generator=generator).double()
+        losses = targets * (3 + 0.2 * torch.randn(12, generator=generator).double())
+        found.append(evaluation_of(torch.stack([losses, torch.zeros(12).double(), targets], 1)))
+    spread = np.std([e.loss for e in found])
+    assert np.mean([e.standard_error for e in found if e.standard_error is not None]) == pytest.approx(spread, rel=0.1)
+    assert evaluation_of(torch.tensor([[6.0, 1.0, 2.0]]).double()).standard_error is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headway.launcher.compare.analyse import StudyResult, seed_mean
-from headway.launcher.report.plots.style import WIDTH_IN, engineering, styles
+from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Series
+from headway.launcher.report.plots.chart import draw
+from headway.launcher.report.plots.style import WIDTH_IN, styles, variant_gid
 from headway.launcher.run.records_heads import Router
 
 if TYPE_CHECKING:
@@ -17,35 +20,34 @@ if TYPE_CHECKING:
 PANELS = {"c_w": "C_W: |cosine| of weights", "c_o": "C_o: cosine of outputs", "cka": "CKA of outputs"}
 
 
-def draw_heads(result: StudyResult) -> tuple[Figure, str, str] | None:
-    """(figure, title, caption): head similarity over training, all variants; None if no variant has two records."""
-    import matplotlib.pyplot as plt
-
+def draw_heads(result: StudyResult) -> Drawing | None:
+    """Head similarity over training, all variants; None if no variant has two records."""
     variants = [v for v in result.variants if any(h.tokens.size > 1 for h in v.heads.values())]
     if not variants:
         return None
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(WIDTH_IN, 3.8), layout="constrained")
-    for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
-        for v in variants:
-            points = [(h.tokens, h.mean(key)) for h in v.heads.values()]
-            if len(points) > 1:
-                for x, y in points:
-                    axis.plot(x, y, linewidth=0.8, alpha=0.45, **styles(result)[v.name])
-            mean = seed_mean(points)
-            if mean is not None:
-                axis.plot(*mean, linewidth=2.2, label=v.name, **styles(result)[v.name])
-        axis.set_xlabel("training tokens")
-        axis.set_title(label)
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(engineering())
-        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, max(1, len(labels))), frameon=False)
+    panels = []
+    for key, label in PANELS.items():
+        points = {v.name: {s: (h.tokens, h.mean(key)) for s, h in v.heads.items()} for v in variants}
+        series = [s for name, seeds in points.items() for s in seed_series(name, seeds)]
+        panels.append(Panel(title=label, x=Axis(label="training tokens", low=0), y=Axis(label=""), series=series))
+    chart = Chart(styles=styles(result), panels=panels)
     caption = (
         "Likeness of the heads (or value experts) of a group on the probe batch, mean over pairs, groups and layers; "
         "bold: mean over seeds. High: heads do the same."
     )
-    return figure, "Likeness of heads over training", caption
+    return Drawing(draw(chart, height_in=3.5), "Likeness of heads over training", caption, chart)
+
+
+def seed_series(variant: str, seeds: Mapping[int, tuple[Any, Any]]) -> list[Series]:
+    """A thin line for each of several seeds (seed -> x and y), and a thick one for their mean or the only seed."""
+    mean = seed_mean(list(seeds.values()))
+    several = len(seeds) > 1
+    lines = seeds.items() if several else ()
+    thin = [Series(variant=variant, name=f"seed {s}", x=x, y=y, mark="thin") for s, (x, y) in lines]
+    if mean is None:
+        return thin
+    name = f"mean of {len(seeds)} seeds" if several else f"seed {next(iter(seeds))}"
+    return [*thin, Series(variant=variant, name=name, x=mean[0], y=mean[1])]
 
 
 def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
@@ -72,6 +74,7 @@ def draw_routers(result: StudyResult) -> tuple[Figure, str, str] | None:
     for axis, (variant, name, routers) in zip(axes.flat, panels, strict=False):
         image = _heat_map(axis, routers)
         label = name.replace("_", " ").removesuffix("router").strip()
+        axis.set_gid(variant_gid(variant))
         # Two lines, so that long names do not overlap.
         axis.set_title(f"{variant}\n{label} router".replace("\n ", "\n"))
     for first in axes[:, 0]:

@@ -317,6 +317,8 @@ def test_the_csv_has_every_run_and_the_figure_every_number_of_pairs(folder):
     assert (failed["state"], failed["final_accuracy"]) == ("failed", "")
     assert rows["recall-2", "gqa", "1"]["steps_to_solve"] == "4"
     assert (folder.out / "recall.svg").exists() and (folder.out / "recall.png").exists()
+    page = (folder.out / "probe.html").read_text()
+    assert page.count('class="chart-data"') == 1 and '<tr data-variant="routed">' in page
     assert (folder.out / "recall-2" / "report.html").exists()
     sizes = (folder.out / "probe.md").read_text().split("## Sizes")[1]
     residual = float(low["match_residual"])

@@ -1,0 +1,106 @@
+"""The cells of a study with their records, and the token count at which their losses are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.compare.cells import OUTCOMES, cell_state
+from headway.launcher.compare.stats import Speed, steady_speed
+from headway.launcher.run.records import RunRecord, read_run
+from headway.launcher.run.run_dir import read_mapping
+
+FULL = 1.0
+"""The budget of a cell that is trained on all tokens of the spec."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """One cell. `loss`: the validation loss at the compared token count, for finished cells.
+
+    `budget`: the share of the tokens of the spec after which the learning rate of this cell has decayed.
+    """
+
+    variant: str
+    seed: int
+    budget: float
+    state: str
+    detail: str
+    record: RunRecord
+    planned: dict[str, Any]
+    loss: float | None
+    speed: Speed | None
+
+    @property
+    def key(self) -> str:
+        """Such as `gqa/seed-1`, or `gqa/seed-1.budget-0.25`: the last two folders of its path."""
+        return f"{self.record.path.parent.name}/{self.record.path.name}"
+
+    @property
+    def done(self) -> bool:
+        return self.state == "done"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """The token count at which the losses of finished cells are compared.
+
+    `tokens`: the largest at which all of them were validated; None if there is none. `final`: whether it is the end of
+    all of them.
+    """
+
+    tokens: int | None
+    final: bool
+
+
+def read_cells(out: Path, planned: Sequence[dict[str, Any]]) -> list[CellResult]:
+    """Read the cells of study.json in the folder `out`. Their losses are those where all cells of a budget ended."""
+    outcomes = read_mapping(out / OUTCOMES)
+    cells = [_read_cell(out, cell, outcomes) for cell in planned]
+    ends = {budget: common_end(cells, budget) for budget in {c.budget for c in cells}}
+    return [_with_loss(c, ends[c.budget].tokens) for c in cells]
+
+
+def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
+    """The token count at which the finished cells of a budget are compared."""
+    done = [c.record for c in cells if c.done and c.budget == budget]
+    if not done:
+        return Ends(tokens=None, final=False)
+    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t)} for r in done]
+    common = set.intersection(*validated)
+    if not common:
+        return Ends(tokens=None, final=False)
+    tokens = max(common)
+    final = all(tokens == max(own) and tokens == r.tokens for own, r in zip(validated, done, strict=True))
+    return Ends(tokens=tokens, final=final)
+
+
+def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> CellResult:
+    run_dir = out / cell["run_dir"]
+    record = read_run(run_dir)
+    state = cell_state(run_dir, outcomes.get(f"{run_dir.parent.name}/{run_dir.name}"))
+    tokens_per_step = record.run.get("tokens_per_step")
+    return CellResult(
+        variant=cell["variant"],
+        seed=cell["seed"],
+        budget=float(cell.get("budget", FULL)),
+        state=state.state,
+        detail=state.detail,
+        record=record,
+        planned=cell["spec"],
+        loss=None,
+        speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step else None,
+    )
+
+
+def _with_loss(cell: CellResult, tokens: int | None) -> CellResult:
+    if not cell.done:
+        return cell
+    loss = None if tokens is None else cell.record.validation.loss_at_tokens(tokens)
+    state, detail = cell.state, cell.detail
+    if loss is None or not math.isfinite(loss):
+        state, detail, loss = "failed", f"trained to its end, but its validation loss is {loss}", None
+    return replace(cell, loss=loss, state=state, detail=detail)

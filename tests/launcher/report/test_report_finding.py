@@ -1,0 +1,60 @@
+"""The top of a report: the finding, the table of verdicts and the answers to questions."""
+
+from __future__ import annotations
+
+import pytest
+from study_folders import GAIN, StudyFolder, change_record, first_table, lead, text, with_start
+
+from headway.launcher.compare import findings
+from headway.launcher.compare.analyse import analyse
+
+
+def test_the_headline_says_which_variant_is_better_and_by_how_much(full):
+    finding = lead((full / "report.md").read_text())
+    assert "After 40,000 training tokens, at parameters matched within 0.25%, over 3 seeds" in finding
+    assert "1 variant has a lower validation loss than gqa: rgqa-k2 -0.0240 \u00b1 " in finding
+    assert "2 variants have a higher validation loss than gqa: " in finding and "rgqa-k1 +0.0260 \u00b1 " in finding
+
+
+def test_the_first_table_has_a_verdict_for_each_variant(full):
+    page = (full / "report.md").read_text()
+    rows = first_table(page)
+    assert {name: row[0] for name, row in rows.items()} == {
+        "gqa": "baseline",
+        "rgqa-k1": "worse",
+        "rgqa-k2": "better",
+        "switchhead": "worse",
+    }
+    assert rows["rgqa-k2"][1].startswith("-0.0240 \\[-0.0")
+    assert rows["rgqa-k1"][2:] == ["not measured", "not measured", "1.25x", "512", "not recorded", "not recorded"]
+    assert page.index("| variant | verdict |") < page.index("What these numbers cannot say")
+
+
+@pytest.mark.parametrize(("ratio", "marked"), [(0.30, False), (0.328, False), (0.335, True), (0.27, True), (0.0, True)])
+def test_a_branch_that_starts_more_than_ten_percent_differently_is_a_confound(small, ratio, marked):
+    small.write()
+    with_start(small, "gqa", 0.3)
+    with_start(small, "rgqa-k2", ratio)
+    page = text(small.out)
+    row = first_table(page)["rgqa-k2"]
+    assert row[6:] == [f"{ratio:.3f}", "0.300"]
+    assert row[0].endswith(" CONFOUNDED") == marked
+    assert ("CONFOUNDED by how strongly attention starts: rgqa-k2 (attention of layer" in lead(page)) == marked
+
+
+def test_a_margin_makes_small_differences_equivalent(full, tmp_path):
+    folder = StudyFolder(tmp_path / "demo", list(GAIN), [1, 2, 3])
+    folder.write()
+    change_record(folder, margin_nats=0.05)
+    result = analyse(folder.out)
+    assert {v.name: result.verdict(v) for v in result.others} == dict.fromkeys(list(GAIN)[1:], "equivalent")
+    assert "within 0.05 nats per token" in findings.headline(result)[1]
+
+
+def test_questions_of_the_study_are_answered(small):
+    small.write()
+    asks = ["rgqa-k2 is better than gqa", "rgqa-k2 is not worse than gqa by more than 0.01"]
+    change_record(small, asks=asks)
+    page = text(small.out)
+    rows = [line for line in page.splitlines() if line.startswith("| rgqa-k2 is")]
+    assert [row.split("|")[2].strip() for row in rows] == ["yes", "yes"]
