@@ -147,7 +147,7 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Report
 
 def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    found = scan(cfg, spool, progress=reporter.progress)
+    found = scan(cfg, spool, progress=reporter.progress, say=reporter.say)
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
         written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}

@@ -5,13 +5,14 @@ Only the current document is held in memory. Rows of JSONL, Parquet and hub data
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from headway.data import rows, tokenizer
+from headway.data import containers, parquet, rows, tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -21,12 +22,20 @@ from headway.data.config import (
     StdlibCorpus,
     TextCorpus,
 )
-from headway.data.document import Document
+from headway.data.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
 from headway.data.places import looked_for
+from headway.data.progress import Say, quiet
 
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _FOLDER_SUFFIXES = {
     "text": None,
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"),
@@ -36,8 +45,8 @@ _FOLDER_SUFFIXES = {
 AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
 
 
-def documents(corpus: AnyCorpus) -> Iterator[Document]:
-    """Yield all documents of `corpus`, including unusable ones (with `problem` set).
+def documents(corpus: AnyCorpus, *, say: Say = quiet) -> Iterator[Document]:
+    """Yield all documents of `corpus`, including unusable ones (with `problem` set). `say` is told what is unusual.
 
     Raises DataError if a path matches nothing, a file cannot be read, or a field is missing.
     """
@@ -46,13 +55,13 @@ def documents(corpus: AnyCorpus) -> Iterator[Document]:
             yield from _stdlib_documents()
         case TextCorpus():
             for id, path in corpus_files(corpus):
-                yield Document.make(id, str(path), _read(path))
+                yield _text_document(id, path, say)
         case JsonlCorpus():
             for id, path in corpus_files(corpus):
-                yield from rows.jsonl_documents(path, id, corpus.field)
+                yield from rows.jsonl_documents(path, id, corpus.field, say=say)
         case ParquetCorpus():
             for id, path in corpus_files(corpus):
-                yield from rows.parquet_documents(path, id, corpus.field)
+                yield from parquet.parquet_documents(path, id, corpus.field)
         case HuggingFaceCorpus():
             yield from rows.hub_documents(corpus)
 
@@ -136,10 +145,36 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return found
 
 
+def _text_document(id: str, path: Path, say: Say) -> Document:
+    """A text file, compressed or not, without its byte order mark and with the line ends of Unix."""
+    found = containers.head(path, archives=True)
+    if found.note:
+        say(found.note)
+    data, encoding = bytearray(), "utf-8"
+    for piece in containers.chunks(path, found.format):
+        if not data:
+            encoding = next((name for mark, name in _BYTE_ORDER_MARKS if piece.startswith(mark)), "utf-8")
+        data += piece
+        if len(data) > MAX_DOCUMENT_BYTES * (1 if encoding == "utf-8" else 2) + 4:
+            check_size(len(data), str(path))
+    text: bytes | str = bytes(data)
+    if encoding == "utf-8":
+        text = text.removeprefix(codecs.BOM_UTF8)
+    else:
+        try:
+            text = text.decode(encoding).encode("utf-8")
+        except UnicodeError:
+            return Document(id, str(path), b"", "not_utf8")
+    return Document.make(id, str(path), _unix_lines(text))
+
+
+def _unix_lines(text: bytes) -> bytes:
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+
+
 def _stdlib_documents() -> Iterator[Document]:
     for id, path in _stdlib_files():
-        data = _read(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield Document.make(id, str(path), data)
+        yield Document.make(id, str(path), _unix_lines(_read(path)))
 
 
 def _read(path: Path) -> bytes:

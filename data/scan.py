@@ -15,7 +15,7 @@ from headway.data import corpora
 from headway.data.config import CorpusConfig, DataError
 from headway.data.document import Document
 from headway.data.manifest import Split
-from headway.data.progress import Bar, Progress
+from headway.data.progress import Bar, Progress, Say, quiet
 
 _WHAT = {"empty": "is empty", "not_utf8": "is not UTF-8 text"}
 
@@ -35,7 +35,7 @@ class Scan:
         return spool[begin : begin + int(self.lengths[document])]
 
 
-def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
+def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress, say: Say = quiet) -> Scan:
     """Read the corpus once: write usable documents without duplicates to `spool` and split them by hash of the text.
 
     Split and order come from separate bits of the hash, so the position of a document does not depend on the others.
@@ -46,7 +46,7 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
     digests: dict[bytes, None] = {}
     left_out: Counter[str] = Counter()
     with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
-        for document in _usable(_counted(corpora.documents(cfg.corpus), bar), cfg, left_out):
+        for document in _usable(_counted(corpora.documents(cfg.corpus, say=say), bar), cfg, left_out):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()
             if digest in digests:
                 left_out["duplicate"] += 1
