@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from headway.data import corpora, tokenizer
-from headway.data.config import CorpusConfig, DataError, MdsSource, StdlibCorpus, TrainTokenizer
+from headway.data import corpora, folders, tokenizer
+from headway.data.config import CorpusConfig, DataError, HuggingFaceCorpus, MdsSource, StdlibCorpus, TrainTokenizer
 from headway.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SPLITS,
     TOKENIZER_NAME,
+    CorpusFiles,
     LeftOut,
     Manifest,
     Split,
@@ -147,7 +148,15 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Report
 
 def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    found = scan(cfg, spool, progress=reporter.progress, say=reporter.say)
+    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else corpora.find_files(cfg.corpus)
+    for line in [] if files is None else folders.summary(files):
+        reporter.say(line)
+    found = scan(cfg, spool, files=files, progress=reporter.progress, say=reporter.say)
+    reporter.say(
+        "corpus: "
+        + ("" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, ")
+        + found.summary()
+    )
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
         written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}
@@ -164,6 +173,7 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         train=train.counts,
         validation=validation.counts,
         left_out=LeftOut(**found.left_out),
+        corpus_files=None if files is None else _corpus_files(files),
         tokenizer_sha256=tokenizer.sha256_of(folder / TOKENIZER_NAME),
         vocab_size=chosen.vocab_size,
         eos_id=chosen.eos_id,
@@ -176,6 +186,11 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
     manifest = manifest.model_copy(update={"fingerprint": manifest.expected_fingerprint()})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _corpus_files(files: folders.Found) -> CorpusFiles:
+    examples = [str(path) for paths in files.examples.values() for path in paths]
+    return CorpusFiles(taken=len(files.taken), left_out=dict(files.left_out), examples=examples[:100])
 
 
 def _dtype(vocab_size: int) -> Any:

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from headway.data import containers, parquet, rows, tokenizer
+from headway.data import containers, folders, parquet, rows, tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -24,7 +24,6 @@ from headway.data.config import (
 )
 from headway.data.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
-from headway.data.places import looked_for
 from headway.data.progress import Say, quiet
 
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
@@ -36,55 +35,51 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_FOLDER_SUFFIXES = {
-    "text": None,
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"),
-    "parquet": (".parquet",),
-}
+_READERS = 2  # raised when readers give other documents for the same files, so that datasets are built again
 
 AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
 
 
-def documents(corpus: AnyCorpus, *, say: Say = quiet) -> Iterator[Document]:
+def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say = quiet) -> Iterator[Document]:
     """Yield all documents of `corpus`, including unusable ones (with `problem` set). `say` is told what is unusual.
+
+    files: What `find_files` returned, if it was called before.
 
     Raises DataError if a path matches nothing, a file cannot be read, or a field is missing.
     """
+    if isinstance(corpus, HuggingFaceCorpus):
+        yield from rows.hub_documents(corpus)
+        return
+    taken = [(id, path) for path, id in (files or find_files(corpus)).taken.items()]
     match corpus:
         case StdlibCorpus():
-            yield from _stdlib_documents()
+            for id, path in taken:
+                yield Document.make(id, str(path), _unix_lines(_read(path)))
         case TextCorpus():
-            for id, path in corpus_files(corpus):
+            for id, path in taken:
                 yield _text_document(id, path, say)
         case JsonlCorpus():
-            for id, path in corpus_files(corpus):
+            for id, path in taken:
                 yield from rows.jsonl_documents(path, id, corpus.field, say=say)
         case ParquetCorpus():
-            for id, path in corpus_files(corpus):
+            for id, path in taken:
                 yield from parquet.parquet_documents(path, id, corpus.field)
-        case HuggingFaceCorpus():
-            yield from rows.hub_documents(corpus)
+
+
+def find_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> folders.Found:
+    """Every file of a corpus, sorted within each given path, without duplicates; and those that are left out.
+
+    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
+    endings, `folders.ENDINGS`).
+    """
+    if isinstance(corpus, StdlibCorpus):
+        return folders.Found(taken={path: id for id, path in _stdlib_files()})
+    return folders.find(corpus.paths, corpus.type)
 
 
 def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
-    """(id, path) of every file of a corpus, sorted within each given path, without duplicates.
-
-    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
-    suffixes).
-    """
-    if isinstance(corpus, StdlibCorpus):
-        return _stdlib_files()
-    found: dict[Path, str] = {}
-    for given in corpus.paths:
-        matches = list(_matches(given, _FOLDER_SUFFIXES[corpus.type]))
-        if not matches:
-            raise DataError(
-                f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
-                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}'{looked_for(given)}"
-            )
-        for id, path in matches:
-            found.setdefault(path, id)
-    return [(id, path) for path, id in found.items()]
+    """(id, path) of every file that `find_files` takes."""
+    return [(id, path) for path, id in find_files(corpus).taken.items()]
 
 
 def source_fingerprint(cfg: CorpusConfig) -> str:
@@ -97,38 +92,13 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
         for _id, path in corpus_files(cfg.corpus):
             stat = path.stat()
             facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        if not isinstance(cfg.corpus, StdlibCorpus):
+            facts.append(f"readers {_READERS}")
     if isinstance(cfg.corpus, StdlibCorpus):
         facts.append(platform.python_version())
     if cfg.tokenizer.type == "file":
         facts.append(hashlib.sha256(tokenizer.read_file(cfg.tokenizer)).hexdigest())
     return hashlib.sha256(canonical_json(facts)).hexdigest()
-
-
-def _matches(given: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
-    path = Path(given).expanduser()
-    if path.is_file():
-        yield path.name, path.absolute()
-        return
-    if path.is_dir():
-        base, names = path, sorted(path.rglob("*"), key=lambda p: p.as_posix())
-        if suffixes is not None:
-            names = [name for name in names if name.name.endswith(suffixes)]
-    else:
-        wild = next((place for place, part in enumerate(path.parts) if set(part) & set("*?[")), None)
-        if wild is None:
-            return
-        base, pattern = Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
-        try:
-            names = sorted(base.glob(pattern), key=lambda p: p.as_posix())
-        except ValueError as error:
-            raise DataError(
-                f"corpus.paths: {given!r} is not a valid pattern ({error}); use `**` only as a whole path component, "
-                "as in 'folder/**/*.txt'"
-            ) from None
-    for name in names:
-        relative = name.relative_to(base)
-        if name.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix(), name.absolute()
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -170,11 +140,6 @@ def _text_document(id: str, path: Path, say: Say) -> Document:
 
 def _unix_lines(text: bytes) -> bytes:
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
-
-
-def _stdlib_documents() -> Iterator[Document]:
-    for id, path in _stdlib_files():
-        yield Document.make(id, str(path), _unix_lines(_read(path)))
 
 
 def _read(path: Path) -> bytes:

@@ -10,7 +10,8 @@ from headway.data.config import DataError
 # Encoding needs about 125 bytes of memory per byte of text (measured), and a document is encoded at once.
 MAX_DOCUMENT_BYTES = 32 << 20
 
-Problem = Literal["empty", "not_utf8"]
+Problem = Literal["empty", "not_utf8", "binary"]
+"""binary: more than 1 % NUL bytes, as in UTF-16 without a byte order mark, or a file that lost its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Document:
             return Document(id, origin, b"", "not_utf8")
         if not data.strip():
             return Document(id, origin, b"", "empty")
+        if data.count(0) * 100 > len(data):
+            return Document(id, origin, b"", "binary")
         check_size(len(data), origin)
         return Document(id, origin, data)
 

@@ -62,8 +62,17 @@ class LeftOut(StrictModel):
 
     empty: Count = 0
     not_utf8: Count = 0
+    binary: Count = 0
     too_short: Count = 0
     duplicate: Count = 0
+
+
+class CorpusFiles(StrictModel):
+    """Files of the corpus that were read, and those that were left out: their number by reason, and examples."""
+
+    taken: Count
+    left_out: dict[str, Count] = Field(default_factory=dict)
+    examples: list[str] = Field(default_factory=list)
 
 
 class Manifest(StrictModel):
@@ -77,6 +86,7 @@ class Manifest(StrictModel):
     train: SplitCounts
     validation: SplitCounts
     left_out: LeftOut
+    corpus_files: CorpusFiles | None = Field(default=None, description="None for hub datasets and older manifests")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     vocab_size: int = Field(ge=1, le=1 << 24)
     eos_id: int = Field(ge=0, lt=1 << 24)

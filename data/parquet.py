@@ -14,6 +14,7 @@ from headway.data.document import Document, check_size
 # a large dictionary are decoded a few at a time.
 _ROWS, _REPEATED_ROWS = 64, 2
 _SMALL_BYTES = 1 << 20
+_FREE_BYTES = 40 << 20  # may expand more than `containers.MAX_EXPANSION` times; a page is decoded at once
 
 
 def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
@@ -81,11 +82,11 @@ def _rows_at_once(path: Path, table: Any, group: int, field: str) -> int:
         if chunk.path_in_schema != field:
             continue
         stored, size = chunk.total_compressed_size, chunk.total_uncompressed_size
-        if size > max(containers.FREE_EXPANSION_BYTES, containers.MAX_EXPANSION * stored):
+        if size > max(_FREE_BYTES, containers.MAX_EXPANSION * stored):
             raise DataError(
                 f"{path}: {stored:,} compressed bytes of column {field!r} become {size:,} in row group {group + 1}; "
-                f"data that expands more than {containers.MAX_EXPANSION} times is refused. Remove the file, or write it "
-                "again without compression if it is meant"
+                f"data that expands more than {containers.MAX_EXPANSION} times is refused. Remove the file, or write "
+                "it again without compression if it is meant"
             )
         return _REPEATED_ROWS if chunk.has_dictionary_page and size > _SMALL_BYTES else _ROWS
     return _ROWS

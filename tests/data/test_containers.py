@@ -103,7 +103,7 @@ def test_padding_between_and_after_members_is_no_content(tmp_path: Path, format:
 
 def test_xz_padding_that_is_no_multiple_of_four_is_damage(tmp_path: Path) -> None:
     path = write(tmp_path, "xz", lzma.compress(rows(0, 5)) + bytes(6))
-    with pytest.raises(DataError, match="6 zero bytes after member 1 at byte .* not a multiple of 4"):
+    with pytest.raises(DataError, match=r"6 zero bytes after member 1 at byte .* not a multiple of 4"):
         texts(path)
 
 
