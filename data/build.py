@@ -177,6 +177,7 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         tokenizer_sha256=tokenizer.sha256_of(folder / TOKENIZER_NAME),
         vocab_size=chosen.vocab_size,
         eos_id=chosen.eos_id,
+        max_token_id=max(int(np.flatnonzero(part.token_counts)[-1]) for part in written.values()),
         dtype=_dtype(chosen.vocab_size),
         unigram_entropy_nats=float(-(validation.token_counts * np.log(share)).sum() / validation.counts.tokens),
         validation_bytes_per_token=validation.counts.text_bytes / validation.counts.tokens,
@@ -186,6 +187,10 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
     manifest = manifest.model_copy(update={"fingerprint": manifest.expected_fingerprint()})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _files_taken(files: folders.Found | None) -> str:
+    return "" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, "
 
 
 def _corpus_files(files: folders.Found) -> CorpusFiles:
@@ -256,6 +261,11 @@ def _write_split(
         for batch in _batches(found, order):
             encoded = chosen.encode([found.text(text, document).decode("utf-8") for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
+                if ids and max(ids) >= chosen.vocab_size:
+                    raise DataError(
+                        f"{found.ids[document]}: the tokenizer gives the token id {max(ids)}, beyond its vocabulary of "
+                        f"{chosen.vocab_size}; its tokenizer.json contradicts itself, so use another one"
+                    )
                 tokens = np.array([*ids, chosen.eos_id], dtype=dtype)
                 token_counts += np.bincount(tokens, minlength=chosen.vocab_size)
                 writer.write({"id": found.ids[document], "tokens": tokens})

@@ -90,6 +90,7 @@ class Manifest(StrictModel):
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     vocab_size: int = Field(ge=1, le=1 << 24)
     eos_id: int = Field(ge=0, lt=1 << 24)
+    max_token_id: int | None = Field(default=None, ge=0, description="largest token id; None in older manifests")
     dtype: Literal["uint16", "uint32"]
     unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
     validation_bytes_per_token: float
@@ -148,6 +149,12 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path}: not a manifest of this version ({where}: {first['msg']}); build it again") from None
+    largest = max(manifest.eos_id, manifest.max_token_id or 0)
+    if largest >= manifest.vocab_size:
+        raise DataError(
+            f"{path}: its token ids go up to {largest:,}, beyond its vocabulary of {manifest.vocab_size:,}; "
+            f"{rebuild_hint(root)}"
+        )
     if manifest.expected_fingerprint() != manifest.fingerprint:
         raise DataError(f"{path}: content does not match its own fingerprint; {rebuild_hint(root)}")
     return manifest
