@@ -10,8 +10,8 @@ from headway.data import containers
 from headway.data.config import DataError
 from headway.data.document import Document, check_size
 
-# Rows that are decoded at once. A dictionary repeats a value without taking space in the file, so rows of columns with
-# a large dictionary are decoded a few at a time.
+# Rows that are decoded at once. A dictionary repeats a value without taking space in the file, so the rows of groups
+# that may have a large dictionary are decoded a few at a time.
 _ROWS, _REPEATED_ROWS = 64, 2
 _SMALL_BYTES = 1 << 20
 _FREE_BYTES = 40 << 20  # may expand more than `containers.MAX_EXPANSION` times; a page is decoded at once
@@ -31,13 +31,13 @@ def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
     try:
         with path.open("rb") as stream:
             containers.check_pointer(path, stream.read(1 << 10))
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as table:
             _check_column(path, field, table.schema_arrow)
             number = 0
             for group in range(table.num_row_groups):
-                rows = _rows_at_once(path, table, group, field)
+                rows = _rows_at_once(path, table, group)
                 for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[field]):
-                    for value in _as_binary(batch.column(0)):
+                    for value in _as_binary(batch.column(field)):
                         number += 1
                         yield _document(id, path, number, value)
     except DataError:
@@ -74,22 +74,19 @@ def _check_column(path: Path, field: str, schema: Any) -> None:
         raise DataError(f"{path}: column {field!r} holds {kind}, not text; {choice}, or convert it to strings")
 
 
-def _rows_at_once(path: Path, table: Any, group: int, field: str) -> int:
-    """Rows per batch that bound the memory. Raises DataError if the column of this row group expands too much."""
-    row_group = table.metadata.row_group(group)
-    for place in range(row_group.num_columns):
-        chunk = row_group.column(place)
-        if chunk.path_in_schema != field:
-            continue
-        stored, size = chunk.total_compressed_size, chunk.total_uncompressed_size
-        if size > max(_FREE_BYTES, containers.MAX_EXPANSION * stored):
-            raise DataError(
-                f"{path}: {stored:,} compressed bytes of column {field!r} become {size:,} in row group {group + 1}; "
-                f"data that expands more than {containers.MAX_EXPANSION} times is refused. Remove the file, or write "
-                "it again without compression if it is meant"
-            )
-        return _REPEATED_ROWS if chunk.has_dictionary_page and size > _SMALL_BYTES else _ROWS
-    return _ROWS
+def _rows_at_once(path: Path, table: Any, group: int) -> int:
+    """Rows per batch that bound the memory. Raises DataError if this row group expands too much.
+
+    Metadata of a single column are not looked at: for a damaged file, pyarrow's function for it ends the process.
+    """
+    stored, size = path.stat().st_size, table.metadata.row_group(group).total_byte_size
+    if size > max(_FREE_BYTES, containers.MAX_EXPANSION * stored):
+        raise DataError(
+            f"{path}: {stored:,} bytes become {size:,} in row group {group + 1}; data that expands more than "
+            f"{containers.MAX_EXPANSION} times is refused. Remove the file, or write it again without compression if "
+            "it is meant"
+        )
+    return _ROWS if 0 <= size <= _SMALL_BYTES else _REPEATED_ROWS
 
 
 def _as_binary(column: Any) -> Any:

@@ -205,6 +205,22 @@ def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         build(cfg, out=tmp_path / "out", progress=False)
 
 
+def test_a_copy_saved_on_windows_is_a_duplicate_and_utf16_without_a_mark_has_advice(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for number, text in enumerate(make_texts(5)):
+        (folder / f"{number}.txt").write_text(text)
+    (folder / "copy.txt").write_bytes(b"\xef\xbb\xbf" + make_texts(5)[2].replace("\n", "\r\n").encode())
+    cfg = corpus_config(folder, corpus={"type": "text", "paths": [str(folder)]})
+    manifest = build(cfg, out=tmp_path / "out", progress=False)
+    assert manifest.left_out.duplicate == 1 and manifest.train.documents + manifest.validation.documents == 5
+    (folder / "z.txt").write_bytes("UTF-16".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"z\.txt: document is full of NUL bytes.*UTF-16 without a byte order mark"):
+        build(cfg, out=tmp_path / "out", progress=False)
+    manifest = build(cfg.model_copy(update={"bad_documents": "skip"}), out=tmp_path / "out", progress=False)
+    assert manifest.left_out.binary == 1
+
+
 def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["alone", "alone"])
     with pytest.raises(DataError, match=r"1 usable document \(1 duplicate\), but one is needed for training"):
