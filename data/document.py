@@ -11,7 +11,7 @@ from headway.data.config import DataError
 MAX_DOCUMENT_BYTES = 32 << 20
 
 Problem = Literal["empty", "not_utf8", "binary"]
-"""binary: more than 1 % NUL bytes, as in UTF-16 without a byte order mark, or a file that lost its content."""
+"""binary: more than three NUL bytes and more than 1 %: UTF-16 without a byte order mark, or a file that was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Document:
             return Document(id, origin, b"", "not_utf8")
         if not data.strip():
             return Document(id, origin, b"", "empty")
-        if data.count(0) * 100 > len(data):
+        if (nuls := data.count(0)) > 3 and nuls * 100 > len(data):
             return Document(id, origin, b"", "binary")
         check_size(len(data), origin)
         return Document(id, origin, data)

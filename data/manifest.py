@@ -75,6 +75,13 @@ class CorpusFiles(StrictModel):
     examples: list[str] = Field(default_factory=list)
 
 
+class Lossy(StrictModel):
+    """Documents that their tokens do not give back (`tokenizer.lossy: allow`), and the first of them."""
+
+    documents: Count
+    example: str
+
+
 class Manifest(StrictModel):
     """The contents of MANIFEST.json. `fingerprint` covers the data that a run reads, not the source of the build."""
 
@@ -93,7 +100,8 @@ class Manifest(StrictModel):
     max_token_id: int | None = Field(default=None, ge=0, description="largest token id; None in older manifests")
     dtype: Literal["uint16", "uint32"]
     unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
-    validation_bytes_per_token: float
+    validation_bytes_per_token: float | None = Field(description="None if the tokenizer loses text")
+    lossy: Lossy | None = Field(default=None, description="None if the tokens of every document give its text")
     files: dict[FileName, FileEntry] = Field(max_length=1_000_000)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
