@@ -20,15 +20,25 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from headway.data import corpora, tokenizer
-from headway.data.config import CorpusConfig, DataError, MdsSource, StdlibCorpus, TrainTokenizer
+from headway.data import corpora, folders, tokenizer
+from headway.data.config import (
+    CorpusConfig,
+    DataError,
+    HuggingFaceCorpus,
+    MdsSource,
+    StdlibCorpus,
+    TokenizerFile,
+    TrainTokenizer,
+)
 from headway.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SPLITS,
     TOKENIZER_NAME,
+    CorpusFiles,
     LeftOut,
+    Lossy,
     Manifest,
     Split,
     SplitCounts,
@@ -147,12 +157,21 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Report
 
 def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    found = scan(cfg, spool, progress=reporter.progress)
+    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else corpora.find_files(cfg.corpus)
+    for line in [] if files is None else folders.summary(files):
+        reporter.say(line)
+    found = scan(cfg, spool, files=files, progress=reporter.progress, say=reporter.say)
+    reporter.say(
+        "corpus: "
+        + ("" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, ")
+        + found.summary()
+    )
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
         written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}
     spool.unlink()
     train, validation = written["train"], written["validation"]
+    lossy = _lossy(train, validation, reporter)
     share = (train.token_counts + 1.0) / (train.token_counts.sum() + chosen.vocab_size)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
@@ -164,18 +183,30 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         train=train.counts,
         validation=validation.counts,
         left_out=LeftOut(**found.left_out),
+        corpus_files=None if files is None else _corpus_files(files),
         tokenizer_sha256=tokenizer.sha256_of(folder / TOKENIZER_NAME),
         vocab_size=chosen.vocab_size,
         eos_id=chosen.eos_id,
+        max_token_id=max(int(np.flatnonzero(part.token_counts)[-1]) for part in written.values()),
         dtype=_dtype(chosen.vocab_size),
         unigram_entropy_nats=float(-(validation.token_counts * np.log(share)).sum() / validation.counts.tokens),
-        validation_bytes_per_token=validation.counts.text_bytes / validation.counts.tokens,
+        validation_bytes_per_token=None if lossy else validation.counts.text_bytes / validation.counts.tokens,
+        lossy=lossy,
         files={name: hash_file(folder / name) for name in names},
         fingerprint="0" * 64,
     )
     manifest = manifest.model_copy(update={"fingerprint": manifest.expected_fingerprint()})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _files_taken(files: folders.Found | None) -> str:
+    return "" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, "
+
+
+def _corpus_files(files: folders.Found) -> CorpusFiles:
+    examples = [str(path) for paths in files.examples.values() for path in paths]
+    return CorpusFiles(taken=len(files.taken), left_out=dict(files.left_out), examples=examples[:100])
 
 
 def _dtype(vocab_size: int) -> Any:
@@ -212,6 +243,45 @@ def _tokenizer(
 class _Written:
     counts: SplitCounts
     token_counts: np.ndarray  # [vocabulary] occurrences of each token
+    lost: int  # documents that their tokens do not give back
+    example: str
+
+
+def _lossy(train: _Written, validation: _Written, reporter: Reporter) -> Lossy | None:
+    lost = train.lost + validation.lost
+    if not lost:
+        return None
+    documents = train.counts.documents + validation.counts.documents
+    example = train.example or validation.example
+    reporter.say(
+        f"WARNING: the tokenizer loses text: the tokens of {lost:,} of {documents:,} documents do not give the "
+        f"document back ({example}); recorded in {MANIFEST_NAME}, without bytes per token"
+    )
+    return Lossy(documents=lost, example=example)
+
+
+def _check_loss(
+    cfg: CorpusConfig, chosen: tokenizer.CorpusTokenizer, names: list[str], texts: list[str], ids: list[list[int]]
+) -> tuple[int, str]:
+    """Number of documents of a batch that their tokens do not give back, and a description of the first.
+
+    Raises DataError unless the corpus spec allows it.
+    """
+    lost = chosen.lost(texts, ids)
+    if not lost:
+        return 0, ""
+    number, back = lost[0]
+    text = texts[number]
+    at = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    begin = max(0, at - 10)
+    example = f"{names[number]}: {text[begin : at + 20]!r} comes back as {back[begin : at + 20]!r}"
+    if isinstance(cfg.tokenizer, TokenizerFile) and cfg.tokenizer.lossy == "allow":
+        return len(lost), example
+    raise DataError(
+        f"{chosen.name}: loses text: the tokens of {len(lost):,} of the first {len(texts):,} documents do not give the "
+        f"document back ({example}). A loss per byte would count text that the model never sees. Use a byte-level "
+        "tokenizer, or tokenizer.type: train_bpe; tokenizer.lossy: allow accepts it and records it"
+    )
 
 
 def _write_split(
@@ -236,11 +306,22 @@ def _write_split(
         hashes=["sha1", "xxh64"],
         size_limit=cfg.shard_bytes,
     )
-    row = 0
+    row = lost = 0
+    first_lost = ""
     with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
         for batch in _batches(found, order):
-            encoded = chosen.encode([found.text(text, document).decode("utf-8") for document in batch])
+            texts = [found.text(text, document).decode("utf-8") for document in batch]
+            names = [found.ids[document] for document in batch]
+            encoded = chosen.encode(texts, names)
+            count, example = _check_loss(cfg, chosen, names, texts, encoded)
+            lost, first_lost = lost + count, first_lost or example
             for document, ids in zip(batch, encoded, strict=True):
+                if ids and max(ids) >= chosen.vocab_size:
+                    raise DataError(
+                        f"{found.ids[document]}: the tokenizer gives the token id {max(ids)}, beyond its vocabulary of "
+                        f"{chosen.vocab_size}; its tokenizer.json contradicts itself, so use another one"
+                    )
+                chosen.check_ends(ids, found.ids[document])
                 tokens = np.array([*ids, chosen.eos_id], dtype=dtype)
                 token_counts += np.bincount(tokens, minlength=chosen.vocab_size)
                 writer.write({"id": found.ids[document], "tokens": tokens})
@@ -249,7 +330,7 @@ def _write_split(
             bar.update(int(found.lengths[batch].sum()))
     np.save(folder / split / LENGTHS_NAME, lengths, allow_pickle=False)
     counts = SplitCounts(documents=len(order), tokens=int(lengths.sum(dtype=np.int64)), text_bytes=text_bytes)
-    return _Written(counts=counts, token_counts=token_counts)
+    return _Written(counts=counts, token_counts=token_counts, lost=lost, example=first_lost)
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -180,6 +180,9 @@ class TokenizerFile(StrictModel):
     type: Literal["file"]
     path: str
     eos_token: str = Field(default="<|endoftext|>", description="the token that ends a document")
+    lossy: Literal["refuse", "allow"] = Field(
+        default="refuse", description="reaction to documents that their tokens do not give back"
+    )
 
 
 class CorpusConfig(StrictModel):

@@ -5,13 +5,14 @@ Only the current document is held in memory. Rows of JSONL, Parquet and hub data
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from headway.data import rows, tokenizer
+from headway.data import containers, folders, parquet, rows, tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -21,61 +22,64 @@ from headway.data.config import (
     StdlibCorpus,
     TextCorpus,
 )
-from headway.data.document import Document
+from headway.data.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
-from headway.data.places import looked_for
+from headway.data.progress import Say, quiet
 
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-_FOLDER_SUFFIXES = {
-    "text": None,
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"),
-    "parquet": (".parquet",),
-}
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_READERS = 2  # raised when readers give other documents for the same files, so that datasets are built again
 
 AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
 
 
-def documents(corpus: AnyCorpus) -> Iterator[Document]:
-    """Yield all documents of `corpus`, including unusable ones (with `problem` set).
+def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say = quiet) -> Iterator[Document]:
+    """Yield all documents of `corpus`, including unusable ones (with `problem` set). `say` is told what is unusual.
+
+    files: What `find_files` returned, if it was called before.
 
     Raises DataError if a path matches nothing, a file cannot be read, or a field is missing.
     """
+    if isinstance(corpus, HuggingFaceCorpus):
+        yield from rows.hub_documents(corpus)
+        return
+    taken = [(id, path) for path, id in (files or find_files(corpus)).taken.items()]
     match corpus:
         case StdlibCorpus():
-            yield from _stdlib_documents()
+            for id, path in taken:
+                yield Document.make(id, str(path), _unix_lines(_read(path)))
         case TextCorpus():
-            for id, path in corpus_files(corpus):
-                yield Document.make(id, str(path), _read(path))
+            for id, path in taken:
+                yield _text_document(id, path, say)
         case JsonlCorpus():
-            for id, path in corpus_files(corpus):
-                yield from rows.jsonl_documents(path, id, corpus.field)
+            for id, path in taken:
+                yield from rows.jsonl_documents(path, id, corpus.field, say=say)
         case ParquetCorpus():
-            for id, path in corpus_files(corpus):
-                yield from rows.parquet_documents(path, id, corpus.field)
-        case HuggingFaceCorpus():
-            yield from rows.hub_documents(corpus)
+            for id, path in taken:
+                yield from parquet.parquet_documents(path, id, corpus.field)
+
+
+def find_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> folders.Found:
+    """Every file of a corpus, sorted within each given path, without duplicates; and those that are left out.
+
+    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
+    endings, `folders.ENDINGS`).
+    """
+    if isinstance(corpus, StdlibCorpus):
+        return folders.Found(taken={path: id for id, path in _stdlib_files()})
+    return folders.find(corpus.paths, corpus.type)
 
 
 def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
-    """(id, path) of every file of a corpus, sorted within each given path, without duplicates.
-
-    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
-    suffixes).
-    """
-    if isinstance(corpus, StdlibCorpus):
-        return _stdlib_files()
-    found: dict[Path, str] = {}
-    for given in corpus.paths:
-        matches = list(_matches(given, _FOLDER_SUFFIXES[corpus.type]))
-        if not matches:
-            raise DataError(
-                f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
-                f"'folder/**/*.{'txt' if corpus.type == 'text' else corpus.type}'{looked_for(given)}"
-            )
-        for id, path in matches:
-            found.setdefault(path, id)
-    return [(id, path) for path, id in found.items()]
+    """(id, path) of every file that `find_files` takes."""
+    return [(id, path) for path, id in find_files(corpus).taken.items()]
 
 
 def source_fingerprint(cfg: CorpusConfig) -> str:
@@ -88,38 +92,13 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
         for _id, path in corpus_files(cfg.corpus):
             stat = path.stat()
             facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        if not isinstance(cfg.corpus, StdlibCorpus):
+            facts.append(f"readers {_READERS}")
     if isinstance(cfg.corpus, StdlibCorpus):
         facts.append(platform.python_version())
     if cfg.tokenizer.type == "file":
         facts.append(hashlib.sha256(tokenizer.read_file(cfg.tokenizer)).hexdigest())
     return hashlib.sha256(canonical_json(facts)).hexdigest()
-
-
-def _matches(given: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
-    path = Path(given).expanduser()
-    if path.is_file():
-        yield path.name, path.absolute()
-        return
-    if path.is_dir():
-        base, names = path, sorted(path.rglob("*"), key=lambda p: p.as_posix())
-        if suffixes is not None:
-            names = [name for name in names if name.name.endswith(suffixes)]
-    else:
-        wild = next((place for place, part in enumerate(path.parts) if set(part) & set("*?[")), None)
-        if wild is None:
-            return
-        base, pattern = Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
-        try:
-            names = sorted(base.glob(pattern), key=lambda p: p.as_posix())
-        except ValueError as error:
-            raise DataError(
-                f"corpus.paths: {given!r} is not a valid pattern ({error}); use `**` only as a whole path component, "
-                "as in 'folder/**/*.txt'"
-            ) from None
-    for name in names:
-        relative = name.relative_to(base)
-        if name.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix(), name.absolute()
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -136,10 +115,31 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return found
 
 
-def _stdlib_documents() -> Iterator[Document]:
-    for id, path in _stdlib_files():
-        data = _read(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield Document.make(id, str(path), data)
+def _text_document(id: str, path: Path, say: Say) -> Document:
+    """A text file, compressed or not, without its byte order mark and with the line ends of Unix."""
+    found = containers.head(path, archives=True)
+    if found.note:
+        say(found.note)
+    data, encoding = bytearray(), "utf-8"
+    for piece in containers.chunks(path, found.format):
+        if not data:
+            encoding = next((name for mark, name in _BYTE_ORDER_MARKS if piece.startswith(mark)), "utf-8")
+        data += piece
+        if len(data) > MAX_DOCUMENT_BYTES * (1 if encoding == "utf-8" else 2) + 4:
+            check_size(len(data), str(path))
+    text: bytes | str = bytes(data)
+    if encoding == "utf-8":
+        text = text.removeprefix(codecs.BOM_UTF8)
+    else:
+        try:
+            text = text.decode(encoding).encode("utf-8")
+        except UnicodeError:
+            return Document(id, str(path), b"", "not_utf8")
+    return Document.make(id, str(path), _unix_lines(text))
+
+
+def _unix_lines(text: bytes) -> bytes:
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
 def _read(path: Path) -> bytes:

@@ -10,7 +10,8 @@ from headway.data.config import DataError
 # Encoding needs about 125 bytes of memory per byte of text (measured), and a document is encoded at once.
 MAX_DOCUMENT_BYTES = 32 << 20
 
-Problem = Literal["empty", "not_utf8"]
+Problem = Literal["empty", "not_utf8", "binary"]
+"""binary: more than three NUL bytes and more than 1 %: UTF-16 without a byte order mark, or a file that was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Document:
     @staticmethod
     def make(id: str, origin: str, text: bytes | str | None) -> Document:
         """Create a document and check that its text is UTF-8 and not blank. Raises DataError if it is too large."""
+        if text is not None:
+            check_size(len(text), origin)  # characters, before they are encoded
         try:
             data = b"" if text is None else text.encode("utf-8") if isinstance(text, str) else text
             if not isinstance(text, str):
@@ -39,9 +42,16 @@ class Document:
             return Document(id, origin, b"", "not_utf8")
         if not data.strip():
             return Document(id, origin, b"", "empty")
-        if len(data) > MAX_DOCUMENT_BYTES:
-            raise DataError(
-                f"{origin}: a document of {len(data):,} bytes; the limit is {MAX_DOCUMENT_BYTES:,}. "
-                "Split it into several files, or into lines of a .jsonl file"
-            )
+        if (nuls := data.count(0)) > 3 and nuls * 100 > len(data):
+            return Document(id, origin, b"", "binary")
+        check_size(len(data), origin)
         return Document(id, origin, data)
+
+
+def check_size(size: int, origin: str) -> None:
+    """Raise DataError if a document of `size` bytes is too large."""
+    if size > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{origin}: a document of {size:,} bytes; the limit is {MAX_DOCUMENT_BYTES:,}. "
+            "Split it into several files, or into lines of a .jsonl file"
+        )

@@ -62,8 +62,24 @@ class LeftOut(StrictModel):
 
     empty: Count = 0
     not_utf8: Count = 0
+    binary: Count = 0
     too_short: Count = 0
     duplicate: Count = 0
+
+
+class CorpusFiles(StrictModel):
+    """Files of the corpus that were read, and those that were left out: their number by reason, and examples."""
+
+    taken: Count
+    left_out: dict[str, Count] = Field(default_factory=dict)
+    examples: list[str] = Field(default_factory=list)
+
+
+class Lossy(StrictModel):
+    """Documents that their tokens do not give back (`tokenizer.lossy: allow`), and the first of them."""
+
+    documents: Count
+    example: str
 
 
 class Manifest(StrictModel):
@@ -77,12 +93,15 @@ class Manifest(StrictModel):
     train: SplitCounts
     validation: SplitCounts
     left_out: LeftOut
+    corpus_files: CorpusFiles | None = Field(default=None, description="None for hub datasets and older manifests")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     vocab_size: int = Field(ge=1, le=1 << 24)
     eos_id: int = Field(ge=0, lt=1 << 24)
+    max_token_id: int | None = Field(default=None, ge=0, description="largest token id; None in older manifests")
     dtype: Literal["uint16", "uint32"]
     unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
-    validation_bytes_per_token: float
+    validation_bytes_per_token: float | None = Field(description="None if the tokenizer loses text")
+    lossy: Lossy | None = Field(default=None, description="None if the tokens of every document give its text")
     files: dict[FileName, FileEntry] = Field(max_length=1_000_000)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -138,6 +157,12 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path}: not a manifest of this version ({where}: {first['msg']}); build it again") from None
+    largest = max(manifest.eos_id, manifest.max_token_id or 0)
+    if largest >= manifest.vocab_size:
+        raise DataError(
+            f"{path}: its token ids go up to {largest:,}, beyond its vocabulary of {manifest.vocab_size:,}; "
+            f"{rebuild_hint(root)}"
+        )
     if manifest.expected_fingerprint() != manifest.fingerprint:
         raise DataError(f"{path}: content does not match its own fingerprint; {rebuild_hint(root)}")
     return manifest

@@ -150,6 +150,15 @@ class MdsSplit:
         number, row = self._locate(document)
         return self._from(number, lambda shard: shard.id(row))
 
+    def beyond_vocabulary(self, document: int, token: int) -> str:
+        """Message about a token id of a document that is not in the vocabulary."""
+        number, row = self._locate(document)
+        return (
+            f"{self._path(number)}: sample {row} ({self.id(document)}) has the token id {token:,}, but the vocabulary "
+            f"has {self.manifest.vocab_size:,} tokens. The hashes agree, so the dataset was written like this; "
+            f"{self._hint()}"
+        )
+
     def reading(self) -> list[Path]:
         """Paths of the shards that threads are currently reading, opening or fetching."""
         return [self._path(number) for number in sorted(set(self._busy.copy().values()))]

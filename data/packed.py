@@ -115,4 +115,10 @@ class PackedText:
             segments[filled : filled + len(piece)] = segment
             filled += len(piece)
             document, segment, skip = document + 1, segment + 1, 0
+        # A model would read another row of a shared table, or a row of another rank, without an error.
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            first = int(np.argmax(tokens >= self.vocab_size))
+            raise DataError(
+                self._documents.beyond_vocabulary(int(np.searchsorted(self._ends, begin + first, "right")), largest)
+            )
         return Sample(tokens, segments)

@@ -47,6 +47,14 @@ def silent(what: str, total: int | None = None, unit: str = "") -> Iterator[Bar]
     yield _Nothing()
 
 
+Say = Callable[[str], None]
+"""Where whole lines for the user go."""
+
+
+def quiet(message: str) -> None:
+    """Say nothing."""
+
+
 def to_stderr(message: str) -> None:
     """Print a line for whoever looks."""
     print(message, file=sys.stderr, flush=True)
@@ -57,4 +65,4 @@ class Reporter:
     """Where long work says what it does (`say`, whole lines) and how far it is."""
 
     progress: Progress = silent
-    say: Callable[[str], None] = to_stderr
+    say: Say = to_stderr

@@ -1,72 +1,93 @@
-"""Documents from files and datasets with one document per row: JSONL, Parquet, the Hugging Face hub."""
+"""Documents from JSON lines and from the Hugging Face hub: one per row. Parquet: `headway.data.parquet`."""
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import importlib
 import json
-import lzma
-import zlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headway.data import containers
 from headway.data.config import DataError, HuggingFaceCorpus
-from headway.data.document import Document
+from headway.data.document import MAX_DOCUMENT_BYTES, Document
+from headway.data.progress import Say, quiet
 
-_CHUNK_BYTES = 1 << 20
+# The limits of a line bound the memory of reading it: a decoded character takes up to 4 bytes if one of them is wide,
+# and a JSON value about 70. In ASCII, a document may take twice its bytes, because of escapes.
+_MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES
+_MAX_WIDE_LINE_BYTES = MAX_DOCUMENT_BYTES + (4 << 20)
+_MAX_VALUES = 1_000_000
+_COUNTED_BYTES = 4 << 20
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
-def jsonl_documents(path: Path, id: str, field: str) -> Iterator[Document]:
-    """Yield a document per line of a `.jsonl`, `.jsonl.gz`, `.jsonl.xz` or `.jsonl.zst` file. Skips blank lines.
+def jsonl_documents(path: Path, id: str, field: str, *, say: Say = quiet) -> Iterator[Document]:
+    """Yield a document per line of a file of JSON lines, compressed or not. Skips blank lines.
 
-    A document whose `field` is null counts as empty. Raises DataError with file and line if a line is not a JSON object
-    or does not have the field.
+    A document whose `field` is null counts as empty. `say` is told if the format of the file is not that of its name.
+    Raises DataError with file and line if a line is too long, is not a JSON object or does not have the field.
     """
-    for number, line in enumerate(_lines(_chunks(path)), start=1):
-        origin, row_id = f"{path}:{number}", f"{id}:{number}"
+    found = containers.head(path)
+    if found.note:
+        say(found.note)
+    for number, line in enumerate(_lines(containers.chunks(path, found.format), path), start=1):
         if not line.strip():
             continue
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            yield Document(row_id, origin, b"", "not_utf8")
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: not JSON ({error}); write one JSON object per line") from None
+        origin = f"{path}:{number}"
+        if number == 1:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{origin}: UTF-16; save the file as UTF-8")
+            line = line.removeprefix(codecs.BOM_UTF8)
+        row, broken = _row(line, origin)
+        del line  # up to 64 MiB
         if not isinstance(row, dict):
             raise DataError(f"{origin}: {type(row).__name__} instead of a JSON object such as {{{field!r}: ...}}")
-        yield Document.make(row_id, origin, _field(row, field, origin))
+        if broken:
+            yield Document(f"{id}:{number}", origin, b"", "not_utf8")
+        else:
+            yield Document.make(f"{id}:{number}", origin, _field(row, field, origin))
 
 
-def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
-    """Yield a document per row of a Parquet file. A null counts as empty.
+def _row(line: bytes, origin: str) -> tuple[Any, bool]:
+    """The JSON value of a line, and whether its text is not UTF-8.
 
-    Raises DataError if the file is not Parquet, does not have the column, or if the column is not text.
+    Only a line that is JSON apart from its encoding is a single unusable document, which `bad_documents: skip` may
+    skip. Everything else is damage of the file.
     """
+    if len(line) > _COUNTED_BYTES:
+        _check_values(line, origin)
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or use jsonl") from None
+        text, broken = line.decode("utf-8"), False
+    except UnicodeDecodeError:
+        text, broken = line.decode("utf-8", errors="replace"), True
     try:
-        with pq.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise DataError(f"{path}: no column {field!r}; set corpus.field to one of {', '.join(schema.names)}")
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {field!r} holds {kind}, not text; set corpus.field to a text column")
-            number = 0
-            for batch in table.iter_batches(batch_size=64, columns=[field]):
-                # Read as bytes, because Arrow does not check UTF-8 and one invalid row must not hide the others.
-                for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    number += 1
-                    yield Document.make(f"{id}:{number}", f"{path}: row {number}", value)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); fetch or write it again") from error
+        return json.loads(text), broken
+    except (ValueError, RecursionError) as error:
+        what = "neither UTF-8 nor JSON" if broken else "not JSON"
+        what += " but full of NUL bytes, perhaps UTF-16" if b"\0" in line else ""
+        raise DataError(
+            f"{origin}: {what} ({error}); write one JSON object per line in UTF-8, or fetch the file again if it is "
+            "damaged"
+        ) from None
+
+
+def _check_values(line: bytes, origin: str) -> None:
+    """Raise DataError if a long line has so many JSON values that parsing it would take gigabytes."""
+    values = begin = 0
+    for string in _JSON_STRING.finditer(line):
+        values += 1 + _separators(line, begin, string.start())
+        begin = string.end()
+        if values > _MAX_VALUES:
+            break
+    if values + _separators(line, begin, len(line)) > _MAX_VALUES:
+        raise DataError(f"{origin}: a line of more than {_MAX_VALUES:,} JSON values; write one document per line")
+
+
+def _separators(line: bytes, begin: int, end: int) -> int:
+    return sum(line.count(mark, begin, end) for mark in (b",", b"[", b"{"))
 
 
 def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
@@ -130,51 +151,25 @@ def _field(row: dict[str, Any], field: str, origin: str) -> str | None:
     return value
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split chunks into lines. A line may span several chunks."""
+def _lines(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """Split chunks into lines. A line may span several chunks. Raises DataError when a line becomes too long."""
+    number, size = 1, 0
     parts: list[bytes] = []
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
         parts.append(first)
+        size += len(first)
+        if size > _MAX_WIDE_LINE_BYTES and (size > _MAX_LINE_BYTES or not all(part.isascii() for part in parts)):
+            raise DataError(
+                f"{path}:{number}: a line of more than {size - len(first):,} bytes; a document may have "
+                f"{MAX_DOCUMENT_BYTES:,} bytes, and its line twice as many if they are escaped. Write one document per "
+                "line, and split long documents"
+            )
         for line in rest:
-            yield b"".join(parts)
-            parts = [line]
-    if last := b"".join(parts):
+            whole = b"".join(parts)
+            parts.clear()
+            yield whole
+            parts, size, number = [line], len(line), number + 1
+    if parts and (last := b"".join(parts)):
+        parts.clear()
         yield last
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Yield the contents of a file, decompressed according to its suffix. Raises DataError if damaged or truncated."""
-    try:
-        if path.suffix == ".zst":
-            yield from _zst_chunks(path)
-            return
-        opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, Path.open)
-        with opener(path, "rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                yield chunk
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); fetch or compress it again") from error
-
-
-def _zst_chunks(path: Path) -> Iterator[bytes]:
-    # zstandard's stream reader does not detect a truncated file; the frame object does.
-    import zstandard
-
-    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = unpacker.decompressobj()
-    inside = False
-    with path.open("rb") as stream:
-        while data := stream.read(_CHUNK_BYTES):
-            while data:
-                try:
-                    chunk = frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise DataError(f"{path}: not zstd, or damaged ({error}); fetch or compress it again") from None
-                if chunk:
-                    yield chunk
-                inside, data = not frame.eof, frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = unpacker.decompressobj()
-    if inside:
-        raise DataError(f"{path}: truncated (ends inside a zstd frame); fetch or compress it again")

@@ -14,10 +14,16 @@ import numpy as np
 from headway.data import corpora
 from headway.data.config import CorpusConfig, DataError
 from headway.data.document import Document
+from headway.data.folders import Found
 from headway.data.manifest import Split
-from headway.data.progress import Bar, Progress
+from headway.data.progress import Bar, Progress, Say, quiet
 
-_WHAT = {"empty": "is empty", "not_utf8": "is not UTF-8 text"}
+_WHAT = {
+    "empty": "is empty",
+    "not_utf8": "is not UTF-8 text",
+    "binary": "is full of NUL bytes, so it is UTF-16 without a byte order mark, or no text",
+}
+_LEFT_OUT = {"not_utf8": "not UTF-8", "binary": "full of NUL bytes", "too_short": "too short"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +35,22 @@ class Scan:
     lengths: np.ndarray  # [documents] int64, bytes
     order: dict[Split, np.ndarray]
     left_out: dict[str, int]
+    first_left_out: dict[str, str]  # reason -> where the first of these documents is
+
+    def summary(self) -> str:
+        """What was read and left out, for the user."""
+        reasons = [
+            f"{count:,} {_LEFT_OUT.get(reason, reason)} (first: {self.first_left_out[reason]})"
+            for reason, count in sorted(self.left_out.items())
+        ]
+        return f"{len(self.ids):,} documents, left out: {', '.join(reasons) or 'none'}"
 
     def text(self, spool: mmap.mmap, document: int) -> bytes:
         begin = int(self.offsets[document])
         return spool[begin : begin + int(self.lengths[document])]
 
 
-def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
+def scan(cfg: CorpusConfig, spool: Path, *, files: Found | None = None, progress: Progress, say: Say = quiet) -> Scan:
     """Read the corpus once: write usable documents without duplicates to `spool` and split them by hash of the text.
 
     Split and order come from separate bits of the hash, so the position of a document does not depend on the others.
@@ -45,11 +60,13 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
     lengths: list[int] = []
     digests: dict[bytes, None] = {}
     left_out: Counter[str] = Counter()
+    first: dict[str, str] = {}
     with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
-        for document in _usable(_counted(corpora.documents(cfg.corpus), bar), cfg, left_out):
+        for document in _usable(_counted(corpora.documents(cfg.corpus, files, say=say), bar), cfg, left_out, first):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()
             if digest in digests:
                 left_out["duplicate"] += 1
+                first.setdefault("duplicate", document.origin)
                 continue
             digests[digest] = None
             ids.append(document.id)
@@ -68,6 +85,7 @@ def scan(cfg: CorpusConfig, spool: Path, *, progress: Progress) -> Scan:
         lengths=sizes,
         order=_divide(list(digests), cfg.validation_fraction),
         left_out=dict(left_out),
+        first_left_out=first,
     )
 
 
@@ -77,7 +95,9 @@ def _counted(found: Iterable[Document], bar: Bar) -> Iterator[Document]:
         bar.update(1)
 
 
-def _usable(found: Iterable[Document], cfg: CorpusConfig, left_out: Counter[str]) -> Iterable[Document]:
+def _usable(
+    found: Iterable[Document], cfg: CorpusConfig, left_out: Counter[str], first: dict[str, str]
+) -> Iterable[Document]:
     for document in found:
         if document.problem is not None:
             if cfg.bad_documents == "error":
@@ -86,8 +106,10 @@ def _usable(found: Iterable[Document], cfg: CorpusConfig, left_out: Counter[str]
                     "or set bad_documents: skip to skip and count such documents"
                 )
             left_out[document.problem] += 1
+            first.setdefault(document.problem, document.origin)
         elif len(document.text) < cfg.min_document_bytes:
             left_out["too_short"] += 1
+            first.setdefault("too_short", document.origin)
         else:
             yield document
 

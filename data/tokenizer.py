@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError, TokenizerFile, TrainTokenizer
+from headway.data.containers import check_pointer
 from headway.data.places import looked_for
 from headway.data.progress import Bar, Shown, progress_of
 
@@ -17,35 +22,151 @@ _MAX_FILE_BYTES = 256 << 20
 
 
 class CorpusTokenizer:
-    """Converts text to token ids. Special tokens in a text are encoded as ordinary text, so they cannot end it."""
+    """Converts text to token ids. Special tokens in a text are encoded as ordinary text.
 
-    def __init__(self, tokenizer: Any, *, eos_token: str) -> None:
+    name: What messages call the tokenizer, such as its file.
+    exact: Whether every text decodes to itself by construction.
+
+    Raises DataError if `eos_token` is not in the vocabulary, or is ordinary text and no special token.
+    """
+
+    def __init__(self, tokenizer: Any, *, eos_token: str, name: str = "tokenizer", exact: bool = False) -> None:
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special and token.content != eos_token]
+        choice = ", ".join(map(repr, special[:20])) or "none"
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise DataError(
-                f"tokenizer.eos_token: {eos_token!r} is not in the vocabulary; "
-                "set eos_token to the token that ends a document"
+                f"tokenizer.eos_token: {eos_token!r} is not in the vocabulary; set eos_token to the token that ends a "
+                f"document (special tokens: {choice})"
             )
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if eos_id in tokenizer.encode(eos_token, add_special_tokens=False).ids:
-            added = tokenizer.get_added_tokens_decoder().values()
-            special = ", ".join(repr(token.content) for token in list(added)[:20] if token.special) or "none"
-            raise DataError(
-                f"tokenizer.eos_token: {eos_token!r} is ordinary text for this tokenizer, so it would end documents "
-                f"that contain it; set eos_token to a special token (available: {special})"
-            )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._eos_token, self.name, self.exact = tokenizer, eos_token, name, exact
         self.eos_id: int = eos_id
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        # Some models (Unigram, WordLevel) have special tokens as pieces of text. Then `check_ends` must be called.
+        is_special = any(token.special and token.content == eos_token for token in added)
+        if not exact and not is_special and eos_id in self.encode([eos_token])[0]:
+            raise DataError(
+                f"tokenizer.eos_token: {eos_token!r} is ordinary text for this tokenizer, so it would end documents "
+                f"that contain it; set eos_token to a special token (others here: {choice})"
+            )
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens. Runs on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[list[int]]:
+        """Token ids of each text, without special tokens. Runs on all cores.
+
+        Raises DataError if the tokenizer fails; the message has the text's name from `names`, or its beginning.
+        """
+        with contextlib.suppress(_Failed):
+            return self._encoded(texts)
+        for number, text in enumerate(texts):
+            try:
+                self._encoded([text])
+            except _Failed as error:
+                what = f"the text {text[:40]!r}" if names is None else names[number]
+                raise DataError(f"{self.name}: cannot encode {what}: {error}") from None
+        raise DataError(f"{self.name}: cannot encode these {len(texts)} texts together; use another tokenizer")
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        with _one_error(), contextlib.nullcontext() if self.exact else _without_panic_messages():
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        try:
+            with _one_error():
+                return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        except _Failed as error:
+            raise DataError(f"{self.name}: cannot decode token ids: {error}") from None
+
+    def lost(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[tuple[int, str]]:
+        """Number and decoded text of each text that its token ids do not give back. Runs on all cores."""
+        if self.exact:
+            return []
+        try:
+            with _one_error(), _without_panic_messages():
+                decoded = self._tokenizer.decode_batch(list(encoded), skip_special_tokens=False)
+        except _Failed as error:
+            raise DataError(f"{self.name}: cannot decode token ids: {error}") from None
+        return [(n, back) for n, (text, back) in enumerate(zip(texts, decoded, strict=True)) if text != back]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, added ones too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, or None."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def model_size(self) -> int:
+        """Number of tokens without added ones."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def check_ends(self, ids: Sequence[int], origin: str) -> None:
+        """Raise DataError if the ids of a text contain the end-of-document token."""
+        if not self.exact and self.eos_id in ids:
+            unknown = getattr(self._tokenizer.model, "unk_token", None) == self._eos_token
+            raise DataError(
+                f"{origin}: its text contains the end-of-document token {self._eos_token!r}"
+                + (", which is also the token for unknown text" if unknown else " as ordinary text")
+                + "; set tokenizer.eos_token to a special token that no text gives, remove it from the text, or use "
+                "another tokenizer"
+            )
+
+
+class _Failed(Exception):
+    """The tokenizers library failed; the message says what to do."""
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Turn errors of the library into `_Failed`. Panics of its Rust code are BaseExceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise _Failed(_advice(error)) from None
+
+
+@contextlib.contextmanager
+def _without_panic_messages() -> Iterator[None]:
+    """Hold back what Rust prints to file descriptor 2, and drop it if a panic follows: the error has its message."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.truncate(0)
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            if other := held.read():
+                os.write(2, other)
+
+
+def _advice(error: BaseException) -> str:
+    """What went wrong in the library, and what to do."""
+    text = str(error)
+    low = text.lower()
+    if "regex" in low or "onig" in low or "backtrack" in low:
+        return (
+            f"a regular expression of its tokenizer.json needs too many steps for this text ({text}); write the "
+            "expression without nested repetition, use another tokenizer, or remove the text"
+        )
+    if "unk" in low:
+        return (
+            f"it has characters or words that the vocabulary does not have, and no unknown token ({text}); add the "
+            "unknown token to model.vocab and name it in model.unk_token (Unigram: model.unk_id), use a byte-level "
+            "tokenizer, or tokenizer.type: train_bpe"
+        )
+    return f"the tokenizers library failed ({type(error).__name__}: {text}); use another tokenizer.json"
 
 
 def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: Shown = False) -> CorpusTokenizer:
@@ -68,7 +189,7 @@ def train(cfg: TrainTokenizer, texts: Iterable[str], *, out: Path, progress: Sho
     with progress_of(progress)("train tokenizer", unit="characters") as bar:
         tokenizer.train_from_iterator(_counted(texts, bar), trainer)
     tokenizer.save(str(out), pretty=False)
-    return CorpusTokenizer(tokenizer, eos_token=EOS_TOKEN)
+    return CorpusTokenizer(tokenizer, eos_token=EOS_TOKEN, exact=True)
 
 
 def _counted(texts: Iterable[str], bar: Bar) -> Iterator[str]:
@@ -81,21 +202,51 @@ def read_file(cfg: TokenizerFile) -> bytes:
     """Contents of the tokenizer.json of `cfg`. Raises DataError if it cannot be read."""
     path = Path(cfg.path).expanduser()
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"tokenizer.path: {path} cannot be read ({error.strerror}{looked_for(path)}); "
             "give a tokenizer.json, or use type: train_bpe"
         ) from error
+    check_pointer(path, data)
+    return data
 
 
 def take_file(cfg: TokenizerFile, *, out: Path) -> CorpusTokenizer:
-    """Copy the tokenizer.json of `cfg` to `out` and load it."""
+    """Copy the tokenizer.json of `cfg` to `out` and load it.
+
+    Raises DataError if it cannot be used for a dataset: its ids are random (dropout) or contradict the file.
+    """
     path = Path(cfg.path).expanduser()
     data = read_file(cfg)
-    load(path, eos_token=cfg.eos_token)  # so that error messages name the user's file
+    loaded = load(path, eos_token=cfg.eos_token)
+    _check_content(path, data, loaded)
     out.write_bytes(data)
-    return load(out, eos_token=cfg.eos_token)
+    return loaded
+
+
+def _check_content(path: Path, data: bytes, loaded: CorpusTokenizer) -> None:
+    content = json.loads(data)
+    if dropout := (content.get("model") or {}).get("dropout"):
+        raise DataError(
+            f"{path}: model.dropout is {dropout}: the tokens of a text would be drawn at random, and every build would "
+            'give another dataset. Set "dropout": null in a copy of the file (its vocabulary and merges stay as they '
+            "are) and name the copy in tokenizer.path"
+        )
+    for token in content.get("added_tokens") or []:
+        declared, actual = token.get("id"), loaded.id_of(token.get("content", ""))
+        if declared != actual:
+            size = loaded.model_size
+            raise DataError(
+                f"{path}: added_tokens says that {token.get('content')!r} has the id {declared}, but the tokenizers "
+                f"library gives it the id {actual}: added tokens must have the ids that follow the {size:,} of "
+                f"model.vocab ({size}, {size + 1}, ...) in the order of the file, without gaps, unless they are in "
+                "model.vocab. Number them so, and check that a model that was trained with this file agrees"
+            )
+    holders: dict[int, str] = {}
+    for token, number in sorted(loaded.vocabulary().items()):
+        if (other := holders.setdefault(number, token)) != token:
+            raise DataError(f"{path}: {other!r} and {token!r} both have the id {number}; give every token its own id")
 
 
 def load(path: Path, *, eos_token: str = EOS_TOKEN) -> CorpusTokenizer:
@@ -105,14 +256,15 @@ def load(path: Path, *, eos_token: str = EOS_TOKEN) -> CorpusTokenizer:
     if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
         raise DataError(f"{path}: missing, or larger than {_MAX_FILE_BYTES >> 20} MiB; give a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with _without_panic_messages():
+            tokenizer = Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises Exception; panics of its Rust code are BaseExceptions
         raise DataError(
             f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error}); give a valid one"
         ) from None
-    return CorpusTokenizer(tokenizer, eos_token=eos_token)
+    return CorpusTokenizer(tokenizer, eos_token=eos_token, name=str(path))
 
 
 def sha256_of(path: Path) -> str:

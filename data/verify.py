@@ -43,7 +43,8 @@ class DatasetInfo:
     validation_tokens: int
     tokenizer_sha256: str
     unigram_entropy_nats: float
-    validation_bytes_per_token: float
+    validation_bytes_per_token: float | None  # None if the tokenizer loses text
+    lossy_documents: int
     manifest: dict[str, Any]
 
 
@@ -76,6 +77,7 @@ def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = F
         tokenizer_sha256=manifest.tokenizer_sha256,
         unigram_entropy_nats=manifest.unigram_entropy_nats,
         validation_bytes_per_token=manifest.validation_bytes_per_token,
+        lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
         manifest=manifest.model_dump(mode="json"),
     )
 

@@ -38,6 +38,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "train_tokens_of_data": info.get("train_tokens"),
         "unigram_entropy_nats": info.get("unigram_entropy_nats"),
         "validation_bytes_per_token": info.get("validation_bytes_per_token"),
+        "lossy_documents": info.get("lossy_documents", 0),
         "cost": {
             "num_params": cost.num_params,
             "params_by_part": cost.params_by_part,

@@ -31,6 +31,7 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
             "train_tokens": found.train_tokens,
             "unigram_entropy_nats": found.unigram_entropy_nats,
             "validation_bytes_per_token": found.validation_bytes_per_token,
+            "lossy_documents": found.lossy_documents,
         }
     size = spec.model.vocab_size
     if size is not None and size < info["vocab_size"]:

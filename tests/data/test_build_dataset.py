@@ -191,7 +191,9 @@ def test_unusable_documents_stop_the_build_or_are_counted(tmp_path: Path) -> Non
     manifest = build(
         corpus_config(path, bad_documents="skip", min_document_bytes=4), out=tmp_path / "out", progress=False
     )
-    assert manifest.left_out.model_dump() == {"empty": 1, "not_utf8": 1, "too_short": 1, "duplicate": 1}
+    assert manifest.left_out.model_dump() == {
+        **{"empty": 1, "not_utf8": 1, "binary": 0, "too_short": 1, "duplicate": 1}
+    }
     assert manifest.train.documents + manifest.validation.documents == 12
 
 
@@ -201,6 +203,22 @@ def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     cfg = corpus_config(tmp_path, corpus={"type": "text", "paths": [str(tmp_path)]})
     with pytest.raises(DataError, match=r"b\.txt: document is not UTF-8 text"):
         build(cfg, out=tmp_path / "out", progress=False)
+
+
+def test_a_copy_saved_on_windows_is_a_duplicate_and_utf16_without_a_mark_has_advice(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for number, text in enumerate(make_texts(5)):
+        (folder / f"{number}.txt").write_text(text)
+    (folder / "copy.txt").write_bytes(b"\xef\xbb\xbf" + make_texts(5)[2].replace("\n", "\r\n").encode())
+    cfg = corpus_config(folder, corpus={"type": "text", "paths": [str(folder)]})
+    manifest = build(cfg, out=tmp_path / "out", progress=False)
+    assert manifest.left_out.duplicate == 1 and manifest.train.documents + manifest.validation.documents == 5
+    (folder / "z.txt").write_bytes("UTF-16".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"z\.txt: document is full of NUL bytes.*UTF-16 without a byte order mark"):
+        build(cfg, out=tmp_path / "out", progress=False)
+    manifest = build(cfg.model_copy(update={"bad_documents": "skip"}), out=tmp_path / "out", progress=False)
+    assert manifest.left_out.binary == 1
 
 
 def test_one_document_cannot_be_divided(tmp_path: Path) -> None:

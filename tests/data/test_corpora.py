@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import random
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -172,6 +173,118 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match="pip install pyarrow"):
         list(documents(ParquetCorpus(type="parquet", paths=[str(tmp_path)])))
+
+
+def parquet(path: Path, **changes: Any) -> list[str]:
+    return [d.text.decode() for d in documents(ParquetCorpus(type="parquet", paths=[str(path)], **changes))]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "dictionary of large_string"])
+def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = [*TEXTS, TEXTS[1], None]
+    column = pa.array(values, pa.large_string() if "large" in kind else pa.string())
+    column = column.dictionary_encode() if "dictionary" in kind else column.cast(getattr(pa, kind)())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3, 4, 5], "text": column}), path, row_group_size=2)
+    assert str(pq.read_schema(path).field("text").type).startswith(kind.split()[0])
+    assert parquet(path) == [*TEXTS, TEXTS[1], ""]
+    assert parquet(path) == [*TEXTS, TEXTS[1], ""]
+
+
+def test_two_parquet_columns_of_one_name_are_one_message(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "text", "body"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns are named 'text'; rename"):
+        parquet(path)
+    assert parquet(path, field="body") == ["c"]
+
+
+def test_odd_parquet_columns_are_one_message_or_read(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    nested = pa.array([{"b": "inner"}])
+    pq.write_table(
+        pa.table({"a.b": ["dotted"], "a": nested, "list": [["x"]], "none": pa.nulls(1), "raw": [b"x"]}), path
+    )
+    assert parquet(path, field="a.b") == ["dotted"]
+    for field in ("a", "list", "none", "raw"):
+        with pytest.raises(DataError, match=r"a\.parquet: "):
+            parquet(path, field=field)
+    with pytest.raises(DataError, match=r"'raw' holds binary, not text; set corpus.field to a text column \(a\.b"):
+        parquet(path, field="raw")
+    pq.write_table(pa.table({"my.text": ["dotted"]}), path)
+    assert parquet(path, field="my.text") == ["dotted"]
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert parquet(path) == []
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        parquet(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_parquet_file_gives_documents_or_one_message(tmp_path: Path, seed: int) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, rng = tmp_path / "a.parquet", random.Random(seed)
+    column = pa.array([f"row {n % 7}" for n in range(300)])
+    column = column.dictionary_encode() if seed % 2 else column
+    options = {"write_page_checksum": True} if seed > 1 else {}
+    pq.write_table(pa.table({"text": column}), path, row_group_size=100, compression="zstd", **options)
+    good, ends = path.read_bytes(), {"documents": 0, "message": 0}
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 1, 4])):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            parquet(path)
+            ends["documents"] += 1
+        except DataError as error:
+            assert str(error).startswith(str(path))
+            ends["message"] += 1
+    assert min(ends.values()) > 0
+
+
+def test_page_checksums_are_verified(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a unique row", "another row"]})
+    pq.write_table(
+        table, path, write_page_checksum=True, write_statistics=False, use_dictionary=False, compression="none"
+    )
+    path.write_bytes(path.read_bytes().replace(b"a unique row", b"a unIque row"))
+    with pytest.raises(DataError, match="CRC"):
+        parquet(path)
+
+
+def text_documents(folder: Path) -> dict[str, Any]:
+    return {d.id: d.problem or d.text.decode() for d in documents(TextCorpus(type="text", paths=[str(folder)]))}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_with_a_byte_order_mark_is_read_without_it(tmp_path: Path, encoding: str) -> None:
+    text = "Grüße\n漢字 🙂\n"
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    (tmp_path / "a.txt").write_bytes((mark + text).encode(encoding))
+    assert text_documents(tmp_path) == {"a.txt": text}
+
+
+def test_text_with_other_line_ends_is_the_same_document(tmp_path: Path) -> None:
+    for name, text in {"unix": "one\n\ntwo\n", "windows": "one\r\n\r\ntwo\r\n", "mac": "one\r\rtwo\r"}.items():
+        (tmp_path / name).write_bytes(text.encode())
+    assert set(text_documents(tmp_path).values()) == {"one\n\ntwo\n"}
+
+
+def test_text_full_of_nul_bytes_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.utf16").write_bytes("plain words".encode("utf-16-le"))
+    (tmp_path / "b.lost").write_bytes(bytes(4096))
+    (tmp_path / "e.short").write_bytes(b"\0a")
+    (tmp_path / "c.odd16").write_bytes(b"\xff\xfea")
+    (tmp_path / "d.log").write_bytes(b"a line with one NUL \0 in it\n" * 2 + b"x" * 200)
+    found = text_documents(tmp_path)
+    assert [found["a.utf16"], found["b.lost"], found["c.odd16"]] == ["binary", "binary", "not_utf8"]
+    assert "\0" in found["d.log"] and found["e.short"] == "\0a"
 
 
 HUB = HuggingFaceCorpus(type="huggingface", dataset="someone/something")
