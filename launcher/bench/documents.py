@@ -37,7 +37,7 @@ def bench_documents(
 
     tokens: Most tokens per pass; the micro-batch of the spec is reduced to this, to one sequence at least.
 
-    Raises SpecError for invalid lengths or too few rounds, and for data without document masks.
+    Raises SpecError for invalid lengths or too few rounds.
     """
     if rounds < 2:
         raise SpecError(f"--rounds: {rounds} round(s) have no spread; use at least 2")
