@@ -41,6 +41,7 @@ results: study mechanisms probes checkpoint-cost
 	$(BENCH) step yaml/base/quickstart.yaml attention.type=rgqa attention.top_k=1 --out $(RESULTS)/bench/step-rgqa-k1.json
 	$(BENCH) step yaml/bench/long-2048.yaml --against attention.type=gqa --out $(RESULTS)/bench/step-2048-rgqa-k1-against-gqa.json
 	$(BENCH) data yaml/base/quickstart.yaml --out $(RESULTS)/bench/data.json
+	$(BENCH) documents yaml/base/quickstart.yaml launch.threads=1 --out $(RESULTS)/bench/documents.json
 
 # Trains every mechanism with its controls (40 minutes on one core), and times each over sequence lengths.
 mechanisms: $(VENV)/.installed

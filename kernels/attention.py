@@ -1,4 +1,4 @@
-"""The attention core: PyTorch's scaled dot-product attention with windows, masks and grouped KV heads.
+"""The attention core: PyTorch's scaled dot-product attention with windows, documents and grouped KV heads.
 
 Legend: B batch, S sequence, H query heads (or slots), G KV heads, D head size.
 """
@@ -6,15 +6,13 @@ Legend: B batch, S sequence, H query heads (or slots), G KV heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Query rows per call if there is a mask. Keys after the block's last row are skipped, which makes masked calls as fast
-# as `is_causal` (2 CPU cores, S=4096, H=4, D=32, forward and backward: causal 210 ms, one masked call 390 to 480 ms,
-# blocks of 512 rows 165 ms; S=1024: 35 -> 33 ms).
-MASKED_BLOCK = 512
+from headway.kernels.documents import BLOCK, Documents, rows_per_call
 
 
 def shares_kv_heads(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
@@ -30,7 +28,7 @@ def core(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    documents: Documents | None,
     *,
     window: int | None = None,
     scores: Callable[..., Tensor] = F.scaled_dot_product_attention,
@@ -39,43 +37,52 @@ def core(
 
     Query head i uses KV head i // (H/G). If K > S, the queries are the last S of K positions (decoding with a cache).
 
-    mask: None (causal), or broadcastable to [B, H, S, S] with K = S: bool (True: attend) or additive in q's dtype. It
-        must mask later positions.
+    documents: Boundaries of the documents in the B sequences, for S queries and K keys; None for one per sequence.
     window: w, the number of keys that a query attends to, including its own. Key blocks outside of all windows are
         skipped.
     scores: Function with the signature of `scaled_dot_product_attention`.
 
+    Memory grows linearly with S: no tensor of [S, S] is made beyond S = 512. Sequences up to this length are attended
+    in one call with one mask. Longer ones are attended document by document (`headway.kernels.documents`).
+
     `enable_gqa` and repeating the KV heads take the same time on CPU (S=2048, H=8, G=2, D=32, forward and backward:
     87 and 88 ms causal, 150 to 170 ms masked). `enable_gqa` saves one copy of K and V for the backward pass, not H/G.
     """
+    if window is not None and window >= k.shape[1]:
+        window = None
+    if documents is not None:
+        assert (len(documents.lengths), documents.queries, documents.keys) == (len(q), q.shape[1], k.shape[1])
+        if documents.keys > BLOCK and not (documents.whole and window is None):
+            return _by_document(q, k, v, documents, window, scores)
+    return _by_position(q, k, v, documents, window, scores)
+
+
+def _by_position(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, window: int | None, scores: Callable[..., Tensor]
+) -> Tensor:
+    """Whole sequences: one causal call, one call with the documents' mask, or blocks of query rows with a window."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
-    if window is not None and window >= keys:
-        window = None
+    mask = documents.mask(q.dtype, q.device) if documents is not None and keys <= BLOCK else None
     plain = mask is None and window is None and (queries == keys or queries == 1)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and not shares_kv_heads(q.device.type, q.dtype, masked=not plain):
-        repeats, grouped = q.shape[1] // k.shape[1], False
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    k, v, grouped = _kv_heads(q, k, v, masked=not plain)
     if plain:
         out = scores(q, k, v, is_causal=queries == keys, enable_gqa=grouped)
         return out.transpose(1, 2)
-    rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
-    if queries < 2 * rows:
-        rows = queries
+    rows = rows_per_call(queries, window)
     blocks = []
     for start in range(0, queries, rows):
         end = min(start + rows, queries)
         last = keys - queries + end  # keys up to the block's last query
         first = 0 if window is None else max(0, last - (end - start) - window + 1)
-        part = visible(start, end, first, last, keys - queries, mask, window, q.device)
+        part = _visible(start, end, first, last, keys - queries, mask, window, q.device)
         args = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last])
         blocks.append(scores(*args, attn_mask=part, enable_gqa=grouped))
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
     return out.transpose(1, 2)
 
 
-def visible(
+def _visible(
     start: int,
     end: int,
     first: int,
@@ -86,13 +93,66 @@ def visible(
     device: torch.device,
 ) -> Tensor:
     """Mask of query rows start..end (at positions past + row) over keys first..last, combining `mask` and `window`."""
-    if mask is not None and window is None:
-        return mask[..., start:end, first:last]
+    part = None if mask is None else mask[..., start:end, first:last]
+    if part is not None and window is None:
+        return part
     distance = torch.arange(past + start, past + end, device=device)[:, None] - torch.arange(first, last, device=device)
     near = distance >= 0
     if window is not None:
         near &= distance < window
-    if mask is None:
-        return near
-    part = mask[..., start:end, first:last]
-    return part & near if part.dtype == torch.bool else part.masked_fill(~near, float("-inf"))
+    return near if part is None else part.masked_fill(~near, float("-inf"))
+
+
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scores: Callable[..., Tensor]
+) -> Tensor:
+    """The pieces of the documents, over the queries and keys of all sequences laid end to end."""
+    if window is not None and window >= documents.longest.keys:
+        window = None
+    pieces, batch = documents.pieces(window), len(q)
+    q, k, v = q.flatten(0, 1), documents.laid_out(k), documents.laid_out(v)
+    k, v, grouped = _kv_heads(q, k, v, masked=any(piece.masked for piece in pieces))
+    bounds = [(piece.first, piece.last) for piece in pieces]
+    parts = (q.split([piece.queries for piece in pieces]), _ranges(k, bounds), _ranges(v, bounds))
+    outs = []
+    for piece, *heads in zip(pieces, *parts, strict=True):
+        args = [part.transpose(0, 1).unsqueeze(0) for part in heads]
+        mask = documents.piece_mask(piece, window, q.dtype, q.device) if piece.masked else None
+        out = scores(*args, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out.unflatten(0, (batch, -1))
+
+
+def _kv_heads(q: Tensor, k: Tensor, v: Tensor, *, masked: bool) -> tuple[Tensor, Tensor, bool]:
+    """k, v with heads at dimension 1, repeated if no fused kernel supports fewer than q has; and whether some do."""
+    if q.shape[1] == k.shape[1] or shares_kv_heads(q.device.type, q.dtype, masked=masked):
+        return k, v, q.shape[1] != k.shape[1]
+    repeats = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), False
+
+
+def _ranges(tensor: Tensor, bounds: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Rows first .. last - 1 for each of `bounds`, as views.
+
+    The gradient is made once, in time and memory that grow with the rows taken. Plain slices make a gradient of the
+    whole tensor for each.
+    """
+    ends = [0, *(last for _, last in bounds)]
+    if ends[-1] == len(tensor) and ends[:-1] == [first for first, _ in bounds]:
+        return tensor.split([last - first for first, last in bounds])
+    return _Ranges.apply(tensor, bounds)
+
+
+class _Ranges(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, bounds: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.bounds, ctx.shape = bounds, tensor.shape
+        return tuple(tensor[first:last] for first, last in bounds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for (first, last), grad in zip(ctx.bounds, grads, strict=True):
+            total[first:last] += grad
+        return total, None

@@ -1,5 +1,8 @@
 """Backends of the attention core: PyTorch's backends by name and priority, or FlashAttention-3.
 
+Within documents, `auto` and `flash` use PyTorch's `varlen_attn`, and `fa3` uses `flash_attn_varlen_func`: one call for
+all documents. `cudnn` and `math` attend document by document (`headway.kernels.documents`).
+
 Legend: B batch, S sequence, H query heads, G KV heads, D head size.
 """
 
@@ -16,7 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 from headway.kernels.levers import FA3_MODULE, LeverError, importable
+from headway.kernels.varlen import LARGEST_HEAD, Varlen, documents_core, supports, torch_varlen
 
 Backend = Literal["auto", "cudnn", "flash", "fa3", "math"]
 
@@ -47,13 +52,19 @@ def attention_core(backend: Backend, *, device_type: str, dtype: torch.dtype) ->
             "or flash"
         )
     if backend != "fa3":
-        return partial(core, scores=partial(ordered_scores, backend))
+        plain = partial(core, scores=partial(ordered_scores, backend))
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        if backend in ("auto", "flash") and supports(dtype, capability):
+            return partial(_packed_core, torch_varlen, plain)
+        return plain
     if not importable(FA3_MODULE):
         raise LeverError(
             f"speed.attention: fa3 needs FlashAttention-3 ({FA3_MODULE}), which is not installed; use speed.attention: "
             "auto or flash"
         )
-    return partial(_fa3_core, importlib.import_module(FA3_MODULE).flash_attn_func)
+    library = importlib.import_module(FA3_MODULE)
+    kernel = partial(_fa3_varlen, library.flash_attn_varlen_func)
+    return partial(_packed_core, kernel, partial(_fa3_core, library.flash_attn_func))
 
 
 _ANY = "use speed.attention: auto or math"
@@ -73,29 +84,73 @@ def ordered_scores(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **options:
     q [B, H, S, D]; k, v [B, G, S, D].
     """
     if backend == "flash" and options.get("attn_mask") is not None:
-        raise LeverError(_no_mask(backend, "windows"))
+        raise LeverError(
+            "speed.attention: flash takes no masks, and so no windows without documents; use speed.attention: auto or "
+            "cudnn, or data.document_mask: true"
+        )
     with sdpa_kernel(order(backend), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
 
-def _fa3_core(
-    attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None
+def _packed_core(
+    kernel: Varlen,
+    plain: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    *,
+    window: int | None = None,
 ) -> Tensor:
-    """The core on FlashAttention-3. As in `core`, the queries are the last positions: query i attends to keys up to
-    K - S + i.
+    """`kernel` within documents; the core `plain` for whole sequences, and for heads that the kernel does not take."""
+    if documents is None or (documents.whole and window is None):
+        return plain(q, k, v, None, window=window)
+    if q.shape[-1] > LARGEST_HEAD:
+        return plain(q, k, v, documents, window=window)
+    return documents_core(kernel, q, k, v, documents, window=window)
+
+
+def _fa3_core(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """The core on FlashAttention-3 without documents. As in `core`, the queries are the last positions: query i attends
+    to keys up to K - S + i.
     """
-    if mask is not None:
-        raise LeverError(_no_mask("fa3", "document masks"))
-    out = attention(
-        q,
-        k,
-        v,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    if documents is not None:
+        raise LeverError(
+            f"speed.attention: fa3 takes heads of at most {LARGEST_HEAD} channels; use speed.attention: auto or cudnn"
+        )
+    return _output(attention(q, k, v, **_fa3_options(window)))
+
+
+def _fa3_varlen(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`headway.kernels.varlen.Varlen` by FlashAttention-3's `flash_attn_varlen_func`."""
+    return _output(attention(q, k, v, *starts, *longest, softmax_scale=scale, **_fa3_options(window)))
+
+
+def _fa3_options(window: int | None) -> dict[str, Any]:
+    return {
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _output(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
-
-
-def _no_mask(backend: str, what: str) -> str:
-    return f"speed.attention: {backend} takes no {what}; use speed.attention: auto or cudnn"

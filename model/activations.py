@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.attention import MASKED_BLOCK, shares_kv_heads
+from headway.kernels.attention import shares_kv_heads
+from headway.kernels.documents import BLOCK, Documents, rows_per_call
 from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
@@ -188,12 +189,14 @@ class _Probe:
             self.summed_bytes += tensor.numel() * tensor.element_size()
         return _Resized.apply(1, 1, tensor)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, window: int | None = None
+    ) -> Tensor:
         """Stand-in for `headway.kernels.attention.core`, including the all-to-all of context parallelism.
 
         q [B, n, H, D]; k, v [B, n, G, D] -> zeros [B, n, H, D]. Saves the tensors that the core saves: queries; keys
         and values, expanded to one per query head if no fused kernel supports fewer; the output, once more if it is
-        assembled from blocks of rows and once more if it is exchanged between ranks; one fp32 number per row and head.
+        assembled from several calls and once more if it is exchanged between ranks; one fp32 number per row and head.
         """
         batch, tokens, heads, _ = q.shape
         groups, sharing = k.shape[2], self.sharing
@@ -202,15 +205,19 @@ class _Probe:
             self.dealt_bytes += sent * q.element_size()
         output = torch.zeros_like(q, memory_format=torch.contiguous_format)
         others = [q.new_zeros(batch, heads, tokens, dtype=torch.float32)]
-        blocks = sharing.masked or (window is not None and window < sharing.seq_len)
-        if groups != heads and not shares_kv_heads(sharing.device, q.dtype, masked=blocks):
+        if window is not None and window >= sharing.seq_len:
+            window = None
+        varlen = sharing.masked and sharing.device == "cuda" and sharing.bf16  # one call for documents of any length
+        calls = not varlen and (sharing.masked or window is not None)
+        if groups != heads and not shares_kv_heads(sharing.device, q.dtype, masked=calls):
             others += [torch.zeros_like(q), torch.zeros_like(q)]
         elif sharing.context > 1 and groups == 1:
             others += [k.new_zeros(batch, tokens * sharing.context, *k.shape[2:]) for _ in range(2)]
         else:
             others += [k, v]
-        rows = MASKED_BLOCK if window is None else max(32, min(MASKED_BLOCK, window))
-        copies = int(blocks and sharing.seq_len >= 2 * rows) + int(sharing.context > 1 and groups > 1)
+        several = rows_per_call(sharing.seq_len, window) < sharing.seq_len
+        several = calls and (several or (sharing.masked and sharing.seq_len > BLOCK))
+        copies = int(several) + int(sharing.context > 1 and groups > 1)
         others += [torch.zeros_like(output) for _ in range(copies)]
         return _Kept.apply(q, output, *others)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 
 
 class StrictConfig(BaseModel):
@@ -216,17 +217,17 @@ class Context:
     """Inputs of a layer's attention besides x [B, S, d].
 
     rope: cos and sin of the S tokens' positions, as returned by `kernels.rope.rope_tables`.
-    mask: None (causal) or [B, 1, S, S], which includes causality: bool, True where a query (row) attends to a key
-        (column), or additive in x's dtype, 0 and -inf. All layers and mechanisms share one tensor. The decoder passes
-        the additive form, because PyTorch converts a bool mask in every layer and keeps the copy for the backward pass.
+    documents: Boundaries of the documents in the whole sequences; None for one document per sequence. All layers and
+        mechanisms share one object.
     tokens: Token ids [B, S], for routers and statistics that read them.
-    cache: KV cache of incremental decoding. x then continues the cached tokens, and `mask` is None.
-    sequence: Context-parallel ranks. x, `rope` and `tokens` are this rank's part; `mask` is that of the whole sequence.
+    cache: KV cache of incremental decoding. x then continues the cached tokens, and `documents` is None.
+    sequence: Context-parallel ranks. x, `rope` and `tokens` are this rank's part; `documents` cover the whole
+        sequence.
     memory: Router selections, for activation recomputation.
     """
 
     rope: tuple[Tensor, Tensor]
-    mask: Tensor | None = None
+    documents: Documents | None = None
     tokens: Tensor | None = None
     cache: KVCache | None = None
     sequence: SequenceRanks = SequenceRanks()
@@ -242,8 +243,8 @@ class Context:
         return choose() if self.memory is None else self.memory.choice(choose, experts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
-        """The attention core under this context's mask; shapes as `headway.kernels.attention.core`."""
-        return self.sequence.attend(q, k, v, self.mask, window=window)
+        """The attention core within this context's documents; shapes as `headway.kernels.attention.core`."""
+        return self.sequence.attend(q, k, v, self.documents, window=window)
 
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None

@@ -56,7 +56,7 @@ def branch_scales(
         return [BranchScale(attention=0.0, mlp=0.0)] * len(mechanisms)
     shape = torch.Size((vocab_size, model.width))
     x = embed(draw("embedding", shape, std=model.init_std, seed=seed), tokens, Ranks())
-    context = Contexts(attention, SequenceRanks()).of(tokens, segments, x.dtype)
+    context = Contexts(attention, SequenceRanks()).of(tokens, segments)
     scales = []
     for index, mechanism in enumerate(mechanisms):
         block = Block(model, mechanism).eval()

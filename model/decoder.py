@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.kernels.documents import Documents
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
 from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
@@ -206,7 +207,8 @@ class Decoder(nn.Module):
         return shards
 
     def forward(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> ModelOutput:
-        """tokens, labels [B, S] (label -100: no target); segments [B, S]: document index, None for one per sequence.
+        """tokens, labels [B, S] (label -100: no target); segments [B, S]: document index, ascending; None for one
+        document per sequence.
 
         With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
@@ -253,7 +255,7 @@ class Decoder(nn.Module):
                 "segments: a cache holds one document per sequence; pass one document per sequence, or no cache"
             )
         x = embed(self.embedding, tokens, self.placement.ranks)
-        context = self._contexts.of(tokens, segments, x.dtype, start=0 if cache is None else cache.tokens)
+        context = self._contexts.of(tokens, segments, start=0 if cache is None else cache.tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
             if cache is not None:
@@ -277,13 +279,13 @@ class Contexts:
         # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def of(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, *, start: int = 0) -> Context:
+    def of(self, tokens: Tensor, segments: Tensor | None, *, start: int = 0) -> Context:
         """tokens [B, S]; the first one is at position `start` of the sequence (or of this rank's part of it). segments
-        cover the whole sequence.
+        cover the whole sequence; on the host they are read without waiting for the device.
         """
-        mask = None if segments is None else document_mask(segments, dtype)
+        documents = None if segments is None else Documents.of(segments)
         rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
-        return Context(rope=rope, mask=mask, tokens=tokens, sequence=self._sequence)
+        return Context(rope=rope, documents=documents, tokens=tokens, sequence=self._sequence)
 
     def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows start .. start + S - 1 of the RoPE tables, which grow to the longest sequence seen."""
@@ -320,14 +322,3 @@ def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) 
     if torch.is_grad_enabled():
         return placement.operations.loss(*head, part=part), None
     return linear_cross_entropy_and_hits(*head, part=part)
-
-
-def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """segments [B, S] -> additive mask [B, 1, S, S]: 0 where a query attends to a key, -inf elsewhere.
-
-    A token attends to itself and to the earlier tokens of its own document.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    visible = same.tril_()
-    mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
-    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)

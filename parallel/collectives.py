@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 from headway.model.base import Ranks, SequenceRanks
 from headway.parallel.layout import Layout
 
@@ -76,15 +77,17 @@ class _Ulysses:
         self._core = core
         self._dealt = DistributedAttention(_Core(core), self._group, scatter_idx=2, gather_idx=1)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None = None) -> Tensor:
-        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; mask of the whole sequence -> output [B, S/C, H, D]."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, window: int | None = None
+    ) -> Tensor:
+        """q [B, S/C, H, D]; k, v [B, S/C, G, D]; documents of the whole sequence -> output [B, S/C, H, D]."""
         if k.shape[2] % self._count == 0:
-            return self._dealt(q, k, v, 0, None, mask, window=window)
+            return self._dealt(q, k, v, 0, None, documents, window=window)
         rows = q.shape[1]
         first, last = self._index * rows, (self._index + 1) * rows
         # Drop keys after this rank's last query, so that the queries are at the last positions, as the core requires.
         k, v = (_gather(self._group, t)[:, :last] for t in (k, v))
-        return self._core(q, k, v, None if mask is None else mask[..., first:last, :last], window=window)
+        return self._core(q, k, v, documents and documents.part(first, last), window=window)
 
 
 class _Core(nn.Module):
@@ -94,8 +97,8 @@ class _Core(nn.Module):
         super().__init__()
         self._core = core
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int | None) -> Tensor:
-        return self._core(q, k, v, mask, window=window)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, window: int | None) -> Tensor:
+        return self._core(q, k, v, documents, window=window)
 
 
 def _enter(copy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

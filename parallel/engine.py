@@ -335,11 +335,13 @@ class Engine:
         return torch.stack(sums)
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences."""
+        """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences.
+
+        Segments stay on the host, where the decoder reads them.
+        """
         device, layout = self.layout.device, self.layout
         tokens, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels))
-        segments = None if batch.segments is None else batch.segments.to(device, non_blocking=True)
-        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), segments
+        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), batch.segments
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 

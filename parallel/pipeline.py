@@ -62,10 +62,10 @@ class Stage:
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
         self.aux_losses: list[Tensor] = []
 
-    def context(self, x: Tensor, tokens: Tensor, segments: Tensor | None) -> Context:
+    def context(self, tokens: Tensor, segments: Tensor | None) -> Context:
         """The context, built once per pass. A pass is identified by its `tokens` tensor, which all blocks share."""
         if self._last is None or self._last[0] is not tokens:
-            self._last = (tokens, self._contexts.of(tokens, segments, x.dtype))
+            self._last = (tokens, self._contexts.of(tokens, segments))
         return self._last[1]
 
     def reset(self) -> None:
@@ -135,7 +135,7 @@ class BlockLayer(nn.Module):
     def forward(self, inputs: Inputs) -> Inputs:
         x, tokens, labels, *segments = inputs
         stage = self.stage
-        context = stage.context(x, tokens, segments[0] if segments else None)
+        context = stage.context(tokens, segments[0] if segments else None)
         x, aux_loss = run_block(self.block, x, context, stage.placement)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
@@ -304,5 +304,6 @@ class PipelineEngine(Engine):
     def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
         for batch in micro:
             tokens, labels, segments = self._inputs(batch)
+            segments = None if segments is None else segments.to(self.layout.device, non_blocking=True)
             inputs = (tokens, labels) if segments is None else (tokens, labels, segments)
             yield inputs, labels  # DeepSpeed expects labels for the last stage; ours are also in `inputs`

@@ -51,6 +51,19 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     quiet_argument(parser)
 
 
+def _documents_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    parser.add_argument(
+        "--lengths", type=_lengths, default=[256, 2048, 8192], help="tokens per sequence (default 256,2048,8192)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="most tokens per pass, one sequence at least (default 8192)"
+    )
+    out_argument(parser)
+    quiet_argument(parser)
+
+
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2 (default 10)")
@@ -109,6 +122,13 @@ def _mechanism(args: argparse.Namespace) -> int:
     return bench_mechanism(args.spec, args.overrides, **options, out=args.out)
 
 
+def _documents(args: argparse.Namespace) -> int:
+    from headway.launcher.bench.documents import bench_documents
+
+    options = {"lengths": args.lengths, "rounds": args.rounds, "tokens": args.tokens}
+    return bench_documents(args.spec, args.overrides, **options, out=args.out)
+
+
 def _checkpoint(args: argparse.Namespace) -> int:
     from headway.launcher.bench.checkpoint import bench_checkpoint
 
@@ -152,6 +172,13 @@ VERBS = (
                 examples=("headway bench mechanism yaml/quickstart.yaml --lengths 256,1024 --out mechanisms.json",),
                 arguments=_mechanism_arguments,
                 run=_mechanism,
+            ),
+            Verb(
+                name="documents",
+                help="time the attention core within documents against a dense mask",
+                examples=("headway bench documents yaml/base/quickstart.yaml --lengths 256,2048",),
+                arguments=_documents_arguments,
+                run=_documents,
             ),
             Verb(
                 name="data",

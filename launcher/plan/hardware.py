@@ -46,7 +46,7 @@ class Assumptions:
 
     matmul: float  # share of the matrix rate, for all matrix products except the attention core's
     core: float  # the same, for the attention core with flash attention
-    masked_core: float  # the same, with document masks, which flash attention does not support
+    document_core: float  # the same, within documents: one call of variable length, or a call per document
     memory: float  # share of the memory rate, for element-wise work
     passes_over_kept: float  # times each byte kept for the backward pass is read or written by element-wise work
     exchange: float  # share of a link's or network's rate
@@ -57,7 +57,7 @@ class Assumptions:
 LOW = Assumptions(
     matmul=0.48,
     core=0.25,
-    masked_core=0.10,
+    document_core=0.15,
     memory=0.70,
     passes_over_kept=5.0,
     exchange=0.50,
@@ -67,7 +67,7 @@ LOW = Assumptions(
 HIGH = Assumptions(
     matmul=0.66,
     core=0.40,
-    masked_core=0.22,
+    document_core=0.35,
     memory=0.90,
     passes_over_kept=3.0,
     exchange=0.85,

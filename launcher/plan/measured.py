@@ -80,8 +80,8 @@ def _entry(entry: Mapping[str, Any]) -> Measured:
 def assumptions(gpu: Gpu, *, width: int, head_dim: int, seq_len: int) -> tuple[Assumptions, Assumptions]:
     """Low and high assumptions for a model's shape: from measurements if the GPU was measured, else `ASSUMPTIONS`.
 
-    Document masks, exchanges between ranks and kernel launches are assumed on every GPU. fp32 runs use the shares that
-    were measured in bf16.
+    The core within documents, exchanges between ranks and kernel launches are assumed on every GPU. fp32 runs use the
+    shares that were measured in bf16.
     """
     entry = measured().get(gpu.name)
     if entry is None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from headway.kernels.documents import BLOCK, MERGED
 from headway.kernels.loss import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU
 from headway.launcher.plan.stages import Grid, Stage
 
@@ -59,7 +60,7 @@ class Memory:
     gathered: float
     activations: float  # of all blocks for the micro-batches in flight; sent between stages; norm before the head
     routing: float  # choices of the routers, kept under recomputation
-    mask: float  # attention mask: one [S, S] per sequence of the micro-batch
+    mask: float  # document masks: one [S, S] per short sequence; small ones for neighbouring short documents
     logits: float  # chunk of logits, gradients of head and hidden states
     recomputed: float  # recomputed activations of one block, or of its norms and SwiGLU product
     backward: float  # gradients inside the block whose backward pass runs
@@ -153,9 +154,17 @@ def memory(grid: Grid, stage: Stage) -> Memory:
 
 
 def _mask(grid: Grid) -> float:
-    """The additive mask, and two boolean masks that exist while it is built."""
-    spec = grid.spec
-    return float(spec.train.micro_batch * spec.data.seq_len**2 * (grid.element_bytes + 1)) * spec.data.document_mask
+    """Masks of documents, an upper bound. None with a kernel for variable lengths (bf16 on a GPU).
+
+    Short sequences: the additive mask, and a boolean one that exists while it is built. Longer ones: the masks of calls
+    that short documents share, if all documents are short.
+    """
+    spec, width = grid.spec, grid.element_bytes
+    if not spec.data.document_mask or (grid.sharing.device == "cuda" and grid.sharing.bf16):
+        return 0.0
+    length = spec.data.seq_len
+    per_row = length * (width + 1) if length <= BLOCK else MERGED * width
+    return float(spec.train.micro_batch * length * per_row)
 
 
 def _logits(grid: Grid) -> float:

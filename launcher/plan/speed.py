@@ -138,7 +138,7 @@ def _micro_batch(
     if stage.last:
         products += 3 * 2 * grid.vocab_size * model.width
         kept += 12.0 * grid.tokens * grid.vocab_rows  # the logits
-    core_rate = assumed.masked_core if spec.data.document_mask else assumed.core
+    core_rate = assumed.document_core if spec.data.document_mask else assumed.core
     matmul_s = products * grid.tokens / parallel.tensor / (rate * assumed.matmul)
     core_s = cores * grid.tokens / parallel.tensor / (rate * core_rate)
     elementwise_s = kept * assumed.passes_over_kept / (gpu.memory_bytes_per_s * assumed.memory)

@@ -21,7 +21,7 @@ MEMORY_WORDS = {
     "gathered": "gathered parameters of other ranks",
     "activations": "activations",
     "routing": "routers' choices, for recomputation",
-    "mask": "document mask",
+    "mask": "document masks",
     "logits": "logits and gradients of the loss",
     "recomputed": "recomputed activations",
     "backward": "gradients inside a block",
@@ -104,9 +104,9 @@ def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> li
         basis = f"from {entry.source}, for each model's shape. Used for what is not measured"
     return [
         f"Speeds are estimates {basis}, low to high: matrix products at {low.matmul:.0%} to {high.matmul:.0%}",
-        f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (with document masks "
-        f"{low.masked_core:.0%} to {high.masked_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links and "
-        "network",
+        f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (within documents "
+        f"{low.document_core:.0%} to {high.document_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links "
+        "and network",
         f"{low.exchange:.0%} to {high.exchange:.0%}; communication is not overlapped with computation. Of the GPU's "
         f"memory, {in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest can be used.",
         f"{gpu.name}: {gpu.source}. {network.name}: {network.source}.",

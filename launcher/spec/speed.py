@@ -23,16 +23,10 @@ def why_not_speed(spec: Sections) -> str | None:
             "speed.loss: torch returns the sum of the losses in bf16, that is 8 bits of it; use speed.loss chunked or "
             "liger, or parallel.precision fp32"
         )
-    if speed.attention not in ("flash", "fa3"):
-        return None
-    if spec.data.document_mask:
+    if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
-            f"speed.attention: {speed.attention} takes no masks, by which documents do not see each other; use "
-            "speed.attention auto or cudnn, or data.document_mask false"
-        )
-    if speed.attention == "flash" and _windows(spec):
-        return (
-            "speed.attention: flash is given no windows; use speed.attention auto or cudnn, or attention.windows null"
+            "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "
+            "attention.windows null, or data.document_mask true"
         )
     return None
 

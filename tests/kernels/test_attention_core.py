@@ -1,9 +1,10 @@
-"""The attention core equals attention written out, with every kind of mask, with and without blocks of queries."""
+"""The attention core equals attention written out, with and without documents and windows."""
 
 import pytest
 import torch
 
-from headway.kernels.attention import MASKED_BLOCK, core, shares_kv_heads
+from headway.kernels.attention import core, shares_kv_heads
+from headway.kernels.documents import BLOCK, Documents
 
 
 def written_out(q, k, v, visible):
@@ -19,17 +20,17 @@ def inputs(seq_len, heads, kv_heads, head_dim=6):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
-def test_equals_attention_written_out(kind, heads, kv_heads):
+def test_equals_attention_written_out(packed, heads, kv_heads, window):
     q, k, v = inputs(13, heads, kv_heads)
-    visible = torch.ones(13, 13).tril().bool()
-    if kind != "causal":
-        visible[5:, :5] = False  # two documents
-    mask = None if kind == "causal" else visible[None, None].expand(2, 1, 13, 13)
-    if kind == "additive" and mask is not None:
-        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    out, expected = core(q, k, v, mask), written_out(q, k, v, visible)
+    visible = torch.ones(13, 13).tril(0).triu(-(window or 13) + 1).bool()
+    documents = None
+    if packed:
+        visible[5:, :5] = False
+        documents = Documents.of((torch.arange(13) >= 5).int().expand(2, 13))
+    out, expected = core(q, k, v, documents, window=window), written_out(q, k, v, visible)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     upstream = torch.randn_like(out)
     for got, want in zip(
@@ -60,14 +61,14 @@ def test_kv_heads_are_shared_only_where_a_fused_kernel_supports_it():
     assert not shares_kv_heads("cuda", torch.float32, masked=False)
 
 
-def test_blocks_of_queries_change_nothing():
-    seq_len = 2 * MASKED_BLOCK + 7
-    q, k, v = inputs(seq_len, 2, 1, head_dim=4)
-    causal = torch.ones(seq_len, seq_len).tril().bool()[None, None]
-    masked, plain = core(q, k, v, causal), core(q, k, v, None)
-    torch.testing.assert_close(masked, plain, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(plain)
+def test_the_last_queries_of_many_keys_are_attended_in_blocks_of_rows():
+    """As in decoding of a chunk after a long cache."""
+    keys, queries = 2 * BLOCK + 40, 2 * BLOCK + 7
+    q, k, v = inputs(keys, 2, 1, head_dim=4)
+    last, whole = core(q[:, -queries:], k, v, None), core(q, k, v, None)[:, -queries:]
+    torch.testing.assert_close(last, whole, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(whole)
     for got, want in zip(
-        torch.autograd.grad(masked, (q, k, v), upstream), torch.autograd.grad(plain, (q, k, v), upstream), strict=True
+        torch.autograd.grad(last, (q, k, v), upstream), torch.autograd.grad(whole, (q, k, v), upstream), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)  # sums over a thousand positions

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 from headway.kernels.rope import rope_tables
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import variant_spec
@@ -194,11 +195,11 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def context(tokens: Tensor) -> Callable[..., Context]:
-    """`context(config, seq_len=11, mask=None)`: positions 0 .. seq_len - 1."""
+    """`context(config, seq_len=11, documents=None)`: positions 0 .. seq_len - 1."""
 
-    def make(config: AttentionConfig, seq_len: int = 11, mask: Tensor | None = None) -> Context:
+    def make(config: AttentionConfig, seq_len: int = 11, documents: Documents | None = None) -> Context:
         rope = rope_tables(seq_len, config.rotated, config.rope_base, torch.device("cpu"))
-        return Context(rope=rope, mask=mask, tokens=tokens[:, :seq_len])
+        return Context(rope=rope, documents=documents, tokens=tokens[:, :seq_len])
 
     return make
 

@@ -91,7 +91,7 @@ def compared(config, by_kernels, launched):
     torch.manual_seed(1)
     module = built(config)
     x, weight = torch.randn(BATCH, SEQ, WIDTH), torch.randn(BATCH, SEQ, WIDTH)
-    context = Context(rope=rope_tables(SEQ, config.rotated, config.rope_base, torch.device("cpu")), mask=None)
+    context = Context(rope=rope_tables(SEQ, config.rotated, config.rope_base, torch.device("cpu")), documents=None)
     exact = copy.deepcopy(module).double()
     wanted = trained(exact.forward_reference, exact, x.double().requires_grad_(), weight.double(), context)
     launched.clear()

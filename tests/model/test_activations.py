@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from headway.kernels.documents import BLOCK, Documents
 from headway.kernels.rope import rope_tables
 from headway.model.activations import Sharing, block_parameters, footprint, saved_storages
 from headway.model.attention.registry import MECHANISMS
 from headway.model.base import Context
 from headway.model.config import ModelConfig
-from headway.model.decoder import Block, Placement, document_mask
+from headway.model.decoder import Block, Placement
 
 MODEL = ModelConfig(width=96, layers=2, ffn_width=200)
 GROUPED = {"heads": 8, "kv_heads": 2, "head_dim": 16}
@@ -36,7 +37,9 @@ def any_config(request, study_mechanisms):
     return config(name) if name in CONFIGS else study_mechanisms(MECHANISMS.keys() - {name})[f"study: {name}"]
 
 
-def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recompute: Any = "none") -> int:
+def kept(
+    attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recompute: Any = "none", split: int | None = None
+) -> int:
     """Bytes of the storages that autograd saves in a forward pass of the real block, its real core included."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     block = Block(MODEL, attention).to(dtype)
@@ -47,10 +50,10 @@ def kept(attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recom
     x = torch.randn(batch, seq_len, MODEL.width, dtype=dtype, requires_grad=True)
     rope = rope_tables(seq_len, attention.rotated, attention.rope_base, x.device)
     tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
-    mask = document_mask(torch.zeros_like(tokens), dtype) if masked else None
-    shared = [*rope, tokens, *([] if mask is None else [mask])]
+    documents = Documents.of((torch.arange(seq_len) >= (split or seq_len)).expand(batch, -1).int()) if masked else None
+    shared = [*rope, tokens, *([] if documents is None or seq_len > BLOCK else [documents.mask(dtype, x.device)])]
     with saved_storages(besides=[*block.parameters(), *block.buffers(), *shared], selective=block.selective) as saved:
-        block(x, Context(rope=rope, mask=mask, tokens=tokens))
+        block(x, Context(rope=rope, documents=documents, tokens=tokens))
     return sum(saved.values())
 
 
@@ -83,9 +86,9 @@ def test_on_a_gpu_both_norms_and_the_inner_part_of_swiglu_are_not_kept() -> None
     assert everything.kept_per_token - selective.kept_per_token == less
 
 
-def test_a_mask_over_blocks_of_rows_keeps_one_more_output() -> None:
+def test_documents_attended_one_by_one_keep_one_more_output() -> None:
     attention = config("gqa")
-    real = kept(attention, batch=1, seq_len=1024, bf16=False, masked=True)
+    real = kept(attention, batch=1, seq_len=1024, bf16=False, masked=True, split=300)
     sharing = Sharing(bf16=False, masked=True, device="cpu", seq_len=1024)
     assert footprint(MODEL, attention, sharing).kept(1024) == pytest.approx(real, rel=0.02)
 

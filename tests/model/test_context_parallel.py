@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.balance import BalanceConfig
 from headway.model.base import SequenceRanks
-from headway.model.decoder import document_mask
 
 SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
 
@@ -38,8 +38,8 @@ def test_parts_of_sequences_together_are_the_layer_and_its_gradients(
     mechanism, layer, context, share_sequences, x, packed
 ):
     module, x = layer(mechanism), x[:, :10].requires_grad_()
-    mask = document_mask(SEGMENTS.expand(3, 10), x.dtype) if packed else None
-    whole, wrt, weight = context(mechanism, 10, mask), [x, *module.parameters()], torch.randn_like(x)
+    documents = Documents.of(SEGMENTS.expand(3, 10)) if packed else None
+    whole, wrt, weight = context(mechanism, 10, documents), [x, *module.parameters()], torch.randn_like(x)
     modules = copies(module, 2)
     parts = share_sequences(2, x, whole, lambda rank, part, own: modules[rank](part, own))
     y, aux_loss = module(x, whole)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.config import ModelConfig
-from headway.model.decoder import Decoder, document_mask
+from headway.model.decoder import Decoder
 
 GQA = GqaConfig(heads=4, kv_heads=2, head_dim=6)
 RGQA = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=1)
@@ -60,7 +60,7 @@ def test_rotary_tables_stay_fp32_when_the_model_is_cast(decoder, tokens):
     model = decoder(GQA).bfloat16()
     model.logits(tokens)
     model.bfloat16()
-    cos, _ = model._contexts.of(tokens, None, torch.bfloat16).rope
+    cos, _ = model._contexts.of(tokens, None).rope
     assert cos.dtype == torch.float32
     assert not any("rope" in name for name in model.state_dict())
 
@@ -70,14 +70,6 @@ def test_sequences_of_several_lengths_share_the_tables(decoder, tokens):
     long, short = model.logits(tokens), model.logits(tokens[:, :5])
     torch.testing.assert_close(short, long[:, :5], rtol=0, atol=1e-12)
     torch.testing.assert_close(decoder(GQA).logits(tokens), model.logits(tokens), rtol=0, atol=0)
-
-
-def test_document_mask_shows_a_token_its_own_document_up_to_itself():
-    mask = document_mask(torch.tensor([[3, 3, 5], [1, 2, 2]]), torch.float32)
-    visible = [[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
-    assert mask.shape == (2, 1, 3, 3)
-    assert torch.equal(mask[:, 0] == 0, torch.tensor(visible).bool())
-    assert torch.isneginf(mask[mask != 0]).all()
 
 
 @pytest.mark.parametrize("config", [GQA, RGQA], ids=["gqa", "rgqa"])

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from headway.model.attention.registry import MECHANISMS
 from headway.model.config import ModelConfig
 from headway.model.cost import account
-from headway.model.decoder import document_mask
 
 # Torch does not look into operations of ours; shapes of what they multiply, which on a CPU is dense.
 ROUTED = {
@@ -72,13 +71,6 @@ def test_a_sequence_does_not_depend_on_its_batch(mechanism, decoder, tokens):
     )
     torch.testing.assert_close(together.loss_sum, sum(out.loss_sum for out in alone), rtol=1e-12, atol=0)
     torch.testing.assert_close(together.aux_loss, sum(out.aux_loss for out in alone) / 3, rtol=1e-12, atol=0)
-
-
-def test_bool_and_additive_masks_are_the_same(mechanism, layer, context, x):
-    module = layer(mechanism)
-    additive = document_mask(SEGMENTS.expand(3, 11), x.dtype)
-    y = module(x, context(mechanism, mask=additive)).y
-    torch.testing.assert_close(module(x, context(mechanism, mask=additive == 0)).y, y, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("tied", [False, True])

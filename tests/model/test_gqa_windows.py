@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from headway.kernels.attention import core
+from headway.kernels.documents import Documents
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.base import SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.cost import account
-from headway.model.decoder import document_mask
 
 SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
 
@@ -40,8 +40,8 @@ def test_each_group_sees_its_own_window(layer, context, x, windows, packed):
     module = layer(config)
     x.requires_grad_()
     segments = SEGMENTS if packed else torch.zeros(11)
-    mask = document_mask(segments.expand(3, 11), x.dtype) if packed else None
-    y, expected = module(x, context(config, mask=mask)).y, written_out(module, x, windows, 2, segments)
+    documents = Documents.of(segments.expand(3, 11)) if packed else None
+    y, expected = module(x, context(config, documents=documents)).y, written_out(module, x, windows, 2, segments)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     wrt = [x, *module.parameters()]
     for mine, written in zip(

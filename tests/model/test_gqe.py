@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from headway.kernels.documents import Documents
 from headway.kernels.rope import apply_rope
 from headway.model.attention.gqa import MhaConfig
 from headway.model.attention.gqe import GqeConfig
@@ -14,7 +15,6 @@ from headway.model.balance import BalanceConfig
 from headway.model.base import Context, KVCache
 from headway.model.config import ModelConfig
 from headway.model.cost import account
-from headway.model.decoder import document_mask
 from headway.model.init import initialise
 from headway.model.router import LinearRouterConfig, QueryNormRouterConfig, Routing
 
@@ -86,8 +86,8 @@ def test_packed_slots_equal_dense_heads(layer, context, x, variant, shared, top_
     config = GqeConfig(**SHAPE, top_k=top_k, variant=variant, shared_head=shared, qk_norm=True, rope_fraction=2 / 3)
     module = layer(config)
     x.requires_grad_()
-    mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
-    for table in (context(config), context(config, mask=mask)):
+    documents = Documents.of(torch.tensor([0] * 4 + [1] * 7).expand(3, 11))
+    for table in (context(config), context(config, documents=documents)):
         packed, dense = module(x, table), module.forward_reference(x, table)
         torch.testing.assert_close(packed.y, dense.y, rtol=0, atol=1e-12)
         upstream, wanted = torch.randn_like(packed.y), [x, *module.parameters()]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from headway.kernels.documents import Documents
 from headway.kernels.experts import combine, project, routed_choice
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
-from headway.model.decoder import document_mask
 
 POOL = {"heads": 8, "kv_heads": 2, "head_dim": 6}
 MECHANISMS = {
@@ -38,9 +38,9 @@ def test_a_layer_is_the_same_with_dense_and_with_other_projections(layer, contex
     config = MECHANISMS[name]
     dense, grouped = layer(config), layer(config.model_copy(update={"projections": form}))
     x.requires_grad_()
-    mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
-    for used in (None, mask):
-        outs = [module(x, context(config, mask=used)) for module in (dense, grouped)]
+    documents = Documents.of(torch.tensor([0] * 4 + [1] * 7).expand(3, 11))
+    for used in (None, documents):
+        outs = [module(x, context(config, documents=used)) for module in (dense, grouped)]
         torch.testing.assert_close(outs[1].y, outs[0].y, rtol=0, atol=1e-12)
         upstream = torch.randn_like(outs[0].y)
         gradients = [

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from headway.kernels.documents import Documents
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.registry import AnyAttention
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.balance import BalanceConfig
-from headway.model.decoder import document_mask
 
 SHAPE: dict[str, Any] = {"heads": 6, "kv_heads": 2, "head_dim": 6}
 VALUES: dict[str, Any] = {"value_experts": 3, "value_top_k": 2}
@@ -116,8 +116,8 @@ def test_packed_slots_equal_masked_dense_heads_and_experts(layer, context, x, fi
     config = HybridConfig(**SHAPE, **fields, qk_norm=True, rope_fraction=2 / 3)
     module = layer(config)
     upstream = torch.randn_like(x)
-    mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
-    for table in (context(config), context(config, mask=mask)):
+    documents = Documents.of(torch.tensor([0] * 4 + [1] * 7).expand(3, 11))
+    for table in (context(config), context(config, documents=documents)):
         packed = output_and_gradients(module, x, table, upstream)
         with monkeypatch.context() as patch:
             patch.setattr(module, "forward", module.forward_reference)

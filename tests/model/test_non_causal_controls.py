@@ -48,7 +48,7 @@ class Kdgqa(GroupedQueryAttention):
         else:
             runs = allot(k.norm(dim=(1, 3)).sum(0), self.config.heads)
         parts = [
-            core(part, k[:, :, g : g + 1], v[:, :, g : g + 1], context.mask)
+            core(part, k[:, :, g : g + 1], v[:, :, g : g + 1], context.documents)
             for g, part in enumerate(q.split(runs, 2))
             if runs[g]
         ]

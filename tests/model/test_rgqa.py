@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from headway.kernels.documents import Documents
 from headway.kernels.rope import rope_tables
 from headway.kernels.routing import GateName
 from headway.model.attention.gqa import GqaConfig, MhaConfig
@@ -15,7 +16,6 @@ from headway.model.balance import BalanceConfig
 from headway.model.base import Context
 from headway.model.config import ModelConfig
 from headway.model.cost import account
-from headway.model.decoder import document_mask
 from headway.model.router import Routing
 
 GATES = get_args(GateName)
@@ -69,8 +69,8 @@ def test_packed_slots_equal_masked_dense_heads(layer, context, x, gate, top_k, a
     config = RgqaConfig(**SHAPE, top_k=top_k, always_on=always_on, gate=gate, qk_norm=True, rope_fraction=2 / 3)
     module = layer(config)
     x.requires_grad_()
-    mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
-    for table in (context(config), context(config, mask=mask)):
+    documents = Documents.of(torch.tensor([0] * 4 + [1] * 7).expand(3, 11))
+    for table in (context(config), context(config, documents=documents)):
         packed, dense = module(x, table), module.forward_reference(x, table)
         torch.testing.assert_close(packed.y, dense.y, rtol=0, atol=1e-12)
         upstream = torch.randn_like(packed.y)

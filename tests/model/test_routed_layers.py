@@ -93,7 +93,7 @@ def single(config):
     module = config.build(width=20, layers=1, init_std=0.4, norm_eps=1e-5)
     initialise(module, seed=1)
     rope = rope_tables(11, config.rotated, config.rope_base, torch.device("cpu"))
-    return module, torch.randn(3, 11, 20, requires_grad=True), Context(rope=rope, mask=None)
+    return module, torch.randn(3, 11, 20, requires_grad=True), Context(rope=rope, documents=None)
 
 
 def trained(run, module, x):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from headway.kernels.documents import Documents
 from headway.model.attention.gqa import MhaConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.balance import BalanceConfig
 from headway.model.base import Context
-from headway.model.decoder import document_mask
 from headway.model.router import LinearRouterConfig
 
 
@@ -18,8 +18,8 @@ def test_chosen_experts_equal_masked_dense_experts(layer, context, x, experts, t
     config = SwitchHeadConfig(kv_heads=3, head_dim=6, experts=experts, top_k=top_k, qk_norm=True, rope_fraction=1 / 3)
     module = layer(config)
     x.requires_grad_()
-    mask = document_mask(torch.tensor([0] * 4 + [1] * 7).expand(3, 11), x.dtype)
-    for table in (context(config), context(config, mask=mask)):
+    documents = Documents.of(torch.tensor([0] * 4 + [1] * 7).expand(3, 11))
+    for table in (context(config), context(config, documents=documents)):
         packed, dense = module(x, table).y, module.forward_reference(x, table).y
         torch.testing.assert_close(packed, dense, rtol=0, atol=1e-12)
         upstream = torch.randn_like(packed)

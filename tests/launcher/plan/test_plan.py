@@ -147,7 +147,7 @@ def test_a_slower_network_slows_only_groups_across_hosts() -> None:
 
 def test_assumptions_are_ordered_and_no_share_is_beyond_the_datasheet() -> None:
     low, high = ASSUMPTIONS
-    for name in ("matmul", "core", "masked_core", "memory", "exchange"):
+    for name in ("matmul", "core", "document_core", "memory", "exchange"):
         assert 0 < getattr(low, name) < getattr(high, name) < 1
     assert all("not measured here" in row.source for row in (*GPUS.values(), *NETWORKS.values()))
 

@@ -49,18 +49,19 @@ def test_pytorchs_loss_is_for_fp32():
     assert spec({"loss": "liger"}, parallel={"precision": "bf16"}).speed.loss == "liger"
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("attention", ["flash", "fa3"])
-def test_a_core_without_masks_needs_documents_that_see_each_other(attention):
-    with pytest.raises(ValueError, match=rf"speed.attention: {attention} takes no masks.* auto or cudnn"):
-        spec({"attention": attention})
-    assert spec({"attention": attention}, data={"document_mask": False}).speed.attention == attention
+def test_flash_attention_needs_no_mask_for_documents(attention, packed):
+    assert spec({"attention": attention}, data={"document_mask": packed}).speed.attention == attention
 
 
-def test_windows_are_masks_to_flash_but_not_to_flash_attention_3():
+def test_windows_without_documents_are_masks_to_flash_but_not_to_flash_attention_3():
     windowed: dict[str, Any] = {"data": {"document_mask": False}, "attention": {"window_pattern": [None, 8]}}
-    with pytest.raises(ValueError, match=r"speed\.attention: flash is given no windows"):
+    with pytest.raises(ValueError, match=r"speed\.attention: flash is given no windows.* data\.document_mask true"):
         spec({"attention": "flash"}, **windowed)
     assert spec({"attention": "fa3"}, **windowed).speed.attention == "fa3"
+    packed = windowed | {"data": {"document_mask": True}}
+    assert spec({"attention": "flash"}, **packed).speed.attention == "flash"
 
 
 def test_a_run_may_go_on_with_other_levers():

@@ -1,0 +1,24 @@
+"""`headway bench documents` times both forms at the document lengths of the data."""
+
+import json
+import math
+
+
+def test_both_forms_are_timed_with_the_documents_of_the_data(headway):
+    command = ["bench", "documents", str(headway.spec), "--lengths", "32,600", "--rounds", "2"]
+    done = headway.run(*command, "--tokens", "1100", "--out", "documents.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((headway.folder / "documents.json").read_text())
+    assert [(row["seq_len"], row["sequences"]) for row in result["rows"]] == [(32, 2), (600, 1)]
+    for row in result["rows"]:
+        assert [sum(lengths) for lengths in row["document_tokens"]] == [row["seq_len"]] * row["sequences"]
+        assert len(row["document_tokens"][0]) > 1
+        assert len(row["raw_dense_s"]) == len(row["raw_documents_s"]) == 2
+        ratios = sorted(a / b for a, b in zip(row["raw_documents_s"], row["raw_dense_s"], strict=True))
+        assert math.isclose(row["ratio"]["median"], sum(ratios) / 2)
+
+
+def test_invalid_lengths_and_a_single_round_are_refused(headway):
+    for words, message in ((["--lengths", "32,32"], "--lengths: "), (["--rounds", "1"], "--rounds: 1 round")):
+        done = headway.run("bench", "documents", str(headway.spec), *words)
+        assert done.returncode == 64 and message in done.stderr
