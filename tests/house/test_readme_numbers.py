@@ -19,7 +19,8 @@ def cells(study: str = "quickstart") -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     with (RESULTS / study / "report.csv").open() as f:
         for row in csv.DictReader(f):
-            found.setdefault(row["variant"], []).append(row)
+            if float(row.get("budget", 1)) == 1:
+                found.setdefault(row["variant"], []).append(row)
     return found
 
 
