@@ -55,13 +55,13 @@ def documents_core(
     KV heads are not repeated, and no mask is made. D must be at most `LARGEST_HEAD`.
     """
     size = q.shape[-1]
-    flat = [q.flatten(0, 1), documents.laid_out(k), documents.laid_out(v)]
+    flat_q, flat_k, flat_v = q.flatten(0, 1), documents.laid_out(k), documents.laid_out(v)
     if size % CHANNELS:
-        flat = [F.pad(each, (0, CHANNELS - size % CHANNELS)) for each in flat]
+        flat_q, flat_k, flat_v = (F.pad(each, (0, CHANNELS - size % CHANNELS)) for each in (flat_q, flat_k, flat_v))
     starts, longest = documents.cumulative(q.device), documents.longest
     if window is not None and window >= longest.keys:
         window = None
-    out = kernel(*flat, starts, longest, scale=size**-0.5, window=window)
+    out = kernel(flat_q, flat_k, flat_v, starts, longest, scale=size**-0.5, window=window)
     return out[..., :size].unflatten(0, q.shape[:2])
 
 

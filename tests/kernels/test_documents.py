@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from headway.kernels import documents as module
 from headway.kernels.attention import core
@@ -137,10 +139,10 @@ def test_no_tensor_grows_with_the_square_of_the_sequence(window):
     documents = Documents.of(segments_of([[seq_len // 2, 100, 1, seq_len // 2 - 101]]))
     q, k, v = (torch.randn(1, seq_len, n, 4, requires_grad=True) for n in (2, 1, 1))
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            largest.extend(each.numel() for each in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(each))
+            largest.extend(each.numel() for each in tree_leaves(out) if torch.is_tensor(each))
             return out
 
     with Watch():
