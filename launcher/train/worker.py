@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from headway.launcher.base.command import die_with_parent
 from headway.launcher.run import heartbeat
@@ -87,5 +87,16 @@ def _own_log(path: Path, *, main: bool) -> None:
     print(f"=== attempt of {time.strftime('%Y-%m-%dT%H:%M:%S%z')}, process {os.getpid()}", file=sys.stderr, flush=True)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's teardown, in which a thread of gloo can abort a rank that is done.
+
+    Everything is on disk by then: `main` has closed records and checkpoints.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -45,7 +45,9 @@ def test_a_build_counts_documents_then_characters_then_the_bytes_of_each_split(c
     assert [(work.total, work.done) for work in encode] == [
         (split.text_bytes, split.text_bytes) for split in (made.train, made.validation)
     ]
-    assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'out'}: {made.train.tokens:,} training")
+    taken, written = said
+    assert taken == f"corpus: 1 file, {len(texts)} documents, left out: none"
+    assert written.startswith(f"{tmp_path / 'out'}: {made.train.tokens:,} training")
 
 
 def test_a_check_counts_the_bytes_of_every_file(source, dataset):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +93,16 @@ def test_a_run_folder_of_before_the_key_existed_goes_on(headway):
     assert spec_hash(newer) == spec_hash(older)
     newer["model"]["branch_start"] = 0.4
     assert spec_hash(newer) != spec_hash(older)
+
+
+def test_a_rank_ends_without_the_teardown_of_its_interpreter():
+    """A thread of gloo has aborted ranks there, after all their work. What they printed arrives."""
+    code = (
+        "import atexit\n"
+        "from headway.launcher.train.worker import leave\n"
+        "atexit.register(print, 'teardown')\n"
+        "print('done', end='')\n"
+        "leave(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "done", "")
