@@ -15,7 +15,7 @@ import xxhash
 from headway.data.build import build
 from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
 from headway.data.loader import Loader, validation_batches
-from headway.data.manifest import canonical_json, hash_file, read_manifest
+from headway.data.manifest import Split, canonical_json, hash_file, read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.verify import verify
 
@@ -38,9 +38,9 @@ def reseal(root: Path, **changes: Any) -> None:
     (root / "MANIFEST.json").write_text(json.dumps(content))
 
 
-def put_token(root: Path, split: str, value: int) -> str:
+def put_token(root: Path, split: Split, value: int) -> str:
     """Replace the first token of the last document of the second shard. Returns the message's beginning."""
-    documents = MdsSplit(root, split)  # type: ignore[arg-type]
+    documents = MdsSplit(root, split)
     document = int(documents.first_document[2]) - 1
     row = document - int(documents.first_document[1])
     id, length = documents.id(document), int(documents.lengths[document])
