@@ -1,4 +1,4 @@
-"""Config sections of a run: layout, precision, speed, optimizer, schedule, checkpoints, guard and launch."""
+"""Config sections of a run: layout, precision, speed, optimizer, checkpoints, guard and launch."""
 
 from __future__ import annotations
 
@@ -89,15 +89,6 @@ class OptimizerConfig(StrictModel):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0, description="maximum gradient norm over all parameters")
-
-
-class ScheduleConfig(StrictModel):
-    """Learning rate as a function of tokens: linear warm-up, then constant and linear decay (wsd), or cosine."""
-
-    type: Literal["wsd", "cosine"] = "wsd"
-    warmup_tokens: int = Field(default=0, ge=0)
-    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: last fraction of the tokens, with decay")
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate divided by the peak")
 
 
 class CheckpointConfig(StrictModel):

@@ -220,21 +220,16 @@ def common_steps(a: Spec, b: Spec) -> int:
 def _pieces(spec: Spec) -> list[tuple[int, Hashable]]:
     """(end, function) of each piece of the schedule, from step 0. Pieces with equal functions have equal rates."""
     schedule, each, total = spec.schedule, spec.tokens_per_step, spec.steps * spec.tokens_per_step
-    peak, floor, steps = spec.optimizer.lr, schedule.min_lr_ratio, spec.steps
+    peak, steps = spec.optimizer.lr, spec.steps
     # Warm-up: steps that end before `warmup_tokens`.
     warm = min(steps, max(0, -(-schedule.warmup_tokens // each) - 1))
     pieces: list[tuple[int, Hashable]] = [(warm, ("warm-up", peak, schedule.warmup_tokens, each))] if warm else []
-    if warm == steps:
-        return pieces
+    # Rounding is monotone, so rates after the warm-up never rise: bisect for the first lower one.
     first = _rate(spec, warm)
-    if schedule.type == "cosine":
-        curve = ("cosine", peak, floor, schedule.warmup_tokens, total, each)
-        return [*pieces, (steps, ("constant", first) if floor == 1 else curve)]
-    # Rounding is monotone, so the rates of wsd after the warm-up never rise: bisect for the first lower one.
     flat = warm + bisect.bisect_left(range(warm, steps), True, key=lambda step: _rate(spec, step) < first)
     pieces.append((flat, ("constant", first)))
     if flat < steps:
-        pieces.append((steps, ("wsd", peak, floor, schedule.decay_fraction, total, each)))
+        pieces.append((steps, (schedule.type, peak, schedule.curve(total), each)))
     return pieces
 
 

@@ -142,7 +142,7 @@ _OPTIMIZER = (
     _hint(
         "lr_scheduler_type lr_scheduler scheduler lr_schedule lr_decay_style decay_lr",
         "schedule.type",
-        "Use schedule.type: wsd (constant, then linear decay) or cosine.",
+        "Use schedule.type: wsd (constant, then linear decay), cosine, linear or inverse_sqrt.",
     ),
     _steps(
         "warmup_steps warmup_iters lr_warmup_steps lr_warmup_iters num_warmup_steps lr_warmup", "schedule.warmup_tokens"

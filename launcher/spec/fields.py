@@ -55,6 +55,7 @@ class Shape:
     variants: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # value of `discriminator` -> model
     registered: Registered | None = None  # further variants, from installed packages
     discriminator: str = "type"
+    default_tag: str | None = None  # variant of a mapping without a discriminator, that of the field's default
     items: Shape | None = None  # elements of a list, or of a tuple with one element type
     places: tuple[Shape, ...] = ()  # elements of a tuple of fixed length
     is_tuple: bool = False
@@ -102,6 +103,8 @@ def field_shape(info: FieldInfo) -> Shape:
     shape = _shape(info.annotation, discriminator)
     words = tuple(item.text for item in info.metadata if isinstance(item, Word))
     shape = replace(shape, words=words) if words else shape
+    if shape.variants and isinstance(info.default, BaseModel):
+        shape = replace(shape, default_tag=getattr(info.default, shape.discriminator))
     return _with_registered(shape, info.metadata)
 
 

@@ -85,8 +85,8 @@ _VALUES = {
         "Write math.": "eager naive",
     },
     "schedule.type": {
-        "Write wsd, with schedule.decay_fraction: 1 - the share of tokens that warm up.": "linear linear_with_warmup "
-        "linear_warmup",
+        "Write linear.": "linear_with_warmup linear_warmup polynomial",
+        "Write inverse_sqrt.": "rsqrt inv_sqrt inverse_square_root noam",
         "Write wsd, with schedule.decay_fraction: 0.": "constant constant_with_warmup none",
         "Write cosine.": "cosine_with_min_lr cosine_with_warmup cosine_annealing cosine_lr",
         "Write wsd.": "warmup_stable_decay trapezoidal trapezoid",

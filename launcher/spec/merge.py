@@ -185,7 +185,7 @@ def merge(low: Node, high: Node, shape: Shape, notes: list[str], path: str = "")
     if not (low.is_mapping and high.is_mapping):
         return high
     kept = _drop_foreign(low, high, shape, notes, path)
-    tag = tag_of(high, shape) or tag_of(low, shape)
+    tag = _written_tag(high, shape) or tag_of(low, shape)
     merged = dict(kept)
     for key, item in high.value.items():
         below = kept.get(key)
@@ -196,7 +196,13 @@ def merge(low: Node, high: Node, shape: Shape, notes: list[str], path: str = "")
 
 
 def tag_of(node: Node, shape: Shape) -> str | None:
-    """Value of the discriminator in a mapping, if the place has a discriminator."""
+    """Value of the discriminator in a mapping or its default, if the place has a discriminator."""
+    if not shape.variants or not node.is_mapping:
+        return None
+    return shape.default_tag if shape.discriminator not in node.value else _written_tag(node, shape)
+
+
+def _written_tag(node: Node, shape: Shape) -> str | None:
     if not shape.variants or not node.is_mapping:
         return None
     tag = node.value.get(shape.discriminator)
@@ -204,7 +210,7 @@ def tag_of(node: Node, shape: Shape) -> str | None:
 
 
 def _drop_foreign(low: Node, high: Node, shape: Shape, notes: list[str], path: str) -> dict[str, Node]:
-    old, new = tag_of(low, shape), tag_of(high, shape)
+    old, new = tag_of(low, shape), _written_tag(high, shape)
     if old is None or new is None or old == new or shape.known_model(new) is None:
         return low.value
     legal, somewhere = shape.keys(new), {*shape.keys(), *shape.keys(old)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from headway.data.config import DataConfig, StrictModel
 from headway.launcher.spec.fields import AUTO, Word
@@ -17,9 +17,9 @@ from headway.parallel.config import (
     LaunchConfig,
     OptimizerConfig,
     ParallelConfig,
-    ScheduleConfig,
     SpeedConfig,
 )
+from headway.parallel.schedule import AnySchedule, WsdSchedule
 
 
 class InitConfig(StrictModel):
@@ -100,12 +100,17 @@ class Sections(StrictModel):
     parallel: ParallelConfig = ParallelConfig()
     speed: SpeedConfig = SpeedConfig()
     optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: AnySchedule = WsdSchedule()
     train: TrainConfig
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _default_type(cls, value: Any) -> Any:
+        return {"type": WsdSchedule().type, **value} if isinstance(value, dict) else value
 
     @property
     def data_parallel(self) -> int:

@@ -21,6 +21,8 @@ class Spec(Sections):
                 f"init.run: nothing is left to train after step {self.init.start_step}, because this run has "
                 f"{self.steps} steps; use an earlier checkpoint, or train.tokens of at least {least}"
             )
+        if (reason := self.schedule.why_not(self.steps * self.tokens_per_step)) is not None:
+            raise ValueError(f"schedule.{reason}")
         check_layout(self)
         self.attention.check_run(
             seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step

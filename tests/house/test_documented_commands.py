@@ -88,6 +88,7 @@ seeds: [1]
 variants: {gqa: {attention.type: gqa}, rgqa-k1: {attention.top_k: 1}}
 """
 SMALL_RUN = [
+    "schedule.warmup_tokens=0",
     "model={width: 32, layers: 1, ffn_width: 48}",
     "attention={heads: 4, head_dim: 8}",
     "data.seq_len=64",

@@ -174,7 +174,7 @@ def auto(headway):
 
 
 def test_train_measures_once_and_records_a_plain_number(auto):
-    first = auto.train("train.tokens=512")
+    first = auto.train("train.tokens=768")
     assert first.returncode == 0, first.stderr
     run = auto.folder / "runs" / "tiny"
     kept = json.loads((run / "micro_batch.json").read_text())
@@ -185,7 +185,7 @@ def test_train_measures_once_and_records_a_plain_number(auto):
     assert "micro-batch  tokens/s" in first.stdout and f"train.micro_batch: auto -> {number}: " in first.stdout
     assert "trying 1, 2, 4, 8 sequences per pass on cpu" in first.stderr
     assert first.stdout.index("auto ->") < first.stdout.index("step 1/")
-    again = auto.train("train.tokens=512")
+    again = auto.train("train.tokens=768")
     assert again.returncode == 0 and "already complete" in again.stdout and "auto" not in again.stdout + again.stderr
 
 

@@ -9,7 +9,13 @@ import pytest
 from headway.launcher.run.branching import common_steps
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
-from headway.parallel.schedule import learning_rate
+from headway.parallel.schedule import (
+    CosineSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    WsdSchedule,
+    learning_rate,
+)
 
 EACH = 256  # tokens per step of the spec of conftest.py
 
@@ -20,10 +26,12 @@ def base(headway_once) -> Spec:
 
 
 def changed(base: Spec, *, steps: int, lr: float = 3e-3, **schedule) -> Spec:
+    kind = {"wsd": WsdSchedule, "cosine": CosineSchedule, "linear": LinearSchedule, "inverse_sqrt": InverseSqrtSchedule}
+    model = kind[schedule.get("type", "wsd")]
     sections = {
         "train": base.train.model_copy(update={"tokens": steps * EACH}),
         "optimizer": base.optimizer.model_copy(update={"lr": lr}),
-        "schedule": base.schedule.model_copy(update={"warmup_tokens": 0, **schedule}),
+        "schedule": model(**{k: v for k, v in schedule.items() if k in model.model_fields}),
     }
     return base.model_copy(update=sections)
 
@@ -52,6 +60,8 @@ def test_other_peaks_warm_ups_and_cosines_differ_early(base):
     assert common_steps(plain, changed(base, steps=100, lr=1e-3)) == 0
     assert common_steps(plain, changed(base, steps=100, warmup_tokens=2 * EACH)) == 0
     assert common_steps(plain, changed(base, steps=100, warmup_tokens=EACH)) == 100  # over before it has an effect
+    roots = [changed(base, steps=steps, warmup_tokens=EACH, type="inverse_sqrt") for steps in (100, 200)]
+    assert common_steps(*roots) == 100  # does not depend on the length of the run
     warm = [changed(base, steps=steps, warmup_tokens=10 * EACH) for steps in (100, 200)]
     assert common_steps(*warm) == 81
     cosine = [changed(base, steps=steps, warmup_tokens=10 * EACH, type="cosine") for steps in (100, 200)]
@@ -64,12 +74,12 @@ def test_any_two_schedules_agree_with_a_comparison_of_every_step(base):
     draw = random.Random(0)
     found = set()
     for _ in range(600):
-        shared = {"warmup_tokens": draw.choice([0, 1, EACH, 700, 30 * EACH, 999 * EACH])}
+        shared = {"warmup_tokens": draw.choice([1, 17, EACH, 700, 30 * EACH, 999 * EACH])}
         pair = [
             changed(
                 base,
                 steps=draw.choice([1, 2, 20, 100, 101, 200]),
-                type=draw.choice(["wsd", "wsd", "wsd", "cosine"]),
+                type=draw.choice(["wsd", "wsd", "wsd", "cosine", "linear", "inverse_sqrt"]),
                 decay_fraction=draw.choice([0.0, 0.1, 0.3, 1.0]),
                 min_lr_ratio=draw.choice([0.0, 0.1, 1.0]),
                 **shared,

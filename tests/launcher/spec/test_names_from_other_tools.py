@@ -183,7 +183,7 @@ def test_a_misspelt_mechanism_is_still_led_to_the_nearest(spec: Path) -> None:
         ("parallel.precision=fp16", "no precision but fp32 and bf16"),
         ("speed.compile=true", "Write elementwise"),
         ("parallel.recompute=full", "Write block."),
-        ("schedule.type=linear", "Write wsd"),
+        ("schedule.type=linear_warmup", "Write linear."),
         ("data.source.type=huggingface", "headway data build CORPUS.yaml"),
     ],
 )

@@ -103,22 +103,22 @@ def test_a_second_launch_on_a_live_folder_is_refused(headway):
 
 
 def test_a_finished_run_is_not_trained_again_and_a_folder_of_another_spec_is_refused(headway):
-    assert headway.train("train.tokens=512").returncode == 0
-    again = headway.train("train.tokens=512")
+    assert headway.train("train.tokens=768").returncode == 0
+    again = headway.train("train.tokens=768")
     assert again.returncode == 0 and "already complete" in again.stdout
-    other = headway.train("train.tokens=512", "optimizer.lr=0.004")  # F14
+    other = headway.train("train.tokens=768", "optimizer.lr=0.004")  # F14
     assert other.returncode == 64
     assert "run of another spec" in other.stderr and "optimizer.lr: 0.003 in the folder, 0.004 now" in other.stderr
-    assert headway.train("train.tokens=512", "tracking.log_every_steps=2").returncode == 0
+    assert headway.train("train.tokens=768", "tracking.log_every_steps=2").returncode == 0
 
 
 def test_a_run_that_ended_just_before_its_summary_is_completed_from_its_last_checkpoint(headway):
-    assert headway.train("train.tokens=512").returncode == 0
+    assert headway.train("train.tokens=768").returncode == 0
     run = headway.folder / "runs" / "tiny"
     before = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").unlink()  # the loss is the checkpoint's to know
-    again = headway.train("train.tokens=512")
+    again = headway.train("train.tokens=768")
     assert again.returncode == 0, again.stderr
     after = json.loads((run / "summary.json").read_text())
     for key in ("final_validation_loss", "steps", "tokens", "train_s"):
@@ -224,8 +224,8 @@ def test_dry_run_prints_the_command_and_starts_nothing(headway):
 
 
 def test_the_console_line_says_what_a_person_looks_for(headway):
-    done = headway.train("train.tokens=512")
-    line = next(text for text in done.stdout.splitlines() if text.startswith("step 2/2"))
+    done = headway.train("train.tokens=768")
+    line = next(text for text in done.stdout.splitlines() if text.startswith("step 3/3"))
     for word in ("100.0%", "loss ", "val ", "gnorm ", "lr ", "tok/s ", "mem ", "data ", "dead ", "eta "):
         assert word in line
 
