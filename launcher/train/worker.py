@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from headway.launcher.base.command import die_with_parent
 from headway.launcher.run import heartbeat
+from headway.launcher.train.allocator import keep_buffers
 from headway.launcher.train.stop import Preempted, StopFlag
 
 STORAGE = 74
@@ -30,6 +31,7 @@ def main() -> int:
     error_file = logs / f"rank-{rank}.error.json"
     error_file.unlink(missing_ok=True)
     stop = StopFlag()  # before the set-up, so that a signal during it is not lost
+    keep_buffers()
     die_with_parent()  # so that no orphan process continues to write into the folder
     _own_log(logs / f"rank-{rank}.log", main=rank == 0)
     try:

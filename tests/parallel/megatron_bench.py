@@ -102,12 +102,13 @@ def runs_on_cpu() -> dict[str, str]:
     """megatron-core's function -> "yes", or the error."""
     from megatron.core.tensor_parallel import mappings, random
 
+    tracker: Any = random.get_cuda_rng_tracker()
     x = torch.randn(4, 2, 8)
     tried = {
         "gather_from_sequence_parallel_region": lambda: mappings.gather_from_sequence_parallel_region(x),
         "reduce_scatter_to_sequence_parallel_region": lambda: mappings.reduce_scatter_to_sequence_parallel_region(x),
         "model_parallel_cuda_manual_seed": lambda: random.model_parallel_cuda_manual_seed(1),
-        "get_cuda_rng_tracker().fork": lambda: random.get_cuda_rng_tracker().fork().__enter__(),
+        "get_cuda_rng_tracker().fork": lambda: tracker.fork().__enter__(),
     }
     found = {}
     for name, call in tried.items():
