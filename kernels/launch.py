@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 LARGEST_HEAD = 128
 """Maximum channels of one expert in routed matmuls. Accumulators of wider experts do not fit into registers."""
@@ -36,3 +45,18 @@ def padded(channels: int) -> int:
 def rows_per_program(channels: int) -> int:
     """Rows of `channels` channels per program, a power of two."""
     return max(1, min(64, _ELEMENTS // padded(channels)))
+
+
+def on_device_of_first(launch: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorator: run a launch function with the device of its first tensor argument as the current device.
+
+    Triton launches on the current device and its stream, whatever the device of the tensors. On a CPU nothing is set.
+    """
+
+    @functools.wraps(launch)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first = next(argument for argument in args if isinstance(argument, Tensor))
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return launch(*args, **kwargs)
+
+    return guarded

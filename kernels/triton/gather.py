@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import LARGEST_HEAD, Shipped, padded
+from headway.kernels.launch import LARGEST_HEAD, Shipped, on_device_of_first, padded
 from headway.kernels.triton.lists import schedule
 
 
@@ -111,6 +111,7 @@ def _launch(
     )  # fmt: skip
 
 
+@on_device_of_first
 def gather_project(
     x: Tensor, w: Tensor, lists: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], out: Tensor
 ) -> None:
@@ -121,6 +122,7 @@ def gather_project(
     _launch(x, w, out, lists, extra, (D, GK, rotated, False, (D * d, 1, d)))
 
 
+@on_device_of_first
 def gather_slot_grad(
     dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, lists: tuple[Tensor, Tensor], out: Tensor, d_gate: Tensor
 ) -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped
+from headway.kernels.launch import Shipped, on_device_of_first
 
 BLOCK_TOKENS = 128
 WARPS = 4
@@ -61,6 +61,7 @@ def place(IDX, BASE, ORDER, T, G: tl.constexpr, N: tl.constexpr, NP: tl.constexp
     tl.store(ORDER + base[None, :] + rank, (t[:, None] * G + g) * K + slot, mask=(count > 0) & (experts[None, :] < N))
 
 
+@on_device_of_first
 def pair_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """idx [T, G, k] -> pairs in the order of their expert [P] and where each expert's list begins [H + 1], int32.
 

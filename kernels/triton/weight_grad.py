@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded
+from headway.kernels.launch import Shipped, on_device_of_first, padded
 from headway.kernels.triton.gather import PRECISION
 from headway.kernels.triton.lists import schedule
 
@@ -88,6 +88,7 @@ def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]
     return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 3}
 
 
+@on_device_of_first
 def weight_grad(
     a: Tensor, b: Tensor, gate: Tensor | None, lists: tuple[Tensor, Tensor], rows_are_experts: bool, out: Tensor
 ) -> None:
