@@ -11,6 +11,7 @@ channels, P = T G k pairs.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +124,7 @@ def project(
         out = x.new_empty(*idx.shape, w.shape[0] // experts)
         triton_gather.gather_project(x, w, (order, offsets), (cos, sin), out)
         return out
-    pool = F.linear(x, w).view(1, idx.shape[0], idx.shape[1], experts // idx.shape[1], -1)
+    pool = F.linear(x, w).view(1, *idx.shape[:2], experts // idx.shape[1], w.shape[0] // experts)
     return _turned(select(pool, idx[None])[0], cos, sin).contiguous()
 
 
@@ -151,9 +152,31 @@ def make_weight_grad(
         out = a.new_empty((experts * channels, d) if rows else (d, experts * channels), dtype=torch.float32)
         triton_weight_grad.weight_grad(a, b, gate, (order, offsets), rows, out)
         return out
+    if routed and not a.is_cuda:  # on a GPU the twin is a baseline of measurements, and must not synchronize
+        out = a.new_empty((experts * channels, d) if rows else (d, experts * channels), dtype=wide)
+        _weight_grad_of_lists(a, b, gate, order, offsets, out if rows else out.t())
+        return out
     factor = torch.ones_like(idx, dtype=b.dtype) if gate is None else gate
     pool = expand(b[None], idx[None], factor[None], experts // idx.shape[1])[0].flatten(1)  # [T, G N D]
     return (pool.t() @ a if rows else a.t() @ pool).to(wide)
+
+
+def _weight_grad_of_lists(
+    a: Tensor, b: Tensor, gate: Tensor | None, order: Tensor, offsets: Tensor, out: Tensor
+) -> None:
+    """Twin of the kernel: one matmul per expert, over its list, into out [G N D, d].
+
+    As in the kernel, a token adds nothing to experts that it did not select, even if its row holds NaN. In the dense
+    form, 0 times NaN is NaN.
+    """
+    slots = b.shape[1] * b.shape[2]
+    starts = offsets.tolist()
+    for part, (start, end) in zip(out.chunk(len(starts) - 1), itertools.pairwise(starts), strict=True):
+        pairs = order[start:end]
+        own = b.flatten(0, 2).index_select(0, pairs)
+        if gate is not None:
+            own = own * gate.flatten().index_select(0, pairs).to(own.dtype)[:, None]
+        part.copy_(own.t() @ a.index_select(0, pairs // slots))
 
 
 @make_weight_grad.register_fake
@@ -220,7 +243,7 @@ def make_slot_grad(
         triton_gather.gather_slot_grad(dy, w, slots, gate, (order, offsets), out, d_gate)
         return out, d_gate
     experts = (offsets.numel() - 1) // idx.shape[1]
-    pool = (dy @ w).view(1, idx.shape[0], idx.shape[1], experts, -1)
+    pool = (dy @ w).view(1, *idx.shape[:2], experts, slots.shape[3])
     made = select(pool, idx[None])[0].to(wide)  # [T, G, k, D]
     return (made * gate.unsqueeze(-1)).to(slots.dtype), (made * slots).sum(-1)
 

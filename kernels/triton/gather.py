@@ -73,13 +73,20 @@ def gather_gemm(
             second = first + tl.where(u < R // 2, R // 2, (D - R + 1) // 2)
             kept = real[:, None] & (u < (D + 1) // 2)[None, :]
             kind = OUT.dtype.element_ty
-            tl.store(out_at + first[None, :], (x1 * cos - x2 * sin).to(kind), mask=kept)
-            tl.store(out_at + second[None, :], (x2 * cos + x1 * sin).to(kind), mask=kept & (second < D)[None, :])
+            y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            if R < D:  # a sine of 0 would not keep an infinity of the other half out
+                turned = (u < R // 2)[None, :]
+                y1, y2 = tl.where(turned, y1, x1), tl.where(turned, y2, x2)
+            tl.store(out_at + first[None, :], y1.to(kind), mask=kept)
+            tl.store(out_at + second[None, :], y2.to(kind), mask=kept & (second < D)[None, :])
         else:
             kept = real[:, None] & made[None, :]
             if GATED:
                 slots = tl.load(SLOTS + pair[:, None].to(tl.int64) * D + n[None, :], mask=kept, other=0.0)
-                tl.store(DGATE + pair, tl.sum(acc * slots.to(tl.float32), 1), mask=real)
+                product = acc * slots.to(tl.float32)
+                if D < BN:  # beyond D the accumulator is NaN where a row of A holds an infinity
+                    product = tl.where(made[None, :], product, 0.0)
+                tl.store(DGATE + pair, tl.sum(product, 1), mask=real)
                 acc = acc * tl.load(GATE + pair, mask=real, other=0.0)[:, None].to(tl.float32)
             tl.store(out_at + n[None, :], acc.to(OUT.dtype.element_ty), mask=kept)
 

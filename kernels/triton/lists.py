@@ -68,6 +68,8 @@ def pair_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     A token's slots in one group must differ, as top-k makes them.
     """
     tokens, groups, k = idx.shape
+    if not tokens:
+        return idx.new_empty(0, dtype=torch.int32), idx.new_zeros(groups * experts + 1, dtype=torch.int32)
     blocks = -(-tokens // BLOCK_TOKENS)
     order = torch.empty(idx.numel(), dtype=torch.int32, device=idx.device)
     hist = torch.empty(groups * experts, blocks, dtype=torch.int32, device=idx.device)

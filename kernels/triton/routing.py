@@ -128,7 +128,9 @@ def gates_backward(
             g = tl.load(grad + row * K + j, mask=ok, other=0.0).to(tl.float32)
             given += tl.where(n[None, :] == chosen[:, None], g[:, None], 0.0)
         found = p * (given - tl.sum(given * p, 1)[:, None])
-        if GATE == 5:
+        if GATE == 3:
+            found = tl.where(among > 0, found, 0.0)  # NaN stays with the chosen
+        elif GATE == 5:
             found = found * N
         elif GATE == 6:
             found = found / tl.where(ok, tl.sum(p * among, 1), 1.0)[:, None]

@@ -8,10 +8,10 @@ Skipped without CUDA. `headway bench gpu` runs the same checks as rows.
 import pytest
 import torch
 
-from headway.kernels.checks import invariants, v0, v1
+from headway.kernels.checks import edges, invariants, v0, v1
 from headway.kernels.device import fused
 
-MODULES = {"v0": v0, "v1": v1, "invariants": invariants}
+MODULES = {"v0": v0, "v1": v1, "invariants": invariants, "edges": edges}
 CHECKS = {f"{where}: {name}": check for where, module in MODULES.items() for name, check in module.CHECKS.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
