@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,27 @@ LARGEST_HEAD = 128
 
 _ELEMENTS = 4096
 """Elements per tile of kernels that only move data: 32 for each of 128 threads."""
+
+
+TILE_PAIRS = 128
+"""(Token, expert) pairs per tile of the routed projection."""
+
+CHUNK_STEP = 64
+"""Lengths of chunks in the routed weight gradient are multiples of it, and so of every kernel's tile."""
+
+
+class ScheduleSizes(NamedTuple):
+    """Sizes of the schedule of the routed kernels. They depend on shapes only, so nothing is read from the device."""
+
+    chunk: int  # pairs per program of the weight gradient: twice the mean length of a list
+    tiles: int  # entries for tiles of the projection, unused ones included
+    items: int  # entries for chunks of the weight gradient, unused ones included
+
+
+def schedule_sizes(pairs: int, experts: int) -> ScheduleSizes:
+    """Sizes for P `pairs` in lists of H `experts`."""
+    chunk = max(1, -(-2 * pairs // (experts * CHUNK_STEP))) * CHUNK_STEP
+    return ScheduleSizes(chunk, pairs // TILE_PAIRS + experts, pairs // chunk + experts)
 
 
 @dataclass(frozen=True)

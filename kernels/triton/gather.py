@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import LARGEST_HEAD, Shipped, on_device_of_first, padded
-from headway.kernels.triton.lists import schedule
+from headway.kernels.launch import LARGEST_HEAD, TILE_PAIRS, Shipped, on_device_of_first, padded, schedule_sizes
 
 
 @triton.jit
@@ -95,24 +94,29 @@ PRECISION: dict[str, Any] = {"PRECISION": "ieee"}
 """Of products of fp32 operands; others run on tensor cores as they are."""
 
 
-def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep."""
+def _config(D: int, element_bytes: int, gated: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep.
+
+    In fp32 the gate's epilogue, which holds the slots beside the accumulator, needs 16 warps. With 8, Triton 3.6 spills
+    48 instructions (255 registers), and 3.7 uses 234. With 16, both use 116 of 128 registers.
+    """
     assert D <= LARGEST_HEAD, "wider heads are refused before"
     width = padded(D)
-    blocks = {"BM": 128, "BN": width, "BK": 128 // element_bytes}
-    return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 4}
+    blocks = {"BM": TILE_PAIRS, "BN": width, "BK": 128 // element_bytes}
+    wide = 16 if gated and element_bytes == 4 else 8
+    return blocks, {"num_warps": 4 if width <= 64 else wide, "num_stages": 4}
 
 
 def _launch(
-    a: Tensor, w: Tensor, out: Tensor, lists: tuple[Tensor, Tensor], extra: tuple[Any, ...], sizes: Any
+    a: Tensor, w: Tensor, out: Tensor, lists: tuple[Tensor, Tensor, Tensor], extra: tuple[Any, ...], sizes: Any
 ) -> None:
-    order, offsets = lists
+    order, offsets, schedule = lists
     D, GK, R, gated, strides = sizes
-    blocks, options = _config(D, a.element_size())
-    tiles = schedule(offsets, blocks["BM"], order.numel(), a.shape[0])
-    launch: Any = gather_gemm[(tiles.numel(),)]  # Triton types a kernel's constants as its own class
+    blocks, options = _config(D, a.element_size(), gated)
+    tiles = schedule_sizes(order.numel(), offsets.numel() - 1).tiles
+    launch: Any = gather_gemm[(tiles,)]  # Triton types a kernel's constants as its own class
     launch(
-        a.contiguous(), w.contiguous(), out, order, offsets, tiles, *extra, d=a.shape[1], D=D, H=offsets.numel() - 1,
+        a.contiguous(), w.contiguous(), out, order, offsets, schedule, *extra, d=a.shape[1], D=D, H=offsets.numel() - 1,
         GK=GK, R=R, GATED=gated, W_EXPERT=strides[0], W_IN=strides[1], W_OUT=strides[2], **PRECISION,
         **blocks, **options,
     )  # fmt: skip
@@ -120,7 +124,7 @@ def _launch(
 
 @on_device_of_first
 def gather_project(
-    x: Tensor, w: Tensor, lists: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], out: Tensor
+    x: Tensor, w: Tensor, lists: tuple[Tensor, Tensor, Tensor], rope: tuple[Tensor, Tensor], out: Tensor
 ) -> None:
     """out [T, G, k, D] = rope(x [T, d] times the chosen experts' rows of w [G N D, d]); cos and sin [S, R], R even."""
     (cos, sin), D, GK, d = rope, out.shape[3], out.shape[1] * out.shape[2], x.shape[1]
@@ -131,7 +135,13 @@ def gather_project(
 
 @on_device_of_first
 def gather_slot_grad(
-    dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, lists: tuple[Tensor, Tensor], out: Tensor, d_gate: Tensor
+    dy: Tensor,
+    w: Tensor,
+    slots: Tensor,
+    gate: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    d_gate: Tensor,
 ) -> None:
     """Backward of the gated combination: out = gate (dy W), d_gate = <dy W, slots>.
 
@@ -148,10 +158,10 @@ def shipped() -> list[Shipped]:
     signature |= dict.fromkeys(["GATE", "DGATE", "COS", "SIN"], "*fp32") | {"S": "i32"}
     found = []
     for D, kind in ((16, "bf16"), (64, "bf16"), (96, "bf16"), (128, "bf16"), (128, "fp32")):
-        blocks, options = _config(D, 2 if kind == "bf16" else 4)
         types = signature | dict.fromkeys(["A", "W", "OUT", "SLOTS"], f"*{kind}")
         on_tensor_cores = kind == "bf16"
         for gated in (False, True):
+            blocks, options = _config(D, 2 if kind == "bf16" else 4, gated)
             strides = (D, 16 * D, 1) if gated else (D * 2048, 1, 2048)
             constants = dict(zip(("W_EXPERT", "W_IN", "W_OUT"), strides, strict=True)) | blocks
             constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else D, "GATED": gated}

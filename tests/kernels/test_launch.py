@@ -90,7 +90,9 @@ def launch_everything(device):
 
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(recorder):
     launch_everything("meta")
-    assert {name for name, _ in recorder.launches} == recorder.replaced
+    names = [name for name, _ in recorder.launches]
+    assert set(names) == recorder.replaced
+    assert names.count("schedule") == 1 < names.count("gather_gemm")  # all products read one schedule
     assert {device for _, device in recorder.launches} == {torch.device("meta")}
     assert recorder.current == torch.device("cuda:0")
 
