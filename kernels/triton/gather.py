@@ -94,17 +94,17 @@ PRECISION: dict[str, Any] = {"PRECISION": "ieee"}
 """Of products of fp32 operands; others run on tensor cores as they are."""
 
 
-def _config(D: int, element_bytes: int, gated: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
     """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep.
 
-    In fp32 the gate's epilogue, which holds the slots beside the accumulator, needs 16 warps. With 8, Triton 3.6 spills
-    48 instructions (255 registers), and 3.7 uses 234. With 16, both use 116 of 128 registers.
+    In fp32, operands are in registers too, and twice as many warps are needed. With half of them, Triton 3.6 spills in
+    the gate's epilogue (48 instructions at 128 channels, 2 at 64) and where part of the channels is rotated (4 at 128).
     """
     assert D <= LARGEST_HEAD, "wider heads are refused before"
     width = padded(D)
     blocks = {"BM": TILE_PAIRS, "BN": width, "BK": 128 // element_bytes}
-    wide = 16 if gated and element_bytes == 4 else 8
-    return blocks, {"num_warps": 4 if width <= 64 else wide, "num_stages": 4}
+    warps = 4 if width <= 64 else 8
+    return blocks, {"num_warps": 2 * warps if element_bytes == 4 and width > 32 else warps, "num_stages": 4}
 
 
 def _launch(
@@ -112,7 +112,7 @@ def _launch(
 ) -> None:
     order, offsets, schedule = lists
     D, GK, R, gated, strides = sizes
-    blocks, options = _config(D, a.element_size(), gated)
+    blocks, options = _config(D, a.element_size())
     tiles = schedule_sizes(order.numel(), offsets.numel() - 1).tiles
     launch: Any = gather_gemm[(tiles,)]  # Triton types a kernel's constants as its own class
     launch(
@@ -153,18 +153,20 @@ def gather_slot_grad(
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for head sizes 16 to 128 in bf16, and 128 in fp32, for compilation without a GPU."""
+    """What is launched for head sizes 16 to 128 in bf16, 64 and 128 in fp32, for compilation without a GPU."""
     signature = dict.fromkeys(["ORDER", "OFFSETS", "TILES"], "*i32")
     signature |= dict.fromkeys(["GATE", "DGATE", "COS", "SIN"], "*fp32") | {"S": "i32"}
     found = []
-    for D, kind in ((16, "bf16"), (64, "bf16"), (96, "bf16"), (128, "bf16"), (128, "fp32")):
+    sizes = [(D, "bf16", D) for D in (16, 64, 96, 128)] + [(64, "fp32", 64), (128, "fp32", 128), (128, "fp32", 64)]
+    for D, kind, rotated in sizes:
+        blocks, options = _config(D, 2 if kind == "bf16" else 4)
         types = signature | dict.fromkeys(["A", "W", "OUT", "SLOTS"], f"*{kind}")
-        on_tensor_cores = kind == "bf16"
         for gated in (False, True):
-            blocks, options = _config(D, 2 if kind == "bf16" else 4, gated)
+            if gated and rotated < D:
+                continue  # nothing is rotated there
             strides = (D, 16 * D, 1) if gated else (D * 2048, 1, 2048)
             constants = dict(zip(("W_EXPERT", "W_IN", "W_OUT"), strides, strict=True)) | blocks
-            constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else D, "GATED": gated}
+            constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else rotated, "GATED": gated}
             warps, stages = options["num_warps"], options["num_stages"]
-            found.append(Shipped(gather_gemm, types, constants | PRECISION, warps, stages, on_tensor_cores))
+            found.append(Shipped(gather_gemm, types, constants | PRECISION, warps, stages, kind == "bf16"))
     return found
