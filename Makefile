@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Prevents Python from importing the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all results mechanisms probes plans parity soak chaos checkpoint-cost lint types format clean
+.PHONY: help study test test-all test-gpu results mechanisms probes plans parity soak chaos checkpoint-cost lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -93,6 +93,10 @@ test: lint types
 
 test-all: lint types
 	$(TESTS) -m 'not gpu'
+
+# On a machine with a GPU: every kernel against float64. All are skipped elsewhere.
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu tests/kernels
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

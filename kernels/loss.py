@@ -50,11 +50,11 @@ def linear_cross_entropy_sum(
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden weight^T)[label]; fp32, or float64 if hidden is.
 
-    hidden [T, d], weight [V, d], labels [T] int64; label -100 is ignored. If the logits exceed one chunk, logits and
-    gradients are computed chunk by chunk in the forward pass. (The loss is a sum, so the incoming gradient is one
-    scalar.) This takes the same three matmuls as the plain form, but memory for C V elements instead of three times
-    T V. Measured on 2 CPU cores, forward and backward: T=V=4096, d=256: 205 ms against 255 to 279 plain; T=2048,
-    V=4096, d=128: 72 against 85.
+    hidden [T, d], weight [V, d], labels [T] int64; label -100 is ignored, whatever its row of hidden holds. If the
+    logits exceed one chunk, logits and gradients are computed chunk by chunk in the forward pass. (The loss is a sum,
+    so the incoming gradient is one scalar.) This takes the same three matmuls as the plain form, but memory for C V
+    elements instead of three times T V. Measured on 2 CPU cores, forward and backward: T=V=4096, d=256: 205 ms against
+    255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
 
     With `part`, weight [V', d] holds the rows of that part. hidden and labels (of the whole vocabulary) are equal on
     all ranks, and so is the result, the loss over the whole vocabulary. The gradient of weight is that of its rows. The
@@ -67,7 +67,8 @@ def linear_cross_entropy_sum(
     chunk_tokens = chunk_tokens or _chunk_tokens(hidden, vocab)
     if part is None and tokens <= chunk_tokens:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.cross_entropy(F.linear(hidden, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
+        kept = torch.where((labels != IGNORED)[:, None], hidden, 0)  # NaN times a gradient of 0 would be NaN
+        return F.cross_entropy(F.linear(kept, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
     # Check this outside of the Function: inside, gradients are off, and `needs_input_grad` ignores no_grad.
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad, part))
@@ -84,10 +85,10 @@ def linear_cross_entropy_and_hits(
 ) -> tuple[Tensor, Tensor]:
     """For evaluation: (`linear_cross_entropy_sum`, number of labels that are the argmax of the logits, int64).
 
-    If several logits are largest, the first one is the prediction. Shapes and `part` are as in
-    `linear_cross_entropy_sum`; both results are equal on all ranks. Logits are computed once, chunk by chunk, without
-    gradients. The argmax takes at most 1 ms of 11 at T=1024, V=4096, d=128 on 2 CPU cores, which is below the noise of
-    the measurement. With `part`, hits add C elements to the sum, and no further all-reduce.
+    If several logits are largest, the first one is the prediction; a row with NaN or +inf has none. Shapes and `part`
+    are as in `linear_cross_entropy_sum`; both results are equal on all ranks. Logits are computed once, chunk by chunk,
+    without gradients. The argmax takes at most 1 ms of 11 at T=1024, V=4096, d=128 on 2 CPU cores, which is below the
+    noise of the measurement. With `part`, hits add C elements to the sum, and no further all-reduce.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=wide)
@@ -102,7 +103,9 @@ def linear_cross_entropy_and_hits(
             hits += chunk_hits
             continue
         loss += F.cross_entropy(logits, labels[chunk], ignore_index=IGNORED, reduction="sum")
-        hits += (logits.argmax(-1) == labels[chunk]).sum()  # an ignored label (-100) never equals an index
+        best, first = logits.max(-1)
+        # An ignored label (-100) never equals an index. Without a finite maximum there is no prediction.
+        hits += ((first == labels[chunk]) & best.isfinite()).sum()
     return loss, hits
 
 
@@ -177,7 +180,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         keep = labels != IGNORED
-        kept = hidden * keep[:, None]  # ignored rows must not contribute to the gradient of the weight
+        # Ignored rows must not contribute to the gradient of the weight. A product with 0 would keep their NaN.
+        kept = torch.where(keep[:, None], hidden, 0)
         softmax = _log_p_and_gradient if part is None else partial(_log_p_and_gradient_over_parts, part=part)
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if want_grad else None
@@ -186,7 +190,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_tokens)
             # Do not assign the logits to a name: they must be freed before the matmuls of their gradient.
             log_p, grad_logits = softmax(F.linear(kept[chunk], weight).to(wide), labels[chunk], want_grad)
-            loss -= (log_p * keep[chunk]).sum()
+            loss -= torch.where(keep[chunk], log_p, 0).sum()
             if grad_logits is None or grad_hidden is None or grad_weight is None:
                 continue
             grad_logits = grad_logits.to(hidden.dtype)
@@ -196,7 +200,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 grad_weight += grad_logits.t() @ kept[chunk]
         if grad_hidden is not None and grad_weight is not None:
-            grad_hidden *= keep[:, None]
+            grad_hidden.masked_fill_(~keep[:, None], 0)
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
 

@@ -88,12 +88,14 @@ def gates_backward(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tens
 @gates_backward.register_kernel("cpu")
 def _(grad: Tensor, logits: Tensor, idx: Tensor, gate: str) -> Tensor:
     given = torch.zeros_like(logits).scatter_(-1, idx, grad)  # gradients of the gates, scattered to their experts
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, idx, True)
     if gate in ("sigmoid", "sigmoid2"):
         s = torch.sigmoid(logits)
-        return given * s * (1 - s) * (2 if gate == "sigmoid2" else 1)
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, idx, True)
+        return torch.where(chosen, given * s * (1 - s) * (2 if gate == "sigmoid2" else 1), 0)
     p = torch.softmax(logits.masked_fill(~chosen, float("-inf")) if gate == "renorm" else logits, -1)
     found = p * (given - (given * p).sum(-1, keepdim=True))
+    if gate == "renorm":
+        return torch.where(chosen, found, 0)  # NaN stays with the chosen
     if gate == "softmax_n":
         return found * logits.shape[-1]
     return found / (p * chosen).sum(-1, keepdim=True) if gate == "detached_renorm" else found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headway.kernels.launch import TILE_PAIRS, schedule_sizes
 from headway.kernels.rope import apply_rope
 
 
@@ -78,3 +79,26 @@ def expand_twin(slots: Tensor, idx: Tensor, gate: Tensor, experts: int) -> Tenso
     gated = (slots * gate.to(slots.dtype).unsqueeze(-1)).reshape(-1, channels)
     pool = gated.new_zeros(idx.numel() // idx.shape[-1] * experts, channels)
     return pool.index_copy(0, _rows(idx, experts), gated).view(*idx.shape[:-1], experts, channels)
+
+
+def schedule_twin(offsets: Tensor, tokens: int, pairs: int) -> Tensor:
+    """`schedule` of `headway.kernels.routed.PairLists`, int32, for P `pairs` of T `tokens`; offsets [H + 1]."""
+    sizes = schedule_sizes(pairs, offsets.shape[0] - 1)
+    tiles = _parts(offsets, TILE_PAIRS, sizes.tiles, tokens)
+    return torch.cat([tiles, _parts(offsets, sizes.chunk, sizes.items, tokens, at_least=1)])
+
+
+def _parts(offsets: Tensor, length: int, bound: int, longest: int, at_least: int = 0) -> Tensor:
+    """Parts of `length` pairs of all lists: entries i H + h for part i of list h, ordered by i, then h; then -1.
+
+    int32 [bound]. `longest` bounds the length of a list; every list has `at_least` that many parts, even when empty.
+    """
+    experts = offsets.shape[0] - 1
+    parts = ((offsets.diff() + length - 1) // length).clamp(min=at_least)  # [H]
+    rows = max(-(-longest // length), at_least)
+    number = torch.arange(rows * experts, dtype=torch.int32, device=offsets.device)
+    used = (number.view(rows, experts) < (parts * experts)[None, :]).flatten()
+    # Unused numbers are written to one entry behind the end, which is cut off.
+    at = torch.where(used, used.cumsum(0) - 1, bound)
+    made = torch.full((bound + 1,), -1, dtype=torch.int32, device=offsets.device)
+    return made.scatter(0, at, number)[:bound]

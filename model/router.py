@@ -317,7 +317,8 @@ class QueryNormRouter(Router):
 
     def logits(self, x: Tensor, context: Context, queries: Tensor | None) -> Tensor:
         assert queries is not None, "the mechanism must pass all queries to a router that reads them"
-        norm = queries.to(torch.promote_types(queries.dtype, torch.float32)).norm(dim=-1)
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(queries, dim=-1, dtype=wide)  # a conversion before would keep 4 bytes a channel
         return norm / norm.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
 
 

@@ -81,19 +81,22 @@ def _differ(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a != b).sum()), 0.0  # NaN differs from itself
 
 
-def equal_runs(device: torch.device, dtype: torch.dtype) -> Errors:
-    """The same again and again; on a GPU programs run in another order each time. The weight gradient too."""
-    x, idx = _inputs(device, dtype)
-    run = dict(operations(device, dtype))
-    slots = random_normal((*idx.shape, CHANNELS), device, dtype, 3)
+def _with_weight_grad(device: torch.device, dtype: torch.dtype) -> dict[str, Operation]:
+    """`operations`, and the weight gradient [G N D, d], which has no rows of tokens."""
+    slots = random_normal((TOKENS, GROUPS, K, CHANNELS), device, dtype, 3)
 
     def weight_grad(x: Tensor, idx: Tensor) -> Tensor:
         with kernels_on(device):
             return make_weight_grad(x, slots, None, *pair_lists(idx, EXPERTS), True, True)
 
-    run["weight_grad"] = weight_grad
+    return {**operations(device, dtype), "weight_grad": weight_grad}
+
+
+def equal_runs(device: torch.device, dtype: torch.dtype) -> Errors:
+    """The same again and again; on a GPU programs run in another order each time. The weight gradient too."""
+    x, idx = _inputs(device, dtype)
     found = {}
-    for name, operation in run.items():
+    for name, operation in _with_weight_grad(device, dtype).items():
         first = operation(x, idx)
         runs = RUNS if device.type == "cuda" else 2
         found[name] = max(_differ(operation(x, idx), first) for _ in range(runs - 1))
@@ -122,22 +125,32 @@ def permuted_tokens(device: torch.device, dtype: torch.dtype) -> Errors:
 
 
 def replays(device: torch.device, dtype: torch.dtype) -> Errors:
-    """On a GPU a captured CUDA graph, replayed with other inputs, gives what a plain run gives; on a CPU, once more."""
+    """A replay with other inputs and another choice of experts gives what a plain run on them gives.
+
+    On a GPU a captured CUDA graph is replayed; on a CPU the operation runs once more. Both read the same tensors, whose
+    contents were replaced in place, so nothing that was derived from the former choice may be used again. In the second
+    choice one list is longer than twice the mean and one is empty: the schedules of both choices differ.
+    """
     x, idx = _inputs(device, dtype)
-    other = random_normal((TOKENS, WIDTH), device, dtype, 5)
+    other_x = random_normal((TOKENS, WIDTH), device, dtype, 5)
+    other_idx = random_normal((TOKENS, GROUPS, EXPERTS), device, torch.float32, 6)
+    other_idx[..., 0] += 100  # every token chooses expert 0, and none the last
+    other_idx[..., -1] -= 100
+    other_idx = other_idx.argsort(-1, descending=True)[..., :K].contiguous()
     found = {}
-    for name, operation in operations(device, dtype).items():
-        expected, given = operation(other, idx), x.clone()
-        if device.type != "cuda":
-            given.copy_(other)
-            found[name] = _differ(operation(given, idx), expected)
-            continue
-        operation(given, idx)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = operation(given, idx)
-        given.copy_(other)
-        graph.replay()
+    for name, operation in _with_weight_grad(device, dtype).items():
+        expected, given, choice = operation(other_x, other_idx), x.clone(), idx.clone()
+        out, graph = operation(given, choice), None
+        if device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = operation(given, choice)
+        given.copy_(other_x)
+        choice.copy_(other_idx)
+        if graph is None:
+            out = operation(given, choice)
+        else:
+            graph.replay()
         found[name] = _differ(out, expected)
     return found
 

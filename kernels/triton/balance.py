@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded
+from headway.kernels.launch import Shipped, on_device_of_first, padded
 
 CHUNK = 1024  # tokens of one program
 ROWS = 64  # of them at once
@@ -77,6 +77,7 @@ def sums_backward(
     tl.store(out + row[:, None] * N + n[None, :], found, mask=inside)
 
 
+@on_device_of_first
 def launch_sums(logits: Tensor, idx: Tensor, sigmoid: bool, out: Tensor) -> None:
     """logits [B, S, G, N], idx [B, S, G, k] -> out [2, B, G, N], counts and shares, added up in the order of chunks."""
     (batch, seq_len, groups, experts), k = logits.shape, idx.shape[-1]
@@ -87,6 +88,7 @@ def launch_sums(logits: Tensor, idx: Tensor, sigmoid: bool, out: Tensor) -> None
     out.copy_(part.sum(2).movedim(2, 0))
 
 
+@on_device_of_first
 def launch_sums_backward(logits: Tensor, grad: Tensor, sigmoid: bool, out: Tensor) -> None:
     """grad [B, G, N] of the shares' sums -> out [B, S, G, N] of logits [B, S, G, N]."""
     batch, seq_len, groups, experts = logits.shape

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import LARGEST_HEAD, Shipped, padded
-from headway.kernels.triton.lists import schedule
+from headway.kernels.launch import LARGEST_HEAD, TILE_PAIRS, Shipped, on_device_of_first, padded, schedule_sizes
 
 
 @triton.jit
@@ -73,13 +72,20 @@ def gather_gemm(
             second = first + tl.where(u < R // 2, R // 2, (D - R + 1) // 2)
             kept = real[:, None] & (u < (D + 1) // 2)[None, :]
             kind = OUT.dtype.element_ty
-            tl.store(out_at + first[None, :], (x1 * cos - x2 * sin).to(kind), mask=kept)
-            tl.store(out_at + second[None, :], (x2 * cos + x1 * sin).to(kind), mask=kept & (second < D)[None, :])
+            y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            if R < D:  # a sine of 0 would not keep an infinity of the other half out
+                turned = (u < R // 2)[None, :]
+                y1, y2 = tl.where(turned, y1, x1), tl.where(turned, y2, x2)
+            tl.store(out_at + first[None, :], y1.to(kind), mask=kept)
+            tl.store(out_at + second[None, :], y2.to(kind), mask=kept & (second < D)[None, :])
         else:
             kept = real[:, None] & made[None, :]
             if GATED:
                 slots = tl.load(SLOTS + pair[:, None].to(tl.int64) * D + n[None, :], mask=kept, other=0.0)
-                tl.store(DGATE + pair, tl.sum(acc * slots.to(tl.float32), 1), mask=real)
+                product = acc * slots.to(tl.float32)
+                if D < BN:  # beyond D the accumulator is NaN where a row of A holds an infinity
+                    product = tl.where(made[None, :], product, 0.0)
+                tl.store(DGATE + pair, tl.sum(product, 1), mask=real)
                 acc = acc * tl.load(GATE + pair, mask=real, other=0.0)[:, None].to(tl.float32)
             tl.store(out_at + n[None, :], acc.to(OUT.dtype.element_ty), mask=kept)
 
@@ -89,30 +95,36 @@ PRECISION: dict[str, Any] = {"PRECISION": "ieee"}
 
 
 def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep."""
+    """Tile and launch options: 128 wide accumulators need 8 warps, or registers spill; fp32 tiles are half as deep.
+
+    In fp32, operands are in registers too, and twice as many warps are needed. With half of them, Triton 3.6 spills in
+    the gate's epilogue (48 instructions at 128 channels, 2 at 64) and where part of the channels is rotated (4 at 128).
+    """
     assert D <= LARGEST_HEAD, "wider heads are refused before"
     width = padded(D)
-    blocks = {"BM": 128, "BN": width, "BK": 128 // element_bytes}
-    return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 4}
+    blocks = {"BM": TILE_PAIRS, "BN": width, "BK": 128 // element_bytes}
+    warps = 4 if width <= 64 else 8
+    return blocks, {"num_warps": 2 * warps if element_bytes == 4 and width > 32 else warps, "num_stages": 4}
 
 
 def _launch(
-    a: Tensor, w: Tensor, out: Tensor, lists: tuple[Tensor, Tensor], extra: tuple[Any, ...], sizes: Any
+    a: Tensor, w: Tensor, out: Tensor, lists: tuple[Tensor, Tensor, Tensor], extra: tuple[Any, ...], sizes: Any
 ) -> None:
-    order, offsets = lists
+    order, offsets, schedule = lists
     D, GK, R, gated, strides = sizes
     blocks, options = _config(D, a.element_size())
-    tiles = schedule(offsets, blocks["BM"], order.numel(), a.shape[0])
-    launch: Any = gather_gemm[(tiles.numel(),)]  # Triton types a kernel's constants as its own class
+    tiles = schedule_sizes(order.numel(), offsets.numel() - 1).tiles
+    launch: Any = gather_gemm[(tiles,)]  # Triton types a kernel's constants as its own class
     launch(
-        a.contiguous(), w.contiguous(), out, order, offsets, tiles, *extra, d=a.shape[1], D=D, H=offsets.numel() - 1,
+        a.contiguous(), w.contiguous(), out, order, offsets, schedule, *extra, d=a.shape[1], D=D, H=offsets.numel() - 1,
         GK=GK, R=R, GATED=gated, W_EXPERT=strides[0], W_IN=strides[1], W_OUT=strides[2], **PRECISION,
         **blocks, **options,
     )  # fmt: skip
 
 
+@on_device_of_first
 def gather_project(
-    x: Tensor, w: Tensor, lists: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], out: Tensor
+    x: Tensor, w: Tensor, lists: tuple[Tensor, Tensor, Tensor], rope: tuple[Tensor, Tensor], out: Tensor
 ) -> None:
     """out [T, G, k, D] = rope(x [T, d] times the chosen experts' rows of w [G N D, d]); cos and sin [S, R], R even."""
     (cos, sin), D, GK, d = rope, out.shape[3], out.shape[1] * out.shape[2], x.shape[1]
@@ -121,8 +133,15 @@ def gather_project(
     _launch(x, w, out, lists, extra, (D, GK, rotated, False, (D * d, 1, d)))
 
 
+@on_device_of_first
 def gather_slot_grad(
-    dy: Tensor, w: Tensor, slots: Tensor, gate: Tensor, lists: tuple[Tensor, Tensor], out: Tensor, d_gate: Tensor
+    dy: Tensor,
+    w: Tensor,
+    slots: Tensor,
+    gate: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    d_gate: Tensor,
 ) -> None:
     """Backward of the gated combination: out = gate (dy W), d_gate = <dy W, slots>.
 
@@ -134,18 +153,20 @@ def gather_slot_grad(
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for head sizes 16 to 128 in bf16, and 128 in fp32, for compilation without a GPU."""
+    """What is launched for head sizes 16 to 128 in bf16, 64 and 128 in fp32, for compilation without a GPU."""
     signature = dict.fromkeys(["ORDER", "OFFSETS", "TILES"], "*i32")
     signature |= dict.fromkeys(["GATE", "DGATE", "COS", "SIN"], "*fp32") | {"S": "i32"}
     found = []
-    for D, kind in ((16, "bf16"), (64, "bf16"), (96, "bf16"), (128, "bf16"), (128, "fp32")):
+    sizes = [(D, "bf16", D) for D in (16, 64, 96, 128)] + [(64, "fp32", 64), (128, "fp32", 128), (128, "fp32", 64)]
+    for D, kind, rotated in sizes:
         blocks, options = _config(D, 2 if kind == "bf16" else 4)
         types = signature | dict.fromkeys(["A", "W", "OUT", "SLOTS"], f"*{kind}")
-        on_tensor_cores = kind == "bf16"
         for gated in (False, True):
+            if gated and rotated < D:
+                continue  # nothing is rotated there
             strides = (D, 16 * D, 1) if gated else (D * 2048, 1, 2048)
             constants = dict(zip(("W_EXPERT", "W_IN", "W_OUT"), strides, strict=True)) | blocks
-            constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else D, "GATED": gated}
+            constants |= {"d": 2048, "D": D, "H": 16, "GK": 4, "R": 0 if gated else rotated, "GATED": gated}
             warps, stages = options["num_warps"], options["num_stages"]
-            found.append(Shipped(gather_gemm, types, constants | PRECISION, warps, stages, on_tensor_cores))
+            found.append(Shipped(gather_gemm, types, constants | PRECISION, warps, stages, kind == "bf16"))
     return found

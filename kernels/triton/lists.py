@@ -2,7 +2,8 @@
 
 A stable counting sort in three steps: histograms of blocks of tokens, their exclusive sums, ranks within a block.
 Stable lists are sorted by token, so tile i of every list covers about the same tokens: a schedule that is tile-major
-and expert-minor keeps those tokens in L2. All sizes depend on shapes alone.
+and expert-minor keeps those tokens in L2. One launch makes the schedules of all products. All sizes depend on shapes
+alone.
 
 Legend: T tokens, G groups, N experts per group, H = G N experts, k slots, P = T G k pairs; pair p = (t G + g) k + j.
 """
@@ -16,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped
+from headway.kernels.launch import TILE_PAIRS, Shipped, on_device_of_first, padded, schedule_sizes
 
 BLOCK_TOKENS = 128
+SCHEDULE_ELEMENTS = 4096
+"""Parts times lists of one program that makes the schedule."""
 WARPS = 4
 
 
@@ -61,42 +64,76 @@ def place(IDX, BASE, ORDER, T, G: tl.constexpr, N: tl.constexpr, NP: tl.constexp
     tl.store(ORDER + base[None, :] + rank, (t[:, None] * G + g) * K + slot, mask=(count > 0) & (experts[None, :] < N))
 
 
-def pair_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """idx [T, G, k] -> pairs in the order of their expert [P] and where each expert's list begins [H + 1], int32.
+@triton.jit
+def schedule(
+    OFFSETS, OUT, chunk, tiles, items, H: tl.constexpr, HP: tl.constexpr, TILE: tl.constexpr, BI: tl.constexpr,
+    FILL: tl.constexpr,
+):  # fmt: skip
+    """OUT [tiles + items]: entries i H + h for part i of list h, ordered by i, then h, and -1 behind them.
+
+    First the tiles of all lists, of TILE pairs; then their chunks, at least one of each list, even of an empty one.
+    """
+    chunked = tl.program_id(1)
+    length = tl.where(chunked == 1, chunk, TILE)
+    bound = tl.where(chunked == 1, items, tiles)
+    out = OUT + chunked * tiles
+    h = tl.arange(0, HP)
+    size = tl.load(OFFSETS + h + 1, mask=h < H, other=0) - tl.load(OFFSETS + h, mask=h < H, other=0)
+    parts = tl.where(h < H, tl.maximum((size + length - 1) // length, chunked), 0)
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    used = (i[:, None] < parts[None, :]).to(tl.int32)
+    before = tl.sum(tl.minimum(i[:, None], parts[None, :]), 1)  # parts with a lower number, of all lists
+    rank = tl.cumsum(used, 1) - used
+    tl.store(out + before[:, None] + rank, i[:, None] * H + h[None, :], mask=used > 0)
+    at = tl.program_id(0) * FILL + tl.arange(0, FILL)
+    tl.store(out + at, -1, mask=(at >= tl.sum(parts, 0)) & (at < bound))
+
+
+@on_device_of_first
+def pair_lists(idx: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`order`, `offsets` and `schedule` of `headway.kernels.routed.PairLists`; idx [T, G, k].
 
     A token's slots in one group must differ, as top-k makes them.
     """
+    tokens, groups = idx.shape[:2]
+    order, offsets = (
+        _sorted(idx, experts)
+        if tokens
+        else (idx.new_empty(0, dtype=torch.int32), idx.new_zeros(groups * experts + 1, dtype=torch.int32))
+    )
+    return order, offsets, _schedule(offsets, tokens, idx.numel())
+
+
+def _sorted(idx: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """idx [T, G, k], T > 0 -> pairs in the order of their expert [P] and where each expert's list begins [H + 1]."""
     tokens, groups, k = idx.shape
     blocks = -(-tokens // BLOCK_TOKENS)
     order = torch.empty(idx.numel(), dtype=torch.int32, device=idx.device)
     hist = torch.empty(groups * experts, blocks, dtype=torch.int32, device=idx.device)
-    padded = 1 << (experts - 1).bit_length()
+    columns = 1 << (experts - 1).bit_length()
     grid = (blocks, groups)
     count: Any = histogram[grid]  # Triton types a kernel's constants as its own class
     put: Any = place[grid]
     idx = idx.contiguous()
-    count(idx, hist, tokens, groups, experts, padded, k, BLOCK_TOKENS, num_warps=WARPS)
+    count(idx, hist, tokens, groups, experts, columns, k, BLOCK_TOKENS, num_warps=WARPS)
     ends = hist.flatten().cumsum(0, dtype=torch.int32)
     base = ends - hist.flatten()
-    put(idx, base, order, tokens, groups, experts, padded, k, BLOCK_TOKENS, num_warps=WARPS)
+    put(idx, base, order, tokens, groups, experts, columns, k, BLOCK_TOKENS, num_warps=WARPS)
     return order, torch.cat([base.view(groups * experts, blocks)[:, 0], ends[-1:]])
 
 
-def schedule(offsets: Tensor, tile: int, pairs: int, longest: int, at_least: int = 0) -> Tensor:
-    """Tiles of all lists, tile-major: entries i H + h, then -1; int32 [pairs // tile + H], a bound by shapes alone.
-
-    offsets [H + 1]; `longest` bounds a list's length (T); every list has `at_least` that many tiles, even when empty.
-    """
+def _schedule(offsets: Tensor, tokens: int, pairs: int) -> Tensor:
+    """`schedule` of P `pairs` of T `tokens` in lists that begin at offsets [H + 1]."""
     experts = offsets.numel() - 1
-    tiles = ((offsets.diff() + tile - 1) // tile).clamp(min=at_least)  # [H]
-    rows = max(-(-longest // tile), at_least)
-    number = torch.arange(rows * experts, dtype=torch.int32, device=offsets.device)
-    used = (number.view(rows, experts) < (tiles * experts)[None, :]).flatten()
-    bound = pairs // tile + experts
-    # What is not used is written to one entry behind the end, which is cut off.
-    at = torch.where(used, used.cumsum(0) - 1, bound)
-    made = torch.full((bound + 1,), -1, dtype=torch.int32, device=offsets.device)
-    return made.scatter(0, at, number)[:bound]
+    sizes = schedule_sizes(pairs, experts)
+    out = torch.empty(sizes.tiles + sizes.items, dtype=torch.int32, device=offsets.device)
+    columns = padded(experts)
+    rows = max(1, SCHEDULE_ELEMENTS // columns)
+    programs = max(1, triton.cdiv(triton.cdiv(tokens, min(TILE_PAIRS, sizes.chunk)), rows))
+    fill = padded(triton.cdiv(max(sizes.tiles, sizes.items), programs))
+    make: Any = schedule[(programs, 2)]
+    make(offsets, out, *sizes, experts, columns, TILE_PAIRS, rows, fill, num_warps=WARPS)
+    return out
 
 
 def shipped() -> list[Shipped]:
@@ -104,5 +141,11 @@ def shipped() -> list[Shipped]:
     sizes = {"G": 4, "N": 4, "NP": 4, "K": 2, "BT": BLOCK_TOKENS}
     return [
         Shipped(histogram, {"IDX": "*i64", "HIST": "*i32", "T": "i32"}, sizes, WARPS),
+        Shipped(
+            schedule,
+            {"OFFSETS": "*i32", "OUT": "*i32", "chunk": "i32", "tiles": "i32", "items": "i32"},
+            {"H": 32, "HP": 32, "TILE": TILE_PAIRS, "BI": SCHEDULE_ELEMENTS // 32, "FILL": 1024},
+            WARPS,
+        ),
         Shipped(place, {"IDX": "*i64", "BASE": "*i32", "ORDER": "*i32", "T": "i32"}, sizes, WARPS),
     ]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded
+from headway.kernels.launch import Shipped, on_device_of_first, padded
 
 ROWS = 64  # per program
 WARPS = 4
@@ -128,7 +128,9 @@ def gates_backward(
             g = tl.load(grad + row * K + j, mask=ok, other=0.0).to(tl.float32)
             given += tl.where(n[None, :] == chosen[:, None], g[:, None], 0.0)
         found = p * (given - tl.sum(given * p, 1)[:, None])
-        if GATE == 5:
+        if GATE == 3:
+            found = tl.where(among > 0, found, 0.0)  # NaN stays with the chosen
+        elif GATE == 5:
             found = found * N
         elif GATE == 6:
             found = found / tl.where(ok, tl.sum(p * among, 1), 1.0)[:, None]
@@ -138,6 +140,7 @@ def gates_backward(
 # ---------------------------------------------------------------- launches: any device that the kernels run on
 
 
+@on_device_of_first
 def launch_top_k(scores: Tensor, idx: Tensor) -> None:
     """`top_k_forward` of scores [R, N] into idx [R, k]."""
     rows, experts = scores.shape
@@ -145,6 +148,7 @@ def launch_top_k(scores: Tensor, idx: Tensor) -> None:
     top_k_forward[grid](scores, idx, rows, experts, idx.shape[1], ROWS, padded(experts), num_warps=WARPS)
 
 
+@on_device_of_first
 def launch_gates(logits: Tensor, idx: Tensor, name: str, gate: Tensor) -> None:
     """`gates_forward` of logits [R, N] and idx [R, k] into gate [R, k]."""
     (rows, experts), k = logits.shape, idx.shape[1]
@@ -152,6 +156,7 @@ def launch_gates(logits: Tensor, idx: Tensor, name: str, gate: Tensor) -> None:
     gates_forward[grid](logits, idx, gate, rows, experts, k, GATES[name], ROWS, padded(experts), num_warps=WARPS)
 
 
+@on_device_of_first
 def launch_gates_backward(logits: Tensor, idx: Tensor, name: str, grad: Tensor, out: Tensor) -> None:
     """`gates_backward` of grad [R, k] into out [R, N]."""
     (rows, experts), k = logits.shape, idx.shape[1]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded, rows_per_program
+from headway.kernels.launch import Shipped, on_device_of_first, padded, rows_per_program
 
 WARPS = 4
 
@@ -141,6 +141,7 @@ def expand_backward(
 # ---------------------------------------------------------------- launches: any device that the kernels run on
 
 
+@on_device_of_first
 def launch_select_rope(kernel: Any, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, heads: int, out: Tensor) -> None:
     """`select_rope_forward` (x the pool) or `select_rope_backward` (x the gradient) into `out`."""
     batch, seq_len, groups, k = idx.shape
@@ -152,6 +153,7 @@ def launch_select_rope(kernel: Any, x: Tensor, idx: Tensor, cos: Tensor, sin: Te
     )  # fmt: skip
 
 
+@on_device_of_first
 def launch_expand(slots: Tensor, idx: Tensor, gate: Tensor, heads: int, out: Tensor) -> None:
     """`expand_forward` into `out`; slots [R, k, D] of any strides but 1 in the last."""
     rows, k, channels = slots.shape
@@ -162,6 +164,7 @@ def launch_expand(slots: Tensor, idx: Tensor, gate: Tensor, heads: int, out: Ten
     )  # fmt: skip
 
 
+@on_device_of_first
 def launch_expand_backward(
     grad: Tensor, slots: Tensor, idx: Tensor, gate: Tensor, heads: int, grad_slots: Tensor, grad_gate: Tensor
 ) -> None:

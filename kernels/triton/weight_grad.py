@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.launch import Shipped, padded
+from headway.kernels.launch import Shipped, on_device_of_first, padded, schedule_sizes
 from headway.kernels.triton.gather import PRECISION
-from headway.kernels.triton.lists import schedule
 
 
 @triton.jit
@@ -88,27 +87,27 @@ def _config(D: int, element_bytes: int) -> tuple[dict[str, int], dict[str, int]]
     return blocks, {"num_warps": 4 if width <= 64 else 8, "num_stages": 3}
 
 
+@on_device_of_first
 def weight_grad(
-    a: Tensor, b: Tensor, gate: Tensor | None, lists: tuple[Tensor, Tensor], rows_are_experts: bool, out: Tensor
+    a: Tensor, b: Tensor, gate: Tensor | None, lists: tuple[Tensor, Tensor, Tensor], rows_are_experts: bool, out: Tensor
 ) -> None:
     """Gradient, fp32, of a weight [H D, d] (rows_are_experts) or [d, H D]: for each expert the sum of a^T (gate b).
 
     a [T, d], b [T, G, k, D], gate [T, G, k] or None.
     """
-    order, offsets = lists
+    order, offsets, schedule = lists
     d, D, experts = a.shape[1], b.shape[3], offsets.numel() - 1
     blocks, options = _config(D, a.element_size())
-    chunk = max(1, -(-2 * order.numel() // (experts * blocks["BT"]))) * blocks["BT"]
-    items = schedule(offsets, chunk, order.numel(), a.shape[0], at_least=1)
-    extra = items.numel() - experts
+    sizes = schedule_sizes(order.numel(), experts)
+    items, extra = schedule[sizes.tiles :], sizes.items - experts
     part = torch.empty(max(extra, 1), d, D, dtype=torch.float32, device=a.device)
     strides = (D * d, 1, d) if rows_are_experts else (D, experts * D, 1)
     layout = {"d": d, "D": D, "H": experts, "W_EXPERT": strides[0], "W_IN": strides[1], "W_OUT": strides[2]}
     a, b = a.contiguous(), b.contiguous()
     # Triton types a kernel's constants as its own class.
-    launch: Any = grouped_dw[(items.numel(), -(-d // blocks["BD"]))]
+    launch: Any = grouped_dw[(sizes.items, -(-d // blocks["BD"]))]
     launch(
-        a, b, b if gate is None else gate.contiguous(), out, part, order, offsets, items, chunk,
+        a, b, b if gate is None else gate.contiguous(), out, part, order, offsets, items, sizes.chunk,
         GK=b.shape[1] * b.shape[2], GATED=gate is not None, **PRECISION,
         **layout, **blocks, **options,
     )  # fmt: skip

@@ -2,9 +2,9 @@
 
     python -P tests/kernels/offline.py headway.kernels.triton.slots ...
 
-Prints one JSON object a line for every entry of each module's `shipped()`: kernel, constants, registers, bytes of
-spills and of shared memory, and how many instructions use tensor cores. Not under Triton's interpreter, which compiles
-nothing.
+Prints one JSON object a line for every entry of each module's `shipped()`: kernel, constants, registers used and
+available per thread, bytes of spills and of shared memory, and how many instructions use tensor cores. Not under
+Triton's interpreter, which compiles nothing.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
+REGISTERS = 1 << 16  # of one multiprocessor; a thread has at most 255
 ALIGNED = 16
 """Bytes; what PyTorch's allocator gives for sure, and what strides of whole rows keep."""
 
@@ -69,6 +70,7 @@ def main():
         for shipped in importlib.import_module(name).shipped():
             what = {"module": name, "kernel": shipped.kernel.fn.__name__, "constants": shipped.constants}
             facts = looked_at(compiled(shipped))
+            facts["registers_available"] = min(255, REGISTERS // (32 * shipped.warps))
             print(json.dumps(what | facts | {"tensor_cores": shipped.tensor_cores}), flush=True)
 
 

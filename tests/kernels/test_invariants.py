@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from headway.kernels.checks import invariants
 from headway.kernels.checks.invariants import CHECKS
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
@@ -39,3 +41,18 @@ def test_a_row_that_depends_on_other_rows_is_detected():
     broken = [f"rows alone={SLOTS}.launch_expand", f"permuted tokens={GATHER}.gather_project"]
     for errors in interpreted(*broken).values():
         assert any(differing > 0 for differing, _ in errors.values())
+
+
+def test_an_operation_that_keeps_the_lists_of_a_former_choice_is_detected(monkeypatch):
+    """As one that finds them by the address of the tensor, whose contents a replay changes in place."""
+    kept = {}
+
+    def stale(x, idx):
+        return kept.setdefault(idx.data_ptr(), (idx.clone(), idx))[0].float() + x[:, :1, None]
+
+    def fresh(x, idx):
+        return idx.float() + x[:, :1, None]
+
+    monkeypatch.setattr(invariants, "_with_weight_grad", lambda *_: {"stale": stale, "fresh": fresh})
+    found = invariants.replays(torch.device("cpu"), torch.float32)
+    assert found["fresh"][0] == 0 < found["stale"][0]

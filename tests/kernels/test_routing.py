@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headway.kernels import routing
 from headway.kernels.routing import GateName, expand, gates, router_logits, top_k
 from headway.kernels.twins import select
 
@@ -94,6 +95,57 @@ def test_router_is_computed_in_fp32_under_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(router_logits(x.float(), weight.float(), 2), logits)
     assert not torch.equal(logits.bfloat16().float(), logits)
+
+
+def converted(x, weight):
+    return (x.float() @ weight.float().T).unflatten(-1, (2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_keeps_its_input_in_its_dtype_with_the_same_gradients(dtype):
+    x, weight, grad = torch.randn(2, 9, 64).to(dtype), torch.randn(8, 64).to(dtype), torch.randn(2, 9, 2, 4)
+    leaves = [(x.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.dtype), t)[1], lambda t: t):
+        logits = router_logits(*leaves[0], 2)
+    assert kept == [dtype, dtype]
+    wanted = torch.autograd.grad(converted(*leaves[1]), leaves[1], grad)
+    for found, exact in zip(torch.autograd.grad(logits, leaves[0], grad), wanted, strict=True):
+        assert found.dtype == dtype and torch.equal(found, exact)
+
+
+def test_router_on_tensor_cores_reads_bf16_and_accumulates_in_fp32(monkeypatch):
+    """PyTorch has products with another dtype of the result on GPUs only: here they are converted first."""
+    x, weight, grad = torch.randn(2, 9, 64).bfloat16(), torch.randn(8, 64).bfloat16(), torch.randn(2, 9, 2, 4)
+    leaves = [(x.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
+    read, mm = [], torch.mm
+
+    def with_out_dtype(a, b, *, out_dtype):
+        read.append((a.dtype, b.dtype))
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    wanted = torch.autograd.grad(converted(*leaves[1]), leaves[1], grad)
+    monkeypatch.setattr(routing, "_on_tensor_cores", lambda x, weight: True)
+    monkeypatch.setattr(torch, "mm", with_out_dtype)
+    logits = router_logits(*leaves[0], 2)
+    assert torch.equal(logits, converted(x, weight))
+    for found, exact in zip(torch.autograd.grad(logits, leaves[0], grad), wanted, strict=True):
+        assert found.dtype == torch.bfloat16
+        # The gradient of the logits and the result are rounded, 2^-9 each.
+        assert (found.float() - exact.float()).norm() <= 8e-3 * exact.float().norm()
+    assert read == [(torch.bfloat16, torch.bfloat16)] * 2  # logits and the gradient of the weight
+    assert router_logits(x[:0], weight, 2).shape == (0, 9, 2, 4)
+
+
+def test_router_compiles_without_graph_breaks():
+    x, weight = torch.randn(1, 9, 16).bfloat16().requires_grad_(), torch.randn(8, 16).bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x, w: router_logits(x, w, 2), fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(
+        torch.autograd.grad(compiled(x, weight).square().sum(), (x, weight)),
+        torch.autograd.grad(router_logits(x, weight, 2).square().sum(), (x, weight)),
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
 
 
 def test_router_separates_logits_that_would_tie_in_bf16():

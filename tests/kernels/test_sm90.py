@@ -24,9 +24,16 @@ def compiled(request, tmp_path_factory):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def report(found):
+    """Registers of a kernel, shown by `pytest -rP` and where the test fails."""
+    constants = " ".join(f"{name}={value}" for name, value in found["constants"].items())
+    print(f"{found['kernel']}: {found['registers']} of {found['registers_available']} registers ({constants})")
+
+
 def test_kernels_compile_for_sm_90_without_spills_and_within_shared_memory(compiled):
     assert compiled
     for found in compiled:
+        report(found)
         assert found["instructions"] > 50, found  # there is code that was looked at
         assert found["local_bytes"] == found["spill_instructions"] == 0, found
         assert found["shared_bytes"] <= SHARED_BYTES, found

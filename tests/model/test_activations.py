@@ -111,6 +111,14 @@ def test_tensor_ranks_share_what_is_wide_and_sequence_parallelism_the_rest() -> 
     assert half - less == 2 * (2 * MODEL.width + 4) / 2
 
 
+@pytest.mark.parametrize("name", ["rgqa", "gqe"])
+def test_a_routed_layer_keeps_no_more_than_gqa(name: str) -> None:
+    """Above all no x in fp32 for the router, 4 d bytes. At this width the pool of heads is as wide as x."""
+    model, sharing = ModelConfig(width=256, layers=2, ffn_width=200), Sharing(seq_len=64)
+    routed, dense = (footprint(model, config(k, heads=16), sharing).kept_per_token for k in (name, "gqa"))
+    assert routed < dense + 256  # choices, gates and logits
+
+
 def test_norms_are_one_operation_on_a_gpu() -> None:
     cpu, gpu = (footprint(MODEL, config("gqa"), Sharing(seq_len=64, masked=False, device=d)) for d in ("cpu", "cuda"))
     # In bf16 the CPU keeps x and its normalised form in fp32 besides what the GPU keeps, at both norms.
