@@ -21,7 +21,7 @@ from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
 from headway.kernels.rope import apply_rope, rope_tables
 
-Compile = Literal["none", "elementwise"]
+Compile = Literal["auto", "none", "elementwise"]
 
 SHAPES = 64
 """Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
@@ -39,11 +39,21 @@ class Operations:
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
 
 
+def compile_on(device_type: str, compile: Compile) -> Literal["none", "elementwise"]:
+    """What `compile` means on a device. auto: elementwise on CUDA, none elsewhere, the same for every mechanism.
+
+    On the CPU nothing is compiled, so that results there depend only on PyTorch.
+    """
+    if compile != "auto":
+        return compile
+    return "elementwise" if device_type == "cuda" else "none"
+
+
 def make_operations(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    compile: Compile = "none",
+    compile: Compile = "auto",
     attention: Backend = "auto",
     norm: Norm = "torch",
     loss: Loss = "chunked",
@@ -58,13 +68,14 @@ def make_operations(
     )
     if norm != "torch":
         operations = with_norm(operations, norm_of(norm, device_type=device.type))
-    if compile == "elementwise":
+    if compile_on(device.type, compile) == "elementwise":
         operations = compiled(operations)
         try:
             try_elementwise(operations, device, dtype)
         except Exception as error:  # any error of a compiler, a linker or a driver
             raise LeverError(
-                f"speed.compile: elementwise does not compile here ({_short(error)}); use speed.compile: none, or "
+                f"speed.compile: {compile}{f' (elementwise on {device.type})' if compile == 'auto' else ''} does not "
+                f"compile here ({_short(error)}); use speed.compile: none, or "
                 "install a C++ compiler (g++) where it runs on the CPU, or Triton and gcc where on a GPU"
             ) from error
     return operations

@@ -65,8 +65,10 @@ class ParallelConfig(StrictModel):
 class SpeedConfig(StrictModel):
     """Speed options: kernels with equal results up to rounding."""
 
-    compile: Literal["none", "elementwise"] = Field(
-        default="none", description="elementwise: norms, silu(gate) * up and RoPE with torch.compile"
+    compile: Literal["auto", "none", "elementwise"] = Field(
+        default="auto",
+        description="elementwise: norms, silu(gate) * up and RoPE with torch.compile; auto: elementwise on a GPU, none "
+        "on the CPU",
     )
     attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
         default="auto",

@@ -26,7 +26,7 @@ def spec(speed: dict[str, str] | None = None, **sections: dict[str, Any]) -> Spe
 
 
 def test_without_the_section_nothing_is_changed():
-    assert spec().speed.model_dump() == {"compile": "none", "attention": "auto", "norm": "torch", "loss": "chunked"}
+    assert spec().speed.model_dump() == {"compile": "auto", "attention": "auto", "norm": "torch", "loss": "chunked"}
 
 
 def test_an_unknown_lever_is_an_error():
