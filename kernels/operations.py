@@ -15,6 +15,7 @@ from torch import Tensor
 from headway.kernels.attention import core
 from headway.kernels.backends import Backend, attention_core
 from headway.kernels.elementwise import add_norm, silu_mul
+from headway.kernels.fp8 import Product, check_fp8, scaled_product
 from headway.kernels.levers import LeverError
 from headway.kernels.libraries import Loss, Norm, loss_of, norm_of
 from headway.kernels.loss import linear_cross_entropy_sum
@@ -22,6 +23,7 @@ from headway.kernels.norm import rms_norm
 from headway.kernels.rope import apply_rope, rope_tables
 
 Compile = Literal["auto", "none", "elementwise"]
+Matmul = Literal["none", "fp8"]
 
 SHAPES = 64
 """Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
@@ -37,6 +39,7 @@ class Operations:
     rope: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = apply_rope
     core: Callable[..., Tensor] = core
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
+    fp8: Product | None = None  # of the matrices of a block; None: in the precision of the model
 
 
 def compile_on(device_type: str, compile: Compile) -> Literal["none", "elementwise"]:
@@ -57,6 +60,7 @@ def make_operations(
     attention: Backend = "auto",
     norm: Norm = "torch",
     loss: Loss = "chunked",
+    matmul: Matmul = "none",
 ) -> Operations:
     """The operations that a spec selects, on `device`. Compiled ones have been run once, with gradients.
 
@@ -66,6 +70,10 @@ def make_operations(
         core=attention_core(attention, device_type=device.type, dtype=dtype),
         loss=loss_of(loss, device_type=device.type, dtype=dtype),
     )
+    if matmul == "fp8":
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        check_fp8(device.type, dtype, capability)
+        operations = replace(operations, fp8=scaled_product)
     if norm != "torch":
         operations = with_norm(operations, norm_of(norm, device_type=device.type))
     if compile_on(device.type, compile) == "elementwise":

@@ -22,6 +22,7 @@ def operations_of(speed: SpeedConfig, parallel: ParallelConfig, device: torch.de
         attention=speed.attention,
         norm=speed.norm,
         loss=speed.loss,
+        matmul=speed.matmul,
         device=device,
         dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
     )

@@ -110,6 +110,7 @@ def levers_of(fresh: Callable[..., Decoder], graphs: bool) -> dict[str, Lever]:
         **{f"speed.attention: {name}": {"attention": name} for name in ("cudnn", "flash", "fa3")},
         **{f"speed.norm: {name}": {"norm": name} for name in ("apex", "liger")},
         **{f"speed.loss: {name}": {"loss": name} for name in ("torch", "liger")},
+        "speed.matmul: fp8": {"matmul": "fp8"},
         **{f"parallel.recompute: {name}": {"recompute": name} for name in ("selective", "block")},
     }
     return {name: keyed(**keys) for name, keys in spec_keys.items()} | {
