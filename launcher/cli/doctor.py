@@ -53,7 +53,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
+    return [*facts, *_levers(), *_fp8(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -189,6 +189,24 @@ def _compiled_on_gpu() -> Fact:
         return Fact("speed.compile", "ok", f"auto is elementwise on a GPU, compiled with Triton and {gcc}")
     found = f"auto is elementwise on a GPU, which needs {' and '.join(missing)}"
     return Fact("speed.compile", "wrong", found, "install it, or set speed.compile: none in specs")
+
+
+def _fp8() -> list[Fact]:
+    """Whether `speed.matmul: fp8` runs here."""
+    try:
+        import torch
+
+        from headway.kernels.fp8 import check_fp8
+        from headway.kernels.levers import LeverError
+    except Exception:  # torch has its own line
+        return []
+    there = torch.cuda.is_available()
+    try:
+        check_fp8("cuda" if there else "cpu", torch.bfloat16, torch.cuda.get_device_capability() if there else None)
+    except LeverError as why:
+        reason = str(why).removeprefix("speed.matmul: ").split(";")[0]
+        return [Fact("speed.matmul", "absent", reason, "none, the default, is used")]
+    return [Fact("speed.matmul", "ok", "none is the default; fp8 runs here, in precision bf16")]
 
 
 def _liger() -> Fact:

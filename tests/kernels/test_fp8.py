@@ -106,9 +106,14 @@ def test_the_gpu_product_gets_layouts_and_scales_that_it_takes(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_product_of_pytorch_has_the_numbers_of_the_emulation():
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_the_product_of_pytorch_has_the_numbers_of_the_emulation(device):
     """PyTorch multiplies fp8 on some CPUs too."""
-    x, weight, upstream = drawn(24, 64, seed=1), drawn(48, 64, seed=2), drawn(24, 48, seed=3)
+    shapes = ((24, 64), (48, 64), (24, 48))
+    x, weight, upstream = (drawn(*shape, seed=i).to(device) for i, shape in enumerate(shapes))
     try:
         fp8_linear(x, weight)
     except (RuntimeError, NotImplementedError) as error:

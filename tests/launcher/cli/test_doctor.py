@@ -147,6 +147,17 @@ def test_the_default_of_speed_compile_is_shown_and_needs_a_compiler_on_a_gpu(mon
     assert "set speed.compile: none" in compiled.use
 
 
+def test_fp8_is_shown_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [(f.state, f.found) for f in module._fp8()] == [
+        ("absent", "fp8 runs on NVIDIA GPUs, and this run is on cpu")
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, state in (((8, 0), "absent"), ((8, 9), "ok"), ((9, 0), "ok")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        assert [f.state for f in module._fp8()] == [state]
+
+
 # ---------------------------------------------------------------- bf16 on the CPU
 
 
