@@ -15,13 +15,15 @@ from torch import Tensor
 from headway.kernels.attention import core
 from headway.kernels.backends import Backend, attention_core
 from headway.kernels.elementwise import add_norm, silu_mul
+from headway.kernels.fp8 import Product, check_fp8, scaled_product
 from headway.kernels.levers import LeverError
 from headway.kernels.libraries import Loss, Norm, loss_of, norm_of
 from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
 from headway.kernels.rope import apply_rope, rope_tables
 
-Compile = Literal["none", "elementwise"]
+Compile = Literal["auto", "none", "elementwise"]
+Matmul = Literal["none", "fp8"]
 
 SHAPES = 64
 """Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
@@ -37,16 +39,28 @@ class Operations:
     rope: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = apply_rope
     core: Callable[..., Tensor] = core
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
+    fp8: Product | None = None  # of the matrices of a block; None: in the precision of the model
+
+
+def compile_on(device_type: str, compile: Compile) -> Literal["none", "elementwise"]:
+    """What `compile` means on a device. auto: elementwise on CUDA, none elsewhere, the same for every mechanism.
+
+    On the CPU nothing is compiled, so that results there depend only on PyTorch.
+    """
+    if compile != "auto":
+        return compile
+    return "elementwise" if device_type == "cuda" else "none"
 
 
 def make_operations(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    compile: Compile = "none",
+    compile: Compile = "auto",
     attention: Backend = "auto",
     norm: Norm = "torch",
     loss: Loss = "chunked",
+    matmul: Matmul = "none",
 ) -> Operations:
     """The operations that a spec selects, on `device`. Compiled ones have been run once, with gradients.
 
@@ -56,15 +70,20 @@ def make_operations(
         core=attention_core(attention, device_type=device.type, dtype=dtype),
         loss=loss_of(loss, device_type=device.type, dtype=dtype),
     )
+    if matmul == "fp8":
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        check_fp8(device.type, dtype, capability)
+        operations = replace(operations, fp8=scaled_product)
     if norm != "torch":
         operations = with_norm(operations, norm_of(norm, device_type=device.type))
-    if compile == "elementwise":
+    if compile_on(device.type, compile) == "elementwise":
         operations = compiled(operations)
         try:
             try_elementwise(operations, device, dtype)
         except Exception as error:  # any error of a compiler, a linker or a driver
             raise LeverError(
-                f"speed.compile: elementwise does not compile here ({_short(error)}); use speed.compile: none, or "
+                f"speed.compile: {compile}{f' (elementwise on {device.type})' if compile == 'auto' else ''} does not "
+                f"compile here ({_short(error)}); use speed.compile: none, or "
                 "install a C++ compiler (g++) where it runs on the CPU, or Triton and gcc where on a GPU"
             ) from error
     return operations

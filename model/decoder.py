@@ -5,7 +5,7 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.documents import Documents
+from headway.kernels.fp8 import Fp8Parameter, check_used, to_fp8
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
 from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
@@ -65,6 +66,10 @@ class Placement:
     operations: Operations = field(default_factory=Operations)
 
 
+_INPUTS = {"attn": ("w_q", "w_k", "w_v", "w_q_shared", "w_k_shared", "w_v_shared"), "mlp": ("w_gate", "w_up")}
+"""Names of the matrices that read the input of a branch."""
+
+
 class BranchScale(NamedTuple):
     """Factors on the initial output matrices of a block's two residual branches."""
 
@@ -87,6 +92,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
         self.placement = Placement()
         self.selective: SelectiveRecompute | None = None
+        self._fp8: list[tuple[str, Fp8Parameter]] | None = None
         self._attention_shards = attention.shards()
 
     @property
@@ -114,7 +120,22 @@ class Block(nn.Module):
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
 
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The matrices of the MLP and of attention's projections, with names. Not those of routers and gates."""
+        for part, module in (("attn", self.attn), ("mlp", self.mlp)):
+            for name in [*_INPUTS[part], *module.output_matrices]:
+                if (matrix := module._parameters.get(name)) is not None and matrix.dim() == 2:
+                    yield f"{part}.{name}", matrix
+
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+        if self.placement.operations.fp8 is None or self._fp8 is not None:
+            return self._forward(x, context)
+        self._fp8 = to_fp8(self.matrices(), self.placement.operations.fp8)
+        out = self._forward(x, context)
+        check_used(self._fp8)
+        return out
+
+    def _forward(self, x: Tensor, context: Context) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)

@@ -63,10 +63,12 @@ class ParallelConfig(StrictModel):
 
 
 class SpeedConfig(StrictModel):
-    """Speed options: kernels with equal results up to rounding."""
+    """Speed options: kernels with equal results up to rounding. fp8 rounds much more than the others."""
 
-    compile: Literal["none", "elementwise"] = Field(
-        default="none", description="elementwise: norms, silu(gate) * up and RoPE with torch.compile"
+    compile: Literal["auto", "none", "elementwise"] = Field(
+        default="auto",
+        description="elementwise: norms, silu(gate) * up and RoPE with torch.compile; auto: elementwise on a GPU, none "
+        "on the CPU",
     )
     attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
         default="auto",
@@ -76,6 +78,11 @@ class SpeedConfig(StrictModel):
     norm: Literal["torch", "apex", "liger"] = Field(default="torch", description="library of the RMSNorm kernel")
     loss: Literal["chunked", "torch", "liger"] = Field(
         default="chunked", description="kernel of the head's cross-entropy; chunked: Headway's own"
+    )
+    matmul: Literal["none", "fp8"] = Field(
+        default="none",
+        description="fp8: products of the MLP and of attention's projections in 8 bits, on GPUs from compute "
+        "capability 8.9; none: in parallel.precision",
     )
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from headway.kernels.levers import APEX_MODULES, FA3_MODULE, LIGER_MODULE, importable
 from headway.launcher.base import console
+from headway.launcher.cli.precision import bf16_on_cpu
 
 PYTHONS = ((3, 11), (3, 12))
 _GIB = 1 << 30
@@ -52,7 +53,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
+    return [*facts, *_levers(), *_fp8(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -150,7 +151,8 @@ def _torch_and_devices() -> list[Fact]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         reason = "no device" if torch.version.cuda else "torch is built for CPU"
-        return [*facts, Fact("cuda", "absent", reason, "CPU and gloo are used; precision bf16 works but is not faster")]
+        facts.append(Fact("cuda", "absent", reason, "CPU and gloo are used"))
+        return [*facts, Fact("bf16", "ok", *bf16_on_cpu())]
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         shown = f"{device.name}, {device.total_memory / _GIB:.0f} GiB, compute {device.major}.{device.minor}"
@@ -159,21 +161,52 @@ def _torch_and_devices() -> list[Fact]:
 
 
 def _levers() -> list[Fact]:
-    """Features of torch and of the C++ compiler that the section `speed` of a spec can use."""
-    gxx = shutil.which(os.environ.get("CXX", "g++"))
-    cpu = (
-        Fact("speed.compile", "ok", f"elementwise can compile for the CPU with {gxx}")
-        if gxx
-        else Fact("speed.compile", "absent", "no g++ for the CPU", "use none; on a GPU Triton and gcc compile")
-    )
+    """Features of torch and of the compilers that the section `speed` of a spec can use, and its defaults here."""
     try:
+        import torch
         import torch.nn.functional as functional
     except Exception:  # torch has its own line
-        return [cpu]
+        return []
+    compiled = _compiled_on_gpu() if torch.cuda.is_available() else _compiled_on_cpu()
     if hasattr(functional, "linear_cross_entropy"):
-        return [cpu, Fact("speed.loss", "ok", "chunked (Headway's own); torch, in precision fp32")]
+        return [compiled, Fact("speed.loss", "ok", "chunked (Headway's own, the default); torch, in precision fp32")]
     absent = "a PyTorch before 2.13, without linear_cross_entropy"
-    return [cpu, Fact("speed.loss", "absent", absent, "chunked, Headway's own, is used")]
+    return [compiled, Fact("speed.loss", "absent", absent, "chunked, Headway's own, is used")]
+
+
+def _compiled_on_cpu() -> Fact:
+    gxx = shutil.which(os.environ.get("CXX", "g++"))
+    if gxx:
+        return Fact("speed.compile", "ok", f"auto is none on the CPU; elementwise can compile with {gxx}")
+    return Fact("speed.compile", "absent", "no g++ for the CPU", "use none, which auto is on the CPU")
+
+
+def _compiled_on_gpu() -> Fact:
+    """The default compiles, so a run with it does not start without a compiler."""
+    gcc = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+    missing = [name for name, there in (("Triton", importable("triton")), ("gcc", gcc)) if not there]
+    if not missing:
+        return Fact("speed.compile", "ok", f"auto is elementwise on a GPU, compiled with Triton and {gcc}")
+    found = f"auto is elementwise on a GPU, which needs {' and '.join(missing)}"
+    return Fact("speed.compile", "wrong", found, "install it, or set speed.compile: none in specs")
+
+
+def _fp8() -> list[Fact]:
+    """Whether `speed.matmul: fp8` runs here."""
+    try:
+        import torch
+
+        from headway.kernels.fp8 import check_fp8
+        from headway.kernels.levers import LeverError
+    except Exception:  # torch has its own line
+        return []
+    there = torch.cuda.is_available()
+    try:
+        check_fp8("cuda" if there else "cpu", torch.bfloat16, torch.cuda.get_device_capability() if there else None)
+    except LeverError as why:
+        reason = str(why).removeprefix("speed.matmul: ").split(";")[0]
+        return [Fact("speed.matmul", "absent", reason, "none, the default, is used")]
+    return [Fact("speed.matmul", "ok", "none is the default; fp8 runs here, in precision bf16")]
 
 
 def _liger() -> Fact:

@@ -92,7 +92,7 @@ def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
     for cell, record in runs.items():
         run = record.run
         values = {key: run.get(key) for key in ("data_fingerprint", "vocab_size", "git_commit", "code_version")}
-        values |= flatten({key: run.get(key) or {} for key in ("versions", "machine")})
+        values |= flatten({key: run.get(key) or {} for key in ("versions", "machine", "speed")})
         values |= {"tokens": record.summary.get("tokens"), "tokens_per_step": run.get("tokens_per_step")}
         for key, value in values.items():
             facts.setdefault(key, {}).setdefault(str(value), []).append(cell)
@@ -109,7 +109,7 @@ def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
     seen: dict[str, dict[str, int]] = {}
     for attempt in _attempts_that_count(run):
         values = {key: attempt.get(key) for key in ("git_commit", "code")}
-        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine", "mechanism")})
+        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine", "mechanism", "speed")})
         for key, value in values.items():
             if value is not None:
                 seen.setdefault(key, {}).setdefault(str(value), attempt.get("from_step") or 0)

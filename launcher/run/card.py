@@ -33,6 +33,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         **_mechanism(spec),
         "machine": machine(),
+        "speed": _speed(spec),
         "data_fingerprint": info["fingerprint"],
         "vocab_size": spec.model.vocab_size,
         "train_tokens_of_data": info.get("train_tokens"),
@@ -68,6 +69,7 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
         **_mechanism(spec),
         "layout": _layout(spec),
         "zero": spec.parallel.zero,
+        "speed": card.get("speed"),
         "from_step": from_step,
     }
     attempts = [*earlier, this]
@@ -97,6 +99,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
             f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
             f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
             f"layout     {_layout(spec)}, ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",
+            f"speed      {' '.join(f'{key}={value}' for key, value in card['speed'].items())}",
             *(_branch(spec, branch) if branch else ()),
             f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
         ]
@@ -113,6 +116,18 @@ def _mechanism(spec: Spec) -> dict[str, Any]:
     """Name, package and source hash of an external mechanism; empty for a built-in one."""
     found = provenance(spec.attention)
     return {"mechanism": found} if found else {}
+
+
+def _speed(spec: Spec) -> dict[str, Any]:
+    """The options of `speed` as they apply on this machine, and the device they apply to."""
+    import torch
+
+    from headway.parallel.operations import settled
+
+    device = spec.launch.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, **settled(spec.speed, device)}
 
 
 def _layout(spec: Spec) -> str:

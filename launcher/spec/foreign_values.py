@@ -69,7 +69,8 @@ _VALUES = {
     "parallel.precision": {
         "Write bf16.": "bfloat16 bf16_mixed bf16_true mixed amp torch.bfloat16",
         "Write fp32.": "float32 32 32_true float full torch.float32",
-        "Headway has no precision but fp32 and bf16.": "fp16 float16 half 16 16_mixed 16_true fp8 torch.float16 fp64",
+        "Write bf16, and speed.matmul: fp8 for products in 8 bits.": "fp8 float8",
+        "Headway has no precision but fp32 and bf16.": "fp16 float16 half 16 16_mixed 16_true torch.float16 fp64",
     },
     "parallel.recompute": {"Write block.": "full true all layer op", "Write none.": "false off"},
     "parallel.zero": {"Write 1, the least there is.": "ddp none false off"},

@@ -23,6 +23,13 @@ def why_not_speed(spec: Sections) -> str | None:
             "speed.loss: torch returns the sum of the losses in bf16, that is 8 bits of it; use speed.loss chunked or "
             "liger, or parallel.precision fp32"
         )
+    if speed.matmul == "fp8" and parallel.zero == 3:
+        return (
+            "speed.matmul: fp8 is not combined with parallel.zero 3, which cuts the matrices between passes; use "
+            "speed.matmul none, or parallel.zero 1 or 2"
+        )
+    if speed.matmul == "fp8" and parallel.precision == "fp32":
+        return "speed.matmul: fp8 replaces products in bf16; use speed.matmul none, or parallel.precision bf16"
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from headway.kernels.device import fused
 from headway.kernels.experts import Routed, project_routed
 from headway.kernels.operations import Operations
 from headway.kernels.routing import select_rope
@@ -118,8 +119,9 @@ class QkNorm(Replaceable):
 
     def of_chosen(self, pool: Tensor, idx: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Select heads, then norm and rotate: pool [B, S, G, M, D], idx [B, S, G, k] -> [B, S, G k, D]."""
-        if self.norm is None:
+        if self.norm is None and fused(pool):
             return select_rope(pool, idx, rope).flatten(2, 3)
+        # Not fused with the selection, slots are rotated by the function that rotates dense queries, compiled or not.
         return self(select(pool, idx).flatten(2, 3), rope)
 
     def of_routed(self, x: Tensor, weight: Tensor, routed: Routed, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from headway.data.config import DataError
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.commands import free_port, worker_environment
 from headway.launcher.run import identity
+from headway.launcher.run.card import run_card, with_attempts
 from headway.launcher.run.identity import check_identity, identity_hash, run_identity
 from headway.launcher.spec.spec import Spec
 
@@ -103,6 +104,25 @@ def test_equal_ranks_pass_and_different_cards_have_different_hashes():
     check_identity(whole, "f00d", Among(0, [whole] * 2, [card, card]))
     assert identity_hash(card) == identity_hash(dict(reversed(card.items())))
     assert identity_hash(card) != identity_hash(run_identity(spec(seed=2), "f00d"))
+
+
+def test_a_card_has_the_options_of_speed_as_they_apply_here(monkeypatch):
+    info = {"fingerprint": None}
+
+    def speed(available, **sections):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+        return run_card(spec(**sections), info)["speed"]
+
+    assert {key: speed(False)[key] for key in ("device", "compile")} == {"device": "cpu", "compile": "none"}
+    assert {key: speed(True)[key] for key in ("device", "compile")} == {"device": "cuda", "compile": "elementwise"}
+    assert speed(True, launch={"device": "cpu"})["compile"] == "none"
+    assert speed(False, speed={"compile": "elementwise", "norm": "liger"})["compile"] == "elementwise"
+    assert speed(True, speed={"compile": "none"})["compile"] == "none"
+    card = run_card(spec(speed={"compile": "elementwise", "norm": "liger"}), info)
+    assert card["speed"]["norm"] == "liger"
+    later = with_attempts(run_card(spec(), info), with_attempts(card, {}, spec(), from_step=0), spec(), from_step=9)
+    assert [attempt["speed"]["compile"] for attempt in later["attempts"]] == ["elementwise", later["speed"]["compile"]]
 
 
 # ---------------------------------------------------------------- real ranks

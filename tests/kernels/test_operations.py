@@ -10,7 +10,7 @@ from headway.kernels.elementwise import add_norm, silu_mul
 from headway.kernels.levers import LeverError
 from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
-from headway.kernels.operations import Operations, compiled, make_operations, with_norm
+from headway.kernels.operations import Operations, compile_on, compiled, make_operations, with_norm
 from headway.kernels.rope import apply_rope, rope_tables
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -55,6 +55,31 @@ def test_a_compiler_that_fails_is_found_before_training_and_named(monkeypatch):
     with pytest.raises(LeverError, match=r"no such compiler\); use speed\.compile: none, or install") as caught:
         make_operations(compile="elementwise", device=CPU, dtype=FP32)
     assert "trace" not in str(caught.value) and caught.value.exit_code == 64
+
+
+def test_auto_compiles_on_a_gpu_and_not_on_the_cpu(monkeypatch):
+    assert [compile_on(device, "auto") for device in ("cuda", "cpu")] == ["elementwise", "none"]
+    for device in ("cuda", "cpu"):
+        assert [compile_on(device, chosen) for chosen in ("none", "elementwise")] == ["none", "elementwise"]
+    monkeypatch.setattr(module, "_compile", lambda function: ("compiled", function))
+    tried = []
+    monkeypatch.setattr(module, "try_elementwise", lambda operations, device, dtype: tried.append(device))
+    made = make_operations(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert made.rope == ("compiled", apply_rope) and made.silu_mul == ("compiled", silu_mul)
+    assert made.norm == ("compiled", rms_norm) and made.add_norm == ("compiled", add_norm)
+    assert tried == [torch.device("cuda")]
+    assert make_operations(device=CPU, dtype=FP32) == Operations() and len(tried) == 1
+
+
+def test_auto_never_falls_back_in_silence(monkeypatch):
+    def no_compiler(*args):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    monkeypatch.setattr(module, "try_elementwise", no_compiler)
+    message = r"speed\.compile: auto \(elementwise on cuda\) does not compile here.*triton.*use speed\.compile: none"
+    with pytest.raises(LeverError, match=message):
+        make_operations(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert make_operations(device=torch.device("cuda"), dtype=torch.bfloat16, compile="none").rope is apply_rope
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from headway.launcher.bench.gpu.shapes import Size, Variant, draw_on, variants
 from headway.launcher.bench.gpu.timing import Call, randn, ratio, short, summary
 from headway.model.base import Attention, Context
 from headway.model.init import initialise
+from headway.model.layers import use_operations
 
 FORMS = ("forward", "both", "plain", "grouped")
 """Forward; forward and backward; for routed layers also forward and backward without Headway's kernels ("plain"), and
@@ -61,7 +62,13 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
                 base = seconds[f"{v.baseline}: {form if form == 'forward' else 'both'}"]
                 row[form] = {"seconds": summary(own), "ratio": ratio(base, own)}
         found.append(row)
-    return {"size": size.name, "seq_len": seq_len, "tokens": batch * seq_len, "contestants": found}
+    return {
+        "size": size.name,
+        "seq_len": seq_len,
+        "tokens": batch * seq_len,
+        "compile": machine.scale.compile,
+        "contestants": found,
+    }
 
 
 def layer_of(size: Size, variant: Variant, machine: Machine) -> Attention:
@@ -73,7 +80,9 @@ def layer_of(size: Size, variant: Variant, machine: Machine) -> Attention:
     for buffer in layer.buffers():
         buffer.zero_()
     initialise(layer, seed=1, draw=draw_on(machine.device))
-    return layer.to(machine.scale.dtype).train()
+    layer = layer.to(machine.scale.dtype).train()
+    use_operations(layer, machine.operations())
+    return layer
 
 
 class _Layer:

@@ -1,4 +1,4 @@
-"""Measure the effect of each speed option on a dense gqa pass: one option at a time, in turns with the plain pass."""
+"""Measure the effect of each speed option on a dense gqa pass: one option at a time, in turns with the defaults."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from headway.model.decoder import Decoder
 Pass = Callable[[], Any]
 Lever = Callable[[Tensor, Tensor, Machine], Pass]
 """Takes a batch and returns a pass with the option, on its own model. Raises Absent or LeverError if not possible."""
+
+DEFAULTS = "defaults"
 
 
 def levers(machine: Machine) -> list[Row]:
@@ -55,7 +57,7 @@ def levers(machine: Machine) -> list[Row]:
 
 
 def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[str, Any]:
-    """Seconds and memory of the pass with each option, and its speedup over the pass without.
+    """Seconds and memory of the pass with each option, and its speedup over the pass with the defaults.
 
     `graphs`: measure only CUDA graphs, which keep the memory of a whole pass allocated.
     """
@@ -63,11 +65,11 @@ def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[st
     tokens, labels = batch_of(machine, size, seq_len)
 
     def fresh(**levers: Any) -> Decoder:
-        return decoder(size, gqa, machine.device, machine.scale.dtype, **levers).train()
+        return machine.decoder(size, gqa, **levers).train()
 
     base = functools.partial(train_pass, fresh(), tokens, labels)
-    found: list[dict[str, Any]] = [{"name": "none"}]
-    passes: dict[str, Pass] = {"none": base}
+    found: list[dict[str, Any]] = [{"name": DEFAULTS}]
+    passes: dict[str, Pass] = {DEFAULTS: base}
     for name, lever in levers_of(fresh, graphs).items():
         found.append({"name": name})
         try:
@@ -84,8 +86,11 @@ def compare(size: Size, seq_len: int, graphs: bool, machine: Machine) -> dict[st
     seconds = in_turns(calls, machine.device, rounds=machine.scale.step_rounds)
     for row in found:
         if row["name"] in seconds:
-            row |= {"seconds": summary(seconds[row["name"]]), "ratio": ratio(seconds["none"], seconds[row["name"]])}
-    about = f"Dense gqa, {size.name}, {seq_len:,} tokens: forward and backward over {tokens.numel():,} tokens."
+            row |= {"seconds": summary(seconds[row["name"]]), "ratio": ratio(seconds[DEFAULTS], seconds[row["name"]])}
+    about = (
+        f"Dense gqa, {size.name}, {seq_len:,} tokens: forward and backward over {tokens.numel():,} tokens; "
+        f"speed.compile: {machine.scale.compile} where the lever does not say otherwise."
+    )
     return {"about": about, "levers": found}
 
 
@@ -96,17 +101,16 @@ def levers_of(fresh: Callable[..., Decoder], graphs: bool) -> dict[str, Lever]:
 
     def keyed(**keys: Any) -> Lever:
         def pulled(tokens: Tensor, labels: Tensor, machine: Machine) -> Pass:
-            if "compile" in keys and not machine.is_gpu:
-                raise Absent("a CPU's compiler takes half a minute for it; tests have it")
             return functools.partial(train_pass, fresh(**keys), tokens, labels)
 
         return pulled
 
     spec_keys: dict[str, dict[str, str]] = {
-        "speed.compile: elementwise": {"compile": "elementwise"},
+        "speed.compile: none": {"compile": "none"},
         **{f"speed.attention: {name}": {"attention": name} for name in ("cudnn", "flash", "fa3")},
         **{f"speed.norm: {name}": {"norm": name} for name in ("apex", "liger")},
         **{f"speed.loss: {name}": {"loss": name} for name in ("torch", "liger")},
+        "speed.matmul: fp8": {"matmul": "fp8"},
         **{f"parallel.recompute: {name}": {"recompute": name} for name in ("selective", "block")},
     }
     return {name: keyed(**keys) for name, keys in spec_keys.items()} | {

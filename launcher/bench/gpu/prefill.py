@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headway.launcher.bench.gpu.rows import Machine, Row
-from headway.launcher.bench.gpu.shapes import Size, decoder, model_config, variants
+from headway.launcher.bench.gpu.shapes import Size, model_config, variants
 from headway.launcher.bench.gpu.timing import Call, in_turns, median, ratio, summary
 from headway.model.cost import account
 from headway.model.decoder import Decoder
@@ -41,7 +41,7 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
     compared = [v for v in variants(size) if v.name in COMPARED or v.name.startswith("rgqa k=1")]
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, size.vocab_size, (1, seq_len), generator=generator).to(machine.device)
-    models = {v.name: decoder(size, v.attention, machine.device, machine.scale.dtype).eval() for v in compared}
+    models = {v.name: machine.decoder(size, v.attention).eval() for v in compared}
     rounds = max(2, machine.scale.step_rounds // 2)
     fills: dict[str, Call] = {name: functools.partial(_prefill, model, tokens) for name, model in models.items()}
     filled = in_turns(fills, machine.device, rounds=rounds)
@@ -67,7 +67,7 @@ def compare(size: Size, seq_len: int, machine: Machine) -> dict[str, Any]:
                 "kv_bytes_per_token": cost.kv_bytes_per_token,
             }
         )
-    return {"size": size.name, "seq_len": seq_len, "contestants": found}
+    return {"size": size.name, "seq_len": seq_len, "compile": machine.scale.compile, "contestants": found}
 
 
 @torch.no_grad()

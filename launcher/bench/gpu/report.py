@@ -71,7 +71,8 @@ def blocks_of(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: P
             f"`headway bench gpu`, code {card['code']} (commit {card['git_commit'] or 'unknown'}), "
             f"{card['measured_at']}, torch {versions['torch']}, Triton {versions['triton']}, CUDA {versions['cuda']}. "
             "Random data, the machine's own clock settings, medians with quartiles. The compared passes take turns "
-            "round by round, and ratios compare times of the same round. Raw times: rows.jsonl."
+            "round by round, and ratios compare times of the same round. Models on both sides of a ratio have the same "
+            f"`speed.compile`{_compiled(rows)}. Raw times: rows.jsonl."
         ),
     ]
     if reduced:
@@ -90,6 +91,11 @@ def blocks_of(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: P
     if left:
         blocks += [Heading("Rows without a number"), Items(left)]
     return blocks
+
+
+def _compiled(rows: Sequence[Mapping[str, Any]]) -> str:
+    found = sorted({row["data"]["compile"] for row in rows if "compile" in row.get("data", {})})
+    return f": {', '.join(found)}" if found else ""
 
 
 def _refit(card: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from headway.launcher.bench.gpu.shapes import GPU_SIZES, TINY, Size
+from headway.kernels.operations import Compile, Operations, make_operations
+from headway.launcher.bench.gpu.shapes import GPU_SIZES, TINY, Size, decoder
+from headway.model.base import AttentionConfig
+from headway.model.decoder import Decoder
 
 
 class Absent(Exception):
@@ -42,6 +45,8 @@ class Scale:
     prefill_lengths: tuple[int, ...]
     tokens: int  # of a micro-batch; a longer sequence is a micro-batch by itself
     product_tokens: tuple[int, ...]
+    document_tokens: int  # median length of the packed documents
+    compile: Compile  # `speed.compile` of both sides of every ratio
     sizes: tuple[Size, ...]
 
 
@@ -60,6 +65,8 @@ GPU = Scale(
     prefill_lengths=(2048, 8192, 32_768, 131_072),
     tokens=16_384,
     product_tokens=(4096, 32_768),
+    document_tokens=500,
+    compile="elementwise",
     sizes=GPU_SIZES,
 )
 REDUCED = Scale(
@@ -77,6 +84,8 @@ REDUCED = Scale(
     prefill_lengths=(16, 32),
     tokens=32,
     product_tokens=(32,),
+    document_tokens=6,
+    compile="none",  # a CPU's compiler takes half a minute per model; tests cover compiled functions
     sizes=(TINY,),
 )
 
@@ -92,6 +101,15 @@ class Machine:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def operations(self) -> Operations:
+        """Operations of a layer that is timed outside of a model: compiled as the scale says."""
+        return make_operations(device=self.device, dtype=self.scale.dtype, compile=self.scale.compile)
+
+    def decoder(self, size: Size, attention: AttentionConfig, /, **levers: Any) -> Decoder:
+        """A model on the device, compiled as the scale says unless `levers` says otherwise; see `shapes.decoder`."""
+        levers = {"compile": self.scale.compile} | levers
+        return decoder(size, attention, self.device, self.scale.dtype, **levers)
+
     def lost(self) -> bool:
         """Whether the device no longer works, for example after a kernel with an illegal memory access."""
         if not self.is_gpu:
@@ -103,7 +121,10 @@ class Machine:
         return False
 
     def free(self) -> None:
-        """Free cached memory, so that the next row does not suffer from fragmentation."""
+        """Free cached memory, so that the next row does not suffer from fragmentation, and forget compiled functions:
+        the shapes of all rows together exceed the limit of one function."""
+        if self.scale.compile != "none":
+            torch._dynamo.reset()
         if self.is_gpu:
             torch.cuda.empty_cache()
 

@@ -21,6 +21,7 @@ from headway.launcher.run.identity import code_hash
 from headway.launcher.run.machine import git_commit, machine, versions
 
 PARTS = ("ceilings", "correctness", "steps", "levers", "layers", "forms", "products", "prefill")
+FIRST_LIMITS = ("ceilings/copy", "ceilings/matmul")
 MARGIN_S = 5.0
 WRONG_RESULT = 70
 """Exit status if a kernel's result is wrong. The other rows are still measured."""
@@ -75,22 +76,32 @@ def bench_gpu(*, minutes: float, out: Path, device: str = "cuda", parts: Sequenc
 
 
 def all_rows(here: Machine) -> list[Row]:
-    """All rows, the most important first: limits, correctness, steps and parts of the first size, then other sizes."""
+    """All rows, the most important first.
+
+    The headline (gqa and rgqa at the first size, every length) comes before everything that it does not need: two
+    limits of the machine, correctness of what it uses, its own rows. Then the other limits and checks, the other rows
+    of the first size, and the other sizes.
+    """
     from headway.launcher.bench.gpu.ceilings import ceilings
-    from headway.launcher.bench.gpu.correctness import correctness
+    from headway.launcher.bench.gpu.correctness import correctness, headline_correctness
     from headway.launcher.bench.gpu.forms import forms
     from headway.launcher.bench.gpu.layers import layers
     from headway.launcher.bench.gpu.levers import levers
     from headway.launcher.bench.gpu.prefill import prefill
     from headway.launcher.bench.gpu.products import products
-    from headway.launcher.bench.gpu.steps import steps
+    from headway.launcher.bench.gpu.steps import headline, steps
 
-    rows = [*ceilings(), *correctness()]
+    limits = ceilings()
+    rows = [row for row in limits if row.key in FIRST_LIMITS]
+    rows += [*headline_correctness(here), *headline(here), *limits, *correctness()]
     for size in here.scale.sizes:
         of_size = Machine(device=here.device, scale=dataclasses.replace(here.scale, sizes=(size,)))
         for part in (steps, levers, layers, forms, products, prefill):
             rows += part(of_size)
-    return rows
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row.key, row)
+    return list(found.values())
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from headway.launcher.bench.gpu.tables_parts import (
@@ -22,6 +22,8 @@ from headway.launcher.report.page import Block, Heading, Table, Text
 HEADLINE = "940M"
 GOALS = {2048: (1.08, 1.12, 1.15), 8192: (1.28, 1.33, 1.37), 32_768: (1.80, 1.90, 1.98)}
 """Goals for the speedup of R-GQA with k=1/4 over gqa, by length: accepted, target, stretch. Set before measuring."""
+DENSE_WITHIN = "gqa, within documents"
+"""Name of dense gqa's pass over packed documents in rows of steps."""
 MFU_GOALS = (0.52, 0.56, 0.60)
 """Goals for the MFU of dense gqa at 2048 tokens: accepted, target, stretch."""
 TOKENS_PER_UPDATE = 524_288
@@ -48,21 +50,29 @@ def mfu(row: Mapping[str, Any], contestant: Mapping[str, Any], gpu: Gpu | None) 
 
 
 def bound(data: Mapping[str, Any], size: str, seq_len: int, contestant: Mapping[str, Any]) -> float | None:
-    """Upper bound of the speedup by routing: gqa's times with the routed parts reduced to the share of active heads.
+    """Upper bound of the speedup by routing: gqa's times with the routed parts, the rotation of queries among them,
+    reduced to the share of active heads.
 
-    Uses the dense gqa profile of the same run and size. None without a profile, or if the mechanism does not route the
-    query heads of that gqa.
+    Uses the dense gqa profile of the same run and size, within documents for a pass within documents. None without a
+    profile, or if the mechanism does not route the query heads of that gqa.
     """
-    profile = data.get(f"steps/profile {size} {seq_len}")
-    if profile is None or not contestant["active"] or contestant["baseline"] != "gqa":
+    documents = contestant.get("documents", False)
+    profile = data.get(_profile_key(size, seq_len, documents=documents))
+    if profile is None or not contestant["active"] or contestant["baseline"] not in ("gqa", DENSE_WITHIN):
         return None
     active, pool = contestant["active"]
     return 1 / (1 - (1 - active / pool) * min(1.0, profile["routed_share"]))
 
 
+def _profile_key(size: str, seq_len: int, *, documents: bool) -> str:
+    return f"steps/profile {size} {seq_len}{' documents' if documents else ''}"
+
+
 def headline(data: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
     """Table of the goals set before measuring, with the measured values."""
-    at = {row["seq_len"]: row for row in comparisons(data) if row["size"] == HEADLINE}
+    found_rows = [row for row in comparisons(data) if row["size"] == HEADLINE]
+    found_rows.sort(key=lambda row: row.get("headline", False))  # its own rows win over those of all mechanisms
+    at = {row["seq_len"]: row for row in found_rows}
     table = [["goal (accept / target / stretch)", "measured", "bound of the same run"]]
     dense = at.get(2048)
     found = None if dense is None else mfu(dense, dense["contestants"][0], gpu)
@@ -75,15 +85,24 @@ def headline(data: Mapping[str, Any], gpu: Gpu | None) -> list[Block]:
     )
     for seq_len, goals in GOALS.items():
         row = at.get(seq_len)
-        c = None if row is None else next(c for c in row["contestants"] if c["name"].startswith("rgqa k=1"))
-        table.append(
-            [
-                f"rgqa k=1/4 over gqa, {seq_len} tokens: " + " / ".join(f"{goal:.2f}" for goal in goals),
-                NOT_MEASURED if c is None else spread_text(c["ratio"]),
-                number(None if c is None else bound(data, HEADLINE, seq_len, c)),
-            ]
-        )
-    return [Heading("Goals"), Table(table)]
+        routed = [c for c in row["contestants"] if c["name"].startswith("rgqa k=1")] if row else []
+        for documents in (False, True):
+            c = next((c for c in routed if c.get("documents", False) == documents), None)
+            goal = " / ".join(f"{goal:.2f}" for goal in goals)
+            table.append(
+                [
+                    f"rgqa k=1/4 over gqa, {seq_len} tokens" + (" within documents" if documents else f": {goal}"),
+                    NOT_MEASURED if c is None else spread_text(c["ratio"]),
+                    number(None if c is None else bound(data, HEADLINE, seq_len, c)),
+                ]
+            )
+    return [Heading("Goals"), Table(table), *alike(at.values())]
+
+
+def alike(rows: Iterable[Mapping[str, Any]]) -> list[Block]:
+    """How both sides of the ratios were compiled."""
+    found = sorted({row["compile"] for row in rows if "compile" in row})
+    return [Text(f"Both sides of every ratio: `speed.compile: {'`, `'.join(found)}`.")] if found else []
 
 
 def sections(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], gpu: Gpu | None) -> list[Block]:
@@ -118,7 +137,7 @@ def _steps(data: Mapping[str, Any], row: Mapping[str, Any], gpu: Gpu | None) -> 
         ideal = roofline_s_per_token(data, row, c)
         table.append(
             [
-                c["name"] if c["baseline"] == "gqa" else f"{c['name']} (over {c['baseline']})",
+                c["name"] if c["baseline"] in ("gqa", c["name"]) else f"{c['name']} (over {c['baseline']})",
                 f"{c['params'] / 1e6:,.0f}M",
                 f"{1 / rate_seconds(row, c):,.0f}",
                 "" if found is None else f"{found:.1%}",
@@ -130,25 +149,39 @@ def _steps(data: Mapping[str, Any], row: Mapping[str, Any], gpu: Gpu | None) -> 
             ]
         )
     blocks: list[Block] = [
-        Heading(f"{size}, {seq_len:,} tokens"),
+        Heading(f"{size}, {seq_len:,} tokens" + (", gqa and rgqa alone" if row.get("headline") else "")),
         Table(table),
         Text(
             f"Forward and backward over {row['tokens']:,} tokens; tokens/s and MFU with an update every "
             f"{TOKENS_PER_UPDATE:,} tokens ({duration(row['optimizer_s']['median'])}). By FLOPs: ratio of the useful "
-            "FLOPs of the whole model. Bound: gqa's time with queries, core and output reduced to the active heads. Of "
-            "roofline: time of the executed FLOPs at the best rates above, over the measured time. Memory: in addition "
-            "to the weights."
+            "FLOPs of the whole model. Bound: gqa's time with queries, their rotation, core and output reduced to the "
+            "active heads. Of roofline: time of the executed FLOPs at the best rates above, over the measured time. "
+            "Memory: in addition to the weights."
         ),
+        *alike([row]),
     ]
+    if counts := row.get("documents"):
+        blocks.append(Text(f"Documents in each sequence, where passes are within documents: {join(counts)}."))
     if row["recompute"] != "none":
         blocks.append(Text("Passes did not fit into memory, so all of them recompute their blocks here.", "warn"))
-    profile = data.get(f"steps/profile {size} {seq_len}")
-    if profile is not None:
-        whole = profile["whole_s"]["median"]
-        parts = {**profile["parts_s"], "rest": profile["rest_s"]}
-        shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in parts.items())
-        blocks.append(Text(f"Parts of dense gqa's {duration(whole)}, measured separately: {shares}."))
+    for documents in (False, True):
+        profile = data.get(_profile_key(size, seq_len, documents=documents))
+        if profile is not None:
+            whole = profile["whole_s"]["median"]
+            parts = {**profile["parts_s"], "rest": profile["rest_s"]}
+            shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in parts.items())
+            kind = " within documents" if documents else ""
+            text = f"Parts of dense gqa's {duration(whole)}{kind}, measured separately: {shares}."
+            if slots := profile.get("slot_rotation_s"):
+                of = ", ".join(f"{duration(s)} with {k} per group" for k, s in slots.items())
+                text += f" A routed model selects and rotates its slots instead of rotating queries: {of}."
+            blocks.append(Text(text))
     return blocks
+
+
+def join(counts: Sequence[int]) -> str:
+    """Document counts of the sequences: the first few, and the range of many."""
+    return ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
 
 
 def roofline_s_per_token(

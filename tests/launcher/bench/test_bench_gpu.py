@@ -51,7 +51,7 @@ def test_every_row_runs_on_a_bare_machine(measured):
     parts = {key.split("/")[0] for key in rows}
     assert parts == set(gpu_run.PARTS)
     for key, row in rows.items():
-        wanted = "absent" if key.startswith("correctness/") else "measured"
+        wanted = "absent" if key.startswith("correctness/") and "/core " not in key else "measured"
         assert row["status"] == wanted, row
         assert row["reduced"] is True
 
@@ -81,7 +81,11 @@ def test_a_reduced_run_reports_no_gpu_results(measured, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "no number here applies to a GPU" in text
     goals = text.split("## Goals")[1].split("##")[0]
-    assert goals.count("| not measured |") == 4
+    assert goals.count("| not measured |") == 7
+    steps_of = text.split("## tiny, 16 tokens, gqa and rgqa alone")[1].split("##")[0]
+    assert "| rgqa k=1/4, within documents (over gqa, within documents) |" in steps_of
+    assert "Both sides of every ratio: `speed.compile: none`." in steps_of.replace("\\", "")
+    assert "selects and rotates its slots" in text and "query rotation" in text
     assert not (tmp_path / "speed.png").exists()
     assert "<table>" in (tmp_path / "report.html").read_text()
     assert "Levers" in text and "by torch.compile" in text and "select and rotate" in text
@@ -160,14 +164,14 @@ def test_all_passes_recompute_if_one_does_not_fit(monkeypatch):
     here, size = Machine(device=torch.device("cpu"), scale=gpu_run.REDUCED), gpu_run.REDUCED.sizes[0]
     calls = []
 
-    def run(size, seq_len, machine, recompute):
+    def run(size, seq_len, machine, recompute, only_headline):
         calls.append(recompute)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("tried to allocate 3 GiB")
         return {"recompute": recompute}
 
     monkeypatch.setattr(steps, "_compare", run)
-    assert steps.compare(size, 16, here) == {"recompute": "block"}
+    assert steps.compare(size, 16, False, here) == {"recompute": "block"}
     assert calls == ["none", "block"]
 
 

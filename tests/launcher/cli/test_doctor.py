@@ -7,8 +7,10 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+import torch
 
 from headway.launcher.cli import doctor as module
+from headway.launcher.cli import precision
 from headway.launcher.cli.doctor import Fact, doctor, inspect_machine
 
 
@@ -107,13 +109,12 @@ def test_a_containers_core_limit_is_read(tmp_path: Path, text: str, cores: float
 
 
 def test_devices_are_listed_or_what_is_used_without_any() -> None:
-    import torch
-
     names = [each.name for each in inspect_machine()]
     if torch.cuda.is_available():
         assert "cuda:0" in names
     else:
         assert "gloo" in fact("cuda").use
+        assert "of the time of fp32, measured now" in fact("bf16").use
 
 
 def test_levers_of_speed_say_what_is_used_instead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +123,90 @@ def test_levers_of_speed_say_what_is_used_instead(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr("torch.nn.functional.linear_cross_entropy", raising=False)
     compiled, loss = module._levers()
     assert compiled.state == loss.state == "absent"
-    assert "use none" in compiled.use and loss.use == "chunked, Headway's own, is used"
+    assert "use none, which auto is on the CPU" in compiled.use and loss.use == "chunked, Headway's own, is used"
     assert module._liger().state == "absent" and "chunked loss" in module._liger().use
     assert module._flash_attention().state == "absent"  # FlashAttention-2 is not used
     pretend_modules(monkeypatch, "liger_kernel")
     monkeypatch.setenv("CXX", "sh")  # any program that is there
     monkeypatch.setattr("torch.nn.functional.linear_cross_entropy", None, raising=False)
     assert [each.state for each in (*module._levers(), module._liger())] == ["ok", "ok", "ok"]
+
+
+def test_the_default_of_speed_compile_is_shown_and_needs_a_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CXX", "sh")
+    assert module._levers()[0].found.startswith("auto is none on the CPU; elementwise can compile with ")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CC", "sh")
+    pretend_modules(monkeypatch, "triton")
+    assert module._levers()[0].state == "ok" and "auto is elementwise on a GPU" in module._levers()[0].found
+    pretend_modules(monkeypatch)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    compiled = module._levers()[0]
+    assert compiled.state == "wrong" and "needs Triton and gcc" in compiled.found
+    assert "set speed.compile: none" in compiled.use
+
+
+def test_fp8_is_shown_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [(f.state, f.found) for f in module._fp8()] == [
+        ("absent", "fp8 runs on NVIDIA GPUs, and this run is on cpu")
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, state in (((8, 0), "absent"), ((8, 9), "ok"), ((9, 0), "ok")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        assert [f.state for f in module._fp8()] == [state]
+
+
+# ---------------------------------------------------------------- bf16 on the CPU
+
+
+def pretend_cpu(monkeypatch: pytest.MonkeyPatch, *, amx: bool, avx512_bf16: bool, bf16_s: float) -> None:
+    """A CPU with these instructions, whose fp32 products take 1 ms."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(precision, "_seconds", lambda pair: bf16_s if pair[0].dtype == torch.bfloat16 else 1e-3)
+
+
+def test_bf16_is_called_fast_where_it_is_measured_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cpu(monkeypatch, amx=True, avx512_bf16=True, bf16_s=0.25e-3)
+    found, use = precision.bf16_on_cpu()
+    assert found == "the CPU has AMX and AVX512-BF16"
+    assert use.startswith("precision bf16 is faster here: matrix products in bf16 take 0.25 of the time of fp32")
+    pretend_cpu(monkeypatch, amx=False, avx512_bf16=False, bf16_s=3e-3)
+    found, use = precision.bf16_on_cpu()
+    assert found == "the CPU has no instructions for bf16 (AVX512-BF16 or AMX)"
+    assert use.startswith("precision bf16 works but is not faster here: matrix products in bf16 take 3.00 of the time")
+
+
+def test_instructions_alone_do_not_make_bf16_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cpu(monkeypatch, amx=False, avx512_bf16=True, bf16_s=0.95e-3)
+    found, use = precision.bf16_on_cpu()
+    assert found == "the CPU has AVX512-BF16" and "works but is not faster here" in use and "0.95" in use
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")
+    monkeypatch.delattr("torch.cpu._is_amx_tile_supported")
+    assert precision.bf16_instructions() == []
+
+
+def test_precisions_take_turns_and_one_slow_round_changes_nothing() -> None:
+    order = list[torch.dtype]()
+
+    def clock(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
+        order.append(pair[0].dtype)
+        busy = 50.0 if len(order) in (5, 9) else 1.0  # another process takes the cores
+        return busy * (2e-3 if pair[0].dtype == torch.float32 else 1e-3)
+
+    assert precision.bf16_ratio(clock) == pytest.approx(2.0)
+    assert order == [torch.float32, torch.bfloat16] * (1 + precision.ROUNDS)
+
+
+def test_the_measurement_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now[0])
+
+    def slow(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
+        now[0] += 0.2
+        return 0.2
+
+    assert precision.bf16_ratio(slow) == pytest.approx(1.0)
+    assert now[0] <= 0.4 + 1.0 + 0.4 + 1e-6  # the first products, the limit, the last round

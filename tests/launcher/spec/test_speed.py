@@ -26,7 +26,16 @@ def spec(speed: dict[str, str] | None = None, **sections: dict[str, Any]) -> Spe
 
 
 def test_without_the_section_nothing_is_changed():
-    assert spec().speed.model_dump() == {"compile": "none", "attention": "auto", "norm": "torch", "loss": "chunked"}
+    defaults = {"compile": "auto", "attention": "auto", "norm": "torch", "loss": "chunked", "matmul": "none"}
+    assert spec().speed.model_dump() == defaults
+
+
+def test_fp8_products_need_bf16_and_whole_matrices():
+    assert spec({"matmul": "fp8"}, parallel={"precision": "bf16"}).speed.matmul == "fp8"
+    with pytest.raises(ValueError, match=r"speed\.matmul: fp8 replaces products in bf16.* parallel\.precision bf16"):
+        spec({"matmul": "fp8"}, parallel={"precision": "fp32"})
+    with pytest.raises(ValueError, match=r"parallel\.zero 3.*or parallel\.zero 1 or 2"):
+        spec({"matmul": "fp8"}, parallel={"precision": "bf16", "zero": 3})
 
 
 def test_an_unknown_lever_is_an_error():
