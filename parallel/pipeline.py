@@ -266,12 +266,13 @@ class PipelineEngine(Engine):
         """None, because DeepSpeed's pipeline has its own grid."""
         return None
 
-    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> None:
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> bool:
         self._summed = None
         self._stage.reset()
         self._stage.per_target = per_target
         self._engine.train_batch(self._iterator(micro))
         self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it stores a record per step, on CUDA with two events
+        return False
 
     def _own_losses(self) -> Tensor:
         aux = [t.double() for t in self._stage.aux_losses]
