@@ -12,16 +12,47 @@ from typing import Any
 
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 
+OVERLAP_BUCKET = 40_000_000
+"""Gradients that are exchanged together if exchanges overlap, as in megatron-core's default for up to 40 data ranks.
+
+With DeepSpeed's default of 500 million, the exchange of most models would begin when the backward pass ends.
+"""
+
+
+def bucket_elements(largest: int) -> int:
+    """Size of a bucket if exchanges overlap. `largest`: elements of the rank's largest parameter.
+
+    A gradient that is larger than a bucket is exchanged where it is. Under ZeRO-2, DeepSpeed (0.19) then frees it
+    while the exchange in the other stream may still read it, because it does not record the stream.
+    """
+    return max(OVERLAP_BUCKET, largest)
+
 
 def deepspeed_config(
-    parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, data_ranks: int
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    data_ranks: int,
+    device: str = "cpu",
+    largest: int = 0,
 ) -> dict[str, Any]:
     """DeepSpeed's JSON config. Every default that has changed between its releases is set explicitly.
 
     `data_ranks`: number of ranks over which gradients are averaged. DeepSpeed assumes that each of them reads different
     sequences. With context parallelism, its batch size is therefore a multiple of ours; DeepSpeed uses it only for
-    consistency checks.
+    consistency checks. `device`: cuda or cpu. `largest`: elements of the rank's largest parameter.
     """
+    overlap = parallel.overlaps(device=device, data_ranks=data_ranks)
+    # If exchanges overlap without contiguous gradients, the host waits for the device before each of them.
+    zero = {
+        "stage": parallel.zero,
+        "overlap_comm": overlap,
+        "contiguous_gradients": parallel.zero > 1 or overlap,
+    }
+    if overlap:
+        zero["reduce_bucket_size"] = bucket_elements(largest)
     bf16 = parallel.precision == "bf16"
     config: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * data_ranks,
@@ -32,7 +63,7 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": parallel.zero, "overlap_comm": False, "contiguous_gradients": parallel.zero > 1},
+        "zero_optimization": zero,
         "bf16": {"enabled": bf16},
         # By default, each tensor-parallel rank sends a part of its activations, and the next stage joins the parts into
         # one tensor. This requires equal activations on all ranks, which sequence parallelism does not have.

@@ -135,6 +135,8 @@ class Engine:
             micro_batch=micro_batch,
             accumulation=self.accumulation,
             data_ranks=layout.data_ranks,
+            device=layout.device.type,
+            largest=max(p.parameter.numel() for p in self._logical),
         )
         # DeepSpeed stores the grid of the process's previous engine globally, and would use it for this engine.
         deepspeed.utils.groups.mpu = None
