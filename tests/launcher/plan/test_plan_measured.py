@@ -46,6 +46,9 @@ CASES = [
     f"parallel.zero=2 {BF16} {WIDE}",
     f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
     f"{BF16} {REDUCED}",
+    f"parallel.overlap=true {WIDE}",
+    f"parallel.zero=2 parallel.overlap=true {WIDE}",
+    f"parallel.zero=2 {BF16} {WIDE} parallel.overlap=true",
     # Must be last, because DeepSpeed then leaves torch's linear function replaced by its own.
     f"parallel.zero=3 {WIDE}",
     VARIES,
