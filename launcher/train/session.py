@@ -107,6 +107,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the threads that read data and write records."""
+        for hook in self.hooks:
+            hook.on_close(self)
         self.loader.close()
         self.tracker.close()
 
@@ -131,6 +133,9 @@ class Hook:
 
     def before_save(self, s: Session) -> None:
         """Called before a checkpoint of this step is written."""
+
+    def on_close(self, s: Session) -> None:
+        """Called when the session ends, also because of an error. Not collective."""
 
 
 def seed_step(spec: Spec, layout: Layout, step: int) -> None:
