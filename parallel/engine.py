@@ -24,6 +24,7 @@ from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, clock_of
+from headway.parallel.transfer import transfer_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -146,7 +147,7 @@ class Engine:
             )
         self._inner = inner
         self._gate = _Gate(inner)
-        self._clock = clock_of(layout.device)
+        self._clock, self._transfer = clock_of(layout.device), transfer_to(layout.device)
         self._loss_sums: list[Tensor] = []  # of the last step's micro-batches
         self._aux_losses: list[Tensor] = []
         self._summed: tuple[float, float] | None = None
@@ -182,6 +183,7 @@ class Engine:
         targets: int,
         lr: float,
         allows: Callable[[float], bool] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepStats:
         """Run one optimizer step over this rank's micro-batches. Collective.
 
@@ -190,12 +192,15 @@ class Engine:
 
         `targets`: number of target tokens of the global batch (all ranks and micro-batches). The loss is the mean over
         them, so a micro-batch with fewer targets has less weight.
+        `meanwhile`: called when all work of the step is queued on a GPU, before the host waits for it.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         self._gate.close(allows and (lambda: allows(self._sum_losses()[0] / max(1, targets))))
         timed = self._passes(micro, self._per_target(targets))
+        if meanwhile is not None:
+            meanwhile()
         loss_sum, aux_sum = self._sum_losses()
         skipped = self._engine.skipped_steps != skipped_before or self._gate.refused
         self.applied_steps += not skipped
@@ -283,14 +288,29 @@ class Engine:
         module.train()
         return torch.stack(sums)
 
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether `copy_ahead` saves time. If not, it does nothing."""
+        return self._transfer.ahead
+
+    def copy_ahead(self, micro: Sequence[MicroBatch]) -> None:
+        """Start to copy the inputs of the next step to the device. The step must get the same objects."""
+        self._transfer.drop()
+        for batch in micro:
+            self._transfer.begin(batch, self._host_inputs(batch))
+
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences.
 
         Segments stay on the host, where the decoder reads them.
         """
-        device, layout = self.layout.device, self.layout
-        tokens, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels))
-        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), batch.segments
+        tokens, labels = self._transfer.take(batch, self._host_inputs(batch))
+        return tokens, labels, batch.segments
+
+    def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
+        """This rank's part of a micro-batch that the device needs."""
+        layout = self.layout
+        return [t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels)]
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 

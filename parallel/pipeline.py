@@ -304,7 +304,9 @@ class PipelineEngine(Engine):
 
     def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
         for batch in micro:
-            tokens, labels, segments = self._inputs(batch)
-            segments = None if segments is None else segments.to(self.layout.device, non_blocking=True)
-            inputs = (tokens, labels) if segments is None else (tokens, labels, segments)
-            yield inputs, labels  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
+            inputs = tuple(self._transfer.take(batch, self._host_inputs(batch)))
+            yield inputs, inputs[1]  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
+
+    def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
+        """With the segments, which stages send to each other."""
+        return [*super()._host_inputs(batch), *([] if batch.segments is None else [batch.segments])]

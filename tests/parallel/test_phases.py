@@ -130,6 +130,12 @@ def test_events_are_recorded_in_order_and_read_once_after_the_step_has_waited_fo
     assert Event.made == last + 1
 
 
+def test_what_is_done_meanwhile_comes_after_the_passes_and_before_the_host_waits(stream):
+    e = engine_on(stream, EventClock(stream.event), 1)
+    e.train_step([BATCH], targets=1, lr=0.0, meanwhile=lambda: stream.log.append("meanwhile"))
+    assert stream.log[3:6] == ["record 3", "meanwhile", "sums"]
+
+
 def test_work_that_is_still_queued_is_waited_for_once(stream):
     clock = EventClock(stream.event)
     clock.start()
