@@ -46,7 +46,7 @@ class ParallelConfig(StrictModel):
         description="precision in which gradients are summed over data-parallel ranks; bf16 halves the traffic and "
         "rounds gradients to a relative error of about 2e-3",
     )
-    overlap: Literal["auto"] | bool = Field(
+    overlap: Literal["auto", True, False] = Field(
         default="auto",
         description="exchange gradients during the backward pass and, under zero 3, gather parameters during the "
         "passes, each in a stream of its own; auto: on GPUs with several data-parallel ranks under zero 2 and 3",
