@@ -1,8 +1,13 @@
 """Python's garbage collector: frozen after the first steps, the same on all ranks, and without growth."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +18,8 @@ from headway.launcher.train import collector
 from headway.launcher.train.collector import EVERY_STEPS, FIRST_STEPS, Collector
 from headway.launcher.train.hooks import HeadDiversity, Hook, RouterStatistics, run_hooks
 from headway.launcher.train.session import Session
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +112,17 @@ def test_it_is_active_in_a_run(headway):
     collected = [r["step"] for r in records(headway.folder / "run") if "collect_s" in r]
     assert collected == [FIRST_STEPS]  # of 40 steps
     assert collector.EVERY_STEPS > 40
+
+
+@pytest.mark.parametrize("words", ["parallel.precision=bf16", "parallel.zero=3 parallel.recompute=block"])
+def test_steps_leave_no_tensors_in_cycles_so_that_memory_does_not_grow_between_collections(tmp_path, words):
+    spec = HERE.parents[2] / "yaml/base/tiny.yaml"
+    command = [sys.executable, "-P", str(HERE / "collector_cases.py"), str(spec), str(tmp_path), *words.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CASE ")]
+    case = json.loads(line.removeprefix("CASE "))
+    assert case["off"] and case["on"]  # during the run, and after it
+    assert case["tensors"] == 0
+    assert case["unreachable"] < 500  # objects a step; measured: 0, and 56 under ZeRO-3 with recomputation
