@@ -194,6 +194,11 @@ class Loader:
         self._next_step = step + 1
         return batch
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next batch has been prefetched."""
+        return self._prefetch is not None and self._prefetch.has(self._next_step)
+
     def _inline(self, step: int) -> StepBatch:
         try:
             return self.batch(step)

@@ -74,6 +74,11 @@ class Prefetch(Generic[Item]):
             del self._ready[number]
             return item
 
+    def has(self, number: int) -> bool:
+        """Whether `get` returns item `number`, or raises the exception of its `prepare`, without waiting."""
+        with self._changed:
+            return number in self._ready
+
     def close(self) -> None:
         """End the threads after their current item, which is discarded. Does not wait for threads that hang."""
         with self._changed:

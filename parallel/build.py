@@ -9,7 +9,8 @@ from headway.model.config import ModelConfig
 from headway.model.decoder import BranchScale, Decoder, Placement
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
 from headway.parallel.config import OptimizerConfig, ParallelConfig, SpeedConfig
-from headway.parallel.engine import Engine, quiet_deepspeed
+from headway.parallel.deepspeed_options import quiet_deepspeed
+from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.operations import operations_of
 from headway.parallel.partition import layer_costs, stage_bounds

@@ -46,6 +46,11 @@ class ParallelConfig(StrictModel):
         description="precision in which gradients are summed over data-parallel ranks; bf16 halves the traffic and "
         "rounds gradients to a relative error of about 2e-3",
     )
+    overlap: Literal["auto", True, False] = Field(
+        default="auto",
+        description="exchange gradients during the backward pass and, under zero 3, gather parameters during the "
+        "passes, each in a stream of its own; auto: on GPUs with several data-parallel ranks under zero 2 and 3",
+    )
 
     @model_validator(mode="after")
     def _reduction_fits(self) -> ParallelConfig:
@@ -55,6 +60,31 @@ class ParallelConfig(StrictModel):
                 "parallel.precision bf16"
             )
         return self
+
+    @model_validator(mode="after")
+    def _overlap_exists(self) -> ParallelConfig:
+        if self.overlap is not True:
+            return self
+        if self.pipeline > 1:
+            raise ValueError(
+                "overlap: with a pipeline, DeepSpeed exchanges gradients after the last backward pass of a step; use "
+                "parallel.overlap false or auto, or parallel.pipeline 1"
+            )
+        if self.zero == 1 and self.precision == "bf16":
+            raise ValueError(
+                "overlap: in bf16 under zero 1, DeepSpeed adds up gradients in fp32 and exchanges the sums after the "
+                "last backward pass of a step; use parallel.overlap false or auto, or parallel.zero 2 or 3"
+            )
+        return self
+
+    def overlaps(self, *, device: str, data_ranks: int) -> bool:
+        """Whether exchanges overlap with the passes: `overlap`, or for auto the choice for these ranks.
+
+        `device`: cuda or cpu. On a CPU exchanges block, so overlap would only change when they take place.
+        """
+        if self.overlap != "auto":
+            return self.overlap
+        return device == "cuda" and data_ranks > 1 and self.zero > 1
 
     @property
     def model_ranks(self) -> int:

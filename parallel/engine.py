@@ -1,17 +1,13 @@
 """A small interface to DeepSpeed: `train_step`, `evaluate`, and access to logical tensors for checkpoints.
 
-This module is the only place that generates DeepSpeed's JSON, from the strict spec. ZeRO-0 is never used, because its
-gradient clipping and its bf16 optimizer give results different from those of ZeRO-1 to 3.
+DeepSpeed's options are in `headway.parallel.deepspeed_options`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,9 +19,12 @@ from torch import Tensor, nn
 from headway.model.base import Attention, Ranks
 from headway.model.decoder import Block, Decoder
 from headway.parallel.config import OptimizerConfig, ParallelConfig
+from headway.parallel.deepspeed_options import deepspeed_config, quiet_deepspeed
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
+from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, clock_of
+from headway.parallel.transfer import transfer_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,38 +84,6 @@ def evaluation_of(sums: Tensor) -> Evaluation:
     return Evaluation(loss=loss, accuracy=hits / some, targets=int(targets), standard_error=error, micro_batches=count)
 
 
-def deepspeed_config(
-    parallel: ParallelConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, data_ranks: int
-) -> dict[str, Any]:
-    """DeepSpeed's JSON config. Every default that has changed between its releases is set explicitly.
-
-    `data_ranks`: number of ranks over which gradients are averaged. DeepSpeed assumes that each of them reads different
-    sequences. With context parallelism, its batch size is therefore a multiple of ours; DeepSpeed uses it only for
-    consistency checks.
-    """
-    bf16 = parallel.precision == "bf16"
-    config: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * data_ranks,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.clip_norm,
-        "steps_per_print": 1 << 40,
-        "wall_clock_breakdown": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": parallel.zero, "overlap_comm": False, "contiguous_gradients": parallel.zero > 1},
-        "bf16": {"enabled": bf16},
-        # By default, each tensor-parallel rank sends a part of its activations, and the next stage joins the parts into
-        # one tensor. This requires equal activations on all ranks, which sequence parallelism does not have.
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
-    }
-    if bf16:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    # The default of DeepSpeed under bf16 is bf16, to which even the sum of a single process is rounded before AdamW.
-    config["communication_data_type"] = parallel.gradient_reduction
-    return config
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: weight decay for matrices (including embedding, head, routers), none for vectors (gains)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -125,27 +92,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
-
-
-def quiet_deepspeed(*, cpu: bool) -> Any:
-    """Import DeepSpeed without its start-up log messages and, on CPU, without compiling its shared-memory operation.
-
-    DeepSpeed compiles this operation at first use (about 46 s). It only speeds up CPU collectives within a host, which
-    gloo can do as well. To find out whether it can be compiled, DeepSpeed runs a compiler in every rank and stores the
-    result in a table; a rank that is killed meanwhile leaves a temporary folder. Setting the table avoids both.
-
-    `cpu`: train on the CPU even if there is a GPU, which DeepSpeed would otherwise select.
-    """
-    if cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if cpu:
-        deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
-    return deepspeed
 
 
 class Engine:
@@ -190,6 +136,8 @@ class Engine:
             micro_batch=micro_batch,
             accumulation=self.accumulation,
             data_ranks=layout.data_ranks,
+            device=layout.device.type,
+            largest=max(p.parameter.numel() for p in self._logical),
         )
         # DeepSpeed stores the grid of the process's previous engine globally, and would use it for this engine.
         deepspeed.utils.groups.mpu = None
@@ -199,6 +147,7 @@ class Engine:
             )
         self._inner = inner
         self._gate = _Gate(inner)
+        self._clock, self._transfer = clock_of(layout.device), transfer_to(layout.device)
         self._loss_sums: list[Tensor] = []  # of the last step's micro-batches
         self._aux_losses: list[Tensor] = []
         self._summed: tuple[float, float] | None = None
@@ -234,6 +183,7 @@ class Engine:
         targets: int,
         lr: float,
         allows: Callable[[float], bool] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepStats:
         """Run one optimizer step over this rank's micro-batches. Collective.
 
@@ -242,23 +192,28 @@ class Engine:
 
         `targets`: number of target tokens of the global batch (all ranks and micro-batches). The loss is the mean over
         them, so a micro-batch with fewer targets has less weight.
+        `meanwhile`: called when all work of the step is queued on a GPU, before the host waits for it.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         self._gate.close(allows and (lambda: allows(self._sum_losses()[0] / max(1, targets))))
-        times = self._passes(micro, self._per_target(targets))
+        timed = self._passes(micro, self._per_target(targets))
+        if meanwhile is not None:
+            meanwhile()
         loss_sum, aux_sum = self._sum_losses()
         skipped = self._engine.skipped_steps != skipped_before or self._gate.refused
         self.applied_steps += not skipped
+        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        forward_s, backward_s, optimizer_s = self._clock.read() if timed else (None, None, None)
         return StepStats(
             loss=loss_sum / max(1, targets),
             aux_loss=aux_sum / (self.layout.data_ranks * self.accumulation),
-            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
+            grad_norm=grad_norm,
             targets=targets,
-            forward_s=times[0] if times else None,
-            backward_s=times[1] if times else None,
-            optimizer_s=times[2] if times else None,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            optimizer_s=optimizer_s,
             skipped=skipped,
         )
 
@@ -287,27 +242,26 @@ class Engine:
         """Names of parameters with NaN or Inf in this rank's part."""
         return [p.name for p in self._logical if not bool(torch.isfinite(p.parameter.detach()).all())]
 
-    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> list[float] | None:
-        """Run forward, backward and optimizer step. Returns the seconds of each, or None if they overlap."""
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> bool:
+        """Run forward, backward and optimizer step. Returns whether the clock has the times of each phase."""
         self._engine.train()
-        layout, times = self.layout, [0.0, 0.0, 0.0]
+        layout, clock = self.layout, self._clock
         self._loss_sums, self._aux_losses, self._summed = [], [], None
+        clock.start()
         for batch in micro:
-            t0 = time.perf_counter()
             out = self._engine(*self._inputs(batch))
             # aux_loss is the mean over this rank's groups. After the division, the sum over ranks is the overall mean.
             aux_loss = out.aux_loss / layout.tp_size
             out_loss = passing("step:loss", out.loss_sum)
             loss = out_loss * per_target + aux_loss
-            t1 = time.perf_counter()
+            clock.end(FORWARD)
             self._engine.backward(loss)
             self._loss_sums.append(out_loss.detach())
             self._aux_losses.append(aux_loss.detach())
-            t2 = time.perf_counter()
+            clock.end(BACKWARD)
             self._engine.step()
-            t3 = time.perf_counter()
-            times = [a + b for a, b in zip(times, (t1 - t0, t2 - t1, t3 - t2), strict=True)]
-        return times
+            clock.end(OPTIMIZER)
+        return True
 
     @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
@@ -334,14 +288,29 @@ class Engine:
         module.train()
         return torch.stack(sums)
 
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether `copy_ahead` saves time. If not, it does nothing."""
+        return self._transfer.ahead
+
+    def copy_ahead(self, micro: Sequence[MicroBatch]) -> None:
+        """Start to copy the inputs of the next step to the device. The step must get the same objects."""
+        self._transfer.drop()
+        for batch in micro:
+            self._transfer.begin(batch, self._host_inputs(batch))
+
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences.
 
         Segments stay on the host, where the decoder reads them.
         """
-        device, layout = self.layout.device, self.layout
-        tokens, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels))
-        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), batch.segments
+        tokens, labels = self._transfer.take(batch, self._host_inputs(batch))
+        return tokens, labels, batch.segments
+
+    def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
+        """This rank's part of a micro-batch that the device needs."""
+        layout = self.layout
+        return [t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels)]
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 

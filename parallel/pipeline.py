@@ -266,12 +266,13 @@ class PipelineEngine(Engine):
         """None, because DeepSpeed's pipeline has its own grid."""
         return None
 
-    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> None:
+    def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> bool:
         self._summed = None
         self._stage.reset()
         self._stage.per_target = per_target
         self._engine.train_batch(self._iterator(micro))
         self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it stores a record per step, on CUDA with two events
+        return False
 
     def _own_losses(self) -> Tensor:
         aux = [t.double() for t in self._stage.aux_losses]
@@ -303,7 +304,9 @@ class PipelineEngine(Engine):
 
     def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
         for batch in micro:
-            tokens, labels, segments = self._inputs(batch)
-            segments = None if segments is None else segments.to(self.layout.device, non_blocking=True)
-            inputs = (tokens, labels) if segments is None else (tokens, labels, segments)
-            yield inputs, labels  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
+            inputs = tuple(self._transfer.take(batch, self._host_inputs(batch)))
+            yield inputs, inputs[1]  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
+
+    def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
+        """With the segments, which stages send to each other."""
+        return [*super()._host_inputs(batch), *([] if batch.segments is None else [batch.segments])]

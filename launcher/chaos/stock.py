@@ -33,7 +33,7 @@ from headway.launcher.chaos.options import (
     Options,
     damaged,
 )
-from headway.parallel.engine import quiet_deepspeed
+from headway.parallel.deepspeed_options import quiet_deepspeed
 
 _READER_BYTES = 32 << 30
 

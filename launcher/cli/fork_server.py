@@ -64,7 +64,7 @@ def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
 
 def _import_everything() -> None:
     """Import all modules that ranks and launchers import, including DeepSpeed's engines and TensorBoard."""
-    from headway.parallel.engine import quiet_deepspeed
+    from headway.parallel.deepspeed_options import quiet_deepspeed
 
     quiet_deepspeed(cpu=True)
     for name in _MODULES:

@@ -50,6 +50,7 @@ class Assumptions:
     memory: float  # share of the memory rate, for element-wise work
     passes_over_kept: float  # times each byte kept for the backward pass is read or written by element-wise work
     exchange: float  # share of a link's or network's rate
+    hidden: float  # share of the exchanges that overlap with the passes (`parallel.overlap`) that takes no time
     latency_s: float  # latency of one exchange between ranks
     launch_s: float  # least time of a block's forward and backward pass: launching its kernels
 
@@ -61,6 +62,7 @@ LOW = Assumptions(
     memory=0.70,
     passes_over_kept=5.0,
     exchange=0.50,
+    hidden=0.30,
     latency_s=40e-6,
     launch_s=1.5e-3,
 )
@@ -71,6 +73,7 @@ HIGH = Assumptions(
     memory=0.90,
     passes_over_kept=3.0,
     exchange=0.85,
+    hidden=0.80,
     latency_s=15e-6,
     launch_s=0.6e-3,
 )

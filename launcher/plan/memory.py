@@ -12,7 +12,8 @@ code of DeepSpeed 0.19 and measurements):
     bf16  ZeRO-3  2/D         4/D      8/D      4/D             2 or 6, a bucket of fixed size, gathered parameters
 
 bf16 is listed with `parallel.gradient_reduction: fp32`, under which the bucket of ZeRO-3 is in fp32 too. At most one
-bucket is copied at a time. "2 or 6": repeated measurements gave both values; the larger is counted.
+bucket is copied at a time. "2 or 6": repeated measurements gave both values; the larger is counted. If exchanges
+overlap with the passes, buckets are smaller, and ZeRO-1 and 2 have two of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import asdict, dataclass
 from headway.kernels.documents import BLOCK, MERGED
 from headway.kernels.loss import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU
 from headway.launcher.plan.stages import Grid, Stage
+from headway.parallel.deepspeed_options import bucket_elements
 
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default reduce_bucket_size, which Headway uses."""
+"""DeepSpeed's default reduce_bucket_size, which Headway uses unless exchanges overlap with the passes."""
 
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance.
@@ -90,7 +92,8 @@ def states(grid: Grid, stage: Stage) -> States:
     parallel, n, ranks = grid.spec.parallel, float(stage.num_params), grid.data_ranks
     width = grid.element_bytes
     bf16, zero = parallel.precision == "bf16", parallel.zero
-    in_bucket = min(n, BUCKET_ELEMENTS)
+    bucket = bucket_elements(stage.largest) if grid.overlaps else BUCKET_ELEMENTS
+    in_bucket = min(n, bucket)
     gradients = 4 * n if zero == 1 else 4 * n / ranks
     late = 0.0 if zero == 3 else gradients
     if bf16 and zero == 1:
@@ -103,13 +106,14 @@ def states(grid: Grid, stage: Stage) -> States:
         widened = zero == 2 and bf16 and parallel.gradient_reduction == "fp32"
         exchange = width * in_bucket + (4 * in_bucket if widened or (bf16 and zero == 3) else 0)
     reduced = 4 if zero == 3 and parallel.gradient_reduction == "fp32" else width
+    buffers = 2 if grid.overlaps and zero < 3 else int(zero > 1)
     return States(
         parameters=width * n / (ranks if zero == 3 else 1),
         master=4 * n / ranks,
         moments=8 * n / ranks,
         gradients=gradients,
         late=late if grid.accumulation == 1 else 0.0,
-        bucket=0.0 if zero == 1 else float(reduced * BUCKET_ELEMENTS),
+        bucket=float(buffers * reduced * bucket),
         exchange=exchange,
         gathered=width * min(n, LIVE_ELEMENTS) if zero == 3 and ranks > 1 else 0.0,
     )

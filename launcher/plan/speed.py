@@ -3,7 +3,8 @@
 
 A stage's time per micro-batch is the sum of matrix products and attention core at their shares of the matrix rate,
 element-wise work by the bytes it moves, and exchanges within layers, without overlap. A step has m micro-batches, the
-pipeline bubble, the exchange of gradients, and the optimizer. Legend: P stages, m micro-batches per step.
+pipeline bubble, the exchange of gradients (under `parallel.overlap` without its hidden share), and the optimizer.
+Legend: P stages, m micro-batches per step.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Times:
     launch_s: float  # additional time because kernels cannot be launched faster
     exchange_s: float  # within layers and between stages
     bubble_s: float
-    gradients_s: float  # gradients and parameters between data ranks
+    gradients_s: float  # gradients and parameters between data ranks, without what is hidden behind the passes
     optimizer_s: float
 
     @property
@@ -109,7 +110,7 @@ def _times(grid: Grid, gpu: Gpu, network: Network, assumed: Assumptions) -> Time
         exchange_s=m * exchange,
         bubble_s=(grid.spec.parallel.pipeline - 1) * sum(slowest),
         gradients_s=max(
-            sum(_seconds(grid, flow, gpu, network, assumed) for flow in flows(grid, stage) if _is_late(flow))
+            _exposed(grid, stage, gpu, network, assumed, passes_s=m * (matmul + core + elementwise))
             for stage in grid.stages
         ),
         optimizer_s=max(
@@ -146,6 +147,18 @@ def _micro_batch(
     within = [flow for flow in flows(grid, stage) if not _is_late(flow)]
     exchange_s = sum(_seconds(grid, flow, gpu, network, assumed) for flow in within) / grid.accumulation
     return matmul_s, core_s, elementwise_s, launch_s, exchange_s
+
+
+def _exposed(grid: Grid, stage: Stage, gpu: Gpu, network: Network, assumed: Assumptions, *, passes_s: float) -> float:
+    """Seconds of the exchanges between data ranks that are not hidden. They cannot be hidden longer than `passes_s`."""
+    total = overlapping = 0.0
+    for flow in filter(_is_late, flows(grid, stage)):
+        seconds = _seconds(grid, flow, gpu, network, assumed)
+        total += seconds
+        # ZeRO-1 and 2 gather the new parameters after the update, when no pass runs.
+        if flow.kind == "data: gradients" or (flow.kind == "data: parameters" and grid.spec.parallel.zero == 3):
+            overlapping += seconds
+    return total - min(assumed.hidden * overlapping, passes_s) * grid.overlaps
 
 
 def _is_late(flow: Flow) -> bool:

@@ -33,6 +33,12 @@ class Stage:
     def num_params(self) -> int:
         return sum(self.parameters.values())
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter: rows of the vocabulary, or one of an MLP's three matrices."""
+        whole = max(self.parameters["embedding"], self.parameters["head"])
+        return max(whole, self.parameters["mlp"] // (3 * max(1, len(self.blocks))))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -88,6 +94,11 @@ class Grid:
         """Bytes of activations that the block recomputes instead of keeping, under selective recomputation."""
         everything = footprint(self.spec.model, block, replace(self.sharing, selective=False))
         return everything.kept(self.tokens) - self.footprint(block).kept(self.tokens)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the exchange of gradients, and under ZeRO-3 of parameters, overlaps with the passes."""
+        return self.spec.parallel.overlaps(device=self.sharing.device, data_ranks=self.data_ranks)
 
     @property
     def sharing(self) -> Sharing:

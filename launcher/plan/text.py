@@ -107,8 +107,10 @@ def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> li
         f"of the datasheet's rate, attention core {low.core:.0%} to {high.core:.0%} (within documents "
         f"{low.document_core:.0%} to {high.document_core:.0%}), memory {low.memory:.0%} to {high.memory:.0%}, links "
         "and network",
-        f"{low.exchange:.0%} to {high.exchange:.0%}; communication is not overlapped with computation. Of the GPU's "
-        f"memory, {in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest can be used.",
+        f"{low.exchange:.0%} to {high.exchange:.0%}; of the exchanges that overlap with the passes (parallel.overlap), "
+        f"{low.hidden:.0%} to {high.hidden:.0%} are",
+        "hidden (assumed), and of all others nothing. Of the GPU's memory, "
+        f"{in_gib(RESERVED_BYTES)} are reserved and {USABLE:.0%} of the rest can be used.",
         f"{gpu.name}: {gpu.source}. {network.name}: {network.source}.",
     ]
 

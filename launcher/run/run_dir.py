@@ -35,6 +35,7 @@ FREE_KEYS = (
     "parallel.sequence_parallel",
     "parallel.recompute",
     "parallel.zero",
+    "parallel.overlap",
     "speed",
     "data.workers",
     "data.prefetch",

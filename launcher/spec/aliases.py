@@ -323,6 +323,11 @@ _PARALLEL = (
     _same(
         "parallel.zero", "zero_stage zero zero_level zero_optimization zero_optimization.stage zero_optimization_stage"
     ),
+    _same(
+        "parallel.overlap",
+        "overlap_comm zero_optimization.overlap_comm overlap_grad_reduce overlap_param_gather overlap_communication "
+        "overlap_grad_reduction",
+    ),
     _hint(
         "deepspeed deepspeed_config ds_config",
         "parallel.zero",

@@ -1,4 +1,5 @@
-"""Hooks of the training loop: router statistics, guard, comparison of replicas, branch start, head diversity.
+"""Hooks of the training loop: router statistics, guard, comparison of replicas, branch start, head diversity,
+garbage collection.
 
 The loop calls the methods of `Hook` in the order of `run_hooks` and identically on all ranks, so that a hook may be
 collective.
@@ -10,6 +11,7 @@ import time
 from typing import Any
 
 from headway.launcher.train.branch_start import measure_start
+from headway.launcher.train.collector import Collector
 from headway.launcher.train.guard import NumericError, dump
 from headway.launcher.train.heads import HeadProbe, probe_batch
 from headway.launcher.train.router import RouterMonitor
@@ -119,7 +121,7 @@ class HeadDiversity(Hook):
 
 def run_hooks(s: Session) -> tuple[Hook, ...]:
     """The hooks of a run, in the order in which they are called."""
-    return RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s)
+    return RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s), Collector()
 
 
 def _parts(s: Session) -> int:

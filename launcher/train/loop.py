@@ -52,7 +52,7 @@ def train_step(s: Session, *, stop: bool = False) -> Step:
     """Read a batch, take one optimizer step and log it. `stop`: this rank was asked to stop."""
     heartbeat.beat("data", s.step + 1)
     start = time.perf_counter()
-    batch = next(s.loader)
+    batch = s.batches.take()
     data_s = time.perf_counter() - start
     heartbeat.beat("step", s.step + 1)
     wishes = Wishes(stop=stop, save=s.saving.overdue, written=s.saving.written)
@@ -62,7 +62,7 @@ def train_step(s: Session, *, stop: bool = False) -> Step:
     for hook in s.hooks:
         hook.before_step(s)
     lr, allows = s.lr, s.guard.allows if s.guard.vetoes else None
-    stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=lr, allows=allows)
+    stats = s.engine.train_step(batch.micro, targets=agreed.targets, lr=lr, allows=allows, meanwhile=s.batches.fetch)
     step = Step(agreed=agreed, stats=stats, data_s=data_s, step_s=time.perf_counter() - start)
     s.count_step(step.step_s)
     memory("step:weights", s.engine.logical[0].parameter.data)

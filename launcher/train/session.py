@@ -13,6 +13,7 @@ import torch
 from headway.data.loader import Loader, MicroBatch
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.spec import Spec
+from headway.launcher.train.ahead import Ahead
 from headway.launcher.train.guard import Guard
 from headway.launcher.train.saving import Saving
 from headway.launcher.train.tracking import Tracker
@@ -41,6 +42,10 @@ class Session:
     validation_loss: float | None = None  # of the last validation
     validation_step: int | None = None
     step_times: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # in seconds, of the last steps
+    batches: Ahead = field(init=False)  # of `loader`
+
+    def __post_init__(self) -> None:
+        self.batches = Ahead(self.loader, self.engine)
 
     @property
     def tokens(self) -> int:
@@ -107,6 +112,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the threads that read data and write records."""
+        for hook in self.hooks:
+            hook.on_close(self)
         self.loader.close()
         self.tracker.close()
 
@@ -131,6 +138,9 @@ class Hook:
 
     def before_save(self, s: Session) -> None:
         """Called before a checkpoint of this step is written."""
+
+    def on_close(self, s: Session) -> None:
+        """Called when the session ends, also because of an error. Not collective."""
 
 
 def seed_step(spec: Spec, layout: Layout, step: int) -> None:

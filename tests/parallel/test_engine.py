@@ -118,7 +118,7 @@ def test_auxiliary_loss_does_not_depend_on_how_the_batch_is_divided(results):
 
 
 def test_a_run_on_the_cpu_keeps_deepspeed_off_a_gpu_that_is_there(monkeypatch):
-    from headway.parallel.engine import quiet_deepspeed
+    from headway.parallel.deepspeed_options import quiet_deepspeed
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace()))
@@ -136,7 +136,7 @@ def test_no_compiler_runs_and_no_temporary_folder_is_made_when_ranks_start(tmp_p
     script = """if True:
     import subprocess, sys
     from datetime import timedelta
-    from headway.parallel.engine import quiet_deepspeed
+    from headway.parallel.deepspeed_options import quiet_deepspeed
 
     seen = []
     watched = ("tempfile.mkdtemp", "tempfile.mkstemp", "subprocess.Popen")

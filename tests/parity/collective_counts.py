@@ -83,7 +83,7 @@ if __name__ == "__main__":
     from headway.model.balance import BalanceConfig
     from headway.model.decoder import Decoder, Placement
     from headway.parallel.collectives import sequence_ranks, tensor_ranks
-    from headway.parallel.engine import quiet_deepspeed
+    from headway.parallel.deepspeed_options import quiet_deepspeed
     from headway.parallel.layout import arrange, init_layout
     from headway.parallel.logical import LogicalParameter, prepare_tensor_parallel
 

@@ -55,6 +55,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2},
     "pp4": {"pipeline": 4},
     "dp2": {"data": 2},
+    "dp4": {"data": 4},
     "tp2·pp2": {"tensor": 2, "pipeline": 2},
     "tp2·dp2": {"tensor": 2, "data": 2},
     "pp2·dp2": {"pipeline": 2, "data": 2},
@@ -74,6 +75,7 @@ COLUMNS = ("tp2", "tp4", "pp2", "pp4", "dp2", "tp2·pp2", "tp2·dp2", "pp2·dp2"
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A training of `STEPS` steps. `save`: also a checkpoint after `SAVED_STEP`; `load`: begins with that of this name.
+    `overlap`: exchanges overlap with the passes, in buckets so small that each backward pass has several.
 
     `sabotage`: the name of a fault in `parity_faults`, which must be noticed.
     """
@@ -86,6 +88,7 @@ class Case:
     tied: bool = True
     packed: bool = True
     micro_batch: int = 2
+    overlap: bool = False
     save: str = ""
     load: str = ""
     sabotage: str = ""
@@ -96,6 +99,7 @@ class Case:
         words = [self.mechanism, self.layout, f"zero {self.zero}", self.precision]
         words += ["recompute"] * self.recompute + ["untied"] * (not self.tied) + ["unmasked"] * (not self.packed)
         words += [f"micro-batch {self.micro_batch}"] * (self.micro_batch != 2)
+        words += ["overlap"] * self.overlap
         for what in ("save", "load", "sabotage"):
             words += [f"{what} {getattr(self, what)}"] if getattr(self, what) else []
         return " ".join(words)
@@ -114,9 +118,8 @@ class Case:
     def parallel(self) -> ParallelConfig:
         sizes = {key: value for key, value in LAYOUTS[self.layout].items() if key != "data"}
         recompute = "block" if self.recompute else "none"
-        return ParallelConfig.model_validate(
-            {**sizes, "recompute": recompute, "zero": self.zero, "precision": self.precision}
-        )
+        common = {"recompute": recompute, "zero": self.zero, "precision": self.precision, "overlap": self.overlap}
+        return ParallelConfig.model_validate({**sizes, **common})
 
     @property
     def model(self) -> ModelConfig:
@@ -221,6 +224,27 @@ def other_cases() -> list[Case]:
     return cases
 
 
+def overlap_cases() -> list[Case]:
+    """Exchanges that overlap with the passes, wherever the spec allows it: ZeRO-2 and 3, and ZeRO-1 in fp32; with and
+    without accumulation.
+    """
+    kinds = [
+        (zero, precision) for precision in ("fp32", "bf16") for zero in (1, 2, 3) if (zero, precision) != (1, "bf16")
+    ]
+    cases = [
+        Case(mechanism=mechanism, layout=layout, zero=zero, precision=precision, overlap=True)
+        for mechanism, layout in itertools.product(("gqa", "rgqa"), ("dp2", "tp2·dp2", "cp2"))
+        for zero, precision in kinds
+    ]
+    rgqa = [Case(mechanism="rgqa", zero=zero, precision=precision, overlap=True) for zero, precision in kinds]
+    cases += [replace(case, layout=layout) for layout in ("single", "dp4", "sp2", "cp2·dp2") for case in rgqa]
+    cases += [replace(case, layout="dp2", micro_batch=4) for case in rgqa]  # one micro-batch per step
+    cases += [replace(case, layout="dp2", recompute=True) for case in rgqa]
+    cases += [replace(case, layout="dp2", tied=False) for case in rgqa if case.precision == "fp32"]
+    cases += [Case(mechanism=x, layout="dp2", zero=2, overlap=True) for x in ("gqe", "switchhead", "wgqa", "hybrid")]
+    return cases
+
+
 def noise_cases() -> list[Case]:
     """One process in bf16 with another order of summation: measures bf16 noise without a change of layout."""
     return [Case(mechanism=x, precision="bf16", micro_batch=size) for x in TABLE for size in (1, 4, 8)]
@@ -228,7 +252,8 @@ def noise_cases() -> list[Case]:
 
 def every_case() -> list[Case]:
     """All of them, with the references they are compared to; savers come before loaders."""
-    cases = [*table_cases("fp32"), *table_cases("bf16"), *other_cases(), *noise_cases(), *move_cases()]
+    tables = [*table_cases("fp32"), *table_cases("bf16"), *other_cases(), *overlap_cases()]
+    cases = [*tables, *noise_cases(), *move_cases()]
     return with_references(cases)
 
 

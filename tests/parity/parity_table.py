@@ -26,6 +26,7 @@ from parity_cases import (
     move_cases,
     noise_cases,
     other_cases,
+    overlap_cases,
     table_cases,
 )
 from parity_compare import BF16_DENSE, BF16_ROUTED, FP32, Tolerance, relative
@@ -129,6 +130,11 @@ def _page(outcomes: Outcomes, about: dict[str, Any]) -> list[str]:
         "## Beyond the table",
         "",
         *_list(outcomes, other_cases()),
+        "## Exchanges that overlap with the passes",
+        "",
+        "`parallel.overlap: true`, in buckets so small that every backward pass has several.",
+        "",
+        *_list(outcomes, overlap_cases()),
         "## Checkpoints from one layout to another",
         "",
         f"Saved after step {SAVED_STEP}. What the second layout saves at once is what the first one had saved, bit for",

@@ -37,13 +37,16 @@ from safetensors.torch import load_file
 
 from headway.launcher.train.heads import HeadProbe
 from headway.launcher.train.router import RouterMonitor
-from headway.parallel import checkpoint
+from headway.parallel import checkpoint, deepspeed_options
 from headway.parallel.build import make_engine
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout, arrange, init_layout
 
+SMALL_BUCKET = 1  # elements; a bucket then holds the largest parameter
+
 
 def engine_of(case: Case, layout: Layout) -> Engine:
+    deepspeed_options.OVERLAP_BUCKET = SMALL_BUCKET
     return make_engine(
         case.model,
         MECHANISMS[case.mechanism],

@@ -38,6 +38,9 @@ FAST = [
     Case(mechanism="switchhead", layout="tp2", precision="bf16"),
     Case(mechanism="switchhead", layout="cp2"),
     Case(mechanism="moh", layout="tp2"),
+    *(Case(mechanism="rgqa", layout="dp2", zero=z, overlap=True) for z in (1, 2, 3)),
+    Case(mechanism="rgqa", layout="dp2", zero=2, precision="bf16", overlap=True),
+    Case(mechanism="rgqa", layout="tp2·dp2", zero=2, overlap=True),
 ]
 
 SABOTAGED = [

@@ -147,9 +147,32 @@ def test_a_slower_network_slows_only_groups_across_hosts() -> None:
 
 def test_assumptions_are_ordered_and_no_share_is_beyond_the_datasheet() -> None:
     low, high = ASSUMPTIONS
-    for name in ("matmul", "core", "document_core", "memory", "exchange"):
+    for name in ("matmul", "core", "document_core", "memory", "exchange", "hidden"):
         assert 0 < getattr(low, name) < getattr(high, name) < 1
     assert all("not measured here" in row.source for row in (*GPUS.values(), *NETWORKS.values()))
+
+
+def test_overlap_hides_a_share_of_the_exchange_at_most_for_the_time_of_the_passes() -> None:
+    words = ["launch.processes=8", "launch.hosts=2", "launch.address=first", "parallel.zero=3"]
+    for network, bound_by_passes in (("ndr", False), ("ethernet", True)):
+        off, on = (planned(LARGE, *words, f"parallel.overlap={x}", network=network) for x in ("false", "auto"))
+        for assumed, without, times in zip(ASSUMPTIONS, off.speed.times, on.speed.times, strict=True):
+            hidden = without.gradients_s - times.gradients_s
+            passes = times.matmul_s + times.core_s + times.elementwise_s
+            share = assumed.hidden * without.gradients_s  # under ZeRO-3 all exchanges overlap
+            assert hidden == pytest.approx(min(share, passes))
+            assert (passes < share) is bound_by_passes
+            assert times.matmul_s == without.matmul_s
+
+
+def test_under_zero_2_gradients_overlap_and_new_parameters_do_not() -> None:
+    words = ["launch.processes=8", "parallel.zero=2"]
+    off, on = (planned(LARGE, *words, f"parallel.overlap={x}") for x in ("false", "auto"))
+    gradients = sent(on, "data: gradients") / (sent(on, "data: gradients") + sent(on, "data: parameters"))
+    for assumed, without, times in zip(ASSUMPTIONS, off.speed.times, on.speed.times, strict=True):
+        share = 1 - times.gradients_s / without.gradients_s
+        assert share == pytest.approx(assumed.hidden * gradients, rel=0.01)  # apart from latencies
+    assert planned(LARGE, "launch.processes=8").speed == planned(LARGE, *words[:1], "parallel.overlap=false").speed
 
 
 def test_a_published_speed_lies_within_the_range() -> None:

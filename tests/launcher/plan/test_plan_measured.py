@@ -46,6 +46,9 @@ CASES = [
     f"parallel.zero=2 {BF16} {WIDE}",
     f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
     f"{BF16} {REDUCED}",
+    f"parallel.overlap=true {WIDE}",
+    f"parallel.zero=2 parallel.overlap=true {WIDE}",
+    f"parallel.zero=2 {BF16} {WIDE} parallel.overlap=true",
     # Must be last, because DeepSpeed then leaves torch's linear function replaced by its own.
     f"parallel.zero=3 {WIDE}",
     VARIES,
@@ -114,7 +117,7 @@ def test_bytes_sent_are_the_planned_ones(measured, spec_file, words) -> None:
 
 def test_the_planned_bucket_size_equals_deepspeeds() -> None:
     from headway.parallel.config import OptimizerConfig, ParallelConfig
-    from headway.parallel.engine import deepspeed_config
+    from headway.parallel.deepspeed_options import deepspeed_config
 
     config = deepspeed_config(ParallelConfig(), OptimizerConfig(lr=1), micro_batch=1, accumulation=1, data_ranks=1)
     assert config["zero_optimization"].get("reduce_bucket_size", 500_000_000) == BUCKET_ELEMENTS
