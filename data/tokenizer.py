@@ -95,6 +95,10 @@ class CorpusTokenizer:
         """Id of every token, added ones too."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    def added_tokens(self) -> list[str]:
+        """The text of every added token, special or not, by id."""
+        return [token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items())]
+
     def id_of(self, token: str) -> int | None:
         """Id of a token, or None."""
         return self._tokenizer.token_to_id(token)

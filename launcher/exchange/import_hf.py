@@ -13,7 +13,7 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError, printable
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.export import readme, said
-from headway.launcher.exchange.llama_check import differences, random_tokens
+from headway.launcher.exchange.llama_check import differences, is_installed, load_library, load_llama, random_tokens
 from headway.launcher.run.codec import token_of
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.spec.merge import format_value
@@ -70,9 +70,7 @@ def import_hf(source: Path, out: Path) -> int:
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
-        tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
-        with console.progress("compare logits with transformers", lines=False):
-            result = said(differences(source, hf.load_exported(folder), tokens))
+        result = _compared(source, hf.load_exported(folder), shape)
     parameters = sum(p.numel() for p in decoder.parameters())
     if console.wants_json():
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
@@ -80,6 +78,16 @@ def import_hf(source: Path, out: Path) -> int:
     console.result(f"{out}: {parameters:,} parameters; {result}")
     console.say(f"to train from these weights, begin a spec with `base: {out / SPEC}`")
     return 0
+
+
+def _compared(source: Path, decoder: Decoder, shape: LlamaShape) -> str:
+    """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ."""
+    if not is_installed():
+        return "logits not compared: transformers is not installed"
+    tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
+    with console.progress("compare logits with transformers", lines=False):
+        llama = load_llama(source, load_library())
+        return said(differences(source, llama, decoder, tokens))
 
 
 def _refuse_pickles(source: Path) -> None:

@@ -120,7 +120,7 @@ def llama_config(
         "tie_word_embeddings": model.tied_embeddings,
         "torch_dtype": "float32",
         "use_cache": True,
-        "bos_token_id": eos_token_id,
+        "bos_token_id": None,  # training puts no token before a text
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
     }
