@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from headway.launcher.spec.merge import format_value
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface.folder import TensorFiles, WeightsError
-from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, read_llama_config
+from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, older_form, read_llama_config
 
 SPEC = "model.yaml"
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
@@ -70,7 +71,7 @@ def import_hf(source: Path, out: Path) -> int:
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
-        result = _compared(source, hf.load_exported(folder), shape)
+        result = _compared(source, hf.load_exported(folder), shape, raw)
     parameters = sum(p.numel() for p in decoder.parameters())
     if console.wants_json():
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
@@ -80,13 +81,17 @@ def import_hf(source: Path, out: Path) -> int:
     return 0
 
 
-def _compared(source: Path, decoder: Decoder, shape: LlamaShape) -> str:
-    """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ."""
+def _compared(source: Path, decoder: Decoder, shape: LlamaShape, raw: Mapping[str, Any]) -> str:
+    """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ.
+
+    Releases before 5 skip `rope_parameters` without a word, so they get the base in the form that they know.
+    """
     if not is_installed():
         return "logits not compared: transformers is not installed"
     tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
     with console.progress("compare logits with transformers", lines=False):
-        llama = load_llama(source, load_library())
+        config = older_form(raw) if raw.get("rope_parameters") or raw.get("rope_scaling") else None
+        llama = load_llama(source, load_library(), config=config)
         return said(differences(source, llama, decoder, tokens))
 
 
@@ -163,7 +168,8 @@ def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
     sections = {
         "model": model,
         "attention": {"type": config.attention.type, **attention},
-        "init": {"weights": str(out), "sha256": hf.sha256_of(folder / hf.CONFIG)},
+        # The spec is in the folder of the weights: this path leads there from the folder of the spec.
+        "init": {"weights": f"../{out.resolve().name}", "sha256": hf.sha256_of(folder / hf.CONFIG)},
     }
     lines = [
         f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` starts from its weights.",

@@ -144,12 +144,16 @@ def load_library() -> Any:
     return transformers
 
 
-def load_llama(folder: Path, transformers: Any) -> Any:
-    """LlamaForCausalLM of `folder`, in fp32 on the CPU. Raises HeadwayError if transformers cannot read it."""
+def load_llama(folder: Path, transformers: Any, *, config: Mapping[str, Any] | None = None) -> Any:
+    """LlamaForCausalLM of `folder`, in fp32 on the CPU. Raises HeadwayError if transformers cannot read it.
+
+    config: Contents of its config.json in another form; by default, transformers reads the file.
+    """
     try:
         # Do not run code from the checkpoint, read a pickle, or access the network.
         llama, report = transformers.LlamaForCausalLM.from_pretrained(
             folder,
+            config=None if config is None else transformers.LlamaConfig.from_dict(dict(config)),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

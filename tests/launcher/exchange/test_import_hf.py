@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from headway.data import tokenizer
 from headway.data.config import TrainTokenizer
+from headway.launcher.base.errors import HeadwayError
+from headway.launcher.exchange import import_hf as import_module
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.run.codec import Codec
 from headway.model.attention.gqa import GqaConfig
@@ -18,7 +20,7 @@ from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface.folder import load_exported
-from headway.model.huggingface.llama import llama_config, llama_name
+from headway.model.huggingface.llama import llama_config, llama_name, older_form
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,26 @@ def test_an_imported_llama_has_the_logits_of_transformers(tmp_path, kind, dtype)
     assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5 < logits(ours, tokens).std()
 
 
+@pytest.mark.parametrize("table", ["rope_parameters", "rope_scaling"])
+def test_a_base_in_the_form_of_newer_releases_is_read_and_compared(tmp_path, table, capsys, monkeypatch):
+    """The pinned transformers does not know `rope_parameters`: it would take the base 10,000 without a word."""
+    library = transformers()
+    shape = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = library.LlamaConfig(**shape, num_attention_heads=4, initializer_range=0.1, rope_theta=500.0)
+    theirs = library.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    newer = {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    edited(rope_theta="absent", **{"rope_scaling": None, table: newer})(tmp_path / "hf")
+    assert import_hf(tmp_path / "hf", tmp_path / "ours") == 0
+    assert "largest difference from the logits of transformers" in capsys.readouterr().out
+    ours, tokens = load_exported(tmp_path / "ours"), some_tokens(90)
+    assert ours.attention.rope_base == 500.0
+    assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5 < logits(ours, tokens).std()
+    monkeypatch.setattr(import_module, "older_form", lambda config: older_form(config) | {"rope_theta": 600.0})
+    with pytest.raises(HeadwayError, match="logits of random tokens differ"):
+        import_hf(tmp_path / "hf", tmp_path / "other")
+
+
 def edited(**changes):
     def edit(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -105,6 +127,12 @@ REFUSED = {
     "code of its own": (edited(auto_map={"AutoModel": "x.Y"}), "auto_map: .*code, which is not executed"),
     "scaled positions": (edited(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling: .*llama3"),
     "newer scaled positions": (edited(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_parameters: .*yarn"),
+    "two bases": (edited(rope_parameters={"rope_theta": 500.0}), "rope_theta: .*several values .10000, 500. in"),
+    "two bases in the older table": (edited(rope_scaling={"type": "default", "rope_theta": 5.0}), "several values"),
+    "newer rotation of a part": (
+        edited(rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}),
+        "rope_parameters: .*partial_rotary_factor",
+    ),
     "biases of attention": (edited(attention_bias=True), "attention_bias: .*no biases"),
     "biases of the mlp": (edited(mlp_bias=True), "mlp_bias: .*no biases"),
     "another activation": (edited(hidden_act="gelu"), "hidden_act: 'gelu'"),
