@@ -38,19 +38,10 @@ def import_hf(source: Path, out: Path) -> int:
     if not source.is_dir():
         raise NoInputError(f"{source}: no such folder; name one with config.json and model.safetensors")
     refuse_taken(out, option="--to")
-    _refuse_pickles(source)
-    config = source / hf.CONFIG
-    raw = hf.read_mapping(config)
+    raw = read_raw(source)
     if raw.get("format") == hf.FORMAT:
         raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
-    try:
-        shape = read_llama_config(raw)
-    except ValueError as e:
-        raise WeightsError(f"{config}: {_first(e)}") from None
-    tensors = TensorFiles(source)
-    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
-    fill(decoder.eval().requires_grad_(False), tensors, shape)
-    bos, eos = _ends(source, shape)
+    decoder, shape, bos = read_llama(source, raw)
     with new_folder(out, option="--to") as folder:
         with console.progress("write tensors", lines=False):
             files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
@@ -65,7 +56,7 @@ def import_hf(source: Path, out: Path) -> int:
             seq_len=shape.seq_len,
             tokens=0,
             bos_token_id=bos,
-            eos_token_id=eos,
+            eos_token_id=shape.eos_token_id,
             files={},
         )
         hf.write_exported(folder, exported, files)
@@ -79,6 +70,27 @@ def import_hf(source: Path, out: Path) -> int:
     console.result(f"{out}: {parameters:,} parameters; {result}")
     console.say(f"to train from these weights, begin a spec with `base: {out / SPEC}`")
     return 0
+
+
+def read_raw(source: Path) -> dict[str, Any]:
+    """Contents of the config.json of a folder of weights. Raises WeightsError if there is none, or pickles only."""
+    _refuse_pickles(source)
+    return hf.read_mapping(source / hf.CONFIG)
+
+
+def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShape, int | None]:
+    """(decoder in fp32 and evaluation mode, its shape, the token that begins every text or None) of a Llama.
+
+    `raw`: contents of its config.json. Raises WeightsError if it has another architecture or is incomplete.
+    """
+    try:
+        shape = read_llama_config(raw)
+    except ValueError as e:
+        raise WeightsError(f"{source / hf.CONFIG}: {_first(e)}") from None
+    tensors = TensorFiles(source)
+    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
+    fill(decoder.eval().requires_grad_(False), tensors, shape)
+    return decoder, shape, _first_token(source, shape)
 
 
 def _compared(source: Path, decoder: Decoder, shape: LlamaShape, raw: Mapping[str, Any]) -> str:
@@ -134,11 +146,11 @@ def _as_fp32(tensor: Tensor, name: str, source: Path) -> Tensor:
     return tensor.to(float32)
 
 
-def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
-    """(BOS token, EOS token) from tokenizer.json and config.json; None if there is none."""
+def _first_token(source: Path, shape: LlamaShape) -> int | None:
+    """The token that tokenizer.json puts before every text, or None. Raises WeightsError if the file does not fit."""
     file = source / hf.TOKENIZER
     if not file.exists():
-        return None, shape.eos_token_id
+        return None
     hf.read_small(file)
     from tokenizers import Tokenizer
 
@@ -158,7 +170,7 @@ def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
         )
     plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
-    return (whole[0] if begins else None), shape.eos_token_id
+    return whole[0] if begins else None
 
 
 def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:

@@ -63,11 +63,15 @@ class Codec:
         """The codec of a weights folder whose files have been verified."""
         from headway.model.huggingface.folder import TOKENIZER
 
-        if TOKENIZER not in config.files or config.eos_token_id is None:
-            return cls(None, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
-        return cls._of_file(
-            folder / TOKENIZER, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id
-        )
+        file = folder / TOKENIZER if TOKENIZER in config.files else None
+        return cls.of_weights(file, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
+
+    @classmethod
+    def of_weights(cls, file: Path | None, vocab_size: int, *, eos_id: int | None, bos_id: int | None) -> Codec:
+        """The codec of weights with the tokenizer.json `file`. Without it, or without an end token, texts are ids."""
+        if file is None or eos_id is None:
+            return cls(None, vocab_size, eos_id=eos_id, bos_id=bos_id)
+        return cls._of_file(file, vocab_size, eos_id=eos_id, bos_id=bos_id)
 
     @classmethod
     def _of_file(cls, file: Path, vocab_size: int, *, eos_id: int, bos_id: int | None) -> Codec:

@@ -241,6 +241,8 @@ def test_an_export_reads_and_continues_text_as_the_run_does(run: Path, tmp_path:
     capsys.readouterr()
     assert main(["generate", str(run), "document 3 says", "--tokens", "8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == theirs.removesuffix("</s>")
+    assert main(["generate", str(tmp_path / "hf"), "document 3 says", "--tokens", "8", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == theirs.removesuffix("</s>")
 
 
 @pytest.mark.usefixtures("in_place")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from headway.data import tokenizer
 from headway.data.config import TrainTokenizer
 from headway.launcher.base.errors import HeadwayError
+from headway.launcher.cli.main import main
 from headway.launcher.exchange import import_hf as import_module
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.run.codec import Codec
@@ -204,3 +205,25 @@ def test_a_bos_token_of_the_tokenizer_is_added_before_prompts(folder, tmp_path):
     assert config.bos_token_id == 0
     ids = Codec.of_exported(tmp_path / "ours", config).encode("document")
     assert ids[0] == 0 and len(ids) == 2
+
+
+def test_generate_reads_a_llama_without_import(folder, capsys):
+    words = ["generate", str(folder), "document 3 says", "--tokens", "5", "--temperature", "0"]
+    assert main(words) == 0
+    direct = capsys.readouterr().out
+    assert main(["import", str(folder), "--to", str(folder.parent / "ours")]) == 0
+    capsys.readouterr()
+    assert main([words[0], str(folder.parent / "ours"), *words[2:]]) == 0
+    assert capsys.readouterr().out == direct and len(direct) > len("document 3 says\n")
+    (folder / "tokenizer.json").unlink()
+    assert main(["generate", str(folder), "5 40 7", "--tokens", "5"]) == 0
+    edited(hidden_act="gelu")(folder)
+    assert main(["generate", str(folder), "5 40 7"]) == 65
+    assert "hidden_act: 'gelu'" in capsys.readouterr().err
+
+
+def test_a_llama_as_initial_weights_is_refused_with_the_way(folder):
+    with pytest.raises(
+        hf.WeightsError, match=r"is a Hugging Face model; convert it with `headway import .*hf --to DIR`"
+    ):
+        hf.read_exported(folder)
