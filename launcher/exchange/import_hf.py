@@ -25,6 +25,8 @@ from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, 
 
 SPEC = "model.yaml"
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+_PROBES = 100
+"""Tokens that are tried as texts, if the tokenizer does not know the letter a."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -168,9 +170,21 @@ def _first_token(source: Path, shape: LlamaShape) -> int | None:
             f"{file}: contains token {largest}, but config.json has a vocab_size of {shape.vocab_size}; use the "
             f"tokenizer of this checkpoint, or remove it"
         )
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
-    return whole[0] if begins else None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for text in ("a", *sorted(tokenizer.get_vocab(with_added_tokens=False), key=len)[:_PROBES]):
+        try:
+            plain, whole = (tokenizer.encode(text, add_special_tokens=special).ids for special in (False, True))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # this text is not in its vocabulary
+            continue
+        begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
+        return whole[0] if begins else None
+    raise WeightsError(
+        f"{file}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to import the "
+        "weights alone"
+    )
 
 
 def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:

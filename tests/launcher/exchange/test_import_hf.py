@@ -227,3 +227,19 @@ def test_a_llama_as_initial_weights_is_refused_with_the_way(folder):
         hf.WeightsError, match=r"is a Hugging Face model; convert it with `headway import .*hf --to DIR`"
     ):
         hf.read_exported(folder)
+
+
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_a_tokenizer_that_does_not_know_the_letter_a_can_be_imported(folder, tmp_path, unknown):
+    from tokenizers import Tokenizer, models
+    from tokenizers.processors import TemplateProcessing
+
+    vocab = {word: n for n, word in enumerate(["<s>", "</s>", "one", "two", *([unknown] if unknown else [])])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=9, direction="left")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert import_hf(folder, tmp_path / "ours") == 0
+    assert hf.read_exported(tmp_path / "ours").bos_token_id == 0
