@@ -95,6 +95,10 @@ class CorpusTokenizer:
         """Id of every token, added ones too."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    def added_tokens(self) -> list[str]:
+        """The text of every added token, special or not, by id."""
+        return [token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items())]
+
     def id_of(self, token: str) -> int | None:
         """Id of a token, or None."""
         return self._tokenizer.token_to_id(token)
@@ -237,9 +241,11 @@ def _check_content(path: Path, data: bytes, loaded: CorpusTokenizer) -> None:
         declared, actual = token.get("id"), loaded.id_of(token.get("content", ""))
         if declared != actual:
             size = loaded.model_size
+            holder = next((other for other, number in loaded.vocabulary().items() if number == declared), None)
+            taken = "" if holder is None else f", which {holder!r} has"
             raise DataError(
-                f"{path}: added_tokens says that {token.get('content')!r} has the id {declared}, but the tokenizers "
-                f"library gives it the id {actual}: added tokens must have the ids that follow the {size:,} of "
+                f"{path}: added_tokens says that {token.get('content')!r} has the id {declared}{taken}, but the "
+                f"tokenizers library gives it the id {actual}: added tokens must have the ids that follow the {size:,} of "
                 f"model.vocab ({size}, {size + 1}, ...) in the order of the file, without gaps, unless they are in "
                 "model.vocab. Number them so, and check that a model that was trained with this file agrees"
             )

@@ -25,7 +25,15 @@ from headway.parallel.config import CheckpointConfig, CheckpointError
 from headway.parallel.fault_points import point
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, own_part
-from headway.parallel.manifest import MANIFEST, Checkpoint, Tensors, read_manifest, steps_on_disk, verify_hashes
+from headway.parallel.manifest import (
+    MANIFEST,
+    Checkpoint,
+    ForeignCheckpointError,
+    Tensors,
+    read_manifest,
+    steps_on_disk,
+    verify_hashes,
+)
 from headway.parallel.saver import Saved, Saver
 
 __all__ = [
@@ -98,19 +106,22 @@ def newest_valid(
     return None
 
 
-def newest_readable(root: Path, *, warn: Callable[[str], None]) -> Checkpoint:
+def newest_readable(root: Path, *, warn: Callable[[str], None], run: str | None) -> Checkpoint:
     """The newest valid checkpoint, for a single process that only reads. Training may run at the same time.
 
-    Raises CheckpointError if there is none.
+    `run`: id of the run that must have written it; None if it is not known. Raises CheckpointError if there is none,
+    ForeignCheckpointError if another run wrote the newest one: its owner expects another step than an older one.
     """
     candidates: list[Path] | None = None
     while (now := steps_on_disk(root)) != candidates:  # retry if training replaced the checkpoints meanwhile
         candidates = now
         for path in candidates:
             try:
-                manifest = read_manifest(path)
+                manifest = read_manifest(path, run=run)
                 verify_hashes(path, manifest)
                 return Checkpoint(path=path, step=manifest.step, manifest=manifest)
+            except ForeignCheckpointError:
+                raise
             except (CheckpointError, OSError) as e:
                 warn(f"checkpoint skipped: {e}")
     found = f"none of {len(candidates)} checkpoints is valid" if candidates else "there is no checkpoint yet"

@@ -32,6 +32,10 @@ _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint that another run wrote. Loading it would give weights of another training."""
+
+
 class FileEntry(StrictModel):
     """Size, hash and tensor keys of one file."""
 
@@ -133,7 +137,8 @@ def own_hash(value: Any) -> str:
 def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
     """Read the manifest of a checkpoint folder and check its hash, the size of every file, and that no file is extra.
 
-    `run`: id of the run that must have written it. Raises CheckpointError, which names the invalid file.
+    `run`: id of the run that must have written it. Raises CheckpointError, which names the invalid file, and
+    ForeignCheckpointError, which names both runs.
     """
     try:
         with _open(path / MANIFEST) as f:
@@ -165,7 +170,10 @@ def _check_folder(path: Path, manifest: Manifest, run: str | None) -> None:
         raise CheckpointError(f"{path}: the manifest is for step {manifest.step}")
     written_by = manifest.about.get("run")
     if run is not None and written_by is not None and written_by != run:
-        raise CheckpointError(f"{path}: it was written by another run ({written_by!r:.40}, this one is {run})")
+        raise ForeignCheckpointError(
+            f"{path}: it was written by another run ({written_by!r:.40}, this run is {run!r:.40}), so its weights are "
+            "not those of this run; move it to the folder of its run, and restore this run's own checkpoint"
+        )
     if path.is_symlink():
         raise CheckpointError(f"{path}: a link, not a checkpoint")
     for name, entry in manifest.files.items():

@@ -198,7 +198,7 @@ def _newest(run: RunDir) -> Checkpoint:
     from headway.parallel.checkpoint import newest_readable
 
     damaged: list[str] = []
-    found = newest_readable(run.checkpoints, warn=damaged.append)
+    found = newest_readable(run.checkpoints, warn=damaged.append, run=run.run_id())
     if damaged:
         raise CheckpointError(f"a measured checkpoint is damaged ({damaged[0]}); check the disk, and measure again")
     return found

@@ -13,7 +13,18 @@ from torch import Tensor
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.base.new_folder import new_folder, refuse_taken
-from headway.launcher.exchange.llama_check import LENGTH, SEQUENCES, Difference, differences, random_tokens
+from headway.launcher.exchange.hf_tokenizer import compare_texts, load_reader, write_tokenizer
+from headway.launcher.exchange.llama_check import (
+    LENGTH,
+    SEQUENCES,
+    Difference,
+    compare_continuation,
+    differences,
+    is_installed,
+    load_library,
+    load_llama,
+    random_tokens,
+)
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.folders import find_run
 from headway.launcher.run.stored_spec import stored_spec
@@ -27,6 +38,8 @@ from headway.parallel.checkpoint import Checkpoint
 from headway.parallel.config import CheckpointError
 
 MIN_SHARD_BYTES = 1 << 10
+PROMPT, CONTINUATION = 16, 32
+"""Tokens of the prompt and of its greedy continuation, which are compared with transformers."""
 SPARE_BYTES = 64 << 20
 """Disk space for files other than tensors."""
 
@@ -41,9 +54,10 @@ def export(
 ) -> int:
     """Write the weights of a run's newest complete checkpoint, or of the checkpoint of `step`, to the new folder `out`.
 
-    `to` hf: a LlamaForCausalLM. Its logits are compared with Headway's if transformers is installed. Raises SpecError
-    if a Llama cannot express the mechanism or `out` exists, NoInputError if `path` is not a run, CheckpointError if the
-    checkpoint is incomplete, DataError if the run's tokenizer is missing, HeadwayError if logits differ. After an error
+    `to` hf: a LlamaForCausalLM with its tokenizer. Ids of texts, logits and a greedy continuation are compared if
+    transformers is installed. Raises SpecError if a Llama cannot express the mechanism or `out` exists, NoInputError if
+    `path` is not a run, CheckpointError if the checkpoint is incomplete or of another run, DataError if the run's
+    tokenizer is missing or transformers gives other ids, HeadwayError if logits or continuations differ. After an error
     `out` does not exist.
     """
     if max_shard_bytes < MIN_SHARD_BYTES:
@@ -92,33 +106,47 @@ def _write_llama(
     _write_tensors(folder, tensors, max_shard_bytes)
     config = _llama_config(spec, codec)
     hf.write_json(folder / hf.CONFIG, config)
-    ends = {"bos_token_id": codec.eos_id, "eos_token_id": codec.eos_id}
+    ends = {"bos_token_id": None, "eos_token_id": codec.eos_id, "pad_token_id": None}
     hf.write_json(folder / "generation_config.json", ends)
     if codec.file is not None:
-        shutil.copyfile(codec.file, folder / hf.TOKENIZER)
-        eos = codec.eos_token
-        hf.write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": spec.data.seq_len,
-                "bos_token": eos,
-                "eos_token": eos,
-                "clean_up_tokenization_spaces": False,
-            },
-        )
-    tokens = {"random": random_tokens(config["vocab_size"], spec.data.seq_len), "validation": validation_tokens(spec)}
-    with console.progress("compare logits with transformers", lines=False):
-        result = said(differences(folder, decoder, tokens))
+        write_tokenizer(folder, codec, seq_len=spec.data.seq_len)
+    result = _compared(folder, spec, decoder, codec)
     text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
     (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
     return result
 
 
-def said(found: dict[str, Difference] | None) -> str:
-    """Result of the comparison with transformers, as text."""
-    if found is None:
-        return "logits not compared: transformers is not installed"
+def _compared(folder: Path, spec: Spec, decoder: Decoder, codec: Codec) -> str:
+    """Compare what transformers reads from `folder` with the run: ids of texts, logits, a greedy continuation.
+
+    Returns the result as text. Raises DataError for other ids, HeadwayError for other logits or another continuation.
+    """
+    if not is_installed():
+        return "ids and logits not compared: transformers is not installed"
+    vocab_size, seq_len = len(decoder.embedding), spec.data.seq_len
+    library, validation = load_library(), validation_tokens(spec)
+    words, prompt = "", validation[:1, : max(1, min(PROMPT, seq_len // 2))]
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if codec.tokenizer is not None:
+        with console.progress("compare ids of texts with transformers", lines=False):
+            reader = load_reader(folder, library)
+            rows = [*validation.tolist(), *prompt.tolist()]
+            texts = [codec.decode([i for i in row if i != codec.eos_id]) for row in rows]
+            words = f"transformers gives equal ids for {compare_texts(reader, codec, texts)} texts, "
+        if codec.tokenizer.encode(texts[-1:])[0]:
+            inputs = dict(reader(texts[-1], return_tensors="pt"))
+    with console.progress("compare logits with transformers", lines=False):
+        llama = load_llama(folder, library)
+        found = differences(
+            folder, llama, decoder, {"random": random_tokens(vocab_size, seq_len), "validation": validation}
+        )
+        tokens = max(1, min(CONTINUATION, seq_len - inputs["input_ids"].shape[1]))
+        new = compare_continuation(folder, llama, decoder, inputs, eos_id=codec.eos_id, tokens=tokens)
+    return f"{words}{said(found)}; equal greedy continuation of {new} tokens"
+
+
+def said(found: dict[str, Difference]) -> str:
+    """Result of the comparison of logits, as text."""
     return "largest difference from the logits of transformers: " + ", ".join(
         f"{difference} on {name} tokens" for name, difference in found.items()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError, printable
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.export import readme, said
-from headway.launcher.exchange.llama_check import differences, random_tokens
+from headway.launcher.exchange.llama_check import differences, is_installed, load_library, load_llama, random_tokens
 from headway.launcher.run.codec import token_of
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.spec.merge import format_value
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface.folder import TensorFiles, WeightsError
-from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, read_llama_config
+from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, older_form, read_llama_config
 
 SPEC = "model.yaml"
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+_PROBES = 100
+"""Tokens that are tried as texts, if the tokenizer does not know the letter a."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -37,19 +40,10 @@ def import_hf(source: Path, out: Path) -> int:
     if not source.is_dir():
         raise NoInputError(f"{source}: no such folder; name one with config.json and model.safetensors")
     refuse_taken(out, option="--to")
-    _refuse_pickles(source)
-    config = source / hf.CONFIG
-    raw = hf.read_mapping(config)
+    raw = read_raw(source)
     if raw.get("format") == hf.FORMAT:
         raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
-    try:
-        shape = read_llama_config(raw)
-    except ValueError as e:
-        raise WeightsError(f"{config}: {_first(e)}") from None
-    tensors = TensorFiles(source)
-    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
-    fill(decoder.eval().requires_grad_(False), tensors, shape)
-    bos, eos = _ends(source, shape)
+    decoder, shape, bos = read_llama(source, raw)
     with new_folder(out, option="--to") as folder:
         with console.progress("write tensors", lines=False):
             files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
@@ -64,15 +58,13 @@ def import_hf(source: Path, out: Path) -> int:
             seq_len=shape.seq_len,
             tokens=0,
             bos_token_id=bos,
-            eos_token_id=eos,
+            eos_token_id=shape.eos_token_id,
             files={},
         )
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
-        tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
-        with console.progress("compare logits with transformers", lines=False):
-            result = said(differences(source, hf.load_exported(folder), tokens))
+        result = _compared(source, hf.load_exported(folder), shape, raw)
     parameters = sum(p.numel() for p in decoder.parameters())
     if console.wants_json():
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
@@ -80,6 +72,41 @@ def import_hf(source: Path, out: Path) -> int:
     console.result(f"{out}: {parameters:,} parameters; {result}")
     console.say(f"to train from these weights, begin a spec with `base: {out / SPEC}`")
     return 0
+
+
+def read_raw(source: Path) -> dict[str, Any]:
+    """Contents of the config.json of a folder of weights. Raises WeightsError if there is none, or pickles only."""
+    _refuse_pickles(source)
+    return hf.read_mapping(source / hf.CONFIG)
+
+
+def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShape, int | None]:
+    """(decoder in fp32 and evaluation mode, its shape, the token that begins every text or None) of a Llama.
+
+    `raw`: contents of its config.json. Raises WeightsError if it has another architecture or is incomplete.
+    """
+    try:
+        shape = read_llama_config(raw)
+    except ValueError as e:
+        raise WeightsError(f"{source / hf.CONFIG}: {_first(e)}") from None
+    tensors = TensorFiles(source)
+    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
+    fill(decoder.eval().requires_grad_(False), tensors, shape)
+    return decoder, shape, _first_token(source, shape)
+
+
+def _compared(source: Path, decoder: Decoder, shape: LlamaShape, raw: Mapping[str, Any]) -> str:
+    """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ.
+
+    Releases before 5 skip `rope_parameters` without a word, so they get the base in the form that they know.
+    """
+    if not is_installed():
+        return "logits not compared: transformers is not installed"
+    tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
+    with console.progress("compare logits with transformers", lines=False):
+        config = older_form(raw) if raw.get("rope_parameters") or raw.get("rope_scaling") else None
+        llama = load_llama(source, load_library(), config=config)
+        return said(differences(source, llama, decoder, tokens))
 
 
 def _refuse_pickles(source: Path) -> None:
@@ -121,11 +148,11 @@ def _as_fp32(tensor: Tensor, name: str, source: Path) -> Tensor:
     return tensor.to(float32)
 
 
-def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
-    """(BOS token, EOS token) from tokenizer.json and config.json; None if there is none."""
+def _first_token(source: Path, shape: LlamaShape) -> int | None:
+    """The token that tokenizer.json puts before every text, or None. Raises WeightsError if the file does not fit."""
     file = source / hf.TOKENIZER
     if not file.exists():
-        return None, shape.eos_token_id
+        return None
     hf.read_small(file)
     from tokenizers import Tokenizer
 
@@ -143,9 +170,21 @@ def _ends(source: Path, shape: LlamaShape) -> tuple[int | None, int | None]:
             f"{file}: contains token {largest}, but config.json has a vocab_size of {shape.vocab_size}; use the "
             f"tokenizer of this checkpoint, or remove it"
         )
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
-    return (whole[0] if begins else None), shape.eos_token_id
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for text in ("a", *sorted(tokenizer.get_vocab(with_added_tokens=False), key=len)[:_PROBES]):
+        try:
+            plain, whole = (tokenizer.encode(text, add_special_tokens=special).ids for special in (False, True))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # this text is not in its vocabulary
+            continue
+        begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
+        return whole[0] if begins else None
+    raise WeightsError(
+        f"{file}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to import the "
+        "weights alone"
+    )
 
 
 def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
@@ -155,7 +194,8 @@ def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
     sections = {
         "model": model,
         "attention": {"type": config.attention.type, **attention},
-        "init": {"weights": str(out), "sha256": hf.sha256_of(folder / hf.CONFIG)},
+        # The spec is in the folder of the weights: this path leads there from the folder of the spec.
+        "init": {"weights": f"../{out.resolve().name}", "sha256": hf.sha256_of(folder / hf.CONFIG)},
     }
     lines = [
         f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` starts from its weights.",

@@ -46,14 +46,15 @@ def random_tokens(vocab_size: int, seq_len: int) -> Tensor:
     return torch.randint(vocab_size, (SEQUENCES, min(seq_len, LENGTH)), generator=generator)
 
 
-def differences(folder: Path, decoder: Decoder, tokens: Mapping[str, Tensor]) -> dict[str, Difference] | None:
-    """Name -> difference on `tokens[name]` [B, S], computed in fp32 on CPU. None if transformers is not installed.
+def is_installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
-    Raises HeadwayError if a difference exceeds `TOLERANCE`, or if transformers cannot read the folder.
+
+def differences(folder: Path, llama: Any, decoder: Decoder, tokens: Mapping[str, Tensor]) -> dict[str, Difference]:
+    """Name -> difference of the logits on `tokens[name]` [B, S], computed in fp32 on CPU.
+
+    llama: The model of `folder`, from `load_llama`. Raises HeadwayError if a difference exceeds `TOLERANCE`.
     """
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    llama = _loaded(folder)
     found = {}
     for name, ids in tokens.items():
         with torch.no_grad():
@@ -65,6 +66,47 @@ def differences(folder: Path, decoder: Decoder, tokens: Mapping[str, Tensor]) ->
                 f"than {TOLERANCE:g} of the largest logit; nothing was written. Please report this with the spec"
             )
     return found
+
+
+def compare_continuation(
+    folder: Path, llama: Any, decoder: Decoder, inputs: Mapping[str, Tensor], *, eos_id: int | None, tokens: int
+) -> int:
+    """Continue a prompt with `llama.generate` and its generation_config.json, at most `tokens` tokens.
+
+    inputs: Arguments of `generate`: `input_ids` [1, S] and what else the tokenizer gives. Returns the number of new
+    tokens. Raises HeadwayError unless each is the most likely one of Headway's decoder (except for ties within
+    `TOLERANCE`), and the continuation ends at `eos_id` and nowhere else.
+    """
+    prompt = inputs["input_ids"]
+    try:
+        with torch.no_grad():
+            whole = llama.generate(**inputs, max_new_tokens=tokens)
+    except Exception as e:  # whatever the library raises
+        raise HeadwayError(
+            f"{folder}: transformers cannot continue a prompt ({type(e).__name__}: {str(e)[:300]}); nothing was "
+            "written. Please report this with the spec"
+        ) from e
+    new = whole[0, prompt.shape[1] :]  # [N]
+    with torch.no_grad():
+        logits = decoder.logits(whole[:, :-1])[0, prompt.shape[1] - 1 :]  # [N, V]
+    missing = logits.max(-1).values - logits.gather(-1, new[:, None])[:, 0]  # [N], 0 for the most likely token
+    allowed = 2 * TOLERANCE * max(1.0, float(logits.abs().max()))
+    wrong = (missing > allowed).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise HeadwayError(
+            f"{folder}: greedy continuations differ from new token {place + 1} on: transformers takes "
+            f"{int(new[place])}, Headway {int(logits[place].argmax())}; nothing was written. "
+            "Please report this with the spec"
+        )
+    ends = [] if eos_id is None else (new == eos_id).nonzero()[:, 0].tolist()
+    if (ends[0] + 1 if ends else tokens) != len(new):
+        raise HeadwayError(
+            f"{folder}: transformers ends a continuation after {len(new)} of {tokens} tokens, but the end-of-document "
+            f"token {eos_id} is {f'new token {ends[0] + 1}' if ends else 'not among them'}; nothing was written. "
+            "Please report this with the spec"
+        )
+    return len(new)
 
 
 @contextlib.contextmanager
@@ -84,13 +126,14 @@ def _hidden(name: str) -> Iterator[None]:
         del modules[name]
 
 
-def _loaded(folder: Path) -> Any:
+def load_library() -> Any:
+    """The package transformers, offline and quiet. Raises HeadwayError if it cannot be imported."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # before the first import, which reads them
         os.environ.setdefault(name, "1")
     try:
         with _hidden("torchvision"):
             transformers: Any = importlib.import_module("transformers")
-            llama_class = transformers.LlamaForCausalLM
+            _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer
     except (ImportError, RuntimeError) as e:
         raise HeadwayError(
             f"transformers is installed but cannot be imported ({str(e)[:300]}), so logits cannot be compared; fix the "
@@ -98,10 +141,19 @@ def _loaded(folder: Path) -> Any:
         ) from e
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_llama(folder: Path, transformers: Any, *, config: Mapping[str, Any] | None = None) -> Any:
+    """LlamaForCausalLM of `folder`, in fp32 on the CPU. Raises HeadwayError if transformers cannot read it.
+
+    config: Contents of its config.json in another form; by default, transformers reads the file.
+    """
     try:
         # Do not run code from the checkpoint, read a pickle, or access the network.
-        llama, report = llama_class.from_pretrained(
+        llama, report = transformers.LlamaForCausalLM.from_pretrained(
             folder,
+            config=None if config is None else transformers.LlamaConfig.from_dict(dict(config)),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -9,7 +9,7 @@ from headway.launcher.base.verbs import Verb, output_arguments
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("run", type=Path, help="folder of a run, of weights, or of a Hugging Face Llama")
     parser.add_argument("prompt", help="text to continue; token ids if the run was trained on synthetic data")
     parser.add_argument("--tokens", type=int, default=100, help="maximum number of new tokens (default 100)")
     parser.add_argument(
@@ -84,7 +84,7 @@ VERBS = (
     ),
     Verb(
         name="export",
-        help="write a run's weights for Hugging Face (compares logits) or as safetensors",
+        help="write a run's weights for Hugging Face (compares ids and logits) or as safetensors",
         examples=("headway export runs/quickstart exported --to safetensors",),
         arguments=_export_arguments,
         run=_export,

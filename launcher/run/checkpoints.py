@@ -33,7 +33,8 @@ _DELETION_S = 1.0
 
 def checkpoint_rows(path: Path) -> list[dict[str, Any]]:
     """One row per checkpoint of a run, newest first; empty if there is none. `error` describes a damaged checkpoint."""
-    return [row for folder in steps_on_disk(RunDir(path).checkpoints) if (row := _row(folder)) is not None]
+    run = RunDir(path)
+    return [row for folder in steps_on_disk(run.checkpoints) if (row := _row(folder, run.run_id())) is not None]
 
 
 def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
@@ -41,7 +42,8 @@ def list_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 
     Sizes and manifests are checked; hashes are not.
     """
-    rows = [row for folder in _folders(path, step) if (row := _row(folder)) is not None]
+    run = RunDir(path).run_id()
+    rows = [row for folder in _folders(path, step) if (row := _row(folder, run)) is not None]
     if as_json:
         console.emit(rows)
         return 0
@@ -85,7 +87,7 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
     """Show the origin, files and tensors of the newest checkpoint, or of the checkpoint of `step`."""
     folder = _folders(path, step)[0]
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, run=RunDir(path).run_id())
     found = Checkpoint(path=folder, step=manifest.step, manifest=manifest)
     tensors = Tensors(found)
     shapes = {key: list(tensors.shape(key)) for key in sorted(tensors)}
@@ -129,10 +131,10 @@ def _deleted(folder: Path) -> bool:
     return not folder.is_dir()
 
 
-def _row(folder: Path) -> dict[str, Any] | None:
+def _row(folder: Path, run: str | None) -> dict[str, Any] | None:
     row: dict[str, Any] = {"step": step_of(folder), "error": None}
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, run=run)
         age_s = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
     except (CheckpointError, OSError) as e:
         return None if _deleted(folder) else row | {"error": str(e)}

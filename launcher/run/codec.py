@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Codec:
     """Convert between text and token ids. For synthetic data or without a tokenizer, the text is a list of ids.
 
-    `file`: the tokenizer.json; `eos_id` and `eos_token` end a document; `bos_id` begins every prompt.
+    `tokenizer`: the loaded tokenizer, or None; `file`: its tokenizer.json; `eos_id` and `eos_token` end a document;
+    `bos_id` begins every prompt.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Codec:
         eos_token: str | None = None,
         bos_id: int | None = None,
     ) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.tokenizer, self._vocab_size = tokenizer, vocab_size
         self.file, self.eos_id, self.eos_token, self.bos_id = file, eos_id, eos_token, bos_id
 
     @classmethod
@@ -62,11 +63,15 @@ class Codec:
         """The codec of a weights folder whose files have been verified."""
         from headway.model.huggingface.folder import TOKENIZER
 
-        if TOKENIZER not in config.files or config.eos_token_id is None:
-            return cls(None, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
-        return cls._of_file(
-            folder / TOKENIZER, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id
-        )
+        file = folder / TOKENIZER if TOKENIZER in config.files else None
+        return cls.of_weights(file, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
+
+    @classmethod
+    def of_weights(cls, file: Path | None, vocab_size: int, *, eos_id: int | None, bos_id: int | None) -> Codec:
+        """The codec of weights with the tokenizer.json `file`. Without it, or without an end token, texts are ids."""
+        if file is None or eos_id is None:
+            return cls(None, vocab_size, eos_id=eos_id, bos_id=bos_id)
+        return cls._of_file(file, vocab_size, eos_id=eos_id, bos_id=bos_id)
 
     @classmethod
     def _of_file(cls, file: Path, vocab_size: int, *, eos_id: int, bos_id: int | None) -> Codec:
@@ -79,8 +84,8 @@ class Codec:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at least one. An empty text prompt begins a document."""
         begin = [] if self.bos_id is None else [self.bos_id]
-        if self._tokenizer is not None:
-            return begin + self._tokenizer.encode([prompt])[0] or [self._tokenizer.eos_id]
+        if self.tokenizer is not None:
+            return begin + self.tokenizer.encode([prompt])[0] or [self.tokenizer.eos_id]
         words = prompt.split()
         if not words or not all(w.isdecimal() and w.isascii() and int(w) < self._vocab_size for w in words):
             raise SpecError(
@@ -90,7 +95,7 @@ class Codec:
         return begin + [int(word) for word in words]
 
     def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids)) if self._tokenizer is None else self._tokenizer.decode(ids)
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
 
 
 def token_of(file: Path, token_id: int) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 from headway.data.config import MdsSource
 from headway.data.places import looked_for
 from headway.launcher.base.errors import SpecError
-from headway.launcher.run.run_dir import difference, flatten
+from headway.launcher.run.run_dir import RunDir, difference, flatten
 from headway.launcher.spec.spec import Spec
 from headway.model.huggingface import folder as hf
+from headway.parallel.manifest import steps_on_disk
 
 _START = ("init_std", "branch_start")
 """Keys of `model` that affect only random weights."""
@@ -19,15 +20,17 @@ _START = ("init_std", "branch_start")
 def with_initial_hash(spec: Spec) -> Spec:
     """The spec with `init.sha256` filled in, so that it identifies the weights even if their folder changes.
 
-    Raises WeightsError if the folder is incomplete or damaged, SpecError if its weights are not those that the spec
-    names, belong to another model, or use the ids of another tokenizer.
+    The folder may be missing if `init.sha256` is given and the run has a checkpoint or is complete.
+
+    Raises WeightsError if the folder is missing, incomplete or damaged, SpecError if its weights are not those that the
+    spec names, belong to another model, or use the ids of another tokenizer.
     """
     if spec.init.weights is None:
         return spec
     folder = Path(spec.init.weights).expanduser()
-    if spec.init.sha256 is not None and not folder.exists():
-        return spec  # a resumed run no longer needs them; a new run reports the error when it reads them
     if not folder.exists():
+        if spec.init.sha256 is not None and _continues(RunDir.of(spec)):
+            return spec
         raise hf.WeightsError(
             f"init.weights: {folder}: no such folder{looked_for(folder)}; name a folder written by `headway export RUN "
             "--to safetensors` or `headway import`, or leave init.weights out"
@@ -43,6 +46,11 @@ def with_initial_hash(spec: Spec) -> Spec:
     _refuse_another_model(spec, config, folder)
     _refuse_another_tokenizer(spec, config, folder)
     return spec.model_copy(update={"init": spec.init.model_copy(update={"sha256": found})})
+
+
+def _continues(run: RunDir) -> bool:
+    """Whether a run has a checkpoint or is complete, so that it does not read its initial weights again."""
+    return bool(steps_on_disk(run.checkpoints)) or run.is_complete()
 
 
 def _refuse_another_model(spec: Spec, config: hf.ExportedConfig, folder: Path) -> None:

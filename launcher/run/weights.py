@@ -13,16 +13,17 @@ from headway.parallel import checkpoint
 def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoint:
     """The newest complete checkpoint, or the checkpoint of `step`. All hashes are verified.
 
-    Raises CheckpointError if it is incomplete or if there is none, NoInputError if there is none for `step`.
+    Raises CheckpointError if it is incomplete, if another run wrote it, or if there is none, NoInputError if there is
+    none for `step`.
     """
     if step is None:
         with console.progress("verify checkpoint", lines=False):
-            return checkpoint.newest_readable(run.checkpoints, warn=console.warn)
+            return checkpoint.newest_readable(run.checkpoints, warn=console.warn, run=run.run_id())
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.steps_on_disk(run.checkpoints)}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
         raise NoInputError(f"--step: there is no checkpoint of step {step} (there: {there}); name one, or leave it out")
-    manifest = checkpoint.read_manifest(steps[step])
+    manifest = checkpoint.read_manifest(steps[step], run=run.run_id())
     size = sum(entry.bytes for entry in manifest.files.values())
     with console.progress("verify checkpoint", size, "B") as bar:
         checkpoint.verify_hashes(steps[step], manifest, checked=bar.update)

@@ -109,10 +109,19 @@ def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConf
     )
 
 
+def is_huggingface(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a Hugging Face model, and not of weights in Headway's format."""
+    return config.get("format") != FORMAT and bool({"model_type", "architectures"} & set(config))
+
+
 def read_exported(folder: Path) -> ExportedConfig:
     """Read config.json. Raises WeightsError if it is invalid. Does not check the files it lists."""
     path = folder / CONFIG
     text = read_small(path)
+    if is_huggingface(read_mapping(path)):
+        raise WeightsError(
+            f"{path}: is a Hugging Face model; convert it with `headway import {folder} --to DIR` and name DIR"
+        )
     try:
         return ExportedConfig.model_validate_json(text)
     except ValidationError as e:

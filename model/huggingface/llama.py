@@ -78,6 +78,10 @@ _READ = {
 }
 
 
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
 def llama_name(name: str) -> str:
     """Llama's name of the decoder's tensor `name`."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
@@ -120,7 +124,7 @@ def llama_config(
         "tie_word_embeddings": model.tied_embeddings,
         "torch_dtype": "float32",
         "use_cache": True,
-        "bos_token_id": eos_token_id,
+        "bos_token_id": None,  # training puts no token before a text
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
     }
@@ -255,18 +259,36 @@ def _refuse_other_functions(config: Mapping[str, Any]) -> None:
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:
-    """Base from `rope_theta`, or from `rope_parameters` in newer releases. Raises ValueError for any RoPE scaling."""
-    given = config.get("rope_parameters") or {}
-    for name, table in (("rope_parameters", given), ("rope_scaling", config.get("rope_scaling") or {})):
+    """Base from `rope_theta`, or from `rope_parameters` in newer releases.
+
+    Raises ValueError for any RoPE scaling, and for bases that differ: releases do not agree on which of them counts.
+    """
+    bases = [] if config.get("rope_theta") is None else [_number(config, "rope_theta", 0.0)]
+    for name in _ROPE_TABLES:
+        table = config.get(name) or {}
         if not isinstance(table, dict):
             raise ValueError(f"{name}: {table!r} is not an object; use null, or the rope_type default")
         kind = table.get("rope_type", table.get("type", "default"))
-        if kind != "default" or set(table) - {"rope_type", "type", "rope_theta"}:
+        whole = table.get("partial_rotary_factor") in (None, 1)
+        if kind != "default" or not whole or set(table) - _ROPE_KEYS:
             raise ValueError(
                 f"{name}: RoPE scaling ({kind}: {', '.join(sorted(table))}) is not supported; "
                 f"use a checkpoint with {name} null, or one with rope_type default"
             )
-    return _number({**config, **given}, "rope_theta", 10_000.0)
+        if table.get("rope_theta") is not None:
+            bases.append(_number(table, "rope_theta", 0.0))
+    if len(set(bases)) > 1:
+        raise ValueError(
+            f"rope_theta: config.json has several values ({', '.join(f'{base:g}' for base in bases)}) in rope_theta, "
+            "rope_parameters and rope_scaling; keep the one that the checkpoint was trained with"
+        )
+    return bases[0] if bases else 10_000.0
+
+
+def older_form(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that `read_llama_config` accepts, in the form of releases that do not know `rope_parameters`."""
+    plain = {key: value for key, value in config.items() if key not in _ROPE_TABLES}
+    return plain | {"rope_theta": _rope_base(config)}
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

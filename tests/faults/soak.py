@@ -161,7 +161,7 @@ class Soak:
             kind = self.chance.choice(DAMAGES)
             damage(folders[0], kind, self.chance)
             self.figures.damaged[kind] += 1
-        return checkpoint.newest_readable(run / "checkpoints", warn=lambda _: None).step if folders else 0
+        return checkpoint.newest_readable(run / "checkpoints", warn=lambda _: None, run=None).step if folders else 0
 
     def _start(self, run: Path, layout: str) -> str:
         """Start the training, inject a fault, and wait for its end. Returns its output."""

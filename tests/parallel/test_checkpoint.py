@@ -506,18 +506,18 @@ def test_a_reader_finds_checkpoints_that_training_saved_meanwhile(tmp_path, monk
     write(tmp_path, 1, keep=1)
     read = checkpoint.read_manifest
 
-    def late(path):
+    def late(path, **kwargs):
         if path.name == "step-0000000001":
             write(tmp_path, 2, keep=1)
-        return read(path)
+        return read(path, **kwargs)
 
     monkeypatch.setattr(checkpoint, "read_manifest", late)
     said: list[str] = []
-    assert checkpoint.newest_readable(tmp_path, warn=said.append).step == 2
+    assert checkpoint.newest_readable(tmp_path, warn=said.append, run=None).step == 2
     assert len(said) == 1
     (tmp_path / "step-0000000002" / "MANIFEST.json").unlink()
     with pytest.raises(CheckpointError, match="none of 1"):
-        checkpoint.newest_readable(tmp_path, warn=said.append)
+        checkpoint.newest_readable(tmp_path, warn=said.append, run=None)
 
 
 def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path):

@@ -280,7 +280,7 @@ def _weights(folder: Path) -> list[Target]:
         return load()
 
     def load() -> str:
-        found = checkpoint.newest_readable(root, warn=lambda text: None)
+        found = checkpoint.newest_readable(root, warn=lambda text: None, run=None)
         checkpoint.load_weights(found, module)
         return "accepted"
 

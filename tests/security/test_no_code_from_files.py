@@ -85,7 +85,7 @@ def seal(folder: Path, **changes) -> None:
 
 
 def read(step: Path) -> None:
-    found = checkpoint.newest_readable(step.parent, warn=lambda text: None)
+    found = checkpoint.newest_readable(step.parent, warn=lambda text: None, run=None)
     checkpoint.load_weights(found, torch.nn.Linear(2, 2))
 
 
@@ -127,7 +127,7 @@ def test_a_pickle_or_a_pointer_beside_checkpoints_is_not_opened(name, step, evil
 )
 def test_no_file_selects_the_newest_checkpoint(text, step):  # vector 5
     (step.parent / "latest").write_text(text)
-    assert checkpoint.newest_readable(step.parent, warn=lambda text: None).path == step
+    assert checkpoint.newest_readable(step.parent, warn=lambda text: None, run=None).path == step
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(step, tmp_path):  # vector 6

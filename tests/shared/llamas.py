@@ -12,11 +12,9 @@ from headway.launcher.exchange.llama_check import _hidden
 def transformers() -> Any:
     """The library, without what it imports besides."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")
-    with _hidden("torchvision"):
-        import transformers
-
-        assert transformers.LlamaForCausalLM
+    with _hidden("torchvision"):  # at the first import, where transformers looks for it
+        transformers = pytest.importorskip("transformers")
+        assert transformers.LlamaForCausalLM and transformers.AutoTokenizer
     return transformers
 
 

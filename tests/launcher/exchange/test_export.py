@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,24 @@ def test_without_transformers_the_missing_comparison_is_reported(runs, tmp_path,
     monkeypatch.setattr(llama_check.importlib.util, "find_spec", lambda name: None)
     assert export(runs / "text.run", tmp_path / "hf", to="hf") == 0
     assert "not compared: transformers is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [[], ["--step", "3"]])
+def test_a_checkpoint_of_another_run_is_not_exported(runs, tmp_path, capsys, step):
+    """Its shapes fit and its hashes are right: only its identity tells that the weights are those of another run."""
+    run = shutil.copytree(runs / "text.run", tmp_path / "run")
+    mine, other = json.loads((run / "run_id.json").read_text()), "0" * 16
+    (run / "run_id.json").write_text(json.dumps(other))
+    for words in (
+        ["export", str(run), str(tmp_path / "out"), "--to", "hf", *step],
+        ["export", str(run), str(tmp_path / "out"), "--to", "safetensors", *step],
+        ["generate", str(run), "document 3"],
+    ):
+        assert main(words) == 74
+        said = capsys.readouterr().err
+        assert f"written by another run ('{mine[:20]}" in said and f"this run is '{other}'" in said
+        assert "move it to the folder of its run" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_existing_target_is_refused(runs, tmp_path, monkeypatch):
@@ -329,9 +348,38 @@ def test_a_run_cannot_continue_with_other_initial_weights(imported, runs, tmp_pa
         run.adopt(with_initial_hash(load_spec(imported / "from.yaml", other).spec))
     with pytest.raises(SpecError, match="holds other weights"):
         with_initial_hash(load_spec(imported / "from.yaml", other[:1]).spec)
-    # A run that continues does not need the folder.
-    gone = load_spec(imported / "from.yaml", ["init.weights=gone"]).spec
+    # A run that continues does not need the folder; one that starts does.
+    gone = load_spec(imported / "from.yaml", ["init.weights=gone", f"run_dir={run.path}"]).spec
+    with pytest.raises(WeightsError, match=r"init\.weights: gone: no such folder"):
+        with_initial_hash(gone)
+    (run.checkpoints / "step-0000000001").mkdir(parents=True)
     assert with_initial_hash(gone) == gone
+
+
+def test_imported_weights_are_found_from_any_folder(llama_folder, runs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert import_hf(llama_folder, Path("imp/x")) == 0
+    rest = "".join(line + "\n" for line in TEXT.replace("SET", str(runs / "set")).splitlines() if "model:" not in line)
+    rest = "".join(line + "\n" for line in rest.splitlines() if "attention:" not in line)
+    (tmp_path / "here/from.yaml").write_text(f"base: imp/x/model.yaml\n{rest}")
+
+    def weights(path):
+        spec = with_initial_hash(load_spec(Path(path)).spec)
+        return Path(str(spec.init.weights)).resolve()
+
+    assert weights("from.yaml") == tmp_path / "here/imp/x"
+    monkeypatch.chdir(tmp_path)
+    assert weights("here/from.yaml") == tmp_path / "here/imp/x"
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir("/")
+    assert weights(tmp_path / "there/from.yaml") == tmp_path / "there/imp/x"
+
+
+def test_missing_weights_are_found_before_a_process_is_started(imported, headway_once):
+    done = headway_once.run("train", "from.yaml", "run_dir=missing", "init.weights=gone")
+    assert done.returncode == 65 and "error: init.weights: gone: no such folder" in done.stderr
+    assert not (imported / "missing").exists()
 
 
 def test_weights_that_do_not_fit_the_spec_are_refused(imported, tmp_path):

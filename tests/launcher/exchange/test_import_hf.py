@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from headway.data import tokenizer
 from headway.data.config import TrainTokenizer
+from headway.launcher.base.errors import HeadwayError
+from headway.launcher.cli.main import main
+from headway.launcher.exchange import import_hf as import_module
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.run.codec import Codec
 from headway.model.attention.gqa import GqaConfig
@@ -18,7 +21,7 @@ from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface.folder import load_exported
-from headway.model.huggingface.llama import llama_config, llama_name
+from headway.model.huggingface.llama import llama_config, llama_name, older_form
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,26 @@ def test_an_imported_llama_has_the_logits_of_transformers(tmp_path, kind, dtype)
     assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5 < logits(ours, tokens).std()
 
 
+@pytest.mark.parametrize("table", ["rope_parameters", "rope_scaling"])
+def test_a_base_in_the_form_of_newer_releases_is_read_and_compared(tmp_path, table, capsys, monkeypatch):
+    """The pinned transformers does not know `rope_parameters`: it would take the base 10,000 without a word."""
+    library = transformers()
+    shape = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = library.LlamaConfig(**shape, num_attention_heads=4, initializer_range=0.1, rope_theta=500.0)
+    theirs = library.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    newer = {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    edited(rope_theta="absent", **{"rope_scaling": None, table: newer})(tmp_path / "hf")
+    assert import_hf(tmp_path / "hf", tmp_path / "ours") == 0
+    assert "largest difference from the logits of transformers" in capsys.readouterr().out
+    ours, tokens = load_exported(tmp_path / "ours"), some_tokens(90)
+    assert ours.attention.rope_base == 500.0
+    assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5 < logits(ours, tokens).std()
+    monkeypatch.setattr(import_module, "older_form", lambda config: older_form(config) | {"rope_theta": 600.0})
+    with pytest.raises(HeadwayError, match="logits of random tokens differ"):
+        import_hf(tmp_path / "hf", tmp_path / "other")
+
+
 def edited(**changes):
     def edit(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -105,6 +128,12 @@ REFUSED = {
     "code of its own": (edited(auto_map={"AutoModel": "x.Y"}), "auto_map: .*code, which is not executed"),
     "scaled positions": (edited(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling: .*llama3"),
     "newer scaled positions": (edited(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_parameters: .*yarn"),
+    "two bases": (edited(rope_parameters={"rope_theta": 500.0}), "rope_theta: .*several values .10000, 500. in"),
+    "two bases in the older table": (edited(rope_scaling={"type": "default", "rope_theta": 5.0}), "several values"),
+    "newer rotation of a part": (
+        edited(rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}),
+        "rope_parameters: .*partial_rotary_factor",
+    ),
     "biases of attention": (edited(attention_bias=True), "attention_bias: .*no biases"),
     "biases of the mlp": (edited(mlp_bias=True), "mlp_bias: .*no biases"),
     "another activation": (edited(hidden_act="gelu"), "hidden_act: 'gelu'"),
@@ -176,3 +205,41 @@ def test_a_bos_token_of_the_tokenizer_is_added_before_prompts(folder, tmp_path):
     assert config.bos_token_id == 0
     ids = Codec.of_exported(tmp_path / "ours", config).encode("document")
     assert ids[0] == 0 and len(ids) == 2
+
+
+def test_generate_reads_a_llama_without_import(folder, capsys):
+    words = ["generate", str(folder), "document 3 says", "--tokens", "5", "--temperature", "0"]
+    assert main(words) == 0
+    direct = capsys.readouterr().out
+    assert main(["import", str(folder), "--to", str(folder.parent / "ours")]) == 0
+    capsys.readouterr()
+    assert main([words[0], str(folder.parent / "ours"), *words[2:]]) == 0
+    assert capsys.readouterr().out == direct and len(direct) > len("document 3 says\n")
+    (folder / "tokenizer.json").unlink()
+    assert main(["generate", str(folder), "5 40 7", "--tokens", "5"]) == 0
+    edited(hidden_act="gelu")(folder)
+    assert main(["generate", str(folder), "5 40 7"]) == 65
+    assert "hidden_act: 'gelu'" in capsys.readouterr().err
+
+
+def test_a_llama_as_initial_weights_is_refused_with_the_way(folder):
+    with pytest.raises(
+        hf.WeightsError, match=r"is a Hugging Face model; convert it with `headway import .*hf --to DIR`"
+    ):
+        hf.read_exported(folder)
+
+
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_a_tokenizer_that_does_not_know_the_letter_a_can_be_imported(folder, tmp_path, unknown):
+    from tokenizers import Tokenizer, models
+    from tokenizers.processors import TemplateProcessing
+
+    vocab = {word: n for n, word in enumerate(["<s>", "</s>", "one", "two", *([unknown] if unknown else [])])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=9, direction="left")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert import_hf(folder, tmp_path / "ours") == 0
+    assert hf.read_exported(tmp_path / "ours").bos_token_id == 0

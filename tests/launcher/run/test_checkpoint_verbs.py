@@ -85,7 +85,12 @@ def test_verify_names_the_file_that_changed_and_changes_nothing(run, capsys):
 def test_a_checkpoint_of_another_run_does_not_pass(run, capsys):
     write_json(run / "run_id.json", "another")
     assert main(["checkpoint", "verify", str(run)]) == 74
-    assert "written by another run ('mine'" in capsys.readouterr().out
+    assert "written by another run ('mine', this run is 'another')" in capsys.readouterr().out
+    assert main(["checkpoint", "show", str(run)]) == 74
+    assert "move it to the folder of its run" in capsys.readouterr().err
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert capsys.readouterr().out.count("DAMAGED: ") == 2
+    assert all("this run is 'another'" in row["error"] for row in checkpoints.checkpoint_rows(run))
 
 
 def test_list_shows_a_damaged_one_beside_the_others(run, capsys):
