@@ -154,6 +154,7 @@ def finish(s: Session) -> None:
         "train_s": s.train_s,
         "tokens_per_s_median": s.spec.tokens_per_step / median if median else None,
         "resumes": s.resumes,
+        "records": s.tracker.end(),
     }
     write_json(s.run.summary, summary)
     say(

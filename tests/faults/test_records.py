@@ -82,7 +82,7 @@ def test_damaged_lines_are_skipped_by_all_readers(tmp_path):
     run.metrics.write_text("\n".join(whole) + "\n" + whole[0][:20])
     assert [r["step"] for r in run.read_metrics()] == [1, 3]
     (tmp_path / "spec.json").write_text("{}")
-    run.truncate_metrics(last_step=3)
+    run.cut_metrics(last_step=3)
     assert [decode(line) for line in run.metrics.read_text().splitlines()] == [record(1, 1.0), record(3, 3.0)]
 
 
@@ -158,7 +158,7 @@ def test_each_step_is_shown_once_after_clock_changes(tmp_path, monkeypatch, cloc
             for age, path in enumerate(sorted(run.path.glob("**/*"))):
                 os.utime(path, (1e9 - age, 1e9 - age))
         run.path.mkdir(exist_ok=True)
-        run.truncate_metrics(last_step=start)
+        run.cut_metrics(last_step=start)
         track = tracker(run, start=start, tensorboard=True)
         for step in range(start + 1, start + 5):
             track.train(record(step, loss=float(attempt)), seconds_left=None)
@@ -210,8 +210,8 @@ def test_lost_records_are_counted_and_named(tmp_path):
     facts = SimpleNamespace(pairing=SimpleNamespace(status="PAIRED"), differences=[], circumstances=[], deviations=[])
     page = to_markdown(list(_warnings(cast(StudyResult, SimpleNamespace(cells=cells, short_cells=[], **vars(facts))))))
     assert f"gqa/seed-1: {lost}" in page
-    assert str(run.truncate_metrics(last_step=11)) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
-    assert not run.truncate_metrics(last_step=2)
+    assert str(run.cut_metrics(last_step=11).lost) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
+    assert not run.cut_metrics(last_step=2).lost
     assert gaps([], 3) == ((1, 3),) and gaps([1, 2, 3], 3) == () and gaps([2, 4]) == ((1, 1), (3, 3))
 
 
@@ -219,7 +219,7 @@ def test_a_file_of_records_that_cannot_be_read_is_not_replaced_by_an_empty_one(t
     run = RunDir(tmp_path)
     run.metrics.mkdir()
     with pytest.raises(OSError):
-        run.truncate_metrics(last_step=2)
+        run.cut_metrics(last_step=2)
     assert run.metrics.is_dir()
 
 
@@ -229,7 +229,7 @@ def test_a_power_cut_after_records_are_cut_leaves_one_of_the_two_files(tmp_path,
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: order.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd))
     monkeypatch.setattr(Path, "replace", lambda self, to: order.append("replace") or replace(self, to))
-    run.truncate_metrics(last_step=2)
+    run.cut_metrics(last_step=2)
     assert order == [str(tmp_path / "metrics.tmp"), "replace", str(tmp_path)]
 
 
