@@ -74,7 +74,7 @@ def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
     done = [c.record for c in cells if c.done and c.budget == budget and len(c.record.validation)]
     if not done:
         return Ends(tokens=None, final=False)
-    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t)} for r in done]
+    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t) and t > 0} for r in done]
     common = set.intersection(*validated)
     if not common:
         return Ends(tokens=None, final=False)

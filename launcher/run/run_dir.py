@@ -51,7 +51,11 @@ FREE_KEYS = (
 SHA256 = "init.sha256"
 """The key that identifies the initial weights, or the checkpoint that a branch starts from."""
 
-ADDED_KEYS = {"model.branch_start": "as_drawn", "parallel.gradient_reduction": "fp32"}
+ADDED_KEYS = {
+    "model.branch_start": "as_drawn",
+    "parallel.gradient_reduction": "fp32",
+    "train.validate_first": False,
+}
 """Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
 
 

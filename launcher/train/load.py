@@ -132,9 +132,10 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
     `parent`: the run that the records are copied from, since this run is a branch of it that starts now.
     """
     step = 0 if resumed is None else resumed.step
+    last_step = -1 if resumed is None else step  # without a checkpoint the run starts anew, also its records of step 0
     source = None if parent is None else parent.run
     anchor = Chain.restored(resumed.state.get("records")) if resumed is not None and parent is None else None
-    cut = run.cut_metrics(last_step=step, source=source, anchor=anchor) if layout.is_main else None
+    cut = run.cut_metrics(last_step=last_step, source=source, anchor=anchor) if layout.is_main else None
     tracker = Tracker(
         run,
         main=layout.is_main,

@@ -35,6 +35,8 @@ def train(run: RunDir, stop: StopFlag) -> None:
     """Train the run to its end. If `stop` is set on any rank, saves the state and raises Preempted."""
     with open_session(run) as s:
         spec = s.spec
+        if spec.train.validate_first and s.step == 0:
+            validate(s)
         while s.step < spec.steps:
             agreed = train_step(s, stop=stop.raised).agreed
             if s.is_due(spec.train.validate_every_tokens):

@@ -54,7 +54,8 @@ class Tracker:
             try:
                 put_in_order(run.tensorboard)
                 # Also at step 0: a start that was killed before its first checkpoint may have left events.
-                self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+                purge_step = start_step + 1 if start_step else 0
+                self._board = SummaryWriter(str(run.tensorboard), purge_step=purge_step)
             except (OSError, RuntimeError, ValueError) as e:
                 say(f"TENSORBOARD {_GONE.format(e)}")
 

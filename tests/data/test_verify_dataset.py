@@ -356,11 +356,12 @@ def test_verification_computes_the_entropy_of_the_tokens(copy: Path) -> None:
 def test_no_token_is_read_with_the_lengths_of_other_documents(copy: Path, moved: int, apart: int) -> None:
     path = copy / "train" / "lengths.npy"
     true = np.load(path)
-    wrong = true.copy()
+    wrong = true.astype(np.int64)
     a = int(np.argmax(true[:-apart] > 260)) if moved > 0 else int(np.argmax(true[apart:] > 260))
     b = a + apart
-    wrong[a], wrong[b] = true[a] - moved, true[b] + moved
-    np.save(path, wrong)
+    wrong[a] -= moved
+    wrong[b] += moved
+    np.save(path, wrong.astype(true.dtype))
     reseal(copy)
     check(copy)  # hashes and sums agree
     with pytest.raises(DataError, match=r"as lengths\.npy says|fit the lengths of its documents"):
