@@ -46,6 +46,7 @@ from headway.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from headway.data.mds import unigram_entropy
 from headway.data.progress import Reporter, Shown, progress_of, to_stderr
 from headway.data.scan import Scan, scan
 from headway.data.streaming_import import import_streaming
@@ -172,7 +173,6 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
     spool.unlink()
     train, validation = written["train"], written["validation"]
     lossy = _lossy(train, validation, reporter)
-    share = (train.token_counts + 1.0) / (train.token_counts.sum() + chosen.vocab_size)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -189,13 +189,13 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         eos_id=chosen.eos_id,
         max_token_id=max(int(np.flatnonzero(part.token_counts)[-1]) for part in written.values()),
         dtype=_dtype(chosen.vocab_size),
-        unigram_entropy_nats=float(-(validation.token_counts * np.log(share)).sum() / validation.counts.tokens),
+        unigram_entropy_nats=unigram_entropy(train.token_counts, validation.token_counts),
         validation_bytes_per_token=None if lossy else validation.counts.text_bytes / validation.counts.tokens,
         lossy=lossy,
         files={name: hash_file(folder / name) for name in names},
         fingerprint="0" * 64,
     )
-    manifest = manifest.model_copy(update={"fingerprint": manifest.expected_fingerprint()})
+    manifest = manifest.sealed()
     write_manifest(folder, manifest)
     return manifest
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -104,6 +105,9 @@ class Manifest(StrictModel):
     lossy: Lossy | None = Field(default=None, description="None if the tokens of every document give its text")
     files: dict[FileName, FileEntry] = Field(max_length=1_000_000)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    facts_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="hash of what `fingerprint` leaves out; None if older"
+    )
 
     def counts(self, split: Split) -> SplitCounts:
         return self.train if split == "train" else self.validation
@@ -112,6 +116,17 @@ class Manifest(StrictModel):
         """sha256 of the data that a run reads: token counts, tokenizer, and the hash of every file."""
         keys = {"schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files"}
         return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
+
+    def expected_facts(self) -> str:
+        """sha256 of what is told about the data: settings and source of the build, what was left out, statistics."""
+        keys = {"name", "settings", "source_fingerprint", "python", "left_out", "corpus_files", "lossy"}
+        keys |= {"unigram_entropy_nats", "validation_bytes_per_token"}
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """This manifest with the hashes of its content."""
+        hashes = {"fingerprint": self.expected_fingerprint(), "facts_sha256": self.expected_facts()}
+        return self.model_copy(update=hashes)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -165,7 +180,33 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         )
     if manifest.expected_fingerprint() != manifest.fingerprint:
         raise DataError(f"{path}: content does not match its own fingerprint; {rebuild_hint(root)}")
+    _check_facts(path, manifest, root)
     return manifest
+
+
+def _check_facts(path: Path, manifest: Manifest, root: Path) -> None:
+    """Raise DataError if facts that the fingerprint leaves out were changed or cannot be true.
+
+    Manifests of earlier versions have no hash of them. `headway data verify` also computes the entropy anew.
+    """
+    if manifest.facts_sha256 is not None and manifest.facts_sha256 != manifest.expected_facts():
+        raise DataError(
+            f"{path}: its settings or statistics were changed after it was written (facts_sha256); {rebuild_hint(root)}"
+        )
+    counts, told = manifest.validation, manifest.validation_bytes_per_token
+    if told is not None and counts.tokens and not math.isclose(told, counts.text_bytes / counts.tokens, rel_tol=1e-9):
+        raise DataError(
+            f"{path}: validation_bytes_per_token is {told:.6g}, but {counts.text_bytes:,} bytes in {counts.tokens:,} "
+            f"tokens are {counts.text_bytes / counts.tokens:.6g}; {rebuild_hint(root)}"
+        )
+    # Shares of tokens are between 1 and T + 1 of T + V.
+    tokens, entropy = manifest.train.tokens, manifest.unigram_entropy_nats
+    low, high = (math.log((tokens + manifest.vocab_size) / most) for most in (tokens + 1, 1))
+    if not 0.999999 * low <= entropy <= 1.000001 * high:
+        raise DataError(
+            f"{path}: unigram_entropy_nats is {entropy:.6g}, which no text has under {tokens:,} training tokens of a "
+            f"vocabulary of {manifest.vocab_size:,} ({low:.3g} to {high:.3g}); {rebuild_hint(root)}"
+        )
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

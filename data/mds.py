@@ -272,3 +272,12 @@ def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
             f"{rebuild_hint(root)}"
         )
     return lengths.astype(np.int64)
+
+
+def unigram_entropy(train: np.ndarray, validation: np.ndarray) -> float:
+    """Cross-entropy of the validation tokens under the add-one unigram of the training tokens, in nats per token.
+
+    train, validation: occurrences of each token, [vocabulary].
+    """
+    share = (train + 1.0) / (train.sum() + len(train))
+    return float(-(validation * np.log(share)).sum() / validation.sum())

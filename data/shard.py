@@ -33,6 +33,7 @@ class OpenShard:
         self, path: Path, *, xxh64: str, trusted: FileState | None, lengths: np.ndarray, dtype: np.dtype
     ) -> None:
         self._descriptor = -1
+        self._lengths, self._compared = lengths, np.zeros(len(lengths), dtype=bool)
         self._xxh64, self._dtype = xxh64, dtype
         self._hashing = threading.Lock()
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -53,7 +54,26 @@ class OpenShard:
 
     def tokens(self, row: int, begin: int, count: int) -> np.ndarray:
         """`count` token ids of a document, starting at its token `begin`, [count]."""
+        if not self._compared[row]:
+            self._compare_length(row)
         return self._read(int(self.starts[row]) + begin * self._dtype.itemsize, count, self._dtype)
+
+    def _compare_length(self, row: int) -> None:
+        """Raise ValueError unless the document has the number of tokens that lengths.npy gives it.
+
+        The tokens are the end of a sample, so with another number other tokens would be read. The size of the column
+        has only one fitting number, because the width of the number that it begins with is the smallest possible.
+        """
+        begin, tokens = int(self.offsets[row]), int(self._lengths[row])
+        sizes = self._read(begin, 2, np.dtype("<u4"))
+        width = next(n for n in (1, 2, 4, 8) if tokens < 1 << 8 * n)
+        found, wanted = int(sizes[1]), 1 + width + tokens * self._dtype.itemsize
+        if found != wanted or begin + 8 + int(sizes[0]) + found != self.offsets[row + 1]:
+            raise ValueError(
+                f"its document {row} is not one of {tokens:,} tokens, as lengths.npy says: {found:,} bytes instead of "
+                f"{wanted:,}"
+            )
+        self._compared[row] = True
 
     def id(self, row: int) -> str:
         """Id of a document in the corpus."""

@@ -6,10 +6,13 @@ shard is an error; it never shortens the epoch.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from headway.data import fetch
 from headway.data.config import DataError, MdsSource
@@ -26,7 +29,7 @@ from headway.data.manifest import (
     read_manifest,
     rebuild_hint,
 )
-from headway.data.mds import ShardInfo, read_index, read_lengths
+from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, unigram_entropy
 from headway.data.progress import Progress, Shown, progress_of
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
@@ -134,3 +137,31 @@ def _check_length(root: Path, manifest: Manifest, seq_len: int) -> None:
                 f"data.seq_len: {seq_len:,} (and the next token) is longer than the {split} split of {root}, which "
                 f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
             )
+
+
+def verify_contents(source: MdsSource, *, progress: Shown = False) -> None:
+    """Read every token of a dataset, after `verify`: lengths, token ids, and the entropy that the manifest tells.
+
+    Raises DataError with the file and the next step.
+    """
+    root = Path(source.path).expanduser()
+    manifest = read_manifest(root)
+    counts: dict[Split, np.ndarray] = {}
+    total = manifest.train.tokens + manifest.validation.tokens
+    with progress_of(progress)("read dataset", total, "tokens") as bar:
+        for split in SPLITS:
+            documents = MdsSplit(root, split, remote=source.remote)
+            found = np.zeros(manifest.vocab_size, dtype=np.int64)
+            for document in range(len(documents)):
+                tokens = documents.tokens(document)
+                if (largest := int(tokens.max())) >= manifest.vocab_size:
+                    raise DataError(documents.beyond_vocabulary(document, largest))
+                found += np.bincount(tokens, minlength=manifest.vocab_size)
+                bar.update(len(tokens))
+            counts[split] = found
+    entropy = unigram_entropy(counts["train"], counts["validation"])
+    if not math.isclose(entropy, manifest.unigram_entropy_nats, rel_tol=1e-6):  # sums may be in another order
+        raise DataError(
+            f"{root / MANIFEST_NAME}: unigram_entropy_nats is {manifest.unigram_entropy_nats:.6g}, but the tokens have "
+            f"{entropy:.6g}; {rebuild_hint(root)}"
+        )

@@ -20,6 +20,7 @@ advice in the message.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,11 +98,20 @@ class Run:
         """Totals, written at the end of training; empty before. `complete` is true if the run reached its end."""
         return read_mapping(self._run.summary)
 
+    @property
+    def damage(self) -> str | None:
+        """How the records of a finished run differ from its summary; None if they agree, or before its end."""
+        from headway.launcher.run.record_check import check_records
+
+        return check_records(self.path).damage
+
     def metrics(self, kind: str = "train") -> list[Row]:
         """Records of one kind, in the order of steps. If a step was trained again, the later record is used.
 
-        Raises SpecError for a kind that has no records in the run.
+        Raises SpecError for a kind that has no records in the run. Warns if the run is damaged, see `damage`.
         """
+        if (damage := self.damage) is not None:
+            warnings.warn(f"{self.path}: {damage}; restore the folder from a copy", stacklevel=2)
         found: dict[Any, Row] = {}
         kinds: set[str] = set()
         records = self._run.read_metrics() if self._run.metrics.exists() else iter(())
@@ -221,7 +231,10 @@ class Study:
         return self.result().record["baseline"]
 
     def cells(self) -> list[Row]:
-        """One row per variant and seed. `loss`: validation loss at the compared token count; None until it is done."""
+        """One row per variant and seed. `loss`: validation loss at the compared token count; None unless it is done.
+
+        `state` damaged: the records are not what the run wrote, and are in no number of `comparison`.
+        """
         result = self.result()
         return [
             {

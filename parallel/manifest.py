@@ -151,7 +151,7 @@ def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
             raise CheckpointError(f"{path / MANIFEST}: its own hash does not match")
         if value["format"] not in (1, FORMAT):
             raise CheckpointError(
-                f"{path}: format {value['format']!r:.20} is not {FORMAT}; use the release that wrote it"
+                f"{path / MANIFEST}: format {value['format']!r:.20} is not {FORMAT}; use the release that wrote it"
             )
         manifest = Manifest.model_validate(value)
         _check_folder(path, manifest, run)
@@ -161,18 +161,20 @@ def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path / MANIFEST}: {where!r:.200}: {first['msg']}") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not a complete checkpoint ({type(e).__name__}: {e!s:.300})") from e
+        # The error of a file that the manifest lists names that file.
+        named = e.filename if isinstance(e, OSError) and e.filename else path / MANIFEST
+        raise CheckpointError(f"{named}: not a complete checkpoint ({type(e).__name__}: {e!s:.300})") from e
 
 
 def _check_folder(path: Path, manifest: Manifest, run: str | None) -> None:
     match = _STEP.fullmatch(path.name)
     if match is None or int(match[1]) != manifest.step:
-        raise CheckpointError(f"{path}: the manifest is for step {manifest.step}")
+        raise CheckpointError(f"{path / MANIFEST}: it is for step {manifest.step}, not for the folder's")
     written_by = manifest.about.get("run")
     if run is not None and written_by is not None and written_by != run:
         raise ForeignCheckpointError(
-            f"{path}: it was written by another run ({written_by!r:.40}, this run is {run!r:.40}), so its weights are "
-            "not those of this run; move it to the folder of its run, and restore this run's own checkpoint"
+            f"{path / MANIFEST}: it was written by another run ({written_by!r:.40}, this run is {run!r:.40}), so its "
+            "weights are not those of this run; move the folder to its run, and restore this run's own checkpoint"
         )
     if path.is_symlink():
         raise CheckpointError(f"{path}: a link, not a checkpoint")

@@ -45,11 +45,16 @@ class Saved(Protocol):
     def read_logical(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+MEND = "Free space or mend the disk"
+"""What helps against most errors of a save."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """Result of a save. It is equal on all ranks, except for the times in seconds.
 
     error: None, or why the save failed.
+    mend: What helps against the error, for its message.
     stall_s: Time that training waited for copy and commit.
     write_s: Time that this rank's thread wrote in the background.
     """
@@ -58,6 +63,7 @@ class Outcome:
     error: str | None
     stall_s: float
     write_s: float
+    mend: str = MEND
 
 
 @dataclass
@@ -66,6 +72,7 @@ class _Pending:
     state: Mapping[str, Any]
     error: str | None
     stall_s: float
+    mend: str = MEND
     thread: threading.Thread | None = None
     files: dict[str, Any] | None = None
     write_s: float = 0.0
@@ -98,18 +105,9 @@ class Saver:
         """Start saving the current state to `root/step-NNNNNNNNNN`. Collective. No other save may be pending."""
         assert self._pending is None
         begin, layout, staging = time.perf_counter(), self._layout, self._staging(step)
-        error: str | None = None
-        if layout.is_main:
-            try:
-                self._root.mkdir(parents=True, exist_ok=True)
-                # Delete staging folders of all steps: a killed save leaves gigabytes, and its step may not come again.
-                for left in self._root.glob(".staging-*"):
-                    shutil.rmtree(left)
-                staging.mkdir()
-            except OSError as e:
-                error = f"{staging}: {e}"
+        error, mend = self._make(staging) if layout.is_main else (None, MEND)
         layout.barrier()
-        pending = _Pending(step=step, state=dict(state), error=error, stall_s=0.0)
+        pending = _Pending(step=step, state=dict(state), error=error, stall_s=0.0, mend=mend)
         tensors = self._share()
         self._pending = pending
         if error is None:
@@ -127,7 +125,8 @@ class Saver:
             pending.thread.join()
         staging, final = self._staging(pending.step), self._root / f"step-{pending.step:010d}"
         error = pending.error and f"rank {layout.rank}: {pending.error}"
-        reports = layout.gather_json({"files": pending.files or {}, "error": error})
+        reports = layout.gather_json({"files": pending.files or {}, "error": error, "mend": pending.mend})
+        mend = next((r["mend"] for r in reports if r["error"]), MEND)
         error = next((r["error"] for r in reports if r["error"]), None)
         if error is None and layout.is_main:
             try:
@@ -142,7 +141,24 @@ class Saver:
                 retain(self._root, self._config, step=pending.step)
         self._pending = None
         stall_s = pending.stall_s + time.perf_counter() - begin
-        return Outcome(step=pending.step, error=error, stall_s=stall_s, write_s=pending.write_s)
+        return Outcome(step=pending.step, error=error, mend=mend, stall_s=stall_s, write_s=pending.write_s)
+
+    def _make(self, staging: Path) -> tuple[str | None, str]:
+        """Make an empty staging folder. Returns the error, if there is one, and what helps against it."""
+        found = staging
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            # Delete staging folders of all steps: a killed save leaves gigabytes, and its step may not come again.
+            for found in sorted(self._root.glob(".staging-*")):
+                if found.is_symlink() or not found.is_dir():
+                    what = "a link" if found.is_symlink() else "no folder"
+                    return f"{found}: {what}, but only saves make entries of this name, as folders", "Move it elsewhere"
+                shutil.rmtree(found)
+            found = staging
+            staging.mkdir()
+        except OSError as e:
+            return f"{found}: {e}", MEND
+        return None, MEND
 
     def _staging(self, step: int) -> Path:
         return self._root / f".staging-{step:010d}"

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def _draw(run: RunDir, folder: Path) -> Lost:
                 continue
             if kind == "train":
                 steps.add(record["step"])
-    return Lost(lines=len(damage.lines) + strange, gaps=gaps(steps))
+    lost = Lost.of(damage, gaps(steps))
+    return replace(lost, lines=lost.lines + strange)
 
 
 def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[str, Any]]]:

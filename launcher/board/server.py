@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError, printable
 from headway.launcher.board.files import EVENTS, rebuild
+from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir
 
 LOOPBACK = "127.0.0.1"
@@ -38,7 +39,10 @@ def board(paths: Sequence[Path], *, host: str, port: int | None, expose: bool, r
         for run in runs:
             lost = rebuild(run)
             print(f"{run.tensorboard}: rebuilt from {run.metrics.name}{f'; {lost}' if lost else ''}", flush=True)
-    elif empty := [run for run in runs if not any(run.tensorboard.glob(f"{EVENTS}*"))]:
+    for run in runs:
+        if damage := check_records(run.path).damage:
+            console.alert(f"DAMAGED: {run.path}: {damage}; restore the folder from a copy")
+    if not rebuild_files and (empty := [run for run in runs if not any(run.tensorboard.glob(f"{EVENTS}*"))]):
         print(
             f"{len(empty)} of {len(runs)} runs have no event files, for example {empty[0].path}; if they were trained "
             "with tracking.tensorboard=false, `--rebuild` creates the files from metrics.jsonl",

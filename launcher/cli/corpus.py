@@ -22,11 +22,12 @@ def build_corpus(path: Path, overrides: Sequence[str]) -> int:
 
 
 def verify_corpus(path: Path, overrides: Sequence[str]) -> int:
-    """Check the size and hash of every file of the dataset that a corpus spec describes."""
-    from headway.data.verify import verify
+    """Check every file and every token of the dataset that a corpus spec describes, and what its manifest tells."""
+    from headway.data.verify import verify, verify_contents
 
-    out = load_spec(path, overrides, root=CorpusConfig).spec.out_dir()
-    info = verify(MdsSource(type="mds", path=str(out)), progress=console.progress)
+    source = MdsSource(type="mds", path=str(load_spec(path, overrides, root=CorpusConfig).spec.out_dir()))
+    out, info = Path(source.path), verify(source, progress=console.progress)
+    verify_contents(source, progress=console.progress)
     _report(out, info.train_tokens, info.validation_tokens, info.vocab_size, info.fingerprint)
     return 0
 

@@ -99,11 +99,11 @@ def _row(path: Path) -> Row:
     states = [state for _, state, _ in cells]
     running = held_by_live_process(path, "study.lock") or "running" in states
     done = states.count("done")
-    state: State = "running" if running else "failed" if "failed" in states else "partial"
+    state: State = "damaged" if "damaged" in states else "failed" if "failed" in states else "partial"
     return Row(
         name=str(path),
         kind=kind or "study",
-        state="done" if cells and done == len(cells) and not running else state,
+        state="running" if running else "done" if cells and done == len(cells) else state,
         cells_done=done,
         cells=len(cells),
         tokens=sum(tokens for *_, tokens in cells),

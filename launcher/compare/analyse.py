@@ -180,9 +180,9 @@ def _compare(
 
 
 def _hashes(cells: list[CellResult]) -> dict[str, dict[int, dict[int, str]]]:
-    """Variant -> seed -> step -> hash of the global batch."""
+    """Variant -> seed -> step -> hash of the global batch, without damaged cells."""
     found: dict[str, dict[int, dict[int, str]]] = {}
-    for c in cells:
+    for c in (c for c in cells if not c.damaged):
         found.setdefault(c.variant, {})[c.seed] = c.record.batch_hash
     return found
 

@@ -43,6 +43,11 @@ class CellResult:
     def done(self) -> bool:
         return self.state == "done"
 
+    @property
+    def damaged(self) -> bool:
+        """Whether the records are not the ones that the run wrote. No number may be computed from them."""
+        return self.state == "damaged"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ends:
@@ -65,11 +70,11 @@ def read_cells(out: Path, planned: Sequence[dict[str, Any]]) -> list[CellResult]
 
 
 def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
-    """The token count at which the finished cells of a budget are compared."""
-    done = [c.record for c in cells if c.done and c.budget == budget]
+    """The token count at which the finished cells of a budget are compared. Cells without a validation do not count."""
+    done = [c.record for c in cells if c.done and c.budget == budget and len(c.record.validation)]
     if not done:
         return Ends(tokens=None, final=False)
-    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t)} for r in done]
+    validated = [{int(t) for t in r.validation.tokens if math.isfinite(t) and t > 0} for r in done]
     common = set.intersection(*validated)
     if not common:
         return Ends(tokens=None, final=False)
@@ -82,7 +87,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> Cel
     run_dir = out / cell["run_dir"]
     record = read_run(run_dir)
     state = cell_state(run_dir, outcomes.get(f"{run_dir.parent.name}/{run_dir.name}"))
-    tokens_per_step = record.run.get("tokens_per_step")
+    tokens_per_step, damaged = record.run.get("tokens_per_step"), state.state == "damaged"
     return CellResult(
         variant=cell["variant"],
         seed=cell["seed"],
@@ -92,7 +97,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> Cel
         record=record,
         planned=cell["spec"],
         loss=None,
-        speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step else None,
+        speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step and not damaged else None,
     )
 
 

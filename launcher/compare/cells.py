@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headway.launcher.base.errors import PREEMPTED
+from headway.launcher.run.record_check import check_records
 from headway.launcher.run.records import last_progress, last_validation
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.run.state import held_by_live_process
 
-State = Literal["done", "running", "partial", "failed", "missing"]
+State = Literal["done", "running", "partial", "failed", "damaged", "missing"]
 
 OUTCOMES = "outcomes.json"
 """File in the folder of a study: cell key -> exit code, last lines and times of its latest attempt."""
 
 
+MEND = "restore its folder from a copy, or delete it and run the study again"
+"""Next step for the user of a damaged cell."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """State of a cell. `tokens`: trained tokens. `detail`: the reason of a failure. Losses are in nats per token.
+    """State of a cell. `tokens`: trained tokens. `detail`: the reason of a failure or damage, or a note on the records
+    of a finished cell. Losses are in nats per token; that of a damaged cell is not known.
 
     `loss`: that of the last training batch. `validation_loss`: that of the last validation.
     """
@@ -35,6 +41,7 @@ def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
     """State of a cell from its run folder and the outcome of its latest attempt."""
     tokens, loss = last_progress(run_dir)
     state, detail = _state(run_dir, outcome, tokens)
+    loss = None if state == "damaged" else loss
     return CellState(
         state=state, tokens=tokens, loss=loss, validation_loss=_validation_loss(run_dir, state), detail=detail
     )
@@ -42,7 +49,10 @@ def cell_state(run_dir: Path, outcome: dict[str, Any] | None) -> CellState:
 
 def _state(run_dir: Path, outcome: dict[str, Any] | None, tokens: int) -> tuple[State, str]:
     if read_mapping(run_dir / "summary.json").get("complete") is True:
-        return "done", ""
+        check = check_records(run_dir)
+        if check.damage:
+            return "damaged", f"{check.damage}; {MEND}"
+        return "done", check.note
     if held_by_live_process(run_dir):
         return "running", ""
     if outcome and outcome.get("exit_code") not in (0, PREEMPTED):
@@ -52,6 +62,8 @@ def _state(run_dir: Path, outcome: dict[str, Any] | None, tokens: int) -> tuple[
 
 def _validation_loss(run_dir: Path, state: State) -> float | None:
     """Validation loss: the value in the summary of a finished run, else the last recorded value."""
+    if state == "damaged":
+        return None
     stated = read_mapping(run_dir / "summary.json").get("final_validation_loss") if state == "done" else None
     return float(stated) if isinstance(stated, int | float) else last_validation(run_dir)
 

@@ -37,7 +37,8 @@ def trend_of(curves: Mapping[str, Mapping[int, Curve]], baseline: str) -> Trend 
     if not curves.get(baseline):
         return None
     each = [c for by_seed in curves.values() for c in by_seed.values()]
-    common = set.intersection(*({int(t) for t in c.tokens if math.isfinite(t)} for c in each))
+    # Without a validation before the first step (`train.validate_first`), where no difference has been trained yet.
+    common = set.intersection(*({int(t) for t in c.tokens if math.isfinite(t) and t > 0} for c in each))
     tokens = sorted(common)
     if not tokens:
         return None

@@ -283,7 +283,7 @@ def _rows(tasks: list[Task]) -> Iterator[dict[str, Any]]:
                 "validation_interval_steps": _interval(t),
                 "num_params": variants[c.variant].cost["num_params"],
                 "match_residual": matched["residual"] if matched else None,
-                "train_s": c.record.train_s,
+                "train_s": None if c.damaged else c.record.train_s,
                 "spec_hash": c.record.run.get("spec_hash"),
                 "git_commit": c.record.run.get("git_commit"),
                 "run_dir": str(c.record.path),

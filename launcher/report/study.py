@@ -29,6 +29,7 @@ from headway.launcher.report.page import Block, Heading, Image, Items, Table, Te
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
+from headway.launcher.run.record_check import UNCHECKED
 from headway.launcher.spec.merge import format_value
 
 
@@ -42,6 +43,11 @@ def report(study_dir: Path | str) -> Path:
     result = analyse(out)
     if result.pairing.status == "UNPAIRED":
         console.alert(f"UNPAIRED: the variants of {out} did not read the same data; the report says where they differ")
+    every = [*result.cells, *result.short_cells]
+    if damaged := [f"{c.key}: {c.detail}" for c in every if c.damaged]:
+        console.alert(f"DAMAGED: {len(damaged)} of {len(every)} cells of {out} are in no number of the report:")
+        for line in damaged:
+            console.alert(f"  {line}")
     plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
     blocks = list(_blocks(result, plots))
     title = f"Study {result.record['study']}"
@@ -83,6 +89,14 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
 
 def _not_done(result: StudyResult) -> Iterator[Block]:
     every = [*result.cells, *result.short_cells]
+    damaged = [c for c in every if c.damaged]
+    if damaged:
+        yield Text(
+            f"DAMAGED: the records of {len(damaged)} of {len(every)} cells are not what their runs wrote. They are in "
+            "no mean, interval or test:",
+            "warn",
+        )
+        yield Items([f"{c.key}: {c.detail}" for c in damaged])
     missing = [c for c in every if not c.done]
     if missing:
         yield Text(f"{len(missing)} of {len(every)} cells are not in the numbers below:", "warn")
@@ -103,10 +117,17 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
             "and part of every difference may come from the data.",
             "warn",
         )
-    lost = [f"{c.key}: {c.record.lost}" for c in (*result.cells, *result.short_cells) if c.record.lost]
+    every = [c for c in (*result.cells, *result.short_cells) if not c.damaged]
+    lost = [f"{c.key}: {c.record.lost}" for c in every if c.record.lost]
     if lost:
         yield Text("Records were lost; what is left of these runs is shown as it is:", "warn")
         yield Items(lost)
+    unchecked = [c for c in every if c.done and c.detail == UNCHECKED]
+    if unchecked:
+        yield Text(
+            f"{len(unchecked)} of {len(every)} cells are of an earlier version, whose records are without chained "
+            "checksums: only their last step and last validation were compared with their summaries."
+        )
     confounds = [d for d in result.differences if d.kind == "CONFOUND"]
     found = len(confounds) + len(result.circumstances) + len(result.deviations)
     if found:

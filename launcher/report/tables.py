@@ -31,8 +31,8 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
             else None,
             "validation_loss_nats": c.loss,
             "bits_per_byte": bits_per_byte(c.loss, per_byte) if c.loss is not None and per_byte else None,
-            "final_validation_loss_nats": c.record.summary.get("final_validation_loss"),
-            "train_s": c.record.train_s,
+            "final_validation_loss_nats": None if c.damaged else c.record.summary.get("final_validation_loss"),
+            "train_s": None if c.damaged else c.record.train_s,
             **_speed_columns(c),
             **_size_columns(v),
             "resumes": c.record.summary.get("resumes"),
@@ -65,15 +65,15 @@ def _size_columns(variant: VariantResult) -> dict[str, Any]:
 
 
 def _data_wait_share(cell: CellResult) -> float | None:
-    total = float(cell.record.step_s.sum())
+    total = 0.0 if cell.damaged else float(cell.record.step_s.sum())
     return float(cell.record.data_s.sum()) / total if total > 0 else None
 
 
 def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """One row per recorded training or validation loss of every cell."""
+    """One row per recorded training or validation loss of every cell that is not damaged."""
     flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
     for c in (*result.cells, *result.short_cells):
-        for kind, curve in (("train", c.record.train), ("validation", c.record.validation)):
+        for kind, curve in () if c.damaged else (("train", c.record.train), ("validation", c.record.validation)):
             for step, tokens, loss, seconds in zip(curve.step, curve.tokens, curve.loss, curve.train_s, strict=True):
                 yield {
                     "variant": c.variant,

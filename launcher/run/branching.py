@@ -26,7 +26,7 @@ from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import MANIFEST, Checkpoint, read_manifest, step_of, steps_on_disk, verify_hashes
 from headway.parallel.schedule import learning_rate
 
-MAY_DIFFER = ("train.tokens", "train.validate_every_tokens", "schedule", "guard", "init")
+MAY_DIFFER = ("train.tokens", "train.validate_every_tokens", "train.validate_first", "schedule", "guard", "init")
 """Keys in which a branch may differ from its parent, besides those that may change between two starts of one run."""
 
 

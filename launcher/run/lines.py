@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl: JSON objects with a checksum each, so that damaged numbers are detected."""
+"""Lines of metrics.jsonl: JSON objects with checksums, so that damaged, removed and foreign records are detected."""
 
 from __future__ import annotations
 
@@ -15,29 +15,51 @@ _KEY = ', "crc": "'
 _MOST_BYTES = 64 << 20  # maximum size of the records that wait for free disk space
 
 
-def encode(record: dict[str, Any]) -> str:
-    """Encode a record, which must not be empty, as a line of JSON. Its last key is the CRC-32 of the text before it."""
+def encode(record: dict[str, Any], chain: str | None = None) -> str:
+    """Encode a record, which must not be empty, as a line of JSON. Its last key is the CRC-32 of the text before it.
+
+    `chain`: 16 hex digits, the tag of the run and the CRC-32 of all bytes of the file before this line. See
+    `headway.launcher.run.chain`.
+    """
     body = json.dumps(record)[:-1]
+    if chain is not None:
+        body = f'{body}, "chain": "{chain}"'
     return f'{body}{_KEY}{zlib.crc32(body.encode()):08x}"}}'
 
 
 def decode(line: str) -> dict[str, Any] | None:
     """The record of a line; None if it was truncated or changed. A record without a checksum is accepted unchecked."""
-    return _decoded(line)[0]
+    return parse_line(line).record
 
 
-def _decoded(line: str) -> tuple[dict[str, Any] | None, bool]:
-    """The record of a line, and whether it has a checksum."""
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A parsed line. `record`: None if it is damaged. `chain`: see `encode`; None in the format before chains."""
+
+    record: dict[str, Any] | None = None
+    has_checksum: bool = False
+    chain: str | None = None
+
+
+def parse_line(text: str) -> Line:
+    """Parse a line and check its own checksum, if it has one."""
     try:
-        record = json.loads(line)
+        record = json.loads(text)
     except (ValueError, RecursionError):
-        return None, False
+        return Line()
     if not isinstance(record, dict):
-        return None, False
-    crc = record.pop("crc", None)
-    body = line.rpartition(_KEY)[0]
-    right = crc is None or crc == f"{zlib.crc32(body.encode(errors='replace')):08x}"
-    return (record if right else None), crc is not None
+        return Line()
+    crc, chain = record.pop("crc", None), record.pop("chain", None)
+    body = text.rpartition(_KEY)[0]
+    if crc is not None and crc != f"{zlib.crc32(body.encode(errors='replace')):08x}":
+        return Line(has_checksum=True)
+    return Line(
+        record=record, has_checksum=crc is not None, chain=chain if crc is not None and _is_chain(chain) else None
+    )
+
+
+def _is_chain(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and all(c in "0123456789abcdef" for c in value)
 
 
 @dataclass
@@ -45,48 +67,101 @@ class Damage:
     """Numbers (from 1) of damaged lines: lines that end with a line break but are not a record.
 
     A last line without a line break is not included: a killed process leaves one, and a line that is just being written
-    has none yet.
+    has none yet. `missing`: numbers of lines before which lines were removed. `foreign`: numbers of lines that belong
+    to another run. `unchained`: number of lines of the format before chains, whose removal cannot be noticed.
     """
 
     lines: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    foreign: list[int] = field(default_factory=list)
+    unchained: int = 0
 
 
-def read_lines(path: Path, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, damage: Damage | None = None, *, tag: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield all undamaged records; the numbers of damaged lines are added to `damage`. Raises OSError.
 
     A missing file has no records. A line without a checksum after a line with one is damaged: either all lines of a
-    file have checksums, or none have if an earlier version wrote it.
+    file have checksums, or none have if an earlier version wrote it. The same applies to chains. `tag`: tag of the run;
+    records with another tag belong to another run and are left out. None: they are not.
     """
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
     with file:
-        checked = False
-        for number, line in enumerate(file, 1):
-            record, has_checksum = _decoded(line.decode(errors="replace"))
-            if record is not None and (has_checksum or not checked):
-                checked = has_checksum
-                yield record
-            elif damage is not None and line.endswith(b"\n"):
+        for found in lines_of(file, damage or Damage(), tag=tag):
+            yield found.record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An undamaged line of a file: its bytes without the line break, and its record."""
+
+    raw: bytes
+    record: dict[str, Any]
+    chain: str | None
+
+
+def lines_of(file: Iterable[bytes], damage: Damage, *, tag: str | None, before: int | None = None) -> Iterator[Found]:
+    """The undamaged lines of an open file, as for `read_lines`.
+
+    `before`: CRC-32 of all bytes before the first line, if it is known; None: that of the beginning of a file.
+    """
+    start = int(tag, 16) if tag is not None else None
+    running = start if before is None else before  # None after a damaged line: nothing is known about lines in between
+    checked = chained = False
+    for number, raw in enumerate(file, 1):
+        line = parse_line(raw.decode(errors="replace"))
+        whole = line.record is not None and (line.has_checksum or not checked) and (line.chain or not chained)
+        if line.record is None or not whole:
+            if raw.endswith(b"\n"):
                 damage.lines.append(number)
+            running = None
+            continue
+        checked, chained = line.has_checksum, line.chain is not None
+        if line.chain is None:
+            damage.unchained += 1
+        elif tag is not None and line.chain[:8] != tag:
+            damage.foreign.append(number)
+            running = None
+            continue
+        else:
+            at = int(line.chain[8:], 16)
+            if running is not None and running != at:
+                damage.missing.append(number)
+            running = at
+        running = None if running is None else zlib.crc32(raw, running)
+        yield Found(raw=raw.rstrip(b"\n"), record=line.record, chain=line.chain)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """Missing records of a file: number of damaged `lines`; `gaps`, (first, last) of each range of missing steps."""
+    """Missing records of a file: number of damaged `lines`; `gaps`, (first, last) of each range of missing steps.
+
+    `foreign`: number of lines that belong to another run. `missing`: number of places where lines were removed.
+    """
 
     lines: int
     gaps: tuple[tuple[int, int], ...]
+    foreign: int = 0
+    missing: int = 0
+
+    @classmethod
+    def of(cls, damage: Damage, gaps: tuple[tuple[int, int], ...]) -> Lost:
+        return cls(lines=len(damage.lines), gaps=gaps, foreign=len(damage.foreign), missing=len(damage.missing))
 
     def __bool__(self) -> bool:
-        return bool(self.lines or self.gaps)
+        return bool(self.lines or self.gaps or self.foreign or self.missing)
 
     def __str__(self) -> str:
         shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in self.gaps[:5])
         if len(self.gaps) > 5:
             shown += f" and {len(self.gaps) - 5} more gaps"
         parts = [f"{self.lines} {'line is' if self.lines == 1 else 'lines are'} damaged"] if self.lines else []
+        if self.foreign:
+            parts.append(f"{self.foreign} {'line belongs' if self.foreign == 1 else 'lines belong'} to another run")
+        if self.missing:
+            parts.append(f"lines were removed in {self.missing} {'place' if self.missing == 1 else 'places'}")
         return " and ".join(parts + ([f"no record of step {shown}"] if self.gaps else []))
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from headway.launcher.run.lines import Damage, Lost, decode, gaps, read_lines
+from headway.launcher.run.lines import Damage, Lost, decode, gaps
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
-from headway.launcher.run.run_dir import read_mapping
+from headway.launcher.run.run_dir import RunDir, read_mapping
 
 KINDS = ("train", "validation", "heads", "start", "spike")
 
@@ -100,7 +100,7 @@ def read_run(path: Path) -> RunRecord:
     """Read a run folder. If a step has two records, because it was repeated after a kill, the later one is used."""
     by_kind: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
     damage = Damage()
-    for record in _records(path / "metrics.jsonl", damage):
+    for record in _records(RunDir(path), damage):
         kind, step = record.get("kind"), record.get("step")
         if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
             by_kind[kind][step] = record
@@ -125,7 +125,7 @@ def read_run(path: Path) -> RunRecord:
         routers=read_routers(steps),
         heads=read_heads(heads),
         start=_start(starts),
-        lost=Lost(lines=len(damage.lines), gaps=gaps(step for step in by_kind["train"] if step > 0)),
+        lost=Lost.of(damage, gaps(step for step in by_kind["train"] if step > 0)),
     )
 
 
@@ -162,9 +162,9 @@ def _last(path: Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def _records(path: Path, damage: Damage) -> list[dict[str, Any]]:
+def _records(run: RunDir, damage: Damage) -> list[dict[str, Any]]:
     try:
-        return list(read_lines(path, damage))
+        return list(run.read_metrics(damage))
     except OSError:
         return []
 

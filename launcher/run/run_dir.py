@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.run.lines import Damage, Lost, encode, gaps, read_lines
+from headway.launcher.run.chain import Chain, tag_of
+from headway.launcher.run.cut import Cut, cut_tail, rewrite
+from headway.launcher.run.lines import Damage, Lost, read_lines
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -50,7 +52,11 @@ FREE_KEYS = (
 SHA256 = "init.sha256"
 """The key that identifies the initial weights, or the checkpoint that a branch starts from."""
 
-ADDED_KEYS = {"model.branch_start": "as_drawn", "parallel.gradient_reduction": "fp32"}
+ADDED_KEYS = {
+    "model.branch_start": "as_drawn",
+    "parallel.gradient_reduction": "fp32",
+    "train.validate_first": False,
+}
 """Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
 
 
@@ -154,32 +160,32 @@ class RunDir:
         return found if isinstance(found, str) else None
 
     def read_metrics(self, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
-        """Yield all complete records. Lines that a crash truncated or damaged are skipped."""
-        yield from read_lines(self.metrics, damage)
+        """Yield all complete records of this run. Lines that a crash truncated or damaged are skipped."""
+        yield from read_lines(self.metrics, damage, tag=self.tag)
 
-    def truncate_metrics(self, *, last_step: int, source: RunDir | None = None) -> Lost:
+    @property
+    def tag(self) -> str:
+        """Identifies the run in its records."""
+        return tag_of(self.run_id())
+
+    def cut_metrics(self, *, last_step: int, source: RunDir | None = None, anchor: Chain | None = None) -> Cut:
         """Drop records after `last_step`, since these steps are trained again. Returns the earlier lost records.
 
-        `source`: take the records up to `last_step` from this run, and drop all of this one's. After a power failure
-        either the old file or the new one exists, and records appended to the new file are kept.
+        `anchor`: the end of the records when the checkpoint of `last_step` was begun. If the file still begins so, it
+        is cut there, without reading the records before it. Otherwise it is written anew: after a power failure either
+        the old file or the new one exists, and records appended to the new file are kept. `source`: take the records up
+        to `last_step` from this run, and drop all of this one's.
         """
-        tmp = self.metrics.with_suffix(".tmp")
-        damage, trained, lines = Damage(), set[int](), None
-        with tmp.open("w", encoding="utf-8") as f:
-            for record in (source or self).read_metrics(damage):
-                step = record.get("step", 0)
-                if not isinstance(step, int | float) or not step <= last_step:
-                    if source is not None and lines is None and record.get("kind") == "train":
-                        lines = len(damage.lines)  # what is damaged after this line are later records
-                    continue
-                f.write(encode(record) + "\n")
-                if record.get("kind") == "train" and isinstance(step, int) and step > 0:
-                    trained.add(step)
-            f.flush()
-            os.fsync(f.fileno())
+        if source is None and anchor is not None and anchor.run == self.tag:
+            cut = cut_tail(self.metrics, anchor, last_step=last_step)
+            if cut is not None:
+                return Cut(lost=Lost(lines=0, gaps=()), chain=cut)
+        tmp, chain, origin = self.metrics.with_suffix(".tmp"), Chain.start(self.tag), source or self
+        partly = source is not None
+        lost = rewrite(origin.metrics, tmp, chain, tag=origin.tag, last_step=last_step, partly=partly)
         tmp.replace(self.metrics)
         sync(self.path)
-        return Lost(lines=len(damage.lines) if lines is None else lines, gaps=gaps(trained, last_step))
+        return Cut(lost=lost, chain=chain)
 
 
 def sync(path: Path) -> None:

@@ -1,28 +1,26 @@
 """Read the progress of a run from its folder in a few milliseconds.
 
-Only the end of metrics.jsonl is read. This module does not import torch.
+Only the end of metrics.jsonl is parsed; the records of a finished run are checked against its summary. This module does
+not import torch.
 """
 
 from __future__ import annotations
 
 import calendar
 import json
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from headway.launcher.base.errors import PREEMPTED
-from headway.launcher.run.lines import decode
+from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.run.tail import end_of_records, is_number
 
-State = Literal["done", "running", "partial", "failed"]
-
-_TAILS = (64 << 10, 1 << 20)  # bytes of metrics.jsonl: the first suffices unless validations are rare
+State = Literal["done", "running", "partial", "failed", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +40,12 @@ class RunState:
 def run_state(run: RunDir) -> RunState:
     """Read the state from a run folder. Missing or damaged values are None or 0."""
     summary = read_mapping(run.summary)
-    step, tokens, loss, at = _end_of_records(run.metrics)
+    step, tokens, loss, at = end_of_records(run.metrics)
     complete = summary.get("complete") is True
-    if complete and _is_number(summary.get("final_validation_loss")):
+    if complete and is_number(summary.get("final_validation_loss")):
         loss, at = float(summary["final_validation_loss"]), step
     if complete:
-        state: State = "done"
+        state: State = "damaged" if check_records(run.path).damage else "done"
     elif held_by_live_process(run.path):
         state = "running"
     else:
@@ -71,39 +69,6 @@ def held_by_live_process(run_dir: Path, lock: str = "run.lock") -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _end_of_records(metrics: Path) -> tuple[int, int, float | None, int | None]:
-    """(step, tokens, validation loss, validation step) of the newest records."""
-    step, tokens, loss, at = 0, 0, None, None
-    for size in _TAILS:
-        step, tokens, loss, at = 0, 0, None, None
-        for record in _backwards(metrics, size):
-            kind, number = record.get("kind"), record.get("step")
-            if not isinstance(number, int):
-                continue
-            if kind == "train" and not step:
-                found = record.get("tokens")
-                step, tokens = number, int(found) if _is_number(found) else 0
-            elif kind == "validation" and loss is None and _is_number(record.get("loss")):
-                loss, at = float(record["loss"]), number
-            if step and loss is not None:
-                return step, tokens, loss, at
-    return step, tokens, loss, at
-
-
-def _backwards(metrics: Path, size: int) -> Iterator[dict[str, Any]]:
-    """Complete records in the last `size` bytes, newest first."""
-    try:
-        with metrics.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in reversed(lines if end <= size else lines[1:]):
-        if (record := decode(line.decode(errors="replace"))) is not None:
-            yield record
 
 
 def _steps(spec: dict[str, Any]) -> int | None:
@@ -132,7 +97,3 @@ def _failed(run: RunDir) -> bool:
 
 def _seconds(text: str) -> int:
     return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -76,6 +76,7 @@ class TrainConfig(StrictModel):
         ge=1, description="sequences per forward pass of one data-parallel rank; `auto`: `headway train` measures"
     )
     validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
+    validate_first: bool = Field(default=False, description="validate before the first step too, at 0 tokens")
     validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
 
 

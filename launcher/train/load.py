@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch
 
 from headway.data.loader import Loader, validation_batches
 from headway.launcher.run.branching import Parent
+from headway.launcher.run.chain import Chain
 from headway.launcher.run.identity import check_identity
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
@@ -130,8 +132,10 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
     `parent`: the run that the records are copied from, since this run is a branch of it that starts now.
     """
     step = 0 if resumed is None else resumed.step
+    last_step = -1 if resumed is None else step  # without a checkpoint the run starts anew, also its records of step 0
     source = None if parent is None else parent.run
-    lost = run.truncate_metrics(last_step=step, source=source) if layout.is_main else None
+    anchor = Chain.restored(resumed.state.get("records")) if resumed is not None and parent is None else None
+    cut = run.cut_metrics(last_step=last_step, source=source, anchor=anchor) if layout.is_main else None
     tracker = Tracker(
         run,
         main=layout.is_main,
@@ -139,6 +143,7 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         log_every_steps=spec.tracking.log_every_steps,
         total_steps=spec.steps,
         start_step=step,
+        chain=None if cut is None else cut.chain,
     )
     if parent is not None:
         note = "" if parent.note is None else f"\nnote: {parent.note}"
@@ -149,8 +154,8 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
             {"kind": "resume", "step": step, "ranks": layout.world_size, "zero": spec.parallel.zero},
             f"resumed from {resumed.path} (step {step}/{spec.steps})",
         )
-    if lost:
-        record = {"kind": "records_lost", "step": step, "lines": lost.lines, "gaps": lost.gaps}
+    if cut is not None and (lost := cut.lost):
+        record = {"kind": "records_lost", "step": step, **asdict(lost)}
         tracker.event(record, f"RECORDS WERE LOST in {(source or run).metrics}: {lost}")
     return tracker
 

@@ -35,6 +35,8 @@ def train(run: RunDir, stop: StopFlag) -> None:
     """Train the run to its end. If `stop` is set on any rank, saves the state and raises Preempted."""
     with open_session(run) as s:
         spec = s.spec
+        if spec.train.validate_first and s.step == 0:
+            validate(s)
         while s.step < spec.steps:
             agreed = train_step(s, stop=stop.raised).agreed
             if s.is_due(spec.train.validate_every_tokens):
@@ -154,6 +156,7 @@ def finish(s: Session) -> None:
         "train_s": s.train_s,
         "tokens_per_s_median": s.spec.tokens_per_step / median if median else None,
         "resumes": s.resumes,
+        "records": s.tracker.end(),
     }
     write_json(s.run.summary, summary)
     say(

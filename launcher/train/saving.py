@@ -73,12 +73,12 @@ class Saving:
         self.failures += 1
         tracker.event(
             {"kind": "checkpoint_failed", "step": step, "in_a_row": self.failures, "error": outcome.error},
-            f"CHECKPOINT OF STEP {step} FAILED ({self.failures} in a row): {outcome.error}; "
+            f"CHECKPOINT OF STEP {step} FAILED ({self.failures} in a row): {outcome.error}. {outcome.mend}; "
             f"the last whole one is of step {self.saved_step}",
         )
         if self.failures >= self._config.max_failures or last:
             raise CheckpointError(
-                f"checkpoint of step {step} cannot be written: {outcome.error}. Free space or mend the disk, then "
+                f"checkpoint of step {step} cannot be written: {outcome.error}. {outcome.mend}, then "
                 f"start the same command again: it continues from step {self.saved_step}"
             )
 

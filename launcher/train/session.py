@@ -97,6 +97,7 @@ class Session:
             "validation_loss": self.validation_loss,
             "validation_step": self.validation_step,
             "guard": self.guard.state(),
+            "records": self.tracker.end(),
         }
 
     def restore(self, step: int, state: dict[str, Any], *, branched: bool = False) -> None:

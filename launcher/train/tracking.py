@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from headway.launcher.base.text import duration
 from headway.launcher.board.events import DRAW, board_diversity, board_train, board_validation
 from headway.launcher.board.files import put_in_order
-from headway.launcher.run.lines import LineFile, encode
+from headway.launcher.run.chain import Chain
+from headway.launcher.run.lines import LineFile
 from headway.launcher.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -24,17 +25,28 @@ class Tracker:
     """Write records on the main process. On all other processes every method does nothing.
 
     `total_steps` and `total_tokens`: size of the whole run; `start_step`: step after which the run is resumed.
+    `chain`: the end of the existing records; None: computed from the file.
     """
 
     def __init__(
-        self, run: RunDir, *, main: bool, tensorboard: bool, log_every_steps: int, total_steps: int, start_step: int
+        self,
+        run: RunDir,
+        *,
+        main: bool,
+        tensorboard: bool,
+        log_every_steps: int,
+        total_steps: int,
+        start_step: int,
+        chain: Chain | None = None,
     ) -> None:
         self._main, self._every, self._total, self._start = main, log_every_steps, total_steps, start_step
         self._file: LineFile | None = None
         self._board: SummaryWriter | None = None
+        self._chain: Chain | None = None
         self._validation: float | None = None
         if not main:
             return
+        self._chain = chain or Chain.of_file(run.metrics, run.tag)
         self._file = LineFile(run.metrics)
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -42,7 +54,8 @@ class Tracker:
             try:
                 put_in_order(run.tensorboard)
                 # Also at step 0: a start that was killed before its first checkpoint may have left events.
-                self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+                purge_step = start_step + 1 if start_step else 0
+                self._board = SummaryWriter(str(run.tensorboard), purge_step=purge_step)
             except (OSError, RuntimeError, ValueError) as e:
                 say(f"TENSORBOARD {_GONE.format(e)}")
 
@@ -90,6 +103,10 @@ class Tracker:
             say(f"RECORDS ARE NOT SAFE ON THE DISK: {error.strerror}; a kill now would lose some of metrics.jsonl")
         self._view(lambda board: board.flush())
 
+    def end(self) -> dict[str, Any] | None:
+        """The end of the records, for a checkpoint or summary.json; None on all other processes."""
+        return None if self._chain is None else self._chain.state()
+
     def require(self) -> None:
         """Raise OSError unless all records are written, which is required before a run is marked as complete."""
         if self._file is not None:
@@ -102,7 +119,9 @@ class Tracker:
             self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None and (error := self._file.write(encode(record))) is not None:
+        if self._file is None or self._chain is None:
+            return
+        if (error := self._file.write(self._chain.line(record))) is not None:
             say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
 
     def _view(self, draw: Callable[[SummaryWriter], object]) -> None:

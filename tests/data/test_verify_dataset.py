@@ -25,7 +25,7 @@ from headway.data.manifest import (
     write_manifest,
 )
 from headway.data.mds import MdsSplit
-from headway.data.verify import verify
+from headway.data.verify import verify, verify_contents
 
 SHARD = "train/shard.00001.mds"
 
@@ -288,3 +288,85 @@ def test_a_write_within_one_tick_of_the_file_timestamps_is_detected(
         monkeypatch.setattr(time, "time", lambda: later)
         settled_state(file.fileno())
         assert len(slept) == 1
+
+
+# ---------------------------------------------------------------- what the fingerprint leaves out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {}},
+        {"name": "other"},
+        {"unigram_entropy_nats": 0.001},
+        {"unigram_entropy_nats": 3.0},
+        {"validation_bytes_per_token": 400.0},
+        {"validation_bytes_per_token": None},
+        {"source_fingerprint": "0"},
+    ],
+    ids=str,
+)
+def test_changed_facts_are_refused_although_the_fingerprint_does_not_cover_them(
+    change: dict[str, Any], copy: Path
+) -> None:
+    path = copy / "MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="settings or statistics were changed") as caught:
+        check(copy)
+    assert str(path) in str(caught.value)
+
+
+def older(root: Path, **change: Any) -> None:
+    """Change a manifest as an earlier version wrote it, without a hash of these facts."""
+    path = root / "MANIFEST.json"
+    content = json.loads(path.read_text()) | change
+    del content["facts_sha256"]
+    path.write_text(json.dumps(content))
+
+
+def test_a_manifest_without_the_hash_of_its_facts_is_read_and_its_fingerprint_stays(copy: Path) -> None:
+    before = read_manifest(copy)
+    older(copy)
+    verify_contents(MdsSource(type="mds", path=str(copy)))
+    assert check(copy).fingerprint == before.fingerprint == read_manifest(copy).expected_fingerprint()
+
+
+def test_facts_without_a_hash_must_be_possible(copy: Path) -> None:
+    for change, says in (
+        ({"unigram_entropy_nats": 0.001}, "unigram_entropy_nats is 0.001, which no text has"),
+        ({"unigram_entropy_nats": 400.0}, "unigram_entropy_nats is 400, which no text has"),
+        ({"validation_bytes_per_token": 400.0}, "validation_bytes_per_token is 400, but"),
+    ):
+        shutil.copy(copy / "MANIFEST.json", copy / "kept")
+        older(copy, **change)
+        with pytest.raises(DataError, match=says):
+            check(copy)
+        (copy / "kept").replace(copy / "MANIFEST.json")
+
+
+def test_verification_computes_the_entropy_of_the_tokens(copy: Path) -> None:
+    older(copy, unigram_entropy_nats=read_manifest(copy).unigram_entropy_nats + 0.01)
+    check(copy)  # possible
+    with pytest.raises(DataError, match=r"MANIFEST\.json: unigram_entropy_nats is .*but the tokens have"):
+        verify_contents(MdsSource(type="mds", path=str(copy)))
+
+
+@pytest.mark.parametrize("moved", [1, -1, 2, 3, 120, 250])
+@pytest.mark.parametrize("apart", [1, 7])
+def test_no_token_is_read_with_the_lengths_of_other_documents(copy: Path, moved: int, apart: int) -> None:
+    path = copy / "train" / "lengths.npy"
+    true = np.load(path)
+    wrong = true.astype(np.int64)
+    a = int(np.argmax(true[:-apart] > 260)) if moved > 0 else int(np.argmax(true[apart:] > 260))
+    b = a + apart
+    wrong[a] -= moved
+    wrong[b] += moved
+    np.save(path, wrong.astype(true.dtype))
+    reseal(copy)
+    check(copy)  # hashes and sums agree
+    with pytest.raises(DataError, match=r"as lengths\.npy says|fit the lengths of its documents"):
+        verify_contents(MdsSource(type="mds", path=str(copy)))
+    documents = MdsSplit(copy, "train")
+    for row in (a, b):
+        with pytest.raises(DataError, match=r"as lengths\.npy says|fit the lengths of its documents"):
+            documents.tokens(row)

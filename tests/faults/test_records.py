@@ -21,7 +21,9 @@ from headway.launcher.report.page import to_markdown
 from headway.launcher.report.study import _warnings
 from headway.launcher.run import lines
 from headway.launcher.run.card import with_attempts
+from headway.launcher.run.chain import Chain
 from headway.launcher.run.lines import Damage, LineFile, decode, encode, gaps, read_lines
+from headway.launcher.run.record_check import RecordCheck, check_records
 from headway.launcher.run.records import RunRecord, read_run
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
@@ -82,7 +84,7 @@ def test_damaged_lines_are_skipped_by_all_readers(tmp_path):
     run.metrics.write_text("\n".join(whole) + "\n" + whole[0][:20])
     assert [r["step"] for r in run.read_metrics()] == [1, 3]
     (tmp_path / "spec.json").write_text("{}")
-    run.truncate_metrics(last_step=3)
+    run.cut_metrics(last_step=3)
     assert [decode(line) for line in run.metrics.read_text().splitlines()] == [record(1, 1.0), record(3, 3.0)]
 
 
@@ -158,7 +160,7 @@ def test_each_step_is_shown_once_after_clock_changes(tmp_path, monkeypatch, cloc
             for age, path in enumerate(sorted(run.path.glob("**/*"))):
                 os.utime(path, (1e9 - age, 1e9 - age))
         run.path.mkdir(exist_ok=True)
-        run.truncate_metrics(last_step=start)
+        run.cut_metrics(last_step=start)
         track = tracker(run, start=start, tensorboard=True)
         for step in range(start + 1, start + 5):
             track.train(record(step, loss=float(attempt)), seconds_left=None)
@@ -206,12 +208,12 @@ def test_lost_records_are_counted_and_named(tmp_path):
     run.metrics.write_text("\n".join(whole[:2] + whole[4:]) + "\n")
     lost = "1 line is damaged and no record of step 3 to 5"
     assert str(read_run(run.path).lost) == lost
-    cells = [SimpleNamespace(key="gqa/seed-1", record=read_run(run.path))]
+    cells = [SimpleNamespace(key="gqa/seed-1", record=read_run(run.path), damaged=False, done=False)]
     facts = SimpleNamespace(pairing=SimpleNamespace(status="PAIRED"), differences=[], circumstances=[], deviations=[])
     page = to_markdown(list(_warnings(cast(StudyResult, SimpleNamespace(cells=cells, short_cells=[], **vars(facts))))))
     assert f"gqa/seed-1: {lost}" in page
-    assert str(run.truncate_metrics(last_step=11)) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
-    assert not run.truncate_metrics(last_step=2)
+    assert str(run.cut_metrics(last_step=11).lost) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
+    assert not run.cut_metrics(last_step=2).lost
     assert gaps([], 3) == ((1, 3),) and gaps([1, 2, 3], 3) == () and gaps([2, 4]) == ((1, 1), (3, 3))
 
 
@@ -219,7 +221,7 @@ def test_a_file_of_records_that_cannot_be_read_is_not_replaced_by_an_empty_one(t
     run = RunDir(tmp_path)
     run.metrics.mkdir()
     with pytest.raises(OSError):
-        run.truncate_metrics(last_step=2)
+        run.cut_metrics(last_step=2)
     assert run.metrics.is_dir()
 
 
@@ -229,7 +231,7 @@ def test_a_power_cut_after_records_are_cut_leaves_one_of_the_two_files(tmp_path,
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: order.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd))
     monkeypatch.setattr(Path, "replace", lambda self, to: order.append("replace") or replace(self, to))
-    run.truncate_metrics(last_step=2)
+    run.cut_metrics(last_step=2)
     assert order == [str(tmp_path / "metrics.tmp"), "replace", str(tmp_path)]
 
 
@@ -305,3 +307,111 @@ def test_a_resumed_run_says_which_records_it_lost(headway):
     assert (lost["lines"], lost["gaps"]) == (1, [[3, 3]])
     assert [a["from_step"] for a in json.loads(run.card.read_text())["attempts"]] == [0, 10]
     assert str(read_run(run.path).lost) == "no record of step 3"
+
+
+# ---------------------------------------------------------------- the chain of checksums
+
+
+def trained(run: RunDir, steps: int, start: int = 0, chain: Chain | None = None) -> list[Chain]:
+    """Write records as training does; returns the end of the records before each step, and after the last."""
+    run.path.mkdir(exist_ok=True)
+    ends = []
+    track = Tracker(
+        run, main=True, tensorboard=False, log_every_steps=100, total_steps=100, start_step=start, chain=chain
+    )
+    for step in range(start + 1, start + steps + 1):
+        ends.append(Chain.restored(track.end()))
+        track.train(record(step), seconds_left=None)
+        if step % 2 == 0:
+            track.validation({"kind": "validation", "step": step, "loss": 2.0, "accuracy": 0.1, "targets": 8})
+    ends.append(Chain.restored(track.end()))
+    track.close()
+    assert all(ends)
+    return ends
+
+
+def finished(run: RunDir, end: Chain) -> None:
+    value = {"complete": True, "steps": end.step, "records": end.state()}
+    run.summary.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("old", [0, 3])
+@pytest.mark.parametrize("torn", [b"", b'{"kind": "tra'])
+def test_a_resume_cuts_in_place_and_the_chain_goes_on(tmp_path, torn, old):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.id.write_text('"abc"')
+    run.metrics.write_text("".join(encode(record(step)) + "\n" for step in range(1, old + 1)))  # an earlier version's
+    ends = trained(run, 9, start=old)
+    track = Tracker(run, main=True, tensorboard=False, log_every_steps=100, total_steps=100, start_step=0)
+    track.event({"kind": "checkpoint", "step": old + 6}, "")  # written after later steps were
+    track.close()
+    with run.metrics.open("ab") as file:
+        file.write(torn)
+    before, inode = run.metrics.read_bytes(), run.metrics.stat().st_ino
+    anchor = ends[6]
+    cut = run.cut_metrics(last_step=old + 6, anchor=anchor)
+    assert not cut.lost and run.metrics.stat().st_ino == inode
+    assert run.metrics.read_bytes()[: anchor.bytes] == before[: anchor.bytes]
+    kept = list(run.read_metrics())
+    assert kept[-1] == {"kind": "checkpoint", "step": old + 6} and max(r["step"] for r in kept) == old + 6
+    finished(run, trained(run, 4, start=old + 6, chain=cut.chain)[-1])
+    damage = Damage()
+    assert [r["step"] for r in run.read_metrics(damage) if r["kind"] == "train"] == list(range(1, old + 11))
+    assert damage == Damage(unchained=old) and check_records(run.path) == RecordCheck(checked=True)
+
+
+def test_a_resume_without_an_anchor_or_with_a_damaged_beginning_writes_the_records_anew(tmp_path):
+    run = RunDir(tmp_path / "run")
+    anchor = trained(run, 9)[6]
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if '"validation", "step": 4,' in line)
+    run.metrics.write_text("".join(lines[:place] + lines[place + 1 :]))
+    cut = run.cut_metrics(last_step=6, anchor=anchor)
+    assert str(cut.lost) == "lines were removed in 1 place"  # no step of training is missing
+    finished(run, trained(run, 4, start=6, chain=cut.chain)[-1])
+    assert check_records(run.path) == RecordCheck(checked=True)
+    assert not run.cut_metrics(last_step=8).lost and not read_run(run.path).lost
+
+
+def test_the_records_of_a_branch_are_bound_to_the_branch(tmp_path):
+    parent, branch = RunDir(tmp_path / "parent"), RunDir(tmp_path / "branch")
+    for run in (parent, branch):
+        run.path.mkdir()
+        run.id.write_text(json.dumps(run.path.name))
+    trained(parent, 9)
+    cut = branch.cut_metrics(last_step=6, source=parent)
+    finished(branch, trained(branch, 2, start=6, chain=cut.chain)[-1])
+    assert check_records(branch.path) == RecordCheck(checked=True)
+    assert [r["step"] for r in branch.read_metrics() if r["kind"] == "train"] == list(range(1, 9))
+    branch.metrics.write_bytes(parent.metrics.read_bytes())
+    assert "belong to another run" in str(check_records(branch.path).damage)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_removed_moved_or_repeated_line_is_noticed(tmp_path, seed):
+    run, chance = RunDir(tmp_path / "run"), random.Random(seed)
+    finished(run, trained(run, 40)[-1])
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    for _ in range(60):
+        a, b = sorted(chance.sample(range(len(lines) + 1), 2))
+        removed, repeated = lines[:a] + lines[b:], lines[:b] + lines[a:]
+        moved = lines[:a] + lines[b:] + lines[a:b]
+        for found in (removed, repeated, *([moved] if moved != lines else [])):
+            run.metrics.write_bytes(b"".join(found))
+            assert check_records(run.path).damage
+    run.metrics.write_bytes(b"".join(lines))
+    assert check_records(run.path) == RecordCheck(checked=True)
+
+
+def test_a_run_that_was_killed_and_resumed_has_whole_records(headway):
+    options = ("train.tokens=5120", "checkpoint.every_tokens=1280", "train.validate_every_tokens=1280")
+    run = RunDir(headway.folder / "runs" / "tiny")
+    fault = {"HEADWAY_FAULT": "save:after_rename#2:kill"}
+    assert headway.train(*options, "launch.restarts=0", env=fault).returncode != 0
+    assert not run.is_complete()
+    done = headway.train(*options)
+    assert done.returncode == 0 and "resumed from" in done.stdout and "RECORDS WERE LOST" not in done.stdout
+    assert check_records(run.path) == RecordCheck(checked=True) and not read_run(run.path).lost
+    named = json.loads(run.summary.read_text())["records"]
+    assert (named["lines"], named["step"]) == (len(run.metrics.read_bytes().splitlines()), 20)

@@ -66,3 +66,32 @@ def test_saves_that_never_succeed_end_the_run_with_74(headway):
     assert [p.name for p in (headway.folder / "full" / "checkpoints").iterdir()] == ["step-0000000005"]
     again = headway.train("launch.processes=2", "run_dir=full", "checkpoint.every_tokens=null")
     assert again.returncode == 0 and "(step 5/40)" in again.stdout
+
+
+def test_checkpoints_and_logs_may_be_links_to_folders_elsewhere(headway):
+    run, disk = headway.folder / "runs" / "tiny", headway.folder / "disk"
+    run.mkdir(parents=True)
+    for name in ("checkpoints", "logs"):
+        (disk / name).mkdir(parents=True)
+        (run / name).symlink_to(disk / name)
+    options = ("train.tokens=2560", "checkpoint.every_tokens=1280")
+    fault = {**headway.environment(), "HEADWAY_FAULT": "save:after_rename#2:kill"}
+    assert headway.train(*options, "launch.restarts=0", env=fault).returncode != 0
+    again = headway.train(*options)
+    assert again.returncode == 0 and "resumed from" in again.stdout
+    assert (disk / "checkpoints" / "step-0000000010").is_dir() and (disk / "logs" / "rank-0.log").is_file()
+    assert (run / "checkpoints").is_symlink() and (run / "logs").is_symlink()
+
+
+def test_a_staging_link_is_named_by_a_run_with_what_to_do(headway):
+    checkpoints = headway.folder / "runs" / "tiny" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    left = checkpoints / ".staging-0000000003"
+    left.symlink_to(headway.folder)
+    options = ("train.tokens=2560", "checkpoint.every_tokens=1280")
+    done = headway.train(*options)
+    assert done.returncode == 74 and headway.spec.is_file()
+    assert f"{left.name}: a link" in done.stderr and "Move it elsewhere, then start the same command" in done.stderr
+    assert "Free space" not in done.stdout + done.stderr
+    left.unlink()
+    assert headway.train(*options).returncode == 0

@@ -545,3 +545,62 @@ def test_a_link_in_the_place_of_a_file_is_refused(tmp_path):
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=path.name):
         checkpoint.read_manifest(path.parent)
+
+
+def test_every_flipped_byte_of_a_manifest_is_a_message_that_names_the_file(tmp_path):
+    assert write(tmp_path, 1) is None
+    path = tmp_path / "step-0000000001" / "MANIFEST.json"
+    text, chance = path.read_bytes(), random.Random(1)
+    for place in range(len(text)):
+        changed = bytearray(text)
+        changed[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        try:
+            found = manifest.read_manifest(path.parent, run="mine")
+        except CheckpointError as e:
+            assert str(path) in str(e)
+        else:  # a change of white space or of an escaped letter, which leaves the manifest as it is
+            assert json.loads(changed)["manifest"] == json.loads(text)["manifest"] == found.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("change", ["format", "step", "run", "list", "empty"])
+def test_every_refusal_of_a_manifest_names_the_file(tmp_path, change):
+    assert write(tmp_path, 1) is None
+    path = tmp_path / "step-0000000001" / "MANIFEST.json"
+    value = json.loads(path.read_text())["manifest"]
+    value |= {"format": {"format": 9}, "step": {"step": 2}, "run": {"about": {"run": "other"}}}.get(change, {})
+    text = json.dumps({"xxh3_128": manifest.own_hash(value), "manifest": value})
+    path.write_text({"list": "[]", "empty": ""}.get(change, text))
+    with pytest.raises(CheckpointError) as caught:
+        manifest.read_manifest(path.parent, run="mine")
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "broken link", "file"])
+def test_a_staging_entry_that_no_save_made_is_named_with_what_to_do(tmp_path, kind):
+    root, other = tmp_path / "checkpoints", tmp_path / "other"
+    root.mkdir()
+    other.mkdir()
+    (other / "precious").write_text("kept")
+    left = root / ".staging-0000000007"
+    if kind == "file":
+        left.write_text("")
+    else:
+        left.symlink_to(other if kind == "link to a folder" else tmp_path / "gone")
+    model = Model(1.0)
+    saving = saver.Saver(root, model, ALONE, CheckpointConfig(), about={})
+    saving.start(2, {"applied_steps": 2})
+    outcome = saving.commit()
+    assert str(left) in str(outcome.error) and outcome.mend == "Move it elsewhere"
+    assert (other / "precious").read_text() == "kept" and os.path.lexists(left)
+    left.unlink()
+    assert write(root, 2) is None and newest(root).step == 2
+
+
+def test_checkpoints_may_be_a_link_to_a_folder_on_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    root = tmp_path / "checkpoints"
+    root.symlink_to(tmp_path / "disk")
+    for step in (1, 2, 3):
+        assert write(root, step) is None
+    assert newest(root).step == 3 and sorted(p.name for p in (tmp_path / "disk").iterdir())[-1] == "step-0000000003"

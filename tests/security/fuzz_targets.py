@@ -331,7 +331,7 @@ def _run(folder: Path) -> list[Target]:
         found = sum(1 for _ in run.read_metrics())
         read_run(run.path)
         last_progress(run.path)
-        run.truncate_metrics(last_step=2)
+        run.cut_metrics(last_step=2)
         return "accepted" if found else "nothing in it"
 
     def beat(data: bytes) -> str:

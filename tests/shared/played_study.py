@@ -86,7 +86,8 @@ for step in range(int(begin) + 1, steps + 1):
         time.sleep(60)
 if behaviour == "half":
     sys.exit(0)
-summary = {"complete": True, "steps": total, "tokens": total * 256, "final_validation_loss": 2.9, "train_s": 1.0}
+summary = {"complete": True, "steps": total, "tokens": total * 256, "train_s": 1.0}
+summary["final_validation_loss"] = common["loss"] - 0.1
 (run_dir / "summary.json").write_text(json.dumps({**summary, "resumes": 0}))
 """
 

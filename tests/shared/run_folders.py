@@ -1,8 +1,9 @@
 """What tests read in the folder of a run, also while it trains."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from headway.launcher.run.lines import decode
 
 
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -11,7 +12,7 @@ def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     except OSError:
         return []
-    return [r for line in lines if line.endswith("\n") and (r := json.loads(line))["kind"] == kind]
+    return [r for line in lines if line.endswith("\n") and (r := decode(line)) is not None and r["kind"] == kind]
 
 
 def steps_done(run: Path) -> int:

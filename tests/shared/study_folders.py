@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from headway.launcher.report.study import report
+from headway.launcher.run.chain import Chain
+from headway.launcher.run.run_dir import RunDir
 
 
 class Values(dict[str, float]):
@@ -203,6 +205,17 @@ class StudyFolder:
         return {f"layer_{i:02d}": values | {"c_o": 0.2 + 0.01 * step + 0.1 * i} for i in range(LAYERS)}
 
 
+def bind(run_dir: Path) -> None:
+    """Give a run folder an id, its records the chain of checksums, and its summary the end of the records."""
+    run = RunDir(run_dir)
+    run.id.write_text(json.dumps(f"{zlib.crc32(str(run_dir).encode()):016x}"))
+    chain = Chain.start(run.tag)
+    lines = [chain.line(json.loads(line)) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(line + "\n" for line in lines))
+    if run.summary.exists():
+        run.summary.write_text(json.dumps(json.loads(run.summary.read_text()) | {"records": chain.state()}))
+
+
 def text(out: Path) -> str:
     """Write the report of a study folder and return its Markdown."""
     report(out)
@@ -245,4 +258,10 @@ def with_start(folder: StudyFolder, variant: str, ratio: float) -> None:
 def change_record(folder: StudyFolder, **keys: Any) -> None:
     """Change keys of study.json."""
     file = folder.out / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def change_summary(run_dir: Path, **keys: Any) -> None:
+    """Change keys of the summary.json of a run."""
+    file = run_dir / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))

@@ -36,7 +36,7 @@ HEADS = {"c_w": 0.1, "c_q": 0.2, "c_o": 0.3, "effective_rank": 3.5, "cka": 0.4}
 def train(run: RunDir, start: int, last: int, *, loss: float = 2.0) -> None:
     """An attempt that records routers, heads, validations and a skipped step."""
     run.path.mkdir(parents=True, exist_ok=True)
-    run.truncate_metrics(last_step=start)
+    run.cut_metrics(last_step=start)
     track = Tracker(run, main=True, tensorboard=True, log_every_steps=100, total_steps=100, start_step=start)
     for step in range(start + 1, last + 1):
         values = {"loss": float("nan") if step == 5 else loss + 1 / step, "aux_loss": 0.1, "grad_norm": 1.0, "lr": 0.1}

@@ -16,6 +16,7 @@ from study_folders import (
     LAYERS,
     STEPS,
     StudyFolder,
+    change_summary,
     first_table,
     lead,
     loss_at,
@@ -199,6 +200,7 @@ def test_a_run_that_ended_with_nan_is_a_failure_not_a_number(small):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines[-1]["loss"] = math.nan
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change_summary(small.run_dir("rgqa-k2", 2), final_validation_loss=math.nan)
     page = text(small.out)
     assert "| rgqa-k2/seed-2 | failed |" in page
     assert table(page, "Loss at equal tokens")["rgqa-k2"][0] == "1"
@@ -261,6 +263,7 @@ def test_different_ends_are_compared_at_the_last_common_validation(small):
         {"kind": kind, **more, "step_s": 0.1, "data_s": 0.0, "batch_hash": "0" * 16} for kind in ("train", "validation")
     ]
     longer.write_text(longer.read_text() + "".join(json.dumps(e) + "\n" for e in extra))
+    change_summary(longer.parent, steps=44, final_validation_loss=1.0)
     page = text(small.out)
     assert "after 40,000 training tokens" in page
     assert "some are still in the middle of their learning-rate schedule" in page

@@ -294,7 +294,7 @@ def test_records_are_cut_at_the_checkpoint_and_damaged_lines_left_out(tmp_path):
     run = RunDir(tmp_path)
     lines = [b'{"kind": "train", "step": %d, "x": 0.1}' % n for n in (1, 2, 3)]
     run.metrics.write_bytes(b"\n".join([lines[0], b"\xff\xfe broken", b"7", lines[1], lines[2], b'{"kind": "tr']))
-    run.truncate_metrics(last_step=2)
+    run.cut_metrics(last_step=2)
     assert [r["step"] for r in run.read_metrics()] == [1, 2]
     assert run.metrics.read_bytes().count(b"\n") == 2
 
