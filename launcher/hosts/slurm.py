@@ -25,7 +25,18 @@ FIRST, PORT = "FIRST_HOST", "PORT"
 """Placeholders in the text of a dry run for values that are known only when the job runs."""
 
 ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    ]
 )
 """States of jobs that do not run again. Source: "JOB STATE CODES" in the manual of squeue."""
 

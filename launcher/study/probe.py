@@ -19,13 +19,13 @@ from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, 
 from headway.launcher.study.probe_config import Probe, load_probe, overlap
 from headway.launcher.study.run import (
     check_devices,
-    refuse_slurm,
     design_record,
     move_aside,
     now,
     print_design,
     refuse_changed,
     refuse_foreign,
+    refuse_slurm,
     train_study,
 )
 from headway.launcher.study.status import status_record

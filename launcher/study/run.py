@@ -126,7 +126,7 @@ def refuse_slurm(plan: StudyPlan) -> None:
     for cell in plan.cells:
         if cell.spec.launch.method == "slurm":
             raise SpecError(
-                f"launch.method: slurm submits a job and does not wait for it, so the study cannot tell when {cell.key} "
+                f"launch.method: slurm submits a job and does not wait for it, so a study cannot tell when {cell.key} "
                 "is trained; set launch.method=torchrun and start `headway study run` within a job of your own "
                 "(sbatch or salloc), or submit each command that `headway study run STUDY --dry-run "
                 "launch.method=torchrun` prints with launch.method=slurm added"
