@@ -16,13 +16,29 @@ from typing import TYPE_CHECKING
 from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 from headway.launcher.base.errors import PREEMPTED, HeadwayError, SpecError
-from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
 
 FIRST, PORT = "FIRST_HOST", "PORT"
 """Placeholders in the text of a dry run for values that are known only when the job runs."""
+
+ENDED = frozenset(
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    ]
+)
+"""States of jobs that do not run again. Source: "JOB STATE CODES" in the manual of squeue."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=,@-]+")
 
@@ -86,13 +102,47 @@ exit "$status"
 """
 
 
+def refuse_second(run: RunDir) -> None:
+    """Raise HeadwayError if the last submitted job of the run is queued or running, or if squeue cannot tell."""
+    job = str(read_mapping(_record(run)).get("job", ""))
+    if not job:
+        return
+    words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    unknown = f"if it has ended, delete {_record(run)} and start the same command again"
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as e:
+        raise HeadwayError(f"{run.path}: squeue cannot tell the state of its job {job} ({e}); {unknown}") from e
+    # Slurm forgets a job some minutes after its end.
+    if done.returncode and "invalid job id" not in done.stderr.lower():
+        said = done.stderr.strip() or f"status {done.returncode}"
+        raise HeadwayError(f"{run.path}: squeue cannot tell the state of its job {job} ({said}); {unknown}")
+    states = {line.strip() for line in done.stdout.splitlines()} - ENDED - {""}
+    if states:
+        raise HeadwayError(
+            f"{run.path}: job {job} of this run is {', '.join(sorted(states))} already; wait for it, end it with "
+            f"`scancel {job}`, or give another run_dir=..."
+        )
+
+
+def _record(run: RunDir) -> Path:
+    return run.path / "slurm" / "job.json"
+
+
 def submit(script: str, run: RunDir) -> int:
     """Write RUN/slurm/job.sbatch, submit it with sbatch, and print the job number. Returns 0.
 
-    Raises HeadwayError if sbatch is missing or rejects the script.
+    Raises HeadwayError if sbatch is missing or rejects the script, or if the last job of the run is still queued or
+    running.
     """
     path = run.path / "slurm" / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
+    with run.locked("slurm/submit.lock"):
+        return _submit(script, run, path)
+
+
+def _submit(script: str, run: RunDir, path: Path) -> int:
+    refuse_second(run)
     path.write_text(script, encoding="utf-8")
     try:
         done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, timeout=120)
@@ -107,6 +157,7 @@ def submit(script: str, run: RunDir) -> int:
         said = done.stderr.strip() or f"status {done.returncode}"
         raise HeadwayError(f"sbatch rejected {path}: {said}; fix launch.slurm (`sinfo` lists the partitions)")
     job = done.stdout.strip().partition(";")[0]
+    write_json(_record(run), {"job": job})
     if console.wants_json():
         console.emit({"run_dir": str(run.path), "job": job, "log": str(path.parent / f"{job}.log")})
         return 0

@@ -23,6 +23,7 @@ from headway.launcher.hosts.commands import (
     hostfile,
     torchrun_folder,
 )
+from headway.launcher.hosts.device import check_device
 from headway.launcher.hosts.faults import Ended, Fault, quoted, tail
 from headway.launcher.hosts.place import (
     Place,
@@ -70,6 +71,10 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     if dry_run:
         if auto:
             console.result("# train.micro_batch: auto is measured before this is started")
+        try:
+            check_device(spec)
+        except SpecError as e:  # a plan for another machine is printed all the same
+            console.result(f"# refused on this machine: {e}")
         if spec.init.run is not None:
             console.result(f"# a branch of {spec.init.run}, whose checkpoint is checked before this is started")
         console.result(dry_run_text(spec, run, names=names))
@@ -105,6 +110,7 @@ def _conclude(run: RunDir) -> None:
 def _train_here(
     spec: Spec, run: RunDir, names: Sequence[str] | None, arguments: Sequence[str], node_rank: int | None, *, auto: bool
 ) -> int:
+    check_device(spec)
     host = this_host(spec, node_rank, os.environ)
     if host > 0:
         return _on_another_host(spec, run, host)
@@ -134,6 +140,11 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
         return 0
     forwarded(spec, os.environ)
     run.refuse_foreign()
+    if run.is_complete():
+        print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+        return 0
+    _, info = resolve(spec)  # a job that cannot start would be noticed only after its time in the queue
+    check_same_data(run, info)
     return submit(script, run)
 
 

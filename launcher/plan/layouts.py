@@ -80,7 +80,7 @@ class Search:
 def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_per_token: float) -> Search:
     """Layouts of `spec` on `gpus` GPUs. Context parallel size, precision, batch and model are not changed.
 
-    Raises SpecError if `gpus` exceeds one host and is not a multiple of a host's GPUs.
+    Raises SpecError if `gpus` is below 1, or exceeds one host and is not a multiple of a host's GPUs.
     """
     legal: dict[tuple[object, ...], list[Layout]] = {}
     illegal: Counter[str] = Counter()
@@ -134,6 +134,8 @@ def _ordered(layouts: list[Layout]) -> list[Layout]:
 
 def _hosts(gpus: int, gpu: Gpu) -> tuple[int, int]:
     """(number of hosts, GPUs per host)."""
+    if gpus < 1:
+        raise SpecError(f"--gpus: {gpus} is not a number of GPUs; use 1 or more")
     if gpus <= gpu.per_host:
         return 1, gpus
     if gpus % gpu.per_host:

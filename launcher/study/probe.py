@@ -18,12 +18,14 @@ from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
 from headway.launcher.study.probe_config import Probe, load_probe, overlap
 from headway.launcher.study.run import (
+    check_devices,
     design_record,
     move_aside,
     now,
     print_design,
     refuse_changed,
     refuse_foreign,
+    refuse_slurm,
     train_study,
 )
 from headway.launcher.study.status import status_record
@@ -44,15 +46,20 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     for number, (task, plan) in enumerate(plans.items(), 1):
         console.say(f"task {number}/{len(plans)}: {task}")
         print_design(plan, commands=dry_run)
+    for plan in plans.values():
+        refuse_slurm(plan)
     if dry_run:
         if console.wants_json():
             console.emit({"out": str(out), "tasks": {task: design_record(plan) for task, plan in plans.items()}})
         return 0
     if fresh:
+        for plan in plans.values():
+            check_devices(plan)
         move_aside(out)
     refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)
+        check_devices(plan)
     command = shlex.join(["headway", "probe", "run", str(path), *overrides])
     failed = False
     with RunDir(out).locked("study.lock"):

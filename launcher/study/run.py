@@ -15,6 +15,7 @@ from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
+from headway.launcher.hosts.device import check_device
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
@@ -42,6 +43,7 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
     plan = plan_study(study, overrides, measurements=measurements)
+    refuse_slurm(plan)
     if dry_run:
         plan, notes = (plan, []) if fresh else as_it_stands(plan)
         print_design(plan, commands=True)
@@ -51,6 +53,7 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         return 0
     print_design(plan, commands=False)
     if fresh:
+        check_devices(plan)
         move_aside(study.out)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
     code = train_study(plan, measurements, command=command)
@@ -74,7 +77,9 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
     Exit status as for `run_study`. Raises SpecError if the folder contains cells of another definition.
     """
     out = plan.study.out
+    refuse_slurm(plan)
     refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
+    check_devices(plan)
     with RunDir(out).locked("study.lock"):
         refuse_changed(plan)
         current, notes = as_it_stands(plan)
@@ -114,6 +119,25 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     else:
         console.result(f"report: {report}")
     return 0
+
+
+def refuse_slurm(plan: StudyPlan) -> None:
+    """Raise SpecError if a cell would be submitted to Slurm: its command ends when it is queued, not trained."""
+    for cell in plan.cells:
+        if cell.spec.launch.method == "slurm":
+            raise SpecError(
+                f"launch.method: slurm submits a job and does not wait for it, so a study cannot tell when {cell.key} "
+                "is trained; set launch.method=torchrun and start `headway study run` within a job of your own "
+                "(sbatch or salloc), or submit each command that `headway study run STUDY --dry-run "
+                "launch.method=torchrun` prints with launch.method=slurm added"
+            )
+
+
+def check_devices(plan: StudyPlan) -> None:
+    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs."""
+    for cell in plan.cells:
+        if not RunDir(cell.run_dir).is_complete():
+            check_device(cell.spec)
 
 
 def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:

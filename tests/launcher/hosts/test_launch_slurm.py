@@ -158,3 +158,34 @@ def test_a_job_saves_before_its_time_limit_and_continues_when_requeued(slurm):
     assert second.returncode == 0, said
     assert f"(step {stopped_at}/40)" in said and steps_done(run) == 40
     assert (slurm.folder / "requeued").read_text() == "4242\n"
+
+
+def test_a_second_job_is_refused_while_the_first_is_queued(slurm):
+    squeue = slurm.folder / "bin" / "squeue"
+    squeue.write_text("#!/bin/bash\n[[ \" $* \" == *' --jobs=4242 '* ]] && cat state\n")
+    squeue.chmod(0o755)
+    assert slurm.train(*JOB).returncode == 0
+    for state in ("PENDING", "RUNNING", "COMPLETING"):
+        (slurm.folder / "submitted").unlink(missing_ok=True)
+        (slurm.folder / "state").write_text(state + "\n")
+        done = slurm.train(*JOB)
+        assert done.returncode != 0 and f"job 4242 of this run is {state}" in done.stderr, done.stderr
+        assert "scancel 4242" in done.stderr and not (slurm.folder / "submitted").exists()
+    (slurm.folder / "state").write_text("TIMEOUT\n")
+    assert slurm.train(*JOB).returncode == 0 and (slurm.folder / "submitted").exists()
+    squeue.write_text("#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    assert slurm.train(*JOB).returncode == 0
+    squeue.write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    done = slurm.train(*JOB)
+    assert done.returncode != 0 and "cannot tell the state of its job 4242" in done.stderr
+
+
+def test_a_dataset_that_does_not_exist_is_refused_before_the_queue(slurm):
+    done = slurm.train(*JOB, "data.source={type: mds, path: nowhere}")
+    assert done.returncode == 65 and "no dataset here" in done.stderr, done.stderr
+    assert not (slurm.folder / "submitted").exists() and not (slurm.folder / "job").exists()
+
+
+def test_a_login_node_without_gpus_submits_a_run_for_cuda(slurm):
+    done = slurm.train(*JOB, "launch.device=cuda")
+    assert done.returncode == 0 and "submitted job 4242" in done.stdout, done.stderr

@@ -211,6 +211,12 @@ def test_the_search_proposes_only_legal_tensor_sizes() -> None:
     assert {layout.spec.parallel.tensor for layout in result.best} == {1}
 
 
+@pytest.mark.parametrize("gpus", [0, -8])
+def test_a_number_of_gpus_below_one_is_refused(gpus) -> None:
+    with pytest.raises(SpecError, match=rf"--gpus: {gpus} is not a number of GPUs; use 1 or more"):
+        found(LARGE, gpus)
+
+
 def test_a_number_of_gpus_that_is_not_whole_hosts_is_refused() -> None:
     with pytest.raises(SpecError, match=r"--gpus: 12 is not a multiple of the 8 GPUs of a host.*use 8 or 16"):
         found(LARGE, 12)
