@@ -96,7 +96,6 @@ def _not_done(result: StudyResult) -> Iterator[Block]:
             "no mean, interval or test:",
             "warn",
         )
-        yield Items([f"{c.key}: {c.detail}" for c in damaged])
     missing = [c for c in every if not c.done]
     if missing:
         yield Text(f"{len(missing)} of {len(every)} cells are not in the numbers below:", "warn")

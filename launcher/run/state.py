@@ -44,8 +44,11 @@ def run_state(run: RunDir) -> RunState:
     complete = summary.get("complete") is True
     if complete and is_number(summary.get("final_validation_loss")):
         loss, at = float(summary["final_validation_loss"]), step
-    if complete:
-        state: State = "damaged" if check_records(run.path).damage else "done"
+    if complete and check_records(run.path).damage:
+        state: State = "damaged"
+        loss = at = None  # the summary or the records are not those of this run
+    elif complete:
+        state = "done"
     elif held_by_live_process(run.path):
         state = "running"
     else:

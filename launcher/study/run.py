@@ -18,6 +18,7 @@ from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.hosts.device import check_device
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
+from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.study.branches import as_it_stands, changes, not_run, way_of
 from headway.launcher.study.budgets import budget_lines
@@ -37,8 +38,8 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     """Train the unfinished cells, one after another, then write the report.
 
     `overrides` (`a.b=c`) change the base of all cells. A failed cell does not stop the others. `fresh`: rename an
-    existing folder of the study first. Returns 0 if every cell is done, 1 if one failed, 75 after a stop by a signal;
-    the same command then continues. Raises SpecError if the folder contains cells of another definition.
+    existing folder of the study first. Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop
+    by a signal; the same command then continues. Raises SpecError if the folder contains cells of another definition.
     """
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
@@ -162,7 +163,9 @@ def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
     todo = [i for i, cell in enumerate(cells) if not RunDir(cell.run_dir).is_complete()]
     if len(todo) < len(cells):
         console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
-    eta, failed = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo]), 0
+    # Damaged cells are not trained again, since their folders may be all that is left of them. The report names them.
+    failed = sum(check_records(cell.run_dir).damage is not None for cell in cells)
+    eta = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo])
     warm = WarmRanks([cells[i].spec for i in todo])
     with warm, CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
         for number, i in enumerate(todo, 1):

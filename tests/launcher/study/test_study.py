@@ -196,6 +196,18 @@ def test_training_that_ends_without_a_complete_summary_is_a_failure(folder):
     assert status.state == "failed" and "without a complete summary" in status.detail
 
 
+def test_a_damaged_cell_is_named_and_not_trained_again(folder, capsys):
+    assert run_study(folder.study) == 0
+    metrics = folder.out / "cells" / "routed" / "seed-2" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    folder.trained()
+    capsys.readouterr()
+    assert run_study(folder.study) == 1
+    assert folder.trained() == []
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("routed/seed-2")]
+    assert row.split()[1] == "damaged" and "no validation of the last step" in row
+
+
 def test_seeds_and_variants_can_be_added(folder):
     run_study(folder.study)
     folder.trained()
