@@ -38,7 +38,7 @@ class Sharing:
     bf16: bf16 if True, else fp32.
     device: "cuda" or "cpu". Their fused attention kernels differ.
     masked: Whether attention is masked by document.
-    selective: Whether norms and silu(gate) * up are recomputed.
+    selective: Whether norms and the MLP's activation function are recomputed.
     seq_len: S, length of the whole sequence.
     """
 
@@ -83,7 +83,7 @@ class BlockParameters:
         return sum(self.by_part.values())
 
 
-_PARTS = {"attn": "attention", "mlp": "mlp", "attn_norm": "norm", "mlp_norm": "norm"}
+_PARTS = {"attn": "attention", "mlp": "mlp", "mlp_out": "mlp", "attn_norm": "norm", "mlp_norm": "norm"}
 
 
 @lru_cache(maxsize=256)

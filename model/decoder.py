@@ -1,4 +1,4 @@
-"""The decoder: token embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
+"""The decoder: token embedding, pre-norm blocks of attention and MLP, final norm, output head.
 
 Legend: B batch, S sequence, d width, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headway.kernels.documents import Documents
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
-from headway.kernels.operations import Operations
+from headway.kernels.operations import POINTWISE, Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
@@ -31,7 +31,7 @@ from headway.model.base import (
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.init import initialise
-from headway.model.layers import AddNorm, RMSNorm, SwiGLU, parameter, use_operations
+from headway.model.layers import MLPS, OutputBias, Positions, make_add_norm, make_norm, parameter, use_operations
 from headway.model.recompute import recomputed
 from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
@@ -55,7 +55,7 @@ class Placement:
     ranks: Tensor-parallel ranks.
     sequence: Context-parallel ranks.
     recompute: Activations kept for the backward pass. block: a block's input and its routing only; selective: all
-        except the outputs of norms and of silu(gate) * up; none: all.
+        except the outputs of norms and of the MLP's activation function; none: all.
     operations: Kernels of the layers.
     """
 
@@ -81,10 +81,11 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
         super().__init__()
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
-        self.attn_norm = RMSNorm(width, eps)
+        self.attn_norm = make_norm(model)
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
-        self.mlp_norm = AddNorm(width, eps)
-        self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
+        self.mlp_norm = make_add_norm(model)
+        self.mlp = MLPS[model.mlp](width, model.ffn_width, layers=layers, init_std=std, biases=model.mlp_biases)
+        self.mlp_out = OutputBias(width) if model.mlp_biases else None
         self.placement = Placement()
         self.selective: SelectiveRecompute | None = None
         self._attention_shards = attention.shards()
@@ -107,7 +108,7 @@ class Block(nn.Module):
         operations = placement.operations
         if placement.recompute == "selective":
             self.selective = again = SelectiveRecompute()
-            pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "silu_mul")}
+            pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "layer_norm", "add_layer_norm", *POINTWISE)}
             operations = replace(operations, **pieces)
         use_operations(self, operations)
         use_operations(self.attn, placement.operations)  # QK-norm outputs are rotated and not kept: do not recompute
@@ -119,7 +120,8 @@ class Block(nn.Module):
         with self.selective or nullcontext():
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
             x, normed = self.mlp_norm(x, leave(y))
-            return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
+            z = leave(self.mlp(enter(normed)))
+            return AttentionOutput(x + (z if self.mlp_out is None else self.mlp_out(z)), aux_loss)
 
 
 def make_block(
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
         mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
         self.embedding = parameter(vocab_size, model.width)
         self.blocks = nn.ModuleList()
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = make_norm(model)
         self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}

@@ -38,7 +38,7 @@ from headway.model.decoder import (
     vocabulary_shards,
 )
 from headway.model.init import initialise
-from headway.model.layers import RMSNorm, parameter
+from headway.model.layers import make_norm, parameter
 from headway.model.shard import cut
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine, MicroBatch
@@ -148,7 +148,7 @@ class NormLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, *, seed: int, stage: Stage) -> None:
         super().__init__()
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = make_norm(model)
         self.norm.use(stage.placement.operations)
         initialise(self, seed=seed)
 
