@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headway.model.base import StrictConfig
 
@@ -35,12 +35,34 @@ class ModelConfig(StrictConfig):
         default="rope",
         description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; none",
     )
+    max_positions: int | None = Field(
+        default=None, ge=1, description="positions of `positions: learned`, at least data.seq_len"
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
     branch_start: BranchStart = Field(
         default="as_drawn",
         description="start of attention: as_drawn, zero (the MLP too), or rms of what it adds / rms of the stream",
     )
+
+    @model_validator(mode="after")
+    def _learned_positions_have_a_number(self) -> Self:
+        if self.positions == "learned" and self.max_positions is None:
+            raise ValueError(
+                "max_positions: missing, and positions learned has one vector per position; use max_positions with "
+                "data.seq_len or more, or positions rope"
+            )
+        if self.positions != "learned" and self.max_positions is not None:
+            raise ValueError(
+                f"max_positions: {self.max_positions} has no effect with positions {self.positions}; leave it out, or "
+                "use positions learned"
+            )
+        return self
+
+    @property
+    def learned_positions(self) -> int:
+        """Number of learned position vectors [d]."""
+        return self.max_positions or 0
 
     @property
     def norm_params(self) -> int:

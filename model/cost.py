@@ -28,7 +28,8 @@ def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size:
     Raises ValueError if a per-layer field does not have one entry per layer.
     """
     width, layers = model.width, model.layers
-    others = vocab_size * width * (1 if model.tied_embeddings else 2) + model.norm_params
+    others = vocab_size * width * (1 if model.tied_embeddings else 2)
+    others += model.learned_positions * width + model.norm_params
     per_layer = attention.num_params(width=width) + model.mlp_params + 2 * model.norm_params
     sized = attention.at_size(others + layers * per_layer)
     return [sized.layer(i, layers) for i in range(layers)]
@@ -46,7 +47,7 @@ def account(
     width, layers = model.width, model.layers
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {
-        "embedding": vocab_size * width + (seq_len * width if model.positions == "learned" else 0),
+        "embedding": (vocab_size + model.learned_positions) * width,
         "attention": sum(a.num_params(width=width) for a in each),
         "mlp": layers * model.mlp_params,
         "norm": (2 * layers + 1) * model.norm_params,

@@ -123,7 +123,10 @@ def make_add_norm(model: ModelConfig) -> AddNorm | AddLayerNorm:
 
 
 class Positions(nn.Module):
-    """A learned vector [d] per position, added to the embedding: `weight` [length, d]."""
+    """A learned vector [d] per position of the sequence, added to the embedding: `weight` [length, d].
+
+    Positions count from the start of the sequence, not of a document in it.
+    """
 
     def __init__(self, length: int, width: int, *, init_std: float) -> None:
         super().__init__()
@@ -135,8 +138,8 @@ class Positions(nn.Module):
         length = self.weight.shape[0]
         if start + count > length:
             raise ValueError(
-                f"model.positions: learned has vectors for {length} positions (data.seq_len), and token "
-                f"{start + count} has none; use {length} tokens at most, or a model with positions rope or none"
+                f"model.max_positions: {length} positions are learned, and token {start + count} has none; use "
+                f"{length} tokens at most, or a model with positions rope or none"
             )
         return self.weight[start : start + count]
 

@@ -23,6 +23,11 @@ def why_not_speed(spec: Sections) -> str | None:
             "speed.loss: torch returns the sum of the losses in bf16, that is 8 bits of it; use speed.loss chunked or "
             "liger, or parallel.precision fp32"
         )
+    if speed.norm != "torch" and spec.model.norm != "rmsnorm":
+        return (
+            f"speed.norm: {speed.norm} replaces RMSNorm, and model.norm is {spec.model.norm}; use speed.norm torch, or "
+            "model.norm rmsnorm"
+        )
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "
