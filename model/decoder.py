@@ -109,10 +109,8 @@ class Block(nn.Module):
         operations = placement.operations
         if placement.recompute == "selective":
             self.selective = again = SelectiveRecompute()
-            pieces = {
-                name: again.piece(getattr(operations, name))
-                for name in ("norm", "add_norm", "layer_norm", "add_layer_norm", *POINTWISE)
-            }
+            names = ("norm", "add_norm", "layer_norm", "add_layer_norm", *POINTWISE)
+            pieces = {name: again.piece(getattr(operations, name)) for name in names}
             operations = replace(operations, **pieces)
         use_operations(self, operations)
         use_operations(self.attn, placement.operations)  # QK-norm outputs are rotated and not kept: do not recompute

@@ -1,9 +1,10 @@
-"""Forms of the block (MLP types, biases, LayerNorm, positions): equal to independent implementations, counted exactly."""
+"""Forms of the block (MLP types, biases, LayerNorm, positions) against independent implementations, and their counts."""
 
 from typing import Any
 
 import pytest
 import torch
+from llamas import transformers
 from torch import Tensor, nn
 
 from headway.kernels.rope import rope_tables
@@ -83,7 +84,7 @@ def test_biases_start_at_zero_and_gains_at_one_and_neither_decays(form):
     vectors = {name: p for name, p in made.named_parameters() if p.ndim == 1}
     for name, p in vectors.items():
         assert torch.all(p == (1 if name.endswith("gain") else 0)), name
-    decays, none = parameter_groups(made, 0.1)
+    _, none = parameter_groups(made, 0.1)
     assert none["weight_decay"] == 0 and {id(p) for p in none["params"]} == {id(p) for p in vectors.values()}
 
 
@@ -213,9 +214,9 @@ def test_the_block_is_that_of_torch(activation):
 
 
 def test_the_model_is_gpt2_of_transformers():
-    transformers: Any = pytest.importorskip("transformers")
+    library = transformers()
     made, ids = decoder(FORMS["gpt2"]), tokens()
-    config = transformers.GPT2Config(
+    config = library.GPT2Config(
         vocab_size=VOCAB,
         n_positions=16,
         n_embd=WIDTH,
@@ -227,7 +228,7 @@ def test_the_model_is_gpt2_of_transformers():
         attn_pdrop=0.0,
         attn_implementation="eager",
     )
-    gpt2 = transformers.GPT2LMHeadModel(config).double()
+    gpt2 = library.GPT2LMHeadModel(config).double()
     mine: dict[str, Any] = {"transformer.wte.weight": made.embedding, "transformer.wpe.weight": made.positions.weight}
     mine |= {"transformer.ln_f.weight": made.norm.gain, "transformer.ln_f.bias": made.norm.bias}
     for i, block in enumerate(made.blocks):
@@ -269,10 +270,11 @@ def test_the_model_is_gpt2_of_transformers():
 PUBLISHED = {  # (d, L, F), (n, D, E, k), whether positions are relative (Transformer-XL)
     "44.51": ((412, 16, 2092), (2, 64, 5, 3), False),
     "243.35": ((1024, 18, 4136), (4, 100, 4, 2), False),
-    "47.26": ((412, 16, 2080), (2, 76, 5, 3), True),
-    "262.44": ((1024, 18, 4188), (4, 112, 4, 2), True),
+    "47.25": ((412, 16, 2080), (2, 76, 5, 3), True),
+    "262.37": ((1024, 18, 4188), (4, 112, 4, 2), True),
 }
-"""Models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters."""
+"""SwitchHead models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters. For the last two they print
+the totals 47.26 (of the dense model that it is matched to) and 262.4."""
 
 
 @pytest.mark.parametrize("millions", PUBLISHED)
