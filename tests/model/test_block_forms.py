@@ -1,4 +1,4 @@
-"""Forms of the block (MLP types, biases, LayerNorm, positions) against independent implementations, and their counts."""
+"""MLP types, biases, LayerNorm and positions: equal to independent implementations, and counted exactly."""
 
 from typing import Any
 
@@ -274,7 +274,8 @@ PUBLISHED = {  # (d, L, F), (n, D, E, k), whether positions are relative (Transf
     "262.37": ((1024, 18, 4188), (4, 112, 4, 2), True),
 }
 """SwitchHead models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters. For the last two they print
-the totals 47.26 (of the dense model that it is matched to) and 262.4."""
+47.26, the total of the dense model that it is matched to, and 262.4.
+"""
 
 
 @pytest.mark.parametrize("millions", PUBLISHED)

@@ -38,6 +38,9 @@ FAST = [
     Case(mechanism="switchhead", layout="tp2", precision="bf16"),
     Case(mechanism="switchhead", layout="cp2"),
     Case(mechanism="moh", layout="tp2"),
+    *(Case(mechanism="gpt2-block", layout=x) for x in ("tp2", "sp2", "cp2", "pp2")),
+    Case(mechanism="gpt2-block", layout="pp2", tied=False, recompute=True),
+    Case(mechanism="relu-block", layout="tp2"),
 ]
 
 SABOTAGED = [
