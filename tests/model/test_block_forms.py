@@ -44,7 +44,7 @@ def mha(*, biases: bool = True) -> MhaConfig:
     return MhaConfig(heads=HEADS, head_dim=HEAD, biases=biases)
 
 
-def decoder(form: dict[str, Any], attention: Any = None, **changes: Any) -> Decoder:
+def decoder(form: dict[str, Any], attention: Any = None, **changes: Any) -> Any:
     """In float64, with biases that are not 0."""
     made = Decoder(model(form, **changes), attention or mha(), vocab_size=VOCAB, seed=1).double()
     with torch.no_grad():
@@ -273,8 +273,8 @@ PUBLISHED = {  # (d, L, F), (n, D, E, k), whether positions are relative (Transf
     "47.25": ((412, 16, 2080), (2, 76, 5, 3), True),
     "262.37": ((1024, 18, 4188), (4, 112, 4, 2), True),
 }
-"""SwitchHead models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters. For the last two they print
-47.26, the total of the dense model that it is matched to, and 262.4.
+"""SwitchHead models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters. For the last two they
+print 47.26, the total of the dense model that it is matched to, and 262.4.
 """
 
 
