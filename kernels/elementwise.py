@@ -16,7 +16,36 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution function of x (Hendrycks and Gimpel, 2016, arXiv 1606.08415)."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with the authors' tanh approximation, as in GPT-2."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return F.relu(x)
+
+
 def add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm; x, y [..., d], gain [d]. One pass over memory if compiled."""
     added = x + y
     return added, rms_norm(added, gain, eps)
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * gain + bias over the last dimension (Ba et al., 2016, arXiv 1607.06450).
+
+    x [..., d], gain and bias [d].
+    """
+    return F.layer_norm(x, (x.shape[-1],), gain, bias, eps)
+
+
+def add_layer_norm(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its LayerNorm; x, y [..., d], gain and bias [d]."""
+    added = x + y
+    return added, layer_norm(added, gain, bias, eps)

@@ -97,9 +97,10 @@ class Fp8Parameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], Fp8Parameter):
+            if func is F.linear and not kwargs and isinstance(args[1], Fp8Parameter):
                 args[1].used = True
-                return fp8_linear(args[0], args[1], args[1].product)
+                made = fp8_linear(args[0], args[1], args[1].product)
+                return made if len(args) == 2 or args[2] is None else made + args[2]
             return func(*args, **(kwargs or {}))
 
 

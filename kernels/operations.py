@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headway.kernels.attention import core
 from headway.kernels.backends import Backend, attention_core
-from headway.kernels.elementwise import add_norm, silu_mul
+from headway.kernels.elementwise import add_layer_norm, add_norm, gelu, gelu_tanh, layer_norm, relu, silu_mul
 from headway.kernels.fp8 import Product, check_fp8, scaled_product
 from headway.kernels.levers import LeverError
 from headway.kernels.libraries import Loss, Norm, loss_of, norm_of
@@ -28,6 +28,9 @@ Matmul = Literal["none", "fp8"]
 SHAPES = 64
 """Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
 
+POINTWISE = ("silu_mul", "gelu", "gelu_tanh", "relu")
+"""The inner functions of the MLP types."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
@@ -35,7 +38,12 @@ class Operations:
 
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_norm
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_layer_norm
     silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul
+    gelu: Callable[[Tensor], Tensor] = gelu
+    gelu_tanh: Callable[[Tensor], Tensor] = gelu_tanh
+    relu: Callable[[Tensor], Tensor] = relu
     rope: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = apply_rope
     core: Callable[..., Tensor] = core
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
@@ -96,7 +104,8 @@ def compiled(operations: Operations) -> Operations:
     config.recompile_limit = max(config.recompile_limit, SHAPES)
     if operations.norm is rms_norm:
         operations = replace(operations, norm=_compile(operations.norm), add_norm=_compile(operations.add_norm))
-    return replace(operations, silu_mul=_compile(operations.silu_mul), rope=_compile(operations.rope))
+    pointwise = {name: _compile(getattr(operations, name)) for name in (*POINTWISE, "layer_norm", "add_layer_norm")}
+    return replace(operations, **pointwise, rope=_compile(operations.rope))
 
 
 def with_norm(operations: Operations, norm: Callable[[Tensor, Tensor, float], Tensor]) -> Operations:
@@ -119,7 +128,11 @@ def try_elementwise(operations: Operations, device: torch.device, dtype: torch.d
     gain = torch.ones(16, device=device, dtype=dtype, requires_grad=True)
     added, normed = operations.add_norm(x, operations.norm(x, gain, 1e-6), gain, 1e-6)
     turned = operations.rope(normed, rope_tables(2, 16, 10_000.0, device))
-    operations.silu_mul(turned, added).sum().backward()
+    found = operations.silu_mul(turned, added)
+    added, normed = operations.add_layer_norm(x, operations.layer_norm(x, gain, gain, 1e-6), gain, gain, 1e-6)
+    for function in (operations.gelu, operations.gelu_tanh, operations.relu):
+        found = found + function(normed + added)
+    found.sum().backward()
 
 
 def _short(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
-from headway.model.decoder import Block, Placement
+from headway.model.decoder import Block, Placement, rotated
 from headway.model.selective import SelectiveRecompute
 
 
@@ -38,7 +38,7 @@ class Sharing:
     bf16: bf16 if True, else fp32.
     device: "cuda" or "cpu". Their fused attention kernels differ.
     masked: Whether attention is masked by document.
-    selective: Whether norms and silu(gate) * up are recomputed.
+    selective: Whether norms and the MLP's activation function are recomputed.
     seq_len: S, length of the whole sequence.
     """
 
@@ -83,7 +83,14 @@ class BlockParameters:
         return sum(self.by_part.values())
 
 
-_PARTS = {"attn": "attention", "mlp": "mlp", "attn_norm": "norm", "mlp_norm": "norm"}
+_PARTS = {
+    "attn": "attention",
+    "mlp": "mlp",
+    "attn_out": "attention",
+    "mlp_out": "mlp",
+    "attn_norm": "norm",
+    "mlp_norm": "norm",
+}
 
 
 @lru_cache(maxsize=256)
@@ -173,7 +180,7 @@ class _Probe:
         self.summed_bytes = self.dealt_bytes = 0
         own = tokens // (sharing.tensor if sharing.sequence_parallel else 1)
         x = torch.zeros(1, own, self.model.width, dtype=self.dtype, requires_grad=True)
-        rope = rope_tables(tokens, self.attention.rotated, self.attention.rope_base, x.device)
+        rope = rope_tables(tokens, rotated(self.model, self.attention), self.attention.rope_base, x.device)
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
         context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=self._attend))
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]

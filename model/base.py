@@ -297,6 +297,11 @@ class AttentionConfig(StrictConfig):
         return self
 
     @property
+    def output_bias(self) -> bool:
+        """Whether the output projection has a bias [d]. `num_params` counts it; the block holds and adds it."""
+        return False
+
+    @property
     def rotated(self) -> int:
         """Number of channels of a head that RoPE rotates (even)."""
         return int(self.head_dim * self.rope_fraction)

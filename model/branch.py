@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from headway.model.base import AttentionConfig, Ranks, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
-from headway.model.decoder import Block, BranchScale, Contexts, embed
+from headway.model.decoder import (
+    Block,
+    BranchScale,
+    Contexts,
+    Placement,
+    add_positions,
+    embed,
+    make_positions,
+    rotated,
+)
 from headway.model.init import draw, initialise
 
 _MANTISSA = 1 << 12
@@ -56,7 +65,10 @@ def branch_scales(
         return [BranchScale(attention=0.0, mlp=0.0)] * len(mechanisms)
     shape = torch.Size((vocab_size, model.width))
     x = embed(draw("embedding", shape, std=model.init_std, seed=seed), tokens, Ranks())
-    context = Contexts(attention, SequenceRanks()).of(tokens, segments)
+    context = Contexts(attention, SequenceRanks(), rotated=rotated(model, attention)).of(tokens, segments)
+    if (positions := make_positions(model)) is not None:
+        initialise(positions, seed=seed, prefix="positions.")
+        x = add_positions(positions, x, tokens, Placement())
     scales = []
     for index, mechanism in enumerate(mechanisms):
         block = Block(model, mechanism).eval()

@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headway.model.base import StrictConfig
 
 BranchStart = Literal["as_drawn", "zero"] | Annotated[float, Field(gt=0, le=10)]
 """See `headway.model.branch`."""
 
+MlpType = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
+"""See `headway.model.layers`."""
+
 
 class ModelConfig(StrictConfig):
-    """A pre-norm decoder: RMSNorm, attention, RMSNorm, SwiGLU; RoPE; no biases."""
+    """A pre-norm decoder: norm, attention, norm, MLP. By default RMSNorm, SwiGLU, RoPE and no biases."""
 
     width: int = Field(ge=8, description="d, the residual width")
     layers: int = Field(ge=1, le=10_000)
-    ffn_width: int = Field(ge=1, description="F, the hidden width of the SwiGLU MLP")
+    ffn_width: int = Field(ge=1, description="F, the hidden width of the MLP")
+    mlp: MlpType = Field(
+        default="swiglu",
+        description="swiglu: three matrices; gelu, gelu_tanh (GELU as GPT-2 approximates it), relu: two matrices",
+    )
+    mlp_biases: bool = Field(default=False, description="biases of the MLP's matrices")
     vocab_size: int | None = Field(default=None, ge=2, description="none: taken from the data's tokenizer")
     tied_embeddings: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        default="rmsnorm", description="layernorm: with gain and bias; QK-norm is an RMSNorm with either"
+    )
+    positions: Literal["rope", "learned", "none"] = Field(
+        default="rope",
+        description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; none",
+    )
+    max_positions: int | None = Field(
+        default=None, ge=1, description="positions of `positions: learned`, at least data.seq_len"
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
     branch_start: BranchStart = Field(
         default="as_drawn",
         description="start of attention: as_drawn, zero (the MLP too), or rms of what it adds / rms of the stream",
     )
+
+    @model_validator(mode="after")
+    def _learned_positions_have_a_number(self) -> Self:
+        if self.positions == "learned" and self.max_positions is None:
+            raise ValueError(
+                "max_positions: missing, and positions learned has one vector per position; use max_positions with "
+                "data.seq_len or more, or positions rope"
+            )
+        if self.positions != "learned" and self.max_positions is not None:
+            raise ValueError(
+                f"max_positions: {self.max_positions} has no effect with positions {self.positions}; leave it out, or "
+                "use positions learned"
+            )
+        return self
+
+    @property
+    def learned_positions(self) -> int:
+        """Number of learned position vectors [d]."""
+        return self.max_positions or 0
+
+    @property
+    def norm_params(self) -> int:
+        """Parameters of one norm."""
+        return self.width * (2 if self.norm == "layernorm" else 1)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of the MLP: with SwiGLU two into the hidden width and one out of it, else one each."""
+        return 3 if self.mlp == "swiglu" else 2
+
+    @property
+    def mlp_params(self) -> int:
+        """Parameters of one layer's MLP."""
+        biases = (self.mlp_matrices - 1) * self.ffn_width + self.width if self.mlp_biases else 0
+        return self.mlp_matrices * self.width * self.ffn_width + biases
+
+    @property
+    def mlp_flops(self) -> int:
+        """Forward FLOPs of one layer's MLP per token. Activation function and biases are not counted."""
+        return 2 * self.mlp_matrices * self.width * self.ffn_width
 
     @property
     def branch_target(self) -> float | None:

@@ -28,8 +28,9 @@ def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size:
     Raises ValueError if a per-layer field does not have one entry per layer.
     """
     width, layers = model.width, model.layers
-    others = vocab_size * width * (1 if model.tied_embeddings else 2) + width
-    per_layer = attention.num_params(width=width) + 3 * width * model.ffn_width + 2 * width
+    others = vocab_size * width * (1 if model.tied_embeddings else 2)
+    others += model.learned_positions * width + model.norm_params
+    per_layer = attention.num_params(width=width) + model.mlp_params + 2 * model.norm_params
     sized = attention.at_size(others + layers * per_layer)
     return [sized.layer(i, layers) for i in range(layers)]
 
@@ -46,13 +47,13 @@ def account(
     width, layers = model.width, model.layers
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {
-        "embedding": vocab_size * width,
+        "embedding": (vocab_size + model.learned_positions) * width,
         "attention": sum(a.num_params(width=width) for a in each),
-        "mlp": layers * 3 * width * model.ffn_width,
-        "norm": (2 * layers + 1) * width,
+        "mlp": layers * model.mlp_params,
+        "norm": (2 * layers + 1) * model.norm_params,
         "head": 0 if model.tied_embeddings else vocab_size * width,
     }
-    dense = layers * 6 * width * model.ffn_width + 2 * vocab_size * width
+    dense = layers * model.mlp_flops + 2 * vocab_size * width
     flops = sum((a.flops_per_token(width=width, seq_len=seq_len) for a in each), Flops(useful=dense, executed=dense))
     return Cost(
         num_params=sum(params.values()),

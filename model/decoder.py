@@ -1,4 +1,4 @@
-"""The decoder: token embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
+"""The decoder: token embedding, pre-norm blocks of attention and MLP, final norm, output head.
 
 Legend: B batch, S sequence, d width, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headway.kernels.documents import Documents
 from headway.kernels.fp8 import Fp8Parameter, check_used, to_fp8
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
-from headway.kernels.operations import Operations
+from headway.kernels.operations import POINTWISE, Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
@@ -32,7 +32,7 @@ from headway.model.base import (
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.init import initialise
-from headway.model.layers import AddNorm, RMSNorm, SwiGLU, parameter, use_operations
+from headway.model.layers import MLPS, OutputBias, Positions, make_add_norm, make_norm, parameter, use_operations
 from headway.model.recompute import recomputed
 from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
@@ -56,7 +56,7 @@ class Placement:
     ranks: Tensor-parallel ranks.
     sequence: Context-parallel ranks.
     recompute: Activations kept for the backward pass. block: a block's input and its routing only; selective: all
-        except the outputs of norms and of silu(gate) * up; none: all.
+        except the outputs of norms and of the MLP's activation function; none: all.
     operations: Kernels of the layers.
     """
 
@@ -86,10 +86,12 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, attention: AttentionConfig) -> None:
         super().__init__()
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
-        self.attn_norm = RMSNorm(width, eps)
+        self.attn_norm = make_norm(model)
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
-        self.mlp_norm = AddNorm(width, eps)
-        self.mlp = SwiGLU(width, model.ffn_width, layers=layers, init_std=std)
+        self.attn_out = OutputBias(width) if attention.output_bias else None
+        self.mlp_norm = make_add_norm(model)
+        self.mlp = MLPS[model.mlp](width, model.ffn_width, layers=layers, init_std=std, biases=model.mlp_biases)
+        self.mlp_out = OutputBias(width) if model.mlp_biases else None
         self.placement = Placement()
         self.selective: SelectiveRecompute | None = None
         self._fp8: list[tuple[str, Fp8Parameter]] | None = None
@@ -113,7 +115,8 @@ class Block(nn.Module):
         operations = placement.operations
         if placement.recompute == "selective":
             self.selective = again = SelectiveRecompute()
-            pieces = {name: again.piece(getattr(operations, name)) for name in ("norm", "add_norm", "silu_mul")}
+            names = ("norm", "add_norm", "layer_norm", "add_layer_norm", *POINTWISE)
+            pieces = {name: again.piece(getattr(operations, name)) for name in names}
             operations = replace(operations, **pieces)
         use_operations(self, operations)
         use_operations(self.attn, placement.operations)  # QK-norm outputs are rotated and not kept: do not recompute
@@ -139,8 +142,10 @@ class Block(nn.Module):
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
-            x, normed = self.mlp_norm(x, leave(y))
-            return AttentionOutput(x + leave(self.mlp(enter(normed))), aux_loss)
+            y = leave(y)
+            x, normed = self.mlp_norm(x, y if self.attn_out is None else self.attn_out(y))
+            z = leave(self.mlp(enter(normed)))
+            return AttentionOutput(x + (z if self.mlp_out is None else self.mlp_out(z)), aux_loss)
 
 
 def make_block(
@@ -204,8 +209,9 @@ class Decoder(nn.Module):
         self.attention, self.placement = attention, placement or Placement()
         mechanisms = layer_configs(model, attention, vocab_size=vocab_size)
         self.embedding = parameter(vocab_size, model.width)
+        self.positions = make_positions(model)
         self.blocks = nn.ModuleList()
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = make_norm(model)
         self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
         self.init_stds = {"embedding": model.init_std, "head": model.init_std}
@@ -216,7 +222,7 @@ class Decoder(nn.Module):
         for i, mechanism in enumerate(mechanisms):
             scale = None if scales is None else scales[i]
             self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement, scale=scale))
-        self._contexts = Contexts(attention, self.placement.sequence)
+        self._contexts = Contexts(attention, self.placement.sequence, rotated=rotated(model, attention))
 
     @property
     def shards(self) -> dict[str, Shard]:
@@ -276,7 +282,10 @@ class Decoder(nn.Module):
                 "segments: a cache holds one document per sequence; pass one document per sequence, or no cache"
             )
         x = embed(self.embedding, tokens, self.placement.ranks)
-        context = self._contexts.of(tokens, segments, start=0 if cache is None else cache.tokens)
+        start = 0 if cache is None else cache.tokens
+        if self.positions is not None:
+            x = add_positions(self.positions, x, tokens, self.placement, start=start)
+        context = self._contexts.of(tokens, segments, start=start)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
             if cache is not None:
@@ -295,8 +304,8 @@ class Decoder(nn.Module):
 class Contexts:
     """Builds the `Context` of each forward pass. RoPE tables are cached between passes."""
 
-    def __init__(self, attention: AttentionConfig, sequence: SequenceRanks) -> None:
-        self._attention, self._sequence = attention, sequence
+    def __init__(self, attention: AttentionConfig, sequence: SequenceRanks, *, rotated: int) -> None:
+        self._attention, self._sequence, self._rotated = attention, sequence, rotated
         # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
         self._rope: tuple[Tensor, Tensor] | None = None
 
@@ -313,8 +322,29 @@ class Contexts:
         end = start + tokens.shape[1]
         if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
             length = end if start == 0 else 2 * end  # double the table, as decoding adds one position at a time
-            self._rope = rope_tables(length, self._attention.rotated, self._attention.rope_base, tokens.device)
+            self._rope = rope_tables(length, self._rotated, self._attention.rope_base, tokens.device)
         return self._rope[0][start:end], self._rope[1][start:end]
+
+
+def rotated(model: ModelConfig, attention: AttentionConfig) -> int:
+    """Channels of a head that RoPE rotates: none unless `model.positions` is rope."""
+    return attention.rotated if model.positions == "rope" else 0
+
+
+def make_positions(model: ModelConfig) -> Positions | None:
+    """The learned positions, not initialized; None if the model has none."""
+    return Positions(model.learned_positions, model.width, init_std=model.init_std) if model.learned_positions else None
+
+
+def add_positions(positions: Positions, x: Tensor, tokens: Tensor, placement: Placement, *, start: int = 0) -> Tensor:
+    """Add the vectors of the tokens' positions to x [B, S, d], or to this rank's part of the residual stream.
+
+    tokens [B, S]: this rank's part of the sequences, the first one at position `start` of that part.
+    """
+    start += placement.sequence.index * tokens.shape[1]
+    if x.shape[1] < tokens.shape[1]:  # sequence parallelism: each tensor-parallel rank holds a part
+        start += placement.ranks.index * x.shape[1]
+    return x + positions(start, x.shape[1])
 
 
 def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:

@@ -30,7 +30,7 @@ def layer_costs(
     """
     width = model.width
     blocks = [
-        config.flops_per_token(width=width, seq_len=seq_len).executed + 6 * width * model.ffn_width
+        config.flops_per_token(width=width, seq_len=seq_len).executed + model.mlp_flops
         for config in layer_configs(model, attention, vocab_size=vocab_size)
     ]
     passes = 4 if recompute else 3

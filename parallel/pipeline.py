@@ -31,14 +31,17 @@ from headway.model.decoder import (
     BranchScale,
     Contexts,
     Placement,
+    add_positions,
     embed,
     make_block,
+    make_positions,
+    rotated,
     run_block,
     score,
     vocabulary_shards,
 )
 from headway.model.init import initialise
-from headway.model.layers import RMSNorm, parameter
+from headway.model.layers import make_norm, parameter
 from headway.model.shard import cut
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine, MicroBatch
@@ -54,9 +57,11 @@ EMBEDDING = "embedding"
 class Stage:
     """State shared by the layers of this process: the context of the current pass, and the losses of the step."""
 
-    def __init__(self, attention: AttentionConfig, placement: Placement, *, aux_scale: float) -> None:
+    def __init__(
+        self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, aux_scale: float
+    ) -> None:
         self.placement, self.aux_scale = placement, aux_scale
-        self._contexts = Contexts(attention, placement.sequence)
+        self._contexts = Contexts(attention, placement.sequence, rotated=rotated(model, attention))
         self._last: tuple[Tensor, Context] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
@@ -116,7 +121,7 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
 
 
 class BlockLayer(nn.Module):
-    """One block of the decoder."""
+    """One block of the decoder. The first one adds the learned positions, which are not tied as the embedding is."""
 
     def __init__(
         self,
@@ -131,10 +136,15 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.block = make_block(model, attention, index, seed=seed, placement=stage.placement, scale=scale)
         self.index, self.stage = index, stage
+        self.positions = make_positions(model) if index == 0 else None
+        if self.positions is not None:
+            initialise(self.positions, seed=seed, prefix="positions.")
 
     def forward(self, inputs: Inputs) -> Inputs:
         x, tokens, labels, *segments = inputs
         stage = self.stage
+        if self.positions is not None:
+            x = add_positions(self.positions, x, tokens, stage.placement)
         context = stage.context(tokens, segments[0] if segments else None)
         x, aux_loss = run_block(self.block, x, context, stage.placement)
         if aux_loss is not None and torch.is_grad_enabled():
@@ -148,7 +158,7 @@ class NormLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, *, seed: int, stage: Stage) -> None:
         super().__init__()
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = make_norm(model)
         self.norm.use(stage.placement.operations)
         initialise(self, seed=seed)
 
@@ -206,7 +216,7 @@ class PipelineEngine(Engine):
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
         # DeepSpeed divides the loss by the number of micro-batches; the auxiliary losses must be divided as well.
-        self._stage = Stage(attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
+        self._stage = Stage(model, attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
         layers = self._layers(model, attention, scales, vocab_size=vocab_size, seed=seed)
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
         with contextlib.redirect_stdout(sys.stderr):
@@ -258,6 +268,8 @@ class PipelineEngine(Engine):
                 for name, p in layer.block.named_parameters():
                     shard = layer.block.shards.get(name)
                     logical.append(LogicalParameter(f"blocks.{layer.index}.{name}", p, shard))
+                if layer.positions is not None:
+                    logical.append(LogicalParameter("positions.weight", layer.positions.weight, None))
             elif isinstance(layer, NormLayer):
                 logical += [LogicalParameter(name, p, None) for name, p in layer.named_parameters()]
         return logical

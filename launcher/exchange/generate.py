@@ -68,6 +68,13 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
         model, codec, ids, seq_len, title = _of_weights(path, prompt)
     else:
         raise NoInputError(not_a_run(path))
+    known = None if model.positions is None else model.positions.weight.shape[0]
+    if known is not None and len(ids) + sampling.tokens - 1 > known:  # the last new token is not fed back
+        raise SpecError(
+            f"--tokens: {len(ids)} prompt tokens and {sampling.tokens} new tokens are more than the {known} positions "
+            f"of this model (model.positions learned); use "
+            + (f"--tokens {known + 1 - len(ids)} at most" if len(ids) <= known else "a shorter prompt")
+        )
     if len(ids) + sampling.tokens > seq_len:
         console.note(
             f"note: {len(ids)} prompt tokens and {sampling.tokens} new tokens are more than the {seq_len} tokens per "

@@ -133,7 +133,7 @@ def _micro_batch(
     for block in stage.blocks:
         core = block.core_flops_per_token(seq_len=spec.data.seq_len)
         whole = block.flops_per_token(width=model.width, seq_len=spec.data.seq_len).executed
-        products += (3 + again) * (whole - core + 6 * model.width * model.ffn_width)
+        products += (3 + again) * (whole - core + model.mlp_flops)
         cores += (1 + again + CORE_BACKWARD) * core
         kept += grid.footprint(block).kept(grid.tokens) * (1 + again / 3) + grid.dropped(block) * (1 + 1 / 3)
     if stage.last:

@@ -131,10 +131,11 @@ def grid_of(spec: Spec) -> Grid:
         first, last = p == 0, p == parallel.pipeline - 1
         start, end = max(bounds[p] - 1, 0), min(bounds[p + 1] - 1, len(each))
         parts = _sum_parts(held[start:end])
-        parts["norm"] += model.width if last else 0
+        parts["norm"] += model.norm_params if last else 0
         # With tied embeddings the last stage has a copy of the embedding, unless it is also the first stage.
         head = last and not (model.tied_embeddings and first)
-        parts = {"embedding": rows if first else 0, **parts, "head": rows if head else 0}
+        positions = model.learned_positions * model.width
+        parts = {"embedding": rows + positions if first else 0, **parts, "head": rows if head else 0}
         replicated = sum(block.replicated for block in held[start:end])
         stages.append(
             Stage(

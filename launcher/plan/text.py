@@ -249,7 +249,7 @@ def _flops_by_part(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
     """Useful FLOPs per token by part of the model."""
     assert spec.model.vocab_size is not None
     core = cost["flops_per_token_attention_core"]
-    mlp = 6.0 * spec.model.layers * spec.model.width * spec.model.ffn_width
+    mlp = float(spec.model.layers * spec.model.mlp_flops)
     head = 2.0 * spec.model.vocab_size * spec.model.width
     projections = cost["flops_per_token_useful"] - core - mlp - head
     return {"attention projections, routers": projections, "attention core": core, "mlp": mlp, "head": head}

@@ -110,14 +110,19 @@ _MODEL = (
     ),
     _hint(
         "bias attention_bias mlp_bias use_bias add_bias_linear qkv_bias",
-        "",
-        "There are no biases in the model; leave it out.",
+        "model.mlp_biases attention.biases",
+        "Use model.mlp_biases, and attention.biases (types mha, mqa, gqa and sqa).",
     ),
-    _hint("hidden_act activation activation_function act_fn mlp_type", "", "The MLP is SwiGLU always; leave it out."),
+    _hint(
+        "hidden_act activation activation_function act_fn mlp_type",
+        "model.mlp",
+        "Use model.mlp: swiglu, gelu, gelu_tanh or relu.",
+    ),
+    _hint("norm_type normalization use_rmsnorm layer_norm", "model.norm", "Use model.norm: rmsnorm or layernorm."),
     _hint(
         "rope_scaling use_rope position_embedding_type",
-        "attention.rope_base attention.rope_fraction",
-        "Positions are RoPE always, set by attention.rope_base and attention.rope_fraction.",
+        "model.positions attention.rope_base attention.rope_fraction",
+        "Use model.positions: rope, learned or none; RoPE is set by attention.rope_base and attention.rope_fraction.",
     ),
 )
 

@@ -23,8 +23,28 @@ class Spec(Sections):
             )
         if (reason := self.schedule.why_not(self.steps * self.tokens_per_step)) is not None:
             raise ValueError(f"schedule.{reason}")
+        if (problem := self._wrong_positions()) is not None:
+            raise ValueError(problem)
         check_layout(self)
         self.attention.check_run(
             seq_len=self.data.seq_len, tokens=self.steps * self.tokens_per_step, tokens_per_step=self.tokens_per_step
         )
         return self
+
+    def _wrong_positions(self) -> str | None:
+        """Why the positions do not fit the run, with the legal choices; None if they do."""
+        model, seq_len = self.model, self.data.seq_len
+        if model.positions == "learned" and model.learned_positions < seq_len:
+            return (
+                f"model.max_positions: {model.max_positions} learned positions are fewer than the {seq_len} tokens of "
+                f"a sequence; use {seq_len} or more, or data.seq_len {model.max_positions}"
+            )
+        if model.positions == "rope":
+            return None
+        for name in ("rope_base", "rope_fraction"):
+            if getattr(self.attention, name) != type(self.attention).model_fields[name].default:
+                return (
+                    f"attention.{name}: has no effect with model.positions {model.positions}; leave it out, or use "
+                    "model.positions rope"
+                )
+        return None

@@ -30,6 +30,11 @@ def why_not_speed(spec: Sections) -> str | None:
         )
     if speed.matmul == "fp8" and parallel.precision == "fp32":
         return "speed.matmul: fp8 replaces products in bf16; use speed.matmul none, or parallel.precision bf16"
+    if speed.norm != "torch" and spec.model.norm != "rmsnorm":
+        return (
+            f"speed.norm: {speed.norm} replaces RMSNorm, and model.norm is {spec.model.norm}; use speed.norm torch, or "
+            "model.norm rmsnorm"
+        )
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "

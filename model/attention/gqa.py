@@ -43,6 +43,7 @@ class DenseConfig(GroupedConfig):
         default="none",
         description="sigmoid of the layer's input as a factor on the output of each head, or of each of its channels",
     )
+    biases: bool = Field(default=False, description="biases of the query, key, value and output projections")
     windows: Windows = Field(
         default=None, description="tokens a query attends to, including itself; a list: one per KV head; null: all"
     )
@@ -108,6 +109,10 @@ class DenseConfig(GroupedConfig):
         return tuple(calls)
 
     @property
+    def output_bias(self) -> bool:
+        return self.biases
+
+    @property
     def gate_rows(self) -> int:
         """Rows of W_gate."""
         return {"none": 0, "headwise": 1, "elementwise": self.head_dim}[self.gate] * self.query_heads
@@ -121,8 +126,9 @@ class DenseConfig(GroupedConfig):
         return DenseAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 
     def num_params(self, *, width: int) -> int:
-        """2dHD + 2dGD, plus dH or dHD for the gate."""
-        return super().num_params(width=width) + width * self.gate_rows
+        """2dHD + 2dGD, plus dH or dHD for the gate, plus HD + 2GD + d for biases."""
+        biases = (self.query_heads + 2 * self.groups) * self.head_dim + width if self.biases else 0
+        return super().num_params(width=width) + width * self.gate_rows + biases
 
     def flops_per_token(self, *, width: int, seq_len: int) -> Flops:
         """4dHD + 4dGD, 2dH or 2dHD for the gate, and the core. Multiplying by the gate is not counted."""
@@ -139,6 +145,7 @@ class DenseConfig(GroupedConfig):
         groups = list(zip(self.sizes, self.group_windows, strict=True))
         units = max(n for n in range(1, len(groups) + 1) if groups == groups[: len(groups) // n] * n)
         names = {"w_q": 0, "w_k": 0, "w_v": 0, "w_o": 1} | ({} if self.gate == "none" else {"w_gate": 0})
+        names |= {"b_q": 0, "b_k": 0, "b_v": 0} if self.biases else {}
         return {name: Shard(dim, units) for name, dim in names.items()}
 
 
@@ -207,20 +214,24 @@ class DenseAttention(GroupedQueryAttention):
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
         self.gate, self.sizes, self.windows = config.gate, config.sizes, config.group_windows
         self.even = len(set(self.sizes)) == 1
+        if config.biases:
+            for name in ("b_q", "b_k", "b_v"):
+                self.register_parameter(name, parameter(len(self.get_parameter(name.replace("b_", "w_")))))
+                self.init_stds[name] = 0.0
         if config.gate != "none":
             self.w_gate = parameter(config.gate_rows, width)
             self.init_stds["w_gate"] = init_std
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]
+        q = self.q_rope(self.heads_of(x, self.w_q, self.b_q), context.rope)  # [B, S, H, D]
         o = self.attend(q, x, context)
         if self.gate != "none":
             o = o * torch.sigmoid(F.linear(x, self.w_gate)).unflatten(-1, (o.shape[2], -1))  # [B, S, H, 1 or D]
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
-        k = self.k_rope(self.heads_of(x, self.w_k), context.rope)  # [B, S, G, D]
-        v = self.heads_of(x, self.w_v)
+        k = self.k_rope(self.heads_of(x, self.w_k, self.b_k), context.rope)  # [B, S, G, D]
+        v = self.heads_of(x, self.w_v, self.b_v)
         sizes, windows = self.sizes[: k.shape[2]], self.windows[: k.shape[2]]
         if self.even and len(set(windows)) == 1:
             k, v = context.keys_and_values(k, v, window=windows[0])

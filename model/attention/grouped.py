@@ -11,7 +11,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from headway.kernels.device import fused
 from headway.kernels.experts import Routed, project_routed
@@ -166,6 +166,10 @@ class GroupedQueryAttention(RoutedAttention):
     y = W_O [o_1 .. o_H], o_h = softmax(q_h K_g^T / sqrt(D)) V_g; rows are group-major, h = g M + m.
     """
 
+    b_q: nn.Parameter | None
+    b_k: nn.Parameter | None
+    b_v: nn.Parameter | None
+
     def __init__(self, config: GroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
         heads, groups, head_dim = config.query_heads, config.groups, config.head_dim
@@ -174,18 +178,20 @@ class GroupedQueryAttention(RoutedAttention):
         self.w_k = parameter(groups * head_dim, width)
         self.w_v = parameter(groups * head_dim, width)
         self.w_o = parameter(width, heads * head_dim)
+        for name in ("b_q", "b_k", "b_v"):  # biases, of the mechanisms that have them
+            self.register_parameter(name, None)
         self.q_rope = QkNorm(config, norm_eps)
         self.k_rope = QkNorm(config, norm_eps)
         self.init_stds = {"w_q": init_std, "w_k": init_std, "w_v": init_std, "w_o": init_std / (2 * layers) ** 0.5}
 
-    def heads_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [B, S, d], weight [n D, d] -> [B, S, n, D]. The weight may be one rank's shard, which sets n."""
-        return F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
+    def heads_of(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [B, S, d], weight [n D, d], bias [n D] -> [B, S, n, D]. They may be one rank's shards, which set n."""
+        return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
 
     def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [B, K, G, D] of the K tokens that x attends to (with a cache, earlier ones too)."""
         return context.keys_and_values(
-            self.k_rope(self.heads_of(x, self.w_k), context.rope), self.heads_of(x, self.w_v)
+            self.k_rope(self.heads_of(x, self.w_k, self.b_k), context.rope), self.heads_of(x, self.w_v, self.b_v)
         )
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
@@ -194,7 +200,7 @@ class GroupedQueryAttention(RoutedAttention):
         return context.attend(q, k, v)
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
-        q = self.q_rope(self.heads_of(x, self.w_q), context.rope)  # [B, S, H, D]
+        q = self.q_rope(self.heads_of(x, self.w_q, self.b_q), context.rope)  # [B, S, H, D]
         o = self.attend(q, x, context)
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
@@ -208,7 +214,7 @@ class GroupedQueryAttention(RoutedAttention):
         """The query heads of each group."""
         if self.members == 1:
             return None
-        q = self.heads_of(x, self.w_q)
+        q = self.heads_of(x, self.w_q, self.b_q)
         o = self.attend(self.q_rope(q, context.rope), x, context)
         per_group = (-1, self.members)
         weights = self.w_q.unflatten(0, (-1, self.members, self.head_dim)).flatten(2)

@@ -101,6 +101,7 @@ def llama_config(
     `seq_len`: tokens per training sequence. Raises ValueError, with the key, the reason and what to use, if a Llama has
     no counterpart.
     """
+    _check_model(model)
     dense = _checked(folded(attention), model.layers)
     return {
         "architectures": [ARCHITECTURE],
@@ -130,6 +131,22 @@ def llama_config(
     }
 
 
+def _check_model(model: ModelConfig) -> None:
+    """Raise ValueError for forms of the block that a Llama does not have."""
+    forms = {
+        "mlp": ("swiglu", "the MLP of a Llama is SwiGLU"),
+        "mlp_biases": (False, "biases of a Llama's MLP are not supported here"),
+        "norm": ("rmsnorm", "a Llama has RMSNorm"),
+        "positions": ("rope", "a Llama rotates queries and keys by their position"),
+    }
+    for name, (legal, why) in forms.items():
+        if (value := getattr(model, name)) != legal:
+            raise ValueError(
+                f"model.{name}: {value}, but {why}; use the format safetensors, which supports it, or a run with "
+                f"{name} {str(legal).lower()}"
+            )
+
+
 def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
     """Raise ValueError for features that a Llama does not have."""
     ways = "use the format safetensors, which supports it, or a run"
@@ -143,6 +160,7 @@ def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
     refused = {
         "qk_norm": (attention.qk_norm, "a Llama does not norm queries and keys", "qk_norm false"),
         "gate": (attention.gate != "none", "a Llama does not gate its heads", "gate none"),
+        "biases": (attention.biases, "biases of a Llama's attention are not supported here", "biases false"),
         "window_pattern" if attention.window_pattern else "windows": (
             windows is not None,
             f"a Llama attends to all tokens, so the window of {windows} tokens would be lost",

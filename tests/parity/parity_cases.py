@@ -37,7 +37,7 @@ TABLE: dict[str, AttentionConfig] = {
 }
 """Mechanisms that are run on every layout."""
 
-DENSE = {"gqa", "wgqa", "windows"}
+DENSE = {"gqa", "wgqa", "windows", "gpt2-block"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS = TABLE | {
@@ -45,8 +45,22 @@ MECHANISMS = TABLE | {
     "hash": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, router=TokenHashRouterConfig()),
     "cv2": RgqaConfig(heads=16, kv_heads=4, head_dim=8, top_k=2, gate="renorm", balance=BalanceConfig(cv2=0.05)),
     "windows": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=[None, 7, None, 7]),
+    "gpt2-block": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
+    "relu-block": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
 }
+
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt2-block": {
+        "mlp": "gelu_tanh",
+        "mlp_biases": True,
+        "norm": "layernorm",
+        "positions": "learned",
+        "max_positions": SEQ_LEN,
+    },
+    "relu-block": {"mlp": "relu", "mlp_biases": True, "norm": "layernorm", "positions": "none"},
+}
+"""Options of the block, by the name of the case's mechanism; the others have the defaults."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
@@ -123,7 +137,7 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        return MODEL if self.tied else MODEL.model_copy(update={"tied_embeddings": False})
+        return MODEL.model_copy(update={"tied_embeddings": self.tied, **FORMS.get(self.mechanism, {})})
 
     @property
     def first_step(self) -> int:
@@ -219,6 +233,7 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]
     cases += [Case(mechanism="gqe-first", layout=x) for x in ("tp2", "sp2", "cp2", "tp2·pp2")]
+    cases += [Case(mechanism=x, layout=y) for x in FORMS for y in ("tp2", "sp2", "cp2", "pp2", "dp2", "sp2·cp2·pp2")]
     for layout in ("cp2·pp2", "cp2·dp2", "tp2·cp2", "sp2·pp2", "sp2·cp2·pp2"):
         cases += [Case(mechanism=x, layout=layout) for x in ("rgqa", "gqe", "switchhead")]
     return cases

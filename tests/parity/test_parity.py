@@ -41,6 +41,9 @@ FAST = [
     *(Case(mechanism="rgqa", layout="dp2", zero=z, overlap=True) for z in (1, 2, 3)),
     Case(mechanism="rgqa", layout="dp2", zero=2, precision="bf16", overlap=True),
     Case(mechanism="rgqa", layout="tp2·dp2", zero=2, overlap=True),
+    *(Case(mechanism="gpt2-block", layout=x) for x in ("tp2", "sp2", "cp2", "pp2")),
+    Case(mechanism="gpt2-block", layout="pp2", tied=False, recompute=True),
+    Case(mechanism="relu-block", layout="tp2"),
 ]
 
 SABOTAGED = [

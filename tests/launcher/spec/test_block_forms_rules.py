@@ -1,0 +1,55 @@
+"""Forms of the block that do not fit a spec, or that a Llama does not have, are refused with the key and a way out."""
+
+from pathlib import Path
+
+import pytest
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.spec.load import load_spec
+from headway.model.attention.gqa import GqaConfig
+from headway.model.config import ModelConfig
+from headway.model.huggingface.llama import llama_config
+
+SPEC = """
+model: {width: 32, layers: 1, ffn_width: 64}
+attention: {type: gqa, heads: 4, kv_heads: 2, head_dim: 8}
+data:
+  seq_len: 32
+  source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}
+optimizer: {lr: 3.0e-3}
+train: {tokens: 2560, global_batch: 8, micro_batch: 8}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.positions=learned"], "max_positions: missing"),
+        (["model.positions=learned", "model.max_positions=31"], "use 32 or more, or data.seq_len 31"),
+        (["model.max_positions=32"], "max_positions: 32 has no effect with positions rope"),
+        (["model.positions=none", "attention.rope_fraction=0.5"], "attention.rope_fraction: has no effect"),
+        (["model.norm=layernorm", "speed.norm=liger"], "speed.norm: liger replaces RMSNorm"),
+        (["attention.bias=true"], "attention.biases"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(SPEC)
+    assert load_spec(str(path), [], no_auto=None)
+    with pytest.raises(SpecError) as caught:
+        load_spec(str(path), overrides, no_auto=None)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mlp", "relu"), ("mlp_biases", True), ("norm", "layernorm"), ("positions", "none")]
+)
+def test_a_llama_has_only_the_default_form(key: str, value: object) -> None:
+    attention = GqaConfig(heads=4, kv_heads=2, head_dim=8)
+    plain = {"width": 32, "layers": 1, "ffn_width": 64}
+    sizes = {"vocab_size": 32, "seq_len": 32, "eos_token_id": None}
+    assert llama_config(ModelConfig.model_validate(plain), attention, **sizes)
+    with pytest.raises(ValueError, match=rf"model\.{key}: .* use the format safetensors"):
+        llama_config(ModelConfig.model_validate({**plain, key: value}), attention, **sizes)
+    with pytest.raises(ValueError, match=r"attention\.biases: "):
+        llama_config(ModelConfig.model_validate(plain), attention.model_copy(update={"biases": True}), **sizes)
