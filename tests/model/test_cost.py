@@ -89,10 +89,10 @@ def test_executed_counts_the_dense_projections():
 
 
 def test_untied_embeddings_add_a_head():
-    shape = {"width": 64, "layers": 2, "ffn_width": 96}
     config = mechanism("gqa", 4, 2)
     tied, untied = (
-        account(ModelConfig(**shape, tied_embeddings=t), config, vocab_size=100, seq_len=32) for t in (True, False)
+        account(ModelConfig(width=64, layers=2, ffn_width=96, tied_embeddings=t), config, vocab_size=100, seq_len=32)
+        for t in (True, False)
     )
     assert untied.num_params - tied.num_params == untied.params_by_part["head"] == 6400
     assert untied.flops_per_token == tied.flops_per_token

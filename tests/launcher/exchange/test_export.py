@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_run_is_not_exported(runs, tmp_path, capsys, ste
         assert main(words) == 74
         said = capsys.readouterr().err
         assert f"written by another run ('{mine[:20]}" in said and f"this run is '{other}'" in said
-        assert "move it to the folder of its run" in said
+        assert "move the folder to its run" in said
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
