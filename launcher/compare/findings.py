@@ -16,6 +16,9 @@ from headway.launcher.match.matching import quantity_words
 RESOLUTION_NATS = 0.01
 """A relevant difference in loss, in nats per token. The report states the number of seeds that detect it."""
 
+LISTED = 4
+"""Most undecided variants that the headline lists with their numbers."""
+
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter of compute-optimal dense decoders (Hoffmann et al. 2022)."""
 
@@ -49,7 +52,8 @@ def headline(result: StudyResult) -> list[str]:
         if found := by_verdict.get(verdict):
             sentences.append(f"{warn}{_have(found)} {words}: {_listed(found)}.")
     if found := by_verdict.get("undecided"):
-        sentences.append(f"{warn}Undecided against {name}: {_listed(found)}.")
+        listed = _listed(found) if len(found) <= LISTED else f"{len(found)} variants, which the table lists"
+        sentences.append(f"{warn}Undecided against {name}: {listed}.")
     return [*sentences, *_confounded_starts(result)]
 
 

@@ -103,7 +103,9 @@ def _heat_map(axis: Axes, routers: list[Router]) -> Any:
     axis.set_xlabel("expert")
     axis.grid(visible=False)
     if load.shape[1] <= 8 and len(labels) <= 24:
+        # Panels are equally wide, so more experts leave less room for each number.
+        digits, size = (2, 9) if load.shape[1] <= 4 else (1, 7)
         for (row, column), value in np.ndenumerate(load):
             colour = "white" if abs(value - 1) > 0.7 else "black"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
+            axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=colour)
     return image

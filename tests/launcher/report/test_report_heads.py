@@ -11,6 +11,7 @@ import pytest
 
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Heading, Table, Text
+from headway.launcher.report.plots.heads import draw_routers
 from headway.launcher.run.records import read_run
 from headway.launcher.run.records_heads import ROUTER_KEYS, Router, mean_routers, read_heads, read_routers
 
@@ -133,3 +134,23 @@ def test_tables_per_layer_are_of_finished_cells():
 
 def no_heads():
     return SimpleNamespace(routers=(), heads=None)
+
+
+# ---------------------------------------------------------------- figure
+
+
+@pytest.mark.parametrize("experts", [4, 5, 8])
+def test_numbers_of_a_heat_map_do_not_overlap(experts):
+    from matplotlib.text import Text as Label
+
+    load = np.linspace(0.5, 1.5, 2 * experts).reshape(2, experts) / experts
+    routers = [Router(layer=f"layer_0{i}", name="router", load=load, means={}, dead=0) for i in range(4)]
+    result: Any = SimpleNamespace(variants=[variant(routers, name=f"long-name-{i}") for i in range(4)])
+    drawn = draw_routers(result)
+    assert drawn is not None
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    for axis in figure.axes[:4]:
+        boxes = [t.get_window_extent() for t in axis.texts if isinstance(t, Label)]
+        assert len(boxes) == 8 * experts
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
