@@ -245,8 +245,8 @@ def _check_content(path: Path, data: bytes, loaded: CorpusTokenizer) -> None:
             taken = "" if holder is None else f", which {holder!r} has"
             raise DataError(
                 f"{path}: added_tokens says that {token.get('content')!r} has the id {declared}{taken}, but the "
-                f"tokenizers library gives it the id {actual}: added tokens must have the ids that follow the {size:,} of "
-                f"model.vocab ({size}, {size + 1}, ...) in the order of the file, without gaps, unless they are in "
+                f"tokenizers library gives it the id {actual}: added tokens must have the ids that follow the {size:,} "
+                f"of model.vocab ({size}, {size + 1}, ...) in the order of the file, without gaps, unless they are in "
                 "model.vocab. Number them so, and check that a model that was trained with this file agrees"
             )
     holders: dict[int, str] = {}
