@@ -183,8 +183,10 @@ def test_csv_files_have_the_cells_of_all_budgets(budgets):
 def test_cells_that_did_not_end_at_one_token_count_are_not_compared_over_budgets(budgets):
     run_dir = budgets.run_dir("gqa", 1, 0.5)
     file = run_dir / "metrics.jsonl"
-    more = {"kind": "validation", "step": 24, "tokens": 24_000, "train_s": 2.4, "loss": 3.0}
-    file.write_text(file.read_text() + json.dumps(more) + "\n")
+    last = [line for line in map(json.loads, file.read_text().splitlines()) if line["kind"] == "train"][-1]
+    more = [last | {"step": 24, "tokens": 24_000, "train_s": 2.4}]
+    more.append({"kind": "validation", "step": 24, "tokens": 24_000, "train_s": 2.4, "loss": 3.0})
+    file.write_text(file.read_text() + "".join(json.dumps(record) + "\n" for record in more))
     change_summary(run_dir, steps=24, tokens=24_000, final_validation_loss=3.0)
     page = text(budgets.out)
     assert "the cells of budget 0.5 did not all end at one token count" in page
