@@ -322,6 +322,12 @@ class LaunchConfig(StrictModel):
             )
         if self.slurm != SlurmConfig() and self.method != "slurm":
             raise ValueError("slurm: only method slurm uses it; use method slurm, or leave slurm out")
+        gpus = self.slurm.gpus_per_node
+        if gpus is not None and gpus < self.processes and self.device != "cpu":
+            raise ValueError(
+                f"slurm.gpus_per_node: {self.processes} processes need a CUDA device each, and the job would have "
+                f"{gpus} on each host; use {self.processes}, or processes {gpus}, or device cpu"
+            )
         for name, value in self.env.items():
             _check_variable(name, value)
         return self
