@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from headway.launcher.base import console
+from headway.launcher.base.signals import this_process_ends
 from headway.launcher.cli.parser import make_parser, value_options
 from headway.launcher.cli.words import misplaced_file, plain, split_dotted, unknown_option
 
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has printed the error; it uses status 2, Headway uses 64
         return 64 if e.code else 0
+    if argv is None:
+        this_process_ends()
     try:
         return _run(args)
     except KeyboardInterrupt:

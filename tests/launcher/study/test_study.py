@@ -306,7 +306,7 @@ def test_study_json_holds_the_resolved_design(folder):
 # ---------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_the_running_cell_in_order_and_the_study_with_75(folder, number, capfd):
     folder.behave({"routed/seed-1": "hang"})
     metrics = folder.out / "cells/routed/seed-1/metrics.jsonl"
