@@ -27,7 +27,7 @@ def this_process_ends() -> None:
     _ends = True
 
 
-def put_back(old: Mapping[int, Any], *, stopped: bool) -> None:
+def put_back(old: Mapping[signal.Signals, Any], *, stopped: bool) -> None:
     """Restore handlers of signals. After a stop in a process that ends with its command, ignore the signals instead.
 
     Otherwise a second signal between the save and the end of the process would end it with another exit status.

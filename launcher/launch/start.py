@@ -15,7 +15,9 @@ from typing import Any
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.commands import (
+    LOOPBACK,
     check_caches,
+    check_loopback,
     command,
     dry_run_text,
     forwarded,
@@ -267,12 +269,17 @@ def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def check_port(spec: Spec) -> None:
-    """Raise SpecError if the rendezvous port of the run is known and in use on this host, which is the first one."""
+    """Raise SpecError if the rendezvous port of the run is known and in use on this host, which is the first one.
+
+    Raises HeadwayError if the processes of a single host cannot connect to each other.
+    """
     launch = spec.launch
+    if launch.hosts == 1:
+        check_loopback()
     port = rendezvous_port(spec) if launch.hosts > 1 else launch.port
     if port is None:
         return
-    address = launch.address if launch.hosts > 1 and launch.address else "127.0.0.1"
+    address = launch.address if launch.hosts > 1 and launch.address else LOOPBACK
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

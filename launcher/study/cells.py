@@ -106,7 +106,7 @@ class CellRunner:
     def __init__(self) -> None:
         self.stopping = False
         self._child: subprocess.Popen[str] | None = None
-        self._old: dict[int, Any] = {}
+        self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> CellRunner:
         if threading.current_thread() is threading.main_thread():
