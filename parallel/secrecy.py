@@ -6,6 +6,7 @@ strings, and long random words. A variable with the value null is always safe: o
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -59,7 +60,7 @@ def _is_random(word: str) -> bool:
     kinds = ["d" if c.isdigit() else "u" if c.isupper() else "l" for c in word]
     if "d" not in kinds or len(set(kinds)) < 2:
         return False
-    changes = sum(a != b and (a, b) != ("u", "l") for a, b in zip(kinds, kinds[1:], strict=False))
+    changes = sum(a != b and (a, b) != ("u", "l") for a, b in itertools.pairwise(kinds))
     total = len(word)
     bits = -sum(n / total * math.log2(n / total) for n in Counter(word).values())
     return bits >= _BITS and changes >= _CHANGES * total

@@ -73,7 +73,7 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         default=None,
-        help="file, or folder for the schemas of all kinds (default: standard output)",
+        help=".json file, or existing folder for the schemas of all kinds (default: standard output)",
     )
 
 
