@@ -7,6 +7,8 @@ renamed when it is complete, so an interrupted build changes nothing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import platform
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from headway.data import corpora, folders, tokenizer
 from headway.data.config import (
@@ -69,7 +70,7 @@ def build(
     target = (Path(out) if out is not None else cfg.out_dir()).expanduser().resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock", timeout=0):
+        with _alone(target):
             _tidy_up(target)
             source = corpora.source_fingerprint(cfg)
             current = _current(cfg, target, source, reporter)
@@ -77,10 +78,6 @@ def build(
                 say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
                 return current
             manifest = _build_beside(cfg, target, source, reporter)
-    except Timeout:
-        raise DataError(
-            f"{target}: another process is building it; wait for it, or give this build another `out`"
-        ) from None
     except OSError as error:
         raise DataError(
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
@@ -91,6 +88,28 @@ def build(
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
     return manifest
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold TARGET.lock, and remove it at the end. Raises DataError if another process holds it."""
+    path = Path(f"{target}.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A holder may remove the file between the two calls above: then another process can lock a new one.
+            ours = path.exists() and path.stat().st_ino == os.fstat(fd).st_ino
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise DataError(f"{target}: another process is building it; wait for it, or give this build another `out`")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
 
 
 def _tidy_up(target: Path) -> None:

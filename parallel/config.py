@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+
+from headway.parallel.secrecy import SECRET_NAME, secret_form
 
 
 class StrictModel(BaseModel):
@@ -165,10 +167,6 @@ class CheckpointConfig(StrictModel):
         return any(before < mark <= tokens for mark in self.keep_at_tokens)
 
 
-SECRET_NAME = re.compile(r"(?<!_P)KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
-"""Names of variables whose values must not appear in files or messages (not NCCL_IB_PKEY and TOKENIZERS_...)."""
-
-
 class GuardConfig(StrictModel):
     """Reaction to non-finite losses, loss spikes (formula in `headway.launcher.train.guard`) and diverged replicas."""
 
@@ -322,9 +320,20 @@ class LaunchConfig(StrictModel):
             )
         if self.slurm != SlurmConfig() and self.method != "slurm":
             raise ValueError("slurm: only method slurm uses it; use method slurm, or leave slurm out")
+        gpus = self.slurm.gpus_per_node
+        if gpus is not None and gpus < self.processes and self.device != "cpu":
+            raise ValueError(
+                f"slurm.gpus_per_node: {self.processes} processes need a CUDA device each, and the job would have "
+                f"{gpus} on each host; use {self.processes}, or processes {gpus}, or device cpu"
+            )
         for name, value in self.env.items():
             _check_variable(name, value)
         return self
+
+    @field_serializer("env", when_used="json")
+    def _names_only(self, env: dict[str, str | None]) -> dict[str, None]:
+        """Files and messages hold names of variables alone."""
+        return dict.fromkeys(env)
 
     @property
     def world_size(self) -> int:
@@ -347,6 +356,12 @@ def _check_variable(name: str, value: str | None) -> None:
         raise ValueError(
             f"env: {name} has the name of a secret, and specs are copied into run folders; use {name}: null "
             "and set the variable where you start the command, or use a variable of another name"
+        )
+    form = None if value is None else secret_form(value)
+    if form is not None:
+        raise ValueError(
+            f"env: the value of {name} has the form of a secret ({form}), and specs are copied into run folders; use "
+            f"{name}: null and set the variable where you start the command"
         )
     if value is not None and (len(value) > 4096 or not value.isprintable()):
         raise ValueError(

@@ -18,7 +18,7 @@ socket.send_fds(connection, [len(body).to_bytes(8, "little")], [1, 2])
 connection.sendall(body)
 answers = connection.makefile("r")
 pid = json.loads(answers.readline())["pid"]
-for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
     signal.signal(signum, lambda number, _: os.kill(pid, number))
 status = json.loads(answers.readline() or '{"status": -9}')["status"]
 if status < 0:

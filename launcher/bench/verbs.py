@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import real, whole, whole_list
 from headway.launcher.base.verbs import Verb, out_argument, quiet_argument, spec_arguments
 
 
@@ -13,14 +14,9 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def _lengths(text: str) -> list[int]:
-    """256,1024 -> [256, 1024]; argparse reports what is no number."""
-    return [int(word) for word in text.split(",")]
-
-
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--steps", type=int, default=30, help="measured steps, at least 2 (default 30)")
+    parser.add_argument("--steps", type=whole(2, 1_000_000), default=30, help="measured steps, at least 2 (default 30)")
     out_argument(parser)
     quiet_argument(parser)
 
@@ -39,11 +35,17 @@ def _step_arguments(parser: argparse.ArgumentParser) -> None:
 def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser, what="study")
     parser.add_argument(
-        "--lengths", type=_lengths, default=[256, 1024, 2048], help="tokens per sequence (default 256,1024,2048)"
+        "--lengths",
+        type=whole_list(2, 10_000_000),
+        default=[256, 1024, 2048],
+        help="tokens per sequence (default 256,1024,2048)",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
+    parser.add_argument("--rounds", type=whole(2, 100_000), default=15, help="measured rounds, at least 2 (default 15)")
     parser.add_argument(
-        "--tokens", type=int, default=2048, help="tokens per pass; shorter sequences are batched (default 2048)"
+        "--tokens",
+        type=whole(2, 100_000_000),
+        default=2048,
+        help="tokens per pass; shorter sequences are batched (default 2048)",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="file to which the JSON is written; a table is written beside it"
@@ -54,11 +56,17 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
 def _documents_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument(
-        "--lengths", type=_lengths, default=[256, 2048, 8192], help="tokens per sequence (default 256,2048,8192)"
+        "--lengths",
+        type=whole_list(2, 10_000_000),
+        default=[256, 2048, 8192],
+        help="tokens per sequence (default 256,2048,8192)",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
+    parser.add_argument("--rounds", type=whole(2, 100_000), default=15, help="measured rounds, at least 2 (default 15)")
     parser.add_argument(
-        "--tokens", type=int, default=8192, help="most tokens per pass, one sequence at least (default 8192)"
+        "--tokens",
+        type=whole(2, 100_000_000),
+        default=8192,
+        help="most tokens per pass, one sequence at least (default 8192)",
     )
     out_argument(parser)
     quiet_argument(parser)
@@ -66,7 +74,7 @@ def _documents_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=10, help="measured saves, at least 2 (default 10)")
+    parser.add_argument("--rounds", type=whole(2, 100_000), default=10, help="measured saves, at least 2 (default 10)")
     out_argument(parser)
     quiet_argument(parser)
 
@@ -80,7 +88,7 @@ def _micro_batch_arguments(parser: argparse.ArgumentParser) -> None:
 def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=real(most=100_000),
         default=8.0,
         metavar="N",
         help="time limit; rows that do not fit are omitted (default 8)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import whole
 from headway.launcher.base.verbs import Verb
 
 
@@ -13,7 +14,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rebuild", action="store_true", help="first recreate the event files from metrics.jsonl")
     parser.add_argument("--no-server", action="store_true", help="exit after --rebuild; do not start the server")
     parser.add_argument(
-        "--port", type=int, default=None, metavar="N", help="0: any free port (default 6006 or the next free port)"
+        "--port",
+        type=whole(0, 65_535),
+        default=None,
+        metavar="N",
+        help="0: any free port (default 6006 or the next free port)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="any other address needs --expose (default 127.0.0.1)"

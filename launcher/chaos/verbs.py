@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import SEEDS, real, whole
 from headway.launcher.base.verbs import Verb, quiet_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faults", default=None, metavar="F1,F8", help="run only these faults (default: F1 to F10)")
     parser.add_argument(
-        "--seconds", type=float, default=170, metavar="N", help="start no trial after this time (default 170)"
+        "--seconds", type=real(most=1e6), default=170, metavar="N", help="start no trial after this time (default 170)"
     )
     parser.add_argument(
-        "--seed", type=int, default=None, metavar="N", help="seed of ranks, steps and bits (default: random, printed)"
+        "--seed",
+        type=whole(0, SEEDS),
+        default=None,
+        metavar="N",
+        help="seed of ranks, steps and bits (default: random, printed)",
     )
     parser.add_argument(
         "--json", type=Path, default=None, metavar="OUT", help="file for all trials; the table is written beside it"

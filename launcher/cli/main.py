@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from headway.launcher.base import console
+from headway.launcher.base.signals import this_process_ends
 from headway.launcher.cli.parser import make_parser, value_options
 from headway.launcher.cli.words import misplaced_file, plain, split_dotted, unknown_option
 
@@ -21,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has printed the error; it uses status 2, Headway uses 64
         return 64 if e.code else 0
+    if argv is None:
+        this_process_ends()
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -59,6 +63,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check_current_folder()
     args.command = main  # for the fork server, which runs commands itself
     if "spec_kind" in args:
         from headway.launcher.run.folders import refuse_folder
@@ -69,6 +74,19 @@ def _run(args: argparse.Namespace) -> int:
     # `headway chaos --json` takes a file name, so compare with True.
     with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
         return args.act(args)
+
+
+def _check_current_folder() -> None:
+    """Raise NoInputError if the current folder was deleted: relative paths and the libraries of PyTorch need it."""
+    try:
+        Path.cwd()
+    except OSError as e:
+        from headway.launcher.base.errors import NoInputError
+
+        raise NoInputError(
+            f"the current folder cannot be used ({e.strerror}): it was deleted, moved or unmounted; change to a folder "
+            "that exists (`cd`), and run the same command again"
+        ) from None
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

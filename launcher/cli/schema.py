@@ -54,11 +54,17 @@ def model_schema(root: type[BaseModel], *, title: str) -> dict[str, Any]:
 def write_schema(path: Path | None = None, kind: str = "spec") -> int:
     """Write one schema to a file, all of them (`KIND.schema.json`) into a folder, or one to stdout if `path` is None.
 
-    Returns the exit status 0. Raises SpecError if the path cannot be written.
+    Returns the exit status 0. Raises SpecError if the path cannot be written, or is neither a folder nor a .json
+    file: a file of another kind is never overwritten.
     """
     if path is None:
         sys.stdout.write(_text(schema_of(kind)))
         return 0
+    if not path.is_dir() and path.suffix != ".json":
+        raise SpecError(
+            f"{path}: neither a folder that exists nor the name of a .json file; run `mkdir {path}` first for the "
+            f"schemas of all kinds, or name a file, such as {path.with_suffix('.json') if path.name else 'spec.json'}"
+        )
     files = {path / f"{each}.schema.json": each for each in KINDS} if path.is_dir() else {path: kind}
     for file, each in files.items():
         text = _text(schema_of(each))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
@@ -72,7 +73,7 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         default=None,
-        help="file, or folder for the schemas of all kinds (default: standard output)",
+        help=".json file, or existing folder for the schemas of all kinds (default: standard output)",
     )
 
 
@@ -110,7 +111,7 @@ def _complete(args: argparse.Namespace) -> int:
 
 def _server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("socket", type=Path)
-    parser.add_argument("owner", type=int)
+    parser.add_argument("owner", type=whole(1))
     parser.add_argument("padding")
 
 

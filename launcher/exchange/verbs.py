@@ -5,27 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import SEEDS, real, whole
 from headway.launcher.base.verbs import Verb, output_arguments
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run, of weights, or of a Hugging Face Llama")
     parser.add_argument("prompt", help="text to continue; token ids if the run was trained on synthetic data")
-    parser.add_argument("--tokens", type=int, default=100, help="maximum number of new tokens (default 100)")
+    parser.add_argument(
+        "--tokens", type=whole(1, 1_000_000), default=100, help="maximum number of new tokens (default 100)"
+    )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=real(least=0, most=100),
         default=0.8,
         help="sampling temperature; 0: take the most likely token (default 0.8)",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=real(most=1),
         default=0.95,
         help="sample from the most likely tokens with this total probability (default 0.95)",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="seed of the sampling; equal seeds give equal text (default 1)"
+        "--seed", type=whole(0, SEEDS), default=1, help="seed of the sampling; equal seeds give equal text (default 1)"
     )
 
 
@@ -46,10 +49,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="hf: a Hugging Face Llama (mha, mqa, gqa, sqa, folded wgqa); safetensors: any mechanism",
     )
     parser.add_argument(
-        "--step", type=int, default=None, metavar="N", help="step of the checkpoint (default: the newest)"
+        "--step", type=whole(0), default=None, metavar="N", help="step of the checkpoint (default: the newest)"
     )
     parser.add_argument(
-        "--max-shard-bytes", type=float, default=5e9, metavar="N", help="maximum size of a tensor file (default 5e9)"
+        "--max-shard-bytes",
+        type=real(least=1, most=1e18),
+        default=5e9,
+        metavar="N",
+        help="maximum size of a tensor file (default 5e9)",
     )
     output_arguments(parser)
 
@@ -57,8 +64,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> int:
     from headway.launcher.exchange.export import export
 
-    limit = int(max(0.0, min(args.max_shard_bytes, 1e18)))
-    return export(args.run, args.out, to=args.to, step=args.step, max_shard_bytes=limit)
+    return export(args.run, args.out, to=args.to, step=args.step, max_shard_bytes=int(args.max_shard_bytes))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headway.launcher.base.errors import SpecError, printable
+from headway.launcher.base.errors import HeadwayError, SpecError, printable
 from headway.launcher.hosts.place import rendezvous_port
 from headway.launcher.run.run_dir import RunDir
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
+
+LOOPBACK = "127.0.0.1"
+"""Address at which the processes of a single host meet."""
 
 # Variables that locate programs, the user, libraries, caches and devices on a host. All other variables of the ranks
 # must be in the spec (launch.env), so that a run does not depend on the shell of each host.
@@ -37,17 +40,18 @@ def command(spec: Spec, run: RunDir, *, host: int = 0, port: int | str | None = 
     if launch.method == "deepspeed":
         return [
             *[*python, "deepspeed.launcher.runner", "--hostfile", str(hostfile(run)), "--no_ssh"],
-            *["--node_rank", str(host), "--master_addr", launch.address or "127.0.0.1"],
+            *["--node_rank", str(host), "--master_addr", launch.address or LOOPBACK],
             *["--master_port", str(port or _port(spec)), "--no_local_rank", "--module", *worker],
         ]
     if launch.world_size == 1:
         return [*python, *worker]
-    where = ["--standalone"]
+    # One host needs no name: with --standalone, torchrun would give the ranks the name of this host, which need not
+    # resolve to an address.
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{launch.port or 0}", "--rdzv-id", "headway"]
+    where += ["--local-addr", LOOPBACK]
     if launch.hosts > 1:
         assert launch.address is not None, "LaunchConfig requires it, and a Slurm job sets it"
         where = ["--node-rank", str(host), "--master-addr", launch.address, "--master-port", str(port or _port(spec))]
-    elif launch.port is not None:
-        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{launch.port}", "--rdzv-id", "headway"]
     return [
         *[*python, "torch.distributed.run", *where, "--nnodes", str(launch.hosts)],
         # By default torchrun writes to the temporary folder, and leaves its files there when it is killed.
@@ -68,7 +72,7 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
     if interface is not None:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if launch.world_size == 1 and launch.method != "deepspeed":
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
         env["MASTER_PORT"] = str(launch.port or free_port())
     return env
 
@@ -115,10 +119,32 @@ def hostfile(run: RunDir) -> Path:
 
 
 def free_port() -> int:
-    """A port on which no process listens now."""
+    """A port on which no process listens now. Raises HeadwayError as `check_loopback` does."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind((LOOPBACK, 0))
+        except OSError as e:
+            raise _no_loopback(e) from e
         return probe.getsockname()[1]
+
+
+def check_loopback() -> None:
+    """Raise HeadwayError if processes of this host cannot connect to each other at 127.0.0.1."""
+    with socket.socket() as ear, socket.socket() as caller:
+        caller.settimeout(5.0)
+        try:
+            ear.bind((LOOPBACK, 0))
+            ear.listen(1)
+            caller.connect(ear.getsockname())
+        except OSError as e:
+            raise _no_loopback(e) from e
+
+
+def _no_loopback(error: OSError) -> HeadwayError:
+    return HeadwayError(
+        f"processes of this host cannot connect to each other at {LOOPBACK} ({error.strerror or error}); bring up the "
+        "loopback interface (`ip link set lo up`, as root), or start outside of this container or network namespace"
+    )
 
 
 def _port(spec: Spec) -> int:

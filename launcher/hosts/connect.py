@@ -23,6 +23,8 @@ from headway.launcher.hosts.wire import Wire, interfaces
 from headway.launcher.run.run_dir import RunDir, flatten
 from headway.launcher.spec.spec import Spec
 
+_NAME_S = 3.0  # a name server may fail once; a name that stays unknown is a mistake
+
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
@@ -134,9 +136,18 @@ def _call(spec: Spec, deadline: float) -> Wire:
     """Connect to the first host, which may start later than this one."""
     launch, port, why = spec.launch, rendezvous_port(spec) + 1, ""
     assert launch.address is not None
+    named_by = min(deadline, time.monotonic() + _NAME_S)
     while (left := deadline - time.monotonic()) > 0:
         try:
             return Wire(socket.create_connection((launch.address, port), timeout=min(left, 5.0)))
+        except socket.gaierror as e:
+            if time.monotonic() > named_by:
+                raise SpecError(
+                    f"launch.address: {launch.address} has no address on {socket.gethostname()} ({e.strerror}); use "
+                    "the IPv4 address of host 0, or a name that all hosts can resolve"
+                ) from e
+            why = e.strerror or str(e)
+            time.sleep(min(left, 0.2))
         except OSError as e:
             why = e.strerror or str(e)
             time.sleep(min(left, 0.2))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from headway.launcher.base.signals import put_back, stop_signals
 from headway.launcher.hosts.faults import CONTINUES, PREEMPTED, STOPPED, Ended, Fault
 from headway.launcher.run.heartbeat import STACKS
 
@@ -24,17 +25,18 @@ def stoppable() -> Iterator[None]:
         return
 
     def stop(signum: int, frame: Any) -> None:
+        for each in signals:  # a second one must not interrupt what ends this process
+            signal.signal(each, signal.SIG_IGN)
         text = f"stopped by {signal.Signals(signum).name} while no ranks ran; {CONTINUES}"
         raise Ended(Fault(text=text, code=PREEMPTED, weight=STOPPED))
 
-    signals: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), stop)
-    signals[STACKS] = signal.SIG_IGN
-    # SIGHUP means that the terminal was closed. nohup ignores it; do not change that.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals[signal.SIGHUP] = stop
+    signals: dict[signal.Signals, Any] = {**dict.fromkeys(stop_signals(), stop), STACKS: signal.SIG_IGN}
     old = {signum: signal.signal(signum, handler) for signum, handler in signals.items()}
+    stopped = False
     try:
         yield
+    except Ended as e:
+        stopped = e.exit_code == PREEMPTED
+        raise
     finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
+        put_back(old, stopped=stopped)

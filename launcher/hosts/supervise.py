@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from headway.launcher.base.signals import put_back, say, stop_signals
 from headway.launcher.hosts.faults import CONSEQUENCE, Ended, Fault, explain, host_log, stopped
 from headway.launcher.hosts.forked import VARIABLE as FORK_SERVER
 from headway.launcher.hosts.forked import Forked
@@ -160,19 +160,15 @@ def _forwarding(child: Child, watch: Watch) -> Iterator[_Stop]:
     def forward(signum: int, frame: Any) -> None:
         stop.at_once = stop.asked and signum == signal.SIGINT
         stop.since_s = stop.since_s or time.monotonic()
+        if not stop.asked:
+            say("stopping: the ranks finish their step and save ...")
         stop.asked = True
-        with contextlib.suppress(OSError):
-            print("stopping: the ranks finish their step and save ...", file=sys.stderr, flush=True)
         watch.signal_ranks(child, signal.SIGTERM)
 
-    handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), forward)
+    handlers: dict[signal.Signals, Any] = dict.fromkeys(stop_signals(), forward)
     handlers[STACKS] = lambda *_: watch.ask_stacks()
-    # SIGHUP means that the terminal or connection was closed. nohup ignores it; do not change that.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        handlers[signal.SIGHUP] = forward
     old = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     try:
         yield stop
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        put_back(old, stopped=stop.asked)

@@ -12,10 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.data.config import DataError
+from headway.data.manifest import read_manifest
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.hosts.commands import (
+    LOOPBACK,
     check_caches,
+    check_loopback,
     command,
     dry_run_text,
     forwarded,
@@ -71,10 +75,7 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     if dry_run:
         if auto:
             console.result("# train.micro_batch: auto is measured before this is started")
-        try:
-            check_device(spec)
-        except SpecError as e:  # a plan for another machine is printed all the same
-            console.result(f"# refused on this machine: {e}")
+        _say_refusals(spec)
         if spec.init.run is not None:
             console.result(f"# a branch of {spec.init.run}, whose checkpoint is checked before this is started")
         console.result(dry_run_text(spec, run, names=names))
@@ -88,6 +89,22 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     if code == 0 and run.is_complete():
         _conclude(run)
     return code
+
+
+def _say_refusals(spec: Spec, *, device: bool = True) -> None:
+    """Say in a dry run what a start on this machine would refuse: a plan for another machine is still printed."""
+    for check in (check_device, _find_data) if device else (_find_data,):
+        try:
+            check(spec)
+        except (SpecError, DataError) as e:
+            console.result("\n".join(f"# {line}" for line in f"refused on this machine: {e}".splitlines()))
+
+
+def _find_data(spec: Spec) -> None:
+    """Raise DataError if the dataset is not there. Its shards are not verified."""
+    source = spec.data.source
+    if source.type == "mds" and source.remote is None:
+        read_manifest(Path(source.path))
 
 
 def _settled(run: RunDir, spec: Spec) -> Spec | None:
@@ -133,6 +150,7 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
 
     script = job_script(spec, run, arguments, Path.cwd())
     if dry_run:
+        _say_refusals(spec, device=False)  # GPUs are those of the job's hosts
         console.result(f"# sbatch {shlex.quote(str(run.path / 'slurm' / 'job.sbatch'))}\n{script.rstrip()}")
         launch = spec.launch.model_copy(update={"address": FIRST})
         text = dry_run_text(spec.model_copy(update={"launch": launch}), run, port=PORT)
@@ -267,12 +285,17 @@ def _end_others(others: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def check_port(spec: Spec) -> None:
-    """Raise SpecError if the rendezvous port of the run is known and in use on this host, which is the first one."""
+    """Raise SpecError if the rendezvous port of the run is known and in use on this host, which is the first one.
+
+    Raises HeadwayError if the processes of a single host cannot connect to each other.
+    """
     launch = spec.launch
+    if launch.hosts == 1:
+        check_loopback()
     port = rendezvous_port(spec) if launch.hosts > 1 else launch.port
     if port is None:
         return
-    address = launch.address if launch.hosts > 1 and launch.address else "127.0.0.1"
+    address = launch.address if launch.hosts > 1 and launch.address else LOOPBACK
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

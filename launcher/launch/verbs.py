@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.base.numbers import whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
@@ -12,7 +13,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what each host would execute, and exit")
     parser.add_argument(
-        "--node-rank", type=int, default=None, metavar="N", help="number of this host among launch.hosts, from 0"
+        "--node-rank",
+        type=whole(0, 4095),
+        default=None,
+        metavar="N",
+        help="number of this host among launch.hosts, from 0",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every value and where it comes from, and exit"

@@ -30,6 +30,12 @@ WORDS: dict[str, str] = {
 """The matched quantity in messages and reports; a plural."""
 
 
+def _or_percent(schema: dict[str, Any]) -> None:
+    """Let a JSON schema of a share accept text such as `0.25%` too."""
+    limits = {key: schema.pop(key) for key in ("type", "minimum", "exclusiveMaximum")}
+    schema["anyOf"] = [limits, {"type": "string", "pattern": r"^\s*[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*%\s*$"}]
+
+
 class MatchConfig(StrictModel):
     """Which cost is equal in all variants, and which dimension is solved."""
 
@@ -41,7 +47,11 @@ class MatchConfig(StrictModel):
     free: str = Field(default="model.ffn_width", description="dotted key of the integer that is solved")
     multiple: int = Field(default=16, ge=1, le=LARGEST, description="the solved value is a multiple of this")
     tolerance: float = Field(
-        default=0.01, ge=0, lt=1, description="largest relative difference to the baseline's cost: 0.25% or 0.0025"
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="largest relative difference to the baseline's cost: 0.25% or 0.0025",
+        json_schema_extra=_or_percent,
     )
     seq_len: int | None = Field(
         default=None, ge=1, description="tokens per sequence at which costs are compared; none: data.seq_len"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.base import console
+from headway.launcher.base.errors import SpecError
 from headway.launcher.plan.hardware import Gpu, find_gpu, find_network, usable_bytes
 from headway.launcher.plan.layouts import plan_layout, search
 from headway.launcher.plan.micro_batch.plan import by_plan, with_number
 from headway.launcher.plan.micro_batch.search import Choice
-from headway.launcher.plan.text import cost_lines, layout_figures, layout_lines, search_figures, search_lines
+from headway.launcher.plan.text import cost_lines, layout_figures, layout_lines, on_cpu, search_figures, search_lines
 from headway.launcher.run.resolve import resolve
 from headway.launcher.spec.layouts import vocabulary
 from headway.launcher.spec.load import load_spec
@@ -30,11 +31,16 @@ def plan(
     """Print parameters, FLOPs, memory, communication and expected speed of a spec in its own layout.
 
     With `gpus`, also print the layouts on that many GPUs with the highest expected speed. Raises SpecError if the GPU
-    or network is unknown, or the spec is not legal.
+    or network is unknown, the spec is not legal, or `gpus` is given for a spec on CPUs.
     """
     chosen, between = find_gpu(gpu), find_network(network)
     loaded = load_spec(path, overrides, no_auto=None)
     spec, auto = with_vocabulary(loaded.spec), None
+    if gpus is not None and on_cpu(spec):
+        raise SpecError(
+            "--gpus: this spec trains on CPUs (launch.device is cpu); add launch.device=cuda behind it to search for "
+            "layouts on GPUs, or leave out --gpus"
+        )
     if loaded.auto:
         auto = by_plan(spec, usable_bytes(chosen))
         spec = with_number(spec, auto.micro_batch or 1)  # if 1 does not fit, the output below says so

@@ -28,6 +28,10 @@ MEMORY_WORDS = {
     "exchange": "copies while gradients are exchanged",
 }
 SHOWN = 5
+ON_CPU = (
+    "launch.device is cpu: speeds are estimated for GPUs only. `headway bench step SPEC` measures this machine; "
+    "launch.device=cuda behind the spec plans it for a GPU (--gpu)."
+)
 
 
 def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
@@ -51,24 +55,19 @@ def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
 
 def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
     """Lines about memory, communication and speed of one layout, with the assumptions."""
-    grid, memory, speed = layout.grid, layout.memory, layout.speed
+    grid, memory = layout.grid, layout.memory
     stage = grid.stages[layout.stage]
     held = " ".join(f"{part} {n:,}" for part, n in stage.parameters.items() if n)
     parts = [
         (f"  {MEMORY_WORDS[part]}", in_gib(n)) for part, n in memory.by_part().items() if part in MEMORY_WORDS and n
     ]
     sent = _busiest(layout)
-    low, high = speed.tokens_per_s
-    days = [spec_seconds(layout.spec, rate) / 86_400 for rate in (high, low)]
-    times = " ".join(
-        f"{name.removesuffix('_s')} {share:.0%}" for name, share in _shares(layout).items() if share >= 0.005
-    )
     rows = [
         ("layout", describe(layout)),
         ("parameters of a rank", f"{stage.num_params:,}  ({held})" + _which(layout)),
         ("memory of a rank", f"peak {in_gib(memory.peak)}{_which(layout)}; the parts do not all exist at once"),
         *parts,
-        (f"  on {gpu.name}", _fit(layout, gpu)),
+        *([] if on_cpu(layout.spec) else [(f"  on {gpu.name}", _fit(layout, gpu))]),
         ("communication", f"bytes that a rank sends per step{'' if sent else ': none'}"),
         *(
             (f"  {flow.kind}", f"{_bytes(flow.bytes_per_step)} in {flow.exchanges_per_step:,.0f} exchange(s)")
@@ -76,6 +75,27 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
         ),
         ("pipeline bubble", f"{bubble(grid):.1%} of a step"),
         ("training FLOPs/token, useful", f"{layout.useful_flops_per_token:,.0f}"),
+        *_speed_rows(layout, gpu, network),
+    ]
+    assumed = [ON_CPU] if on_cpu(layout.spec) else assumption_lines(gpu, network, layout.spec)
+    return [*_table(rows), "", *assumed, *(f"warning: {text}" for text in _warnings(layout, gpu))]
+
+
+def on_cpu(spec: Spec) -> bool:
+    """Whether the spec asks for CPUs, for which there is no estimate of speed."""
+    return spec.launch.device == "cpu"
+
+
+def _speed_rows(layout: Layout, gpu: Gpu, network: Network) -> list[tuple[str, str]]:
+    if on_cpu(layout.spec):
+        return [("tokens/s, estimated", "none on a CPU")]
+    speed = layout.speed
+    low, high = speed.tokens_per_s
+    seconds = [spec_seconds(layout.spec, rate) for rate in (high, low)]
+    times = " ".join(
+        f"{name.removesuffix('_s')} {share:.0%}" for name, share in _shares(layout).items() if share >= 0.005
+    )
+    return [
         (
             "tokens/s, estimated",
             f"{rounded(low)} to {rounded(high)} on {layout.spec.launch.world_size} {gpu.name}, {network.name}",
@@ -84,15 +104,17 @@ def layout_lines(layout: Layout, gpu: Gpu, network: Network) -> list[str]:
         ("  share of step time (low estimate)", times),
         (
             "  whole training" if layout.spec.init.run is None else "  training of the branch",
-            f"{days[0]:,.3g} to {days[1]:,.3g} days",
+            f"{_between(*seconds)}, without start-up, validation and saves",
         ),
     ]
-    return [
-        *_table(rows),
-        "",
-        *assumption_lines(gpu, network, layout.spec),
-        *(f"warning: {text}" for text in _warnings(layout, gpu)),
-    ]
+
+
+def _between(low_s: float, high_s: float) -> str:
+    """`2.1 to 4.6 days`, in the largest unit of which the upper value is at least 1."""
+    for unit, size in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if high_s >= size:
+            return f"{low_s / size:,.3g} to {high_s / size:,.3g} {unit}"
+    return f"{low_s:,.3g} to {high_s:,.3g} seconds"
 
 
 def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> list[str]:
@@ -118,7 +140,12 @@ def assumption_lines(gpu: Gpu, network: Network, spec: Spec | None = None) -> li
 def search_lines(found: Search, gpus: int, gpu: Gpu) -> list[str]:
     """Lines about the best layouts with their overrides, and about layouts that do not fit or are not legal."""
     lines = [f"layouts for {gpus} {gpu.name}, fastest first by the same estimate:"]
-    if not found.best:
+    if not found.best and not found.too_big:
+        lines = [
+            f"no layout on {gpus} {gpu.name} is legal; use fewer GPUs, or change the keys below, such as a larger "
+            "train.global_batch"
+        ]
+    elif not found.best:
         lines = [
             f"no layout for {gpus} {gpu.name} fits; use more GPUs, GPUs with more memory, or a shorter data.seq_len"
         ]
@@ -139,8 +166,8 @@ def search_lines(found: Search, gpus: int, gpu: Gpu) -> list[str]:
 
 
 def layout_figures(layout: Layout, gpu: Gpu, network: Network) -> dict[str, Any]:
-    """One layout as a mapping for JSON, in bytes, seconds and tokens."""
-    grid = layout.grid
+    """One layout as a mapping for JSON, in bytes, seconds and tokens. What needs a GPU is None for a spec on CPUs."""
+    grid, cpu = layout.grid, on_cpu(layout.spec)
     return {
         "layout": {
             **layout.spec.parallel.model_dump(),
@@ -151,20 +178,20 @@ def layout_figures(layout: Layout, gpu: Gpu, network: Network) -> dict[str, Any]
             "accumulation": grid.accumulation,
         },
         "overrides": layout.overrides,
-        "gpu": gpu.name,
-        "network": network.name,
+        "gpu": None if cpu else gpu.name,
+        "network": None if cpu else network.name,
         "params_per_rank": layout.grid.stages[layout.stage].parameters,
         "fullest_stage": layout.stage,
         "memory_bytes": {**layout.memory.by_part(), "peak": layout.memory.peak},
-        "usable_bytes": usable_bytes(gpu),
-        "fits": layout.fits(gpu),
+        "usable_bytes": None if cpu else usable_bytes(gpu),
+        "fits": None if cpu else layout.fits(gpu),
         "sent_bytes_per_step": {flow.kind: flow.bytes_per_step for flow in _busiest(layout)},
         "pipeline_bubble": bubble(grid),
         "training_flops_per_token_useful": layout.useful_flops_per_token,
-        "tokens_per_s_estimated": list(layout.speed.tokens_per_s),
-        "mfu_causal_estimated": list(layout.speed.mfu),
-        "step_seconds_estimated": [vars(times) for times in layout.speed.times],
-        "warnings": _warnings(layout, gpu),
+        "tokens_per_s_estimated": None if cpu else list(layout.speed.tokens_per_s),
+        "mfu_causal_estimated": None if cpu else list(layout.speed.mfu),
+        "step_seconds_estimated": None if cpu else [vars(times) for times in layout.speed.times],
+        "warnings": [*_warnings(layout, gpu), *([ON_CPU] if cpu else [])],
     }
 
 
@@ -235,7 +262,7 @@ def _fit(layout: Layout, gpu: Gpu) -> str:
 
 def _warnings(layout: Layout, gpu: Gpu) -> list[str]:
     found = warnings(layout.spec)
-    if not layout.fits(gpu):
+    if not on_cpu(layout.spec) and not layout.fits(gpu):
         found.append(f"{_fit(layout, gpu)}; headway plan SPEC --gpus N searches for a layout that fits")
     return found
 

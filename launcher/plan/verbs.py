@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from headway.launcher.base.numbers import whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
-    parser.add_argument("--gpus", type=int, default=None, metavar="N", help="search for the best layouts on N GPUs")
+    parser.add_argument(
+        "--gpus", type=whole(1, 32_768), default=None, metavar="N", help="search for the best layouts on N GPUs"
+    )
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="GPU to plan for (default h100)")
     parser.add_argument("--network", default="ndr", metavar="NAME", help="network between the hosts (default ndr)")
     output_arguments(parser)

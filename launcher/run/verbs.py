@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headway.launcher.base.numbers import whole
 from headway.launcher.base.verbs import Verb, output_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--step", type=int, default=None, help="only the checkpoint of this step")
+    parser.add_argument("--step", type=whole(0), default=None, help="only the checkpoint of this step")
     output_arguments(parser)
 
 

@@ -19,7 +19,6 @@ from headway.launcher.spec.fields import Shape, paths, root_shape
 from headway.launcher.spec.foreign_values import value_hint
 from headway.launcher.spec.merge import tag_of
 from headway.launcher.spec.yamlio import MAX_INT, Node, Place
-from headway.parallel.config import SECRET_NAME
 
 MAX_PROBLEMS = 10
 MAX_EXAMINED = 50  # limit for files with thousands of unknown keys: each is compared with all existing keys
@@ -133,8 +132,10 @@ def _problem(details: ErrorDetails, tree: Node, root: Shape) -> _Problem:
         shape = spot.parent_shape
         text = advice.not_one_of(tag.value, shape.tags(), "type", value_hint(spot.key, tag.value))
         text += f"; {shape.registered.hint}" if shape.registered is not None else ""
-    elif spot.key.startswith("launch.env.") and SECRET_NAME.search(spot.key):
-        text = "expected text or null; the value is not shown because of its name"
+    elif spot.key.startswith("launch.env."):
+        text = "expected text or null; the value is not shown, because it may be a secret"
+    elif spot.key == "launch.env":
+        text = "expected variables with a value or null each, as {NCCL_DEBUG: INFO}; the value is not shown"
     else:
         hint = value_hint(spot.key, spot.node.value)
         text = advice.wrong_value(kind, details["msg"], context, spot.node, spot.shape, _field(spot), hint)

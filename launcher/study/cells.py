@@ -18,6 +18,7 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.command import die_with_parent
+from headway.launcher.base.signals import put_back, say, stop_signals
 from headway.launcher.base.text import duration
 
 _STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")
@@ -96,26 +97,24 @@ class Eta:
 
 
 class CellRunner:
-    """Run commands one after another. Within its context, SIGINT and SIGTERM go to the child and stop the study.
+    """Run commands one after another. Within its context, the signals of `stop_signals` stop the study.
 
-    The first signal sends SIGTERM to the child, which saves a checkpoint and exits with status 75. The second signal
-    kills the child.
+    They send SIGTERM to the child, which saves a checkpoint and exits with status 75. A second SIGINT kills the child.
+    Other signals may arrive any number of times: a closed terminal or a batch system sends several.
     """
 
     def __init__(self) -> None:
         self.stopping = False
         self._child: subprocess.Popen[str] | None = None
-        self._signals = 0
-        self._old: dict[int, Any] = {}
+        self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> CellRunner:
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._old = {s: signal.signal(s, self._on_signal) for s in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        put_back(self._old, stopped=self.stopping)
 
     def run(
         self,
@@ -175,14 +174,15 @@ class CellRunner:
         }
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.stopping = True
-        self._signals += 1
+        again, self.stopping = self.stopping, True
         child = self._child
-        if child is None or child.poll() is not None:
+        if child is None or child.returncode is not None:
             return
-        if self._signals == 1:
-            print(f"{signal.Signals(number).name}: the running cell stops; once more kills it", flush=True)
-            child.terminate()
+        if not again:
+            say(f"{signal.Signals(number).name}: the running cell stops; Ctrl-C once more kills it")
+        if not again or number != signal.SIGINT:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)

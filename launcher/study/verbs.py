@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from headway.launcher.base.numbers import real
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
@@ -31,10 +32,12 @@ def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
-    parser.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to decide (default 0.8)")
+    parser.add_argument(
+        "--power", type=real(most=0.999), default=0.8, metavar="P", help="chance to decide (default 0.8)"
+    )
     parser.add_argument(
         "--margin",
-        type=float,
+        type=real(least=1e-6, most=100),
         default=None,
         metavar="NATS",
         help="difference in loss that matters (default: margin_nats of the study, else 0.01)",

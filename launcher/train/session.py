@@ -62,8 +62,13 @@ class Session:
         )
 
     @property
-    def seconds_left(self) -> float:
-        """Estimated time for the remaining steps, from the median of the last step times."""
+    def seconds_left(self) -> float | None:
+        """Estimated time for the remaining steps, from the median of the last step times.
+
+        None until three steps are done: the first ones are much slower than the others.
+        """
+        if len(self.step_times) < 3:
+            return None
         recent = sorted(self.step_times)
         return (self.spec.steps - self.step) * recent[len(recent) // 2]
 

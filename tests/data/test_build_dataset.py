@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +124,7 @@ def test_changed_settings_and_damaged_shards_trigger_a_rebuild(
     verify(MdsSource(type="mds", path=str(out)))
     fewer = config.model_copy(update={"validation_fraction": 0.5})
     assert build(fewer, out=out, progress=False).fingerprint != first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
 
 
 @pytest.mark.parametrize("where", ["scan", "write_manifest"])
@@ -139,7 +142,7 @@ def test_an_interrupted_build_leaves_the_old_dataset_as_it_was(
     with pytest.raises(KeyboardInterrupt):
         build(config.model_copy(update={"validation_fraction": 0.5}), out=out, progress=False)
     assert verify(MdsSource(type="mds", path=str(out))).fingerprint == before.fingerprint
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
 
 
 def test_a_build_killed_between_its_renames_is_undone_by_the_next(
@@ -151,7 +154,7 @@ def test_a_build_killed_between_its_renames_is_undone_by_the_next(
     (tmp_path / "tiny.building-123" / "text.spool").write_text("half")
     build(config, out=out, progress=False)
     assert "up to date" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
 
 
 def test_a_second_build_at_the_same_time_is_refused(config: CorpusConfig, tmp_path: Path) -> None:
@@ -170,6 +173,29 @@ def test_a_folder_that_holds_something_else_is_never_replaced(
     shutil.copytree(dataset, tmp_path / "tiny")
     with pytest.raises(DataError, match="contains the dataset 'tiny', not 'other'"):
         build(config.model_copy(update={"name": "other"}), out=tmp_path / "tiny", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "tiny"]  # no lock of a refused build
+
+
+def test_of_builds_that_start_at_once_one_builds(config: CorpusConfig, tmp_path: Path) -> None:
+    path, inside, most, locked = tmp_path / "tiny", 0, 0, 0
+    gate = threading.Barrier(8)
+
+    def enter() -> None:
+        nonlocal inside, most, locked
+        for _ in range(50):
+            gate.wait()
+            with contextlib.suppress(DataError), build_module._alone(path):
+                inside += 1
+                most, locked = max(most, inside), locked + 1
+                time.sleep(0.0005)
+                inside -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and locked >= 50 and not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_message(config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

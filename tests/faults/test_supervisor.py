@@ -99,7 +99,13 @@ def test_ranks_without_memory_are_named_and_restarted(headway):
 
 @pytest.mark.parametrize(
     ("signum", "target"),
-    [(signal.SIGTERM, "rank"), (signal.SIGUSR1, "rank"), (signal.SIGINT, "launcher")],
+    [
+        (signal.SIGTERM, "rank"),
+        (signal.SIGUSR1, "rank"),
+        (signal.SIGHUP, "rank"),
+        (signal.SIGINT, "launcher"),
+        (signal.SIGHUP, "launcher"),
+    ],
     ids=str,
 )
 def test_a_signal_to_the_launcher_or_to_one_rank_saves_and_ends_with_75(headway, signum, target):

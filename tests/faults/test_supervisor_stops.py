@@ -90,7 +90,7 @@ def test_a_stop_between_two_starts_ends_the_launcher_at_once(headway):
     assert time.monotonic() - began < 1.5
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_before_the_ranks_are_started_exits_with_75(signum):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Ended) as ended, stoppable():

@@ -19,6 +19,6 @@ def test_both_forms_are_timed_with_the_documents_of_the_data(headway):
 
 
 def test_invalid_lengths_and_a_single_round_are_refused(headway):
-    for words, message in ((["--lengths", "32,32"], "--lengths: "), (["--rounds", "1"], "--rounds: 1 round")):
+    for words, message in ((["--lengths", "32,32"], "--lengths: "), (["--rounds", "1"], "--rounds: 1 is out of range")):
         done = headway.run("bench", "documents", str(headway.spec), *words)
         assert done.returncode == 64 and message in done.stderr

@@ -43,3 +43,13 @@ def test_each_process_needs_a_device(headway, monkeypatch, device, processes, de
     else:
         with pytest.raises(SpecError, match=rf"^{key}: "):
             check_device(spec)
+
+
+@pytest.mark.parametrize("method", ["torchrun", "slurm"])
+def test_a_dry_run_says_that_the_dataset_is_missing_and_where_it_was_looked_for(headway, method):
+    words = ("data.source={type: mds, path: sets/absent}", f"launch.method={method}", "run_dir=never", "--dry-run")
+    done = headway.train(*words)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("# refused on this machine: ")]
+    assert "no dataset here" in line and str(headway.folder / "sets" / "absent") in line and "data.source.path" in line
+    assert "headway.launcher.train.worker" in done.stdout and not (headway.folder / "never").exists()

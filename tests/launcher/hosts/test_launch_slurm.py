@@ -189,3 +189,18 @@ def test_a_dataset_that_does_not_exist_is_refused_before_the_queue(slurm):
 def test_a_login_node_without_gpus_submits_a_run_for_cuda(slurm):
     done = slurm.train(*JOB, "launch.device=cuda")
     assert done.returncode == 0 and "submitted job 4242" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "right"),
+    [(2, 2, "cuda", True), (8, 2, "cuda", True), (1, 2, "cpu", True), (1, 2, "cuda", False), (3, 4, "auto", False)],
+)
+def test_a_job_with_fewer_gpus_than_processes_is_refused_before_the_queue(slurm, gpus, processes, device, right):
+    done = slurm.train(
+        *JOB, f"launch.slurm.gpus_per_node={gpus}", f"launch.processes={processes}", f"launch.device={device}"
+    )
+    assert (done.returncode == 0) == right == (slurm.folder / "submitted").exists(), done.stderr
+    if not right:
+        assert done.returncode == 64 and "launch.slurm.gpus_per_node: " in done.stderr, done.stderr
+        assert f"use {processes}, or processes {gpus}" in done.stderr
+        assert not (slurm.folder / "job").exists()

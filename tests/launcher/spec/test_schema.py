@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.cli.schema import KINDS, schema_of, write_schema
+from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.yamlio import load_yaml, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +32,8 @@ def fits(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
         return False
     if ("const" in schema and value != schema["const"]) or ("enum" in schema and value not in schema["enum"]):
         return False
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        return False
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match schema.get("type"):
         case "integer" if not (number and float(value).is_integer()):
@@ -40,7 +44,7 @@ def fits(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
             return False
     if number and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
         return False
-    if number and not schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1):
+    if number and not schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf):
         return False
     return not isinstance(value, dict) or all(_key_fits(key, item, schema, whole) for key, item in value.items())
 
@@ -60,8 +64,35 @@ def editor_accepts(text: str) -> bool:
     return fits(parse_yaml(text, "x.yaml").plain(), SPEC, SPEC)
 
 
-def test_the_repositorys_base_spec_fits() -> None:
-    assert fits(load_yaml(ROOT / "yaml/base/tiny.yaml").plain(), SPEC, SPEC)
+SHIPPED = sorted((ROOT / "yaml").rglob("*.yaml"))
+BY_KEY = {"tasks": "probe", "variants": "study", "corpus": "corpus"}
+"""Key that only files of a kind have -> the kind."""
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_shipped_file_fits_the_schema_of_its_kind(file: Path) -> None:
+    plain = load_yaml(file).plain()
+    kind = next((kind for key, kind in BY_KEY.items() if key in plain), "spec")
+    schema = schema_of(kind)
+    assert fits(plain, schema, schema)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "right"),
+    [
+        *[("0.25%", True), (" 1 %", True), (".5%", True), (0.0025, True), (0, True)],
+        *[("soon", False), ("%", False), ("1", False), (1, False), (-0.1, False), ("-1%", False)],
+    ],
+)
+def test_editors_and_the_loader_accept_the_same_tolerances(tolerance: object, right: bool) -> None:
+    schema = schema_of("study")
+    study = {"study": "x", "base": "y", "seeds": [1], "variants": {"a": {}, "b": {}}, "match": {"tolerance": tolerance}}
+    assert fits(study, schema, schema) == right
+    if right:
+        MatchConfig.model_validate({"tolerance": tolerance})
+    else:
+        with pytest.raises(ValueError, match="tolerance"):
+            MatchConfig.model_validate({"tolerance": tolerance})
 
 
 @pytest.mark.parametrize(
@@ -118,5 +149,11 @@ def test_schemas_are_written_to_a_file_a_folder_or_stdout(tmp_path: Path, capsys
 def test_wrong_places_and_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="a folder that exists"):
         write_schema(tmp_path / "absent" / "x.json")
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    for name in ("FOLDER", "mine.yaml", "x.schema"):
+        with pytest.raises(SpecError, match=r"neither a folder that exists nor .*\.json file; run `mkdir "):
+            write_schema(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine"
     with pytest.raises(SpecError, match="use one of: spec, corpus, study"):
         schema_of("run")

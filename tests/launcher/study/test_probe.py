@@ -339,3 +339,23 @@ def test_a_real_run_records_its_accuracy_everywhere(headway):
     board = EventAccumulator(str(headway.folder / "run" / "tensorboard"))
     board.Reload()
     assert [e.value for e in board.Scalars("val/accuracy")] == pytest.approx(list(accuracy), rel=1e-6)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("launch.method=slurm", r"^launch\.method: slurm submits a job"),
+        ("launch.device=cuda", r"^launch\.device: cuda is not"),
+    ],
+)
+def test_what_cannot_be_trained_here_is_refused_before_a_folder_is_moved_or_made(
+    folder, override, said, fresh, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if fresh:
+        Path("probes/small").mkdir(parents=True)
+    with pytest.raises(SpecError, match=said):
+        run_probe(folder.file, [override], fresh=fresh)
+    assert [str(p) for p in Path().glob("probes/*")] == ["probes/small"] * fresh
+    assert not any(Path("probes/small").glob("*"))

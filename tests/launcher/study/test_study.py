@@ -306,7 +306,7 @@ def test_study_json_holds_the_resolved_design(folder):
 # ---------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_the_running_cell_in_order_and_the_study_with_75(folder, number, capfd):
     folder.behave({"routed/seed-1": "hang"})
     metrics = folder.out / "cells/routed/seed-1/metrics.jsonl"
@@ -432,3 +432,37 @@ def test_a_real_study_trains_paired_cells_and_writes_its_report(tmp_path):
     assert "Data: PAIRED." in page
     assert "seed 5: routed and gqa: 10 common steps, all hashes equal" in page
     assert "CONFOUND:" not in page and "CONFOUNDED by" not in page
+
+
+# ---------------------------------------------------------------- what is refused before anything is done
+
+
+@pytest.mark.parametrize("options", [{}, {"fresh": True}, {"dry_run": True}])
+def test_cells_that_would_be_submitted_to_slurm_are_refused(folder, options, monkeypatch):
+    old = Path("studies/small/cells/old.txt")
+    old.parent.mkdir(parents=True)
+    old.write_text("kept")
+    monkeypatch.setattr(study_module, "cell_command", lambda *_: pytest.fail("a command was made"))
+    with pytest.raises(SpecError, match=r"^launch\.method: slurm submits a job and does not wait .*torchrun"):
+        run_study(folder.study, ["launch.method=slurm"], **options)
+    assert old.read_text() == "kept" and [p.name for p in Path("studies").iterdir()] == ["small"]
+    assert [p.name for p in Path("studies/small").iterdir()] == ["cells"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_study_for_devices_that_are_not_here_is_refused_before_a_folder_is_moved_or_made(folder, fresh, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if fresh:
+        Path("studies/small/cells").mkdir(parents=True)
+    with pytest.raises(SpecError, match=r"^launch\.device: cuda is not available"):
+        run_study(folder.study, ["launch.device=cuda"], fresh=fresh)
+    assert [str(p) for p in Path().glob("studies/*")] == ["studies/small"] * fresh
+    assert not Path("studies/small/study.json").exists()
+
+
+def test_a_finished_study_for_devices_that_are_not_here_is_read(folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert run_study(folder.study, ["launch.device=cuda"]) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_study(folder.study, ["launch.device=cuda"]) == 0

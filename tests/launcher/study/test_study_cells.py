@@ -22,7 +22,7 @@ def test_status_shows_a_cell_that_a_live_process_holds_as_running(tmp_path):
     assert cell_state(tmp_path, None).state == "running"
 
 
-def test_a_second_signal_kills_a_cell_that_does_not_stop(tmp_path, capfd):
+def test_a_second_ctrl_c_kills_a_cell_that_does_not_stop(tmp_path, capfd):
     ready = tmp_path / "ready"
     script = f"import signal, time, pathlib; signal.signal(15, lambda *_: None); pathlib.Path({str(ready)!r}).touch()\n"
     script += "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(0.1)"
@@ -32,7 +32,7 @@ def test_a_second_signal_kills_a_cell_that_does_not_stop(tmp_path, capfd):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=twice, daemon=True).start()
     with CellRunner() as runner:
