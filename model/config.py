@@ -28,6 +28,7 @@ class ModelConfig(StrictConfig):
     mlp_biases: bool = Field(default=False, description="biases of the MLP's matrices")
     vocab_size: int | None = Field(default=None, ge=2, description="none: taken from the data's tokenizer")
     tied_embeddings: bool = True
+    head_bias: bool = Field(default=False, description="a bias [V] of the output head")
     norm: Literal["rmsnorm", "layernorm"] = Field(
         default="rmsnorm", description="layernorm: with gain and bias; QK-norm is an RMSNorm with either"
     )
@@ -63,6 +64,10 @@ class ModelConfig(StrictConfig):
     def learned_positions(self) -> int:
         """Number of learned position vectors [d]."""
         return self.max_positions or 0
+
+    def head_params(self, vocab_size: int) -> int:
+        """Parameters of the output head that the embedding does not have: its matrix unless tied, and its bias."""
+        return vocab_size * ((0 if self.tied_embeddings else self.width) + int(self.head_bias))
 
     @property
     def norm_params(self) -> int:

@@ -28,7 +28,7 @@ def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size:
     Raises ValueError if a per-layer field does not have one entry per layer.
     """
     width, layers = model.width, model.layers
-    others = vocab_size * width * (1 if model.tied_embeddings else 2)
+    others = vocab_size * width + model.head_params(vocab_size)
     others += model.learned_positions * width + model.norm_params
     per_layer = attention.num_params(width=width) + model.mlp_params + 2 * model.norm_params
     sized = attention.at_size(others + layers * per_layer)
@@ -51,7 +51,7 @@ def account(
         "attention": sum(a.num_params(width=width) for a in each),
         "mlp": layers * model.mlp_params,
         "norm": (2 * layers + 1) * model.norm_params,
-        "head": 0 if model.tied_embeddings else vocab_size * width,
+        "head": model.head_params(vocab_size),
     }
     dense = layers * model.mlp_flops + 2 * vocab_size * width
     flops = sum((a.flops_per_token(width=width, seq_len=seq_len) for a in each), Flops(useful=dense, executed=dense))

@@ -190,9 +190,9 @@ class Decoder(nn.Module):
     """The decoder. Initial parameters depend only on `seed`, their names and shapes (`headway.model.init`), and on
     `scales`, one for each block.
 
-    `embedding` [V, d] and, unless tied, `head` [V, d] are parameters of this module itself. Engines that shard
-    parameters (ZeRO-3) gather them in the forward pass of the module that owns them, which is where the head's matmul
-    runs.
+    `embedding` [V, d], `head` [V, d] unless tied, and `head_bias` [V] if the model has one are parameters of this
+    module itself. Engines that shard parameters (ZeRO-3) gather them in the forward pass of the module that owns them,
+    which is where the head's matmul runs.
     """
 
     def __init__(
@@ -214,7 +214,8 @@ class Decoder(nn.Module):
         self.norm = make_norm(model)
         self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
-        self.init_stds = {"embedding": model.init_std, "head": model.init_std}
+        self.head_bias = parameter(vocab_size) if model.head_bias else None
+        self.init_stds = {"embedding": model.init_std, "head": model.init_std, "head_bias": 0.0}
         initialise(self, seed=seed)
         self._vocabulary_shards = vocabulary_shards(model, vocab_size)
         cut(self, self._vocabulary_shards, self.placement.ranks)
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
         With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
         hidden, aux_loss = self._hidden(tokens, segments)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement)
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def logits(
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
         With a `cache`, the tokens continue the cached ones and are appended to it.
         """
         hidden, _ = self._hidden(tokens, segments, cache)
-        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight())
+        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight(), self.head_bias)
 
     def new_cache(self) -> DecoderCache:
         """An empty cache for one batch of sequences of equal length."""
@@ -348,8 +349,9 @@ def add_positions(positions: Positions, x: Tensor, tokens: Tensor, placement: Pl
 
 
 def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:
-    """Shards of the embedding and the head (unless tied): by rows, one unit per token of the vocabulary."""
-    return {name: Shard(0, vocab_size) for name in ("embedding", *(() if model.tied_embeddings else ("head",)))}
+    """Shards of the embedding, the head (unless tied) and its bias: by rows, one unit per token of the vocabulary."""
+    held = {"embedding": True, "head": not model.tied_embeddings, "head_bias": model.head_bias}
+    return {name: Shard(0, vocab_size) for name, present in held.items() if present}
 
 
 def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
@@ -361,15 +363,19 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
     return ranks.leave(F.embedding(row.where(mine, 0), weight) * mine.unsqueeze(-1))
 
 
-def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
+def score(
+    hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy sum and, if gradients are disabled, hits (see `ModelOutput`), over the whole vocabulary.
 
-    hidden [B, S, d], or this rank's part of the residual stream; weight [V, d], or this rank's rows; labels [B, S].
+    hidden [B, S, d], or this rank's part of the residual stream; weight [V, d] and bias [V], or this rank's rows;
+    labels [B, S].
     """
     part, ranks = None, placement.ranks
     if ranks.count > 1:
         part = VocabularyPart(start=ranks.index * len(weight), sum=ranks.sum, largest=ranks.largest)
     head = (ranks.enter(hidden).flatten(0, 1), weight, labels.flatten())
+    extra = {} if bias is None else {"bias": bias}  # only the chunked loss supports one
     if torch.is_grad_enabled():
-        return placement.operations.loss(*head, part=part), None
-    return linear_cross_entropy_and_hits(*head, part=part)
+        return placement.operations.loss(*head, part=part, **extra), None
+    return linear_cross_entropy_and_hits(*head, part=part, bias=bias)

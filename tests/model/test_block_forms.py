@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "swiglu, biases": {"mlp_biases": True},
     "layernorm": {"norm": "layernorm"},
     "none": {"positions": "none"},
+    "head bias": {"head_bias": True},
     "gpt2": {
         "mlp": "gelu_tanh",
         "mlp_biases": True,

@@ -57,6 +57,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "norm": "layernorm",
         "positions": "learned",
         "max_positions": SEQ_LEN,
+        "head_bias": True,
     },
     "relu-block": {"mlp": "relu", "mlp_biases": True, "norm": "layernorm", "positions": "none"},
 }

@@ -29,6 +29,7 @@ train: {tokens: 2560, global_batch: 8, micro_batch: 8}
         (["model.max_positions=32"], "max_positions: 32 has no effect with positions rope"),
         (["model.positions=none", "attention.rope_fraction=0.5"], "attention.rope_fraction: has no effect"),
         (["model.norm=layernorm", "speed.norm=liger"], "speed.norm: liger replaces RMSNorm"),
+        (["model.head_bias=true", "speed.loss=torch"], "speed.loss: torch is given no bias of the head"),
         (["attention.bias=true"], "attention.biases"),
     ],
 )
@@ -42,7 +43,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], said
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("mlp", "relu"), ("mlp_biases", True), ("norm", "layernorm"), ("positions", "none")]
+    ("key", "value"),
+    [("mlp", "relu"), ("mlp_biases", True), ("norm", "layernorm"), ("positions", "none"), ("head_bias", True)],
 )
 def test_a_llama_has_only_the_default_form(key: str, value: object) -> None:
     attention = GqaConfig(heads=4, kv_heads=2, head_dim=8)
