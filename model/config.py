@@ -32,9 +32,10 @@ class ModelConfig(StrictConfig):
     norm: Literal["rmsnorm", "layernorm"] = Field(
         default="rmsnorm", description="layernorm: with gain and bias; QK-norm is an RMSNorm with either"
     )
-    positions: Literal["rope", "learned", "none"] = Field(
+    positions: Literal["rope", "learned", "relative_xl", "none"] = Field(
         default="rope",
-        description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; none",
+        description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; "
+        "relative_xl: a score for the distance of query and key, as in Transformer-XL; none",
     )
     max_positions: int | None = Field(
         default=None, ge=1, description="positions of `positions: learned`, at least data.seq_len"
@@ -68,6 +69,11 @@ class ModelConfig(StrictConfig):
     def head_params(self, vocab_size: int) -> int:
         """Parameters of the output head that the embedding does not have: its matrix unless tied, and its bias."""
         return vocab_size * ((0 if self.tied_embeddings else self.width) + int(self.head_bias))
+
+    @property
+    def relative(self) -> bool:
+        """Whether scores depend on distances (`positions: relative_xl`)."""
+        return self.positions == "relative_xl"
 
     @property
     def norm_params(self) -> int:

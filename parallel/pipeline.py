@@ -35,7 +35,6 @@ from headway.model.decoder import (
     embed,
     make_block,
     make_positions,
-    rotated,
     run_block,
     score,
     vocabulary_shards,
@@ -61,16 +60,16 @@ class Stage:
         self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, aux_scale: float
     ) -> None:
         self.placement, self.aux_scale = placement, aux_scale
-        self._contexts = Contexts(attention, placement.sequence, rotated=rotated(model, attention))
+        self._contexts = Contexts(model, attention, placement.sequence)
         self._last: tuple[Tensor, Context] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
         self.aux_losses: list[Tensor] = []
 
-    def context(self, tokens: Tensor, segments: Tensor | None) -> Context:
+    def context(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype) -> Context:
         """The context, built once per pass. A pass is identified by its `tokens` tensor, which all blocks share."""
         if self._last is None or self._last[0] is not tokens:
-            self._last = (tokens, self._contexts.of(tokens, segments))
+            self._last = (tokens, self._contexts.of(tokens, segments, dtype=dtype))
         return self._last[1]
 
     def reset(self) -> None:
@@ -151,7 +150,7 @@ class BlockLayer(nn.Module):
         stage = self.stage
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, stage.placement)
-        context = stage.context(tokens, segments[0] if segments else None)
+        context = stage.context(tokens, segments[0] if segments else None, x.dtype)
         x, aux_loss = run_block(self.block, x, context, stage.placement)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from headway.launcher.spec.layouts import check_layout
 from headway.launcher.spec.sections import Sections
+from headway.model.cost import relative_form
 
 
 class Spec(Sections):
@@ -41,6 +42,11 @@ class Spec(Sections):
             )
         if model.positions == "rope":
             return None
+        try:
+            for i in range(model.layers):
+                relative_form(model, self.attention.layer(i, model.layers))
+        except ValueError as error:
+            return str(error)
         for name in ("rope_base", "rope_fraction"):
             if getattr(self.attention, name) != type(self.attention).model_fields[name].default:
                 return (

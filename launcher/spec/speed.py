@@ -40,6 +40,11 @@ def why_not_speed(spec: Sections) -> str | None:
             f"speed.norm: {speed.norm} replaces RMSNorm, and model.norm is {spec.model.norm}; use speed.norm torch, or "
             "model.norm rmsnorm"
         )
+    if speed.attention != "auto" and spec.model.relative:
+        return (
+            f"speed.attention: {speed.attention} takes no scores of distances, which model.positions relative_xl adds; "
+            "use speed.attention auto, or model.positions rope"
+        )
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "

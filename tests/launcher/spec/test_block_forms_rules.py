@@ -30,6 +30,10 @@ train: {tokens: 2560, global_batch: 8, micro_batch: 8}
         (["model.positions=none", "attention.rope_fraction=0.5"], "attention.rope_fraction: has no effect"),
         (["model.norm=layernorm", "speed.norm=liger"], "speed.norm: liger replaces RMSNorm"),
         (["model.head_bias=true", "speed.loss=torch"], "speed.loss: torch is given no bias of the head"),
+        (["model.positions=relative_xl", "attention.rope_base=500.0"], "attention.rope_base: has no effect"),
+        (["model.positions=relative_xl", "attention.windows=8"], "model.positions: relative_xl has no form for"),
+        (["model.positions=relative_xl", "speed.attention=flash"], "speed.attention: flash takes no scores"),
+        (["model.positions=relative_xl", "parallel.context=2", "launch.processes=2"], "use parallel.context 1, or"),
         (["attention.bias=true"], "attention.biases"),
     ],
 )
