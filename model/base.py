@@ -308,7 +308,8 @@ class AttentionConfig(StrictConfig):
                 other = "rope_fraction 0.0 (no rotation)"
             raise ValueError(
                 f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} is {rotated:g} channels, but RoPE "
-                f"rotates pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
+                f"rotates pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0; "
+                "with model.positions other than rope, use rope_fraction 0.0"
             )
         return self
 

@@ -48,6 +48,8 @@ class Spec(Sections):
         except ValueError as error:
             return str(error)
         for name in ("rope_base", "rope_fraction"):
+            if name == "rope_fraction" and self.attention.rope_fraction == 0:
+                continue  # states that nothing is rotated, which an odd head_dim must
             if getattr(self.attention, name) != type(self.attention).model_fields[name].default:
                 return (
                     f"attention.{name}: has no effect with model.positions {model.positions}; leave it out, or use "
