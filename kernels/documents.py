@@ -119,9 +119,17 @@ class Documents:
         assert self.keys <= BLOCK, "a mask that grows with the square of the sequence"
         return self._once(("mask", dtype, device), lambda: self._whole_mask(dtype, device))
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """Number of the document of each of the K positions, [B, K] int64."""
+
+        def build() -> Tensor:
+            rows = [[i for i, length in enumerate(row) for _ in range(length)] for row in self.lengths]
+            return torch.tensor(rows, device=device)
+
+        return self._once(("numbers", device), build)
+
     def _whole_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        numbers = [[i for i, length in enumerate(row) for _ in range(length)] for row in self.lengths]
-        of_key = torch.tensor(numbers, device=device)
+        of_key = self.numbers(device)
         visible = (of_key[:, :, None] == of_key[:, None, :]).tril_()[:, self.start :]
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~visible, _HIDDEN).unsqueeze(1)

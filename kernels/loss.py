@@ -45,33 +45,34 @@ def linear_cross_entropy_sum(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     chunk_tokens: int | None = None,
     part: VocabularyPart | None = None,
 ) -> Tensor:
-    """Sum over tokens of -log softmax(hidden weight^T)[label]; fp32, or float64 if hidden is.
+    """Sum over tokens of -log softmax(hidden weight^T + bias)[label]; fp32, or float64 if hidden is.
 
-    hidden [T, d], weight [V, d], labels [T] int64; label -100 is ignored, whatever its row of hidden holds. If the
-    logits exceed one chunk, logits and gradients are computed chunk by chunk in the forward pass. (The loss is a sum,
-    so the incoming gradient is one scalar.) This takes the same three matmuls as the plain form, but memory for C V
-    elements instead of three times T V. Measured on 2 CPU cores, forward and backward: T=V=4096, d=256: 205 ms against
-    255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
+    hidden [T, d], weight [V, d], bias [V] or None, labels [T] int64; label -100 is ignored, whatever its row of hidden
+    holds. If the logits exceed one chunk, logits and gradients are computed chunk by chunk in the forward pass. (The
+    loss is a sum, so the incoming gradient is one scalar.) This takes the same three matmuls as the plain form, but
+    memory for C V elements instead of three times T V. Measured on 2 CPU cores, forward and backward: T=V=4096, d=256:
+    205 ms against 255 to 279 plain; T=2048, V=4096, d=128: 72 against 85.
 
-    With `part`, weight [V', d] holds the rows of that part. hidden and labels (of the whole vocabulary) are equal on
-    all ranks, and so is the result, the loss over the whole vocabulary. The gradient of weight is that of its rows. The
-    gradient of hidden is partial and must be summed over ranks. Memory is C V' elements, and each chunk takes two
-    all-reduces: the maximum of C elements and the sum of 2 C (as in Megatron-LM's vocabulary-parallel loss, Shoeybi et
-    al., 2019, arXiv 1909.08053). If parts have unequal length, pass `chunk_tokens`, so that all ranks use equal chunks.
-    A label outside of all parts is not detected.
+    With `part`, weight [V', d] and bias [V'] hold the rows of that part. hidden and labels (of the whole vocabulary)
+    are equal on all ranks, and so is the result, the loss over the whole vocabulary. The gradients of weight and bias
+    are those of their rows. The gradient of hidden is partial and must be summed over ranks. Memory is C V' elements,
+    and each chunk takes two all-reduces: the maximum of C elements and the sum of 2 C (as in Megatron-LM's
+    vocabulary-parallel loss, Shoeybi et al., 2019, arXiv 1909.08053). If parts have unequal length, pass
+    `chunk_tokens`, so that all ranks use equal chunks. A label outside of all parts is not detected.
     """
     tokens, vocab = len(hidden), len(weight)
     chunk_tokens = chunk_tokens or _chunk_tokens(hidden, vocab)
     if part is None and tokens <= chunk_tokens:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         kept = torch.where((labels != IGNORED)[:, None], hidden, 0)  # NaN times a gradient of 0 would be NaN
-        return F.cross_entropy(F.linear(kept, weight).to(wide), labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(F.linear(kept, weight, bias).to(wide), labels, ignore_index=IGNORED, reduction="sum")
     # Check this outside of the Function: inside, gradients are off, and `needs_input_grad` ignores no_grad.
-    want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, want_grad, part))
+    want_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_tokens, want_grad, part))
 
 
 @torch.no_grad()
@@ -80,6 +81,7 @@ def linear_cross_entropy_and_hits(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     chunk_tokens: int | None = None,
     part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -96,7 +98,7 @@ def linear_cross_entropy_and_hits(
     chunk_tokens = chunk_tokens or _chunk_tokens(hidden, len(weight))
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        logits = F.linear(hidden[chunk], weight).to(wide)  # [C, V]
+        logits = F.linear(hidden[chunk], weight, bias).to(wide)  # [C, V]
         if part is not None:
             chunk_loss, chunk_hits = _loss_and_hits_over_parts(logits, labels[chunk], part)
             loss += chunk_loss
@@ -173,6 +175,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         chunk_tokens: int,
         want_grad: bool,
@@ -186,13 +189,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if want_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if want_grad and bias is not None else None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             # Do not assign the logits to a name: they must be freed before the matmuls of their gradient.
-            log_p, grad_logits = softmax(F.linear(kept[chunk], weight).to(wide), labels[chunk], want_grad)
+            log_p, grad_logits = softmax(F.linear(kept[chunk], weight, bias).to(wide), labels[chunk], want_grad)
             loss -= torch.where(keep[chunk], log_p, 0).sum()
             if grad_logits is None or grad_hidden is None or grad_weight is None:
                 continue
+            if grad_bias is not None:
+                grad_bias += grad_logits.masked_fill_(~keep[chunk, None], 0).sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if wide == hidden.dtype:
@@ -201,14 +207,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ kept[chunk]
         if grad_hidden is not None and grad_weight is not None:
             grad_hidden.masked_fill_(~keep[:, None], 0)
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            grads = [grad_hidden, grad_weight.to(weight.dtype)]
+            if bias is not None and grad_bias is not None:
+                grads.append(grad_bias.to(bias.dtype))
+            ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Multiply in fp32 and round the product. In bf16, the scale would have an error of up to 2^-9 that is equal for
         # all tokens, and would change the weight of this loss relative to the auxiliary loss.
         scale = grad_outputs[0]
-        scaled = [(g.to(scale.dtype) * scale).to(g.dtype) for g in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None, None, None, None
+        hidden, weight, *bias = [(g.to(scale.dtype) * scale).to(g.dtype) for g in ctx.saved_tensors]
+        return hidden, weight, bias[0] if bias else None, None, None, None, None

@@ -87,6 +87,7 @@ _PARTS = {
     "attn": "attention",
     "mlp": "mlp",
     "attn_out": "attention",
+    "attn_positions": "attention",
     "mlp_out": "mlp",
     "attn_norm": "norm",
     "mlp_norm": "norm",
@@ -182,8 +183,11 @@ class _Probe:
         x = torch.zeros(1, own, self.model.width, dtype=self.dtype, requires_grad=True)
         rope = rope_tables(tokens, rotated(self.model, self.attention), self.attention.rope_base, x.device)
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
-        context = Context(rope=rope, tokens=numbers, sequence=SequenceRanks(attend=self._attend))
+        distances = torch.zeros(tokens, self.model.width, dtype=self.dtype) if self.model.relative else None
+        attend = SequenceRanks(attend=self._attend)
+        context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances)
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
+        known += [] if distances is None else [distances]  # one for all layers
         with saved_storages(besides=known, selective=self.block.selective) as saved:
             self.block(x, context)
         with torch.no_grad():

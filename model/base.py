@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
+from headway.kernels.relative import Relative, relative_core
 
 
 class StrictConfig(BaseModel):
@@ -224,6 +225,9 @@ class Context:
     sequence: Context-parallel ranks. x, `rope` and `tokens` are this rank's part; `documents` cover the whole
         sequence.
     memory: Router selections, for activation recomputation.
+    distances: With `model.positions: relative_xl`, the vectors [K, d] of the distances 0 .. K - 1; x continues K - S
+        cached tokens.
+    relative: The position keys of this layer, which the block computes from `distances`.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -232,6 +236,8 @@ class Context:
     cache: KVCache | None = None
     sequence: SequenceRanks = SequenceRanks()
     memory: RoutingMemory | None = None
+    distances: Tensor | None = None
+    relative: Relative | None = None
 
     @property
     def counts(self) -> bool:
@@ -244,6 +250,9 @@ class Context:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
         """The attention core within this context's documents; shapes as `headway.kernels.attention.core`."""
+        if self.relative is not None:
+            assert window is None and self.sequence.count == 1, "the spec check refuses them with relative positions"
+            return relative_core(q, k, v, self.relative, self.documents)
         return self.sequence.attend(q, k, v, self.documents, window=window)
 
     def keys_and_values(
@@ -257,6 +266,13 @@ def visible_keys(seq_len: int, window: int | None = None) -> float:
     """Keys that a token attends to (including itself), averaged over a causal sequence; (S+1)/2 without a window."""
     w = seq_len if window is None else min(window, seq_len)
     return w * (w + 1) / 2 / seq_len + (seq_len - w) * w / seq_len
+
+
+class RelativeForm(NamedTuple):
+    """Relative positions of one layer: KV heads, each with position keys, and query heads with biases u, v or 0."""
+
+    groups: int
+    biased_heads: int
 
 
 class AttentionConfig(StrictConfig):
@@ -292,7 +308,8 @@ class AttentionConfig(StrictConfig):
                 other = "rope_fraction 0.0 (no rotation)"
             raise ValueError(
                 f"rope_fraction: {self.rope_fraction} of head_dim {self.head_dim} is {rotated:g} channels, but RoPE "
-                f"rotates pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0"
+                f"rotates pairs; use {other} or head_dim {2 * (self.head_dim // 2 + 1)} with rope_fraction 1.0; "
+                "with model.positions other than rope, use rope_fraction 0.0"
             )
         return self
 
@@ -300,6 +317,11 @@ class AttentionConfig(StrictConfig):
     def output_bias(self) -> bool:
         """Whether the output projection has a bias [d]. `num_params` counts it; the block holds and adds it."""
         return False
+
+    @property
+    def relative_form(self) -> RelativeForm | None:
+        """What a layer needs for `model.positions: relative_xl`; None if the mechanism has no such form."""
+        return None
 
     @property
     def rotated(self) -> int:

@@ -34,7 +34,6 @@ from headway.model.decoder import (
     add_positions,
     embed,
     make_positions,
-    rotated,
 )
 from headway.model.init import draw, initialise
 
@@ -65,7 +64,7 @@ def branch_scales(
         return [BranchScale(attention=0.0, mlp=0.0)] * len(mechanisms)
     shape = torch.Size((vocab_size, model.width))
     x = embed(draw("embedding", shape, std=model.init_std, seed=seed), tokens, Ranks())
-    context = Contexts(attention, SequenceRanks(), rotated=rotated(model, attention)).of(tokens, segments)
+    context = Contexts(model, attention, SequenceRanks()).of(tokens, segments, dtype=x.dtype)
     if (positions := make_positions(model)) is not None:
         initialise(positions, seed=seed, prefix="positions.")
         x = add_positions(positions, x, tokens, Placement())
@@ -74,7 +73,7 @@ def branch_scales(
         block = Block(model, mechanism).eval()
         initialise(block, seed=seed, prefix=f"blocks.{index}.")
         block.attn.before_step(0)
-        y = block.attn(block.attn_norm(x), context).y
+        y = block.attn(block.attn_norm(x), block.with_positions(context)).y
         ratio = rms(y) / rms(x)
         if not math.isfinite(ratio) or ratio == 0:
             raise ValueError(

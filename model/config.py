@@ -28,12 +28,14 @@ class ModelConfig(StrictConfig):
     mlp_biases: bool = Field(default=False, description="biases of the MLP's matrices")
     vocab_size: int | None = Field(default=None, ge=2, description="none: taken from the data's tokenizer")
     tied_embeddings: bool = True
+    head_bias: bool = Field(default=False, description="a bias [V] of the output head")
     norm: Literal["rmsnorm", "layernorm"] = Field(
         default="rmsnorm", description="layernorm: with gain and bias; QK-norm is an RMSNorm with either"
     )
-    positions: Literal["rope", "learned", "none"] = Field(
+    positions: Literal["rope", "learned", "relative_xl", "none"] = Field(
         default="rope",
-        description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; none",
+        description="rope: queries and keys are rotated; learned: a vector per position, added to the embedding; "
+        "relative_xl: a score for the distance of query and key, as in Transformer-XL; none",
     )
     max_positions: int | None = Field(
         default=None, ge=1, description="positions of `positions: learned`, at least data.seq_len"
@@ -63,6 +65,15 @@ class ModelConfig(StrictConfig):
     def learned_positions(self) -> int:
         """Number of learned position vectors [d]."""
         return self.max_positions or 0
+
+    def head_params(self, vocab_size: int) -> int:
+        """Parameters of the output head that the embedding does not have: its matrix unless tied, and its bias."""
+        return vocab_size * ((0 if self.tied_embeddings else self.width) + int(self.head_bias))
+
+    @property
+    def relative(self) -> bool:
+        """Whether scores depend on distances (`positions: relative_xl`)."""
+        return self.positions == "relative_xl"
 
     @property
     def norm_params(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway.model.base import AttentionConfig, Flops
+from headway.model.base import AttentionConfig, Flops, RelativeForm, visible_keys
 from headway.model.config import ModelConfig
 
 
@@ -22,15 +22,53 @@ class Cost:
     kv_bytes_per_token: float  # all layers: cache size after seq_len tokens, divided by seq_len
 
 
+def relative_form(model: ModelConfig, attention: AttentionConfig) -> RelativeForm | None:
+    """Relative positions of a layer with this config; None unless `model.positions` is relative_xl.
+
+    Raises ValueError, which names the key, if the mechanism has no such form.
+    """
+    if not model.relative:
+        return None
+    if (form := attention.relative_form) is None:
+        raise ValueError(
+            f"model.positions: relative_xl has no form for attention.type {attention.type} with this spec's options: "
+            "position keys belong to KV heads of equal groups that attend in one call and are not routed; use "
+            "model.positions rope, type mha, mqa, gqa or sqa without windows and group_sizes, or type switchhead"
+        )
+    return form
+
+
+def relative_params(model: ModelConfig, attention: AttentionConfig) -> int:
+    """Parameters of one layer's relative positions: d G D, plus 2 H D for u and v."""
+    form = relative_form(model, attention)
+    return 0 if form is None else (form.groups * model.width + 2 * form.biased_heads) * attention.head_dim
+
+
+def relative_core_flops(model: ModelConfig, attention: AttentionConfig, *, seq_len: int) -> float:
+    """Products of queries and position keys in one layer per token: 2 D per visible key and score map."""
+    return 2 * attention.head_dim * attention.score_maps * visible_keys(seq_len) if model.relative else 0.0
+
+
+def block_flops(model: ModelConfig, attention: AttentionConfig, *, seq_len: int) -> Flops:
+    """One block. Position keys (2 d G D) are counted for each sequence, but are computed once for a micro-batch."""
+    flops = attention.flops_per_token(width=model.width, seq_len=seq_len)
+    extra = model.mlp_flops + relative_core_flops(model, attention, seq_len=seq_len)
+    if (form := relative_form(model, attention)) is not None:
+        extra += 2 * model.width * form.groups * attention.head_dim
+    return flops + Flops(useful=extra, executed=extra)
+
+
 def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> list[AttentionConfig]:
     """The attention config of each layer, with rules that depend on the layer or on the model's size resolved.
 
     Raises ValueError if a per-layer field does not have one entry per layer.
     """
     width, layers = model.width, model.layers
-    others = vocab_size * width * (1 if model.tied_embeddings else 2)
+    others = vocab_size * width + model.head_params(vocab_size)
     others += model.learned_positions * width + model.norm_params
-    per_layer = attention.num_params(width=width) + model.mlp_params + 2 * model.norm_params
+    per_layer = (
+        attention.num_params(width=width) + relative_params(model, attention) + model.mlp_params + 2 * model.norm_params
+    )
     sized = attention.at_size(others + layers * per_layer)
     return [sized.layer(i, layers) for i in range(layers)]
 
@@ -48,20 +86,21 @@ def account(
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {
         "embedding": (vocab_size + model.learned_positions) * width,
-        "attention": sum(a.num_params(width=width) for a in each),
+        "attention": sum(a.num_params(width=width) + relative_params(model, a) for a in each),
         "mlp": layers * model.mlp_params,
         "norm": (2 * layers + 1) * model.norm_params,
-        "head": 0 if model.tied_embeddings else vocab_size * width,
+        "head": model.head_params(vocab_size),
     }
-    dense = layers * model.mlp_flops + 2 * vocab_size * width
-    flops = sum((a.flops_per_token(width=width, seq_len=seq_len) for a in each), Flops(useful=dense, executed=dense))
+    head = 2 * vocab_size * width
+    flops = sum((block_flops(model, a, seq_len=seq_len) for a in each), Flops(useful=head, executed=head))
+    distances = sum(relative_core_flops(model, a, seq_len=seq_len) for a in each)
     return Cost(
         num_params=sum(params.values()),
         params_by_part=params,
         flops_per_token=flops,
         attention_core_flops=Flops(
-            useful=sum(a.useful_core_flops_per_token(seq_len=seq_len) for a in each),
-            executed=sum(a.core_flops_per_token(seq_len=seq_len) for a in each),
+            useful=distances + sum(a.useful_core_flops_per_token(seq_len=seq_len) for a in each),
+            executed=distances + sum(a.core_flops_per_token(seq_len=seq_len) for a in each),
         ),
         kv_bytes_per_token=sum(
             a.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=bytes_per_element) for a in each

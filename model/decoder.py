@@ -18,6 +18,7 @@ from headway.kernels.documents import Documents
 from headway.kernels.fp8 import Fp8Parameter, check_used, to_fp8
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
 from headway.kernels.operations import POINTWISE, Operations
+from headway.kernels.relative import sinusoids
 from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
@@ -30,9 +31,18 @@ from headway.model.base import (
     Shard,
 )
 from headway.model.config import ModelConfig
-from headway.model.cost import layer_configs
+from headway.model.cost import layer_configs, relative_form
 from headway.model.init import initialise
-from headway.model.layers import MLPS, OutputBias, Positions, make_add_norm, make_norm, parameter, use_operations
+from headway.model.layers import (
+    MLPS,
+    OutputBias,
+    Positions,
+    RelativePositions,
+    make_add_norm,
+    make_norm,
+    parameter,
+    use_operations,
+)
 from headway.model.recompute import recomputed
 from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
@@ -88,6 +98,9 @@ class Block(nn.Module):
         width, layers, std, eps = model.width, model.layers, model.init_std, model.norm_eps
         self.attn_norm = make_norm(model)
         self.attn: Attention = attention.build(width=width, layers=layers, init_std=std, norm_eps=eps)
+        form = relative_form(model, attention)
+        relative = None if form is None else RelativePositions(form, attention.head_dim, width, init_std=std)
+        self.attn_positions = relative
         self.attn_out = OutputBias(width) if attention.output_bias else None
         self.mlp_norm = make_add_norm(model)
         self.mlp = MLPS[model.mlp](width, model.ffn_width, layers=layers, init_std=std, biases=model.mlp_biases)
@@ -100,6 +113,8 @@ class Block(nn.Module):
     @property
     def shards(self) -> dict[str, Shard]:
         parts = {"attn": self._attention_shards, "mlp": self.mlp.shards}
+        if self.attn_positions is not None:
+            parts["attn_positions"] = self.attn_positions.shards
         return {f"{part}.{name}": shard for part, shards in parts.items() for name, shard in shards.items()}
 
     @torch.no_grad()
@@ -122,6 +137,8 @@ class Block(nn.Module):
         use_operations(self.attn, placement.operations)  # QK-norm outputs are rotated and not kept: do not recompute
         cut(self.mlp, self.mlp.shards, placement.ranks)
         cut_attention(self.attn, self._attention_shards, placement.ranks)
+        if self.attn_positions is not None:
+            cut(self.attn_positions, self.attn_positions.shards, placement.ranks)
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The matrices of the MLP and of attention's projections, with names. Not those of routers and gates."""
@@ -129,6 +146,13 @@ class Block(nn.Module):
             for name in [*_INPUTS[part], *module.output_matrices]:
                 if (matrix := module._parameters.get(name)) is not None and matrix.dim() == 2:
                     yield f"{part}.{name}", matrix
+
+    def with_positions(self, context: Context) -> Context:
+        """The context of this layer's attention: with its position keys, if scores depend on distances."""
+        if self.attn_positions is None:
+            return context
+        assert context.distances is not None, "`Contexts` of a model with relative positions has them"
+        return replace(context, relative=self.attn_positions(context.distances))
 
     def forward(self, x: Tensor, context: Context) -> AttentionOutput:
         if self.placement.operations.fp8 is None or self._fp8 is not None:
@@ -141,6 +165,7 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, context: Context) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
+            context = self.with_positions(context)
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
             y = leave(y)
             x, normed = self.mlp_norm(x, y if self.attn_out is None else self.attn_out(y))
@@ -190,9 +215,9 @@ class Decoder(nn.Module):
     """The decoder. Initial parameters depend only on `seed`, their names and shapes (`headway.model.init`), and on
     `scales`, one for each block.
 
-    `embedding` [V, d] and, unless tied, `head` [V, d] are parameters of this module itself. Engines that shard
-    parameters (ZeRO-3) gather them in the forward pass of the module that owns them, which is where the head's matmul
-    runs.
+    `embedding` [V, d], `head` [V, d] unless tied, and `head_bias` [V] if the model has one are parameters of this
+    module itself. Engines that shard parameters (ZeRO-3) gather them in the forward pass of the module that owns them,
+    which is where the head's matmul runs.
     """
 
     def __init__(
@@ -214,7 +239,8 @@ class Decoder(nn.Module):
         self.norm = make_norm(model)
         self.norm.use(self.placement.operations)
         self.head = None if model.tied_embeddings else parameter(vocab_size, model.width)
-        self.init_stds = {"embedding": model.init_std, "head": model.init_std}
+        self.head_bias = parameter(vocab_size) if model.head_bias else None
+        self.init_stds = {"embedding": model.init_std, "head": model.init_std, "head_bias": 0.0}
         initialise(self, seed=seed)
         self._vocabulary_shards = vocabulary_shards(model, vocab_size)
         cut(self, self._vocabulary_shards, self.placement.ranks)
@@ -222,7 +248,7 @@ class Decoder(nn.Module):
         for i, mechanism in enumerate(mechanisms):
             scale = None if scales is None else scales[i]
             self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement, scale=scale))
-        self._contexts = Contexts(attention, self.placement.sequence, rotated=rotated(model, attention))
+        self._contexts = Contexts(model, attention, self.placement.sequence)
 
     @property
     def shards(self) -> dict[str, Shard]:
@@ -240,7 +266,7 @@ class Decoder(nn.Module):
         With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
         hidden, aux_loss = self._hidden(tokens, segments)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement)
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def logits(
@@ -256,7 +282,7 @@ class Decoder(nn.Module):
         With a `cache`, the tokens continue the cached ones and are appended to it.
         """
         hidden, _ = self._hidden(tokens, segments, cache)
-        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight())
+        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight(), self.head_bias)
 
     def new_cache(self) -> DecoderCache:
         """An empty cache for one batch of sequences of equal length."""
@@ -285,7 +311,7 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.tokens
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, self.placement, start=start)
-        context = self._contexts.of(tokens, segments, start=start)
+        context = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
             if cache is not None:
@@ -302,20 +328,30 @@ class Decoder(nn.Module):
 
 
 class Contexts:
-    """Builds the `Context` of each forward pass. RoPE tables are cached between passes."""
+    """Builds the `Context` of each forward pass. Tables of positions are cached between passes."""
 
-    def __init__(self, attention: AttentionConfig, sequence: SequenceRanks, *, rotated: int) -> None:
-        self._attention, self._sequence, self._rotated = attention, sequence, rotated
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, sequence: SequenceRanks) -> None:
+        self._model, self._attention, self._sequence = model, attention, sequence
+        self._rotated = rotated(model, attention)
+        self._distances: Tensor | None = None
         # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def of(self, tokens: Tensor, segments: Tensor | None, *, start: int = 0) -> Context:
+    def of(self, tokens: Tensor, segments: Tensor | None, *, dtype: torch.dtype, start: int = 0) -> Context:
         """tokens [B, S]; the first one is at position `start` of the sequence (or of this rank's part of it). segments
-        cover the whole sequence; on the host they are read without waiting for the device.
+        cover the whole sequence; on the host they are read without waiting for the device. dtype: the model's.
         """
         documents = None if segments is None else Documents.of(segments)
         rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
-        return Context(rope=rope, documents=documents, tokens=tokens, sequence=self._sequence)
+        distances = self._distance_vectors(tokens, start, dtype) if self._model.relative else None
+        return Context(rope=rope, documents=documents, tokens=tokens, sequence=self._sequence, distances=distances)
+
+    def _distance_vectors(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        """The vectors [start + S, d] of all distances in the sequence; the table grows as that of RoPE does."""
+        end = start + tokens.shape[1]
+        if self._distances is None or len(self._distances) < end or self._distances.device != tokens.device:
+            self._distances = sinusoids(end if start == 0 else 2 * end, self._model.width, tokens.device)
+        return self._distances[:end].to(dtype)
 
     def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows start .. start + S - 1 of the RoPE tables, which grow to the longest sequence seen."""
@@ -348,8 +384,9 @@ def add_positions(positions: Positions, x: Tensor, tokens: Tensor, placement: Pl
 
 
 def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:
-    """Shards of the embedding and the head (unless tied): by rows, one unit per token of the vocabulary."""
-    return {name: Shard(0, vocab_size) for name in ("embedding", *(() if model.tied_embeddings else ("head",)))}
+    """Shards of the embedding, the head (unless tied) and its bias: by rows, one unit per token of the vocabulary."""
+    held = {"embedding": True, "head": not model.tied_embeddings, "head_bias": model.head_bias}
+    return {name: Shard(0, vocab_size) for name, present in held.items() if present}
 
 
 def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
@@ -361,15 +398,19 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
     return ranks.leave(F.embedding(row.where(mine, 0), weight) * mine.unsqueeze(-1))
 
 
-def score(hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor | None]:
+def score(
+    hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy sum and, if gradients are disabled, hits (see `ModelOutput`), over the whole vocabulary.
 
-    hidden [B, S, d], or this rank's part of the residual stream; weight [V, d], or this rank's rows; labels [B, S].
+    hidden [B, S, d], or this rank's part of the residual stream; weight [V, d] and bias [V], or this rank's rows;
+    labels [B, S].
     """
     part, ranks = None, placement.ranks
     if ranks.count > 1:
         part = VocabularyPart(start=ranks.index * len(weight), sum=ranks.sum, largest=ranks.largest)
     head = (ranks.enter(hidden).flatten(0, 1), weight, labels.flatten())
+    extra = {} if bias is None else {"bias": bias}  # only the chunked loss supports one
     if torch.is_grad_enabled():
-        return placement.operations.loss(*head, part=part), None
-    return linear_cross_entropy_and_hits(*head, part=part)
+        return placement.operations.loss(*head, part=part, **extra), None
+    return linear_cross_entropy_and_hits(*head, part=part, bias=bias)

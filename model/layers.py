@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.operations import Operations
-from headway.model.base import Shard
+from headway.kernels.relative import Relative
+from headway.model.base import RelativeForm, Shard
 from headway.model.config import MlpType, ModelConfig
 
 
@@ -142,6 +143,30 @@ class Positions(nn.Module):
                 f"{length} tokens at most, or a model with positions rope or none"
             )
         return self.weight[start : start + count]
+
+
+class RelativePositions(nn.Module):
+    """Relative positions of one layer (`headway.kernels.relative`): `w_r` [G D, d] projects the vectors of distances.
+
+    With biased heads, `b_u` and `b_v` [H D] are the biases of the queries, which start at 0.
+    """
+
+    def __init__(self, form: RelativeForm, head_dim: int, width: int, *, init_std: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.w_r = parameter(form.groups * head_dim, width)
+        self.init_stds = {"w_r": init_std}
+        self.shards = {"w_r": Shard(0, form.groups)}
+        for name in ("b_u", "b_v"):
+            self.register_parameter(name, parameter(form.biased_heads * head_dim) if form.biased_heads else None)
+            if form.biased_heads:
+                self.init_stds[name], self.shards[name] = 0.0, Shard(0, form.groups)
+
+    def forward(self, distances: Tensor) -> Relative:
+        """distances [K, d] -> position keys [K, G, D] of this rank's groups, and biases [H, D]."""
+        biases = (self._parameters["b_u"], self._parameters["b_v"])
+        u, v = (None if b is None else b.unflatten(0, (-1, self.head_dim)) for b in biases)
+        return Relative(F.linear(distances, self.w_r).unflatten(-1, (-1, self.head_dim)), u, v)
 
 
 class OutputBias(nn.Module):

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
-from headway.model.cost import layer_configs
+from headway.model.cost import block_flops, layer_configs
 
 
 def layer_costs(
@@ -30,7 +30,7 @@ def layer_costs(
     """
     width = model.width
     blocks = [
-        config.flops_per_token(width=width, seq_len=seq_len).executed + model.mlp_flops
+        block_flops(model, config, seq_len=seq_len).executed
         for config in layer_configs(model, attention, vocab_size=vocab_size)
     ]
     passes = 4 if recompute else 3

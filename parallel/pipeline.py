@@ -35,7 +35,6 @@ from headway.model.decoder import (
     embed,
     make_block,
     make_positions,
-    rotated,
     run_block,
     score,
     vocabulary_shards,
@@ -61,16 +60,16 @@ class Stage:
         self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, aux_scale: float
     ) -> None:
         self.placement, self.aux_scale = placement, aux_scale
-        self._contexts = Contexts(attention, placement.sequence, rotated=rotated(model, attention))
+        self._contexts = Contexts(model, attention, placement.sequence)
         self._last: tuple[Tensor, Context] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
         self.aux_losses: list[Tensor] = []
 
-    def context(self, tokens: Tensor, segments: Tensor | None) -> Context:
+    def context(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype) -> Context:
         """The context, built once per pass. A pass is identified by its `tokens` tensor, which all blocks share."""
         if self._last is None or self._last[0] is not tokens:
-            self._last = (tokens, self._contexts.of(tokens, segments))
+            self._last = (tokens, self._contexts.of(tokens, segments, dtype=dtype))
         return self._last[1]
 
     def reset(self) -> None:
@@ -78,15 +77,21 @@ class Stage:
 
 
 class Rows(nn.Module):
-    """Base of embedding and head: this rank's rows of the matrix `name` [V, d]."""
+    """Base of embedding and head: this rank's rows of the matrix `name` [V, d], and of the head's bias with `head`."""
 
-    def __init__(self, model: ModelConfig, name: str, *, vocab_size: int, seed: int, stage: Stage) -> None:
+    def __init__(self, model: ModelConfig, name: str, *, head: bool, vocab_size: int, seed: int, stage: Stage) -> None:
         super().__init__()
         self.register_parameter(name, parameter(vocab_size, model.width))
-        self.init_stds = {name: model.init_std}
+        self.register_parameter("head_bias", parameter(vocab_size) if head and model.head_bias else None)
+        self.init_stds = {name: model.init_std, "head_bias": 0.0}
         self.name, self.stage = name, stage
         initialise(self, seed=seed)
-        cut(self, {name: vocabulary_shards(model, vocab_size)[name]}, stage.placement.ranks)
+        shards = vocabulary_shards(model, vocab_size)
+        cut(self, {own: shards[own] for own, _ in self.named_parameters()}, stage.placement.ranks)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._parameters["head_bias"]
 
     @property
     def weight(self) -> Tensor:
@@ -94,7 +99,7 @@ class Rows(nn.Module):
 
 
 class EmbeddingLayer(Rows):
-    """The first layer. With tied embeddings, its rows are also those of the head."""
+    """The first layer. With tied embeddings, its rows are also those of the head; the last stage adds the bias."""
 
     def forward(self, inputs: Inputs) -> Inputs:
         return (embed(self.weight, inputs[0], self.stage.placement.ranks), *inputs)
@@ -111,7 +116,7 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
     """The micro-batch's contribution to the mean loss of the global batch. Records its sums on the stage."""
     hidden, _, labels, *_ = inputs
     stage = layer.stage
-    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement)
+    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement, bias=layer.bias)
     if torch.is_grad_enabled():
         loss_sum = passing("step:loss", loss_sum)
     targets = (labels != IGNORED).sum()
@@ -145,7 +150,7 @@ class BlockLayer(nn.Module):
         stage = self.stage
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, stage.placement)
-        context = stage.context(tokens, segments[0] if segments else None)
+        context = stage.context(tokens, segments[0] if segments else None, x.dtype)
         x, aux_loss = run_block(self.block, x, context, stage.placement)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
@@ -221,6 +226,10 @@ class PipelineEngine(Engine):
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
         with contextlib.redirect_stdout(sys.stderr):
             stages = _Stages(layers, bounds, topology=topology, seed_layers=False)
+        for layer in stages.modules():
+            # DeepSpeed leaves the last stage's copy of a tied module out of the gradient norm. The bias is no copy.
+            if isinstance(layer, Rows) and layer.bias is not None:
+                layer.bias.ds_pipe_replicated = False  # pyright: ignore[reportAttributeAccessIssue]
         self.blocks = {layer.index: layer.block for layer in stages.children() if isinstance(layer, BlockLayer)}
         self._logical = self._named(stages, model, vocab_size)
         self._start(stages, parallel, optimizer, micro_batch)
@@ -236,15 +245,19 @@ class PipelineEngine(Engine):
     ) -> list[Any]:
         options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "stage": self._stage}
         tied = model.tied_embeddings
-        first: Any = LayerSpec(EmbeddingLayer, model, EMBEDDING, **options)
-        last: Any = LayerSpec(HeadLayer, model, "head", **options)
+        first: Any = LayerSpec(EmbeddingLayer, model, EMBEDDING, head=False, **options)
+        last: Any = LayerSpec(HeadLayer, model, "head", head=True, **options)
         if tied:
-            first = TiedLayerSpec(EMBEDDING, EmbeddingLayer, model, EMBEDDING, tied_weight_attr=EMBEDDING, **options)
+            # Each stage builds the module from the first specification of its own layers.
+            first = TiedLayerSpec(
+                EMBEDDING, EmbeddingLayer, model, EMBEDDING, head=False, tied_weight_attr=EMBEDDING, **options
+            )
             last = TiedLayerSpec(
                 EMBEDDING,
                 EmbeddingLayer,
                 model,
                 EMBEDDING,
+                head=True,
                 forward_fn=loss,
                 tied_weight_attr=EMBEDDING,
                 **options,
@@ -261,9 +274,10 @@ class PipelineEngine(Engine):
         logical = []
         for layer in stages.modules():
             if isinstance(layer, Rows):
-                shard = vocabulary_shards(model, vocab_size)[layer.name]
-                copy = layer.name == EMBEDDING and self.layout.pp_rank > 0
-                logical.append(LogicalParameter(layer.name, layer.get_parameter(layer.name), shard, copy))
+                shards = vocabulary_shards(model, vocab_size)
+                for name, p in layer.named_parameters():
+                    copy = name == EMBEDDING and self.layout.pp_rank > 0
+                    logical.append(LogicalParameter(name, p, shards[name], copy))
             elif isinstance(layer, BlockLayer):
                 for name, p in layer.block.named_parameters():
                     shard = layer.block.shards.get(name)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 from headway.kernels.documents import BLOCK, MERGED
 from headway.kernels.loss import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU
+from headway.kernels.relative import ROWS
 from headway.launcher.plan.stages import Grid, Stage
 from headway.parallel.deepspeed_options import bucket_elements
 
@@ -152,9 +153,21 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         recomputed=largest,
         # Each kept tensor's gradient is computed once, and at most half of them exist at the same time. Under sequence
         # parallelism, gathered tensors are in the order of the ranks and are copied into the order of the tokens.
-        backward=max(kept) / 2 + 2 * grid.tokens * row * spec.parallel.sequence_parallel,
+        backward=max(kept) / 2 + 2 * grid.tokens * row * spec.parallel.sequence_parallel + _scores(grid),
         exchange=held.exchange,
     )
+
+
+def _scores(grid: Grid) -> float:
+    """Scores of a block of query rows with relative positions, an upper bound: eight fp32 values for each score.
+
+    Without relative positions, the kernels of the attention core keep scores to themselves.
+    """
+    spec, heads = grid.spec, max(block.score_maps for stage in grid.stages for block in stage.blocks)
+    if not spec.model.relative:
+        return 0.0
+    length = spec.data.seq_len
+    return 32.0 * spec.train.micro_batch * heads / spec.parallel.tensor * min(ROWS, length) * length
 
 
 def _mask(grid: Grid) -> float:
@@ -164,7 +177,7 @@ def _mask(grid: Grid) -> float:
     that short documents share, if all documents are short.
     """
     spec, width = grid.spec, grid.element_bytes
-    if not spec.data.document_mask or (grid.sharing.device == "cuda" and grid.sharing.bf16):
+    if spec.model.relative or not spec.data.document_mask or (grid.sharing.device == "cuda" and grid.sharing.bf16):
         return 0.0
     length = spec.data.seq_len
     per_row = length * (width + 1) if length <= BLOCK else MERGED * width

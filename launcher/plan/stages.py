@@ -135,7 +135,8 @@ def grid_of(spec: Spec) -> Grid:
         # With tied embeddings the last stage has a copy of the embedding, unless it is also the first stage.
         head = last and not (model.tied_embeddings and first)
         positions = model.learned_positions * model.width
-        parts = {"embedding": rows + positions if first else 0, **parts, "head": rows if head else 0}
+        bias = vocab_size // parallel.tensor if model.head_bias and last else 0
+        parts = {"embedding": rows + positions if first else 0, **parts, "head": (rows if head else 0) + bias}
         replicated = sum(block.replicated for block in held[start:end])
         stages.append(
             Stage(

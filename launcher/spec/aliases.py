@@ -113,6 +113,7 @@ _MODEL = (
         "model.mlp_biases attention.biases",
         "Use model.mlp_biases, and attention.biases (types mha, mqa, gqa and sqa).",
     ),
+    _hint("lm_head_bias output_bias head_bias use_lm_head_bias", "model.head_bias", "Use model.head_bias."),
     _hint(
         "hidden_act activation activation_function act_fn mlp_type",
         "model.mlp",
@@ -122,7 +123,7 @@ _MODEL = (
     _hint(
         "rope_scaling use_rope position_embedding_type",
         "model.positions attention.rope_base attention.rope_fraction",
-        "Use model.positions: rope, learned or none; RoPE is set by attention.rope_base and attention.rope_fraction.",
+        "Use model.positions: rope, learned, relative_xl or none; RoPE has attention.rope_base and rope_fraction.",
     ),
 )
 

@@ -24,7 +24,10 @@ _KERNEL = (
     "mechanism, such as mha or gqa."
 )
 _WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that differ."
-_POSITIONS = "Positions are RoPE in every mechanism, set by attention.rope_base and attention.rope_fraction."
+_POSITIONS = (
+    "Positions are no mechanism: use model.positions (rope, learned, relative_xl or none), and attention.rope_base and "
+    "attention.rope_fraction for RoPE."
+)
 _CONTEXT = "This cuts sequences over ranks and is no mechanism: use parallel.context (Ulysses)."
 
 _MECHANISMS = {
@@ -54,7 +57,7 @@ _MECHANISMS = {
     "Use moh or moa, or switchhead for experts of values and outputs.": "moe mixture mixture_of_heads "
     "mixture_of_attention "
     "mixture_of_attention_heads",
-    _POSITIONS: "rope alibi nope rotary yarn",
+    _POSITIONS: "rope alibi nope rotary yarn transformer_xl xl relative relative_xl",
     _CONTEXT: "ring ring_attention ulysses tree_attention",
     "Headway has no such mixing of heads or tokens. Closest: gqa with attention.gate, or wgqa.": "mta multi_token "
     "talking_heads tha "
@@ -66,6 +69,14 @@ _BUILD_FIRST = (
 )
 
 _VALUES = {
+    "model.positions": {
+        "Write rope.": "rotary rope_neox default",
+        "Write learned, with model.max_positions.": "absolute learned_absolute embedding gpt2 trained",
+        "Write relative_xl.": "relative transformer_xl xl txl",
+        "Write none.": "nope false off",
+        "Headway has no such positions. Closest: relative_xl, or rope.": "alibi t5 relative_bias kerple "
+        "sinusoidal sandwich fire yarn",
+    },
     "parallel.precision": {
         "Write bf16.": "bfloat16 bf16_mixed bf16_true mixed amp torch.bfloat16",
         "Write fp32.": "float32 32 32_true float full torch.float32",

@@ -75,6 +75,8 @@ def legal_pipeline(spec: Sections) -> list[int]:
 def legal_context(spec: Sections) -> list[int]:
     """Legal context-parallel sizes with the tensor-parallel size of the spec, which must be legal."""
     tensor, seq_len = spec.parallel.tensor, spec.data.seq_len
+    if spec.model.relative:
+        return [1]
     heads = {n for config in _layers(spec).values() for n in config.attended_heads(tensor=tensor)}
     parts = tensor if spec.parallel.sequence_parallel else 1
     dealt = [c for c in _divisors(seq_len) if all(_can_be_dealt(n, c) for n in heads)]
@@ -204,6 +206,11 @@ def _context(spec: Sections) -> str | None:
     ranks, tensor, seq_len = spec.parallel.context, spec.parallel.tensor, spec.data.seq_len
     if ranks == 1:
         return None
+    if spec.model.relative:
+        return (
+            f"parallel.context: {ranks} ranks share heads out, and model.positions relative_xl has position keys per "
+            "head, which are not shared out with them; use parallel.context 1, or model.positions rope"
+        )
     choices = f"use parallel.context {listed(legal_context(spec))}"
     if seq_len % ranks:
         near = _multiples_near(seq_len, ranks)

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from headway.launcher.spec.layouts import check_layout
 from headway.launcher.spec.sections import Sections
+from headway.model.cost import relative_form
 
 
 class Spec(Sections):
@@ -41,7 +42,14 @@ class Spec(Sections):
             )
         if model.positions == "rope":
             return None
+        try:
+            for i in range(model.layers):
+                relative_form(model, self.attention.layer(i, model.layers))
+        except ValueError as error:
+            return str(error)
         for name in ("rope_base", "rope_fraction"):
+            if name == "rope_fraction" and self.attention.rope_fraction == 0:
+                continue  # states that nothing is rotated, which an odd head_dim must
             if getattr(self.attention, name) != type(self.attention).model_fields[name].default:
                 return (
                     f"attention.{name}: has no effect with model.positions {model.positions}; leave it out, or use "

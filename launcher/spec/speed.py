@@ -18,6 +18,11 @@ def why_not_speed(spec: Sections) -> str | None:
             f"speed.loss: {speed.loss} knows no parts of the vocabulary, which parallel.tensor {parallel.tensor} cuts; "
             "use speed.loss chunked, or parallel.tensor 1"
         )
+    if speed.loss != "chunked" and spec.model.head_bias:
+        return (
+            f"speed.loss: {speed.loss} is given no bias of the head, and model.head_bias is true; use speed.loss "
+            "chunked, or model.head_bias false"
+        )
     if speed.loss == "torch" and parallel.precision == "bf16":
         return (
             "speed.loss: torch returns the sum of the losses in bf16, that is 8 bits of it; use speed.loss chunked or "
@@ -34,6 +39,11 @@ def why_not_speed(spec: Sections) -> str | None:
         return (
             f"speed.norm: {speed.norm} replaces RMSNorm, and model.norm is {spec.model.norm}; use speed.norm torch, or "
             "model.norm rmsnorm"
+        )
+    if speed.attention != "auto" and spec.model.relative:
+        return (
+            f"speed.attention: {speed.attention} takes no scores of distances, which model.positions relative_xl adds; "
+            "use speed.attention auto, or model.positions rope"
         )
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (

@@ -29,7 +29,7 @@ from headway.model.attention.grouped import (
     check_groups,
     uneven_orthogonality_loss,
 )
-from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, Shard, visible_keys
+from headway.model.base import Attention, AttentionOutput, Context, Flops, HeadPool, RelativeForm, Shard, visible_keys
 from headway.model.layers import parameter
 
 Window = Annotated[int, Field(ge=1)]
@@ -111,6 +111,13 @@ class DenseConfig(GroupedConfig):
     @property
     def output_bias(self) -> bool:
         return self.biases
+
+    @property
+    def relative_form(self) -> RelativeForm | None:
+        """As Dai et al., with u and v; not with windows or groups of different sizes, which attend in several calls."""
+        if self.windows is not None or self.window_pattern or len(set(self.sizes)) > 1:
+            return None
+        return RelativeForm(self.groups, self.query_heads)
 
     @property
     def gate_rows(self) -> int:

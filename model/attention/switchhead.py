@@ -26,7 +26,16 @@ from torch import Tensor
 from headway.kernels.experts import Projections, combine, project, routed_choice
 from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
-from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, HeadPool, Shard
+from headway.model.base import (
+    Attention,
+    AttentionConfig,
+    AttentionOutput,
+    Context,
+    Flops,
+    HeadPool,
+    RelativeForm,
+    Shard,
+)
 from headway.model.layers import parameter
 from headway.model.router import AnyRouter, LinearRouterConfig, RoutedAttention, Routing, RoutingConfig, summed
 
@@ -97,6 +106,11 @@ class SwitchHeadConfig(AttentionConfig):
 
     def attended_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
         return (self.kv_heads // tensor,)
+
+    @property
+    def relative_form(self) -> RelativeForm | None:
+        """As in the authors' code: position keys for each head, and no u and v."""
+        return RelativeForm(self.kv_heads, 0)
 
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return SwitchHeadAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)

@@ -137,6 +137,7 @@ def _check_model(model: ModelConfig) -> None:
         "mlp": ("swiglu", "the MLP of a Llama is SwiGLU"),
         "mlp_biases": (False, "biases of a Llama's MLP are not supported here"),
         "norm": ("rmsnorm", "a Llama has RMSNorm"),
+        "head_bias": (False, "the head of a Llama has no bias"),
         "positions": ("rope", "a Llama rotates queries and keys by their position"),
     }
     for name, (legal, why) in forms.items():

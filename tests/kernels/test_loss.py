@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from headway.kernels.loss import linear_cross_entropy_sum
+from headway.kernels.loss import linear_cross_entropy_and_hits, linear_cross_entropy_sum
 
 
 def problem(tokens=23, width=5, vocab=11, dtype=torch.float64):
@@ -89,3 +89,30 @@ def test_in_bf16_the_scale_of_the_loss_is_not_rounded():
     one = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=3), hidden)[0]
     scaled = torch.autograd.grad(scale * linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=3), hidden)[0]
     assert torch.equal(scaled, (one.float() * scale).bfloat16())
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 100])
+def test_a_bias_is_added_to_the_logits_and_ignored_tokens_do_not_reach_its_gradient(chunk_tokens):
+    hidden, weight, labels = problem()
+    bias = torch.randn(len(weight), dtype=torch.float64, requires_grad=True)
+    leaves = (hidden, weight, bias)
+    loss = linear_cross_entropy_sum(hidden, weight, labels, bias=bias, chunk_tokens=chunk_tokens)
+    logits = hidden @ weight.T + bias
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    got, want = (torch.autograd.grad(value / 7, leaves) for value in (loss, expected))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    found, hits = linear_cross_entropy_and_hits(hidden, weight, labels, bias=bias, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-13, atol=0)
+    assert hits == (logits.argmax(-1) == labels).sum()
+
+
+def test_a_bias_alone_gets_a_gradient():
+    hidden, weight, labels = (t.detach() for t in problem())
+    bias = torch.randn(len(weight), dtype=torch.float64, requires_grad=True)
+    got, want = (
+        torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels, bias=bias, chunk_tokens=n), bias)[0]
+        for n in (4, 100)
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)

@@ -224,3 +224,27 @@ def test_without_gradients_the_exchanges_are_the_same_and_only_the_loss_is_forme
     losses, exchange = on_ranks(CUTS[2], weight, run)
     assert not losses[0].requires_grad and len(exchange.shapes) == 6
     torch.testing.assert_close(losses[0], plain(hidden, weight, labels)[0], rtol=1e-13, atol=0)
+
+
+@PARTS
+@CHUNKS
+def test_a_bias_is_shared_out_with_the_rows(cuts, chunk_tokens):
+    hidden, weight, labels = problem()
+    bias = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+
+    def run(rows, part):
+        mine = bias[part.start : part.start + len(rows)].clone().requires_grad_()
+        loss = linear_cross_entropy_sum(hidden, rows, labels, bias=mine, part=part, chunk_tokens=chunk_tokens)
+        found = linear_cross_entropy_and_hits(hidden, rows, labels, bias=mine, part=part, chunk_tokens=chunk_tokens)
+        return loss.detach(), torch.autograd.grad(loss, mine)[0], found
+
+    losses, grads, found = zip(*on_ranks(cuts, weight, run)[0], strict=True)
+    whole = bias.clone().requires_grad_()
+    logits = hidden @ weight.T + whole
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    (want,) = torch.autograd.grad(expected, whole)
+    torch.testing.assert_close(torch.cat(grads), want, rtol=0, atol=1e-13)
+    for loss, (other, hits) in zip(losses, found, strict=True):
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(other, expected.detach(), rtol=1e-13, atol=0)
+        assert hits == (logits.argmax(-1) == labels).sum()

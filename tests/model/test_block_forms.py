@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "swiglu, biases": {"mlp_biases": True},
     "layernorm": {"norm": "layernorm"},
     "none": {"positions": "none"},
+    "head bias": {"head_bias": True},
     "gpt2": {
         "mlp": "gelu_tanh",
         "mlp_biases": True,
@@ -267,23 +268,60 @@ def test_the_model_is_gpt2_of_transformers():
         assert (mine_p.grad - grad).abs().max() <= 1e-12 * grad.abs().max()
 
 
-PUBLISHED = {  # (d, L, F), (n, D, E, k), whether positions are relative (Transformer-XL)
-    "44.51": ((412, 16, 2092), (2, 64, 5, 3), False),
-    "243.35": ((1024, 18, 4136), (4, 100, 4, 2), False),
-    "47.25": ((412, 16, 2080), (2, 76, 5, 3), True),
-    "262.37": ((1024, 18, 4188), (4, 112, 4, 2), True),
+PUBLISHED: dict[str, tuple[tuple[int, int, int], Any, bool, int]] = {
+    "SwitchHead RoPE, 44.51M": (
+        (412, 16, 2092),
+        SwitchHeadConfig(kv_heads=2, head_dim=64, experts=5, top_k=3, rope_fraction=0.5),
+        False,
+        44_505_336,
+    ),
+    "SwitchHead RoPE, 243.35M": (
+        (1024, 18, 4136),
+        SwitchHeadConfig(kv_heads=4, head_dim=100, experts=4, top_k=2, rope_fraction=0.5),
+        False,
+        243_347_984,
+    ),
+    "dense Transformer-XL, 47.26M": (
+        (412, 16, 2053),
+        MhaConfig(heads=10, head_dim=41, rope_fraction=0.0),
+        True,
+        47_260_104,
+    ),
+    "dense Transformer-XL with the heads of SwitchHead, 47.26M": (
+        (412, 16, 2053),
+        MhaConfig(heads=2, head_dim=205, rope_fraction=0.0),
+        True,
+        47_260_104,
+    ),
+    "SwitchHead Transformer-XL, 47.25M": (
+        (412, 16, 2080),
+        SwitchHeadConfig(kv_heads=2, head_dim=76, experts=5, top_k=3),
+        True,
+        47_247_416,
+    ),
+    "SwitchHead Transformer-XL (C4, peS2o), 262.37M": (
+        (1024, 18, 4188),
+        SwitchHeadConfig(kv_heads=4, head_dim=112, experts=4, top_k=2),
+        True,
+        262_370_744,
+    ),
+    "dense Transformer-XL, 262.48M": ((1024, 18, 4110), MhaConfig(heads=16, head_dim=64), True, 262_479_932),
 }
-"""SwitchHead models of Csordas et al. (2024, arXiv 2312.07987v3), in millions of parameters. For the last two they
-print 47.26, the total of the dense model that it is matched to, and 262.4.
+"""Models of Csordas et al. (2024, arXiv 2312.07987v3): (d, L, F), attention, relative positions or RoPE, and the
+number of parameters.
+
+They print 47.26M, which of these only the dense models with u and v have (without: 47.25M), and 262.4M, which only
+SwitchHead without u and v has. Their dense layers have two more scalars, of the scores, which are not counted here.
 """
 
 
-@pytest.mark.parametrize("millions", PUBLISHED)
-def test_switchhead_has_the_published_number_of_parameters(millions):
-    """The rest of the totals is what Headway does not have: a bias of the head, and with Transformer-XL positions a
-    matrix [n D, d] per layer that projects them.
-    """
-    (width, layers, ffn), (heads, head_dim, experts, top_k), relative = PUBLISHED[millions]
+def printed(name: str) -> float:
+    return float(name.rpartition(" ")[2].removesuffix("M"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_number_of_parameters(name):
+    (width, layers, ffn), attention, relative, total = PUBLISHED[name]
     config = ModelConfig(
         width=width,
         layers=layers,
@@ -292,9 +330,12 @@ def test_switchhead_has_the_published_number_of_parameters(millions):
         mlp_biases=True,
         norm="layernorm",
         tied_embeddings=False,
+        head_bias=True,
+        positions="relative_xl" if relative else "rope",
     )
-    attention = SwitchHeadConfig(kv_heads=heads, head_dim=head_dim, experts=experts, top_k=top_k, rope_fraction=0.5)
-    vocab_size = 8000
-    found = account(config, attention, vocab_size=vocab_size, seq_len=512).num_params
-    missing = vocab_size + (layers * heads * head_dim * width if relative else 0)
-    assert f"{(found + missing) / 1e6:.2f}" == millions
+    found = account(config, attention, vocab_size=8000, seq_len=512).num_params
+    assert found == total
+    assert round(found / 1e6, 2) == printed(name)
+    with torch.device("meta"):
+        made = Decoder(config, attention, vocab_size=8000, seed=1)
+    assert sum(p.numel() for p in made.parameters()) == total

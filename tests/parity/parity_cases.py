@@ -37,7 +37,7 @@ TABLE: dict[str, AttentionConfig] = {
 }
 """Mechanisms that are run on every layout."""
 
-DENSE = {"gqa", "wgqa", "windows", "gpt2-block"}
+DENSE = {"gqa", "wgqa", "windows", "gpt2-block", "xl-block"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS = TABLE | {
@@ -47,6 +47,8 @@ MECHANISMS = TABLE | {
     "windows": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=[None, 7, None, 7]),
     "gpt2-block": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "relu-block": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
+    "xl-block": GqaConfig(heads=8, kv_heads=4, head_dim=8),
+    "xl-switchhead": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
 }
 
@@ -57,8 +59,11 @@ FORMS: dict[str, dict[str, Any]] = {
         "norm": "layernorm",
         "positions": "learned",
         "max_positions": SEQ_LEN,
+        "head_bias": True,
     },
     "relu-block": {"mlp": "relu", "mlp_biases": True, "norm": "layernorm", "positions": "none"},
+    "xl-block": {"positions": "relative_xl"},
+    "xl-switchhead": {"mlp": "relu", "mlp_biases": True, "positions": "relative_xl", "head_bias": True},
 }
 """Options of the block, by the name of the case's mechanism; the others have the defaults."""
 

@@ -44,6 +44,8 @@ FAST = [
     *(Case(mechanism="gpt2-block", layout=x) for x in ("tp2", "sp2", "cp2", "pp2")),
     Case(mechanism="gpt2-block", layout="pp2", tied=False, recompute=True),
     Case(mechanism="relu-block", layout="tp2"),
+    *(Case(mechanism="xl-block", layout=x) for x in ("sp2", "pp2")),
+    Case(mechanism="xl-switchhead", layout="tp2", tied=False),
 ]
 
 SABOTAGED = [
