@@ -204,3 +204,10 @@ def test_routed_queries_are_refused():
         decoder(attention)
     with pytest.raises(ValueError, match=r"model\.positions: relative_xl has no form"):
         decoder(MECHANISMS["mha"].model_copy(update={"windows": 4}))
+
+
+def test_only_mechanisms_with_fixed_equal_groups_have_a_form(mechanism):
+    has = mechanism.relative_form is not None
+    assert not (has and mechanism.type not in {"mha", "mqa", "gqa", "sqa", "switchhead"})
+    if has:
+        assert mechanism.relative_form.groups == sum(mechanism.attended_heads())
