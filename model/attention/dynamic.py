@@ -80,6 +80,11 @@ class DynamicGqaConfig(DenseConfig):
         """One KV head per query head: keys and values are copied. The layer is never sharded."""
         return (self.heads // tensor,)
 
+    @property
+    def relative_form(self) -> None:
+        """None: heads change their group, and position keys belong to groups."""
+        return None
+
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return DynamicGroupedQueryAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 

@@ -15,10 +15,11 @@ from headway.model.activations import Sharing, block_parameters, footprint, save
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
-from headway.model.base import Context
+from headway.model.base import Context, Ranks
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.decoder import Block, Decoder, Placement
+from headway.model.init import initialise
 
 VOCAB, WIDTH = 37, 24
 MECHANISMS: dict[str, Any] = {
@@ -204,3 +205,30 @@ def test_routed_queries_are_refused():
         decoder(attention)
     with pytest.raises(ValueError, match=r"model\.positions: relative_xl has no form"):
         decoder(MECHANISMS["mha"].model_copy(update={"windows": 4}))
+
+
+def test_only_mechanisms_with_fixed_equal_groups_have_a_form(mechanism):
+    has = mechanism.relative_form is not None
+    assert not (has and mechanism.type not in {"mha", "mqa", "gqa", "sqa", "switchhead"})
+    if has:
+        assert mechanism.relative_form.groups == sum(mechanism.attended_heads())
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_tensor_parallel_ranks_add_up_to_the_whole_layer(name):
+    config = ModelConfig(width=WIDTH, layers=2, ffn_width=40, positions="relative_xl", init_std=0.3)
+    x = torch.randn(2, 13, WIDTH, dtype=torch.float64)
+    rope, distances = rope_tables(13, 0, 1e4, x.device), sinusoids(13, WIDTH, x.device).double()
+    context = Context(rope=rope, distances=distances)
+    parts = []
+    for ranks in (Ranks(), Ranks(index=0, count=2), Ranks(index=1, count=2)):
+        block = Block(config, MECHANISMS[name])
+        initialise(block, seed=1)
+        assert block.attn_positions is not None
+        for p in block.attn_positions.parameters():
+            if p.ndim == 1:
+                p.data.copy_(torch.linspace(-0.8, 0.9, len(p)))
+        block.place(Placement(ranks=ranks))
+        block.double().eval()
+        parts.append(block.attn(x, block.with_positions(context)).y)
+    assert torch.allclose(parts[0], parts[1] + parts[2], rtol=0, atol=1e-12)
