@@ -1,7 +1,8 @@
 """AdamW without PyTorch's compiler, whose import takes a rank one to two seconds.
 
-`torch.optim.Optimizer` marks its methods as not to be compiled, and imports the compiler (`torch._dynamo`) for that when
-one is first called. Headway never compiles the optimizer. A rank that compiles a part of its model imports it then.
+`torch.optim.Optimizer` marks its methods as not to be compiled, and imports the compiler (`torch._dynamo`) for that
+when one is first called. Headway never compiles the optimizer. A rank that compiles a part of its model imports it
+then.
 """
 
 from __future__ import annotations
