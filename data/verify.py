@@ -105,16 +105,16 @@ def _check_nothing_else(root: Path, split: Split, manifest: Manifest, shards: li
     named = {name.removeprefix(f"{split}/") for name in manifest.files}
     named |= {shard.raw_name for shard in shards}  # decompressed shards
     try:
-        found = sorted((root / split).iterdir())
+        found = sorted(path.name for path in (root / split).iterdir())  # names are quicker to sort than paths
     except OSError as error:
         raise DataError(
             f"{root / split}: cannot be listed ({error.strerror}); fix the disk or the permissions"
         ) from error
-    for path in found:
-        if ".mds" in path.name and path.name not in named and not path.name.startswith("."):
+    for name in found:
+        if ".mds" in name and name not in named and not name.startswith("."):
             raise DataError(
-                f"{path}: a shard that {MANIFEST_NAME} does not name, so no run would read it; remove it, or build the "
-                "dataset again from all its documents"
+                f"{root / split / name}: a shard that {MANIFEST_NAME} does not name, so no run would read it; remove "
+                "it, or build the dataset again from all its documents"
             )
 
 

@@ -6,6 +6,7 @@ to 3.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from typing import Any
@@ -92,6 +93,28 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _import_muon()
     if cpu:
         deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without PyTorch's compiler.
+
+    Every ZeRO engine imports it to ask whether it is in use. Its module wraps three functions with `torch.compile`,
+    which imports the compiler: one to two seconds. Headway never uses Muon, so its functions stay as they are.
+    """
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero import utils
+
+    from headway.parallel.adamw import AdamW
+
+    compile_of = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_of
+    if AdamW not in utils.ZERO_SUPPORTED_OPTIMIZERS:  # DeepSpeed looks for the class itself, and warns otherwise
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)

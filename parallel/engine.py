@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headway.model.base import Attention, Ranks
 from headway.model.decoder import Block, Decoder
+from headway.parallel.adamw import AdamW
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.deepspeed_options import deepspeed_config, quiet_deepspeed
 from headway.parallel.fault_points import passing, watch
@@ -123,7 +124,7 @@ class Engine:
         model.to(layout.device)
         prepare_tensor_parallel(self._logical, layout, sequence_parallel=parallel.sequence_parallel)
         watch("step:gradient", self._logical[0].parameter)
-        inner = torch.optim.AdamW(
+        inner = AdamW(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.lr,
             betas=optimizer.betas,

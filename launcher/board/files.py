@@ -13,6 +13,7 @@ from typing import Any
 
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.board.events import DRAW
+from headway.launcher.board.writer import writer_class
 from headway.launcher.run.lines import Damage, Lost, gaps
 from headway.launcher.run.run_dir import RunDir, read_mapping, sync
 
@@ -61,12 +62,10 @@ def rebuild(run: RunDir) -> Lost:
 
 def _draw(run: RunDir, folder: Path) -> Lost:
     """Write one event file into a new folder. Returns the damage found in metrics.jsonl."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
     damage, strange, wall_s = Damage(), 0, _started_s(run)
     steps: set[int] = set()
     start_s = wall_s
-    with SummaryWriter(str(folder), purge_step=0) as board:
+    with writer_class()(str(folder), purge_step=0) as board:
         for kind, record in _last_of_each_step(run, damage):
             trained_s = record.get("train_s")
             if isinstance(trained_s, int | float) and start_s + trained_s > wall_s:

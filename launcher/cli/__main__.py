@@ -1,8 +1,6 @@
 """`python -m headway.launcher.cli` is the `headway` command."""
 
-import sys
-
-from headway.launcher.cli.main import main
+from headway.launcher.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -15,7 +15,7 @@ from typing import Literal
 
 from headway.kernels.levers import APEX_MODULES, FA3_MODULE, LIGER_MODULE, importable
 from headway.launcher.base import console
-from headway.launcher.cli.precision import bf16_on_cpu
+from headway.launcher.plan.precision import bf16_on_cpu
 
 PYTHONS = ((3, 11), (3, 12))
 _GIB = 1 << 30

@@ -32,11 +32,9 @@ _MODULES = (
     "headway.launcher.train.worker",
     "headway.parallel.pipeline",
     "deepspeed.runtime.pipe.engine",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine; imports torch's compiler
     "safetensors.torch",
-    "torch._dynamo",  # imported by every optimizer
+    "torch._dynamo",  # imported by ranks that recompute activations or compile
     "torch.optim.adamw",
-    "torch.utils.tensorboard.writer",
 )
 
 
@@ -64,8 +62,10 @@ def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
 
 def _import_everything() -> None:
     """Import all modules that ranks and launchers import, including DeepSpeed's engines and TensorBoard."""
+    from headway.launcher.board.writer import writer_class
     from headway.parallel.deepspeed_options import quiet_deepspeed
 
+    writer_class()
     quiet_deepspeed(cpu=True)
     for name in _MODULES:
         importlib.import_module(name)

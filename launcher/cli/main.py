@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from headway.launcher.base import console
 from headway.launcher.base.signals import this_process_ends
@@ -42,6 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         console.error(e)
         return code
+
+
+def run() -> NoReturn:
+    """The `headway` command of a process of its own: `main`, then the end of the process.
+
+    Python takes half a second to take down a process that has imported torch, module by module. All that has an effect
+    is done before: handlers of `atexit` (temporary folders, logs) have run, and output is flushed. A process with other
+    threads that Python would wait for ends the usual way.
+    """
+    code = main()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except (OSError, ValueError):
+        sys.exit(code)  # Python reports output that could not be written, and exits with 120
+    os._exit(code)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -101,4 +123,4 @@ def _input_output(error: OSError) -> OSError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

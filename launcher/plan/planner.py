@@ -12,6 +12,7 @@ from headway.launcher.plan.hardware import Gpu, find_gpu, find_network, usable_b
 from headway.launcher.plan.layouts import plan_layout, search
 from headway.launcher.plan.micro_batch.plan import by_plan, with_number
 from headway.launcher.plan.micro_batch.search import Choice
+from headway.launcher.plan.precision import bf16_note
 from headway.launcher.plan.text import cost_lines, layout_figures, layout_lines, on_cpu, search_figures, search_lines
 from headway.launcher.run.resolve import resolve
 from headway.launcher.spec.layouts import vocabulary
@@ -64,6 +65,8 @@ def plan(
     if found is not None:
         assert gpus is not None
         lines += ["", *search_lines(found, gpus, chosen)]
+    if (note := bf16_note(spec)) is not None:
+        lines += ["", note]
     console.result("\n".join(lines))
     return 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headway.launcher.base.text import duration
 from headway.launcher.board.events import DRAW, board_diversity, board_train, board_validation
 from headway.launcher.board.files import put_in_order
+from headway.launcher.board.writer import writer_class
 from headway.launcher.run.chain import Chain
 from headway.launcher.run.lines import LineFile
 from headway.launcher.run.run_dir import RunDir
@@ -49,13 +50,11 @@ class Tracker:
         self._chain = chain or Chain.of_file(run.metrics, run.tag)
         self._file = LineFile(run.metrics)
         if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
             try:
                 put_in_order(run.tensorboard)
                 # Also at step 0: a start that was killed before its first checkpoint may have left events.
                 purge_step = start_step + 1 if start_step else 0
-                self._board = SummaryWriter(str(run.tensorboard), purge_step=purge_step)
+                self._board = writer_class()(str(run.tensorboard), purge_step=purge_step)
             except (OSError, RuntimeError, ValueError) as e:
                 say(f"TENSORBOARD {_GONE.format(e)}")
 

@@ -121,6 +121,33 @@ def test_files_are_hashed_once_while_they_stay_as_they_are(copy: Path, monkeypat
     assert hashed == ["shard.00001.mds"]
 
 
+def test_files_that_stayed_as_they_are_are_not_even_opened(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(copy)
+    opened: list[str] = []
+    whole = Path.open
+
+    def watched(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path.name)
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", watched)
+    check(copy)
+    assert opened and not [name for name in opened if name.endswith(".mds")]
+    flip_in_place(copy / SHARD)
+    with pytest.raises(DataError, match="content changed"):
+        check(copy)
+    assert "shard.00001.mds" in opened
+
+
+@pytest.mark.parametrize("name", ["train", SHARD])
+def test_a_verified_file_that_is_moved_away_and_linked_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
+    check(copy)
+    (copy / name).rename(tmp_path / "outside")  # the files in a moved folder keep their inodes and times
+    (copy / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match="a link to a file outside"):
+        check(copy)
+
+
 def test_a_damaged_hash_cache_is_ignored(copy: Path) -> None:
     for content in ("", "[]", '{"train/index.json": 7}', "[" * 100_000):
         (copy / ".verified.json").write_text(content)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from headway.launcher.cli import doctor as module
-from headway.launcher.cli import precision
 from headway.launcher.cli.doctor import Fact, doctor, inspect_machine
+from headway.launcher.plan import precision
+from headway.launcher.plan.planner import plan
 
 
 def fact(name: str, facts: list[Fact] | None = None) -> Fact:
@@ -186,6 +187,29 @@ def test_instructions_alone_do_not_make_bf16_fast(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")
     monkeypatch.delattr("torch.cpu._is_amx_tile_supported")
     assert precision.bf16_instructions() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bf16_s", "noted"),
+    [
+        (["launch.device=cpu"], 0.25e-3, True),
+        (["launch.device=cpu"], 0.95e-3, False),
+        (["launch.device=cpu", "parallel.precision=bf16"], 0.25e-3, False),
+        (["launch.device=cuda"], 0.25e-3, False),
+    ],
+)
+def test_a_plan_for_the_cpu_tells_of_a_fast_bf16(
+    overrides: list[str],
+    bf16_s: float,
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend_cpu(monkeypatch, amx=False, avx512_bf16=True, bf16_s=bf16_s)
+    assert plan(Path(__file__).parents[3] / "yaml/base/tiny.yaml", overrides) == 0
+    text = capsys.readouterr().out
+    assert ("parallel.precision=bf16 may be faster on this CPU, which has AVX512-BF16" in text) is noted
+    assert ("take 0.25 of the time of fp32" in text) is noted
 
 
 def test_precisions_take_turns_and_one_slow_round_changes_nothing() -> None:

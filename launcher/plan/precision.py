@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headway.launcher.spec.spec import Spec
 
 SIDE = 512
 ROUNDS, LEAST_ROUNDS = 15, 3
@@ -64,3 +67,15 @@ def bf16_on_cpu() -> tuple[str, str]:
     if ratio >= FASTER:
         return has, f"precision bf16 is faster here: {measured}; a whole step gains less"
     return has, f"precision bf16 works but is not faster here: {measured}"
+
+
+def bf16_note(spec: Spec) -> str | None:
+    """Line of a plan for a run in fp32 on the CPU, if this machine's CPU has bf16 instructions that prove faster."""
+    if spec.launch.device != "cpu" or spec.parallel.precision != "fp32" or not (names := bf16_instructions()):
+        return None
+    if (ratio := bf16_ratio()) < FASTER:
+        return None
+    return (
+        f"note: parallel.precision=bf16 may be faster on this CPU, which has {' and '.join(names)}: matrix products "
+        f"take {1 / ratio:.2f} of the time of fp32, measured now; a whole step gains less, and losses differ slightly"
+    )
