@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,59 @@ class CorpusTokenizer:
                 + "; set tokenizer.eos_token to a special token that no text gives, remove it from the text, or use "
                 "another tokenizer"
             )
+
+
+class StreamDecoder:
+    """Decodes token ids that arrive one by one, in a time per token that does not grow with their number.
+
+    `decode` is called on the last ids only. A cut is made there if the rest decodes to the end of the same text, its
+    first half apart, which may depend on the ids before it. All text given out together is `decode` of all ids, if
+    more ids only append to the text of the earlier ones or complete its last character.
+    """
+
+    _KEPT = 32
+    _BYTES = 3  # at most, of a character that lacks some: each is decoded as U+FFFD, or several together
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # the last ones
+        self._given = 0  # characters of the text of `_ids` that were given out
+        self._incomplete = 0  # calls in a row after which the text ended with U+FFFD
+        self._limit = 2 * self._KEPT
+
+    def put(self, ids: Sequence[int]) -> str:
+        """The text that these ids complete. A last character that may still change is held back."""
+        self._ids += ids
+        text = self._decode(self._ids)
+        self._incomplete = self._incomplete + 1 if text.endswith("\ufffd") else 0
+        # Byte fallback decodes a run of bytes as U+FFFD throughout until its last character is complete. If that does
+        # not come within 3 ids, the run is no text, and only its end may change.
+        hold = len(text) if self._incomplete <= self._BYTES else self._BYTES
+        end = len(text)
+        while end > max(self._given, len(text) - hold) and text[end - 1] == "\ufffd":
+            end -= 1
+        given = text[self._given : end]
+        self._given = max(self._given, end)
+        if len(self._ids) > self._limit and not 0 < self._incomplete <= self._BYTES:
+            self._shorten(text)
+        return given
+
+    def close(self) -> str:
+        """The text that was held back."""
+        text = self._decode(self._ids)[self._given :]
+        self._given += len(text)
+        return text
+
+    def _shorten(self, text: str) -> None:
+        """Forget all but the last ids, unless the text of these differs from the end of `text`."""
+        ids = self._ids[-self._KEPT :]
+        rest = self._decode(ids)
+        half = rest[len(rest) // 2 :]
+        held = max(0, len(text) - self._given)
+        if len(half) > self._BYTES and held < len(half) and text.endswith(half):
+            self._ids, self._given, self._limit = ids, len(rest) - held, 2 * self._KEPT
+        else:
+            self._limit = 2 * len(self._ids)
 
 
 class _Failed(Exception):
