@@ -52,7 +52,8 @@ from headway.data.scan import Scan, scan
 from headway.data.shard import ShardWriter
 from headway.data.verify import verify
 
-# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory.
+# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory. Longer documents are
+# encoded in pieces if the tokenizer allows it.
 _BATCH_BYTES = 2 << 20
 
 
