@@ -50,10 +50,11 @@ from headway.data.manifest import (
 from headway.data.mds import unigram_entropy
 from headway.data.progress import Reporter, Shown, progress_of, to_stderr
 from headway.data.scan import Scan, scan
-from headway.data.streaming_import import import_streaming
+from headway.data.shard import ShardWriter
 from headway.data.verify import verify
 
-# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory.
+# Encoding needs about 125 bytes of memory per byte of text, so the batch size limits the memory. Longer documents are
+# encoded in pieces if the tokenizer allows it.
 _BATCH_BYTES = 2 << 20
 
 
@@ -318,13 +319,7 @@ def _write_split(
     lengths = np.empty(len(order), dtype="<u4")
     token_counts = np.zeros(chosen.vocab_size, dtype=np.int64)
     text_bytes = int(found.lengths[order].sum())
-    writer = import_streaming().MDSWriter(
-        columns={"id": "str", "tokens": f"ndarray:{dtype.name}"},
-        out=str(folder / split),
-        compression=cfg.compression,
-        hashes=["sha1", "xxh64"],
-        size_limit=cfg.shard_bytes,
-    )
+    writer = ShardWriter(folder / split, dtype=dtype, compression=cfg.compression, shard_bytes=cfg.shard_bytes)
     row = lost = 0
     first_lost = ""
     with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
@@ -343,7 +338,7 @@ def _write_split(
                 chosen.check_ends(ids, found.ids[document])
                 tokens = np.array([*ids, chosen.eos_id], dtype=dtype)
                 token_counts += np.bincount(tokens, minlength=chosen.vocab_size)
-                writer.write({"id": found.ids[document], "tokens": tokens})
+                writer.write(found.ids[document], tokens)
                 lengths[row] = len(tokens)
                 row += 1
             bar.update(int(found.lengths[batch].sum()))

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from headway.data.progress import Bar, Shown, progress_of
 
 EOS_TOKEN = "<|endoftext|>"
 _MAX_FILE_BYTES = 256 << 20
+_PIECE = 128 << 10  # characters; encoding needs about 125 bytes of memory per byte of text
+_PIECES = 8  # that are encoded together, on all cores
+_BESIDE = 256  # characters on both sides of a cut whose ids are compared
+_TRIES = 16  # places that are compared before the rest is encoded whole
+_CUT = re.compile(r"[A-Za-z] (?=[A-Za-z])")
+"""Cuts are made before a single space between two ASCII letters (after the first character of a match)."""
 
 
 class CorpusTokenizer:
@@ -44,6 +51,7 @@ class CorpusTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._eos_token, self.name, self.exact = tokenizer, eos_token, name, exact
+        self._cuts: bool | None = None  # whether long texts can be cut; not known yet
         self.eos_id: int = eos_id
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         # Some models (Unigram, WordLevel) have special tokens as pieces of text. Then `check_ends` must be called.
@@ -70,6 +78,42 @@ class CorpusTokenizer:
         raise DataError(f"{self.name}: cannot encode these {len(texts)} texts together; use another tokenizer")
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Long texts in pieces, whose ids together are those of the whole, if the tokenizer can be cut."""
+        if self._cuts is None and any(len(text) > _PIECE for text in texts):
+            self._cuts = _can_be_cut(self._tokenizer)
+        if not self._cuts:
+            return self._encoded_whole(texts)
+        whole = iter(self._encoded_whole([text for text in texts if len(text) <= _PIECE]))
+        return [next(whole) if len(text) <= _PIECE else self._encoded_in_pieces(text) for text in texts]
+
+    def _encoded_in_pieces(self, text: str) -> list[int]:
+        ids: list[int] = []
+        begin = 0
+        while begin < len(text):
+            pieces = []
+            while begin < len(text) and len(pieces) < _PIECES:
+                end = self._cut(text, begin + _PIECE)
+                pieces.append(text[begin:end])
+                begin = end
+            for part in self._encoded_whole(pieces):
+                ids += part
+        return ids
+
+    def _cut(self, text: str, begin: int) -> int:
+        """The first place from `begin` on where both sides give the ids of the joined text, or the end."""
+        for _ in range(_TRIES):
+            place = _CUT.search(text, begin)
+            if place is None:
+                break
+            at = place.start() + 1
+            left, right = text[at - _BESIDE : at], text[at : at + _BESIDE]
+            one, other, joined = self._encoded_whole([left, right, left + right])
+            if one + other == joined:
+                return at
+            begin = at + _BESIDE
+        return len(text)
+
+    def _encoded_whole(self, texts: Sequence[str]) -> list[list[int]]:
         with _one_error(), contextlib.nullcontext() if self.exact else _without_panic_messages():
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -118,6 +162,100 @@ class CorpusTokenizer:
                 + "; set tokenizer.eos_token to a special token that no text gives, remove it from the text, or use "
                 "another tokenizer"
             )
+
+
+_WORDS = {"ByteLevel", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace"}
+"""Pre-tokenizers that divide every text between a letter and a space that a letter follows."""
+_BESIDES = _WORDS | {"Digits", "Punctuation", "UnicodeScripts"}
+"""Those that look at single characters, or at a word: they may precede or follow."""
+_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt"}
+"""Normalizers that change neither an ASCII letter and a space nor anything across them."""
+
+
+def _can_be_cut(tokenizer: Any) -> bool:
+    """Whether the tokenizer divides every text between a letter and a space before a letter, whatever is around.
+
+    Other steps (regular expressions of a file, stripping, added tokens of several words) are not known to do so: then
+    a text is encoded whole.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    if any((token.lstrip or token.rstrip or " " in token.content) and not token.special for token in added):
+        return False
+    normalizers, steps = _steps(tokenizer.normalizer), _steps(tokenizer.pre_tokenizer)
+    words = next((step for step in steps if step["type"] in _WORDS), None)
+    return (
+        all(step["type"] in _NORMALIZERS for step in normalizers)
+        and all(step["type"] in _BESIDES for step in steps)
+        # One that only replaces the space, as ByteLevel without its expression, hides it from those behind it.
+        and words is not None
+        and words.get("use_regex", True)
+        and words.get("split", True)
+    )
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The settings of a normalizer or pre-tokenizer, or of the members of a sequence."""
+    return [] if part is None else _members(json.loads(part.__getstate__()))
+
+
+def _members(content: dict[str, Any]) -> list[dict[str, Any]]:
+    if content["type"] != "Sequence":
+        return [content]
+    inner = content["normalizers"] if "normalizers" in content else content["pretokenizers"]
+    return [step for member in inner for step in _members(member)]
+
+
+class StreamDecoder:
+    """Decodes token ids that arrive one by one, in a time per token that does not grow with their number.
+
+    `decode` is called on the last ids only. A cut is made there if the rest decodes to the end of the same text, its
+    first half apart, which may depend on the ids before it. All text given out together is `decode` of all ids, if
+    more ids only append to the text of the earlier ones or complete its last character.
+    """
+
+    _KEPT = 32
+    _BYTES = 3  # at most, of a character that lacks some: each is decoded as U+FFFD, or several together
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # the last ones
+        self._given = 0  # characters of the text of `_ids` that were given out
+        self._incomplete = 0  # calls in a row after which the text ended with U+FFFD
+        self._limit = 2 * self._KEPT
+
+    def put(self, ids: Sequence[int]) -> str:
+        """The text that these ids complete. A last character that may still change is held back."""
+        self._ids += ids
+        text = self._decode(self._ids)
+        self._incomplete = self._incomplete + 1 if text.endswith("\ufffd") else 0
+        # Byte fallback decodes a run of bytes as U+FFFD throughout until its last character is complete. If that does
+        # not come within 3 ids, the run is no text, and only its end may change.
+        hold = len(text) if self._incomplete <= self._BYTES else self._BYTES
+        end = len(text)
+        while end > max(self._given, len(text) - hold) and text[end - 1] == "\ufffd":
+            end -= 1
+        given = text[self._given : end]
+        self._given = max(self._given, end)
+        if len(self._ids) > self._limit and not 0 < self._incomplete <= self._BYTES:
+            self._shorten(text)
+        return given
+
+    def close(self) -> str:
+        """The text that was held back."""
+        text = self._decode(self._ids)[self._given :]
+        self._given += len(text)
+        return text
+
+    def _shorten(self, text: str) -> None:
+        """Forget all but the last ids, unless the text of these differs from the end of `text`."""
+        ids = self._ids[-self._KEPT :]
+        rest = self._decode(ids)
+        half = rest[len(rest) // 2 :]
+        held = max(0, len(text) - self._given)
+        if len(half) > self._BYTES and held < len(half) and text.endswith(half):
+            self._ids, self._given, self._limit = ids, len(rest) - held, 2 * self._KEPT
+        else:
+            self._limit = 2 * len(self._ids)
 
 
 class _Failed(Exception):

@@ -201,13 +201,13 @@ def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placemen
 class DecoderCache:
     """State of incremental decoding: the KV cache of every layer and the number of cached tokens."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [KVCache() for _ in range(layers)]
+    def __init__(self, layers: int, tokens: int = 0) -> None:
+        self.layers = [KVCache(tokens) for _ in range(layers)]
         self.tokens = 0
 
     @property
     def numbers(self) -> int:
-        """Elements in the cache, over layers and batch."""
+        """Elements of the cached tokens, over layers and batch."""
         return sum(layer.numbers for layer in self.layers)
 
 
@@ -284,9 +284,9 @@ class Decoder(nn.Module):
         hidden, _ = self._hidden(tokens, segments, cache)
         return F.linear(hidden[:, -1:] if last else hidden, self._head_weight(), self.head_bias)
 
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for one batch of sequences of equal length."""
-        return DecoderCache(len(self.blocks))
+    def new_cache(self, tokens: int = 0) -> DecoderCache:
+        """An empty cache for one batch of sequences of equal length: of `tokens` tokens at most, if that is known."""
+        return DecoderCache(len(self.blocks), tokens)
 
     def before_step(self, tokens: int) -> None:
         """Update the schedules of all layers. Call it before each optimizer step and after loading.

@@ -161,7 +161,7 @@ def continuation(
 
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    cache = model.new_cache()
+    cache = model.new_cache(len(ids) + sampling.tokens - 1)  # the last new token is not fed back
     t0 = time.perf_counter()
     with torch.no_grad():
         logits = None
@@ -197,18 +197,12 @@ class _Printer:
     """Prints text as soon as its last character is complete. One character may be split over several tokens."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec, self._ids, self._shown = codec, [], ""
+        from headway.data.tokenizer import StreamDecoder
+
+        self._stream = StreamDecoder(codec.decode)
 
     def put(self, ids: list[int]) -> None:
-        self._ids += ids
-        text = self._codec.decode(self._ids)
-        if not text.endswith("\ufffd"):
-            self._show(text)
+        print(self._stream.put(ids), end="", flush=True)
 
     def close(self) -> None:
-        self._show(self._codec.decode(self._ids))
-        print(flush=True)
-
-    def _show(self, text: str) -> None:
-        print(text[len(self._shown) :], end="", flush=True)
-        self._shown = text
+        print(self._stream.close(), flush=True)
