@@ -17,7 +17,7 @@ from headway.parallel.manifest import file_hash, own_hash
 
 # A validation after every step shows whether the parameters have changed.
 COMMON = ("train.tokens=1536", "train.validate_every_tokens=256", "tracking.tensorboard=false")
-COMMON += ("schedule.warmup_tokens=1280",)  # five steps
+COMMON += ("schedule.warmup_tokens=1280", "schedule.decay_fraction=0.1")  # five steps
 ALONE, TWO, FOUR = "launch.processes=1", "launch.processes=2", "launch.processes=4"
 TP, PP, CP, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.precision=bf16"
 
