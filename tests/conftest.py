@@ -19,6 +19,9 @@ import torch
 from headway.launcher.hosts import forked
 from headway.launcher.hosts.forked import ForkServer
 
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, whose choice launchers respect
+
 QUICK = Path(__file__).with_name("quick.py")
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "headway-example-mechanism"
 

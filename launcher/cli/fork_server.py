@@ -110,7 +110,7 @@ class _Server:
         while len(body) < want:
             body += connection.recv(want - len(body))
         request = json.loads(body)
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
             self._door.close()
             for other in (connection, *self._clients.values()):
@@ -147,12 +147,25 @@ def _kill_group(pid: int) -> None:
 # ---------------------------------------------------------------- in forked processes
 
 
+_BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _fork() -> int:
+    """Fork. The child starts with `_BLOCKED` signals blocked, so that none meets a handler of this process in it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
+    return pid
+
+
 def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], descriptors: list[int]) -> NoReturn:
     code = 1
     try:
         os.setsid()
         for signum in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
         for place, descriptor in zip((1, 2), descriptors, strict=True):
             os.dup2(descriptor, place)
             os.close(descriptor)
@@ -193,7 +206,7 @@ class _Agent:
         count = self._request["processes"]
         pipes = [os.pipe() for _ in range(count)]
         for rank in range(count):
-            pid = os.fork()
+            pid = _fork()
             if pid == 0:
                 for reader, writer in pipes:
                     os.close(writer)
@@ -245,6 +258,7 @@ def _become_rank(request: dict[str, Any], rank: int, port_from: int) -> NoReturn
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
         die_with_parent()
         port = os.read(port_from, 16).decode()
         os.close(port_from)

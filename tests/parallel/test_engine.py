@@ -118,8 +118,10 @@ def test_auxiliary_loss_does_not_depend_on_how_the_batch_is_divided(results):
 
 
 def test_a_run_on_the_cpu_keeps_deepspeed_off_a_gpu_that_is_there(monkeypatch):
+    from headway.parallel import deepspeed_options
     from headway.parallel.deepspeed_options import quiet_deepspeed
 
+    monkeypatch.setattr(deepspeed_options, "_import_muon", lambda: None)  # a part of the package that stands in
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace()))
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)

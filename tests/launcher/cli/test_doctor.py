@@ -32,6 +32,7 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> 
         "mosaicml-streaming": "0.13.0",
         "pydantic": "2.14.3",
         "filelock": "3.20.0",
+        "zstd": "1.5.7.3",
     }
 
     def version(name: str) -> str:

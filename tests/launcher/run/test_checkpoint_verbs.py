@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_run_does_not_pass(run, capsys):
     assert main(["checkpoint", "verify", str(run)]) == 74
     assert "written by another run ('mine', this run is 'another')" in capsys.readouterr().out
     assert main(["checkpoint", "show", str(run)]) == 74
-    assert "move it to the folder of its run" in capsys.readouterr().err
+    assert "move the folder to its run" in capsys.readouterr().err
     assert main(["checkpoint", "list", str(run)]) == 0
     assert capsys.readouterr().out.count("DAMAGED: ") == 2
     assert all("this run is 'another'" in row["error"] for row in checkpoints.checkpoint_rows(run))
