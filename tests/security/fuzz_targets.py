@@ -184,7 +184,7 @@ def _data(folder: Path) -> list[Target]:
         },
         **{"train": {"documents": 5, "tokens": 15, "text_bytes": 60}, "left_out": {}},
         **{"validation": {"documents": 1, "tokens": 3, "text_bytes": 12}, "tokenizer_sha256": "0" * 64},
-        **{"vocab_size": 300, "eos_id": 0, "dtype": "uint16", "unigram_entropy_nats": 1.5},
+        **{"vocab_size": 300, "eos_id": 0, "dtype": "uint16", "unigram_entropy_nats": 4.0},
         **{"validation_bytes_per_token": 4.0, "files": {n: {"bytes": 9, "xxh3_64": "0" * 16} for n in names}},
     }
 
