@@ -117,6 +117,8 @@ def test_the_product_of_pytorch_has_the_numbers_of_the_emulation(device):
     try:
         fp8_linear(x, weight)
     except (RuntimeError, NotImplementedError) as error:
+        if device != "cpu":
+            raise
         pytest.skip(f"torch._scaled_mm does not run here: {error}")
     results = []
     for product in (fp8.scaled_product, emulated_product):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def verbs(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> list[
 def gone(tmp_path, monkeypatch):
     """The current folder is one that does not exist any more."""
     (tmp_path / "gone").mkdir()
-    before = os.getcwd()  # noqa: PTH109
+    before = Path.cwd()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     yield

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -64,11 +65,13 @@ def main() -> None:
     with open_session(runs[0]) as s:
         plain = figures(s, early[0])
         other = load_session(runs[1], spec, s.layout)
-        torch.Tensor.pin_memory = lambda self, *_: self.clone()  # type: ignore[method-assign,assignment]
-        torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
         transfer = SideStream(s.layout.device, Cuda())
         other.engine._transfer = transfer
-        ahead = figures(other, early[1])
+        with (
+            patch.object(torch.Tensor, "pin_memory", lambda self, *_: self.clone()),
+            patch.object(torch.Tensor, "record_stream", lambda *_: None),
+        ):
+            ahead = figures(other, early[1])
         left = len(transfer._copies)
         other.close()
     print("CASE", json.dumps({"plain": plain, "ahead": ahead, "early": early, "left": left}), flush=True)
