@@ -15,6 +15,7 @@ from headway.launcher.compare.questions import parse_question
 from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import Node
+from headway.launcher.study.sizes import SizeConfig, TuneConfig, check_sizes, check_tune, flat_keys, written_keys
 from headway.model.config import BranchStart
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -32,24 +33,6 @@ SET_BY_STUDY = {
     "data.seed": "use `seeds` of the study instead: pairing needs the same data order in every variant",
 }
 """Spec keys that the study sets for every cell -> advice for a user who wants to set one."""
-
-
-def flat_keys(tree: Any) -> Any:
-    """{"attention": {"type": "rgqa"}} -> {"attention.type": "rgqa"}. An empty value counts as no keys.
-
-    Raises ValueError if a key is given both dotted and nested.
-    """
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        return tree
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = {f"{key}.{k}": v for k, v in flat_keys(value).items()} if isinstance(value, dict) else {key: value}
-        if twice := flat.keys() & inner.keys():
-            raise ValueError(f"{sorted(twice)[0]} is given twice")
-        flat |= inner
-    return flat
 
 
 def _flat_changes(value: Any) -> Any:
@@ -97,6 +80,22 @@ class StudyConfig(StrictModel):
         min_length=1,
         description="fractions of train.tokens, with 1: one run per variant, seed and budget, each with its own decay",
     )
+    sizes: dict[str, SizeConfig] = Field(
+        default={}, description="name -> a size; every variant is trained at each, and the report shows the trend"
+    )
+    tokens_per_param: float | None = Field(
+        default=None, gt=0, description="train.tokens of each size = this x parameters of the baseline at that size"
+    )
+    scale: dict[str, float] = Field(
+        default={},
+        description="key -> exponent p: at a size, value of the base x (parameters / those of the first size)^p",
+    )
+    tune: dict[str, TuneConfig] = Field(
+        default={}, description="key -> search of its best value for each variant; later keys use the earlier results"
+    )
+    extrapolate: float | None = Field(
+        default=None, ge=1, description="parameters of a larger model whose losses the report of a ladder predicts"
+    )
     variants: Changes = Field(
         min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
     )
@@ -139,7 +138,30 @@ class StudyConfig(StrictModel):
             )
         for text in self.asks:
             parse_question(text, baseline=self.baseline_name, variants=self.variants)
+        self._check_ladder()
         return self
+
+    def _check_ladder(self) -> None:
+        check_changes("sizes", {name: size.keys for name, size in self.sizes.items()})
+        check_sizes(
+            self.sizes,
+            variants=self.variants,
+            baseline=self.baseline_name,
+            scale=self.scale,
+            tokens_per_param=self.tokens_per_param,
+        )
+        if self.extrapolate is not None and not self.sizes:
+            raise ValueError("extrapolate: one size shows no trend; add `sizes`")
+        elsewhere = dict(written_keys(self.variants, self.sizes))
+        elsewhere |= dict.fromkeys(SET_BY_STUDY, "the study") | dict.fromkeys(self.scale, "`scale`")
+        elsewhere |= {"train.tokens": "`tokens_per_param`"} if self.tokens_per_param is not None else {}
+        elsewhere |= {self.match.free: "`match`"} if self.match else {}
+        check_tune(self.tune, sizes=self.sizes, seeds=self.seeds, set_elsewhere=elsewhere)
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether the file describes more than one plain study: several sizes, or trials before it."""
+        return bool(self.sizes or self.tune or self.tokens_per_param is not None)
 
     @property
     def baseline_name(self) -> str:

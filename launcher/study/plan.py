@@ -22,7 +22,7 @@ from headway.launcher.match.measured import Measurements, spread_note
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.study.budgets import Budget, budget_text, plan_budgets
 from headway.launcher.study.config import FULL, SET_BY_STUDY, Study
-from headway.launcher.study.resolver import START, Resolver
+from headway.launcher.study.resolver import START, Facts, Resolver
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -98,15 +98,21 @@ def cell_key(variant: str, seed: int, budget: float = FULL) -> str:
     return f"{variant}/seed-{seed}" + ("" if budget == FULL else f".budget-{budget_text(budget)}")
 
 
-def plan_study(study: Study, arguments: Sequence[str] = (), *, measurements: Measurements | None = None) -> StudyPlan:
-    """Resolve and match every cell.
+def plan_study(
+    study: Study,
+    arguments: Sequence[str] = (),
+    *,
+    measurements: Measurements | None = None,
+    facts: Facts | None = None,
+) -> StudyPlan:
+    """Resolve and match every cell. `facts`: of data that was verified already, and filled with what is read.
 
     `arguments` (`a.b=c`) change the base of all cells; keys of a variant override them. Times come from `measurements`
     (default: those in the folder of the study). Missing times are measured. Raises SpecError for an invalid spec or a
     size that cannot be matched, and DataError if the data does not exist.
     """
     check_arguments(study, arguments)
-    resolver = Resolver(study, arguments)
+    resolver = Resolver(study, arguments, facts)
     measurements = Measurements.of(study.out) if measurements is None else measurements
     names = [study.config.baseline_name, *(n for n in study.config.variants if n != study.config.baseline_name)]
     plans: dict[str, VariantPlan] = {}

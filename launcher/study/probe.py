@@ -16,7 +16,7 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
-from headway.launcher.study.probe_config import Probe, load_probe, overlap
+from headway.launcher.study.probe_config import Probe, load_probe
 from headway.launcher.study.run import (
     check_devices,
     design_record,
@@ -28,6 +28,7 @@ from headway.launcher.study.run import (
     refuse_slurm,
     train_study,
 )
+from headway.launcher.study.sizes import overlap
 from headway.launcher.study.status import status_record
 
 RECORD = "probe.json"

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from headway.launcher.spec.yamlio import Node
 from headway.launcher.study.config import FULL, Changes, Study, StudyConfig, check_changes, load_study
+from headway.launcher.study.sizes import overlap
 
 
 class ProbeConfig(StudyConfig):
@@ -26,6 +27,8 @@ class ProbeConfig(StudyConfig):
                 "budgets: probe tasks are compared at their full length only; leave it out here, or give tasks other "
                 "train.tokens"
             )
+        if self.is_ladder:
+            raise ValueError("sizes, tokens_per_param and tune: probe tasks do not have them; leave them out")
         check_changes("tasks", self.tasks)
         for name, keys in self.tasks.items():
             for key in keys:
@@ -63,11 +66,6 @@ def load_probe(path: Path) -> Probe:
     return Probe(
         config=config, whole=whole, tasks={name: _task(whole, config, name, written[name]) for name in config.tasks}
     )
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are equal, or one is a prefix of the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:

@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from headway.model.cost import Cost
 
 START = "model.branch_start"
+
+Facts = dict[str, tuple[int, str | None]]
+"""Source and sequence length -> (vocabulary size, fingerprint) of data that was verified."""
+
 NO_AUTO = "would give each variant a micro-batch of its own, and the variants of a study must cut their batches alike"
 
 
 class Resolver:
     """Resolve specs layer by layer: base file, arguments, variant, solved size, seed."""
 
-    def __init__(self, study: Study, arguments: Sequence[str]) -> None:
+    def __init__(self, study: Study, arguments: Sequence[str], facts: Facts | None = None) -> None:
+        """`facts`: filled with what is read of the data. Given to several resolvers, the data is verified once."""
         from headway.launcher.spec.spec import Spec
 
         self.study, self.arguments = study, list(arguments)
         self.layer = override_layer(self.arguments, root_shape(Spec))
         self.starts: dict[str, dict[str, Any]] = {}
-        self.facts: dict[str, tuple[int, str | None]] = {}
+        self.facts: Facts = {} if facts is None else facts
 
     def load(self, variant: str, *more: tuple[dict[str, Any], str]) -> tuple[Spec, list[str]]:
         """(spec, notes) of a variant. `more`: further layers, lowest first, as (keys, origin)."""

@@ -51,21 +51,21 @@ def _plan_study(args: argparse.Namespace) -> int:
 
 
 def _run_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.run import run_study
+    from headway.launcher.study.ladder_run import run_file
 
-    return run_study(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+    return run_file(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
 
 
 def _status_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.run import status_study
+    from headway.launcher.study.ladder_run import status_file
 
-    return status_study(args.spec, args.overrides)
+    return status_file(args.spec, args.overrides)
 
 
 def _report_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.run import report_study
+    from headway.launcher.study.ladder_run import report_file
 
-    return report_study(args.spec, args.overrides)
+    return report_file(args.spec, args.overrides)
 
 
 def _run_probe(args: argparse.Namespace) -> int:

@@ -1,0 +1,257 @@
+"""`headway study run | status | report` of any study file: a plain study, or one with `sizes` or `tune`.
+
+A file with `sizes` or `tune` consists of several plain studies (`headway.launcher.study.ladder`). Trials are trained
+first, because the cells of the study need the values that they give.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.base import console
+from headway.launcher.base.errors import PREEMPTED, SpecError
+from headway.launcher.match.measured import Measurements
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.study.config import Study, load_study
+from headway.launcher.study.ladder import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
+from headway.launcher.study.plan import StudyPlan, plan_study
+from headway.launcher.study.run import (
+    RECORD,
+    check_devices,
+    design_record,
+    move_aside,
+    now,
+    print_design,
+    refuse_changed,
+    refuse_foreign,
+    refuse_slurm,
+    report_study,
+    run_study,
+    status_study,
+    train_study,
+)
+from headway.launcher.study.status import HEADINGS, report_record, status_record, status_rows, table
+from headway.launcher.study.tuning import TUNING, Values, stored_values, trial_plans, tune
+
+LADDER = "ladder.json"
+"""The file in the folder of a study with sizes that lists them."""
+
+
+def run_file(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
+    """Train what is missing of a study file, then write its reports. Arguments and exit status as for `run_study`."""
+    study = load_study(Path(path))
+    if not study.config.is_ladder:
+        return run_study(path, overrides, dry_run=dry_run, fresh=fresh)
+    ladder = plan_ladder(study, overrides)
+    held = {} if fresh else stored_values(ladder)
+    first = [_plan(ladder, ladder.main(size, held.get(size.name, {}))) for size in ladder.sizes]
+    for plan in first:
+        refuse_slurm(plan)
+    _print_ladder(ladder, first, held, commands=dry_run)
+    if dry_run:
+        if console.wants_json():
+            console.emit(_design(ladder, first))
+        return 0
+    for plan in first:
+        check_devices(plan)
+    if fresh:
+        move_aside(study.out)
+    else:
+        _refuse(ladder, first, held)
+    command = shlex.join(["headway", "study", "run", str(study.path), *overrides])
+    with RunDir(study.out).locked("ladder.lock"):
+        if study.config.sizes:
+            write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
+        code = _train(ladder, command)
+    if code == PREEMPTED:
+        console.alert(f"stopped; the same command continues: {command}", "yellow")
+        if console.wants_json():
+            console.emit(_status(study))
+        return code
+    if not console.quiet():
+        console.say(_status_text(study))
+    _conclude(study)
+    return code
+
+
+def status_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Print one line per cell of every size and trial. Arguments and exit status as for `status_study`."""
+    study = load_study(Path(path))
+    if not study.config.is_ladder:
+        return status_study(path, overrides)
+    if console.wants_json():
+        console.emit(_status(study))
+    else:
+        console.result(_status_text(study))
+    return 0
+
+
+def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Write the reports from the current records. Returns 0. Raises SpecError if no cell was started."""
+    study = load_study(Path(path))
+    if not study.config.is_ladder:
+        return report_study(path, overrides)
+    if not any((out / RECORD).exists() for out in size_names(study).values()):
+        begun = "only trials were trained here yet; the" if any(study.out.glob("**/tune")) else "no cell was trained:"
+        raise SpecError(
+            f"{study.out}: {begun} report needs cells of the study; continue with `headway study run {study.path}`, "
+            "or give the `out` folder it was run with"
+        )
+    _conclude(study)
+    return 0
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(ladder: Ladder, command: str) -> int:
+    """Train the trials, then the cells of all sizes. Returns an exit status as `train_study`."""
+
+    def train(studies: Sequence[Study]) -> int:
+        return _train_all(ladder, [_plan(ladder, study) for study in studies], command)
+
+    code, values = tune(ladder, train)
+    if code:
+        return code
+    plans = [_plan(ladder, ladder.main(size, values[size.name])) for size in ladder.sizes]
+    for plan in plans:
+        refuse_changed(plan)
+    return _train_all(ladder, plans, command)
+
+
+def _train_all(ladder: Ladder, plans: Sequence[StudyPlan], command: str) -> int:
+    failed = 0
+    for plan in plans:
+        code = train_study(plan, Measurements.of(plan.study.out), command=command)
+        if code == PREEMPTED:
+            return code
+        failed |= code
+    return failed
+
+
+def _plan(ladder: Ladder, study: Study) -> StudyPlan:
+    return plan_study(study, ladder.arguments, facts=ladder.facts)
+
+
+def _refuse(ladder: Ladder, plans: Sequence[StudyPlan], held: Values) -> None:
+    """Raise SpecError if a folder has other content, or cells of another definition, before anything is trained."""
+    out, own = ladder.study.out, (TUNING, "tune", "ladder.lock")
+    if ladder.config.sizes:
+        refuse_foreign(out, LADDER, own=("sizes", "ladder.lock"), what="a study with sizes")
+    else:
+        refuse_foreign(out, RECORD, own=("cells", "logs", *own), what="a study")
+    for plan, size in zip(plans, ladder.sizes, strict=True):
+        if held.get(size.name) or not ladder.config.tune:
+            refuse_changed(plan)
+
+
+# ---------------------------------------------------------------- design, status, report
+
+
+def _record(ladder: Ladder) -> dict[str, Any]:
+    """Content of ladder.json."""
+    config = ladder.config
+    return {
+        "format": 1,
+        "study": config.study,
+        "path": str(ladder.study.path),
+        "arguments": list(ladder.arguments),
+        "baseline": config.baseline_name,
+        "variants": list(config.variants),
+        "tokens_per_param": config.tokens_per_param,
+        "scale": dict(config.scale),
+        "extrapolate": config.extrapolate,
+        "sizes": [
+            {
+                "name": size.name,
+                "folder": f"sizes/{size.name}",
+                "params": size.params,
+                "tokens": size.tokens,
+                "keys": size.keys,
+            }
+            for size in ladder.sizes
+        ],
+        "tune": {key: search.model_dump(mode="json") for key, search in config.tune.items()},
+    }
+
+
+def _design(ladder: Ladder, plans: Sequence[StudyPlan]) -> dict[str, Any]:
+    trials = [
+        {"size": size, "key": key, "grid": grid, "trials": count} for size, key, grid, count in trial_plans(ladder)
+    ]
+    return {
+        **_record(ladder),
+        "out": str(ladder.study.out),
+        "trials": trials,
+        "studies": {size.name: design_record(plan) for size, plan in zip(ladder.sizes, plans, strict=True)},
+    }
+
+
+def _print_ladder(ladder: Ladder, plans: Sequence[StudyPlan], held: Values, *, commands: bool) -> None:
+    say = console.result if commands else console.say
+    trials = trial_plans(ladder)
+    for size, key, grid, count in trials:
+        shown = ", ".join(f"{value:g}" for value in grid)
+        say(f"tune {key} at {size}: {count} trials ({shown}), and more where the best value lies on an edge")
+    tuned = {s.name: set(ladder.config.tune) <= _tuned_keys(held, s) for s in ladder.sizes}
+    if trials and not all(tuned.values()):
+        say(f"the trials come first; until then the cells below have the base's {', '.join(ladder.config.tune)}")
+    for size, plan in zip(ladder.sizes, plans, strict=True):
+        name = f"size {size.name}: " if size.name else ""
+        say(f"{name}{size.params:,} parameters, {size.tokens:,} tokens ({size.tokens / size.params:.3g} a parameter)")
+        print_design(plan, commands=commands and tuned[size.name])
+
+
+def _tuned_keys(held: Values, size: Size) -> set[str]:
+    by_variant = list(held.get(size.name, {}).values())
+    return set.intersection(*map(set, by_variant)) if by_variant else set()
+
+
+def _parts(study: Study) -> Iterator[tuple[str, Study]]:
+    """(label, study) of the trials and the cells of every size."""
+    for name, out in size_names(study).items():
+        for trial, part in unplanned_trials(study, name, out):
+            yield f"{name} {trial}".strip(), part
+        yield name or "study", unplanned(study, name, out)
+
+
+def _status(study: Study) -> dict[str, Any]:
+    parts = {label: status_record(part) for label, part in _parts(study)}
+    return {"study": study.config.study, "out": str(study.out), "parts": parts}
+
+
+def _status_text(study: Study) -> str:
+    rows: list[tuple[str, ...]] = [("part", *HEADINGS)]
+    for label, part in _parts(study):
+        trained = read_mapping(part.out / RECORD).get("variants")
+        known = {v["name"] for v in trained} if isinstance(trained, list) else None
+        cells = [row for row in status_rows(part)[1:] if known is None or row[0].split("/")[0] in known]
+        rows += [(label, *row) for row in cells]
+    return table(rows)
+
+
+def _conclude(study: Study) -> None:
+    """Write the report of every size with cells, and that of the ladder."""
+    from headway.launcher.report.study import report  # matplotlib: only when a report is written
+
+    written = {}
+    for name, out in size_names(study).items():
+        if (out / RECORD).exists():
+            written[name] = report(out)
+    if study.config.sizes:
+        from headway.launcher.report.ladder import ladder_report
+
+        main = ladder_report(study.out)
+    else:
+        main = next(iter(written.values()), None)
+    if console.wants_json():
+        sizes = {name: report_record(path.parent, path) for name, path in written.items()}
+        console.emit({**_status(study), "report": main and str(main), "sizes": sizes})
+        return
+    for name, path in written.items():
+        if name:
+            console.say(f"report of size {name}: {path}")
+    console.result(f"report: {main}")

@@ -1,0 +1,236 @@
+"""Train the trials of the tuned keys of a study, and keep what was found in `tuning.json` of every size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from headway.launcher.base import console
+from headway.launcher.base.errors import PREEMPTED, HeadwayError
+from headway.launcher.compare.cells import OUTCOMES, cell_state
+from headway.launcher.run.run_dir import read_mapping, write_json
+from headway.launcher.study.config import Study
+from headway.launcher.study.ladder import Ladder, Size
+from headway.launcher.study.plan import cell_key
+from headway.launcher.study.tune import Choice, Curve, carried, choose, next_values, significant
+
+TUNING = "tuning.json"
+"""The file in the folder of a study or ladder that lists trials and chosen values."""
+
+Train = Callable[[Sequence[Study]], int]
+"""Train the unfinished cells of studies. Returns the exit status of `study run`."""
+
+Values = dict[str, dict[str, dict[str, Any]]]
+"""Size -> variant -> tuned keys and their values."""
+
+
+class TrialsFailed(HeadwayError):
+    """Trials ended without a loss, for another reason than divergence."""
+
+
+def tune(ladder: Ladder, train: Train) -> tuple[int, Values]:
+    """Train all trials and choose the values. Returns (exit status, values); the values are complete if it is 0.
+
+    Raises TrialsFailed if a trial has no loss after the training, or no trial of a variant has a finite one.
+    """
+    values: Values = {size.name: {} for size in ladder.sizes}
+    found: dict[str, dict[str, Any]] = {size.name: {} for size in ladder.sizes}
+    for key in ladder.config.tune:
+        choices, records, code = _tune_key(ladder, key, values, train)
+        if code:
+            return code, values
+        for size in ladder.sizes:
+            for variant, choice in choices[size.name].items():
+                values[size.name].setdefault(variant, {})[key] = choice.value
+            found[size.name][key] = records[size.name]
+        _write(ladder, found)
+    return 0, values
+
+
+def trial_plans(ladder: Ladder) -> list[tuple[str, str, list[float], int]]:
+    """(size, key, grid, trials of the grid over all variants and seeds) for the design that is printed."""
+    return [
+        (size.title, key, list(search.grid), len(search.grid) * len(_variants(ladder, size)) * len(search.seeds))
+        for key, search in ladder.config.tune.items()
+        for size in ladder.tuned_sizes(key)
+    ]
+
+
+def stored_values(ladder: Ladder) -> Values:
+    """Values that an earlier call of `tune` chose and wrote. Empty for sizes without them."""
+    found: Values = {}
+    for size in ladder.sizes:
+        keys = read_mapping(size.out / TUNING).get("keys", {})
+        for key in ladder.config.tune:
+            for variant, choice in keys.get(key, {}).get("variants", {}).items():
+                found.setdefault(size.name, {}).setdefault(variant, {})[key] = choice["chosen"]
+    return found
+
+
+def _tune_key(
+    ladder: Ladder, key: str, values: Values, train: Train
+) -> tuple[dict[str, dict[str, Choice]], dict[str, Any], int]:
+    search, sizes = ladder.config.tune[key], ladder.tuned_sizes(key)
+    grids = {size.name: list(search.grid) for size in sizes}
+    while True:
+        code = train([ladder.trial(s, key, value, values[s.name]) for s in sizes for value in grids[s.name]])
+        if code == PREEMPTED:
+            return {}, {}, code
+        curves = {s.name: _curves(ladder, s, key, grids[s.name], values[s.name]) for s in sizes}
+        more = {s.name: next_values(search, grids[s.name], _checked(curves[s.name], s, key)) for s in sizes}
+        if not any(more.values()):
+            break
+        for size in sizes:
+            if more[size.name]:
+                shown = ", ".join(f"{value:g}" for value in more[size.name])
+                console.say(f"tune {key} at {size.title}: the best value lies on an edge of the grid; adding {shown}")
+                grids[size.name] = sorted([*grids[size.name], *more[size.name]])
+    choices = {s.name: {v: choose(curve) for v, curve in curves[s.name].items()} for s in sizes}
+    chosen = {name: {v: c.value for v, c in by.items()} for name, by in choices.items()}
+    for size in ladder.sizes:
+        if size.name not in choices:
+            every = carried(
+                search.carry,
+                chosen,
+                params={s.name: s.params for s in ladder.sizes},
+                widths={s.name: s.spec.model.width for s in ladder.sizes},
+                size=size.name,
+            )
+            choices[size.name] = {v: every[v] for v in _variants(ladder, size) if v in every}
+    records = {
+        s.name: _record(ladder, s, key, grids.get(s.name, []), choices[s.name], values[s.name]) for s in ladder.sizes
+    }
+    check = ladder.checked_size(key)
+    if check is not None:
+        code = _check(ladder, check, key, choices[check.name], values[check.name], records[check.name], train)
+        if code == PREEMPTED:
+            return {}, {}, code
+    for size in ladder.sizes:
+        for variant, choice in choices[size.name].items():
+            console.say(f"tune {key} at {size.title}: {variant} {choice.value:g} ({choice.how})")
+    return choices, records, 0
+
+
+def _check(
+    ladder: Ladder,
+    size: Size,
+    key: str,
+    choices: Mapping[str, Choice],
+    values: Mapping[str, dict[str, Any]],
+    record: dict[str, Any],
+    train: Train,
+) -> int:
+    """Train the baseline with its carried value and both neighbours, and add to the record whether it is the best."""
+    search, baseline = ladder.config.tune[key], ladder.config.baseline_name
+    middle = choices[baseline].value
+    around = [significant(middle / search.factor), middle, significant(middle * search.factor)]
+    studies = [_only(ladder.trial(size, key, value, values), baseline) for value in around]
+    code = train(studies)
+    if code == PREEMPTED:
+        return code
+    curve = {value: _loss(study, baseline, key) for value, study in zip(around, studies, strict=True)}
+    best = min(curve, key=lambda value: curve[value])
+    record["check"] = {
+        "variant": baseline,
+        "trials": _trials(studies, around, baseline, key),
+        "holds": best == middle,
+        "best": best,
+    }
+    if best != middle:
+        console.alert(
+            f"tune {key}: at {size.title} the carried value {middle:g} of {baseline} is worse than {best:g} "
+            f"({curve[middle]:.4f} and {curve[best]:.4f} nats per token); the report says so. Trials at this size "
+            "would mend it: name it in `sizes` of the search"
+        )
+    return 0
+
+
+def _only(study: Study, variant: str) -> Study:
+    """The study with one variant."""
+    config = study.config.model_copy(update={"variants": {variant: study.config.variants[variant]}, "asks": []})
+    return replace(study, config=config, variants={variant: study.variants[variant]})
+
+
+def _variants(ladder: Ladder, size: Size) -> list[str]:
+    named = ladder.config.sizes[size.name].variants if size.name else None
+    return [v for v in ladder.config.variants if named is None or v in named]
+
+
+def _curves(
+    ladder: Ladder, size: Size, key: str, grid: Sequence[float], values: Mapping[str, dict[str, Any]]
+) -> dict[str, Curve]:
+    studies = {value: ladder.trial(size, key, value, values) for value in grid}
+    return {v: {x: _loss(study, v, key) for x, study in studies.items()} for v in _variants(ladder, size)}
+
+
+def _checked(curves: Mapping[str, Curve], size: Size, key: str) -> Mapping[str, Curve]:
+    for variant, curve in curves.items():
+        if not any(math.isfinite(loss) for loss in curve.values()):
+            raise TrialsFailed(
+                f"tune: {key}: every trial of {variant} at {size.title} diverged ("
+                f"{', '.join(f'{v:g}' for v in curve)}); use a grid of smaller values"
+            )
+    return curves
+
+
+def _loss(study: Study, variant: str, key: str) -> float:
+    """Mean validation loss of a variant over the seeds of its trials; infinite if one diverged."""
+    losses = [_trial_loss(study, variant, seed, key) for seed in study.config.seeds]
+    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def _trial_loss(study: Study, variant: str, seed: int, key: str) -> float:
+    name = cell_key(variant, seed)
+    outcome = read_mapping(study.out / OUTCOMES).get(name)
+    state = cell_state(study.out / "cells" / name, outcome)
+    if state.state == "done" and state.validation_loss is not None:
+        return state.validation_loss
+    if diverged(outcome):
+        return math.inf
+    raise TrialsFailed(
+        f"tune: {key}: the trial {study.out / 'cells' / name} is {state.state}{': ' if state.detail else ''}"
+        f"{state.detail}; the same command tries it again"
+    )
+
+
+def diverged(outcome: Mapping[str, Any] | None) -> bool:
+    """Whether the guard of a run ended it (`guard.max_skipped` or `guard.spike`)."""
+    lines = (outcome or {}).get("last_lines", [])
+    return bool(outcome) and outcome.get("exit_code") == 70 and any("(guard." in str(line) for line in lines)
+
+
+def _trials(studies: Sequence[Study], grid: Sequence[float], variant: str, key: str) -> list[dict[str, Any]]:
+    found = []
+    for value, study in zip(grid, studies, strict=True):
+        for seed in study.config.seeds:
+            loss = _trial_loss(study, variant, seed, key)
+            finite = math.isfinite(loss)
+            found.append({"value": value, "seed": seed, "loss": loss if finite else None, "done": finite})
+    return found
+
+
+def _record(
+    ladder: Ladder,
+    size: Size,
+    key: str,
+    grid: Sequence[float],
+    choices: Mapping[str, Choice],
+    values: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    search = ladder.config.tune[key]
+    studies = [ladder.trial(size, key, value, values) for value in grid]
+    return {
+        "grid": list(grid),
+        "extended": max(0, len(grid) - len(search.grid)),
+        "budget": search.budget,
+        "tokens_per_trial": ladder.trial_tokens(size, key),
+        "variants": {v: {**choice.record(), "trials": _trials(studies, grid, v, key)} for v, choice in choices.items()},
+    }
+
+
+def _write(ladder: Ladder, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write tuning.json of every size."""
+    for size in ladder.sizes:
+        write_json(size.out / TUNING, {"format": 1, "keys": found[size.name]})
