@@ -76,6 +76,7 @@ class _Server:
 
     def __init__(self, door: socket.socket, command: Callable[[list[str]], int]) -> None:
         self._door, self._command, self._clients = door, command, dict[int, socket.socket]()
+        self._hangup: dict[int, int] = {}  # process -> the signal that it gets if its client disconnects
         self._draining = False
 
     def drain(self, *_: object) -> None:
@@ -110,21 +111,27 @@ class _Server:
         while len(body) < want:
             body += connection.recv(want - len(body))
         request = json.loads(body)
-        pid = _fork()
+        server, pid = os.getpid(), _fork()
         if pid == 0:
             self._door.close()
             for other in (connection, *self._clients.values()):
                 other.close()
-            _become(partial(_command_line, self._command) if "arguments" in request else _agent, request, descriptors)
+            program = partial(_command_line, self._command) if "arguments" in request else _agent
+            _become(program, request, descriptors, server)
         for descriptor in descriptors:
             os.close(descriptor)
         self._clients[pid] = connection
+        if "at_hangup" in request:
+            self._hangup[pid] = request["at_hangup"]
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 
     def _end(self, connection: Any) -> None:
         for pid, other in self._clients.items():
-            if other is connection:
+            if other is connection and pid in self._hangup:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self._hangup[pid])
+            elif other is connection:
                 _kill_group(pid)
 
     def _collect(self) -> list[socket.socket]:
@@ -133,6 +140,7 @@ class _Server:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 connection = self._clients.pop(pid)
+                self._hangup.pop(pid, None)
                 with contextlib.suppress(OSError):
                     connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
                 closed.append(connection)
@@ -159,12 +167,17 @@ def _fork() -> int:
     return pid
 
 
-def _become(program: Callable[[dict[str, Any]], int], request: dict[str, Any], descriptors: list[int]) -> NoReturn:
+def _become(
+    program: Callable[[dict[str, Any]], int], request: dict[str, Any], descriptors: list[int], server: int
+) -> NoReturn:
     code = 1
     try:
         os.setsid()
         for signum in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_DFL)
+        die_with_parent(signal.SIGTERM)  # the server ends it if its client goes: without the server, nobody would
+        if os.getppid() != server:
+            os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
         for place, descriptor in zip((1, 2), descriptors, strict=True):
             os.dup2(descriptor, place)
@@ -183,6 +196,7 @@ def _command_line(command: Callable[[list[str]], int], request: dict[str, Any]) 
     """Run `headway ARGUMENTS` through its entry point `command`."""
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     arguments = request["arguments"]
     _show_as([*COMMAND, *arguments])
     return command(arguments)

@@ -21,6 +21,7 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
+from headway.launcher.hosts.processes import state
 
 VARIABLE = "HEADWAY_FORK_SERVER"
 _TITLE_BYTES = 4096  # space for the command line that a rank shows in /proc
@@ -60,9 +61,13 @@ class ForkServer:
                 raise RuntimeError(f"the fork server did not start: {self.path.with_name('log').read_text()[-2000:]}")
             time.sleep(0.02)
 
+    def is_running(self) -> bool:
+        """Whether it runs. It may still import."""
+        return self._process.poll() is None
+
     def is_ready(self) -> bool:
         """Whether it runs and has imported everything."""
-        return self._process.poll() is None and self.path.exists()
+        return self.is_running() and self.path.exists()
 
     def close(self) -> None:
         """End the server and every rank it has started."""
@@ -81,18 +86,24 @@ class ForkServer:
 class Forked:
     """A process that the server has started, with the interface of `subprocess.Popen`.
 
-    It is either a process that takes torchrun's place around ranks, or a `headway` command.
+    It is either a process that takes torchrun's place around ranks, or a `headway` command. `lost`: the server has
+    ended before the process, so that its exit status is not known.
     """
 
     def __init__(self, server: str | Path, request: Mapping[str, Any], stdout: int, stderr: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(server))
-        body = json.dumps({"cwd": str(Path.cwd()), **request}).encode()
-        socket.send_fds(self._socket, [len(body).to_bytes(8, "little")], [stdout, stderr])
-        self._socket.sendall(body)
-        with self._socket.makefile("rb", buffering=0) as answer:
-            self.pid: int = json.loads(answer.readline())["pid"]
         self.returncode: int | None = None
+        self.lost = False
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(str(server))
+            body = json.dumps({"cwd": str(Path.cwd()), **request}).encode()
+            socket.send_fds(self._socket, [len(body).to_bytes(8, "little")], [stdout, stderr])
+            self._socket.sendall(body)
+            with self._socket.makefile("rb", buffering=0) as answer:
+                self.pid: int = json.loads(answer.readline())["pid"]
+        except BaseException:
+            self._socket.close()
+            raise
         self._socket.setblocking(False)
 
     @classmethod
@@ -106,14 +117,32 @@ class Forked:
         environment = {**console.plain_environment(), **server.environment, **env}
         return cls(server.path, {"arguments": arguments, "env": environment, "cwd": str(cwd)}, log, log)
 
+    @classmethod
+    def cell(cls, server: str, arguments: list[str], *, log: int, env: Mapping[str, str]) -> Forked:
+        """Start `headway ARGUMENTS` in environment `env`, and stop it with SIGTERM if this process ends before it.
+
+        Its output goes to `log`. Raises OSError or ValueError if no server answers.
+        """
+        request = {"arguments": arguments, "env": {**env, VARIABLE: server}, "at_hangup": int(signal.SIGTERM)}
+        return cls(server, request, log, log)
+
     def poll(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
-        if self.returncode is None:
+        if self.returncode is None and not self.lost:
             with contextlib.suppress(BlockingIOError):
-                answer = self._socket.recv(4096)
-                self.returncode = json.loads(answer)["status"] if answer else -signal.SIGKILL
+                answer = self._answer()
                 self._socket.close()
+                self.lost = not answer
+                self.returncode = json.loads(answer)["status"] if answer else None
+        if self.lost and self.returncode is None and not state(self.pid).strip("Z"):
+            self.returncode = -signal.SIGKILL
         return self.returncode
+
+    def _answer(self) -> bytes:
+        try:
+            return self._socket.recv(4096)
+        except ConnectionResetError:
+            return b""
 
     def wait(self) -> int:
         while (status := self.poll()) is None:

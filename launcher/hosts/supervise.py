@@ -95,7 +95,8 @@ def _start(run: RunDir, place: Place, command: Sequence[str], env: Mapping[str, 
     with host_log(run, place.host).open("wb") as log:
         if server is not None and place.hosts == 1 and "deepspeed.launcher.runner" not in command:
             worker = ["headway.launcher.train.worker", str(run.path.resolve())]
-            return Forked.ranks(server, worker, place.processes, env, log.fileno())
+            with contextlib.suppress(OSError, ValueError):  # no server answers: the ranks start cold
+                return Forked.ranks(server, worker, place.processes, env, log.fileno())
         return subprocess.Popen(
             list(command),
             env=env,

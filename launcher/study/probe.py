@@ -20,13 +20,14 @@ from headway.launcher.study.probe_config import Probe, load_probe
 from headway.launcher.study.run import (
     check_devices,
     design_record,
+    find_jobs,
     move_aside,
     now,
     print_design,
     refuse_changed,
     refuse_foreign,
     refuse_slurm,
-    train_study,
+    train_plans,
 )
 from headway.launcher.study.sizes import overlap
 from headway.launcher.study.status import status_record
@@ -34,8 +35,15 @@ from headway.launcher.study.status import status_record
 RECORD = "probe.json"
 
 
-def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
-    """Train the unfinished cells of every task, one task after another, then write the table.
+def run_probe(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
+    jobs: int | None = None,
+) -> int:
+    """Train the unfinished cells of all tasks in one queue, then write the table.
 
     Arguments and exit status are those of `headway.launcher.study.run.run_study`: `overrides` change the base of all
     tasks. Raises SpecError before any training if the folder of a task contains cells of another definition.
@@ -54,28 +62,25 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
             console.emit({"out": str(out), "tasks": {task: design_record(plan) for task, plan in plans.items()}})
         return 0
     if fresh:
-        for plan in plans.values():
-            check_devices(plan)
+        check_devices(*plans.values())
+        find_jobs(list(plans.values()), jobs, fresh=True)
         move_aside(out)
     refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)
-        check_devices(plan)
+    check_devices(*plans.values())
+    find_jobs(list(plans.values()), jobs)
     command = shlex.join(["headway", "probe", "run", str(path), *overrides])
-    failed = False
     with RunDir(out).locked("study.lock"):
         record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
         write_json(out / RECORD, {**record, "command": command, "written_at": now()})
-        for number, (task, plan) in enumerate(plans.items(), 1):
-            console.say(f"task {number}/{len(plans)}: {task}")
-            code = train_study(plan, held[task], command=command)
-            if code == PREEMPTED:
-                console.alert(f"stopped; the same command continues: {command}", "yellow")
-                _emit(probe, out, None)
-                return code
-            failed |= code != 0
+        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs)
+    if code == PREEMPTED:
+        console.alert(f"stopped; the same command continues: {command}", "yellow")
+        _emit(probe, out, None)
+        return code
     _conclude(probe, out)
-    return int(failed)
+    return code
 
 
 def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 from headway.launcher.base.errors import PREEMPTED, SpecError
-from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.hosts.device import check_device
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
-from headway.launcher.study.branches import as_it_stands, changes, not_run, way_of
+from headway.launcher.study.branches import as_it_stands, changes
 from headway.launcher.study.budgets import budget_lines
-from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
-from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
+from headway.launcher.study.jobs import Jobs, jobs_for
+from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
 from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
-from headway.launcher.study.warm import WarmRanks
+from headway.launcher.study.training import Book, train_cells
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 
@@ -34,8 +32,15 @@ RECORD = "study.json"
 """The file in the folder of a study that describes the study."""
 
 
-def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
-    """Train the unfinished cells, one after another, then write the report.
+def run_study(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
+    jobs: int | None = None,
+) -> int:
+    """Train the unfinished cells, `jobs` at once (default: what this host has), then write the report.
 
     `overrides` (`a.b=c`) change the base of all cells. A failed cell does not stop the others. `fresh`: rename an
     existing folder of the study first. Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop
@@ -48,16 +53,18 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     if dry_run:
         plan, notes = (plan, []) if fresh else as_it_stands(plan)
         print_design(plan, commands=True)
-        _say_notes(notes)
+        for note in notes:
+            console.say(f"note: {note}")
         if console.wants_json():
             console.emit(design_record(plan))
         return 0
     print_design(plan, commands=False)
     if fresh:
         check_devices(plan)
+        find_jobs([plan], jobs, fresh=True)
         move_aside(study.out)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
-    code = train_study(plan, measurements, command=command)
+    code = train_study(plan, measurements, command=command, jobs=jobs)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -72,22 +79,34 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
     return code
 
 
-def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) -> int:
-    """Train the unfinished cells, and record the design, `measurements` and `command` (the command line of the user).
+def train_study(plan: StudyPlan, measurements: Measurements, *, command: str, jobs: int | None = None) -> int:
+    """Train the unfinished cells of one study: `train_plans` of one plan."""
+    return train_plans([plan], [measurements], command=command, jobs=jobs)
 
-    Exit status as for `run_study`. Raises SpecError if the folder contains cells of another definition.
+
+def train_plans(
+    plans: Sequence[StudyPlan], measurements: Sequence[Measurements], *, command: str, jobs: int | None = None
+) -> int:
+    """Train the unfinished cells of all plans in one queue, `jobs` at once (default: what this host has).
+
+    Records the design of each plan, its `measurements` and `command` (the command line of the user) in its folder.
+    Exit status as for `run_study`. Raises SpecError before anything is started if a folder contains cells of another
+    definition, or if this host has too few cores, GPUs or memory for `jobs`.
     """
-    out = plan.study.out
-    refuse_slurm(plan)
-    refuse_foreign(out, RECORD, own=("cells", "logs"), what="a study")
-    check_devices(plan)
-    with RunDir(out).locked("study.lock"):
-        refuse_changed(plan)
-        current, notes = as_it_stands(plan)
-        _say_notes(notes)
-        _record(current, command)
-        measurements.write(out)
-        return _run_cells(plan, current, command)
+    for plan in plans:
+        refuse_slurm(plan)
+        refuse_foreign(plan.study.out, RECORD, own=("cells", "logs"), what="a study")
+    check_devices(*plans)
+    found = find_jobs(plans, jobs)
+    with ExitStack() as locks:
+        for plan in plans:
+            locks.enter_context(RunDir(plan.study.out).locked("study.lock"))
+        for plan in plans:
+            refuse_changed(plan)
+        books = [Book.open(plan, partial(_record, command=command)) for plan in plans]
+        for plan, measured in zip(plans, measurements, strict=True):
+            measured.write(plan.study.out)
+        return train_cells(books, found, cell_command)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
@@ -134,11 +153,22 @@ def refuse_slurm(plan: StudyPlan) -> None:
             )
 
 
-def check_devices(plan: StudyPlan) -> None:
+def check_devices(*plans: StudyPlan) -> None:
     """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs."""
-    for cell in plan.cells:
-        if not RunDir(cell.run_dir).is_complete():
-            check_device(cell.spec)
+    for cell in _unfinished(plans):
+        check_device(cell.spec)
+
+
+def find_jobs(plans: Sequence[StudyPlan], jobs: int | None, *, fresh: bool = False) -> Jobs:
+    """How many unfinished cells train at once: `jobs`, or what this host has. `fresh`: no cell is finished.
+
+    Raises SpecError if this host has too few cores, GPUs or memory for `jobs`.
+    """
+    return jobs_for([cell for plan in plans for cell in plan.cells] if fresh else _unfinished(plans), jobs)
+
+
+def _unfinished(plans: Sequence[StudyPlan]) -> list[Cell]:
+    return [cell for plan in plans for cell in plan.cells if not RunDir(cell.run_dir).is_complete()]
 
 
 def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
@@ -146,85 +176,9 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
     return [*COMMAND, "train", str(plan.study.base), *cell.overrides]
 
 
-def _say_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        console.say(f"note: {note}")
-
-
-def _record(plan: StudyPlan, command: str) -> None:
+def _record(plan: StudyPlan, *, command: str) -> None:
     """Write study.json."""
     write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
-
-
-def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
-    """Train the unfinished cells of a plan. `current`: the plan as study.json has it now."""
-    out = plan.study.out
-    cells = list(current.cells)
-    todo = [i for i, cell in enumerate(cells) if not RunDir(cell.run_dir).is_complete()]
-    if len(todo) < len(cells):
-        console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
-    # Damaged cells are not trained again, since their folders may be all that is left of them. The report names them.
-    failed = sum(check_records(cell.run_dir).damage is not None for cell in cells)
-    eta = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo])
-    warm = WarmRanks([cells[i].spec for i in todo])
-    with warm, CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
-        for number, i in enumerate(todo, 1):
-            way = way_of(plan.cells[i])
-            if way.cell != cells[i]:
-                cells[i] = way.cell
-                _record(replace(plan, cells=tuple(cells)), command)
-                _say_notes([f"{way.cell.key}: {way.note}"] if way.note else [])
-            if way.waits:
-                full = read_mapping(out / OUTCOMES).get(cell_key(way.cell.variant, way.cell.seed))
-                outcome = not_run(way.cell, full or {}, _log(out, way.cell))
-            else:
-                outcome = _run_cell(plan, way.cell, runner, warm, eta, bar, f"{number}/{len(todo)} {way.cell.key}")
-            bar.update()
-            write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), way.cell.key: outcome})
-            if outcome["exit_code"] == PREEMPTED or runner.stopping:
-                return PREEMPTED
-            eta.end()
-            if outcome["exit_code"] != 0:
-                failed += 1
-                console.alert(f"[{way.cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
-    return 1 if failed else 0
-
-
-def _tokens(cell: Cell) -> int:
-    return cell.spec.steps * cell.spec.tokens_per_step
-
-
-def _trained(cell: Cell) -> int:
-    """Tokens that a cell need not train: those of an earlier start, or of the full run that it continues."""
-    done = cell_state(cell.run_dir, None).tokens
-    return min(_tokens(cell), max(done, cell.branch_step * cell.spec.tokens_per_step))
-
-
-def _log(out: Path, cell: Cell) -> Path:
-    return out / "logs" / f"{cell.key.replace('/', '.')}.log"
-
-
-def _run_cell(
-    plan: StudyPlan, cell: Cell, runner: CellRunner, warm: WarmRanks, eta: Eta, bar: console.Bar, label: str
-) -> dict[str, Any]:
-    def show(line: str) -> None:
-        share = step_share(line)
-        if share is not None:
-            eta.step(share * _tokens(cell))
-            bar.name(f"study: {cell.key}, eta {eta}")
-        console.say(f"[{label} | study eta {eta}] {line}")
-
-    eta.begin(_trained(cell), _tokens(cell))
-    bar.name(f"study: {cell.key}, eta {eta}")
-    log = _log(plan.study.out, cell)
-    outcome = runner.run(cell_command(plan, cell), log=log, show=show, environment=warm.environment)
-    if runner.stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
-        outcome["exit_code"] = PREEMPTED  # this process stopped the cell before it could save: not a failure
-    summary = read_mapping(cell.run_dir / "summary.json")
-    if outcome["exit_code"] == 0 and summary.get("complete") is not True:
-        outcome["exit_code"] = 70
-        outcome["last_lines"].append("error: training ended without a complete summary.json")
-    return outcome
 
 
 def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headway.launcher.base.numbers import real
+from headway.launcher.base.numbers import real, whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 
@@ -13,8 +13,19 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     output_arguments(parser)
 
 
+def _jobs_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs",
+        type=whole(1, 4096),
+        default=None,
+        metavar="N",
+        help="cells that train at once (default: as many as cores or GPUs allow)",
+    )
+
+
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
+    _jobs_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and exit")
     parser.add_argument("--fresh", action="store_true", help="first move an existing folder of the study aside")
 
@@ -26,6 +37,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _probe_run_arguments(parser: argparse.ArgumentParser) -> None:
     _probe_arguments(parser)
+    _jobs_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and exit")
     parser.add_argument("--fresh", action="store_true", help="first move an existing folder of the tasks aside")
 
@@ -53,7 +65,9 @@ def _plan_study(args: argparse.Namespace) -> int:
 def _run_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.ladder_run import run_file
 
-    return run_file(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+    from headway.launcher.study.ladder_run import run_file
+
+    return run_file(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh, jobs=args.jobs)
 
 
 def _status_study(args: argparse.Namespace) -> int:
@@ -71,7 +85,7 @@ def _report_study(args: argparse.Namespace) -> int:
 def _run_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import run_probe
 
-    return run_probe(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh)
+    return run_probe(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh, jobs=args.jobs)
 
 
 def _report_probe(args: argparse.Namespace) -> int:

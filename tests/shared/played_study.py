@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
+from headway.launcher.hosts.forked import VARIABLE
+from headway.launcher.study import run as study_module
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study
 
@@ -90,6 +94,15 @@ summary = {"complete": True, "steps": total, "tokens": total * 256, "train_s": 1
 summary["final_validation_loss"] = common["loss"] - 0.1
 (run_dir / "summary.json").write_text(json.dumps({**summary, "resumes": 0}))
 """
+
+
+def play(monkeypatch, *, cores: int = 1) -> None:
+    """Let the script train the cells of studies, on a host of `cores` cores, without a fork server."""
+    monkeypatch.setattr(
+        study_module, "cell_command", lambda plan, cell: [sys.executable, "trainer.py", *cell.overrides]
+    )
+    monkeypatch.setenv(VARIABLE, "not-used")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
 
 
 class Folder:

@@ -15,7 +15,7 @@ from headway.launcher.base import console
 from headway.launcher.cli.main import main
 from headway.launcher.cli.parser import all_verbs
 from headway.launcher.run.run_dir import RunDir
-from headway.launcher.study.cells import step_share
+from headway.launcher.study.eta import step_share
 
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
 SHORT = ("train.tokens=2560",)

@@ -10,13 +10,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from played_study import BASE, Folder
+from played_study import BASE, Folder, play
 from run_folders import records, steps_done, trajectory
 
 from headway.launcher.base.errors import NoInputError, SpecError
@@ -45,9 +44,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def played(folder, monkeypatch):
-    monkeypatch.setattr(
-        study_module, "cell_command", lambda plan, cell: [sys.executable, "trainer.py", *cell.overrides]
-    )
+    play(monkeypatch)
     monkeypatch.setattr(study_module, "_report", lambda out: out / "report.html")
     return folder
 
@@ -365,11 +362,6 @@ def trained(folder, headway, monkeypatch):
     folder.rewrite("[1, 0.25, 0.5]", "[0.5, 1]")
     for key, value in headway.environment().items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(
-        study_module,
-        "cell_command",
-        lambda plan, cell: headway.command("train", str(plan.study.base), *cell.overrides),
-    )
     return folder
 
 
@@ -406,14 +398,9 @@ def test_a_study_that_is_killed_in_a_branch_continues_in_it(trained, headway, mo
     trained.rewrite("seeds: [1, 2]", "seeds: [1]")
     monkeypatch.setattr(study_module, "_report", lambda out: out / "report.html")
     branch = trained.out / "cells/gqa/seed-1.budget-0.5"
-    script = (
-        "from headway.launcher.study import run\n"
-        f"command = {headway.command('train')!r}\n"
-        "run.cell_command = lambda plan, cell: [*command, str(plan.study.base), *cell.overrides]\n"
-        "run.run_study('small.yaml')\n"
-    )
     environment = {**headway.environment(), "HEADWAY_FAULT": "save:after_rename#1:sleep=5"}
-    study = subprocess.Popen([sys.executable, "-P", "-c", script], env=environment, stdout=subprocess.DEVNULL)
+    command = headway.command("study", "run", "small.yaml", "--jobs", "1")
+    study = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     headway.wait_for(lambda: (branch / "checkpoints/step-0000000008").exists(), study)
     launcher = int((branch / "run.lock").read_text().split()[0])
     study.kill()

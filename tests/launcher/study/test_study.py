@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from played_study import BASE, Folder
+from played_study import BASE, Folder, play
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main
@@ -35,9 +35,7 @@ ALL = ["gqa/seed-1", "routed/seed-1", "gqa/seed-2", "routed/seed-2"]
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = Folder(tmp_path)
-    monkeypatch.setattr(
-        study_module, "cell_command", lambda plan, cell: [sys.executable, "trainer.py", *cell.overrides]
-    )
+    play(monkeypatch)
     monkeypatch.setattr(study_module, "_report", lambda out: out / "report.html")  # drawn in test_report.py
     return made
 

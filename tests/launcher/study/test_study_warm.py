@@ -10,8 +10,8 @@ import pytest
 
 from headway.launcher.hosts.forked import VARIABLE
 from headway.launcher.spec.load import load_spec
-from headway.launcher.study import warm
-from headway.launcher.study.warm import WarmRanks
+from headway.launcher.study import jobs, warm
+from headway.launcher.study.warm import Warm
 
 STUDY = """
 study: warm
@@ -84,7 +84,7 @@ def spec(headway_alone):
 def started(monkeypatch, *specs) -> bool:
     starts = []
     monkeypatch.setattr(warm, "ForkServer", lambda: starts.append(1))
-    WarmRanks(specs)
+    Warm(specs)
     return bool(starts)
 
 
@@ -93,13 +93,13 @@ def test_a_server_is_started_only_for_several_cells_on_the_cpu_of_this_host(monk
         return spec.model_copy(update={"launch": spec.launch.model_copy(update=keys)})
 
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(warm, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(jobs, "has_nvidia_gpu", lambda: False)
     assert started(monkeypatch, spec, spec)
     assert not started(monkeypatch, spec)
     assert not started(monkeypatch, spec, with_launch(hosts=2))
     assert not started(monkeypatch, spec, with_launch(method="slurm"))
     assert not started(monkeypatch, spec, with_launch(device="cuda"))
-    monkeypatch.setattr(warm, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(jobs, "has_nvidia_gpu", lambda: True)
     assert not started(monkeypatch, spec, spec)
     assert started(monkeypatch, with_launch(device="cpu"), with_launch(device="cpu"))
     monkeypatch.setenv(VARIABLE, "/there/is/one")
@@ -108,20 +108,25 @@ def test_a_server_is_started_only_for_several_cells_on_the_cpu_of_this_host(monk
 
 def test_cells_start_cold_until_the_server_is_ready_and_after_it_has_ended(monkeypatch, spec):
     class Server:
-        environment, ready, closed = {VARIABLE: "socket"}, False, False
+        path, running, ready, closed = Path("socket"), True, False, False
+
+        def is_running(self):
+            return self.running
 
         def is_ready(self):
-            return self.ready
+            return self.running and self.ready
 
         def close(self):
             self.closed = True
 
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(warm, "ForkServer", Server)
-    monkeypatch.setattr(warm, "has_nvidia_gpu", lambda: False)
-    with WarmRanks([spec, spec]) as ranks:
-        server = ranks._server
-        assert isinstance(server, Server) and ranks.environment == {}
+    monkeypatch.setattr(jobs, "has_nvidia_gpu", lambda: False)
+    with Warm([spec, spec]) as found:
+        server = found._server
+        assert isinstance(server, Server) and found.server is None and found.starts
         server.ready = True
-        assert ranks.environment == {VARIABLE: "socket"}
+        assert found.server == "socket" and not found.starts
+        server.running = False
+        assert found.server is None and not found.starts
     assert server.closed
