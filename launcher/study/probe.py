@@ -54,8 +54,8 @@ def run_probe(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         return 0
     if fresh:
         for plan in plans.values():
-            check_devices(plan)
-        move_aside(out)
+            check_devices(plan, fresh=True)
+        move_aside(probe.whole)
     refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)

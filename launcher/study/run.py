@@ -18,12 +18,12 @@ from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.hosts.device import check_device
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
-from headway.launcher.study.branches import as_it_stands, changes, not_run, way_of
+from headway.launcher.study.branches import as_it_stands, changes, not_run, record_changes, way_of
 from headway.launcher.study.budgets import budget_lines
 from headway.launcher.study.cells import CellRunner, Eta, step_share
 from headway.launcher.study.config import Study, StudyConfig, load_study
+from headway.launcher.study.keeping import keep, keep_design, needs_no_training, restore_design, state_of
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key, plan_study, study_record
 from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
 from headway.launcher.study.warm import WarmRanks
@@ -54,8 +54,8 @@ def run_study(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool 
         return 0
     print_design(plan, commands=False)
     if fresh:
-        check_devices(plan)
-        move_aside(study.out)
+        check_devices(plan, fresh=True)
+        move_aside(study)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
     code = train_study(plan, measurements, command=command)
     if code == PREEMPTED:
@@ -109,7 +109,7 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder.
     """
     study = load_study(Path(path))
-    if not (study.out / RECORD).exists():
+    if not restore_design(study):
         raise SpecError(
             f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
             "`out` folder it was run with"
@@ -134,10 +134,10 @@ def refuse_slurm(plan: StudyPlan) -> None:
             )
 
 
-def check_devices(plan: StudyPlan) -> None:
-    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs."""
+def check_devices(plan: StudyPlan, *, fresh: bool = False) -> None:
+    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs, or with `fresh` any cell."""
     for cell in plan.cells:
-        if not RunDir(cell.run_dir).is_complete():
+        if fresh or not needs_no_training(cell):
             check_device(cell.spec)
 
 
@@ -152,19 +152,23 @@ def _say_notes(notes: Sequence[str]) -> None:
 
 
 def _record(plan: StudyPlan, command: str) -> None:
-    """Write study.json."""
-    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+    """Write study.json, and the design among the records."""
+    design = study_record(plan)
+    write_json(plan.study.out / RECORD, {**design, "command": command, "written_at": now()})
+    keep_design(plan.study, design)
 
 
 def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
     """Train the unfinished cells of a plan. `current`: the plan as study.json has it now."""
     out = plan.study.out
     cells = list(current.cells)
-    todo = [i for i, cell in enumerate(cells) if not RunDir(cell.run_dir).is_complete()]
+    states = [state_of(cell).state for cell in cells]
+    todo = [i for i, state in enumerate(states) if state not in ("done", "damaged")]
+    _say_notes([note for cell in cells if (note := keep(cell))])
     if len(todo) < len(cells):
         console.say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
     # Damaged cells are not trained again, since their folders may be all that is left of them. The report names them.
-    failed = sum(check_records(cell.run_dir).damage is not None for cell in cells)
+    failed = states.count("damaged")
     eta = Eta([_tokens(cells[i]) - _trained(cells[i]) for i in todo])
     warm = WarmRanks([cells[i].spec for i in todo])
     with warm, CellRunner() as runner, console.progress("study", len(todo), "cells", lines=False, rate=False) as bar:
@@ -184,6 +188,7 @@ def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
             if outcome["exit_code"] == PREEMPTED or runner.stopping:
                 return PREEMPTED
             eta.end()
+            _say_notes([note] if (note := keep(way.cell)) else [])
             if outcome["exit_code"] != 0:
                 failed += 1
                 console.alert(f"[{way.cell.key}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
@@ -242,16 +247,13 @@ def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: s
 
 
 def refuse_changed(plan: StudyPlan) -> None:
-    """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
+    """Raise SpecError if a run folder or a record is of a run with another spec or other data than its cell has now."""
     lines = []
     for cell in plan.cells:
-        differing = changes(cell)
-        trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
-        if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
-            differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
-        shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])
-        if differing:
-            lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
+        for where, differing in (("the folder", changes(cell)), ("its record", record_changes(cell))):
+            shown = ", ".join(f"{key}: {old!r} in {where}, {new!r} now" for key, old, new in differing[:4])
+            if differing:
+                lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
     if lines:
         raise SpecError(
             f"{plan.study.out}: {len(lines)} of {len(plan.cells)} cells were begun with another definition:\n"
@@ -260,14 +262,19 @@ def refuse_changed(plan: StudyPlan) -> None:
         )
 
 
-def move_aside(out: Path) -> None:
-    """Rename a folder of cells that is no longer needed. Nothing is deleted."""
-    if not out.exists():
-        return
-    with RunDir(out).locked("study.lock"):
-        aside = out.with_name(f"{out.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        out.rename(aside)
-    console.say(f"the older study is now in {aside}")
+def move_aside(study: Study) -> None:
+    """Rename the folder of a study, and that of its records, which are no longer needed. Nothing is deleted."""
+    if study.out.exists():
+        with RunDir(study.out).locked("study.lock"):
+            _rename(study.out, "the older study is")
+    if study.records is not None and study.records.exists():
+        _rename(study.records, "its records are")
+
+
+def _rename(folder: Path, what: str) -> None:
+    aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(aside)
+    console.say(f"{what} now in {aside}")
 
 
 def print_design(plan: StudyPlan, *, commands: bool) -> None:
