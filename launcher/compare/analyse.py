@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.compare.batch_hashes import Hashes
 from headway.launcher.compare.cell_results import FULL, CellResult, common_end, read_cells
+from headway.launcher.compare.cells import cells_there, records_of
 from headway.launcher.compare.effective import HOW_TO_MEASURE, Effective, EffectiveCosts, effective_costs
 from headway.launcher.compare.fairness import (
     Difference,
@@ -111,7 +113,8 @@ def analyse(out: Path) -> StudyResult:
     if record.get("format") != 1:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
     base = record["baseline"]
-    every = read_cells(out, record["cells"])
+    records = records_of(out, record)
+    every = read_cells(out, record["cells"], records)
     cells = [c for c in every if c.budget == FULL]
     short = [c for c in every if c.budget != FULL]
     end = common_end(cells, FULL)
@@ -125,7 +128,7 @@ def analyse(out: Path) -> StudyResult:
     }
     all_paired = paired and all(p.status != "UNPAIRED" for p in short_pairing.values())
     effective = _effective(record, every, comparison, paired=all_paired)
-    there = {f"{p.parent.name}/{p.name}" for p in (out / "cells").glob("*/seed-*")}
+    there = cells_there(out, records)
     return StudyResult(
         out=out,
         record=record,
@@ -179,11 +182,11 @@ def _compare(
     return compare_unpaired({v: list(by_seed.values()) for v, by_seed in losses.items()}, baseline)
 
 
-def _hashes(cells: list[CellResult]) -> dict[str, dict[int, dict[int, str]]]:
-    """Variant -> seed -> step -> hash of the global batch, without damaged cells."""
-    found: dict[str, dict[int, dict[int, str]]] = {}
+def _hashes(cells: list[CellResult]) -> dict[str, dict[int, Hashes]]:
+    """Variant -> seed -> hashes of the global batches, without damaged cells."""
+    found: dict[str, dict[int, Hashes]] = {}
     for c in (c for c in cells if not c.damaged):
-        found.setdefault(c.variant, {})[c.seed] = c.record.batch_hash
+        found.setdefault(c.variant, {})[c.seed] = c.steps.hashes
     return found
 
 

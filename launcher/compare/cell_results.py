@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
-from headway.launcher.compare.stats import Speed, steady_speed
+from headway.launcher.compare.stats import Speed
+from headway.launcher.compare.step_figures import StepFigures, step_figures
 from headway.launcher.run.records import RunRecord, read_run
 from headway.launcher.run.run_dir import read_mapping
 
@@ -19,25 +21,25 @@ FULL = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """One cell. `loss`: the validation loss at the compared token count, for finished cells.
+    """One cell. `key`: such as `gqa/seed-1`, or `gqa/seed-1.budget-0.25`.
 
-    `budget`: the share of the tokens of the spec after which the learning rate of this cell has decayed.
+    `loss`: the validation loss at the compared token count, for finished cells. `budget`: the share of the tokens of
+    the spec after which the learning rate of this cell has decayed. `steps`: figures of its training steps.
+    `from_record`: whether it is read from its record, which lacks the single steps.
     """
 
+    key: str
     variant: str
     seed: int
     budget: float
     state: str
     detail: str
     record: RunRecord
+    steps: StepFigures
+    from_record: bool
     planned: dict[str, Any]
     loss: float | None
     speed: Speed | None
-
-    @property
-    def key(self) -> str:
-        """Such as `gqa/seed-1`, or `gqa/seed-1.budget-0.25`: the last two folders of its path."""
-        return f"{self.record.path.parent.name}/{self.record.path.name}"
 
     @property
     def done(self) -> bool:
@@ -61,10 +63,13 @@ class Ends:
     final: bool
 
 
-def read_cells(out: Path, planned: Sequence[dict[str, Any]]) -> list[CellResult]:
-    """Read the cells of study.json in the folder `out`. Their losses are those where all cells of a budget ended."""
+def read_cells(out: Path, planned: Sequence[dict[str, Any]], records: Path | None = None) -> list[CellResult]:
+    """Read the cells of study.json in the folder `out`. Their losses are those where all cells of a budget ended.
+
+    `records`: folder of the records of finished cells.
+    """
     outcomes = read_mapping(out / OUTCOMES)
-    cells = [_read_cell(out, cell, outcomes) for cell in planned]
+    cells = [_read_cell(out, cell, outcomes, records) for cell in planned]
     ends = {budget: common_end(cells, budget) for budget in {c.budget for c in cells}}
     return [_with_loss(c, ends[c.budget].tokens) for c in cells]
 
@@ -83,21 +88,28 @@ def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
     return Ends(tokens=tokens, final=final)
 
 
-def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> CellResult:
+def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any], records: Path | None) -> CellResult:
     run_dir = out / cell["run_dir"]
-    record = read_run(run_dir)
-    state = cell_state(run_dir, outcomes.get(f"{run_dir.parent.name}/{run_dir.name}"))
-    tokens_per_step, damaged = record.run.get("tokens_per_step"), state.state == "damaged"
+    key = f"{run_dir.parent.name}/{run_dir.name}"
+    state = cell_state(run_dir, outcomes.get(key), records and record_file(records, key), key=key)
+    if state.record is not None:
+        record, steps = state.record.run, state.record.steps
+    else:
+        record = read_run(run_dir)
+        steps = step_figures(record)
     return CellResult(
+        key=key,
         variant=cell["variant"],
         seed=cell["seed"],
         budget=float(cell.get("budget", FULL)),
         state=state.state,
         detail=state.detail,
         record=record,
+        steps=steps,
+        from_record=state.record is not None,
         planned=cell["spec"],
         loss=None,
-        speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step and not damaged else None,
+        speed=steps.speed if state.state != "damaged" else None,
     )
 
 

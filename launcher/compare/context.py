@@ -94,17 +94,16 @@ def context_of(result: StudyResult) -> Context:
 
 
 def _steadiness(cells: Sequence[CellResult]) -> Steadiness:
-    limits = {c.planned.get("optimizer", {}).get("clip_norm") for c in cells}
+    limits = {c.steps.clip_norm for c in cells}
     limit = limits.pop() if len(limits) == 1 else None
-    norms = np.concatenate([c.record.grad_norm for c in cells])
-    known = norms.size > 0 and not np.isnan(norms).any()
+    clipped = [c.steps.clipped for c in cells if c.steps.clipped is not None]
     watched = all(c.planned.get("guard", {}).get("spike", "off") != "off" for c in cells)
     return Steadiness(
-        steps=sum(len(c.record.train) for c in cells),
-        clipped=int((norms > limit).sum()) if known and limit is not None else None,
+        steps=sum(c.steps.count for c in cells),
+        clipped=sum(clipped) if len(clipped) == len(cells) and limit is not None else None,
         clip_norm=limit,
-        spikes=sum(c.record.spikes for c in cells) if watched else None,
-        skipped=sum(c.record.skipped for c in cells),
+        spikes=sum(c.steps.spikes for c in cells) if watched else None,
+        skipped=sum(c.steps.skipped for c in cells),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from headway.launcher.compare.batch_hashes import Hashes, compare_hashes, first_hash
 from headway.launcher.run.records import RunRecord
 from headway.launcher.run.run_dir import changed, flatten
 
@@ -108,9 +109,7 @@ def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
     """One line for each property that changed between starts of a run: part of it was trained with another value."""
     seen: dict[str, dict[str, int]] = {}
     for attempt in _attempts_that_count(run):
-        values = {key: attempt.get(key) for key in ("git_commit", "code")}
-        values |= flatten({key: attempt.get(key) or {} for key in ("versions", "machine", "mechanism", "speed")})
-        for key, value in values.items():
+        for key, value in _circumstances(attempt).items():
             if value is not None:
                 seen.setdefault(key, {}).setdefault(str(value), attempt.get("from_step") or 0)
     return [
@@ -118,6 +117,20 @@ def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:
         for key, values in seen.items()
         if len(values) > 1
     ]
+
+
+def changing_attempts(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Starts of a run that are needed to say what changed on the way: the first, and those that differ from before."""
+    kept: list[dict[str, Any]] = []
+    for attempt in _attempts_that_count(run):
+        if not kept or _circumstances(attempt) != _circumstances(kept[-1]):
+            kept.append(attempt)
+    return kept
+
+
+def _circumstances(attempt: dict[str, Any]) -> dict[str, Any]:
+    values = {key: attempt.get(key) for key in ("git_commit", "code")}
+    return values | flatten({key: attempt.get(key) or {} for key in ("versions", "machine", "mechanism", "speed")})
 
 
 def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,8 +145,8 @@ def _attempts_that_count(run: dict[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baseline: str) -> Pairing:
-    """Compare batch hashes (variant -> seed -> step -> hash) at every step that the variants of a seed share."""
+def check_pairing(hashes: Mapping[str, Mapping[int, Hashes]], baseline: str) -> Pairing:
+    """Compare batch hashes (variant -> seed -> hashes) at every step that the variants of a seed share."""
     seeds = sorted({seed for by_seed in hashes.values() for seed in by_seed})
     lines, differs, compared = [], False, False
     for seed in seeds:
@@ -142,17 +155,13 @@ def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baselin
         for variant, steps in runs.items():
             if variant == reference or reference is None:
                 continue
-            common = sorted(steps.keys() & runs[reference].keys())
-            wrong = next((step for step in common if steps[step] != runs[reference][step]), None)
-            compared = compared or bool(common)
-            if wrong is not None:
+            found = compare_hashes(steps, runs[reference])
+            compared = compared or bool(found.common)
+            if found.difference is not None:
                 differs = True
-                lines.append(
-                    f"seed {seed}: {variant} and {reference} read different batches, first at step {wrong} "
-                    f"(hash {steps[wrong]} against {runs[reference][wrong]})"
-                )
+                lines.append(f"seed {seed}: {variant} and {reference} read different batches, {found.difference}")
             else:
-                lines.append(f"seed {seed}: {variant} and {reference}: {len(common)} common steps, all hashes equal")
+                lines.append(f"seed {seed}: {variant} and {reference}: {found.common} common steps, all hashes equal")
     lines += _same_data_in_all_seeds(hashes.get(baseline, {}))
     status = "UNPAIRED" if differs else "PAIRED" if compared else "UNKNOWN"
     if status == "UNKNOWN":
@@ -160,8 +169,8 @@ def check_pairing(hashes: Mapping[str, Mapping[int, Mapping[int, str]]], baselin
     return Pairing(status=status, lines=tuple(lines))
 
 
-def _same_data_in_all_seeds(by_seed: Mapping[int, Mapping[int, str]]) -> list[str]:
-    first = [steps[min(steps)] for steps in by_seed.values() if steps]
+def _same_data_in_all_seeds(by_seed: Mapping[int, Hashes]) -> list[str]:
+    first = [first_hash(steps) for steps in by_seed.values() if steps]
     if len(first) > 1 and len(set(first)) == 1:
         return ["every seed read the same first batch: the spread over seeds leaves out the variation of the data"]
     return []

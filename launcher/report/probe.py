@@ -147,7 +147,7 @@ def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
 def _task_rows(tasks: list[Task]) -> Iterator[list[str]]:
     yield ["task", "what", "sequence", "vocabulary", "steps", "validated every", "batches"]
     for t in tasks:
-        lengths = sorted({len(c.record.train) for c in t.result.cells if c.done})
+        lengths = sorted({c.steps.count for c in t.result.cells if c.done})
         steps = f"{lengths[-1]:,}" if lengths else "-"
         every = _interval(t)
         yield [
@@ -278,7 +278,7 @@ def _rows(tasks: list[Task]) -> Iterator[dict[str, Any]]:
                 "final_accuracy": final if math.isfinite(final) else None,
                 "chance_accuracy": t.chance,
                 "steps_to_solve": solved_at(c) if c.done else None,
-                "steps": len(c.record.train),
+                "steps": c.steps.count,
                 "tokens": c.record.tokens,
                 "validation_interval_steps": _interval(t),
                 "num_params": variants[c.variant].cost["num_params"],

@@ -301,6 +301,17 @@ def _fairness(result: StudyResult) -> Iterator[Block]:
         yield Text(f"Resumed from a checkpoint (times): {', '.join(resumed)}.")
 
 
+def _from_records(result: StudyResult) -> list[str]:
+    every = [*result.cells, *result.short_cells]
+    count = sum(c.from_record for c in every)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(every)} cells were read from their records, which do not hold every step: `curves.csv` has "
+        "running means of their training loss (`train-mean`) instead"
+    ]
+
+
 def _provenance(result: StudyResult) -> Iterator[Block]:
     yield Heading("Provenance")
     machine, versions = result.card("machine") or {}, result.card("versions") or {}
@@ -313,6 +324,7 @@ def _provenance(result: StudyResult) -> Iterator[Block]:
         "Machine: " + (", ".join(f"{k} {v}" for k, v in machine.items() if v is not None) or "unknown"),
         f"Data: fingerprint `{result.card('data_fingerprint') or 'none (synthetic)'}`, vocabulary "
         f"{result.card('vocab_size')}",
+        *_from_records(result),
         f"Runs started {started[0]} to {started[-1]}" if started else "No run has started",
         f"Report written {time.strftime('%Y-%m-%dT%H:%M:%S%z')}; numbers per cell in `report.csv`, curves in "
         "`curves.csv`",

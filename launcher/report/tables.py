@@ -25,7 +25,7 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
             "state": c.state,
             "detail": c.detail,
             "tokens": c.record.tokens,
-            "steps": len(c.record.train),
+            "steps": c.steps.count,
             "compared_tokens": (result.tokens if c.budget == FULL else result.effective.tokens.get(c.budget))
             if c.done
             else None,
@@ -65,15 +65,19 @@ def _size_columns(variant: VariantResult) -> dict[str, Any]:
 
 
 def _data_wait_share(cell: CellResult) -> float | None:
-    total = 0.0 if cell.damaged else float(cell.record.step_s.sum())
-    return float(cell.record.data_s.sum()) / total if total > 0 else None
+    total = 0.0 if cell.damaged else cell.steps.step_s
+    return cell.steps.data_s / total if total > 0 else None
 
 
 def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """One row per recorded training or validation loss of every cell that is not damaged."""
+    """One row per recorded training or validation loss of every cell that is not damaged.
+
+    Cells that are read from their records have rows of kind `train-mean` instead: the running mean of the loss.
+    """
     flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
     for c in (*result.cells, *result.short_cells):
-        for kind, curve in () if c.damaged else (("train", c.record.train), ("validation", c.record.validation)):
+        train = "train-mean" if c.from_record else "train"
+        for kind, curve in () if c.damaged else ((train, c.record.train), ("validation", c.record.validation)):
             for step, tokens, loss, seconds in zip(curve.step, curve.tokens, curve.loss, curve.train_s, strict=True):
                 yield {
                     "variant": c.variant,

@@ -83,8 +83,10 @@ def read_routers(train: Sequence[dict[str, Any]]) -> tuple[Router, ...]:
         Router(
             layer=layer,
             name=name,
-            load=np.mean([np.asarray(v["load"], dtype=np.float64) for v in found], axis=0),
-            means={key: mean(number for v in found for number in numbers(v.get(key))) for key in ROUTER_KEYS},
+            load=np.mean([np.asarray(v["load"], dtype=np.float64) for v in found], axis=0).round(6),
+            means={
+                key: significant(mean(number for v in found for number in numbers(v.get(key)))) for key in ROUTER_KEYS
+            },
             dead=int(np.nansum(numbers(found[-1].get("dead")))),
         )
         for (layer, name), found in sorted(seen.items())
@@ -122,7 +124,7 @@ def read_heads(records: Sequence[dict[str, Any]]) -> Heads | None:
         tokens=np.array([mean(numbers(r.get("tokens"))) for r in records]),
         layers={
             layer: {
-                key: np.array([mean(numbers(r["layers"].get(layer, {}).get(key))) for r in records])
+                key: np.array([significant(mean(numbers(r["layers"].get(layer, {}).get(key)))) for r in records])
                 for key in HEAD_KEYS
             }
             for layer in sorted(first)
@@ -134,6 +136,11 @@ def numbers(value: Any) -> list[float]:
     """A recorded number, or numbers per group, as a list. Values that are not numbers become NaN."""
     values = value if isinstance(value, list) else [value]
     return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
+
+
+def significant(value: float) -> float:
+    """A measure with 5 significant digits, which are more than it is known to; cell records keep them as text."""
+    return float(f"{value:.5g}")
 
 
 def mean(values: Iterable[float]) -> float:

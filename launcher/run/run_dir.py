@@ -265,10 +265,15 @@ def _temporary(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write atomically, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees either the old file or the new one, also after a power failure."""
     tmp = _temporary(path)
     with tmp.open("w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=1) + "\n")
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     tmp.replace(path)

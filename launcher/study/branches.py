@@ -13,6 +13,7 @@ from typing import Any
 
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
 from headway.launcher.study.config import FULL
+from headway.launcher.study.keeping import stored_record
 from headway.launcher.study.plan import Cell, StudyPlan
 from headway.parallel.manifest import step_of, steps_on_disk
 
@@ -30,21 +31,27 @@ def way_of(cell: Cell) -> Way:
     """The way for `cell` with the files that exist now. A cell that was begun continues as it was begun."""
     if cell.whole is None or cell.parent is None:
         return Way(cell=cell)
-    init = read_mapping(cell.run_dir / "spec.json").get("init")
+    init = _begun(cell).get("init")
     if isinstance(init, dict):
         return Way(cell=cell if init.get("run") != cell.whole.spec.init.run else cell.whole)
     saved = [step_of(path) for path in steps_on_disk(RunDir(cell.parent).checkpoints)]
     if cell.branch_step in saved:
         return Way(cell=cell)
-    complete = RunDir(cell.parent).is_complete()
+    complete = RunDir(cell.parent).is_complete() or stored_record(cell.parent_record) is not None
     if not complete and max(saved, default=0) < cell.branch_step:
         return Way(cell=cell, waits=True)
     note = (
         f"its full run has no checkpoint of step {cell.branch_step:,}, as it passed this step before the budget was in "
-        f"the study, or the checkpoint was deleted; the cell is trained from its start instead ({cell.branch_step:,} "
-        "more steps, the same result)"
+        "the study, or the checkpoint was deleted, or only the record of the run is here; the cell is trained from its "
+        f"start instead ({cell.branch_step:,} more steps, the same result)"
     )
     return Way(cell=cell.whole, note=note)
+
+
+def _begun(cell: Cell) -> dict[str, Any]:
+    """The spec with which a cell was begun, from its run folder or else its record; empty for a new cell."""
+    record = stored_record(cell.record, cell.key)
+    return read_mapping(cell.run_dir / "spec.json") or ({} if record is None else record.run.spec)
 
 
 def as_it_stands(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
@@ -70,10 +77,24 @@ def not_run(cell: Cell, full_run: dict[str, Any], log: Path) -> dict[str, Any]:
 
 
 def changes(cell: Cell) -> list[tuple[str, Any, Any]]:
-    """(key, value in the folder, value now) where the run in the folder of `cell` has another definition.
+    """(key, value in the folder, value now) where the run in the folder of `cell` has another spec or other data.
 
     Where a smaller budget begins is no change, because it does not change the result.
     """
-    there = read_mapping(cell.run_dir / "spec.json")
+    there, card = (read_mapping(cell.run_dir / name) for name in ("spec.json", "run.json"))
+    return _changes(cell, there, card)
+
+
+def record_changes(cell: Cell) -> list[tuple[str, Any, Any]]:
+    """The same for the record of `cell`. A damaged record has no changes."""
+    record = stored_record(cell.record, cell.key)
+    return [] if record is None else _changes(cell, record.run.spec, record.run.run)
+
+
+def _changes(cell: Cell, there: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     found = changed(cell.resolved(), there) if there else []
-    return [(key, old, new) for key, new, old in found if cell.budget == FULL or key != SHA256]
+    differing = [(key, old, new) for key, new, old in found if cell.budget == FULL or key != SHA256]
+    trained_on = card.get("data_fingerprint")
+    if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
+        differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
+    return differing

@@ -62,6 +62,11 @@ class StudyConfig(StrictModel):
     study: str = Field(max_length=128, pattern=NAME, description="name of the study")
     base: str = Field(min_length=1, description="spec all variants start from, relative to the study file")
     out: str | None = Field(default=None, min_length=1, description="folder of runs and report; default studies/NAME")
+    records: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of small records of finished cells, to be kept in git, relative to the study file",
+    )
     match: MatchConfig | None = Field(default=None, description="none: sizes are compared as they are written")
     baseline: str | None = Field(default=None, description="variant the others are compared to; default: the first")
     branch_start: BranchStart = Field(
@@ -172,8 +177,8 @@ class StudyConfig(StrictModel):
 class Study:
     """A study file after loading.
 
-    `base`: path of the base spec. `out`: folder of the runs and the report. `variants`: each variant as written, with
-    its positions in the file.
+    `base`: path of the base spec. `out`: folder of the runs and the report. `records`: folder of the records of
+    finished cells; None: none are written or read. `variants`: each variant as written, with its positions in the file.
     """
 
     config: StudyConfig
@@ -182,6 +187,7 @@ class Study:
     out: Path
     variants: dict[str, Node]
     tree: Node
+    records: Path | None = None
 
     def place(self, key: str) -> str:
         """Position of `key` (dotted) in the file, such as `study.yaml:3:9`; the file alone if the key is not in it."""
@@ -205,6 +211,7 @@ def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:
         base=path.parent / config.base,
         out=Path(config.out or f"studies/{config.study}"),
         tree=loaded.tree,
+        records=None if config.records is None else path.parent / config.records,
         variants={
             name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants
         },

@@ -93,7 +93,7 @@ class Ladder:
             keys=keys,
             values=values,
             seeds=search.seeds,
-            trial=True,
+            trial=f"{key}-{value:g}",
         )
 
 
@@ -146,7 +146,7 @@ def unplanned_trials(study: Study, name: str, out: Path) -> Iterator[tuple[str, 
     for key, search in study.config.tune.items():
         folders = [p for p in (out / "tune" / key).glob("*") if (p / "study.json").exists()]
         for folder in sorted(folders, key=lambda p: _number(p.name)):
-            values = _study_of(study, name, out=folder, keys={}, values={}, seeds=search.seeds, trial=True)
+            values = _study_of(study, name, out=folder, keys={}, values={}, seeds=search.seeds, trial=folder.name)
             yield f"{key}={folder.name}", values
 
 
@@ -217,9 +217,12 @@ def _study_of(
     keys: Mapping[str, Any],
     values: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int] | None = None,
-    trial: bool = False,
+    trial: str | None = None,
 ) -> Study:
-    """A plain study. `keys` are added to every variant, so that the command line of every cell has them."""
+    """A plain study. `keys` are added to every variant, so that the command line of every cell has them.
+
+    `trial`: the last part of the name of a study of trials, which has neither budgets nor questions.
+    """
     config = study.config
     size = config.sizes[name] if name else SizeConfig()
     names = [v for v in config.variants if size.variants is None or v in size.variants]
@@ -236,19 +239,20 @@ def _study_of(
         nodes[variant] = Node({**value_node(own, place).value, **written.value}, written.place, written.key_place)
     base = size.base or config.base
     part = StudyConfig(
-        study=".".join([config.study, *([name] if name else []), *(["tune"] if trial else [])]),
+        study=".".join([config.study, *([name] if name else []), *([] if trial is None else [trial])]),
         base=base,
         out=str(out),
         match=config.match,
         baseline=config.baseline_name,
         branch_start=config.branch_start,
         margin_nats=config.margin_nats,
-        asks=[] if trial else [text for text in config.asks if _about(text, config, names)],
+        asks=[] if trial is not None else [text for text in config.asks if _about(text, config, names)],
         seeds=list(seeds or size.seeds or config.seeds),
-        budgets=[FULL] if trial else config.budgets,
+        budgets=[FULL] if trial is not None else config.budgets,
         variants=changes,
     )
-    return replace(study, config=part, base=study.path.parent / base, out=out, variants=nodes)
+    records = None if study.records is None else study.records / out.relative_to(study.out)
+    return replace(study, config=part, base=study.path.parent / base, out=out, records=records, variants=nodes)
 
 
 def _about(text: str, config: StudyConfig, names: Sequence[str]) -> bool:

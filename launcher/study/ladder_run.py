@@ -16,12 +16,14 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.study.config import Study, load_study
+from headway.launcher.study.keeping import restore_design
 from headway.launcher.study.ladder import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
 from headway.launcher.study.plan import StudyPlan, plan_study
 from headway.launcher.study.run import (
     RECORD,
     check_devices,
     design_record,
+    find_jobs,
     move_aside,
     now,
     print_design,
@@ -31,20 +33,27 @@ from headway.launcher.study.run import (
     report_study,
     run_study,
     status_study,
-    train_study,
+    train_plans,
 )
 from headway.launcher.study.status import HEADINGS, report_record, status_record, status_rows, table
-from headway.launcher.study.tuning import TUNING, Values, stored_values, trial_plans, tune
+from headway.launcher.study.tuning import TUNING, Values, stored_values, trial_plans, tune, without_diverged
 
 LADDER = "ladder.json"
 """The file in the folder of a study with sizes that lists them."""
 
 
-def run_file(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool = False, fresh: bool = False) -> int:
+def run_file(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
+    jobs: int | None = None,
+) -> int:
     """Train what is missing of a study file, then write its reports. Arguments and exit status as for `run_study`."""
     study = load_study(Path(path))
     if not study.config.is_ladder:
-        return run_study(path, overrides, dry_run=dry_run, fresh=fresh)
+        return run_study(path, overrides, dry_run=dry_run, fresh=fresh, jobs=jobs)
     ladder = plan_ladder(study, overrides)
     held = {} if fresh else stored_values(ladder)
     first = [_plan(ladder, ladder.main(size, held.get(size.name, {}))) for size in ladder.sizes]
@@ -55,17 +64,17 @@ def run_file(path: Path | str, overrides: Sequence[str] = (), *, dry_run: bool =
         if console.wants_json():
             console.emit(_design(ladder, first))
         return 0
-    for plan in first:
-        check_devices(plan)
+    check_devices(*first, fresh=fresh)
+    find_jobs(first, jobs, fresh=fresh)
     if fresh:
-        move_aside(study.out)
+        move_aside(study)
     else:
         _refuse(ladder, first, held)
     command = shlex.join(["headway", "study", "run", str(study.path), *overrides])
     with RunDir(study.out).locked("ladder.lock"):
         if study.config.sizes:
             write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
-        code = _train(ladder, command)
+        code = _train(ladder, command, jobs)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -94,7 +103,7 @@ def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
     study = load_study(Path(path))
     if not study.config.is_ladder:
         return report_study(path, overrides)
-    if not any((out / RECORD).exists() for out in size_names(study).values()):
+    if not any(restore_design(unplanned(study, name, out)) for name, out in size_names(study).items()):
         begun = "only trials were trained here yet; the" if any(study.out.glob("**/tune")) else "no cell was trained:"
         raise SpecError(
             f"{study.out}: {begun} report needs cells of the study; continue with `headway study run {study.path}`, "
@@ -107,29 +116,22 @@ def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
 # ---------------------------------------------------------------- training
 
 
-def _train(ladder: Ladder, command: str) -> int:
+def _train(ladder: Ladder, command: str, jobs: int | None) -> int:
     """Train the trials, then the cells of all sizes. Returns an exit status as `train_study`."""
 
-    def train(studies: Sequence[Study]) -> int:
-        return _train_all(ladder, [_plan(ladder, study) for study in studies], command)
+    def train(plans: Sequence[StudyPlan]) -> int:
+        return train_plans(plans, [Measurements.of(plan.study.out) for plan in plans], command=command, jobs=jobs)
 
-    code, values = tune(ladder, train)
+    def train_trials(studies: Sequence[Study]) -> int:
+        return train([without_diverged(_plan(ladder, study)) for study in studies])
+
+    code, values = tune(ladder, train_trials)
     if code:
         return code
     plans = [_plan(ladder, ladder.main(size, values[size.name])) for size in ladder.sizes]
     for plan in plans:
         refuse_changed(plan)
-    return _train_all(ladder, plans, command)
-
-
-def _train_all(ladder: Ladder, plans: Sequence[StudyPlan], command: str) -> int:
-    failed = 0
-    for plan in plans:
-        code = train_study(plan, Measurements.of(plan.study.out), command=command)
-        if code == PREEMPTED:
-            return code
-        failed |= code
-    return failed
+    return train(plans)
 
 
 def _plan(ladder: Ladder, study: Study) -> StudyPlan:
@@ -239,7 +241,7 @@ def _conclude(study: Study) -> None:
 
     written = {}
     for name, out in size_names(study).items():
-        if (out / RECORD).exists():
+        if restore_design(unplanned(study, name, out)):
             written[name] = report(out)
     if study.config.sizes:
         from headway.launcher.report.ladder import ladder_report

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base.errors import SpecError, printable
+from headway.launcher.compare.cell_record import record_file
 from headway.launcher.match.matching import (
     MatchConfig,
     Matched,
@@ -54,7 +56,8 @@ class Cell:
     """One run of the study. `overrides`: arguments of `headway train` that change the base spec into `spec`.
 
     `parent`: folder of the full run that the cell continues after `branch_step`; None for a cell that is trained from
-    its start. `whole`: the same cell trained from its start, if `parent` is not None.
+    its start. `whole`: the same cell trained from its start, if `parent` is not None. `record`, `parent_record`: the
+    files of their records, which exist once a cell is finished; None in a study without records.
     """
 
     variant: str
@@ -68,6 +71,8 @@ class Cell:
     parent: Path | None = None
     branch_step: int = 0
     whole: Cell | None = None
+    record: Path | None = None
+    parent_record: Path | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The spec as JSON, as the run folder will contain it, with the vocabulary size of the data."""
@@ -162,6 +167,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "branch_start": config.branch_start,
         "margin_nats": config.margin_nats,
         "asks": list(config.asks),
+        **_records(plan.study),
         "variants": [_variant_record(v) for v in plan.variants],
         "cells": [
             {
@@ -175,6 +181,11 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
             for cell in plan.cells
         ],
     }
+
+
+def _records(study: Study) -> dict[str, Any]:
+    """The folder of records, relative to the folder of the study, so that both can be moved together."""
+    return {} if study.records is None else {"records": os.path.relpath(study.records, study.out)}
 
 
 def _variant_record(v: VariantPlan) -> dict[str, Any]:
@@ -250,7 +261,13 @@ def _cells(study: Study, resolver: Resolver, variant: VariantPlan, seed: int) ->
             start = {"init.weights": None, "init.sha256": None} if spec.init.weights is not None else {}
             start |= {"init.run": f"{full.run_dir}@{budget.branch_step}"}
             branch = _cell(study, resolver, variant, seed, budget.fraction, length | start)
-            cell = replace(branch, parent=full.run_dir, branch_step=budget.branch_step, whole=cell)
+            cell = replace(
+                branch,
+                parent=full.run_dir,
+                parent_record=full.record,
+                branch_step=budget.branch_step,
+                whole=cell,
+            )
         yield cell
 
 
@@ -280,4 +297,5 @@ def _cell(
         spec=spec,
         vocab_size=resolver.vocab_size(spec),
         data_fingerprint=resolver.data_facts(spec.data)[1],
+        record=study.records and record_file(study.records, key),
     )

@@ -62,9 +62,9 @@ def run_probe(
             console.emit({"out": str(out), "tasks": {task: design_record(plan) for task, plan in plans.items()}})
         return 0
     if fresh:
-        check_devices(*plans.values())
+        check_devices(*plans.values(), fresh=True)
         find_jobs(list(plans.values()), jobs, fresh=True)
-        move_aside(out)
+        move_aside(probe.whole)
     refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)

@@ -81,6 +81,7 @@ def _task(whole: Study, config: ProbeConfig, name: str, written: Node) -> Study:
             **shared,
         ),
         out=whole.out / name,
+        records=whole.records and whole.records / name,
         variants={
             variant: Node(dict([*_leaves(written), *_leaves(node)]), node.place, node.key_place)
             for variant, node in whole.variants.items()

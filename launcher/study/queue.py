@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headway.launcher.compare.cells import cell_state
-from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.state import held_by_live_process
 from headway.launcher.study.branches import Way, way_of
 from headway.launcher.study.config import FULL
+from headway.launcher.study.keeping import needs_no_training
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 
 
@@ -55,9 +55,9 @@ def unfinished(plans: Sequence[StudyPlan], current: Sequence[StudyPlan] | None =
         cost = {v.name: 3.0 * v.cost.flops_per_token.executed for v in plan.variants}
         weight = max((cost[c.variant] * c.spec.train.tokens for c in plan.cells), default=0.0)
         seeds = {seed: place for place, seed in enumerate(plan.study.config.seeds)}
-        prefix = f"{plan.study.out.name}/" if len(plans) > 1 else ""
+        prefix = f"{plan.study.config.study}/" if len(plans) > 1 else ""
         for place, (cell, changed) in enumerate(zip(plan.cells, now.cells, strict=True)):
-            if not RunDir(cell.run_dir).is_complete():
+            if not needs_no_training(cell):
                 task = Task(number=number, cell=changed, label=prefix + cell.key, flops=cost[cell.variant])
                 found.append(((seeds[cell.seed], -weight, number, place), task))
     return [task for _, task in sorted(found, key=lambda one: one[0])]

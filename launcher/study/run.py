@@ -17,11 +17,12 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.hosts.device import check_device
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
-from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
-from headway.launcher.study.branches import as_it_stands, changes
+from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.study.branches import as_it_stands, changes, record_changes
 from headway.launcher.study.budgets import budget_lines
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.jobs import Jobs, jobs_for
+from headway.launcher.study.keeping import keep_design, needs_no_training, restore_design
 from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
 from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
 from headway.launcher.study.training import Book, train_cells
@@ -60,9 +61,9 @@ def run_study(
         return 0
     print_design(plan, commands=False)
     if fresh:
-        check_devices(plan)
+        check_devices(plan, fresh=True)
         find_jobs([plan], jobs, fresh=True)
-        move_aside(study.out)
+        move_aside(study)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
     code = train_study(plan, measurements, command=command, jobs=jobs)
     if code == PREEMPTED:
@@ -128,7 +129,7 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder.
     """
     study = load_study(Path(path))
-    if not (study.out / RECORD).exists():
+    if not restore_design(study):
         raise SpecError(
             f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
             "`out` folder it was run with"
@@ -153,9 +154,9 @@ def refuse_slurm(plan: StudyPlan) -> None:
             )
 
 
-def check_devices(*plans: StudyPlan) -> None:
-    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs."""
-    for cell in _unfinished(plans):
+def check_devices(*plans: StudyPlan, fresh: bool = False) -> None:
+    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs, or with `fresh` any cell."""
+    for cell in _to_train(plans, fresh=fresh):
         check_device(cell.spec)
 
 
@@ -164,11 +165,11 @@ def find_jobs(plans: Sequence[StudyPlan], jobs: int | None, *, fresh: bool = Fal
 
     Raises SpecError if this host has too few cores, GPUs or memory for `jobs`.
     """
-    return jobs_for([cell for plan in plans for cell in plan.cells] if fresh else _unfinished(plans), jobs)
+    return jobs_for(_to_train(plans, fresh=fresh), jobs)
 
 
-def _unfinished(plans: Sequence[StudyPlan]) -> list[Cell]:
-    return [cell for plan in plans for cell in plan.cells if not RunDir(cell.run_dir).is_complete()]
+def _to_train(plans: Sequence[StudyPlan], *, fresh: bool = False) -> list[Cell]:
+    return [cell for plan in plans for cell in plan.cells if fresh or not needs_no_training(cell)]
 
 
 def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
@@ -177,8 +178,10 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
 
 
 def _record(plan: StudyPlan, *, command: str) -> None:
-    """Write study.json."""
-    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+    """Write study.json, and the design among the records."""
+    design = study_record(plan)
+    write_json(plan.study.out / RECORD, {**design, "command": command, "written_at": now()})
+    keep_design(plan.study, design)
 
 
 def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:
@@ -196,16 +199,13 @@ def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: s
 
 
 def refuse_changed(plan: StudyPlan) -> None:
-    """Raise SpecError if a run folder contains a run with another spec or other data than its cell has now."""
+    """Raise SpecError if a run folder or a record is of a run with another spec or other data than its cell has now."""
     lines = []
     for cell in plan.cells:
-        differing = changes(cell)
-        trained_on = read_mapping(cell.run_dir / "run.json").get("data_fingerprint")
-        if cell.data_fingerprint and trained_on and trained_on != cell.data_fingerprint:
-            differing.append(("data fingerprint", trained_on, cell.data_fingerprint))
-        shown = ", ".join(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in differing[:4])
-        if differing:
-            lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
+        for where, differing in (("the folder", changes(cell)), ("its record", record_changes(cell))):
+            shown = ", ".join(f"{key}: {old!r} in {where}, {new!r} now" for key, old, new in differing[:4])
+            if differing:
+                lines.append(f"  {cell.key}: {shown}{', ...' if len(differing) > 4 else ''}")
     if lines:
         raise SpecError(
             f"{plan.study.out}: {len(lines)} of {len(plan.cells)} cells were begun with another definition:\n"
@@ -214,14 +214,19 @@ def refuse_changed(plan: StudyPlan) -> None:
         )
 
 
-def move_aside(out: Path) -> None:
-    """Rename a folder of cells that is no longer needed. Nothing is deleted."""
-    if not out.exists():
-        return
-    with RunDir(out).locked("study.lock"):
-        aside = out.with_name(f"{out.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        out.rename(aside)
-    console.say(f"the older study is now in {aside}")
+def move_aside(study: Study) -> None:
+    """Rename the folder of a study, and that of its records, which are no longer needed. Nothing is deleted."""
+    if study.out.exists():
+        with RunDir(study.out).locked("study.lock"):
+            _rename(study.out, "the older study is")
+    if study.records is not None and study.records.exists():
+        _rename(study.records, "its records are")
+
+
+def _rename(folder: Path, what: str) -> None:
+    aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(aside)
+    console.say(f"{what} now in {aside}")
 
 
 def print_design(plan: StudyPlan, *, commands: bool) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.base import console
-from headway.launcher.compare.cells import OUTCOMES, cell_state
+from headway.launcher.compare.cell_record import record_file
+from headway.launcher.compare.cells import OUTCOMES, cell_state, cells_there
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.study.config import FULL, Study
 from headway.launcher.study.plan import cell_key
@@ -33,9 +34,9 @@ def status_rows(study: Study) -> list[tuple[str, ...]]:
 
 
 def left(study: Study) -> list[str]:
-    """Cells in the folder that are no longer part of the study."""
+    """Cells in the folder, or with a record, that are no longer part of the study."""
     known = {cell_key(*cell) for cell in _planned(study)}
-    return sorted({f"{p.parent.name}/{p.name}" for p in (study.out / "cells").glob("*/seed-*")} - known)
+    return sorted(cells_there(study.out, study.records) - known)
 
 
 def report_record(out: Path, report: Path) -> dict[str, Any]:
@@ -86,13 +87,15 @@ def _cells(study: Study) -> Iterable[dict[str, Any]]:
     outcomes = read_mapping(study.out / OUTCOMES)
     for variant, seed, budget in _planned(study):
         key = cell_key(variant, seed, budget)
-        state = cell_state(study.out / "cells" / key, outcomes.get(key))
+        record = study.records and record_file(study.records, key)
+        state = cell_state(study.out / "cells" / key, outcomes.get(key), record, key=key)
         yield {
             "cell": key,
             "variant": variant,
             "seed": seed,
             "budget": budget,
             "state": state.state,
+            "from_record": state.record is not None,
             "tokens": state.tokens,
             "validation_loss": state.validation_loss,
             "training_batch_loss": state.loss,
@@ -111,4 +114,5 @@ def _planned(study: Study) -> Iterator[tuple[str, int, float]]:
 
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:
     losses = ["-" if x is None else f"{x:.4f}" for x in (cell["validation_loss"], cell["training_batch_loss"])]
-    return (cell["cell"], cell["state"], f"{cell['tokens']:,}", *losses, cell["detail"])
+    state = f"{cell['state']} (record)" if cell["from_record"] else cell["state"]
+    return (cell["cell"], state, f"{cell['tokens']:,}", *losses, cell["detail"])

@@ -14,11 +14,11 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED
 from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.hosts.forked import VARIABLE
-from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.branches import Way, as_it_stands, not_run
 from headway.launcher.study.eta import Eta, step_share
 from headway.launcher.study.jobs import Jobs
+from headway.launcher.study.keeping import keep, state_of
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 from headway.launcher.study.pool import POLL_S, Child, Pool
 from headway.launcher.study.queue import Queue, Task, unfinished
@@ -89,7 +89,8 @@ def train_cells(books: Sequence[Book], jobs: Jobs, command_of: Callable[[StudyPl
     if len(tasks) < len(cells):
         console.say(f"{len(cells) - len(tasks)} of {len(cells)} cells are done already")
     # Damaged cells are not trained again, since their folders may be all that is left of them. The report names them.
-    damaged = sum(check_records(cell.run_dir).damage is not None for cell in cells)
+    damaged = sum(state_of(cell).state == "damaged" for cell in cells)
+    _say_notes([note for cell in cells if (note := keep(cell))])
     warm = Warm([task.cell.spec for task in tasks])
     with warm, Pool() as pool, console.progress("study", len(tasks), "cells", lines=False, rate=False) as bar:
         training = _Training(books, tasks, jobs, command_of, warm, pool, bar)
@@ -203,6 +204,7 @@ class _Training:
         self._queue.end(task)
         self._eta.end(task)
         self._bar.update()
+        _say_notes([note] if (note := keep(cell)) else [])
         if outcome["exit_code"] == PREEMPTED:
             self._pool.stop()
         elif outcome["exit_code"] != 0 and not self._pool.stopping:

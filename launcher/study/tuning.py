@@ -9,11 +9,12 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED, HeadwayError
+from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.config import Study
 from headway.launcher.study.ladder import Ladder, Size
-from headway.launcher.study.plan import cell_key
+from headway.launcher.study.plan import StudyPlan, cell_key
 from headway.launcher.study.tune import Choice, Curve, carried, choose, next_values, significant
 
 TUNING = "tuning.json"
@@ -184,7 +185,8 @@ def _loss(study: Study, variant: str, key: str) -> float:
 def _trial_loss(study: Study, variant: str, seed: int, key: str) -> float:
     name = cell_key(variant, seed)
     outcome = read_mapping(study.out / OUTCOMES).get(name)
-    state = cell_state(study.out / "cells" / name, outcome)
+    record = None if study.records is None else record_file(study.records, name)
+    state = cell_state(study.out / "cells" / name, outcome, record, key=name)
     if state.state == "done" and state.validation_loss is not None:
         return state.validation_loss
     if diverged(outcome):
@@ -193,6 +195,12 @@ def _trial_loss(study: Study, variant: str, seed: int, key: str) -> float:
         f"tune: {key}: the trial {study.out / 'cells' / name} is {state.state}{': ' if state.detail else ''}"
         f"{state.detail}; the same command tries it again"
     )
+
+
+def without_diverged(plan: StudyPlan) -> StudyPlan:
+    """The plan of trials without those that diverged: they would diverge again."""
+    outcomes = read_mapping(plan.study.out / OUTCOMES)
+    return replace(plan, cells=tuple(cell for cell in plan.cells if not diverged(outcomes.get(cell.key))))
 
 
 def diverged(outcome: Mapping[str, Any] | None) -> bool:

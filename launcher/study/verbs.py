@@ -65,8 +65,6 @@ def _plan_study(args: argparse.Namespace) -> int:
 def _run_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.ladder_run import run_file
 
-    from headway.launcher.study.ladder_run import run_file
-
     return run_file(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh, jobs=args.jobs)
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 EARLY = 0.2
 """Share of the tokens whose losses do not extend the axis: the initial drop is the same for all and hides the rest."""
 
+ENOUGH = 4
+"""Validations of every run with which the figure of losses shows validation losses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
@@ -97,26 +100,14 @@ def inline_svg(path: Path) -> str:
 
 
 def curves(result: StudyResult) -> tuple[str, dict[str, list[Curve]]]:
-    """(label, variant -> one curve per finished seed): validation with at least 4 points, else smoothed training."""
+    """(label, variant -> one curve per finished seed): validation with `ENOUGH` points, else smoothed training."""
     done = [c for c in result.cells if c.done]
-    validated = bool(done) and min(len(c.record.validation) for c in done) >= 4
+    validated = bool(done) and min(len(c.record.validation) for c in done) >= ENOUGH
     by_variant: dict[str, list[Curve]] = {}
     for c in done:
-        curve = c.record.validation if validated else _smooth(c.record.train)
+        curve = c.record.validation if validated else c.steps.curve
         by_variant.setdefault(c.variant, []).append(curve)
     return ("validation loss" if validated else "training loss (running mean)"), by_variant
-
-
-def _smooth(curve: Curve) -> Curve:
-    window = max(1, len(curve) // 40)
-    if window == 1:
-        return curve
-    kernel = np.ones(window) / window
-    # Mean loss of the last `window` steps, placed at the latest step: a point uses no later steps.
-    loss = np.convolve(curve.loss, kernel, mode="valid")
-    keep = np.linspace(0, loss.size - 1, min(400, loss.size)).astype(int)
-    rest = {k: getattr(curve, k)[window - 1 :][keep] for k in ("step", "tokens", "train_s")}
-    return Curve(loss=loss[keep], **rest)
 
 
 def _loss(result: StudyResult) -> Drawing | None:

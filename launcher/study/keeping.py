@@ -1,0 +1,81 @@
+"""Records of finished cells (`records` of a study): when they are written, and how a plan reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from headway.launcher.compare.cell_record import (
+    CellRecord,
+    NoRecordError,
+    lines_of_json,
+    read_record,
+    write_record,
+)
+from headway.launcher.compare.cells import CellState, cell_state
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json, write_text
+from headway.launcher.study.config import Study
+from headway.launcher.study.plan import Cell
+
+STUDY = "study.json"
+"""The file that describes a study, in its folder and among its records."""
+
+
+def state_of(cell: Cell, outcome: dict[str, Any] | None = None) -> CellState:
+    """State of a planned cell from its run folder and its record."""
+    return cell_state(cell.run_dir, outcome, cell.record, key=cell.key)
+
+
+def needs_no_training(cell: Cell) -> bool:
+    """Whether a cell is complete or has a record. Whether either is damaged is not checked."""
+    return RunDir(cell.run_dir).is_complete() or (cell.record is not None and cell.record.exists())
+
+
+def stored_record(path: Path | None, key: str | None = None) -> CellRecord | None:
+    """The undamaged record of a cell; None if there is none."""
+    found = None if path is None else read_record(path, key)
+    return found if isinstance(found, CellRecord) else None
+
+
+def keep(cell: Cell) -> str | None:
+    """Write the record of a cell whose run folder is complete, unless it has one. Returns a note if it cannot.
+
+    A damaged record of an undamaged folder is written anew. Raises OSError.
+    """
+    run = RunDir(cell.run_dir)
+    if cell.record is None or not run.is_complete():
+        return None
+    there = stored_record(cell.record, cell.key)
+    if there is not None and there.run_id == run.run_id():
+        return None
+    if there is not None:
+        return (
+            f"{cell.key}: its record {cell.record} is of another run of the same cell; the report reads the run "
+            f"folder {cell.run_dir}: delete one of them"
+        )
+    try:
+        write_record(cell.run_dir, cell.record, key=cell.key, variant=cell.variant, seed=cell.seed, budget=cell.budget)
+    except NoRecordError as e:
+        return f"{cell.key}: no record is kept: {e}"
+    return None
+
+
+def keep_design(study: Study, record: dict[str, Any]) -> None:
+    """Write the design of a study, the content of its study.json, among its records, which need it to be read alone."""
+    if study.records is not None:
+        study.records.mkdir(parents=True, exist_ok=True)
+        text = lines_of_json({**record, "records": "."})
+        if not (study.records / STUDY).exists() or (study.records / STUDY).read_text(encoding="utf-8") != text:
+            write_text(study.records / STUDY, text)
+
+
+def restore_design(study: Study) -> bool:
+    """Whether the folder of a study has its study.json, after it was taken from the records if only they have it."""
+    if (study.out / STUDY).exists() or study.records is None:
+        return (study.out / STUDY).exists()
+    kept = read_mapping(study.records / STUDY)
+    if kept:
+        study.out.mkdir(parents=True, exist_ok=True)
+        write_json(study.out / STUDY, {**kept, "records": os.path.relpath(study.records, study.out)})
+    return bool(kept)
