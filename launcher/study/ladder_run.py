@@ -20,6 +20,7 @@ from headway.launcher.study.keeping import restore_design
 from headway.launcher.study.ladder import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
 from headway.launcher.study.plan import StudyPlan, plan_study
 from headway.launcher.study.run import (
+    OWN,
     RECORD,
     check_devices,
     design_record,
@@ -36,7 +37,7 @@ from headway.launcher.study.run import (
     train_plans,
 )
 from headway.launcher.study.status import HEADINGS, report_record, status_record, status_rows, table
-from headway.launcher.study.tuning import TUNING, Values, stored_values, trial_plans, tune, without_diverged
+from headway.launcher.study.tuning import Values, check_carried, stored_values, trial_plans, tune, without_diverged
 
 LADDER = "ladder.json"
 """The file in the folder of a study with sizes that lists them."""
@@ -120,7 +121,8 @@ def _train(ladder: Ladder, command: str, jobs: int | None) -> int:
     """Train the trials, then the cells of all sizes. Returns an exit status as `train_study`."""
 
     def train(plans: Sequence[StudyPlan]) -> int:
-        return train_plans(plans, [Measurements.of(plan.study.out) for plan in plans], command=command, jobs=jobs)
+        measured = [Measurements.of(plan.study.out) for plan in plans]
+        return train_plans(plans, measured, command=command, jobs=jobs, in_order=True)
 
     def train_trials(studies: Sequence[Study]) -> int:
         return train([without_diverged(_plan(ladder, study)) for study in studies])
@@ -131,7 +133,8 @@ def _train(ladder: Ladder, command: str, jobs: int | None) -> int:
     plans = [_plan(ladder, ladder.main(size, values[size.name])) for size in ladder.sizes]
     for plan in plans:
         refuse_changed(plan)
-    return train(plans)
+    code = train(plans)
+    return code if code == PREEMPTED else code | check_carried(ladder, values, train_trials)
 
 
 def _plan(ladder: Ladder, study: Study) -> StudyPlan:
@@ -140,11 +143,11 @@ def _plan(ladder: Ladder, study: Study) -> StudyPlan:
 
 def _refuse(ladder: Ladder, plans: Sequence[StudyPlan], held: Values) -> None:
     """Raise SpecError if a folder has other content, or cells of another definition, before anything is trained."""
-    out, own = ladder.study.out, (TUNING, "tune", "ladder.lock")
+    out = ladder.study.out
     if ladder.config.sizes:
         refuse_foreign(out, LADDER, own=("sizes", "ladder.lock"), what="a study with sizes")
     else:
-        refuse_foreign(out, RECORD, own=("cells", "logs", *own), what="a study")
+        refuse_foreign(out, RECORD, own=OWN, what="a study")
     for plan, size in zip(plans, ladder.sizes, strict=True):
         if held.get(size.name) or not ladder.config.tune:
             refuse_changed(plan)

@@ -42,15 +42,17 @@ class Task:
         return self.number, cell_key(self.cell.variant, self.cell.seed)
 
 
-def unfinished(plans: Sequence[StudyPlan], current: Sequence[StudyPlan] | None = None) -> list[Task]:
+def unfinished(
+    plans: Sequence[StudyPlan], current: Sequence[StudyPlan] | None = None, *, in_order: bool = False
+) -> list[Task]:
     """The cells that are not complete, in the order in which they start.
 
     Seed by seed, and the variants of a plan one after the other within a seed, so that a machine whose speed drifts
     affects all variants alike. Of several plans, the one with most FLOPs comes first within a seed: long cells that
     start last would leave workers without work at the end. `current`: the plans with the cells as they would be
-    trained now.
+    trained now. `in_order`: plan by plan instead.
     """
-    found: list[tuple[tuple[int, float, int, int], Task]] = []
+    found: list[tuple[tuple[int, int, float, int, int], Task]] = []
     for number, (plan, now) in enumerate(zip(plans, current or plans, strict=True)):
         cost = {v.name: 3.0 * v.cost.flops_per_token.executed for v in plan.variants}
         weight = max((cost[c.variant] * c.spec.train.tokens for c in plan.cells), default=0.0)
@@ -59,7 +61,8 @@ def unfinished(plans: Sequence[StudyPlan], current: Sequence[StudyPlan] | None =
         for place, (cell, changed) in enumerate(zip(plan.cells, now.cells, strict=True)):
             if not needs_no_training(cell):
                 task = Task(number=number, cell=changed, label=prefix + cell.key, flops=cost[cell.variant])
-                found.append(((seeds[cell.seed], -weight, number, place), task))
+                first = (number, 0.0) if in_order else (0, -weight)
+                found.append(((first[0], seeds[cell.seed], first[1], number, place), task))
     return [task for _, task in sorted(found, key=lambda one: one[0])]
 
 

@@ -32,6 +32,9 @@ __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 RECORD = "study.json"
 """The file in the folder of a study that describes the study."""
 
+OWN = ("cells", "logs", "tune", "tuning.json", "ladder.lock")
+"""What the folder of a study may contain before `RECORD` is written."""
+
 
 def run_study(
     path: Path | str,
@@ -86,9 +89,16 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str, jo
 
 
 def train_plans(
-    plans: Sequence[StudyPlan], measurements: Sequence[Measurements], *, command: str, jobs: int | None = None
+    plans: Sequence[StudyPlan],
+    measurements: Sequence[Measurements],
+    *,
+    command: str,
+    jobs: int | None = None,
+    in_order: bool = False,
 ) -> int:
     """Train the unfinished cells of all plans in one queue, `jobs` at once (default: what this host has).
+
+    `in_order`: all cells of a plan start before those of the next one.
 
     Records the design of each plan, its `measurements` and `command` (the command line of the user) in its folder.
     Exit status as for `run_study`. Raises SpecError before anything is started if a folder contains cells of another
@@ -96,7 +106,7 @@ def train_plans(
     """
     for plan in plans:
         refuse_slurm(plan)
-        refuse_foreign(plan.study.out, RECORD, own=("cells", "logs"), what="a study")
+        refuse_foreign(plan.study.out, RECORD, own=OWN, what="a study")
     check_devices(*plans)
     found = find_jobs(plans, jobs)
     with ExitStack() as locks:
@@ -107,7 +117,7 @@ def train_plans(
         books = [Book.open(plan, partial(_record, command=command)) for plan in plans]
         for plan, measured in zip(plans, measurements, strict=True):
             measured.write(plan.study.out)
-        return train_cells(books, found, cell_command)
+        return train_cells(books, found, cell_command, in_order=in_order)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:

@@ -79,12 +79,15 @@ class Book:
         return self.out / "logs" / f"{cell.key.replace('/', '.')}.log"
 
 
-def train_cells(books: Sequence[Book], jobs: Jobs, command_of: Callable[[StudyPlan, Cell], list[str]]) -> int:
-    """Train what is unfinished of all plans in one queue. `command_of`: the command that trains a cell.
+def train_cells(
+    books: Sequence[Book], jobs: Jobs, command_of: Callable[[StudyPlan, Cell], list[str]], *, in_order: bool = False
+) -> int:
+    """Train what is unfinished of all plans in one queue. `command_of`: the command that trains a cell. `in_order`:
+    all cells of a plan start before those of the next one.
 
     Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop by a signal.
     """
-    tasks = unfinished([book.plan for book in books], [book.current for book in books])
+    tasks = unfinished([book.plan for book in books], [book.current for book in books], in_order=in_order)
     cells = [cell for book in books for cell in book.plan.cells]
     if len(tasks) < len(cells):
         console.say(f"{len(cells) - len(tasks)} of {len(cells)} cells are done already")

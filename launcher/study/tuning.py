@@ -103,49 +103,44 @@ def _tune_key(
     records = {
         s.name: _record(ladder, s, key, grids.get(s.name, []), choices[s.name], values[s.name]) for s in ladder.sizes
     }
-    check = ladder.checked_size(key)
-    if check is not None:
-        code = _check(ladder, check, key, choices[check.name], values[check.name], records[check.name], train)
-        if code == PREEMPTED:
-            return {}, {}, code
     for size in ladder.sizes:
         for variant, choice in choices[size.name].items():
             console.say(f"tune {key} at {size.title}: {variant} {choice.value:g} ({choice.how})")
     return choices, records, 0
 
 
-def _check(
-    ladder: Ladder,
-    size: Size,
-    key: str,
-    choices: Mapping[str, Choice],
-    values: Mapping[str, dict[str, Any]],
-    record: dict[str, Any],
-    train: Train,
-) -> int:
-    """Train the baseline with its carried value and both neighbours, and add to the record whether it is the best."""
-    search, baseline = ladder.config.tune[key], ladder.config.baseline_name
-    middle = choices[baseline].value
-    around = [significant(middle / search.factor), middle, significant(middle * search.factor)]
-    studies = [_only(ladder.trial(size, key, value, values), baseline) for value in around]
-    code = train(studies)
-    if code == PREEMPTED:
-        return code
-    curve = {value: _loss(study, baseline, key) for value, study in zip(around, studies, strict=True)}
-    best = min(curve, key=lambda value: curve[value])
-    record["check"] = {
-        "variant": baseline,
-        "trials": _trials(studies, around, baseline, key),
-        "holds": best == middle,
-        "best": best,
-    }
-    if best != middle:
-        console.alert(
-            f"tune {key}: at {size.title} the carried value {middle:g} of {baseline} is worse than {best:g} "
-            f"({curve[middle]:.4f} and {curve[best]:.4f} nats per token); the report says so. Trials at this size "
-            "would mend it: name it in `sizes` of the search"
-        )
-    return 0
+def check_carried(ladder: Ladder, values: Values, train: Train) -> int:
+    """Train the baseline with each carried value and its neighbours at the largest size without trials.
+
+    Adds to tuning.json of that size whether the carried value is the best of the three. Nothing else changes, so this
+    comes after the cells of the study. Returns an exit status.
+    """
+    failed, baseline = 0, ladder.config.baseline_name
+    for key, search in ladder.config.tune.items():
+        size = ladder.checked_size(key)
+        if size is None:
+            continue
+        others = {v: {k: x for k, x in by.items() if k != key} for v, by in values[size.name].items()}
+        middle = values[size.name][baseline][key]
+        around = [significant(middle / search.factor), middle, significant(middle * search.factor)]
+        studies = [_only(ladder.trial(size, key, value, others), baseline) for value in around]
+        code = train(studies)
+        if code == PREEMPTED:
+            return code
+        failed |= code
+        curve = {value: _loss(study, baseline, key) for value, study in zip(around, studies, strict=True)}
+        best = min(curve, key=lambda value: curve[value])
+        trials = _trials(studies, around, baseline, key)
+        record = read_mapping(size.out / TUNING)
+        record["keys"][key]["check"] = {"variant": baseline, "trials": trials, "best": best}
+        write_json(size.out / TUNING, record)
+        if best != middle:
+            console.alert(
+                f"tune {key}: at {size.title} the carried value {middle:g} of {baseline} is worse than {best:g} by "
+                f"{curve[middle] - curve[best]:.2g} nats per token; the report says so. Trials at this size would mend "
+                "it: name it in `sizes` of the search"
+            )
+    return failed
 
 
 def _only(study: Study, variant: str) -> Study:
