@@ -1,0 +1,1 @@
+"""A ladder of sizes: variances, trends of differences over size, and joint scaling laws, with intervals."""

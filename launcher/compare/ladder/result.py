@@ -1,0 +1,89 @@
+"""All statistics of a ladder of sizes from its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from headway.launcher.compare.ladder.curve import Law, Range, law_of
+from headway.launcher.compare.ladder.noise import Means, means_of
+from headway.launcher.compare.ladder.slope import Lines, lines_of
+from headway.launcher.compare.ladder.table import Refusal, Size
+
+Quantity = Literal["params", "flops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderResult:
+    """Each of `means`, `lines`, `by_params` and `by_flops` is a text with the reason if it is refused.
+
+    `by_params`, `by_flops`: the law over parameters and over useful training FLOPs.
+    """
+
+    sizes: tuple[Size, ...]
+    variants: tuple[str, ...]
+    baseline: str
+    means: Means | str
+    lines: Lines | str
+    by_params: Law | str
+    by_flops: Law | str
+
+    @property
+    def others(self) -> list[str]:
+        return [v for v in self.variants if v != self.baseline]
+
+    def index(self, variant: str) -> int:
+        return self.variants.index(variant)
+
+    def size_x(self) -> Any:
+        """[I]: ln of the parameters of the baseline at each size that has finished runs."""
+        assert not isinstance(self.means, str)
+        return np.log([s.params[self.baseline] for s in self.means.sizes])
+
+    def change_of_ratio(self, variant: str) -> Range | str:
+        """How the difference relative to the baseline's reducible loss changes per unit of ln N, or why not."""
+        law, lines = self.by_params, self.lines
+        if isinstance(law, str) or isinstance(lines, str):
+            return law if isinstance(law, str) else str(lines)
+        line = lines.by_variant.get(variant)
+        if line is None:
+            return lines.refused.get(variant, "it has no finished run")
+        names = self.index(variant), self.index(self.baseline)
+        return law.change_of_ratio(*names, self.size_x(), line, lines.lack.sd)
+
+
+def ladder_result(sizes: Sequence[Size], variants: Sequence[str], baseline: str) -> LadderResult:
+    """Compute everything that the losses allow. Sizes without a finished run are left out. Raises nothing."""
+    begun = [s for s in sizes if any(s.losses.get(v) for v in variants)]
+    means = _or_reason(lambda: means_of(begun, variants)) if begun else "no run has finished: train the ladder"
+
+    def law(quantity: Quantity) -> Law | str:
+        if isinstance(means, str):
+            return means
+        pairs = zip(means.variant, means.size, strict=True)
+        values = [getattr(means.sizes[i], quantity)[means.variants[v]] for v, i in pairs]
+        return _or_reason(lambda: law_of(means, np.log(values)))
+
+    lines: Lines | str = means if isinstance(means, str) else ""
+    if not isinstance(means, str):
+        x = np.log([s.params[baseline] for s in means.sizes])
+        lines = _or_reason(lambda: lines_of(means, x, baseline))
+    return LadderResult(
+        sizes=tuple(begun),
+        variants=tuple(variants),
+        baseline=baseline,
+        means=means,
+        lines=lines,
+        by_params=law("params"),
+        by_flops=law("flops"),
+    )
+
+
+def _or_reason(compute: Any) -> Any:
+    try:
+        return compute()
+    except Refusal as refused:
+        return str(refused)
