@@ -236,4 +236,5 @@ def _record(
 def _write(ladder: Ladder, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Write tuning.json of every size."""
     for size in ladder.sizes:
+        size.out.mkdir(parents=True, exist_ok=True)
         write_json(size.out / TUNING, {"format": 1, "keys": found[size.name]})

@@ -1,0 +1,203 @@
+"""Tests of studies with `sizes` and `tune` (headway.launcher.study.ladder, tuning, ladder_run)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.study.config import load_study
+from headway.launcher.study.ladder import plan_ladder
+from headway.launcher.study.ladder_run import report_file, run_file, status_file
+from headway.launcher.study.plan import plan_study
+from tests.shared.played_study import BASE, Folder, play
+
+LADDER = """
+study: small
+base: base.yaml
+match: {multiple: 4, tolerance: 2%}
+seeds: [1, 2]
+tokens_per_param: 0.2
+scale: {train.validate_every_tokens: 1}
+sizes:
+  s: {keys: {model.width: 32}}
+  m: {keys: {model.width: 48, model.layers: 3}}
+  l: {keys: {model.width: 64, model.layers: 4}, seeds: [1], variants: [gqa]}
+tune:
+  optimizer.lr: {grid: [1e-3, 2e-3, 4e-3], seeds: [101], sizes: [s, m], carry: fit, budget: 0.5}
+variants:
+  gqa:
+  routed: {attention.type: rgqa, attention.top_k: 1}
+"""
+
+# Losses of a played cell depend on its learning rate: the best one is 2.5e-3 for gqa, 1e-3 for routed, at width 32, and
+# falls with 1/width.
+TUNED = """
+import math
+lr = spec["optimizer"]["lr"]
+best = (2.5e-3 if spec["attention"]["type"] == "gqa" else 1e-3) * 32 / spec["model"]["width"]
+offset = 0.2 * math.log(lr / best) ** 2
+if lr > 0.03:
+    print("error: step 5: 20 steps in a row had a loss that is no finite number (guard.max_skipped)", file=sys.stderr)
+    sys.exit(70)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    made = Folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made.study.write_text(LADDER)
+    trainer = (tmp_path / "trainer.py").read_text()
+    trainer = trainer.replace("(run_dir / \"spec.json\")", TUNED + "(run_dir / \"spec.json\")", 1)
+    trainer = trainer.replace('"loss": 4 - 0.1 * step', '"loss": 4 - 0.1 * step + offset')
+    (tmp_path / "trainer.py").write_text(trainer)
+    play(monkeypatch)
+    return made
+
+
+def tuning(folder: Folder, size: str) -> dict:
+    return json.loads((folder.out / "sizes" / size / "tuning.json").read_text())["keys"]["optimizer.lr"]
+
+
+def test_a_size_sets_keys_tokens_and_scaled_values_of_all_variants(folder):
+    ladder = plan_ladder(load_study(folder.study))
+    small, middle, large = ladder.sizes
+    assert [s.spec.model.width for s in ladder.sizes] == [32, 48, 64]
+    for size in ladder.sizes:
+        step = size.spec.tokens_per_step
+        assert size.spec.train.tokens % step == 0
+        assert 0 <= size.spec.train.tokens - 0.2 * size.params < step
+        assert size.spec.train.validate_every_tokens == round(1024 * size.params / small.params)
+        plan = plan_study(ladder.main(size, {}))
+        assert {c.spec.train.tokens for c in plan.cells} == {size.tokens}
+        assert {c.spec.model.layers for c in plan.cells} == {size.spec.model.layers}
+        assert f"train.tokens={size.tokens}" in plan.cells[-1].overrides
+    assert [c.key for c in plan_study(ladder.main(large, {})).cells] == ["gqa/seed-1"]
+    assert middle.out.resolve() == folder.out / "sizes" / "m"
+
+
+def test_trials_choose_a_value_for_each_variant_and_the_study_uses_it(folder, capsys):
+    assert run_file(folder.study) == 0
+    started = folder.trained()
+    found = tuning(folder, "s")
+    # the optimum of routed lies on the lower edge, so every variant has one more trial there
+    assert found["grid"] == [5e-4, 1e-3, 2e-3, 4e-3]
+    assert {len(v["trials"]) for v in found["variants"].values()} == {4}
+    assert found["variants"]["gqa"]["chosen"] == pytest.approx(2.5e-3, rel=0.01)
+    assert found["variants"]["routed"]["chosen"] == pytest.approx(1e-3, rel=0.01)
+    # no trial at l: an exponent through s and m
+    carried = tuning(folder, "l")
+    assert carried["variants"]["gqa"]["trials"] == []
+    assert 1.1e-3 < carried["variants"]["gqa"]["chosen"] < 1.4e-3
+    assert carried["check"]["best"] == carried["variants"]["gqa"]["chosen"]
+    assert [t["value"] for t in carried["check"]["trials"]] == sorted(t["value"] for t in carried["check"]["trials"])
+    study = json.loads((folder.out / "sizes" / "s" / "study.json").read_text())
+    rates = {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}
+    assert rates == {v: found["variants"][v]["chosen"] for v in rates}
+    # trials of s and m (4 and 5 values, 2 variants), cells of s and m (2 variants, 2 seeds) and l (1), 3 checks at l
+    assert tuning(folder, "m")["grid"] == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    keys = [key.rpartition("seed-")[2] for key in started]
+    assert keys == ["101"] * (4 * 2 + 5 * 2) + ["1", "1", "2", "2"] * 2 + ["1"] + ["101"] * 3
+    assert (folder.out / "report.html").exists()
+    assert (folder.out / "sizes" / "m" / "report.html").exists()
+    capsys.readouterr()
+    assert run_file(folder.study) == 0
+    assert folder.trained() == [], "everything is done already"
+
+
+def test_a_stopped_ladder_goes_on_and_a_failed_trial_is_tried_again(folder, capsys):
+    folder.behave({"routed/seed-101": "fail"})
+    with pytest.raises(Exception, match="tries it again"):
+        run_file(folder.study)
+    assert not (folder.out / "sizes" / "s" / "cells").exists(), "no cell may train before all trials are known"
+    folder.behave({})
+    folder.trained()
+    assert run_file(folder.study) == 0
+    assert "gqa/seed-101" in folder.trained(), "the new value of the extended grid"
+
+
+def test_a_diverged_trial_counts_as_a_loss_that_is_never_chosen(folder):
+    folder.rewrite("[1e-3, 2e-3, 4e-3]", "[5e-4, 1e-3, 2e-3, 6e-3, 4e-2]")
+    assert run_file(folder.study) == 0
+    found = tuning(folder, "s")["variants"]["gqa"]
+    lost = [t for t in found["trials"] if t["value"] == 4e-2]
+    assert [(t["loss"], t["done"]) for t in lost] == [(None, False)]
+    assert found["chosen"] == pytest.approx(2.5e-3, rel=0.01)
+    folder.trained()
+    assert run_file(folder.study) == 0
+    assert folder.trained() == [], "a trial that diverged is not trained again"
+
+
+def test_a_study_without_sizes_can_be_tuned(folder):
+    text = folder.study.read_text()
+    head, _, rest = text.partition("tokens_per_param")
+    tail = rest[rest.index("tune:") :].replace("sizes: [s, m], carry: fit, ", "")
+    folder.study.write_text(head + tail)
+    assert run_file(folder.study) == 0
+    study = json.loads((folder.out / "study.json").read_text())
+    assert {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}["gqa"] == pytest.approx(2.5e-3, rel=0.01)
+    assert (folder.out / "report.html").exists()
+    assert status_file(folder.study) == 0
+
+
+def test_a_changed_grid_after_training_is_refused_as_another_definition(folder):
+    assert run_file(folder.study) == 0
+    folder.rewrite("[1e-3, 2e-3, 4e-3]", "[1.5e-3, 2.5e-3, 6e-3], extend: 0")
+    with pytest.raises(SpecError, match=r"begun with another definition[\s\S]*optimizer\.lr"):
+        run_file(folder.study)
+
+
+def test_dry_run_trains_nothing_and_names_the_trials(folder, capsys):
+    assert run_file(folder.study, dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert "tune optimizer.lr at s: 9 trials (0.001, 0.002, 0.004)" in out
+    assert "size l:" in out
+    assert folder.trained() == []
+    assert not folder.out.exists()
+
+
+def test_reports_and_status_need_cells(folder, capsys):
+    with pytest.raises(SpecError, match="no cell was trained"):
+        report_file(folder.study)
+    assert status_file(folder.study) == 0
+    assert "missing" in capsys.readouterr().out
+
+
+BAD = [
+    ("  m: {keys: {model.width: 48, model.layers: 3}}\n", "", "at least 3"),
+    ("variants: [gqa]", "variants: [routed]", "baseline gqa is missing"),
+    ("variants: [gqa]", "variants: [gqa, router]", "'router' is not a variant"),
+    ("model.width: 48,", "model.width: 48, train.tokens: 512,", "sets train.tokens"),
+    ("seeds: [101]", "seeds: [1]", "seed 1 is a seed of the study too"),
+    ("grid: [1e-3, 2e-3, 4e-3]", "grid: [1e-3]", "at least 3"),
+    ("sizes: [s, m]", "sizes: [s, xl]", "'xl' is not a size"),
+    ("sizes: [s, m]", "sizes: [s]", "fit needs trials at two sizes"),
+    ("optimizer.lr: {grid", "model.ffn_width: {grid", "`match` sets model.ffn_width"),
+    ("optimizer.lr: {grid", "attention.top_k: {grid", "variant routed sets attention.top_k"),
+    ("{train.validate_every_tokens: 1}", "{train.validate_each: 1}", "train.validate_each is not a key"),
+    ("{train.validate_every_tokens: 1}", "{attention.top_k: 1}", "`scale` sets attention.top_k"),
+    ("model.width: 48, model.layers: 3", "model.width: 50, attention.heads: 5", r"sizes: m: .*kv_heads"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BAD)
+def test_a_ladder_that_cannot_be_right_is_refused_before_anything_starts(folder, old, new, words):
+    folder.rewrite(old, new)
+    with pytest.raises(SpecError, match=words):
+        run_file(folder.study)
+    assert folder.trained() == []
+    assert not folder.out.exists()
+
+
+def test_an_argument_that_a_size_overrides_is_refused(folder):
+    for argument, words in (("model.width=40", "size s sets"), ("train.tokens=512", "`tokens_per_param` sets")):
+        with pytest.raises(SpecError, match=words):
+            run_file(folder.study, [argument])
+
+
+def test_the_base_of_a_size_may_be_another_file(folder, tmp_path):
+    (tmp_path / "deep.yaml").write_text(BASE.replace("layers: 2", "layers: 6"))
+    folder.rewrite("m: {keys: {model.width: 48, model.layers: 3}}", "m: {base: deep.yaml}")
+    assert plan_ladder(load_study(folder.study)).sizes[1].spec.model.layers == 6
