@@ -152,7 +152,7 @@ def test_a_changed_grid_after_training_is_refused_as_another_definition(folder):
 def test_dry_run_trains_nothing_and_names_the_trials(folder, capsys):
     assert run_file(folder.study, dry_run=True) == 0
     out = capsys.readouterr().out
-    assert "tune optimizer.lr at s: 9 trials (0.001, 0.002, 0.004)" in out
+    assert "tune optimizer.lr at s: 6 trials (0.001, 0.002, 0.004)" in out
     assert "size l:" in out
     assert folder.trained() == []
     assert not folder.out.exists()
