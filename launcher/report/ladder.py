@@ -108,25 +108,24 @@ def headline(study: LadderStudy) -> list[str]:
     params = [s.params[base] for s in result.sizes]
     per_param = study.record.get("tokens_per_param")
     at = f" at {per_param:g} tokens per parameter" if per_param else ""
-    sentences = [
-        question,
-        f"Over {len(params)} sizes from {short_number(min(params))} to {short_number(max(params))} parameters{at}, with "
-        "95 % intervals that hold for all variants at once:",
-    ]
+    opening = (
+        f"Over {len(params)} sizes from {short_number(min(params))} to {short_number(max(params))} parameters{at}, "
+        "with 95 % intervals that hold for all variants at once:"
+    )
+    found: list[str] = []
     words: dict[Direction, str] = {
         "shrinks": "the advantage shrinks, in nats per doubling of parameters, of",
         "grows": "the advantage grows, in nats per doubling of parameters, of",
         "undecided": "undecided:",
     }
     for verdict, text in words.items():
-        found = [
-            f"{v} ({_per_doubling(line)})" for v, line in result.lines.by_variant.items() if line.verdict == verdict
-        ]
-        if found:
-            sentences.append(f"{text} {', '.join(found)}.")
-    if (refused := list(result.lines.refused)) and len(refused) <= 4:
-        sentences.append(f"No answer yet for {', '.join(refused)}.")
-    return [s if i == 0 or s[0].isupper() else s[0].upper() + s[1:] for i, s in enumerate(sentences)]
+        lines = [(v, line) for v, line in result.lines.by_variant.items() if line.verdict == verdict]
+        if lines:
+            found.append(f"{text} {', '.join(f'{v} ({_per_doubling(line)})' for v, line in lines)}.")
+    later = [f"{text[0].upper()}{text[1:]}" for text in found[1:]]
+    refused = list(result.lines.refused)
+    no_line = [f"No answer yet for {', '.join(refused)}."] if refused else []
+    return [question, opening, *found[:1], *later, *no_line]
 
 
 def _per_doubling(line: Line) -> str:
@@ -141,6 +140,7 @@ def _advantage(line: Line) -> Range:
 
 def _verdicts(study: LadderStudy) -> Iterator[Block]:
     result = study.result
+    rows: list[tuple[str, ...]] = []
     header = (
         "variant",
         "advantage with size",
@@ -150,7 +150,7 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
         "at the largest size",
         "change relative to the reducible loss, per doubling",
     )
-    rows = [header]
+    rows.append(header)
     for v in result.others:
         line = result.lines.by_variant.get(v) if isinstance(result.lines, Lines) else None
         found = [d for s in study.sizes if (d := _difference(s, v)) is not None]
@@ -168,9 +168,10 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
         )
     yield Table(rows, frozenset({0, 1}))
     yield Text(
-        f"Advantage: the loss of {result.baseline} minus the variant's; below 0 it is a disadvantage, and one that grows "
-        "gets smaller. The test: the paired differences over the logarithm of parameters, sizes weighted by their noise, "
-        "with the lack of fit of the line in the interval. Verdict: grows or shrinks where the interval excludes 0. "
+        f"Advantage: the loss of {result.baseline} minus the variant's; below 0 it is a disadvantage, and one that "
+        "grows gets smaller. The test: the paired differences over the logarithm of parameters, sizes weighted by "
+        "their noise, with the lack of fit of the line in the interval. Verdict: grows or shrinks where the interval "
+        "excludes 0. "
         "In nats, an advantage that is worth a constant factor of parameters shrinks as the reducible loss does. The "
         "last column tells whether that factor changes: below 0 it falls, where its interval excludes 0."
     )
@@ -206,9 +207,9 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
         factor = sd_factor(noise.sigma_df)
         yield (
             "noise of a run",
-            f"{noise.sigma:.4f} nats (standard deviation given its variant and seed), from {noise.sigma_df} degrees of "
-            f"freedom over all sizes; the true one can be up to {factor:.1f} times as large. It is taken to be the same "
-            "at all sizes and for all variants",
+            f"{noise.sigma:.4f} nats (standard deviation given its variant and seed), from {noise.sigma_df} degrees "
+            f"of freedom over all sizes; the true one can be up to {factor:.1f} times as large. It is taken to be the "
+            "same at all sizes and for all variants",
         )
         yield (
             "effect of a seed",
@@ -216,7 +217,9 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
         )
     if isinstance(result.lines, Lines):
         widths = [line.critical * line.standard_error * DOUBLING for line in result.lines.by_variant.values()]
-        yield "smallest visible trend", f"about {min(widths):.4f} to {max(widths):.4f} nats per doubling of parameters"
+        low, high = f"{min(widths):.4f}", f"{max(widths):.4f}"
+        span = low if low == high else f"{low} to {high}"
+        yield "smallest visible trend", f"about {span} nats per doubling of parameters"
         yield "lack of fit of the lines", lack_words(result.lines.lack)
     odd = [f"{s.name}: {', '.join(own)}" for s in study.sizes if s.study and (own := s.study.comparison.own_spread)]
     if odd:
@@ -239,8 +242,8 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
 def _losses(study: LadderStudy) -> Iterator[Block]:
     yield Heading("Loss at each size")
     yield Text(
-        "Mean validation loss in nats per token over the finished seeds (their number), at the last token count at which "
-        "all finished runs of a size were validated. Lower is better."
+        "Mean validation loss in nats per token over the finished seeds (their number), at the last token count at "
+        "which all finished runs of a size were validated. Lower is better."
     )
     rows = [["variant", *(s.name for s in study.sizes)]]
     rows.append(["parameters", *("-" if s.params is None else short_number(s.params) for s in study.sizes)])
@@ -371,9 +374,12 @@ def fit_rows(study: LadderStudy) -> Iterator[dict[str, Any]]:
                 for i, size in enumerate(law.means.sizes):
                     yield row(f"effective speed-up at {size.name}", over, name, law.speed_up_at(v, base, i))
     target, law = study.record.get("extrapolate"), result.by_params
-    for name in result.variants if target and isinstance(law, Law) else ():
-        for what, compute in predictions(study, law, name, float(target)).items() if isinstance(law, Law) else ():
+    if not target or isinstance(law, str):
+        return
+    for name in result.variants:
+        for what, compute in predictions(study, law, name, float(target)).items():
             try:
-                yield row(f"{what} at {target:.6g}", "parameters", name, compute())
+                found = compute()
             except Refusal:
                 continue
+            yield row(f"{what} at {target:.6g}", "parameters", name, found)

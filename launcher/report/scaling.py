@@ -33,8 +33,9 @@ def law_blocks(study: LadderStudy) -> Iterator[Block]:
     result = study.result
     yield Heading("The joint law")
     yield Text(
-        "L = E + A N^-a, fitted to all runs at once: all variants share the irreducible loss E and the exponent a, A is "
-        "the variant's own. N is the number of parameters, or the useful training FLOPs of a run. Intervals (95 %) have the noise of runs, the effects of seeds (a seed is a block: it moves all variants of its size together), "
+        "L = E + A N^-a, fitted to all runs at once: all variants share the irreducible loss E and the exponent a; A "
+        "is the variant's own. N is the number of parameters, or the useful training FLOPs of a run. Intervals (95 %) "
+        "have the noise of runs, the effects of seeds (a seed is a block: it moves all variants of its size together), "
         "and lack of fit."
     )
     laws = {"parameters": result.by_params, "useful training FLOPs": result.by_flops}
@@ -130,11 +131,11 @@ def prediction_blocks(study: LadderStudy) -> Iterator[Block]:
         yield Text(f"Not predicted: {refused}.", "warn")
         return
     yield Text(
-        f"At {short_number(target)} parameters and the tokens per parameter of the ladder. Intervals (95 %) include the "
-        "noise of runs, of the exponent and of E, and the lack of fit of a new size; in columns of one seed, also the "
-        "noise of that seed. Those of differences hold for all variants at once. By the law, a difference "
-        "shrinks as N^-a. By the line, the trend of the difference over ln N goes on. If both disagree, the sizes do not "
-        "tell which of them holds."
+        f"At {short_number(target)} parameters and the tokens per parameter of the ladder. Intervals (95 %) include "
+        "the noise of runs, of the exponent and of E, and the lack of fit of a new size; in columns of one seed, also "
+        "the noise of that seed. Those of differences hold for all variants at once. By the law, a difference shrinks "
+        "as N^-a. By the line, the trend of the difference over ln N goes on. If both disagree, the sizes do not tell "
+        "which of them holds."
     )
     yield Table(rows)
 

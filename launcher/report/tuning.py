@@ -15,9 +15,9 @@ def tuning_blocks(searches: Sequence[Search], baseline: str, plots: Mapping[str,
         return
     yield Heading("Tuning")
     yield Text(
-        "Trials have seeds of their own, so the chosen value is not chosen by the losses above. Cost of half or double: "
-        "how much higher the mean loss is at the neighbouring values of the grid, the worse of both; a flat curve means "
-        f"that the choice matters little. Shift: the chosen value over that of {baseline}."
+        "Trials have seeds of their own, so the losses above do not choose the value. Cost of a neighbour: how much "
+        "higher the mean loss of trials is at the worse of the two values of the grid beside the best one. Where it is "
+        f"small, the choice matters little. Shift: the chosen value over that of {baseline}."
     )
     for key in dict.fromkeys(s.key for s in searches):
         yield Table(

@@ -12,8 +12,9 @@ quantile, whose degrees of freedom are Satterthwaite's of the linearised estimat
 allowed form one closed interval; the result spans those of all a. It is exact for numbers that are linear in the
 parameters and follows the curved ridge of E and a, where the delta method and refitted draws do not.
 
-Predictions of a new size add its lack of fit. Where nothing else is added, its variance is the upper limit at 90 %
-(Q-profile, Viechtbauer 2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Intervals of
+Predictions of a new size add its lack of fit, with the upper limit of its variance at 90 % (Q-profile, Viechtbauer
+2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Predictions of what seeds will measure
+add the estimate and the noise of these seeds, and are never narrower than those of the expected loss. Intervals of
 differences and speed-ups are simultaneous for all variants (Dunnett).
 
 Legend: M means, V variants, G exponents on the grid, P = V + 1 linear parameters (E, then A_v).
@@ -58,6 +59,10 @@ class Range:
 
     def excludes(self, value: float) -> bool:
         return not self.low <= value <= self.high
+
+    def hull(self, other: Range) -> Range:
+        """The same number with the ends of both intervals that are farthest from each other."""
+        return Range(value=self.value, low=min(self.low, other.low), high=max(self.high, other.high))
 
     def exp(self) -> Range:
         return Range(value=_exp(self.value), low=_exp(self.low), high=_exp(self.high))
@@ -116,8 +121,9 @@ class Law:
         seeds measures it; None: the expected loss.
         """
         self._within(x)
-        share = 1.0 / seeds if seeds else 0.0
-        return self._linear(self._rows(variant, x), run=share, seed=share, fit=2.0 * new)
+        rows, share = self._rows(variant, x), 1.0 / seeds if seeds else 0.0
+        expected = self._linear(rows, fit=2.0 * new)
+        return expected.hull(self._linear(rows, run=share, seed=share, fit=2.0 * new)) if seeds else expected
 
     def difference(
         self, variant: int, base: int, x: float, *, at_base: float | None = None, seeds: int | None = None
@@ -128,7 +134,8 @@ class Law:
         """
         self._within(x)
         rows = self._rows(variant, x) - self._rows(base, x if at_base is None else at_base)
-        return self._linear(rows, run=2.0 / seeds if seeds else 0.0, fit=2.0, joint=True)
+        expected = self._linear(rows, fit=2.0, joint=True)
+        return expected.hull(self._linear(rows, run=2.0 / seeds, fit=2.0, joint=True)) if seeds else expected
 
     def speed_up(self, variant: int, base: int) -> Range:
         """How many times more N the baseline needs for the loss of the variant, by the law: (A_base / A_v)^(1/a).

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.launcher.base.text import short_number
 from headway.launcher.compare.ladder.curve import Law
 from headway.launcher.compare.ladder.read import LadderStudy, Search
 from headway.launcher.compare.ladder.slope import Lines
@@ -56,9 +57,8 @@ def _loss(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
     if len(result.sizes) < 2:
         return None
     law = result.by_params if isinstance(result.by_params, Law) else None
-    panels = [
-        Panel(x=_params_axis(), y=Axis(label="validation loss (nats per token)"), series=_losses(study, law, 0.0))
-    ]
+    x_axis = _params_axis(study)
+    panels = [Panel(x=x_axis, y=Axis(label="validation loss (nats per token)"), series=_losses(study, law, 0.0))]
     caption = "Filled: mean over seeds; hollow: single seeds."
     if law is not None:
         caption += " Lines: the joint law."
@@ -66,7 +66,7 @@ def _loss(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
             caption += " Bars: 95 % prediction intervals of the expected loss at the named size."
         offset = float(law.linear[0])
         axis = Axis(label=f"loss minus E = {offset:.3f} (nats per token)", log=True)
-        panels.append(Panel(x=_params_axis(), y=axis, series=_losses(study, law, offset)))
+        panels.append(Panel(x=x_axis, y=axis, series=_losses(study, law, offset)))
         caption += " Right: the reducible part, on logarithmic axes; a power law is a straight line."
     chart = Chart(styles=looks, panels=panels)
     return Drawing(draw(chart, height_in=4.2), "Loss against parameters", caption, chart)
@@ -111,8 +111,12 @@ def _fitted(study: LadderStudy, law: Law, variant: str, offset: float) -> list[S
     return [line, *predicted]
 
 
-def _params_axis() -> Axis:
-    return Axis(label="parameters", log=True)
+def _params_axis(study: LadderStudy, *, named: bool = True) -> Axis:
+    """With ticks at the sizes, and at the named one."""
+    values = {s.params[study.result.baseline] for s in study.result.sizes}
+    if named and study.record.get("extrapolate") and isinstance(study.result.by_params, Law):
+        values.add(float(study.record["extrapolate"]))
+    return Axis(label="parameters", log=True, ticks=[(x, short_number(x)) for x in sorted(values)])
 
 
 # ---------------------------------------------------------------- difference
@@ -143,11 +147,12 @@ def _difference(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
     base = result.baseline
     y_axis = Axis(label=f"loss minus {base}'s (nats per token)\n\u2190 better          worse \u2192")
     chart = Chart(
-        styles=looks, panels=[Panel(x=_params_axis(), y=y_axis, series=series, rules=[Rule(axis="y", at=0.0)])]
+        styles=looks,
+        panels=[Panel(x=_params_axis(study, named=False), y=y_axis, series=series, rules=[Rule(axis="y", at=0.0)])],
     )
     caption = (
-        "Dots: paired difference at one size with its 95 % interval (for all variants of this size at once; no bar with "
-        "one seed). "
+        "Dots: paired difference at one size with its 95 % interval (for all variants of this size at once; no bar "
+        "with one seed). "
     )
     if lines:
         caption += (
@@ -168,9 +173,13 @@ def _tuning(key: str, searches: Sequence[Search], looks: Mapping[str, Any]) -> D
     for size in sizes:
         series = [one for s in searches if s.size == size for one in _tuned(s)]
         label = "mean loss of trials (nats per token)" if size == sizes[0] else ""
-        panels.append(Panel(title=size, x=Axis(label=key, log=positive), y=Axis(label=label), series=series))
+        values = sorted({value for s in searches if s.size == size for value, _, _ in s.trials})
+        x_axis = Axis(label=key, log=positive, ticks=[(value, f"{value:g}") for value in values])
+        panels.append(Panel(title=size, x=x_axis, y=Axis(label=label), series=series))
     chart = Chart(styles=looks, panels=panels)
-    caption = "Lines: mean over the seeds of the trials; hollow: single trials; filled: the chosen value, on the line."
+    caption = (
+        "Lines: mean over the seeds of the trials; hollow: single trials; filled: the chosen value, at the lowest mean."
+    )
     return Drawing(
         draw(chart, height_in=3.8, width_in=max(WIDTH_IN, 3.4 * len(sizes))), f"Tuning of {key}", caption, chart
     )
@@ -188,7 +197,5 @@ def _tuned(search: Search) -> list[Series]:
     found.append(Series(variant=search.variant, name="mean", x=values, y=means))
     chosen = search.chosen
     if chosen is not None and values[0] <= chosen <= values[-1]:
-        log = values[0] > 0
-        at = np.interp(math.log(chosen), np.log(values), means) if log else np.interp(chosen, values, means)
-        found.append(Series(variant=search.variant, name="chosen", x=[chosen], y=[float(at)], mark="dot"))
+        found.append(Series(variant=search.variant, name="chosen", x=[chosen], y=[min(means)], mark="dot"))
     return found
