@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from headway.launcher.report.charts import chart_json
 from headway.launcher.report.plots.study import Plot, inline_svg
@@ -54,7 +55,14 @@ class Image:
     plot: Plot
 
 
-Block = Heading | Text | Items | Table | Image
+@dataclass(frozen=True)
+class Links:
+    """A list of links to other pages: (text, path relative to this page)."""
+
+    links: Sequence[tuple[str, str]]
+
+
+Block = Heading | Text | Items | Table | Image | Links
 Styles = Mapping[str, Mapping[str, Any]]
 """Variant -> `color` and `linestyle`, as `plots.style.styles` returns them."""
 
@@ -84,6 +92,8 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
         case Image(plot):
             return f"![{plot.title}]({plot.png})\n\n*{_plain(plot.caption)}*"
+        case Links(links):
+            return "\n".join(f"- [{_plain(text)}]({quote(path)})" for text, path in links)
     raise AssertionError(block)
 
 
@@ -182,6 +192,9 @@ def _html(block: Block, folder: Path, styles: Styles, anchor: _Anchor | None) ->
             return _html_table(rows, left, styles)
         case Image(plot):
             return _html_figure(plot, folder)
+        case Links(links):
+            shown = (f'<li><a href="{html.escape(quote(path))}">{_inline(text)}</a></li>' for text, path in links)
+            return f"<ul>{''.join(shown)}</ul>"
     raise AssertionError(block)
 
 

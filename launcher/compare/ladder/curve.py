@@ -12,8 +12,9 @@ quantile, whose degrees of freedom are Satterthwaite's of the linearised estimat
 allowed form one closed interval; the result spans those of all a. It is exact for numbers that are linear in the
 parameters and follows the curved ridge of E and a, where the delta method and refitted draws do not.
 
-Predictions of a new size add its lack of fit. Where nothing else is added, its variance is the upper limit at 80 %
-(Q-profile, Viechtbauer 2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Intervals of
+Predictions of a new size add its lack of fit, with the upper limit of its variance at 90 % (Q-profile, Viechtbauer
+2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Predictions of what seeds will measure
+add the estimate and the noise of these seeds, and are never narrower than those of the expected loss. Intervals of
 differences and speed-ups are simultaneous for all variants (Dunnett).
 
 Legend: M means, V variants, G exponents on the grid, P = V + 1 linear parameters (E, then A_v).
@@ -58,6 +59,10 @@ class Range:
 
     def excludes(self, value: float) -> bool:
         return not self.low <= value <= self.high
+
+    def hull(self, other: Range) -> Range:
+        """The same number with the ends of both intervals that are farthest from each other."""
+        return Range(value=self.value, low=min(self.low, other.low), high=max(self.high, other.high))
 
     def exp(self) -> Range:
         return Range(value=_exp(self.value), low=_exp(self.low), high=_exp(self.high))
@@ -116,8 +121,9 @@ class Law:
         seeds measures it; None: the expected loss.
         """
         self._within(x)
-        share = 1.0 / seeds if seeds else 0.0
-        return self._linear(self._rows(variant, x), run=share, seed=share, fit=2.0 * new)
+        rows, share = self._rows(variant, x), 1.0 / seeds if seeds else 0.0
+        expected = self._linear(rows, fit=2.0 * new)
+        return expected.hull(self._linear(rows, run=share, seed=share, fit=2.0 * new)) if seeds else expected
 
     def difference(
         self, variant: int, base: int, x: float, *, at_base: float | None = None, seeds: int | None = None
@@ -128,7 +134,8 @@ class Law:
         """
         self._within(x)
         rows = self._rows(variant, x) - self._rows(base, x if at_base is None else at_base)
-        return self._linear(rows, run=2.0 / seeds if seeds else 0.0, fit=2.0, joint=True)
+        expected = self._linear(rows, fit=2.0, joint=True)
+        return expected.hull(self._linear(rows, run=2.0 / seeds, fit=2.0, joint=True)) if seeds else expected
 
     def speed_up(self, variant: int, base: int) -> Range:
         """How many times more N the baseline needs for the loss of the variant, by the law: (A_base / A_v)^(1/a).
@@ -173,6 +180,37 @@ class Law:
             low=float((values - half)[inside].min()),
             high=float((values + half)[inside].max()),
         )
+
+    def speed_up_at(self, variant: int, base: int, size: int) -> Range | None:
+        """How many times more N the baseline needs for the loss that the variant has at a measured size, simultaneous.
+
+        The paired difference there is read from the baseline's curve, without lack of fit: it is a fact of this size.
+        None if one of both has no finished run there.
+        """
+        means = self.means
+        pair = means.at(variant, size), means.at(base, size)
+        if pair[0] is None or pair[1] is None:
+            return None
+        contrast = np.zeros(len(means.mean))
+        contrast[pair[0]], contrast[pair[1]] = 1.0, -1.0
+        difference = float(contrast @ means.mean)
+        reducible = self.solution[:, 1 + self.names.index(base)] * np.exp(-self.grid * (self.x[pair[1]] - self.center))
+        parts = [float(contrast @ part @ contrast) for part in (means.run_part, means.seed_part)]
+        df = freedom(means.noise, self.lack, parts[0], parts[1], 0.0)
+        factor = critical(len(self.names) - 1, float(df), confidence=self.confidence)
+        inside = factor**2 >= self.excess
+        spread = np.sqrt(np.maximum(factor**2 - self.excess, 0.0) * (contrast @ means.covariance @ contrast))
+        # at equal sizes of both; with other parameters than the baseline's, N itself differs
+        shift = float(self.x[pair[1]] - self.x[pair[0]])
+
+        def log_ratio(loss: Any) -> Any:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                left = 1 + loss / reducible
+                return np.where(left > 0, -np.log(np.maximum(left, 1e-300)), np.inf) / self.grid + shift
+
+        found = log_ratio(difference)[self._best], log_ratio(difference + spread), log_ratio(difference - spread)
+        low, high = float(found[1][inside].min()), float(found[2][inside].max())
+        return Range(value=float(found[0]), low=low, high=high).exp()
 
     def curve(self, variant: int, x: Any) -> Any:
         """Fitted losses at x [N]."""

@@ -32,7 +32,7 @@ from headway.launcher.compare.ladder.table import Refusal, Size
 from headway.launcher.compare.simultaneous import dunnett_critical
 from headway.launcher.compare.stats import CONFIDENCE
 
-UPPER = 0.8
+UPPER = 0.9
 """Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold in 77 to 90 %
 instead of 95 (lack of fit a third of the noise of a run); docs/studies.md has the table."""
 _ROUNDING = 1e-8
@@ -209,7 +209,7 @@ def _blocks(parts: Sequence[Any]) -> Any:
 class LackOfFit:
     """Deviations of size means from a curve beyond the noise of seeds. `sd`: tau, of one variant at one size.
 
-    `upper`: its upper limit at 80 %, for predictions of new sizes. `df`: degrees of freedom of the residuals.
+    `upper`: its upper limit at 90 %, for predictions of new sizes. `df`: degrees of freedom of the residuals.
     `p_value`: of the F test of tau = 0 against the noise within sizes; None without degrees of freedom.
     """
 

@@ -58,25 +58,31 @@ class LadderResult:
 def ladder_result(sizes: Sequence[Size], variants: Sequence[str], baseline: str) -> LadderResult:
     """Compute everything that the losses allow. Sizes without a finished run are left out. Raises nothing."""
     begun = [s for s in sizes if any(s.losses.get(v) for v in variants)]
-    means = _or_reason(lambda: means_of(begun, variants)) if begun else "no run has finished: train the ladder"
+    means: Means | str = "no run has finished: train the ladder"
+    if begun:
+        means = _or_reason(lambda: means_of(begun, variants))
 
     def law(quantity: Quantity) -> Law | str:
         if isinstance(means, str):
             return means
-        pairs = zip(means.variant, means.size, strict=True)
-        values = [getattr(means.sizes[i], quantity)[means.variants[v]] for v, i in pairs]
-        return _or_reason(lambda: law_of(means, np.log(values)))
+        found = means
+        pairs = zip(found.variant, found.size, strict=True)
+        values = [getattr(found.sizes[i], quantity)[found.variants[v]] for v, i in pairs]
+        return _or_reason(lambda: law_of(found, np.log(values)))
 
-    lines: Lines | str = means if isinstance(means, str) else ""
-    if not isinstance(means, str):
-        x = np.log([s.params[baseline] for s in means.sizes])
-        lines = _or_reason(lambda: lines_of(means, x, baseline))
+    def lines() -> Lines | str:
+        if isinstance(means, str):
+            return means
+        found = means
+        x = np.log([s.params[baseline] for s in found.sizes])
+        return _or_reason(lambda: lines_of(found, x, baseline))
+
     return LadderResult(
         sizes=tuple(begun),
         variants=tuple(variants),
         baseline=baseline,
         means=means,
-        lines=lines,
+        lines=lines(),
         by_params=law("params"),
         by_flops=law("flops"),
     )

@@ -5,7 +5,7 @@ Imports matplotlib only to draw a figure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base.text import short_number
@@ -43,9 +43,14 @@ STYLE: dict[Any, Any] = {
 
 def styles(result: StudyResult) -> dict[str, dict[str, Any]]:
     """Variant -> colour and dash pattern, the same in every figure."""
-    found: dict[str, dict[str, Any]] = {result.baseline.name: {"color": "#000000", "linestyle": "-"}}
-    for i, v in enumerate(result.others):
-        found[v.name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+    return styles_of(result.baseline.name, [v.name for v in result.others])
+
+
+def styles_of(baseline: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Variant -> colour and dash pattern. The others differ by their order."""
+    found: dict[str, dict[str, Any]] = {baseline: {"color": "#000000", "linestyle": "-"}}
+    for i, name in enumerate(others):
+        found[name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
     return found
 
 
