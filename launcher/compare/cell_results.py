@@ -21,7 +21,8 @@ FULL = 1.0
 class CellResult:
     """One cell. `loss`: the validation loss at the compared token count, for finished cells.
 
-    `budget`: the share of the tokens of the spec after which the learning rate of this cell has decayed.
+    `beside`: most other cells that trained at the same time, whose load is in its speed. `budget`: the share of the
+    tokens of the spec after which the learning rate of this cell has decayed.
     """
 
     variant: str
@@ -33,6 +34,7 @@ class CellResult:
     planned: dict[str, Any]
     loss: float | None
     speed: Speed | None
+    beside: int = 0
 
     @property
     def key(self) -> str:
@@ -86,7 +88,8 @@ def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
 def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> CellResult:
     run_dir = out / cell["run_dir"]
     record = read_run(run_dir)
-    state = cell_state(run_dir, outcomes.get(f"{run_dir.parent.name}/{run_dir.name}"))
+    outcome = outcomes.get(f"{run_dir.parent.name}/{run_dir.name}")
+    state = cell_state(run_dir, outcome)
     tokens_per_step, damaged = record.run.get("tokens_per_step"), state.state == "damaged"
     return CellResult(
         variant=cell["variant"],
@@ -98,6 +101,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any]) -> Cel
         planned=cell["spec"],
         loss=None,
         speed=steady_speed(record.step_s.tolist(), tokens_per_step) if tokens_per_step and not damaged else None,
+        beside=outcome.get("beside", 0) if outcome else 0,
     )
 
 
