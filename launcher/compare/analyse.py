@@ -25,6 +25,7 @@ from headway.launcher.compare.fairness import (
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
 from headway.launcher.compare.start import StartStrength, start_strengths
 from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio
+from headway.launcher.compare.timing import Speeds, speeds_of
 from headway.launcher.compare.trend import Trend, trend_of
 from headway.launcher.compare.verdicts import Verdict, verdict
 from headway.launcher.run.records_heads import Heads, Router, mean_routers
@@ -36,9 +37,9 @@ class VariantResult:
     """One variant over its finished seeds. Fields are None without data to compute them from.
 
     `loss`, `difference` (to the baseline): in nats per token. Intervals of differences are simultaneous for all
-    variants. `effective`: how much less of a cost reaches the same loss. `speed_ratio`: tokens/s relative to the
-    baseline. `planned`: the entry of the variant in study.json. `routers`: means over seeds. `heads`: one value for
-    each seed that recorded them.
+    variants. `effective`: how much less of a cost reaches the same loss. `speeds`: by seed, or by round of the timing
+    part (`StudyResult.speeds`). `speed_ratio`: tokens/s relative to the baseline. `planned`: the entry of the variant
+    in study.json. `routers`: means over seeds. `heads`: one value for each seed that recorded them.
     """
 
     name: str
@@ -84,6 +85,7 @@ class StudyResult:
     short_pairing: dict[float, Pairing]
     short_deviations: tuple[str, ...]
     effective: EffectiveCosts
+    speeds: Speeds
 
     @property
     def baseline(self) -> VariantResult:
@@ -127,13 +129,14 @@ def analyse(out: Path) -> StudyResult:
         b: check_pairing(_hashes([c for c in short if c.budget == b]), base) for b in sorted({c.budget for c in short})
     }
     all_paired = paired and all(p.status != "UNPAIRED" for p in short_pairing.values())
-    effective = _effective(record, every, comparison, paired=all_paired)
+    speeds = speeds_of(out, record, cells)
+    effective = _effective(record, every, comparison, speeds, paired=all_paired)
     there = cells_there(out, records)
     return StudyResult(
         out=out,
         record=record,
         cells=tuple(cells),
-        variants=tuple(_variants(record, list(done.values()), comparison, effective)),
+        variants=tuple(_variants(record, list(done.values()), comparison, effective, speeds)),
         tokens=end.tokens,
         tokens_are_final=end.final,
         comparison=comparison,
@@ -147,6 +150,7 @@ def analyse(out: Path) -> StudyResult:
         short_pairing=short_pairing,
         short_deviations=tuple(_deviations(short)),
         effective=effective,
+        speeds=speeds,
     )
 
 
@@ -191,7 +195,7 @@ def _hashes(cells: list[CellResult]) -> dict[str, dict[int, Hashes]]:
 
 
 def _effective(
-    record: dict[str, Any], cells: list[CellResult], comparison: Comparison, *, paired: bool
+    record: dict[str, Any], cells: list[CellResult], comparison: Comparison, speeds: Speeds, *, paired: bool
 ) -> EffectiveCosts:
     budgets = sorted({c.budget for c in cells})
     if len(budgets) < 2:
@@ -209,29 +213,27 @@ def _effective(
     for c in cells:
         if c.done and c.loss is not None:
             losses[c.variant].setdefault(c.budget, {})[c.seed] = c.loss
-    speeds = _by_variant([c for c in cells if c.done and c.budget == FULL], lambda c: c.speed and c.speed.tokens_per_s)
     return effective_costs(
         losses,
         {b: end.tokens for b, end in ends.items() if end.tokens is not None},
         record["baseline"],
         flops={planned["name"]: planned["cost"]["flops_per_token_useful"] for planned in record["variants"]},
-        speeds=speeds,
+        speeds=speeds.tokens_per_s,
         own_spread=comparison.own_spread,
         paired=paired,
     )
 
 
 def _variants(
-    record: dict[str, Any], done: list[CellResult], comparison: Comparison, effective: EffectiveCosts
+    record: dict[str, Any], done: list[CellResult], comparison: Comparison, effective: EffectiveCosts, speeds: Speeds
 ) -> list[VariantResult]:
     base = record["baseline"]
     all_losses = _by_variant(done, lambda c: c.loss)
-    all_speeds, all_heads = _by_variant(done, lambda c: c.speed), _by_variant(done, lambda c: c.record.heads)
+    all_heads, tokens_per_s = _by_variant(done, lambda c: c.record.heads), speeds.tokens_per_s
     names = [planned["name"] for planned in record["variants"]]
     starts = start_strengths(
         {name: [c.record.start for c in done if c.variant == name and c.record.start] for name in names}, base
     )
-    tokens_per_s = {v: {s: x.tokens_per_s for s, x in by_seed.items()} for v, by_seed in all_speeds.items()}
     results = []
     for planned in record["variants"]:
         name = planned["name"]
@@ -244,7 +246,7 @@ def _variants(
                 losses=losses,
                 loss=estimate(list(losses.values())) if losses else None,
                 difference=comparison.differences.get(name),
-                speeds=all_speeds.get(name, {}),
+                speeds=speeds.by_variant.get(name, {}),
                 speed_ratio=ratio,
                 effective=effective.by_variant.get(name),
                 routers=mean_routers(c.record.routers for c in done if c.variant == name),

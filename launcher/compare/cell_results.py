@@ -25,6 +25,7 @@ class CellResult:
 
     `loss`: the validation loss at the compared token count, for finished cells. `budget`: the share of the tokens of
     the spec after which the learning rate of this cell has decayed. `steps`: figures of its training steps.
+    `beside`: most other cells that trained at the same time, whose load is in its speed.
     `from_record`: whether it is read from its record, which lacks the single steps.
     """
 
@@ -40,6 +41,7 @@ class CellResult:
     planned: dict[str, Any]
     loss: float | None
     speed: Speed | None
+    beside: int = 0
 
     @property
     def done(self) -> bool:
@@ -91,7 +93,8 @@ def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
 def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any], records: Path | None) -> CellResult:
     run_dir = out / cell["run_dir"]
     key = f"{run_dir.parent.name}/{run_dir.name}"
-    state = cell_state(run_dir, outcomes.get(key), records and record_file(records, key), key=key)
+    outcome = outcomes.get(key)
+    state = cell_state(run_dir, outcome, records and record_file(records, key), key=key)
     if state.record is not None:
         record, steps = state.record.run, state.record.steps
     else:
@@ -110,6 +113,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any], record
         planned=cell["spec"],
         loss=None,
         speed=steps.speed if state.state != "damaged" else None,
+        beside=outcome.get("beside", 0) if outcome else 0,
     )
 
 

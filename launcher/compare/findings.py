@@ -81,13 +81,19 @@ def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
                 "baseline" if base else signed_interval(v.difference),
                 "1.00x" if base else speed_up(v.effective and v.effective.flops),
                 "1.00x" if base else speed_up(v.effective and v.effective.seconds),
-                "1.00x" if base else ("-" if v.speed_ratio is None else f"{v.speed_ratio.mean:.2f}x"),
+                "1.00x" if base else _speed_ratio(result, v),
                 f"{v.cost['kv_bytes_per_token']:,.12g}",
                 _ratio(v.start.attention),
                 _ratio(v.start.mlp),
             )
         )
     return rows
+
+
+def _speed_ratio(result: StudyResult, v: VariantResult) -> str:
+    if v.speed_ratio is None:
+        return "not measured" if result.speeds.source == "missing" else "-"
+    return f"{v.speed_ratio.mean:.2f}x"
 
 
 def limits(result: StudyResult) -> list[tuple[str, str]]:
@@ -256,9 +262,32 @@ def measured_speed_holds_for(result: StudyResult) -> str:
         f"measured on {machine.get('gpu') or machine.get('cpu') or 'an unknown machine'} with "
         f"{machine.get('cores', '?')} cores, by this implementation ({code or 'unknown versions'}), at "
         f"{short_number(result.baseline.cost['num_params'])} parameters and sequences of {seq_len or '?'} tokens, as "
-        f"{layout or 'an unknown layout'}; with another of these it can be another one. Runs ran one after another, so "
-        "other load on the machine shows in them"
+        f"{layout or 'an unknown layout'}; with another of these it can be another one. {_load(result)}"
     )
+
+
+def speed_origin(result: StudyResult) -> str:
+    """How the speeds of the report were taken, or why it has none: one sentence or two."""
+    speeds = result.speeds
+    if speeds.source == "cells":
+        return "Speeds were taken from the steps of the cells, which trained one after another."
+    beside = f"Cells trained beside up to {speeds.beside} other{'' if speeds.beside == 1 else 's'}"
+    if speeds.source == "timing":
+        return (
+            f"{beside}, so their own speeds are not compared. Speeds were taken afterwards from all variants alone, in "
+            f"turns in one process, over {speeds.rounds} rounds: intervals are those over rounds."
+        )
+    return (
+        f"Speeds were taken beside other cells, which share caches and memory bandwidth, and are not compared: "
+        f"{beside[0].lower()}{beside[1:]}, and {speeds.why}. The command of the study, without --no-timing, times the "
+        "variants of runs of one process alone."
+    )
+
+
+def _load(result: StudyResult) -> str:
+    if result.speeds.source == "timing":
+        return "Variants took turns step by step, so other load on the machine affects all of them"
+    return "Runs ran one after another, so other load on the machine shows in them"
 
 
 def _scale(result: StudyResult) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from headway.launcher.base import console
-from headway.launcher.compare.analyse import StudyResult, analyse
+from headway.launcher.compare.analyse import StudyResult, VariantResult, analyse
 from headway.launcher.compare.fairness import ABSENT, Difference, changed_sections
 from headway.launcher.compare.findings import (
     bits_per_byte,
@@ -16,6 +16,7 @@ from headway.launcher.compare.findings import (
     limits,
     measured_speed_holds_for,
     signed_interval,
+    speed_origin,
     verdict_rows,
 )
 from headway.launcher.compare.questions import answer, parse_question
@@ -68,7 +69,10 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     if result.comparison.differences:
         yield Table(verdict_rows(result), frozenset({0, 1}))
         yield Text(_start_words(result))
-        yield Text(f"Tokens per second and speed-up by seconds: {measured_speed_holds_for(result)}.")
+        if result.speeds.source == "missing":
+            yield Text(speed_origin(result), "warn")
+        else:
+            yield Text(f"Tokens per second and speed-up by seconds: {measured_speed_holds_for(result)}.")
     yield from _answers(result)
     yield Heading("What these numbers cannot say", 3)
     yield Table(limits(result), frozenset({0, 1}))
@@ -250,18 +254,22 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
 
 def _speed(result: StudyResult) -> Iterator[Block]:
     yield Heading("Training speed")
+    if result.speeds.source == "missing":
+        yield Text(f"Not measured. {speed_origin(result)}")
+        return
+    how = "median step, first 10 % of the steps left out" if result.speeds.source == "cells" else "median round"
+    over = "steps" if result.speeds.source == "cells" else "rounds"
     yield Text(
-        "Tokens per second of the training step (median step, first 10 % of the steps left out; validation and "
-        "checkpoints not counted), with the quartiles over steps. FLOP ratio: the ratio to the baseline if time "
-        "followed useful FLOPs; realised: the share of it that was reached."
+        f"Tokens per second of the training step ({how}; validation and checkpoints not counted), with the quartiles "
+        f"over {over}. {speed_origin(result)} FLOP ratio: the ratio to the baseline if time followed useful FLOPs; "
+        "realised: the share of it that was reached."
     )
     rows = [["variant", "tokens/s", "quartiles", "ratio to baseline [95 %]", "FLOP ratio", "realised"]]
     for v in result.variants:
         if not v.speeds:
             rows.append([v.name, *["-"] * 5])
             continue
-        middle = median([s.tokens_per_s for s in v.speeds.values()])
-        low, high = (median([getattr(s, k) for s in v.speeds.values()]) for k in ("low", "high"))
+        low, middle, high = _quartiles(result, v)
         theory, ratio = flop_ratio(v, result.baseline), v.speed_ratio
         if ratio is None:
             shown, realised = "baseline" if v is result.baseline else "-", "-"
@@ -270,6 +278,15 @@ def _speed(result: StudyResult) -> Iterator[Block]:
             realised = f"{ratio.mean / theory:.0%}"
         rows.append([v.name, f"{middle:,.0f}", f"{low:,.0f} \u2013 {high:,.0f}", shown, f"{theory:.3f}", realised])
     yield Table(rows)
+
+
+def _quartiles(result: StudyResult, v: VariantResult) -> tuple[float, float, float]:
+    """Quartiles of tokens per second: over steps, as medians over seeds, or over the rounds of the timing part."""
+    found = list(v.speeds.values())
+    if result.speeds.source == "timing":
+        low, middle, high = quantiles([s.tokens_per_s for s in found], n=4, method="inclusive")
+        return low, middle, high
+    return median([s.low for s in found]), median([s.tokens_per_s for s in found]), median([s.high for s in found])
 
 
 def _fairness(result: StudyResult) -> Iterator[Block]:
@@ -296,6 +313,7 @@ def _fairness(result: StudyResult) -> Iterator[Block]:
     if result.deviations:
         yield Text("CONFOUND: runs that are not what the study planned:", "warn")
         yield Items(result.deviations)
+    yield Text(f"Speed: {speed_origin(result)}", "warn" if result.speeds.source == "missing" else "plain")
     resumed = [f"{c.key} ({c.record.summary['resumes']})" for c in result.cells if c.record.summary.get("resumes")]
     if resumed:
         yield Text(f"Resumed from a checkpoint (times): {', '.join(resumed)}.")

@@ -34,6 +34,7 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
             "final_validation_loss_nats": None if c.damaged else c.record.summary.get("final_validation_loss"),
             "train_s": None if c.damaged else c.record.train_s,
             **_speed_columns(c),
+            "cells_beside": c.beside,
             **_size_columns(v),
             "resumes": c.record.summary.get("resumes"),
             "spec_hash": run.get("spec_hash"),

@@ -50,11 +50,12 @@ def run_file(
     dry_run: bool = False,
     fresh: bool = False,
     jobs: int | None = None,
+    timing: bool = True,
 ) -> int:
     """Train what is missing of a study file, then write its reports. Arguments and exit status as for `run_study`."""
     study = load_study(Path(path))
     if not study.config.is_ladder:
-        return run_study(path, overrides, dry_run=dry_run, fresh=fresh, jobs=jobs)
+        return run_study(path, overrides, dry_run=dry_run, fresh=fresh, jobs=jobs, timing=timing)
     ladder = plan_ladder(study, overrides)
     held = {} if fresh else stored_values(ladder)
     first = [_plan(ladder, ladder.main(size, held.get(size.name, {}))) for size in ladder.sizes]
@@ -75,7 +76,7 @@ def run_file(
     with RunDir(study.out).locked("ladder.lock"):
         if study.config.sizes:
             write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
-        code = _train(ladder, command, jobs)
+        code = _train(ladder, command, jobs, timing=timing)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -117,12 +118,12 @@ def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
 # ---------------------------------------------------------------- training
 
 
-def _train(ladder: Ladder, command: str, jobs: int | None) -> int:
+def _train(ladder: Ladder, command: str, jobs: int | None, *, timing: bool) -> int:
     """Train the trials, then the cells of all sizes. Returns an exit status as `train_study`."""
 
-    def train(plans: Sequence[StudyPlan]) -> int:
+    def train(plans: Sequence[StudyPlan], *, timing: bool = False) -> int:
         measured = [Measurements.of(plan.study.out) for plan in plans]
-        return train_plans(plans, measured, command=command, jobs=jobs, in_order=True)
+        return train_plans(plans, measured, command=command, jobs=jobs, timing=timing, in_order=True)
 
     def train_trials(studies: Sequence[Study]) -> int:
         return train([without_diverged(_plan(ladder, study)) for study in studies])
@@ -133,7 +134,7 @@ def _train(ladder: Ladder, command: str, jobs: int | None) -> int:
     plans = [_plan(ladder, ladder.main(size, values[size.name])) for size in ladder.sizes]
     for plan in plans:
         refuse_changed(plan)
-    code = train(plans)
+    code = train(plans, timing=timing)
     return code if code == PREEMPTED else code | check_carried(ladder, values, train_trials)
 
 

@@ -42,6 +42,7 @@ def run_probe(
     dry_run: bool = False,
     fresh: bool = False,
     jobs: int | None = None,
+    timing: bool = True,
 ) -> int:
     """Train the unfinished cells of all tasks in one queue, then write the table.
 
@@ -74,7 +75,7 @@ def run_probe(
     with RunDir(out).locked("study.lock"):
         record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
         write_json(out / RECORD, {**record, "command": command, "written_at": now()})
-        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs)
+        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs, timing=timing)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         _emit(probe, out, None)

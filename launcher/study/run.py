@@ -43,11 +43,13 @@ def run_study(
     dry_run: bool = False,
     fresh: bool = False,
     jobs: int | None = None,
+    timing: bool = True,
 ) -> int:
     """Train the unfinished cells, `jobs` at once (default: what this host has), then write the report.
 
     `overrides` (`a.b=c`) change the base of all cells. A failed cell does not stop the others. `fresh`: rename an
-    existing folder of the study first. Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop
+    existing folder of the study first. `timing`: if cells trained beside others, time the variants alone at the end.
+    Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop
     by a signal; the same command then continues. Raises SpecError if the folder contains cells of another definition.
     """
     study = load_study(Path(path))
@@ -68,7 +70,7 @@ def run_study(
         find_jobs([plan], jobs, fresh=True)
         move_aside(study)
     command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
-    code = train_study(plan, measurements, command=command, jobs=jobs)
+    code = train_study(plan, measurements, command=command, jobs=jobs, timing=timing)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -83,9 +85,11 @@ def run_study(
     return code
 
 
-def train_study(plan: StudyPlan, measurements: Measurements, *, command: str, jobs: int | None = None) -> int:
+def train_study(
+    plan: StudyPlan, measurements: Measurements, *, command: str, jobs: int | None = None, timing: bool = True
+) -> int:
     """Train the unfinished cells of one study: `train_plans` of one plan."""
-    return train_plans([plan], [measurements], command=command, jobs=jobs)
+    return train_plans([plan], [measurements], command=command, jobs=jobs, timing=timing)
 
 
 def train_plans(
@@ -94,12 +98,13 @@ def train_plans(
     *,
     command: str,
     jobs: int | None = None,
+    timing: bool = True,
     in_order: bool = False,
 ) -> int:
     """Train the unfinished cells of all plans in one queue, `jobs` at once (default: what this host has).
 
+    If cells of a plan trained beside others, its variants are timed alone afterwards, unless `timing` is False.
     `in_order`: all cells of a plan start before those of the next one.
-
     Records the design of each plan, its `measurements` and `command` (the command line of the user) in its folder.
     Exit status as for `run_study`. Raises SpecError before anything is started if a folder contains cells of another
     definition, or if this host has too few cores, GPUs or memory for `jobs`.
@@ -117,7 +122,7 @@ def train_plans(
         books = [Book.open(plan, partial(_record, command=command)) for plan in plans]
         for plan, measured in zip(plans, measurements, strict=True):
             measured.write(plan.study.out)
-        return train_cells(books, found, cell_command, in_order=in_order)
+        return train_cells(books, found, cell_command, timing=timing, in_order=in_order)
 
 
 def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:

@@ -22,6 +22,7 @@ from headway.launcher.study.keeping import keep, state_of
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 from headway.launcher.study.pool import POLL_S, Child, Pool
 from headway.launcher.study.queue import Queue, Task, unfinished
+from headway.launcher.study.timing import needs_timing, timing_command
 from headway.launcher.study.warm import Warm
 
 AGAIN_S = 0.5
@@ -54,6 +55,12 @@ class Book:
     def out(self) -> Path:
         return self.plan.study.out
 
+    @property
+    def beside(self) -> int:
+        """Most other cells beside a cell of this study."""
+        outcomes = read_mapping(self.out / OUTCOMES).values()
+        return max((int(o.get("beside", 0)) for o in outcomes if isinstance(o, dict)), default=0)
+
     def take(self, way: Way) -> None:
         """Record the way of a cell that starts now, if it is another one than before."""
         cells = self.current.cells
@@ -80,11 +87,18 @@ class Book:
 
 
 def train_cells(
-    books: Sequence[Book], jobs: Jobs, command_of: Callable[[StudyPlan, Cell], list[str]], *, in_order: bool = False
+    books: Sequence[Book],
+    jobs: Jobs,
+    command_of: Callable[[StudyPlan, Cell], list[str]],
+    *,
+    timing: bool = True,
+    in_order: bool = False,
 ) -> int:
-    """Train what is unfinished of all plans in one queue. `command_of`: the command that trains a cell. `in_order`:
-    all cells of a plan start before those of the next one.
+    """Train what is unfinished of all plans in one queue. `command_of`: the command that trains a cell.
 
+    `in_order`: all cells of a plan start before those of the next one.
+
+    `timing`: afterwards, time the variants of the plans whose cells trained beside others.
     Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop by a signal.
     """
     tasks = unfinished([book.plan for book in books], [book.current for book in books], in_order=in_order)
@@ -98,6 +112,8 @@ def train_cells(
     with warm, Pool() as pool, console.progress("study", len(tasks), "cells", lines=False, rate=False) as bar:
         training = _Training(books, tasks, jobs, command_of, warm, pool, bar)
         failed = training.run()
+        if timing and failed is not None and not training.time_alone():
+            failed = None
     return PREEMPTED if failed is None else int(bool(failed + damaged))
 
 
@@ -135,6 +151,35 @@ class _Training:
             if self._idle_s is not None:
                 time.sleep(POLL_S)
         return None if self._pool.stopping else self._failed
+
+    def time_alone(self) -> bool:
+        """Time the variants of the plans whose cells trained beside others, one plan after the other.
+
+        Returns False after a stop.
+        """
+        for book in self._books:
+            if not needs_timing(book.out, beside=book.beside > 0):
+                continue
+            name = book.plan.study.config.study
+            console.say(f"timing the variants of {name} alone, in turns, as its cells trained beside others")
+            self._bar.name(f"study: time the variants of {name}")
+            self._pool.start(
+                book,
+                timing_command(book.out),
+                log=book.out / "logs" / "timing.log",
+                show=lambda line: console.say(f"[timing] {line}"),
+                server=self._warm.server,
+            )
+            while not (ended := self._pool.wait()):
+                pass
+            if self._pool.stopping:
+                return False
+            if (outcome := ended[0].outcome)["exit_code"] != 0:
+                console.alert(
+                    f"the variants of {name} could not be timed alone: {failure(outcome)}; all its output: "
+                    f"{outcome['log']}. The report has no speeds; the same command tries again"
+                )
+        return True
 
     def _fill(self) -> None:
         """Start cells while workers are free and cells can start."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from headway.launcher.base.numbers import real, whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
@@ -20,6 +22,11 @@ def _jobs_argument(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="N",
         help="cells that train at once (default: as many as cores or GPUs allow)",
+    )
+    parser.add_argument(
+        "--no-timing",
+        action="store_true",
+        help="do not time the variants alone after cells that trained beside others; the report then has no speeds",
     )
 
 
@@ -62,10 +69,14 @@ def _plan_study(args: argparse.Namespace) -> int:
     return plan_seeds(args.spec, args.overrides, power=args.power, margin=args.margin, as_json=args.json)
 
 
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"dry_run": args.dry_run, "fresh": args.fresh, "jobs": args.jobs, "timing": not args.no_timing}
+
+
 def _run_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.ladder_run import run_file
 
-    return run_file(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh, jobs=args.jobs)
+    return run_file(args.spec, args.overrides, **_run_options(args))
 
 
 def _status_study(args: argparse.Namespace) -> int:
@@ -83,13 +94,23 @@ def _report_study(args: argparse.Namespace) -> int:
 def _run_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import run_probe
 
-    return run_probe(args.spec, args.overrides, dry_run=args.dry_run, fresh=args.fresh, jobs=args.jobs)
+    return run_probe(args.spec, args.overrides, **_run_options(args))
 
 
 def _report_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import report_probe
 
     return report_probe(args.spec, args.overrides)
+
+
+def _timing_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path)
+
+
+def _time_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.timing import time_study
+
+    return time_study(args.out)
 
 
 VERBS = (
@@ -149,4 +170,5 @@ VERBS = (
             ),
         ),
     ),
+    Verb(name="time-study", help="time variants", arguments=_timing_arguments, run=_time_study, hidden=True),
 )

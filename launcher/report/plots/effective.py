@@ -48,19 +48,20 @@ def points_of(result: StudyResult) -> dict[str, list[Point]]:
             tokens = result.tokens if budget == FULL else result.effective.tokens.get(budget)
             if mine and tokens is not None:
                 flops = 3.0 * v.cost["flops_per_token_useful"] * tokens
-                found.setdefault(v.name, []).append(_point(mine, budget, tokens, flops))
+                seconds = _seconds(result, v.name, mine, tokens)
+                loss = mean(c.loss for c in mine if c.loss is not None)
+                found.setdefault(v.name, []).append(
+                    Point(budget=budget, tokens=tokens, seconds=seconds, flops=flops, loss=loss)
+                )
     return found
 
 
-def _point(cells: Sequence[CellResult], budget: float, tokens: int, flops: float) -> Point:
+def _seconds(result: StudyResult, variant: str, cells: Sequence[CellResult], tokens: int) -> float | None:
+    """Training seconds of `tokens`: the mean of cells that trained alone, or by the speed of the timing part."""
+    if result.speeds.source != "cells":
+        return result.speeds.seconds(variant, tokens)
     times = [seconds for c in cells if (seconds := _seconds_at(c, tokens)) is not None]
-    return Point(
-        budget=budget,
-        tokens=tokens,
-        seconds=mean(times) if times else None,
-        flops=flops,
-        loss=mean(c.loss for c in cells if c.loss is not None),
-    )
+    return mean(times) if times else None
 
 
 def _seconds_at(cell: CellResult, tokens: int) -> float | None:
@@ -87,8 +88,8 @@ def draw_pareto(result: StudyResult) -> Drawing | None:
     timed = {name: [(p.seconds, p) for p in found if p.seconds is not None] for name, found in points.items()}
     counted = {name: [(p.flops, p) for p in found] for name, found in points.items()}
     stored = {name: [(kv[name], p) for p in found if p.budget == FULL] for name, found in points.items()}
-    panels = [
-        _cost_panel("training seconds", timed),
+    panels = [_cost_panel("training seconds", timed)] if result.speeds.source != "missing" else []
+    panels += [
         _cost_panel("useful training FLOPs", counted),
         _cost_panel("KV bytes per token", stored),
     ]

@@ -118,8 +118,9 @@ def _loss(result: StudyResult) -> Drawing | None:
     panels: list[tuple[str, Callable[[str, Curve], Any]]] = [
         ("training tokens", lambda _, c: c.tokens),
         ("useful training FLOPs", lambda name, c: c.tokens * train_flops[name]),
-        ("training seconds", lambda _, c: c.train_s),
     ]
+    if (seconds_of := _seconds_of(result)) is not None:
+        panels.append(("training seconds", seconds_of))
     y_axis, rules, note = _loss_axis(by_variant, result.card("unigram_entropy_nats"))
     chart = Chart(
         styles=styles(result),
@@ -132,7 +133,18 @@ def _loss(result: StudyResult) -> Drawing | None:
     seeds = max(len(found) for found in by_variant.values())
     lines = "bold: mean over seeds; thin: each seed" if seeds > 1 else "one seed"
     caption = f"{what.capitalize()}; {lines}. {note}"
-    return Drawing(figure, "Loss against tokens, FLOPs and seconds", caption.strip(), chart)
+    costs = "tokens, FLOPs and seconds" if len(panels) == 3 else "tokens and FLOPs"
+    return Drawing(figure, f"Loss against {costs}", caption.strip(), chart)
+
+
+def _seconds_of(result: StudyResult) -> Callable[[str, Curve], Any] | None:
+    """(variant, curve) -> training seconds: as recorded, or by the speeds of the timing part; None without speeds."""
+    speeds = result.speeds
+    if speeds.source == "cells":
+        return lambda _, c: c.train_s
+    if speeds.source == "timing":
+        return lambda name, c: c.tokens * (speeds.seconds(name, 1) or math.nan)
+    return None
 
 
 def _loss_series(
@@ -175,12 +187,13 @@ def _effects(result: StudyResult) -> Drawing | None:
     base = result.baseline
     losses: list[Series] = []
     speeds: list[Series] = []
+    one = "round" if result.speeds.source == "timing" else "seed"
     for y, v in enumerate(rows):
         paired = {s: v.losses[s] - base.losses[s] for s in sorted(v.losses.keys() & base.losses.keys())}
         losses += _estimate_series(y, v.name, v.difference, paired)
         both = sorted(v.speeds.keys() & base.speeds.keys())
         ratios = {s: v.speeds[s].tokens_per_s / base.speeds[s].tokens_per_s for s in both}
-        speeds += _estimate_series(y, v.name, v.speed_ratio, ratios)
+        speeds += _estimate_series(y, v.name, v.speed_ratio, ratios, one=one)
         name = f"{base.name}'s useful FLOPs over its own"
         speeds.append(Series(variant=v.name, name=name, x=[flop_ratio(v, base)], y=[y - 0.24], mark="triangle"))
     low, high, cut = _ratio_range(rows, base)
@@ -197,19 +210,25 @@ def _effects(result: StudyResult) -> Drawing | None:
     )
     figure = draw(chart, height_in=1.5 + (0.5 if len(rows) <= 10 else 0.34) * len(rows), share_y=True)
     caption = (
-        "Filled: mean over seeds; bar: 95 % interval (of losses: for all variants at once); hollow: single seeds. Left "
-        "of the line is better for the loss, "
+        "Filled: mean over seeds; bar: 95 % interval (of losses: for all variants at once); hollow: single seeds"
+        f"{_speeds_over(result)}. Left of the line is better for the loss, "
         f"right of it for speed. Grey triangle: the speed that the ratio of {base.name}'s useful FLOPs per token to "
         f"the variant's would give.{' Bars that run out of the axis are cut.' if cut else ''}"
     )
     return Drawing(figure, f"Differences to {base.name}", caption, chart)
 
 
-def _estimate_series(y: int, name: str, estimate: Any, seeds: dict[int, float]) -> list[Series]:
-    """A dot with its interval in row `y`, and a ring for each seed; nothing without an estimate."""
+def _speeds_over(result: StudyResult) -> str:
+    if result.speeds.source == "missing":
+        return " (speeds were taken beside other cells and are not shown)"
+    return " (of speeds: rounds of the timing part)" if result.speeds.source == "timing" else ""
+
+
+def _estimate_series(y: int, name: str, estimate: Any, seeds: dict[int, float], *, one: str = "seed") -> list[Series]:
+    """A dot with its interval in row `y`, and a ring for each seed (or `one`); nothing without an estimate."""
     if estimate is None:
         return []
-    rings = [Series(variant=name, name=f"seed {s}", x=[x], y=[y], mark="ring") for s, x in seeds.items()]
+    rings = [Series(variant=name, name=f"{one} {s}", x=[x], y=[y], mark="ring") for s, x in seeds.items()]
     bounds = {} if estimate.low is None else {"x_low": [estimate.low], "x_high": [estimate.high]}
     return [*rings, Series(variant=name, name="mean", x=[estimate.mean], y=[y], mark="dot", **bounds)]
 
