@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from headway.launcher.base.numbers import real
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
@@ -68,6 +69,25 @@ def _report_study(args: argparse.Namespace) -> int:
     return report_study(args.spec, args.overrides)
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="FOLDER", help="folder of the study or of its records, or its file"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder for the joint study")
+    output_arguments(parser)
+
+
+def _merge_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.merge import merge_studies
+
+    return merge_studies(args.sources, args.to)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    parser.set_defaults(takes_folder=True)
+
+
 def _run_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import run_probe
 
@@ -110,9 +130,16 @@ VERBS = (
             Verb(
                 name="report",
                 help="write the report from the finished runs",
-                examples=("headway study report yaml/quickstart.yaml",),
-                arguments=_study_arguments,
+                examples=("headway study report yaml/quickstart.yaml", "headway study report joint"),
+                arguments=_report_arguments,
                 run=_report_study,
+            ),
+            Verb(
+                name="merge",
+                help="join finished cells of one study from several folders",
+                examples=("headway study merge studies/quickstart /mnt/b/studies/quickstart --to joint",),
+                arguments=_merge_arguments,
+                run=_merge_study,
             ),
         ),
     ),
