@@ -252,12 +252,13 @@ def measured_speed_holds_for(result: StudyResult) -> str:
     code = ", ".join(f"{name} {versions[name]}" for name in ("headway", "torch", "deepspeed") if versions.get(name))
     layout = attempts[-1].get("layout") if isinstance(attempts, list) and attempts else None
     seq_len = next((c.planned.get("data", {}).get("seq_len") for c in result.cells), None)
+    how = "may have shared the machine" if result.record.get("comparison") else "ran one after another"
     return (
         f"measured on {machine.get('gpu') or machine.get('cpu') or 'an unknown machine'} with "
         f"{machine.get('cores', '?')} cores, by this implementation ({code or 'unknown versions'}), at "
         f"{short_number(result.baseline.cost['num_params'])} parameters and sequences of {seq_len or '?'} tokens, as "
-        f"{layout or 'an unknown layout'}; with another of these it can be another one. Runs ran one after another, so "
-        "other load on the machine shows in them"
+        f"{layout or 'an unknown layout'}; with another of these it can be another one. Runs {how}, so other "
+        "load on the machine shows in them"
     )
 
 

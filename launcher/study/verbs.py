@@ -100,6 +100,23 @@ def _report_probe(args: argparse.Namespace) -> int:
     return report_probe(args.spec, args.overrides)
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--baseline", type=Path, default=None, metavar="RUN", help="run of the variant to compare with (default: first)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FOLDER", help="folder of the report (default: in comparisons/)"
+    )
+    output_arguments(parser)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from headway.launcher.study.compare_runs import compare_runs
+
+    return compare_runs(args.runs, baseline=args.baseline, out=args.out)
+
+
 VERBS = (
     Verb(
         name="study",
@@ -142,6 +159,17 @@ VERBS = (
                 run=_merge_study,
             ),
         ),
+    ),
+    Verb(
+        name="compare",
+        help="compare runs, however they were started, with the report of a study",
+        order=42,
+        examples=(
+            "headway compare runs/gqa runs/rgqa",
+            "headway compare runs/gqa-1 runs/gqa-2 runs/rgqa-1 runs/rgqa-2 --baseline runs/gqa-1 --out gqa-or-rgqa",
+        ),
+        arguments=_compare_arguments,
+        run=_compare,
     ),
     Verb(
         name="probe",
