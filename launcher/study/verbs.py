@@ -166,7 +166,7 @@ VERBS = (
         order=42,
         examples=(
             "headway compare runs/gqa runs/rgqa",
-            "headway compare runs/gqa-1 runs/gqa-2 runs/rgqa-1 runs/rgqa-2 --baseline runs/gqa-1 --out gqa-or-rgqa",
+            "headway compare runs/a-1 runs/a-2 runs/b-1 runs/b-2 --baseline runs/a-1 --out a-or-b",
         ),
         arguments=_compare_arguments,
         run=_compare,

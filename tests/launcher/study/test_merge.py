@@ -104,6 +104,19 @@ def test_records_and_run_folders_are_merged_alike(made, capsys):
     assert len(again["cells"]) == 4 and losses("again") == losses("joint")
 
 
+def test_ls_counts_records_and_rm_deletes_what_was_merged(made, capsys):
+    a, b = made("a", [1]), made("b", [2])
+    merged(capsys, a.out, as_records(b))
+    assert main(["ls", "joint", "--json"]) == 0
+    study = json.loads(capsys.readouterr().out)[0]
+    assert (study["state"], study["cells_done"], study["tokens"]) == ("done", 4, 4 * 40_000)
+    Path("joint/records/gqa/notes.txt").touch()
+    assert main(["rm", "joint", "--yes"]) == 64
+    assert "notes.txt: is not of Headway" in capsys.readouterr().err
+    Path("joint/records/gqa/notes.txt").unlink()
+    assert main(["rm", "joint", "--yes"]) == 0 and not Path("joint").exists()
+
+
 def test_cells_without_a_design_use_that_of_another_folder(made, capsys):
     a, b = made("a", [1, 2]), made("b", [1, 2])
     for seed, folder in ((2, a), (1, b)):
