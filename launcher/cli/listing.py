@@ -115,8 +115,18 @@ def _row(path: Path) -> Row:
 def _cells(study: Path) -> Iterator[tuple[Path, State, int]]:
     """(folder, state, tokens) of every planned cell. A cell that was not started counts as partial."""
     outcomes = read_mapping(study / "outcomes.json")
+    records = read_mapping(study / "study.json").get("records")
     for cell in cells_of(study):
         found = run_state(RunDir(cell))
+        if isinstance(records, str) and found.state != "done":
+            from headway.launcher.compare.cell_record import CellRecord, read_record, record_file
+
+            key = f"{cell.parent.name}/{cell.name}"
+            stored = read_record(record_file(study / records, key), key)
+            if stored is not None:
+                whole = isinstance(stored, CellRecord)
+                yield cell, "done" if whole else "damaged", stored.run.tokens if whole else 0
+                continue
         outcome = (
             outcomes.get(cell.relative_to(study / "cells").as_posix()) if cell.is_relative_to(study / "cells") else None
         )

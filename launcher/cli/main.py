@@ -88,11 +88,12 @@ def _run(args: argparse.Namespace) -> int:
     _check_current_folder()
     args.command = main  # for the fork server, which runs commands itself
     if "spec_kind" in args:
-        from headway.launcher.run.folders import refuse_folder
+        from headway.launcher.run.folders import kind_of, refuse_folder
         from headway.launcher.spec.shipped import find_spec
 
-        refuse_folder(args.spec, args.spec_kind)
-        args.spec = find_spec(args.spec, args.spec_kind)
+        if not ("takes_folder" in args and kind_of(args.spec) == args.spec_kind):
+            refuse_folder(args.spec, args.spec_kind)
+            args.spec = find_spec(args.spec, args.spec_kind)
     # `headway chaos --json` takes a file name, so compare with True.
     with console.output(quiet=getattr(args, "quiet", False), json=getattr(args, "json", None) is True):
         return args.act(args)

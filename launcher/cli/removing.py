@@ -26,6 +26,7 @@ LOCKS = {"run": ("run.lock", "worker.lock"), "study": ("study.lock",), "probe": 
 _LAST = {**dict.fromkeys(("study.lock", "run.lock", "worker.lock"), 2), **dict.fromkeys((*RECORDS, "run_id.json"), 1)}
 _RUN_FOLDERS = ("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped")
 _RUN_FILES = re.compile(r"hostfile|\.?[a-z_]+(\.[a-z_]+)*\.(json|jsonl|lock|tmp)")
+_RECORD_FILES = re.compile(r"seed-\d+(\.budget-[0-9.e-]+)?\.json")
 _STUDY_FILES = re.compile(r"\.?[\w-]+(\.[\w-]+)*\.(json|lock|tmp|md|html|csv|png|svg)")
 _CHECKPOINTS = "checkpoints"
 
@@ -129,6 +130,10 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
             yield from _checked(entry, "study")
         elif entry.name == "cells":
             yield from _checked_cells(entry)
+        elif entry.name == "records":
+            for variant in _entries(entry, None):
+                for folder in _entries(variant, _RECORD_FILES):
+                    raise _foreign(folder)
         elif entry.name != "logs":
             raise _foreign(entry)
 

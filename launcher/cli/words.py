@@ -24,7 +24,7 @@ FILE_OPTIONS = frozenset(
 
 VERBS = {
     "train": "fit pretrain start launch run resume continue finetune",
-    "study run": "sweep compare experiment multirun sweep_run",
+    "study run": "sweep experiment multirun sweep_run",
     "probe run": "eval evaluate lm_eval",
     "bench step": "benchmark profile perf",
     "board": "tensorboard logs metrics dashboard monitor",

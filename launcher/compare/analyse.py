@@ -258,23 +258,31 @@ def _variants(
 
 
 def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Difference]:
-    """Spec differences of the first seed. Seeds change only the two seed keys, which are equal within a seed."""
-    seed = record["seeds"][0]
-    specs = {c.variant: c.record.spec or c.planned for c in cells if c.seed == seed}
+    """Spec differences within the first seed that a variant shares with the baseline. Other seeds have the same."""
+    by_seed = {(c.variant, c.seed): c.record.spec or c.planned for c in cells}
+    names, base = [v["name"] for v in record["variants"]], record["baseline"]
+    pairs = {
+        name: next(
+            ((by_seed[name, s], by_seed[base, s]) for s in record["seeds"] if {(name, s), (base, s)} <= by_seed.keys()),
+            None,
+        )
+        for name in names
+    }
+    specs = {name: pair[0] for name, pair in pairs.items() if pair is not None}
     keys = {v["name"]: set(v["keys"]) for v in record["variants"]}
     written = {v["name"]: set(v.get("written", flatten(specs.get(v["name"], {})))) for v in record["variants"]}
-    base, free = record["baseline"], record["match"]["free"] if record["match"] else None
+    free = record["match"]["free"] if record["match"] else None
     return [
         d
-        for name, spec in specs.items()
-        if name != base
+        for name, pair in pairs.items()
+        if name != base and pair is not None
         for d in spec_differences(
             name,
-            spec,
-            specs[base],
+            *pair,
             declared=keys[name] | keys[base],
             written=written[name] | written[base],
             free=free,
+            named="the runs differ in it" if record.get("comparison") else "named in the study",
         )
     ]
 

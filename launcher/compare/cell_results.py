@@ -92,7 +92,7 @@ def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
 
 def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any], records: Path | None) -> CellResult:
     run_dir = out / cell["run_dir"]
-    key = f"{run_dir.parent.name}/{run_dir.name}"
+    key = cell.get("key") or f"{run_dir.parent.name}/{run_dir.name}"
     outcome = outcomes.get(key)
     state = cell_state(run_dir, outcome, records and record_file(records, key), key=key)
     if state.record is not None:

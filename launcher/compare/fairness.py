@@ -44,13 +44,15 @@ def spec_differences(
     declared: set[str],
     written: set[str],
     free: str | None,
+    named: str = "named in the study",
 ) -> list[Difference]:
     """Every key in which two resolved specs (JSON) differ, with its kind.
 
     `declared`: dotted keys that the variant and the baseline set in the study. They are the intervention. The
     intervention also includes the consequences of a declared `...type`: keys that exist on one side only, and keys of
     both types that are not written anywhere, so that each side has its own default. `written`: dotted keys that a file
-    or argument of either side sets. `free`: the dimension that matching solved. All other differences are confounds.
+    or argument of either side sets. `free`: the dimension that matching solved. `named`: note on a declared key. All
+    other differences are confounds.
     """
     ours, theirs = flatten(spec), flatten(baseline)
     types = {key.rpartition("type")[0] for key in declared if key.rpartition(".")[2] == "type"}
@@ -67,7 +69,7 @@ def spec_differences(
         if key == free:
             kind, note = "matching", "solved to match the budget"
         elif any(key == d or key.startswith(f"{d}.") for d in declared):
-            kind, note = "intervention", "named in the study"
+            kind, note = "intervention", named
         elif brought:
             kind, note = "intervention", f"comes with {brought}type"
         found.append(Difference(variant=variant, key=key, baseline=a, value=b, kind=kind, note=note))

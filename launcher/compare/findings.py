@@ -269,6 +269,8 @@ def measured_speed_holds_for(result: StudyResult) -> str:
 def speed_origin(result: StudyResult) -> str:
     """How the speeds of the report were taken, or why it has none: one sentence or two."""
     speeds = result.speeds
+    if result.record.get("comparison"):
+        return "Speeds were taken from the steps of the runs, which may have shared the machine with each other."
     if speeds.source == "cells":
         return "Speeds were taken from the steps of the cells, which trained one after another."
     beside = f"Cells trained beside up to {speeds.beside} other{'' if speeds.beside == 1 else 's'}"
@@ -287,7 +289,8 @@ def speed_origin(result: StudyResult) -> str:
 def _load(result: StudyResult) -> str:
     if result.speeds.source == "timing":
         return "Variants took turns step by step, so other load on the machine affects all of them"
-    return "Runs ran one after another, so other load on the machine shows in them"
+    how = "may have shared the machine" if result.record.get("comparison") else "ran one after another"
+    return f"Runs {how}, so other load on the machine shows in them"
 
 
 def _scale(result: StudyResult) -> str | None:

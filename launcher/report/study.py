@@ -51,7 +51,7 @@ def report(study_dir: Path | str) -> Path:
             console.alert(f"  {line}")
     plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
     blocks = list(_blocks(result, plots))
-    title = f"Study {result.record['study']}"
+    title = _title(result)
     write_text(out / "report.md", to_markdown(blocks))
     write_text(out / "report.html", to_html(blocks, title=title, folder=out, styles=styles(result)))
     write_csv(out / "report.csv", cell_rows(result))
@@ -61,8 +61,13 @@ def report(study_dir: Path | str) -> Path:
     return out / "report.html"
 
 
+def _title(result: StudyResult) -> str:
+    """`Study NAME`, or `Comparison NAME` for runs that no study file planned."""
+    return f"{'Comparison' if result.record.get('comparison') else 'Study'} {result.record['study']}"
+
+
 def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
-    yield Heading(f"Study {result.record['study']}", 1)
+    yield Heading(_title(result), 1)
     yield from _not_done(result)
     yield from _warnings(result)
     yield Text(" ".join(headline(result)), "lead")
@@ -184,7 +189,7 @@ def _compared(result: StudyResult) -> Iterator[Block]:
         )
     else:
         yield Text(
-            "Sizes are as written in the study; nothing was matched. FLOPs are forward, per token; training costs "
+            "Sizes are as written; nothing was matched. FLOPs are forward, per token; training costs "
             "three times as much. Useful: what the mathematics needs; executed: what this implementation computes."
         )
     yield Table(list(matching_rows(result.record)))

@@ -141,17 +141,21 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
 def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     """Write the report from the current records of the cells. Returns 0. Raises SpecError if no cell was started.
 
-    `overrides` are accepted so that the same arguments as for `run` can be given; they do not change the folder.
+    `path`: the study file, or the folder of a study, such as one that was merged. `overrides` are accepted so that the
+    same arguments as for `run` can be given; they do not change the folder.
     """
-    study = load_study(Path(path))
-    if not restore_design(study):
-        raise SpecError(
-            f"{study.out}: no study was started here; start it with `headway study run {study.path}`, or give the "
-            "`out` folder it was run with"
-        )
-    report = _report(study.out)
+    out = Path(path)
+    if not (out / RECORD).is_file():
+        study = load_study(out)
+        out = study.out
+        if not restore_design(study):
+            raise SpecError(
+                f"{out}: no study was started here; start it with `headway study run {study.path}`, or give the `out` "
+                "folder it was run with"
+            )
+    report = _report(out)
     if console.wants_json():
-        console.emit(report_record(study.out, report))
+        console.emit(report_record(out, report))
     else:
         console.result(f"report: {report}")
     return 0

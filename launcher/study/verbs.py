@@ -91,6 +91,25 @@ def _report_study(args: argparse.Namespace) -> int:
     return report_file(args.spec, args.overrides)
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="FOLDER", help="folder of the study or of its records, or its file"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder for the joint study")
+    output_arguments(parser)
+
+
+def _merge_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.merge import merge_studies
+
+    return merge_studies(args.sources, args.to)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    parser.set_defaults(takes_folder=True)
+
+
 def _run_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import run_probe
 
@@ -111,6 +130,23 @@ def _time_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.timing import time_study
 
     return time_study(args.out)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--baseline", type=Path, default=None, metavar="RUN", help="run of the variant to compare with (default: first)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FOLDER", help="folder of the report (default: in comparisons/)"
+    )
+    output_arguments(parser)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from headway.launcher.study.compare_runs import compare_runs
+
+    return compare_runs(args.runs, baseline=args.baseline, out=args.out)
 
 
 VERBS = (
@@ -143,11 +179,29 @@ VERBS = (
             Verb(
                 name="report",
                 help="write the report from the finished runs",
-                examples=("headway study report yaml/quickstart.yaml",),
-                arguments=_study_arguments,
+                examples=("headway study report yaml/quickstart.yaml", "headway study report joint"),
+                arguments=_report_arguments,
                 run=_report_study,
             ),
+            Verb(
+                name="merge",
+                help="join finished cells of one study from several folders",
+                examples=("headway study merge studies/quickstart /mnt/b/studies/quickstart --to joint",),
+                arguments=_merge_arguments,
+                run=_merge_study,
+            ),
         ),
+    ),
+    Verb(
+        name="compare",
+        help="compare runs, however they were started, with the report of a study",
+        order=42,
+        examples=(
+            "headway compare runs/gqa runs/rgqa",
+            "headway compare runs/a-1 runs/a-2 runs/b-1 runs/b-2 --baseline runs/a-1 --out a-or-b",
+        ),
+        arguments=_compare_arguments,
+        run=_compare,
     ),
     Verb(
         name="probe",

@@ -66,6 +66,8 @@ NOT_EXECUTED = {
     "chaos": "takes three minutes, and torchrun; tests/faults/test_chaos.py runs it",
     "bench gpu": "needs a GPU; tests/launcher/bench/test_bench_gpu.py runs parts of it on a CPU",
     "bench report": "needs the rows of a GPU, and --refit changes the planner; tests/launcher/bench/test_bench_gpu.py",
+    "study merge": "needs trained cells; tests/launcher/study/test_merge.py",
+    "compare": "needs two trained runs; tests/launcher/study/test_compare_runs.py",
     "study plan": "needs a trained pilot; tests/launcher/study/test_seeds_plan.py",
     "study report": "needs trained cells; tests/launcher/study/test_study.py",
     "init": "writes into the working folder; tests/launcher/cli/test_first_project.py",
