@@ -74,19 +74,19 @@ def _run_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.ladder_run import run_file
+    from headway.launcher.study.ladder.run import run_file
 
     return run_file(args.spec, args.overrides, **_run_options(args))
 
 
 def _status_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.ladder_run import status_file
+    from headway.launcher.study.ladder.run import status_file
 
     return status_file(args.spec, args.overrides)
 
 
 def _report_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.ladder_run import report_file
+    from headway.launcher.study.ladder.run import report_file
 
     return report_file(args.spec, args.overrides)
 

@@ -1,4 +1,4 @@
-"""Tests of the rule that chooses a tuned value (headway.launcher.study.tune), and of its config."""
+"""Tests of the rule that chooses a tuned value (headway.launcher.study.ladder.choice), and of its config."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from headway.launcher.study.ladder.choice import carried, choose, next_values, parabola_minimum
 from headway.launcher.study.sizes import TuneConfig
-from headway.launcher.study.tune import carried, choose, next_values, parabola_minimum
 
 
 def search(**more) -> TuneConfig:

@@ -13,9 +13,9 @@ from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.config import Study
-from headway.launcher.study.ladder import Ladder, Size
+from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, significant
+from headway.launcher.study.ladder.plan import Ladder, Size
 from headway.launcher.study.plan import StudyPlan, cell_key
-from headway.launcher.study.tune import Choice, Curve, carried, choose, next_values, significant
 
 TUNING = "tuning.json"
 """The file in the folder of a study or ladder that lists trials and chosen values."""

@@ -1,6 +1,6 @@
 """`headway study run | status | report` of any study file: a plain study, or one with `sizes` or `tune`.
 
-A file with `sizes` or `tune` consists of several plain studies (`headway.launcher.study.ladder`). Trials are trained
+A file with `sizes` or `tune` consists of several plain studies (`headway.launcher.study.ladder.plan`). Trials are trained
 first, because the cells of the study need the values that they give.
 """
 
@@ -17,7 +17,15 @@ from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.study.config import Study, load_study
 from headway.launcher.study.keeping import restore_design
-from headway.launcher.study.ladder import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
+from headway.launcher.study.ladder.plan import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
+from headway.launcher.study.ladder.trials import (
+    Values,
+    check_carried,
+    stored_values,
+    trial_plans,
+    tune,
+    without_diverged,
+)
 from headway.launcher.study.plan import StudyPlan, plan_study
 from headway.launcher.study.run import (
     OWN,
@@ -37,7 +45,6 @@ from headway.launcher.study.run import (
     train_plans,
 )
 from headway.launcher.study.status import HEADINGS, report_record, status_record, status_rows, table
-from headway.launcher.study.tuning import Values, check_carried, stored_values, trial_plans, tune, without_diverged
 
 LADDER = "ladder.json"
 """The file in the folder of a study with sizes that lists them."""

@@ -1,4 +1,4 @@
-"""Tests of studies with `sizes` and `tune` (headway.launcher.study.ladder, tuning, ladder_run)."""
+"""Tests of studies with `sizes` and `tune` (headway.launcher.study.ladder)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.study.config import load_study
-from headway.launcher.study.ladder import plan_ladder
-from headway.launcher.study.ladder_run import report_file, run_file, status_file
+from headway.launcher.study.ladder.plan import plan_ladder
+from headway.launcher.study.ladder.run import report_file, run_file, status_file
 from headway.launcher.study.plan import plan_study
-from tests.shared.played_study import BASE, Folder, play
+from played_study import BASE, Folder, play
 
 LADDER = """
 study: small
@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made.study.write_text(LADDER)
     trainer = (tmp_path / "trainer.py").read_text()
-    trainer = trainer.replace("(run_dir / \"spec.json\")", TUNED + "(run_dir / \"spec.json\")", 1)
+    trainer = trainer.replace('(run_dir / "spec.json")', TUNED + '(run_dir / "spec.json")', 1)
     trainer = trainer.replace('"loss": 4 - 0.1 * step', '"loss": 4 - 0.1 * step + offset')
     (tmp_path / "trainer.py").write_text(trainer)
     play(monkeypatch)
@@ -137,7 +137,9 @@ def test_a_study_without_sizes_can_be_tuned(folder):
     folder.study.write_text(head + tail)
     assert run_file(folder.study) == 0
     study = json.loads((folder.out / "study.json").read_text())
-    assert {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}["gqa"] == pytest.approx(2.5e-3, rel=0.01)
+    assert {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}["gqa"] == pytest.approx(
+        2.5e-3, rel=0.01
+    )
     assert (folder.out / "report.html").exists()
     assert status_file(folder.study) == 0
 

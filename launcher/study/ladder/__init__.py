@@ -1,0 +1,1 @@
+"""Studies of several sizes, and tuning before a study."""
