@@ -14,7 +14,7 @@ from headway.launcher.compare.findings import signed_interval
 from headway.launcher.compare.ladder.curve import Law, Range
 from headway.launcher.compare.ladder.noise import Means
 from headway.launcher.compare.ladder.read import LadderStudy, SizeStudy, read_ladder
-from headway.launcher.compare.ladder.slope import Direction, Line, Lines
+from headway.launcher.compare.ladder.slope import Line, Lines
 from headway.launcher.compare.ladder.table import Refusal
 from headway.launcher.compare.simultaneous import Simultaneous
 from headway.launcher.compare.stats import sd_factor
@@ -110,22 +110,35 @@ def headline(study: LadderStudy) -> list[str]:
     at = f" at {per_param:g} tokens per parameter" if per_param else ""
     opening = (
         f"Over {len(params)} sizes from {short_number(min(params))} to {short_number(max(params))} parameters{at}, "
-        "with 95 % intervals that hold for all variants at once:"
+        "in nats per doubling of parameters, with 95 % intervals that hold for all variants at once:"
     )
-    found: list[str] = []
-    words: dict[Direction, str] = {
-        "shrinks": "the advantage shrinks, in nats per doubling of parameters, of",
-        "grows": "the advantage grows, in nats per doubling of parameters, of",
-        "undecided": "undecided:",
-    }
-    for verdict, text in words.items():
-        lines = [(v, line) for v, line in result.lines.by_variant.items() if line.verdict == verdict]
-        if lines:
-            found.append(f"{text} {', '.join(f'{v} ({_per_doubling(line)})' for v, line in lines)}.")
+    groups: dict[str, list[str]] = {words: [] for words in VERDICTS}
+    for v, line in result.lines.by_variant.items():
+        groups[verdict_words(line)].append(f"{v} ({_per_doubling(line)})")
+    found = [f"{words}: {', '.join(listed)}." for words, listed in groups.items() if listed]
     later = [f"{text[0].upper()}{text[1:]}" for text in found[1:]]
     refused = list(result.lines.refused)
     no_line = [f"No answer yet for {', '.join(refused)}."] if refused else []
     return [question, opening, *found[:1], *later, *no_line]
+
+
+VERDICTS = {
+    "advantage shrinks": ("shrinks", -1),
+    "disadvantage grows": ("shrinks", 1),
+    "loses ground": ("shrinks", 0),
+    "advantage grows": ("grows", -1),
+    "disadvantage shrinks": ("grows", 1),
+    "gains ground": ("grows", 0),
+    "undecided": ("undecided", 0),
+}
+"""Words -> direction of the advantage, and the sign of the difference in the middle of the ladder (0: not clear)."""
+
+
+def verdict_words(line: Line) -> str:
+    """A key of `VERDICTS`."""
+    middle, half = line.at(line.center)
+    sign = 0 if abs(middle) <= half or line.verdict == "undecided" else int(math.copysign(1, middle))
+    return next(words for words, key in VERDICTS.items() if key == (line.verdict, sign))
 
 
 def _per_doubling(line: Line) -> str:
@@ -144,7 +157,7 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
     header = (
         "variant",
         "advantage with size",
-        "change of the advantage per doubling, nats [95 %, all at once]",
+        "change of the advantage per doubling, in nats [95 %, all at once]",
         "p, all at once",
         "difference at the smallest size",
         "at the largest size",
@@ -153,39 +166,29 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
     rows.append(header)
     for v in result.others:
         line = result.lines.by_variant.get(v) if isinstance(result.lines, Lines) else None
-        found = [d for s in study.sizes if (d := _difference(s, v)) is not None]
+        ends = [_difference(study.begun(s), v) for s in (result.sizes[0], result.sizes[-1])] if result.sizes else []
         relative = result.change_of_ratio(v)
         rows.append(
             (
                 v,
-                NOT_MEASURED if line is None else _verdict_words(line),
+                NOT_MEASURED if line is None else verdict_words(line),
                 NOT_MEASURED if line is None else _per_doubling(line),
                 "-" if line is None else _p(line.p_adjusted),
-                signed_interval(found[0]) if found else NOT_MEASURED,
-                signed_interval(found[-1]) if len(found) > 1 else NOT_MEASURED,
+                *(NOT_MEASURED if d is None else signed_interval(d) for d in ends or (None, None)),
                 NOT_MEASURED if isinstance(relative, str) else interval(_relative(relative), "+.2%"),
             )
         )
     yield Table(rows, frozenset({0, 1}))
     yield Text(
-        f"Advantage: the loss of {result.baseline} minus the variant's; below 0 it is a disadvantage, and one that "
-        "grows gets smaller. The test: the paired differences over the logarithm of parameters, sizes weighted by "
-        "their noise, with the lack of fit of the line in the interval. Verdict: grows or shrinks where the interval "
-        "excludes 0. "
-        "In nats, an advantage that is worth a constant factor of parameters shrinks as the reducible loss does. The "
-        "last column tells whether that factor changes: below 0 it falls, where its interval excludes 0."
+        f"Advantage: the loss of {result.baseline} minus the variant's; below 0 it is a disadvantage. The test: the "
+        "paired differences over the logarithm of parameters, sizes weighted by their noise, with the lack of fit of "
+        "the line in the interval. Undecided where the interval contains 0. A variant loses or gains ground where it "
+        "does not, but which of both is better in the middle of the ladder is not clear. In nats, an advantage that is "
+        "worth a constant factor of parameters shrinks as the reducible loss does. The last column tells whether that "
+        "factor changes: below 0 it falls, where its interval excludes 0."
     )
     if isinstance(result.lines, Lines) and result.lines.refused:
         yield Items([f"{v}: {why}" for v, why in result.lines.refused.items()])
-
-
-def _verdict_words(line: Line) -> str:
-    if line.verdict == "undecided":
-        return "undecided"
-    middle, half = line.at(line.center)
-    if middle - half > 0:
-        return f"{line.verdict} (it is a disadvantage)"
-    return line.verdict
 
 
 def _relative(change: Range) -> Range:

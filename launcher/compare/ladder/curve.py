@@ -13,8 +13,8 @@ allowed form one closed interval; the result spans those of all a. It is exact f
 parameters and follows the curved ridge of E and a, where the delta method and refitted draws do not.
 
 Predictions of a new size add its lack of fit, with the upper limit of its variance at 90 % (Q-profile, Viechtbauer
-2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Predictions of what seeds will measure
-add the estimate and the noise of these seeds, and are never narrower than those of the expected loss. Intervals of
+2007): the estimate itself is 0 in half of all ladders whose lack of fit is small. Predictions of what seeds measure add
+the estimate and the noise of these seeds, and are never narrower than those of the expected loss. Intervals of
 differences and speed-ups are simultaneous for all variants (Dunnett).
 
 Legend: M means, V variants, G exponents on the grid, P = V + 1 linear parameters (E, then A_v).
@@ -38,7 +38,7 @@ from headway.launcher.compare.stats import CONFIDENCE
 LOWEST, HIGHEST = 0.02, 2.0
 """Exponents that are tried. The lowest is a straight line in ln N for any ladder; the highest halves the reducible loss
 when N grows by 1.4."""
-_GRID = np.geomspace(LOWEST, HIGHEST, 161)
+EXPONENTS = np.geomspace(LOWEST, HIGHEST, 161)
 
 LEAST_SIZES, LEAST_RANGE = 3, 4.0
 """A curve of three shared numbers needs three sizes, and a range of sizes over which it bends."""
@@ -304,9 +304,10 @@ class Law:
     def _within(self, x: float) -> None:
         low, high = float(self.x.min()), float(self.x.max())
         if x - high > FARTHEST * (high - low):
+            named = short_number(float(f"{math.exp(x):.3g}"))
             reach = math.exp(FARTHEST * (high - low))
             raise Refusal(
-                f"{short_number(math.exp(x))} is {math.exp(x - high):.0f} times the largest size, and the ladder spans "
+                f"{named} is {math.exp(x - high):.0f} times the largest size, and the ladder spans "
                 f"a factor of {math.exp(high - low):.1f}; a prediction may reach {reach:.0f} times: train a larger "
                 "size, or name a smaller one"
             )
@@ -323,7 +324,7 @@ def law_of(means: Means, x: Any, *, confidence: float = CONFIDENCE) -> Law:
     _check_sizes(means, x)
     names = tuple(sorted(set(means.variant.tolist())))
     center, fit_part = float(x.mean()), _fit_part(means)
-    design = _design(means, names, x - center, _GRID)
+    design = _design(means, names, x - center, EXPONENTS)
 
     def solve(tau2: float, matrices: Any) -> tuple[Any, Any, Any, Any]:
         """(weight, covariance [G, P, P], solution [G, P], sum of squares [G])"""
@@ -341,12 +342,12 @@ def law_of(means: Means, x: Any, *, confidence: float = CONFIDENCE) -> Law:
     best = int(np.argmin(solve(lack.sd**2, design)[3]))
     found = optimize.minimize_scalar(
         lambda a: float(solve(lack.sd**2, _design(means, names, x - center, np.array([a])))[3][0]),
-        bounds=(float(_GRID[max(best - 1, 0)]), float(_GRID[min(best + 1, len(_GRID) - 1)])),
+        bounds=(float(EXPONENTS[max(best - 1, 0)]), float(EXPONENTS[min(best + 1, len(EXPONENTS) - 1)])),
         method="bounded",
         options={"xatol": 1e-5},
     )
-    at_edge = best in (0, len(_GRID) - 1)
-    grid = _GRID if at_edge else np.unique(np.append(_GRID, cast(Any, found).x))
+    at_edge = best in (0, len(EXPONENTS) - 1)
+    grid = EXPONENTS if at_edge else np.unique(np.append(EXPONENTS, cast(Any, found).x))
     weight, covariance, solution, squares = solve(lack.sd**2, _design(means, names, x - center, grid))
     best = int(np.argmin(squares))
     law = Law(

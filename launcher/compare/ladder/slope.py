@@ -5,7 +5,11 @@ size cancel. The difference d_v(N) is a straight line in ln N plus a deviation o
 variance is added to that of seeds. Sizes are weighted by the inverse of both. The line assumes no law and no
 irreducible loss, and its slope is the simplest number that tells "falls off" from "does not".
 
-Test. Slopes of all variants are compared with 0 at once (Dunnett). Their degrees of freedom are Satterthwaite's.
+Test. Slopes of all variants are compared with 0 at once (Dunnett). With at least four degrees of freedom of lack of fit,
+the variance is multiplied by the mean square of the residuals of all lines in units of their variance, and has their
+degrees of freedom (Hartung and Knapp 2001): it is right whether lack of fit is small or larger than the noise. With
+fewer, this would widen intervals by half, and the degrees of freedom are Satterthwaite's: the interval is right if lack
+of fit is at most about two thirds of the noise of a run.
 
 Legend: M means, I sizes, V variants, K = V - 1 slopes.
 """
@@ -23,6 +27,8 @@ from headway.launcher.compare.stats import CONFIDENCE
 
 Direction = Literal["grows", "shrinks", "undecided"]
 LEAST_SIZES = 3
+OWN_SPREAD = 4
+"""Least degrees of freedom of lack of fit with which the residuals of the lines alone give their spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +96,14 @@ def lines_of(means: Means, x: Any, baseline: str, *, confidence: float = CONFIDE
     used = means.keep(np.isin(means.variant, [base, *names]) & np.isin(means.size, with_base))
     center = float(np.mean(np.asarray(x)[with_base]))
     design = _design(used, np.asarray(x) - center, base, names, with_base)
-    rows, lack = _least_squares(used, design)
+    rows, lack, scale = _least_squares(used, design)
     rows = rows[len(with_base) :]
     found = rows @ used.mean
     unit = np.eye(len(used.mean))
     parts = [np.einsum("km,mn,kn->k", rows, part, rows) for part in (used.run_part, used.seed_part, unit)]
-    df = freedom(used.noise, lack, *parts)
-    covariance = rows @ (used.covariance + lack.sd**2 * unit) @ rows.T
+    own = lack.df >= OWN_SPREAD
+    df = np.full(len(rows), lack.df) if own else freedom(used.noise, lack, *parts)
+    covariance = rows @ (used.covariance + lack.sd**2 * unit) @ rows.T * (scale if own else 1.0)
     k = len(names)
     error = np.sqrt(np.diag(covariance))[k:]
     correlation = _least_correlation(covariance[k:, k:])
@@ -132,8 +139,11 @@ def _design(means: Means, x: Any, base: int, names: list[int], sizes: list[int])
     return design
 
 
-def _least_squares(means: Means, design: Any) -> tuple[Any, LackOfFit]:
-    """(weights [P, M] of the means in the estimates, lack of fit), by generalised least squares."""
+def _least_squares(means: Means, design: Any) -> tuple[Any, LackOfFit, float]:
+    """Generalised least squares: (weights [P, M] of the means in the estimates, lack of fit, mean square of residuals).
+
+    The mean square is in units of the variance of the means with lack of fit.
+    """
     unit, y = np.eye(len(means.mean)), means.mean
 
     def solve(tau2: float) -> tuple[Any, Any]:
@@ -146,7 +156,7 @@ def _least_squares(means: Means, design: Any) -> tuple[Any, LackOfFit]:
         return float(left @ weight @ left)
 
     lack = lack_of_fit(residual, len(y) - int(np.linalg.matrix_rank(design)), means.noise)
-    return solve(lack.sd**2)[0], lack
+    return solve(lack.sd**2)[0], lack, residual(lack.sd**2) / max(lack.df, 1)
 
 
 def _least_correlation(covariance: Any) -> float:

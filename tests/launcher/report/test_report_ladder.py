@@ -1,0 +1,255 @@
+"""The report of a ladder: its answer, its numbers, and what it says where a number is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ladder_folders import GAIN, PARAMS, LadderFolder, law, noise, tuning
+from study_folders import lead, table
+
+from headway.launcher.base.errors import SpecError
+from headway.launcher.compare.ladder.curve import Law
+from headway.launcher.compare.ladder.read import read_ladder
+from headway.launcher.report.ladder import ladder_report
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr("headway.launcher.report.ladder.draw_ladder", lambda study: {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A ladder of four sizes with a named size and tuning, and its report with figures."""
+    folder = LadderFolder(tmp_path_factory.mktemp("ladder") / "out", (4, 3, 2, 2), budgets=(0.25, 0.5, 1.0))
+    folder.write(extrapolate=10e6)
+    for size, factor in zip(folder.names, (1.0, 0.8, 0.6, 0.5), strict=True):
+        found = tuning({"gqa": 0.002 * factor, "rgqa-k1": 0.003 * factor})
+        (folder.folder(size) / "tuning.json").write_text(json.dumps(found))
+    ladder_report(folder.out)
+    return folder.out
+
+
+def page_of(out: Path) -> str:
+    assert ladder_report(out) == out / "report.html"
+    return (out / "report.md").read_text().replace("\\", "")
+
+
+def verdicts(page: str) -> dict[str, list[str]]:
+    rows = page.split("| variant | advantage with size |")[1].split("\n\n")[0].splitlines()[2:]
+    return {cells[0]: cells[1:] for cells in ([c.strip() for c in row.strip("|").split("|")] for row in rows)}
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def falling(variant: str, params: float) -> float:
+    """rgqa-k1 loses 0.02 nats with every tripling, from -0.03; rgqa-k2 gains as much, from +0.05."""
+    steps = math.log(params / PARAMS[0], 3)
+    return law("gqa", params) + {"gqa": 0.0, "rgqa-k1": -0.03 + 0.02 * steps, "rgqa-k2": 0.05 - 0.02 * steps}[variant]
+
+
+def test_the_first_screen_answers_whether_the_advantage_falls_off(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (4, 3, 3, 2), loss=falling).write())
+    per_doubling = 0.02 * math.log(2) / math.log(3)
+    answer = lead(page)
+    assert "Does the advantage over gqa fall off with size? Over 4 sizes from 100k to 2.7M parameters" in answer
+    assert re.search(r"(Loses ground|loses ground|dvantage shrinks): rgqa-k1 \(-0\.01", answer)
+    assert re.search(r"(gains ground|Gains ground|isadvantage shrinks): rgqa-k2 \(\+0\.01", answer)
+    rows = verdicts(page)
+    for name, sign in (("rgqa-k1", -1), ("rgqa-k2", 1)):
+        value, low, high = map(float, re.findall(r"[+-]\d\.\d+", rows[name][1])[:3])
+        assert value == pytest.approx(sign * per_doubling, abs=0.004) and low < value < high and low * high > 0
+        assert float(rows[name][2].lstrip("< ")) < 0.05
+    first = -0.03 + sum(noise("rgqa-k1", 0, s) - noise("gqa", 0, s) for s in range(1, 5)) / 4
+    assert rows["rgqa-k1"][3].startswith(f"{first:+.4f} [")
+
+
+def test_equal_variants_are_undecided(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (3, 3, 3), loss=lambda v, n: law("gqa", n)).write())
+    assert "undecided: rgqa-k1 (" in lead(page) and "dvantage" not in lead(page).split("all at once")[-1].split("?")[-1]
+    assert [row[0] for row in verdicts(page).values()] == ["undecided", "undecided"]
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def test_tables_have_the_losses_and_differences_of_each_size(whole):
+    page = (whole / "report.md").read_text().replace("\\", "")
+    losses = table(page, "Loss at each size")
+    assert losses["parameters"] == ["100k", "300k", "900k", "2.7M"]
+    seeds = (4, 3, 2, 2)
+    for name in ("gqa", "rgqa-k2"):
+        means = [
+            law(name, PARAMS[i]) + sum(noise(name, i, s) for s in range(1, n + 1)) / n for i, n in enumerate(seeds)
+        ]
+        assert losses[name] == [f"{mean:.4f} ({n})" for mean, n in zip(means, seeds, strict=True)]
+    study = read_ladder(whole)
+    shown = table(page, "Difference to gqa at each size")["rgqa-k1"]
+    for size, text in zip(study.sizes, shown, strict=True):
+        assert size.study is not None
+        found = size.study.comparison.differences["rgqa-k1"]
+        assert text == f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def test_the_law_and_its_speed_ups_are_those_of_the_losses(whole):
+    law_found = read_ladder(whole).result.by_params
+    assert isinstance(law_found, Law)
+    assert not law_found.a.excludes(0.3) and not law_found.e.excludes(2.0)
+    page = (whole / "report.md").read_text().replace("\\", "")
+    assert table(page, "The joint law")["exponent a"][0].startswith(f"{law_found.exponent:.3f} [")
+    rows = [
+        row
+        for row in page.split("## Effective speed-up\n")[1].split("\n## ")[0].splitlines()
+        if row.startswith("| rgqa-k1 ")
+    ]
+    assert [row.split("|")[2].strip() for row in rows] == ["tokens (measured)", "parameters", "training FLOPs"]
+    value = float(rows[1].split("|")[7].split("x")[0])
+    assert value == pytest.approx((1 + GAIN["rgqa-k1"]) ** (-1 / 0.3), rel=0.03)
+
+
+def test_the_named_size_is_predicted_with_intervals(whole):
+    page = (whole / "report.md").read_text().replace("\\", "")
+    rows = table(page, "Prediction at a larger size")
+    value, low, high = map(float, re.findall(r"\d\.\d+", rows["gqa"][0]))
+    assert low < law("gqa", 10e6) < high and low < value < high
+    one = list(map(float, re.findall(r"\d\.\d+", rows["gqa"][1])))
+    assert one[1] <= low and one[2] >= high  # with the noise of a seed
+    assert rows["gqa"][2:] == ["baseline"] * 3 and rows["rgqa-k1"][4].count(",") == 1
+
+
+def test_csv_files_have_all_numbers(whole):
+    cells = rows_of(whole / "cells.csv")
+    assert len(cells) == 3 * (4 + 3 + 2 + 2)
+    (cell,) = [c for c in cells if (c["size"], c["variant"], c["seed"]) == ("small", "rgqa-k1", "2")]
+    assert float(cell["validation_loss_nats"]) == pytest.approx(law("rgqa-k1", PARAMS[1]) + noise("rgqa-k1", 1, 2))
+    sizes = rows_of(whole / "report.csv")
+    assert len(sizes) == 12 and {row["num_params"] for row in sizes} == {str(n) for n in PARAMS}
+    fit = rows_of(whole / "fit.csv")
+    quantities = {row["quantity"] for row in fit}
+    assert {"exponent", "irreducible loss, nats", "loss at 1e+07", "difference_one_seed at 1e+07"} <= quantities
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in fit)
+
+
+def test_the_page_links_to_the_report_of_each_size_and_has_its_figures(whole):
+    page = (whole / "report.html").read_text()
+    assert '<a href="sizes/medium/report.html">size medium</a>' in page
+    assert "[size medium](sizes/medium/report.md)" in (whole / "report.md").read_text()
+    for name in ("loss", "difference", "tuning-optimizer.lr"):
+        assert (whole / f"{name}.png").stat().st_size > 10_000
+    assert page.count("<figure") == 3 and page.count('class="chart-data"') == 3
+
+
+def test_tuning_shows_what_was_tried_and_chosen(whole):
+    page = (whole / "report.md").read_text()
+    rows = [row for row in page.split("## Tuning\n")[1].splitlines() if row.startswith("| rgqa-k1 | small")]
+    assert [cell.strip() for cell in rows[0].strip("|").split("|")][2:8] == [
+        "`optimizer.lr`",
+        "0.0024",
+        "1.50x",
+        "6",
+        "1",
+        "parabola through the best three",
+    ]
+    assert "6 (1 without a loss)" in page  # the diverged trial of gqa
+
+
+def test_tuning_of_the_whole_ladder_is_read_too(tmp_path, without_figures):
+    out = LadderFolder(tmp_path / "out").write()
+    variants = tuning({"gqa": 0.002})["keys"]["optimizer.lr"]["variants"]
+    (out / "tuning.json").write_text(json.dumps({"key": "optimizer.lr", "sizes": {"tiny": variants}}))
+    (search,) = read_ladder(out).searches
+    assert (search.size, search.variant, search.chosen, len(search.trials)) == ("tiny", "gqa", 0.002, 6)
+    assert [value for value, _ in search.curve()] == [0.001, 0.002]  # 0.004 diverged with one seed
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_two_sizes_have_tables_and_no_trend(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (2, 2)).write(extrapolate=10e6))
+    assert "No answer yet: gqa has finished runs at 2 sizes; a trend with lack of fit needs 3" in lead(page)
+    assert verdicts(page)["rgqa-k1"][:2] == ["not measured", "not measured"]
+    assert "Over parameters: not fitted." in page and "Not predicted." in page
+    assert table(page, "Loss at each size")["gqa"][0].endswith(" (2)")
+
+
+def test_a_size_that_was_not_begun_and_unfinished_cells_are_named(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (3, 2, 2, 2))
+    folder.write()
+    for file in sorted(folder.folder("large").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    (folder.run_dir("medium", "rgqa-k1", 2) / "summary.json").unlink()
+    page = page_of(folder.out)
+    assert "| large | - | not begun |" in page and "| medium | 5 of 6 | 1 partial |" in page
+    assert "Not begun: large." in page and "size large](" not in page
+    assert table(page, "Loss at each size")["rgqa-k1"][2:] == [
+        f"{law('rgqa-k1', PARAMS[2]) + noise('rgqa-k1', 2, 1):.4f} (1)",
+        "not measured",
+    ]
+    assert "Over 3 sizes" in lead(page)
+
+
+def test_a_variant_that_is_not_at_every_size_has_no_line(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2), variants_at={"medium": ["gqa", "rgqa-k2"]})
+    page = page_of(folder.write())
+    assert "No answer yet for rgqa-k1." in lead(page)
+    assert "- rgqa-k1: it has finished runs at 2 of the sizes of gqa; a trend needs 3" in page
+    assert verdicts(page)["rgqa-k1"][0] == "not measured" and verdicts(page)["rgqa-k1"][4] == "not measured"
+
+
+def test_a_size_whose_variants_read_other_data_is_left_out(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2, 2))
+    folder.write()
+    file = folder.run_dir("small", "rgqa-k1", 1) / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    changed = [line | ({"batch_hash": "f" * 16} if line["kind"] == "train" else {}) for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    page = page_of(folder.out)
+    assert "Size small is not in the statistics of the ladder: its variants did not read the same data" in page
+    assert "Over 3 sizes" in lead(page)
+
+
+def test_a_named_size_that_is_too_far_is_not_predicted(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (2, 2, 2)).write(extrapolate=1e9))
+    assert "Not predicted: 1B is 1111 times the largest size" in page
+
+
+def test_a_ladder_without_a_named_size_says_how_to_name_one(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (2, 2, 2)).write())
+    assert "No size is named: `extrapolate: 25e6` in the study" in page and "## Tuning" not in page
+    assert "nothing was tuned" in page
+
+
+@pytest.mark.parametrize("record", [None, {"format": 2}])
+def test_a_folder_without_a_ladder_is_refused(tmp_path, record: Any):
+    if record is not None:
+        (tmp_path / "ladder.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match=r"has no readable ladder\.json; run the study"):
+        ladder_report(tmp_path)
+
+
+def test_a_ladder_without_a_begun_size_is_refused(tmp_path):
+    sizes = [{"name": "tiny", "folder": "sizes/tiny"}]
+    record = {"format": 1, "sizes": sizes, "variants": ["gqa"], "baseline": "gqa"}
+    (tmp_path / "ladder.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match="no size was begun"):
+        ladder_report(tmp_path)
+
+
+def test_a_figure_of_a_ladder_without_a_law_has_losses_only(tmp_path):
+    out = LadderFolder(tmp_path / "out", (2, 2)).write()
+    ladder_report(out)
+    page = (out / "report.html").read_text()
+    assert "Lines: the joint law" not in page and page.count("<figure") == 2
