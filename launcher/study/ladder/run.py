@@ -1,7 +1,7 @@
 """`headway study run | status | report` of any study file: a plain study, or one with `sizes` or `tune`.
 
-A file with `sizes` or `tune` consists of several plain studies (`headway.launcher.study.ladder.plan`). Trials are trained
-first, because the cells of the study need the values that they give.
+A file with `sizes` or `tune` consists of several plain studies (`headway.launcher.study.ladder.plan`). Trials are
+trained first, because the cells of the study need the values that they give.
 """
 
 from __future__ import annotations
