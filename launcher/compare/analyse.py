@@ -129,7 +129,7 @@ def analyse(out: Path) -> StudyResult:
         b: check_pairing(_hashes([c for c in short if c.budget == b]), base) for b in sorted({c.budget for c in short})
     }
     all_paired = paired and all(p.status != "UNPAIRED" for p in short_pairing.values())
-    speeds = speeds_of(out, record, cells)
+    speeds = speeds_of(out, record, cells, records)
     effective = _effective(record, every, comparison, speeds, paired=all_paired)
     there = cells_there(out, records)
     return StudyResult(

@@ -37,7 +37,8 @@ _VALIDATION = ("accuracy", "standard_error", "micro_batches", "targets")
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:
-    """A record after reading. `note`: a note of `cell_state` on the records that it was made from.
+    """A record after reading. `note`: a note of `cell_state` on the records that it was made from. `beside`: most other
+    cells that trained at the same time.
 
     `run`: its curve `train` is the running mean, and fields with one value for each step are empty: `steps` has their
     figures. `chain`: the end of metrics.jsonl as summary.json named it; None for a run of an earlier version.
@@ -47,6 +48,7 @@ class CellRecord:
     variant: str
     seed: int
     budget: float
+    beside: int
     run_id: str | None
     note: str
     run: RunRecord
@@ -73,17 +75,19 @@ def record_file(records: Path, key: str) -> Path:
     return records / f"{key}.json"
 
 
-def write_record(run_dir: Path, path: Path, *, key: str, variant: str, seed: int, budget: float) -> None:
-    """Write the record of the finished run in `run_dir`, atomically.
+def write_record(
+    run_dir: Path, path: Path, *, key: str, variant: str, seed: int, budget: float, beside: int = 0
+) -> None:
+    """Write the record of the finished run in `run_dir`, atomically. `beside`: most cells that trained at its side.
 
     Raises NoRecordError if the run is not finished, is damaged, or lacks records of some steps; OSError.
     """
-    content = record_of(run_dir, key=key, variant=variant, seed=seed, budget=budget)
+    content = record_of(run_dir, key=key, variant=variant, seed=seed, budget=budget, beside=beside)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, record_text(content))
 
 
-def record_of(run_dir: Path, *, key: str, variant: str, seed: int, budget: float) -> dict[str, Any]:
+def record_of(run_dir: Path, *, key: str, variant: str, seed: int, budget: float, beside: int = 0) -> dict[str, Any]:
     """The content of a record, without its checksum. Raises NoRecordError as `write_record` does."""
     check, run = check_records(run_dir), read_run(run_dir)
     if not run.complete:
@@ -97,7 +101,7 @@ def record_of(run_dir: Path, *, key: str, variant: str, seed: int, budget: float
         raise NoRecordError(f"{run_dir}: some steps have no hash of their batch")
     return {
         "format": FORMAT,
-        "cell": {"key": key, "variant": variant, "seed": seed, "budget": budget},
+        "cell": {"key": key, "variant": variant, "seed": seed, "budget": budget, "beside": beside},
         "run": RunDir(run_dir).run_id(),
         "note": check.note,
         "spec": run.spec,
@@ -187,6 +191,7 @@ def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
         variant=cell["variant"],
         seed=cell["seed"],
         budget=cell["budget"],
+        beside=cell["beside"],
         run_id=content["run"],
         note=content["note"],
         run=run,

@@ -113,7 +113,7 @@ def _read_cell(out: Path, cell: dict[str, Any], outcomes: dict[str, Any], record
         planned=cell["spec"],
         loss=None,
         speed=steps.speed if state.state != "damaged" else None,
-        beside=outcome.get("beside", 0) if outcome else 0,
+        beside=state.record.beside if state.record is not None else outcome.get("beside", 0) if outcome else 0,
     )
 
 

@@ -51,8 +51,8 @@ class Speeds:
         return tokens / found[len(found) // 2] if found and self.source == "timing" else None
 
 
-def speeds_of(out: Path, record: Mapping[str, Any], cells: Sequence[CellResult]) -> Speeds:
-    """The speeds of a study in the folder `out` with the content `record` of study.json."""
+def speeds_of(out: Path, record: Mapping[str, Any], cells: Sequence[CellResult], records: Path | None) -> Speeds:
+    """The speeds of a study in the folder `out` with the content `record` of study.json. `records`: of its cells."""
     done = [c for c in cells if c.done and c.budget == FULL]
     beside = max((c.beside for c in done), default=0)
     if beside == 0:
@@ -61,7 +61,7 @@ def speeds_of(out: Path, record: Mapping[str, Any], cells: Sequence[CellResult])
             if c.speed is not None:
                 own.setdefault(c.variant, {})[c.seed] = c.speed
         return Speeds(source="cells", beside=0, by_variant=own)
-    stored = read_timing(out)
+    stored = read_timing(out) or (read_timing(records) if records is not None else {})
     if missing := untimed(record, stored):
         why = "the variants were not timed alone" if not stored else f"{', '.join(missing)} not timed alone"
         return Speeds(source="missing", beside=beside, by_variant={}, why=why)

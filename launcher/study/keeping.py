@@ -13,7 +13,8 @@ from headway.launcher.compare.cell_record import (
     read_record,
     write_record,
 )
-from headway.launcher.compare.cells import CellState, cell_state
+from headway.launcher.compare.cells import OUTCOMES, CellState, cell_state
+from headway.launcher.compare.timing import FILE as TIMING
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json, write_text
 from headway.launcher.study.config import Study
 from headway.launcher.study.plan import Cell
@@ -54,8 +55,10 @@ def keep(cell: Cell) -> str | None:
             f"{cell.key}: its record {cell.record} is of another run of the same cell; the report reads the run "
             f"folder {cell.run_dir}: delete one of them"
         )
+    outcome = read_mapping(cell.run_dir.parents[2] / OUTCOMES).get(cell.key) or {}
+    what = {"key": cell.key, "variant": cell.variant, "seed": cell.seed, "budget": cell.budget}
     try:
-        write_record(cell.run_dir, cell.record, key=cell.key, variant=cell.variant, seed=cell.seed, budget=cell.budget)
+        write_record(cell.run_dir, cell.record, **what, beside=int(outcome.get("beside", 0)))
     except NoRecordError as e:
         return f"{cell.key}: no record is kept: {e}"
     return None
@@ -70,6 +73,13 @@ def keep_design(study: Study, record: dict[str, Any]) -> None:
             write_text(study.records / STUDY, text)
 
 
+def keep_timing(study: Study) -> None:
+    """Copy the times of the variants of a study to its records."""
+    if study.records is not None and (times := read_mapping(study.out / TIMING)):
+        study.records.mkdir(parents=True, exist_ok=True)
+        write_text(study.records / TIMING, lines_of_json(times))
+
+
 def restore_design(study: Study) -> bool:
     """Whether the folder of a study has its study.json, after it was taken from the records if only they have it."""
     if (study.out / STUDY).exists() or study.records is None:
@@ -77,5 +87,7 @@ def restore_design(study: Study) -> bool:
     kept = read_mapping(study.records / STUDY)
     if kept:
         study.out.mkdir(parents=True, exist_ok=True)
+        if times := read_mapping(study.records / TIMING):
+            write_json(study.out / TIMING, times)
         write_json(study.out / STUDY, {**kept, "records": os.path.relpath(study.records, study.out)})
     return bool(kept)

@@ -18,7 +18,7 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError, printable
 from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cell_results import FULL
-from headway.launcher.compare.cells import cell_state, records_of
+from headway.launcher.compare.cells import OUTCOMES, cell_state, records_of
 from headway.launcher.compare.step_figures import step_figures
 from headway.launcher.run.records import read_run
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, difference, identity, read_mapping, write_json
@@ -251,6 +251,13 @@ def _write(to: Path, design: dict[str, Any], chosen: dict[str, Finished]) -> Non
         records = any(cell.is_record for cell in chosen.values())
         making.mkdir()
         (making / "cells").mkdir()
+        # How many cells trained beside a cell decides whether its speed counts. A record has this itself.
+        outcomes = {
+            key: outcome
+            for key, cell in chosen.items()
+            if not cell.is_record and (outcome := read_mapping(cell.path.parents[2] / OUTCOMES).get(key))
+        }
+        write_json(making / OUTCOMES, outcomes)
         for key, cell in chosen.items():
             if cell.is_record:
                 target = record_file(making / "records", key)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from played_study import BASE, Folder, play
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.study.config import load_study
 from headway.launcher.study.ladder.plan import plan_ladder
 from headway.launcher.study.ladder.run import report_file, run_file, status_file
 from headway.launcher.study.plan import plan_study
-from played_study import BASE, Folder, play
 
 LADDER = """
 study: small
