@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
-
-if TYPE_CHECKING:
-    from headway.model.dropout import Drops
 
 
 class StrictConfig(BaseModel):
@@ -277,7 +274,6 @@ class Context:
     distances: With `model.positions: relative_xl`, the vectors [K, d] of the distances 0 .. K - 1; x continues K - S
         cached tokens.
     relative: The position keys of this layer, which the block computes from `distances`.
-    drops: Dropout of the block around the mechanism (`headway.model.dropout`); None outside of training.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -288,7 +284,6 @@ class Context:
     memory: RoutingMemory | None = None
     distances: Tensor | None = None
     relative: Relative | None = None
-    drops: Drops | None = None
 
     @property
     def counts(self) -> bool:

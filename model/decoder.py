@@ -156,26 +156,27 @@ class Block(nn.Module):
         assert context.distances is not None, "`Contexts` of a model with relative positions has them"
         return replace(context, relative=self.attn_positions(context.distances))
 
-    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+    def forward(self, x: Tensor, context: Context, drops: Drops | None = None) -> AttentionOutput:
+        """drops: dropout of this layer; None outside of training."""
         if self.placement.operations.fp8 is None or self._fp8 is not None:
-            return self._forward(x, context)
+            return self._forward(x, context, drops)
         self._fp8 = to_fp8(self.matrices(), self.placement.operations.fp8)
-        out = self._forward(x, context)
+        out = self._forward(x, context, drops)
         check_used(self._fp8)
         return out
 
-    def _forward(self, x: Tensor, context: Context) -> AttentionOutput:
+    def _forward(self, x: Tensor, context: Context, drops: Drops | None) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             context = self.with_positions(context)
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
             y = leave(y)
             y = y if self.attn_out is None else self.attn_out(y)
-            x, normed = self.mlp_norm(x, drop(context.drops, y, "attention", self.placement))
-            hidden = partial(drop, context.drops, place="hidden", placement=self.placement)
+            x, normed = self.mlp_norm(x, drop(drops, y, "attention", self.placement))
+            hidden = partial(drop, drops, place="hidden", placement=self.placement)
             z = leave(self.mlp(enter(normed), hidden))
             z = z if self.mlp_out is None else self.mlp_out(z)
-            return AttentionOutput(x + drop(context.drops, z, "mlp", self.placement), aux_loss)
+            return AttentionOutput(x + drop(drops, z, "mlp", self.placement), aux_loss)
 
 
 def make_block(
@@ -196,11 +197,13 @@ def make_block(
     return block
 
 
-def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
+def run_block(
+    block: nn.Module, x: Tensor, context: Context, placement: Placement, drops: Drops | None = None
+) -> AttentionOutput:
     """Run a block. With `recompute: block`, its activations are recomputed in the backward pass."""
     if placement.recompute == "block" and torch.is_grad_enabled():
-        return recomputed(block, x, context)
-    return block(x, context)
+        return recomputed(block, x, context, drops)
+    return block(x, context, drops)
 
 
 class DecoderCache:
@@ -335,9 +338,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 context = replace(context, cache=cache.layers[i])
-            if drops is not None:
-                context = replace(context, drops=drops.at(i))
-            x, aux = run_block(block, x, context, self.placement)
+            x, aux = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -42,7 +41,7 @@ from headway.model.decoder import (
     score,
     vocabulary_shards,
 )
-from headway.model.dropout import Dropout
+from headway.model.dropout import Dropout, Drops
 from headway.model.init import initialise
 from headway.model.layers import make_norm, parameter
 from headway.model.shard import cut
@@ -67,13 +66,13 @@ class Stage:
         self.placement, self.aux_scale = placement, aux_scale
         self.dropout = Dropout.of(model, seed=seed)
         self._contexts = Contexts(model, attention, placement.sequence)
-        self._last: tuple[Tensor, Context] | None = None
+        self._last: tuple[Tensor, Context, Drops | None] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
         self.aux_losses: list[Tensor] = []
 
-    def context(self, inputs: Inputs, *, training: bool) -> Context:
-        """The context, built once per pass. A pass is identified by its tokens, which all layers share."""
+    def of_pass(self, inputs: Inputs, *, training: bool) -> tuple[Context, Drops | None]:
+        """The context and dropout, built once per pass. A pass is identified by its tokens, which all layers share."""
         x, tokens, _, *others = inputs
         if self._last is None or self._last[0] is not tokens:
             drops = None
@@ -83,8 +82,8 @@ class Stage:
                     start = self.placement.sequence.index * tokens.shape[1]
                     drops = self.dropout.of_pass(keys, tokens, start=start)
             context = self._contexts.of(tokens, others[0] if others else None, dtype=x.dtype)
-            self._last = (tokens, replace(context, drops=drops))
-        return self._last[1]
+            self._last = (tokens, context, drops)
+        return self._last[1:]
 
     def reset(self) -> None:
         self._last, self.losses, self.aux_losses = None, [], []
@@ -166,12 +165,11 @@ class BlockLayer(nn.Module):
         stage = self.stage
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, stage.placement)
-        context = stage.context(inputs, training=self.training)
+        context, drops = stage.of_pass(inputs, training=self.training)
         if self.index == 0:
-            x = drop(context.drops, x, "embedding", stage.placement)
-        if context.drops is not None:
-            context = replace(context, drops=context.drops.at(self.index))
-        x, aux_loss = run_block(self.block, x, context, stage.placement)
+            x = drop(drops, x, "embedding", stage.placement)
+        own = None if drops is None else drops.at(self.index)
+        x, aux_loss = run_block(self.block, x, context, stage.placement, own)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
             x = _WithLoss.apply(x, aux_loss, stage.aux_scale)
@@ -188,7 +186,7 @@ class NormLayer(nn.Module):
         initialise(self, seed=seed)
 
     def forward(self, inputs: Inputs) -> Inputs:
-        drops = self.stage.context(inputs, training=self.training).drops
+        _, drops = self.stage.of_pass(inputs, training=self.training)
         return (drop(drops, self.norm(inputs[0]), "head", self.stage.placement), *inputs[1:])
 
 
