@@ -62,8 +62,9 @@ def kept(seeds: Tensor, dropped: int, *, position: int, count: int, channel: int
     """
     first, last = channel // 2, (channel + channels + 1) // 2
     numbers = stream(stream(seeds, position, count), first, last - first)
-    halves = numbers.view(torch.int32)[..., channel % 2 :][..., :channels]  # in the order of little-endian machines
-    return halves >= dropped - _WORDS // 2
+    least = signed((dropped - _WORDS // 2) << 32)  # of the upper half, as a signed number
+    pairs = torch.stack([numbers << 32 >= least, numbers >= least], -1)
+    return pairs.flatten(-2)[..., channel % 2 :][..., :channels]
 
 
 def dropout(x: Tensor, seeds: Tensor, dropped: int, scale: float, position: int = 0, channel: int = 0) -> Tensor:

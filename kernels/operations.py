@@ -122,7 +122,9 @@ def with_norm(operations: Operations, norm: Callable[[Tensor, Tensor, float], Te
 
 
 def _compile(function: Any) -> Any:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    # Products of indices wrap around in 64 bits, which the compiler's own arithmetic on indices does not.
+    options: Any = {"constant_and_index_propagation": False} if function is dropout else None
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def try_elementwise(operations: Operations, device: torch.device, dtype: torch.dtype) -> None:

@@ -48,7 +48,6 @@ class ModelConfig(StrictConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="p, in training; not of attention weights")
     dropout_places: tuple[DropoutPlace, ...] = Field(
         default=("embedding", "branches"),
-        min_length=1,
         description="what is dropped: the embedding, outputs of attention and MLP (branches), the hidden activations "
         "of the MLP, the input of the output head",
     )
@@ -61,6 +60,8 @@ class ModelConfig(StrictConfig):
     @field_validator("dropout_places")
     @classmethod
     def _each_place_once(cls, places: tuple[DropoutPlace, ...]) -> tuple[DropoutPlace, ...]:
+        if not places:
+            raise ValueError("no place; use embedding, branches, hidden or head, or dropout 0")
         if len(set(places)) < len(places):
             raise ValueError(f"{', '.join(places)} names a place twice; name each place once")
         return places
