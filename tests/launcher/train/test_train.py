@@ -19,7 +19,6 @@ from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 
-
 DROPOUT = ("model.dropout=0.2", "model.dropout_places=[embedding, branches, hidden, head]", "parallel.recompute=block")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.dropout import Rate, dropout, kept, mix, signed, stream
+from headway.kernels.operations import make_operations
 
 SEEDS = mix(torch.arange(1, 6))
 
@@ -116,3 +117,14 @@ def test_masks_are_the_same_by_unsigned_arithmetic():
     expected = signed_halves >= rate.dropped - 2**31
     found = kept(SEEDS, rate.dropped, position=0, count=9, channel=0, channels=11)
     assert np.array_equal(found.numpy(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", ["none", "elementwise"])
+def test_masks_on_a_gpu_are_those_of_the_cpu(compile):
+    device = torch.device("cuda")
+    operations = make_operations(compile=compile, device=device, dtype=torch.float32)
+    x = torch.randn(5, 33, 70)
+    found = operations.dropout(x.to(device), SEEDS.to(device), *Rate.of(0.1), 3, 5)
+    assert torch.equal(found.cpu(), dropout(x, SEEDS, *Rate.of(0.1), 3, 5))
