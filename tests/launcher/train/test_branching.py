@@ -82,8 +82,9 @@ def test_a_branch_before_the_decay_equals_a_run_trained_from_its_start(folder, h
 
 def test_a_branch_drops_by_the_masks_of_a_run_trained_from_its_start(headway):
     dropped = "model.dropout=0.3"
-    for overrides in ((*STABLE, "run_dir=parent"), (*SHORT, "run_dir=whole"), (*SHORT, "init.run=parent@10")):
-        done = headway.train(dropped, "run_dir=branch", *overrides)
+    branch = (*SHORT, "init.run=parent@10", "run_dir=branch")
+    for overrides in ((*STABLE, "run_dir=parent"), (*SHORT, "run_dir=whole"), branch):
+        done = headway.train(dropped, *overrides)
         assert done.returncode == 0, done.stderr
     assert trajectory(headway.folder / "branch")[:20] == trajectory(headway.folder / "whole")[:20]
     assert tensors(headway.folder / "branch", 20) == tensors(headway.folder / "whole", 20)
