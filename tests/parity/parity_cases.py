@@ -56,19 +56,21 @@ MECHANISMS = TABLE | {
 
 DROPOUT: dict[str, Any] = {"dropout": 0.05, "dropout_places": ("embedding", "branches", "hidden", "head")}
 
+GPT2: dict[str, Any] = {
+    "mlp": "gelu_tanh",
+    "mlp_biases": True,
+    "norm": "layernorm",
+    "positions": "learned",
+    "max_positions": SEQ_LEN,
+    "head_bias": True,
+}
+
 FORMS: dict[str, dict[str, Any]] = {
-    "gpt2-block": {
-        "mlp": "gelu_tanh",
-        "mlp_biases": True,
-        "norm": "layernorm",
-        "positions": "learned",
-        "max_positions": SEQ_LEN,
-        "head_bias": True,
-    },
+    "gpt2-block": GPT2,
+    "dropout": GPT2 | DROPOUT,
     "relu-block": {"mlp": "relu", "mlp_biases": True, "norm": "layernorm", "positions": "none"},
     "xl-block": {"positions": "relative_xl"},
     "xl-switchhead": {"mlp": "relu", "mlp_biases": True, "positions": "relative_xl", "head_bias": True},
-    "dropout": {"positions": "learned", "max_positions": SEQ_LEN, "mlp_biases": True, **DROPOUT},
     "dropout-xl": {"mlp": "relu", "norm": "layernorm", "positions": "relative_xl", **DROPOUT},
 }
 """Options of the block, by the name of the case's mechanism; the others have the defaults."""

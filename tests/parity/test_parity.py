@@ -72,6 +72,7 @@ LOADED = [case for case in move_cases() if case.load]
 FAST_LOADED = [case for case in LOADED if groups(with_references([case]))[-1][0] == case.world_size]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
+FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism == "dropout"]
 
 
 def healthy(case: Case) -> Case:
