@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headway.kernels.attention import core
 from headway.kernels.backends import Backend, attention_core
+from headway.kernels.dropout import Rate, dropout
 from headway.kernels.elementwise import add_layer_norm, add_norm, gelu, gelu_tanh, layer_norm, relu, silu_mul
 from headway.kernels.fp8 import Product, check_fp8, scaled_product
 from headway.kernels.levers import LeverError
@@ -44,6 +45,7 @@ class Operations:
     gelu: Callable[[Tensor], Tensor] = gelu
     gelu_tanh: Callable[[Tensor], Tensor] = gelu_tanh
     relu: Callable[[Tensor], Tensor] = relu
+    dropout: Callable[..., Tensor] = dropout
     rope: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = apply_rope
     core: Callable[..., Tensor] = core
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
@@ -104,7 +106,8 @@ def compiled(operations: Operations) -> Operations:
     config.recompile_limit = max(config.recompile_limit, SHAPES)
     if operations.norm is rms_norm:
         operations = replace(operations, norm=_compile(operations.norm), add_norm=_compile(operations.add_norm))
-    pointwise = {name: _compile(getattr(operations, name)) for name in (*POINTWISE, "layer_norm", "add_layer_norm")}
+    names = (*POINTWISE, "layer_norm", "add_layer_norm", "dropout")
+    pointwise = {name: _compile(getattr(operations, name)) for name in names}
     return replace(operations, **pointwise, rope=_compile(operations.rope))
 
 
@@ -119,7 +122,9 @@ def with_norm(operations: Operations, norm: Callable[[Tensor, Tensor, float], Te
 
 
 def _compile(function: Any) -> Any:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    # Products of indices wrap around in 64 bits, which the compiler's own arithmetic on indices does not.
+    options: Any = {"constant_and_index_propagation": False} if function is dropout else None
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def try_elementwise(operations: Operations, device: torch.device, dtype: torch.dtype) -> None:
@@ -132,7 +137,8 @@ def try_elementwise(operations: Operations, device: torch.device, dtype: torch.d
     added, normed = operations.add_layer_norm(x, operations.layer_norm(x, gain, gain, 1e-6), gain, gain, 1e-6)
     for function in (operations.gelu, operations.gelu_tanh, operations.relu):
         found = found + function(normed + added)
-    found.sum().backward()
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+    operations.dropout(found.flatten(2), seeds, *Rate.of(0.1)).sum().backward()
 
 
 def _short(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement, rotated
+from headway.model.dropout import Dropout
 from headway.model.selective import SelectiveRecompute
 
 
@@ -186,10 +187,12 @@ class _Probe:
         distances = torch.zeros(tokens, self.model.width, dtype=self.dtype) if self.model.relative else None
         attend = SequenceRanks(attend=self._attend)
         context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances)
+        dropout = Dropout.of(self.model, seed=0)
+        drops = None if dropout is None else dropout.of_pass(torch.zeros_like(numbers[:, 0]), numbers, start=0)
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
         known += [] if distances is None else [distances]  # one for all layers
         with saved_storages(besides=known, selective=self.block.selective) as saved:
-            self.block(x, context)
+            self.block(x, context, drops)
         with torch.no_grad():
             self.block(x, replace(context, memory=memory))
         routing = sum(choice.numel() * choice.element_size() for choice in memory.choices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from headway.model.base import StrictConfig
 
@@ -13,6 +13,10 @@ BranchStart = Literal["as_drawn", "zero"] | Annotated[float, Field(gt=0, le=10)]
 
 MlpType = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
 """See `headway.model.layers`."""
+
+DropoutPlace = Literal["embedding", "branches", "hidden", "head"]
+"""Where dropout acts: on the embedding (with learned positions), on the outputs of attention and MLP before they are
+added, on the hidden activations of the MLP, and on the input of the output head (after the final norm)."""
 
 
 class ModelConfig(StrictConfig):
@@ -41,11 +45,26 @@ class ModelConfig(StrictConfig):
         default=None, ge=1, description="positions of `positions: learned`, at least data.seq_len"
     )
     norm_eps: float = Field(default=1e-5, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="p, in training; not of attention weights")
+    dropout_places: tuple[DropoutPlace, ...] = Field(
+        default=("embedding", "branches"),
+        description="what is dropped: the embedding, outputs of attention and MLP (branches), the hidden activations "
+        "of the MLP, the input of the output head",
+    )
     init_std: float = Field(default=0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
     branch_start: BranchStart = Field(
         default="as_drawn",
         description="start of attention: as_drawn, zero (the MLP too), or rms of what it adds / rms of the stream",
     )
+
+    @field_validator("dropout_places")
+    @classmethod
+    def _each_place_once(cls, places: tuple[DropoutPlace, ...]) -> tuple[DropoutPlace, ...]:
+        if not places:
+            raise ValueError("no place; use embedding, branches, hidden or head, or dropout 0")
+        if len(set(places)) < len(places):
+            raise ValueError(f"{', '.join(places)} names a place twice; name each place once")
+        return places
 
     @model_validator(mode="after")
     def _learned_positions_have_a_number(self) -> Self:

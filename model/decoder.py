@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from headway.model.base import (
 )
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs, relative_form
+from headway.model.dropout import Dropout, DropPlace, Drops
 from headway.model.init import initialise
 from headway.model.layers import (
     MLPS,
@@ -154,23 +156,27 @@ class Block(nn.Module):
         assert context.distances is not None, "`Contexts` of a model with relative positions has them"
         return replace(context, relative=self.attn_positions(context.distances))
 
-    def forward(self, x: Tensor, context: Context) -> AttentionOutput:
+    def forward(self, x: Tensor, context: Context, drops: Drops | None = None) -> AttentionOutput:
+        """drops: dropout of this layer; None outside of training."""
         if self.placement.operations.fp8 is None or self._fp8 is not None:
-            return self._forward(x, context)
+            return self._forward(x, context, drops)
         self._fp8 = to_fp8(self.matrices(), self.placement.operations.fp8)
-        out = self._forward(x, context)
+        out = self._forward(x, context, drops)
         check_used(self._fp8)
         return out
 
-    def _forward(self, x: Tensor, context: Context) -> AttentionOutput:
+    def _forward(self, x: Tensor, context: Context, drops: Drops | None) -> AttentionOutput:
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             context = self.with_positions(context)
             y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
             y = leave(y)
-            x, normed = self.mlp_norm(x, y if self.attn_out is None else self.attn_out(y))
-            z = leave(self.mlp(enter(normed)))
-            return AttentionOutput(x + (z if self.mlp_out is None else self.mlp_out(z)), aux_loss)
+            y = y if self.attn_out is None else self.attn_out(y)
+            x, normed = self.mlp_norm(x, drop(drops, y, "attention", self.placement))
+            hidden = partial(drop, drops, place="hidden", placement=self.placement)
+            z = leave(self.mlp(enter(normed), hidden))
+            z = z if self.mlp_out is None else self.mlp_out(z)
+            return AttentionOutput(x + drop(drops, z, "mlp", self.placement), aux_loss)
 
 
 def make_block(
@@ -191,11 +197,13 @@ def make_block(
     return block
 
 
-def run_block(block: nn.Module, x: Tensor, context: Context, placement: Placement) -> AttentionOutput:
+def run_block(
+    block: nn.Module, x: Tensor, context: Context, placement: Placement, drops: Drops | None = None
+) -> AttentionOutput:
     """Run a block. With `recompute: block`, its activations are recomputed in the backward pass."""
     if placement.recompute == "block" and torch.is_grad_enabled():
-        return recomputed(block, x, context)
-    return block(x, context)
+        return recomputed(block, x, context, drops)
+    return block(x, context, drops)
 
 
 class DecoderCache:
@@ -249,6 +257,7 @@ class Decoder(nn.Module):
             scale = None if scales is None else scales[i]
             self.blocks.append(make_block(model, mechanism, i, seed=seed, placement=self.placement, scale=scale))
         self._contexts = Contexts(model, attention, self.placement.sequence)
+        self.dropout = Dropout.of(model, seed=seed)
 
     @property
     def shards(self) -> dict[str, Shard]:
@@ -259,13 +268,21 @@ class Decoder(nn.Module):
                 shards |= {f"blocks.{i}.{name}": shard for name, shard in block.shards.items()}
         return shards
 
-    def forward(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None, keys: Tensor | None = None
+    ) -> ModelOutput:
         """tokens, labels [B, S] (label -100: no target); segments [B, S]: document index, ascending; None for one
-        document per sequence.
+        document per sequence. keys [B]: of dropout (`Dropout.keys`), in training only; None: those of the first
+        sequences of a run.
 
         With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
-        hidden, aux_loss = self._hidden(tokens, segments)
+        drops = None
+        if self.dropout is not None and self.training:
+            if keys is None:
+                keys = self.dropout.keys(tokens=0, first=0, count=len(tokens), device=tokens.device)
+            drops = self.dropout.of_pass(keys, tokens, start=self.placement.sequence.index * tokens.shape[1])
+        hidden, aux_loss = self._hidden(tokens, segments, drops=drops)
         loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
         return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
@@ -301,7 +318,11 @@ class Decoder(nn.Module):
         return [block.attn for block in self.blocks if isinstance(block, Block)]
 
     def _hidden(
-        self, tokens: Tensor, segments: Tensor | None, cache: DecoderCache | None = None
+        self,
+        tokens: Tensor,
+        segments: Tensor | None,
+        cache: DecoderCache | None = None,
+        drops: Drops | None = None,
     ) -> tuple[Tensor, Tensor]:
         if cache is not None and segments is not None:
             raise ValueError(
@@ -311,17 +332,18 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.tokens
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, self.placement, start=start)
+        x = drop(drops, x, "embedding", self.placement)
         context = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 context = replace(context, cache=cache.layers[i])
-            x, aux = run_block(block, x, context, self.placement)
+            x, aux = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:
             cache.tokens += tokens.shape[1]
-        return self.norm(x), aux_loss
+        return drop(drops, self.norm(x), "head", self.placement), aux_loss
 
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head
@@ -381,6 +403,11 @@ def add_positions(positions: Positions, x: Tensor, tokens: Tensor, placement: Pl
     if x.shape[1] < tokens.shape[1]:  # sequence parallelism: each tensor-parallel rank holds a part
         start += placement.ranks.index * x.shape[1]
     return x + positions(start, x.shape[1])
+
+
+def drop(drops: Drops | None, x: Tensor, place: DropPlace, placement: Placement) -> Tensor:
+    """x with dropout of this place (`headway.model.dropout`); unchanged outside of training."""
+    return x if drops is None else drops.of(x, place, ranks=placement.ranks, dropout=placement.operations.dropout)
 
 
 def vocabulary_shards(model: ModelConfig, vocab_size: int) -> dict[str, Shard]:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from headway.kernels.operations import Operations
 from headway.kernels.relative import Relative
-from headway.model.base import RelativeForm, Shard
+from headway.model.base import RelativeForm, Shard, alone
 from headway.model.config import MlpType, ModelConfig
+
+Drop = Callable[[Tensor], Tensor]
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -189,7 +191,8 @@ class Mlp(Replaceable):
     """Base of the MLPs: matrices `inner` [F, d] into the hidden width and w_down [d, F]; with `biases`, b_* [F] of the
     inner ones, which start at 0. The bias of w_down is an `OutputBias` of the block.
 
-    `w_down` is the last matrix: the MLP's output depends linearly on it.
+    `w_down` is the last matrix: the MLP's output depends linearly on it. `forward` gets dropout of the hidden
+    activations [B, S, F] as a function `drop`.
     """
 
     output_matrices = ("w_down",)
@@ -231,9 +234,9 @@ class SwiGLU(Mlp):
     def use(self, operations: Operations) -> None:
         self._silu_mul = operations.silu_mul
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop = alone) -> Tensor:
         inner = self._silu_mul(F.linear(x, self.w_gate, self.b_gate), F.linear(x, self.w_up, self.b_up))
-        return F.linear(inner, self.w_down)
+        return F.linear(drop(inner), self.w_down)
 
 
 class _Plain(Mlp):
@@ -247,8 +250,8 @@ class _Plain(Mlp):
     def use(self, operations: Operations) -> None:
         self._function = getattr(operations, self.function)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self._function(F.linear(x, self.w_up, self.b_up)), self.w_down)
+    def forward(self, x: Tensor, drop: Drop = alone) -> Tensor:
+        return F.linear(drop(self._function(F.linear(x, self.w_up, self.b_up))), self.w_down)
 
 
 class Gelu(_Plain):

@@ -112,6 +112,7 @@ class Engine:
         accumulation: int,
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
+        self._dropout = model.dropout
         self.blocks: dict[int, Block] = {i: b for i, b in enumerate(model.blocks) if isinstance(b, Block)}
         self._logical = [
             LogicalParameter(name, parameter, model.shards.get(name)) for name, parameter in model.named_parameters()
@@ -154,6 +155,7 @@ class Engine:
         self._summed: tuple[float, float] | None = None
         self._deepspeed = deepspeed
         self.applied_steps = 0
+        self._tokens = 0  # trained before the next step
         self._create_optimizer_state()
 
     def _grid(self) -> Any:
@@ -172,8 +174,9 @@ class Engine:
     def before_step(self, tokens: int) -> None:
         """Update the schedules of all layers. Call it before each optimizer step and after loading.
 
-        `tokens`: training tokens so far.
+        `tokens`: training tokens so far. With the seed of the run, they determine the masks of dropout.
         """
+        self._tokens = tokens
         for layer in self.attention_layers.values():
             layer.before_step(tokens)
 
@@ -186,7 +189,8 @@ class Engine:
         allows: Callable[[float], bool] | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> StepStats:
-        """Run one optimizer step over this rank's micro-batches. Collective.
+        """Run one optimizer step over this rank's micro-batches: its contiguous part of the global batch, in order.
+        Collective.
 
         The step is skipped on every rank (`StepStats.skipped`) if a gradient on any rank is not finite, or if `allows`
         returns False. `allows` is called on every rank before the update with the mean loss of the global batch.
@@ -249,8 +253,8 @@ class Engine:
         layout, clock = self.layout, self._clock
         self._loss_sums, self._aux_losses, self._summed = [], [], None
         clock.start()
-        for batch in micro:
-            out = self._engine(*self._inputs(batch))
+        for index, batch in enumerate(micro):
+            out = self._engine(*self._inputs(batch), *self._dropout_keys(index, batch))
             # aux_loss is the mean over this rank's groups. After the division, the sum over ranks is the overall mean.
             aux_loss = out.aux_loss / layout.tp_size
             out_loss = passing("step:loss", out.loss_sum)
@@ -263,6 +267,14 @@ class Engine:
             self._engine.step()
             clock.end(OPTIMIZER)
         return True
+
+    def _dropout_keys(self, index: int, batch: MicroBatch) -> list[Tensor]:
+        """Keys [B] of dropout of this rank's `index`-th micro-batch, all of which have B sequences. Empty without."""
+        if self._dropout is None:
+            return []
+        count = len(batch.tokens)
+        first = (self.layout.dp_rank * self.accumulation + index) * count
+        return [self._dropout.keys(tokens=self._tokens, first=first, count=count, device=self.layout.device)]
 
     @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:

@@ -1,8 +1,9 @@
 """Pipeline parallelism: the decoder as DeepSpeed's `PipelineModule`, with the 1F1B schedule.
 
-Stages send each other the residual stream, the tokens (which routers may read), the labels and the document indices.
-The auxiliary losses of a stage's routers stay on the stage, and their gradients are added there. So only one
-floating-point tensor is sent forward, and its gradient backward. The cross-entropy is computed inside the last layer.
+Stages send each other the residual stream, the tokens (which routers may read), the labels, the keys of dropout and the
+document indices. The auxiliary losses of a stage's routers stay on the stage, and their gradients are added there. So
+only one floating-point tensor is sent forward, and its gradient backward. The cross-entropy is computed inside the last
+layer.
 Outside of the module, its gradients for the head's rows would be lost, because DeepSpeed clears the gradients of a bf16
 stage when the backward pass reaches the module's outputs.
 
@@ -32,6 +33,7 @@ from headway.model.decoder import (
     Contexts,
     Placement,
     add_positions,
+    drop,
     embed,
     make_block,
     make_positions,
@@ -39,6 +41,7 @@ from headway.model.decoder import (
     score,
     vocabulary_shards,
 )
+from headway.model.dropout import Dropout, Drops
 from headway.model.init import initialise
 from headway.model.layers import make_norm, parameter
 from headway.model.shard import cut
@@ -48,7 +51,8 @@ from headway.parallel.fault_points import passing
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalParameter
 
-Inputs = tuple[Tensor, ...]  # x [B, S, d] (absent for the embedding); tokens, labels [B, S]; optionally segments
+Inputs = tuple[Tensor, ...]
+"""x [B, S, d] (absent for the embedding); tokens, labels [B, S]; with dropout its keys [B]; optionally segments."""
 
 EMBEDDING = "embedding"
 
@@ -57,20 +61,29 @@ class Stage:
     """State shared by the layers of this process: the context of the current pass, and the losses of the step."""
 
     def __init__(
-        self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, aux_scale: float
+        self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, seed: int, aux_scale: float
     ) -> None:
         self.placement, self.aux_scale = placement, aux_scale
+        self.dropout = Dropout.of(model, seed=seed)
         self._contexts = Contexts(model, attention, placement.sequence)
-        self._last: tuple[Tensor, Context] | None = None
+        self._last: tuple[Tensor, Context, Drops | None] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
         self.aux_losses: list[Tensor] = []
 
-    def context(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype) -> Context:
-        """The context, built once per pass. A pass is identified by its `tokens` tensor, which all blocks share."""
+    def of_pass(self, inputs: Inputs, *, training: bool) -> tuple[Context, Drops | None]:
+        """The context and dropout, built once per pass. A pass is identified by its tokens, which all layers share."""
+        x, tokens, _, *others = inputs
         if self._last is None or self._last[0] is not tokens:
-            self._last = (tokens, self._contexts.of(tokens, segments, dtype=dtype))
-        return self._last[1]
+            drops = None
+            if self.dropout is not None:
+                keys, *others = others
+                if training:
+                    start = self.placement.sequence.index * tokens.shape[1]
+                    drops = self.dropout.of_pass(keys, tokens, start=start)
+            context = self._contexts.of(tokens, others[0] if others else None, dtype=x.dtype)
+            self._last = (tokens, context, drops)
+        return self._last[1:]
 
     def reset(self) -> None:
         self._last, self.losses, self.aux_losses = None, [], []
@@ -126,7 +139,9 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
 
 
 class BlockLayer(nn.Module):
-    """One block of the decoder. The first one adds the learned positions, which are not tied as the embedding is."""
+    """One block of the decoder. The first one adds the learned positions, which are not tied as the embedding is, and
+    drops the embedding.
+    """
 
     def __init__(
         self,
@@ -146,29 +161,33 @@ class BlockLayer(nn.Module):
             initialise(self.positions, seed=seed, prefix="positions.")
 
     def forward(self, inputs: Inputs) -> Inputs:
-        x, tokens, labels, *segments = inputs
+        x, tokens, *others = inputs
         stage = self.stage
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, stage.placement)
-        context = stage.context(tokens, segments[0] if segments else None, x.dtype)
-        x, aux_loss = run_block(self.block, x, context, stage.placement)
+        context, drops = stage.of_pass(inputs, training=self.training)
+        if self.index == 0:
+            x = drop(drops, x, "embedding", stage.placement)
+        own = None if drops is None else drops.at(self.index)
+        x, aux_loss = run_block(self.block, x, context, stage.placement, own)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
             x = _WithLoss.apply(x, aux_loss, stage.aux_scale)
-        return x, tokens, labels, *segments
+        return x, tokens, *others
 
 
 class NormLayer(nn.Module):
-    """The norm before the head."""
+    """The norm before the head, and dropout of the head's input."""
 
     def __init__(self, model: ModelConfig, *, seed: int, stage: Stage) -> None:
         super().__init__()
-        self.norm = make_norm(model)
+        self.norm, self.stage = make_norm(model), stage
         self.norm.use(stage.placement.operations)
         initialise(self, seed=seed)
 
     def forward(self, inputs: Inputs) -> Inputs:
-        return (self.norm(inputs[0]), *inputs[1:])
+        _, drops = self.stage.of_pass(inputs, training=self.training)
+        return (drop(drops, self.norm(inputs[0]), "head", self.stage.placement), *inputs[1:])
 
 
 class _WithLoss(torch.autograd.Function):
@@ -221,7 +240,8 @@ class PipelineEngine(Engine):
     ) -> None:
         self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
         # DeepSpeed divides the loss by the number of micro-batches; the auxiliary losses must be divided as well.
-        self._stage = Stage(model, attention, placement, aux_scale=1 / (accumulation * layout.tp_size))
+        self._stage = Stage(model, attention, placement, seed=seed, aux_scale=1 / (accumulation * layout.tp_size))
+        self._dropout = self._stage.dropout
         layers = self._layers(model, attention, scales, vocab_size=vocab_size, seed=seed)
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.data_ranks)
         with contextlib.redirect_stdout(sys.stderr):
@@ -329,9 +349,10 @@ class PipelineEngine(Engine):
         return torch.stack(self._stage.losses).sum(0)
 
     def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
-        for batch in micro:
-            inputs = tuple(self._transfer.take(batch, self._host_inputs(batch)))
-            yield inputs, inputs[1]  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
+        for index, batch in enumerate(micro):
+            tokens, labels, *segments = self._transfer.take(batch, self._host_inputs(batch))
+            inputs = (tokens, labels, *self._dropout_keys(index, batch), *segments)
+            yield inputs, labels  # DeepSpeed expects labels for the last stage; ours are also in `inputs`
 
     def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
         """With the segments, which stages send to each other."""

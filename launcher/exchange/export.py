@@ -111,6 +111,8 @@ def _write_llama(
     if codec.file is not None:
         write_tokenizer(folder, codec, seq_len=spec.data.seq_len)
     result = _compared(folder, spec, decoder, codec)
+    if spec.model.dropout:
+        result += f"; without model.dropout {spec.model.dropout:g}, which acts in training and has no place in a Llama"
     text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
     (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
     return result

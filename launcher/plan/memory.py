@@ -138,6 +138,7 @@ def memory(grid: Grid, stage: Stage) -> Memory:
     activations = grid.in_flight(stage) * blocks
     if stage.last:
         activations += between + grid.tokens * row  # the norm's input and its output
+    activations += grid.in_flight(stage) * _masks_of_dropout(grid, stage)
     return Memory(
         parameters=held.parameters,
         master=held.master,
@@ -153,7 +154,9 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         recomputed=largest,
         # Each kept tensor's gradient is computed once, and at most half of them exist at the same time. Under sequence
         # parallelism, gathered tensors are in the order of the ranks and are copied into the order of the tokens.
-        backward=max(kept) / 2 + 2 * grid.tokens * row * spec.parallel.sequence_parallel + _scores(grid),
+        backward=max(
+            max(kept) / 2 + 2 * grid.tokens * row * spec.parallel.sequence_parallel + _scores(grid), _numbers(grid)
+        ),
         exchange=held.exchange,
     )
 
@@ -168,6 +171,27 @@ def _scores(grid: Grid) -> float:
         return 0.0
     length = spec.data.seq_len
     return 32.0 * spec.train.micro_batch * heads / spec.parallel.tensor * min(ROWS, length) * length
+
+
+def _masks_of_dropout(grid: Grid, stage: Stage) -> float:
+    """Masks that dropout keeps outside of blocks, one byte for each element; those of blocks are in their footprint."""
+    model = grid.spec.model
+    if not model.dropout:
+        return 0.0
+    at_ends = ("embedding" in model.dropout_places and stage.first) + ("head" in model.dropout_places and stage.last)
+    return float(at_ends * grid.residual_tokens * model.width)
+
+
+def _numbers(grid: Grid) -> float:
+    """Random numbers while the largest mask of dropout is made: 4 bytes for each element, and a copy of them.
+
+    They exist in the forward pass, at the end of which the gradients of a block do not exist yet.
+    """
+    model = grid.spec.model
+    if not model.dropout:
+        return 0.0
+    hidden = grid.tokens * model.ffn_width / grid.spec.parallel.tensor if "hidden" in model.dropout_places else 0.0
+    return 8.0 * max(hidden, grid.residual_tokens * model.width)
 
 
 def _mask(grid: Grid) -> float:

@@ -103,10 +103,21 @@ _MODEL = (
         "switchhead route within attention.",
     ),
     _hint(
-        "dropout dropout_p dropout_rate attn_dropout attention_dropout hidden_dropout resid_dropout resid_pdrop "
-        "embd_pdrop attn_pdrop embd_dropout classifier_dropout residual_dropout embed_dropout drop_path",
-        "optimizer.weight_decay",
-        "There is no dropout in the model; leave it out. What regularises is optimizer.weight_decay.",
+        "dropout dropout_p dropout_rate hidden_dropout resid_dropout resid_pdrop embd_pdrop embd_dropout "
+        "residual_dropout embed_dropout",
+        "model.dropout model.dropout_places",
+        "Use model.dropout, and model.dropout_places for where it acts: embedding, branches, hidden, head.",
+    ),
+    _hint(
+        "attn_dropout attention_dropout attn_pdrop dropatt attention_probs_dropout_prob",
+        "model.dropout model.dropout_places",
+        "There is no dropout of attention weights: kernels draw its masks themselves, so they would depend on the "
+        "layout. Leave it out; model.dropout drops the outputs of attention and MLP.",
+    ),
+    _hint(
+        "classifier_dropout drop_path layer_dropout layerdrop",
+        "model.dropout",
+        "There is no dropout of whole layers or of a classifier; leave it out. Use model.dropout for that of elements.",
     ),
     _hint(
         "bias attention_bias mlp_bias use_bias add_bias_linear qkv_bias",

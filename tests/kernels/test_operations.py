@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from headway.kernels import operations as module
 from headway.kernels.attention import core
+from headway.kernels.dropout import Rate, dropout, mix
 from headway.kernels.elementwise import add_norm, silu_mul
 from headway.kernels.levers import LeverError
 from headway.kernels.loss import linear_cross_entropy_sum
@@ -103,3 +104,14 @@ def test_compiled_pieces_have_the_values_and_gradients_of_the_plain_ones(fused):
         assert (mine - plain).norm() <= 2e-6 * plain.norm()
     with torch.no_grad():
         assert torch.allclose(fused.silu_mul(x, z), silu_mul(x, z), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_dropout_has_the_bits_of_the_plain_one(fused):
+    """Its integers wrap around in 64 bits, also where the compiler could compute with indices of its own."""
+    x, seeds = torch.randn(5, 12, 22, requires_grad=True), mix(torch.arange(5))
+    found = []
+    for operations in (fused, Operations()):
+        y = operations.dropout(x, seeds, *Rate.of(0.1), 3, 5)
+        found.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    assert fused.dropout is not dropout
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

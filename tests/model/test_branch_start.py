@@ -59,7 +59,7 @@ def test_the_measured_ratio_is_that_of_the_branch_s_output_to_its_stream(tokens)
         hook = decoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
         decoder(tokens, tokens)
         hook.remove()
-        (x, context), block = seen[0], blocks_of(decoder)[0]
+        (x, context, *_), block = seen[0], blocks_of(decoder)[0]
         y = block.attn(block.attn_norm(x), context).y
         mlp = block.mlp(block.mlp_norm(x, y)[1])
     first = ratios(decoder, tokens)[0]

@@ -152,6 +152,33 @@ def test_flops_are_those_of_the_position_keys_and_their_scores(name):
     assert more.attention_core_flops.executed - plain.attention_core_flops.executed == scores
 
 
+def test_in_bf16_the_core_is_as_close_as_rounded_scores_allow():
+    """Against float64 from the same inputs. Measured: 0.0055 forward, at most 0.0078 in a gradient, and 0.002 and 0.005
+    for PyTorch's core, which does not round scores. 2^-7 is 0.0078: two roundings to bf16.
+    """
+    g = torch.Generator().manual_seed(1)
+    shapes = [(2, 300, 4, 32), (2, 300, 2, 32), (2, 300, 2, 32), (300, 2, 32), (4, 32), (4, 32)]
+    drawn = [torch.randn(shape, generator=g).bfloat16() for shape in shapes]
+    weight, found = torch.randn(shapes[0], generator=g), []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [t.to(dtype).requires_grad_() for t in drawn]
+        out = relative_core(*leaves[:3], Relative(*leaves[3:]), None)
+        assert out.dtype == dtype
+        found.append([out, *torch.autograd.grad(out, leaves, weight.to(dtype))])
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_loss_in_bf16_is_near_that_in_fp32(name):
+    """Measured: 2e-4 to 5e-4; a rounding to bf16 is 4e-3, of which a mean over 400 tokens keeps less."""
+    ids, losses = tokens(200), []
+    for dtype in (torch.float32, torch.bfloat16):
+        made = decoder(MECHANISMS[name], dtype=dtype)
+        losses.append(made(ids, ids.roll(-1, 1)).loss_sum.item())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
 @pytest.mark.parametrize("name", MECHANISMS)
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_recomputation_changes_no_bit(name, recompute):

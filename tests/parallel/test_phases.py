@@ -98,7 +98,7 @@ def engine_on(stream: Stream, clock, accumulation: int) -> Engine:
     """An engine without a model: only what `train_step` calls."""
     e = object.__new__(Engine)
     e.layout = Layout(rank=0, local_rank=0, device=torch.device("cpu"))
-    e.accumulation, e.applied_steps = accumulation, 0
+    e.accumulation, e.applied_steps, e._dropout = accumulation, 0, None
     gate = SimpleNamespace(close=lambda _: None, refused=False)
     optimizer = SimpleNamespace(param_groups=[])
     vars(e).update(_engine=FakeDeepSpeed(stream, accumulation), _optimizer=optimizer, _gate=gate)

@@ -106,7 +106,7 @@ def batch(cuda: Cuda, number: int) -> Any:
 
 def engine(transfer: Any, kind: type[Engine] = Engine) -> Engine:
     e = object.__new__(kind)
-    e.layout, e._transfer = Layout(rank=0, local_rank=0, device=CUDA), transfer
+    e.layout, e._transfer, e._dropout = Layout(rank=0, local_rank=0, device=CUDA), transfer, None
     return e
 
 

@@ -37,7 +37,7 @@ TABLE: dict[str, AttentionConfig] = {
 }
 """Mechanisms that are run on every layout."""
 
-DENSE = {"gqa", "wgqa", "windows", "gpt2-block", "xl-block"}
+DENSE = {"gqa", "wgqa", "windows", "gpt2-block", "xl-block", "dropout"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS = TABLE | {
@@ -49,23 +49,33 @@ MECHANISMS = TABLE | {
     "relu-block": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
     "xl-block": GqaConfig(heads=8, kv_heads=4, head_dim=8),
     "xl-switchhead": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
+    "dropout": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
+    "dropout-xl": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
 }
 
+DROPOUT: dict[str, Any] = {"dropout": 0.05, "dropout_places": ("embedding", "branches", "hidden", "head")}
+
+GPT2: dict[str, Any] = {
+    "mlp": "gelu_tanh",
+    "mlp_biases": True,
+    "norm": "layernorm",
+    "positions": "learned",
+    "max_positions": SEQ_LEN,
+    "head_bias": True,
+}
+
 FORMS: dict[str, dict[str, Any]] = {
-    "gpt2-block": {
-        "mlp": "gelu_tanh",
-        "mlp_biases": True,
-        "norm": "layernorm",
-        "positions": "learned",
-        "max_positions": SEQ_LEN,
-        "head_bias": True,
-    },
+    "gpt2-block": GPT2,
+    "dropout": GPT2 | DROPOUT,
     "relu-block": {"mlp": "relu", "mlp_biases": True, "norm": "layernorm", "positions": "none"},
     "xl-block": {"positions": "relative_xl"},
     "xl-switchhead": {"mlp": "relu", "mlp_biases": True, "positions": "relative_xl", "head_bias": True},
+    "dropout-xl": {"mlp": "relu", "norm": "layernorm", "positions": "relative_xl", **DROPOUT},
 }
 """Options of the block, by the name of the case's mechanism; the others have the defaults."""
+
+XL = ("xl-block", "xl-switchhead")
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
@@ -212,6 +222,8 @@ def saved_name(layout: str, zero: int, precision: str = "fp32") -> str:
 def move_cases() -> list[Case]:
     """Savers, each of which also resumes itself, then loaders."""
     savers, loaders = {}, []
+    for layout in ("dp2", "pp2"):
+        savers[f"dropout-{layout}"] = Case(mechanism="dropout", layout=layout, save=f"dropout-{layout}")
     for (layout, zero), (to, to_zero) in MOVES:
         name = saved_name(layout, zero)
         savers[name] = Case(mechanism="rgqa", layout=layout, zero=zero, save=name)
@@ -238,7 +250,12 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]
     cases += [Case(mechanism="gqe-first", layout=x) for x in ("tp2", "sp2", "cp2", "tp2·pp2")]
-    cases += [Case(mechanism=x, layout=y) for x in FORMS for y in ("tp2", "sp2", "cp2", "pp2", "dp2", "sp2·cp2·pp2")]
+    layouts = ("tp2", "sp2", "cp2", "pp2", "dp2", "sp2·cp2·pp2")
+    forms = [Case(mechanism=x, layout=y) for x, y in itertools.product(FORMS, layouts)]
+    cases += [case for case in forms if not (case.model.relative and case.parallel.context > 1)]
+    cases += [Case(mechanism=x, layout=y, precision="bf16") for x in XL for y in ("tp2", "pp2", "dp2")]
+    cases += [Case(mechanism="dropout", micro_batch=size) for size in (1, 4, 8)]
+    cases += [Case(mechanism="dropout", layout=x, recompute=True) for x in ("single", "pp2", "sp2")]
     for layout in ("cp2·pp2", "cp2·dp2", "tp2·cp2", "sp2·pp2", "sp2·cp2·pp2"):
         cases += [Case(mechanism=x, layout=layout) for x in ("rgqa", "gqe", "switchhead")]
     return cases

@@ -76,7 +76,20 @@ def own_load() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_masks() -> Iterator[None]:
+    """Every data-parallel rank drops by the masks of the first sequences of the global batch."""
+
+    def keys(self: engine.Engine, index: int, batch: Any) -> list[Tensor]:
+        with mock.patch.object(self, "layout", replace(self.layout, dp_rank=0)):
+            return real(self, index, batch)
+
+    real = engine.Engine._dropout_keys
+    with mock.patch.object(engine.Engine, "_dropout_keys", keys):
+        yield
+
+
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     fault.__name__: fault
-    for fault in (partial_gradients, unmarked_parameters, stages_apart, own_mean, rank_average, own_load)
+    for fault in (partial_gradients, unmarked_parameters, stages_apart, own_mean, rank_average, own_load, own_masks)
 }

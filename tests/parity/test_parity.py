@@ -13,6 +13,7 @@ from parity_cases import (
     COLUMNS,
     LAYOUTS,
     TABLE,
+    XL,
     Case,
     every_case,
     groups,
@@ -45,7 +46,14 @@ FAST = [
     Case(mechanism="gpt2-block", layout="pp2", tied=False, recompute=True),
     Case(mechanism="relu-block", layout="tp2"),
     *(Case(mechanism="xl-block", layout=x) for x in ("sp2", "pp2")),
+    *(Case(mechanism="xl-block", layout=x) for x in ("tp2", "dp2")),
     Case(mechanism="xl-switchhead", layout="tp2", tied=False),
+    *(Case(mechanism="xl-switchhead", layout=x) for x in ("pp2", "dp2")),
+    *(Case(mechanism=x, layout="pp2", precision="bf16") for x in XL),
+    *(Case(mechanism="dropout", layout=x) for x in ("tp2", "sp2", "cp2", "pp2", "dp2")),
+    *(Case(mechanism="dropout", micro_batch=size, recompute=size == 4) for size in (1, 4)),
+    Case(mechanism="dropout", layout="dp2", zero=3, recompute=True),
+    *(Case(mechanism="dropout-xl", layout=x) for x in ("sp2", "pp2")),
 ]
 
 SABOTAGED = [
@@ -56,6 +64,7 @@ SABOTAGED = [
     Case(mechanism="rgqa", layout="cp2", sabotage="own_mean"),
     Case(mechanism="gqa", layout="dp2", sabotage="rank_average"),
     Case(mechanism="rgqa", layout="dp2", sabotage="own_load"),
+    Case(mechanism="dropout", layout="dp2", sabotage="own_masks"),
 ]
 
 LOADED = [case for case in move_cases() if case.load]
@@ -63,6 +72,7 @@ LOADED = [case for case in move_cases() if case.load]
 FAST_LOADED = [case for case in LOADED if groups(with_references([case]))[-1][0] == case.world_size]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
+FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism == "dropout"]
 
 
 def healthy(case: Case) -> Case:

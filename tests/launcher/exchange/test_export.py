@@ -59,7 +59,7 @@ def runs(headway_once):
     (folder / "text.yaml").write_text(TEXT.replace("SET", str(folder / "set")))
     # The schedule changes between its two checkpoints, of steps 2 and 4.
     rgqa = ("attention.k_schedule=[{until_tokens: 768, top_k: 2}]", *SHORT)
-    wgqa = ("attention.type=wgqa", "attention.start=random", *SHORT)
+    wgqa = ("attention.type=wgqa", "attention.start=random", "model.dropout=0.1", *SHORT)
     for arguments in (
         ("data", "build", "corpus.yaml"),
         ("train", "text.yaml", "run_dir=text.run"),
@@ -122,7 +122,9 @@ def test_shards_hold_the_same_tensors_as_one_file(llama_folder, runs, tmp_path):
 
 def test_weighted_gqa_is_folded(runs, tmp_path, capsys):
     assert export(runs / "wgqa.run", tmp_path / "hf", to="hf") == 0
-    assert "on random tokens" in capsys.readouterr().out
+    said = "without model.dropout 0.1, which acts in training and has no place in a Llama"
+    out = capsys.readouterr().out
+    assert "on random tokens" in out and said in out and said in (tmp_path / "hf" / "README.md").read_text()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors") and config["tie_word_embeddings"]

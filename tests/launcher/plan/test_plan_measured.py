@@ -29,6 +29,7 @@ EXPERTS = "attention.type=switchhead attention.experts=4 attention.top_k=2"
 HYBRID = "attention.type=hybrid attention.top_k=1 attention.value_experts=4 attention.value_top_k=2"
 TENSOR = "parallel.tensor=2 train.micro_batch=4"
 BF16 = "parallel.precision=bf16"
+DROPPED = "model.dropout=0.1 model.dropout_places=[embedding,branches,hidden,head]"
 REDUCED = "parallel.gradient_reduction=bf16"
 # Under ZeRO-3, DeepSpeed's allocations for exchanges differ between runs. In bf16 the plan counts the largest one that
 # was observed on an idle machine. On a busy one, another fp32 copy of the gradients was alive at the peak: measured
@@ -48,6 +49,9 @@ CASES = [
     f"parallel.zero=2 {BF16} {WIDE}",
     f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
     f"{BF16} {REDUCED}",
+    f"{DROPPED} train.micro_batch=4",
+    f"{DROPPED} {TENSOR} {BF16} parallel.recompute=selective parallel.sequence_parallel=true",
+    f"{DROPPED} {BF16} parallel.pipeline=2 parallel.recompute=block",
     f"parallel.overlap=true {WIDE}",
     f"parallel.zero=2 parallel.overlap=true {WIDE}",
     f"parallel.zero=2 {BF16} {WIDE} parallel.overlap=true",

@@ -38,6 +38,14 @@ train: {tokens: 2560, global_batch: 8, micro_batch: 8}
         (["model.positions=relative_xl", "speed.attention=flash"], "speed.attention: flash takes no scores"),
         (["model.positions=relative_xl", "parallel.context=2", "launch.processes=2"], "use parallel.context 1, or"),
         (["attention.bias=true"], "attention.biases"),
+        (["model.dropout=1.0"], "model.dropout: must be >= 0, < 1; got 1.0"),
+        (["model.dropout=-0.1"], "model.dropout: must be >= 0, < 1; got -0.1"),
+        (["model.dropout=high"], "model.dropout: expected a number (>= 0, < 1); got 'high'"),
+        (["model.dropout=.nan"], "model.dropout: expected a number"),
+        (["model.dropout=true"], "model.dropout: expected a number"),
+        (["model.dropout_places=[]"], "model.dropout_places: no place; use embedding, branches, hidden or head"),
+        (["model.dropout_places=[attention]"], "Legal: embedding, branches, hidden, head"),
+        (["model.dropout_places=[head, head]"], "head, head names a place twice"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
@@ -47,6 +55,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], said
     with pytest.raises(SpecError) as caught:
         load_spec(str(path), overrides, no_auto=None)
     assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_a_branch_before_the_decay_equals_a_run_trained_from_its_start(folder, h
     assert summary["train_s"] > parent_s == records(run)[step - 1]["train_s"]
 
 
+def test_a_branch_drops_by_the_masks_of_a_run_trained_from_its_start(headway):
+    dropped = "model.dropout=0.3"
+    branch = (*SHORT, "init.run=parent@10", "run_dir=branch")
+    for overrides in ((*STABLE, "run_dir=parent"), (*SHORT, "run_dir=whole"), branch):
+        done = headway.train(dropped, *overrides)
+        assert done.returncode == 0, done.stderr
+    assert trajectory(headway.folder / "branch")[:20] == trajectory(headway.folder / "whole")[:20]
+    assert tensors(headway.folder / "branch", 20) == tensors(headway.folder / "whole", 20)
+
+
 def test_keep_at_tokens_keeps_the_checkpoints_of_the_steps_that_reach_them(folder):
     # 3900 tokens lie within step 16. `every_tokens` saves every 5 steps, of which `keep: 1` leaves the last.
     assert list(checkpoints(folder / "stable")) == [10, 16, 40]

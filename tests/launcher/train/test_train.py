@@ -19,11 +19,15 @@ from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 
+DROPOUT = ("model.dropout=0.2", "model.dropout_places=[embedding, branches, hidden, head]", "parallel.recompute=block")
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_run_continues_bit_for_bit(headway, processes, precision):
-    common = (f"launch.processes={processes}", f"parallel.precision={precision}")
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "more"),
+    [(1, "fp32", ()), (1, "bf16", ()), (2, "fp32", ()), (2, "bf16", ()), (2, "bf16", DROPOUT)],
+)
+def test_a_killed_run_continues_bit_for_bit(headway, processes, precision, more):
+    common = (f"launch.processes={processes}", f"parallel.precision={precision}", *more)
     whole = headway.train(*common, "run_dir=whole")
     assert whole.returncode == 0, whole.stderr
     run = headway.folder / "killed"
