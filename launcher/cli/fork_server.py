@@ -61,14 +61,21 @@ def serve(path: Path, owner: int, command: Callable[[list[str]], int]) -> int:
 
 
 def _import_everything() -> None:
-    """Import all modules that ranks and launchers import, including DeepSpeed's engines and TensorBoard."""
+    """Import all modules that ranks and launchers import, including DeepSpeed's engines and TensorBoard.
+
+    Also identify the sources and versions once for all of them: they run what is imported here.
+    """
     from headway.launcher.board.writer import writer_class
+    from headway.launcher.run.identity import code_hash
+    from headway.launcher.run.machine import git_commit, versions
     from headway.parallel.deepspeed_options import quiet_deepspeed
 
     writer_class()
     quiet_deepspeed(cpu=True)
     for name in _MODULES:
         importlib.import_module(name)
+    for identify in (code_hash, versions, git_commit):
+        identify()
 
 
 class _Server:

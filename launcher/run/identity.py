@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,12 @@ class Gathers(Protocol):
     def gather_json(self, value: Any) -> list[Any]: ...
 
 
-def code_hash(folders: Sequence[str] = ("launcher", "parallel", "model", "data", "kernels")) -> str:
-    """sha256 of Headway's sources, 16 hex digits. Ranks with different sources compute different results."""
+@cache
+def code_hash(folders: tuple[str, ...] = ("launcher", "parallel", "model", "data", "kernels")) -> str:
+    """sha256 of Headway's sources, 16 hex digits. Ranks with different sources compute different results.
+
+    It is computed once in a process: sources that change later are not those that run.
+    """
     folder, found = Path(__file__).resolve().parents[2], hashlib.sha256()
     for name in folders:
         for path in sorted((folder / name).rglob("*.py")):

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ PACKAGES = ("headway", "torch", "deepspeed", "mosaicml-streaming", "tokenizers",
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect results."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -36,8 +42,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def git_commit() -> str | None:
-    """Commit of the source tree, followed by `+` if it has uncommitted changes; None outside a checkout."""
+    """Commit of the source tree, followed by `+` if it has uncommitted changes; None outside a checkout.
+
+    It is read once in a process: sources that change later are not those that run.
+    """
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

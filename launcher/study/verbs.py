@@ -158,7 +158,10 @@ VERBS = (
             Verb(
                 name="run",
                 help="train what is missing, then write the report",
-                examples=("headway study run yaml/quickstart.yaml",),
+                examples=(
+                    "headway study run yaml/quickstart.yaml",
+                    "headway study run yaml/quickstart.yaml launch.threads=1 --jobs 2",
+                ),
                 arguments=_study_run_arguments,
                 run=_run_study,
             ),

@@ -34,7 +34,7 @@ variants:
 """
 
 # Does to a run folder what `headway train` does; how is read from behaviour.json: cell -> ok, fail, half, hang, start,
-# or late, which fails before the last step.
+# deaf (hangs and ignores SIGTERM), late (fails before the last step), or `after PATH` (waits for a file of the study).
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -74,7 +74,13 @@ def stop(*_):
     print("saved a checkpoint", flush=True)
     sys.exit(75)
 
-signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "deaf" else stop)
+awaited = run_dir.parents[2] / behaviour.removeprefix("after ") if behaviour.startswith("after ") else run_dir
+end = time.monotonic() + 30
+while not awaited.exists():
+    if time.monotonic() > end:
+        sys.exit("error: nothing came")
+    time.sleep(0.01)
 steps = total // 2 if behaviour == "half" else total
 for step in range(int(begin) + 1, steps + 1):
     common = {"step": step, "tokens": step * 256, "train_s": step * 0.1, "loss": 4 - 0.1 * step}
@@ -86,7 +92,8 @@ for step in range(int(begin) + 1, steps + 1):
         sys.exit(74)
     if step % 5 == 0 or step == total:
         write({"kind": "validation", **common, "loss": common["loss"] - 0.1})
-    if step == 3 and behaviour == "hang":
+    if step == 3 and behaviour in ("hang", "deaf"):
+        (run_dir / "run.lock").write_text(str(os.getpid()))
         time.sleep(60)
 if behaviour == "half":
     sys.exit(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -417,19 +416,6 @@ def test_the_command_of_a_cell_is_headway_train(tmp_path, monkeypatch):
     command = study_module.cell_command(plan, plan.cells[0])
     assert command[:6] == [sys.executable, "-P", "-m", "headway.launcher", "train", str(plan.study.base)]
     assert "optimizer.lr=1e-3" in command and "run_dir=studies/small/cells/gqa/seed-1" in command
-
-
-def test_a_real_study_trains_paired_cells_and_writes_its_report(tmp_path):
-    folder = Folder(tmp_path)
-    folder.rewrite("seeds: [1, 2]", "seeds: [5]")
-    command = [sys.executable, "-P", "-m", "headway.launcher", "study", "run", "small.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "report: studies/small/report.html" in done.stdout
-    page = (folder.out / "report.md").read_text()
-    assert "Data: PAIRED." in page
-    assert "seed 5: routed and gqa: 10 common steps, all hashes equal" in page
-    assert "CONFOUND:" not in page and "CONFOUNDED by" not in page
 
 
 # ---------------------------------------------------------------- what is refused before anything is done

@@ -1,12 +1,13 @@
-"""Warm ranks of a study: real cells whose ranks are forked, what they train, and how they end with their study."""
+"""The fork server of a study: whether there is one, and how forked cells end with their study and go on."""
 
-import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from run_folders import records
 
 from headway.launcher.hosts.forked import VARIABLE
 from headway.launcher.spec.load import load_spec
@@ -17,17 +18,15 @@ STUDY = """
 study: warm
 base: tiny.yaml
 out: out
-seeds: [1]
+seeds: [1, 2]
 variants:
-  cold: {attention.top_k: 1}
-  again: {attention.top_k: 1}
   endless: {attention.top_k: 1, train.tokens: 1e9, checkpoint.every_tokens: 1e9, train.validate_every_tokens: 1e9}
 """
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+def trained(run: Path) -> int:
+    """Training steps of a run."""
+    return len(records(run, "train")) if (run / "metrics.jsonl").exists() else 0
 
 
 def alive(pid: int) -> bool:
@@ -37,12 +36,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def ancestors(pid: int) -> dict[int, str]:
-    """Process -> command line."""
-    found = {}
+def ancestors(pid: int) -> list[int]:
+    """The parent of a process, its parent, and so on."""
+    found = []
     while pid > 1:
-        found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
     return found
 
 
@@ -53,27 +52,34 @@ def wait(condition, what: str, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_a_forked_rank_trains_like_a_cold_one_and_saves_when_its_study_is_killed(tmp_path, headway_alone):
+def test_after_kill_9_of_a_study_its_forked_cells_save_and_end_and_the_same_command_goes_on(tmp_path, headway_alone):
     (tmp_path / "study.yaml").write_text(STUDY)
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-    run = tmp_path / "out" / "cells" / "endless" / "seed-1"
-    study = subprocess.Popen(
-        headway_alone.command("study", "run", "study.yaml"), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
-    )
-    try:
-        wait(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 20, "the last cell does not train")
-        rank = int((run / "logs" / "rank-0.pid").read_text())
-        above = ancestors(rank)
-    finally:
-        study.kill()
-        study.wait()
-    servers = [pid for pid, command in above.items() if "fork-server" in command]
-    assert servers, f"the rank was not forked: {above}"
-    wait(lambda: not any(alive(pid) for pid in (rank, *servers)), "processes outlive the study")
-    saved = [p.name for p in (run / "checkpoints").glob("step-*")]
-    assert len(saved) == 1 and int(saved[0].removeprefix("step-")) >= 20  # it was stopped, not killed
-    cold = losses(run.parents[1] / "cold" / "seed-1")
-    assert losses(run)[:20] == cold[:20]
+    runs = [tmp_path / f"out/cells/endless/seed-{seed}" for seed in (1, 2)]
+    command = headway_alone.command("study", "run", "study.yaml", "--jobs", "2", "--no-timing")
+
+    def started() -> subprocess.Popen:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        headway_alone.started.append(process)
+        return process
+
+    study = started()
+    wait(lambda: all(trained(run) > 20 for run in runs), "the cells do not train")
+    launchers = [int((run / "run.lock").read_text().split()[0]) for run in runs]
+    ranks = [int((run / "logs/rank-0.pid").read_text()) for run in runs]
+    (server,) = {ancestors(pid)[0] for pid in launchers}
+    assert b"fork-server" in Path(f"/proc/{server}/cmdline").read_bytes()
+    assert all(server in ancestors(pid) for pid in ranks)
+    study.kill()
+    study.wait()
+    wait(lambda: not any(map(alive, (*launchers, *ranks, server))), "processes outlive the study")
+    saved = [[int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")] for run in runs]
+    assert all(len(steps) == 1 and steps[0] >= 20 for steps in saved), "they were killed, not stopped"
+    again = started()
+    wait(lambda: all(trained(run) > steps[0] for run, steps in zip(runs, saved, strict=True)), "they do not go on")
+    assert [[r["step"] for r in records(run, "resume")] for run in runs] == saved
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) == 75
 
 
 @pytest.fixture
