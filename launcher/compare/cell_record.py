@@ -152,6 +152,8 @@ def read_record(path: Path, key: str | None = None) -> CellRecord | DamagedRecor
 
 
 def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
+    if not all(isinstance(content[key], dict) for key in ("cell", "spec", "card", "summary", "validation", "train")):
+        raise ValueError("a part is no mapping")
     cell, validation, train = content["cell"], content["validation"], content["train"]
     curve = _curve(train["curve"])
     floats = np.array([], dtype=np.float64)
@@ -182,13 +184,16 @@ def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
         hashes={} if batches is None else _restored_marks(batches),
         **{f.name: train[f.name] for f in fields(StepFigures) if f.name not in ("curve", "speed", "hashes")},
     )
+    whole = (cell["seed"], steps.count, steps.skipped, steps.spikes, steps.window)
+    if not all(type(number) is int for number in whole) or not isinstance(cell["key"], str):
+        raise ValueError("a count is no whole number")
     return CellRecord(
         key=cell["key"],
         variant=cell["variant"],
         seed=cell["seed"],
-        budget=cell["budget"],
+        budget=float(cell["budget"]),
         run_id=content["run"],
-        note=content["note"],
+        note=str(content["note"]),
         run=run,
         steps=steps,
     )

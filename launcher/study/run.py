@@ -86,6 +86,7 @@ def train_study(plan: StudyPlan, measurements: Measurements, *, command: str) ->
         current, notes = as_it_stands(plan)
         _say_notes(notes)
         _record(current, command)
+        keep_design(plan.study, study_record(plan))
         measurements.write(out)
         return _run_cells(plan, current, command)
 
@@ -156,10 +157,8 @@ def _say_notes(notes: Sequence[str]) -> None:
 
 
 def _record(plan: StudyPlan, command: str) -> None:
-    """Write study.json, and the design among the records."""
-    design = study_record(plan)
-    write_json(plan.study.out / RECORD, {**design, "command": command, "written_at": now()})
-    keep_design(plan.study, design)
+    """Write study.json."""
+    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
 
 
 def _run_cells(plan: StudyPlan, current: StudyPlan, command: str) -> int:
