@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from headway.launcher.base.errors import HeadwayError
+from headway.launcher.base.errors import HeadwayError, printable
 from headway.launcher.compare.batch_hashes import Marks, marks_of
 from headway.launcher.compare.fairness import changing_attempts
 from headway.launcher.compare.stats import Speed
@@ -30,6 +30,8 @@ from headway.launcher.run.run_dir import RunDir, write_text
 FORMAT = 1
 SHA256 = "sha256"
 """Last key of a record: hash of all others."""
+
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 
 _CURVE = ("step", "tokens", "loss", "train_s")
 _VALIDATION = ("accuracy", "standard_error", "micro_batches", "targets")
@@ -83,6 +85,10 @@ def write_record(
     Raises NoRecordError if the run is not finished, is damaged, or lacks records of some steps; OSError.
     """
     content = record_of(run_dir, key=key, variant=variant, seed=seed, budget=budget, beside=beside)
+    try:
+        _restored(path, json.loads(_compact(content)))
+    except _UNREADABLE as e:
+        raise NoRecordError(f"{run_dir}: its records cannot be kept ({e})") from e
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, record_text(content))
 
@@ -142,20 +148,23 @@ def read_record(path: Path, key: str | None = None) -> CellRecord | DamagedRecor
         return DamagedRecord(why=f"cannot be read ({getattr(e, 'strerror', None) or 'it is no text'})")
     try:
         content = json.loads(text)
+        named = content_hash(content) if isinstance(content, dict) else ""
     except (ValueError, RecursionError):
         return DamagedRecord(why="is cut or changed: it is no JSON")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return DamagedRecord(why="is no record of a cell in the format of this version")
-    if content.get(SHA256) != content_hash(content):
+    if content.get(SHA256) != named:
         return DamagedRecord(why="was changed: its content does not have the checksum that it names")
     try:
         found = _restored(path, content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        return DamagedRecord(why=f"is no whole record ({type(e).__name__}: {e})")
+    except _UNREADABLE as e:
+        return DamagedRecord(why=f"is no whole record ({type(e).__name__}: {printable(str(e))})")
     return found if key in (None, found.key) else DamagedRecord(why=f"is the record of another cell, {found.key}")
 
 
 def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
+    if not all(isinstance(content[key], dict) for key in ("cell", "spec", "card", "summary", "validation", "train")):
+        raise ValueError("a part is no mapping")
     cell, validation, train = content["cell"], content["validation"], content["train"]
     curve = _curve(train["curve"])
     floats = np.array([], dtype=np.float64)
@@ -186,14 +195,20 @@ def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
         hashes={} if batches is None else _restored_marks(batches),
         **{f.name: train[f.name] for f in fields(StepFigures) if f.name not in ("curve", "speed", "hashes")},
     )
+    marks = steps.hashes.at if isinstance(steps.hashes, Marks) else ()
+    whole = (cell["seed"], *marks, steps.count, steps.skipped, steps.spikes, steps.window)
+    if not all(type(number) is int for number in whole) or not isinstance(cell["key"], str):
+        raise ValueError("a count is no whole number")
+    if not np.isfinite([*curve.step, *curve.tokens, *run.validation.step]).all():
+        raise ValueError("a step or its number of tokens is missing")
     return CellRecord(
         key=cell["key"],
         variant=cell["variant"],
         seed=cell["seed"],
-        budget=cell["budget"],
-        beside=cell["beside"],
+        budget=float(cell["budget"]),
+        beside=int(cell["beside"]),
         run_id=content["run"],
-        note=content["note"],
+        note=str(content["note"]),
         run=run,
         steps=steps,
     )
@@ -222,7 +237,10 @@ def _listed(marks: Marks) -> list[list[Any]]:
 
 
 def _restored_marks(batches: dict[str, Any]) -> Marks:
-    return Marks(first=batches["first"], at={step: (digest, own) for step, digest, own in batches["at"]})
+    marks = Marks(first=batches["first"], at={step: (digest, own) for step, digest, own in batches["at"]})
+    if type(marks.first) is not int or marks.first not in marks.at:
+        raise ValueError("the first batch has no hash")
+    return marks
 
 
 def _router(router: Router) -> dict[str, Any]:

@@ -125,9 +125,14 @@ def changing_attempts(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Starts of a run that are needed to say what changed on the way: the first, and those that differ from before."""
     kept: list[dict[str, Any]] = []
     for attempt in _attempts_that_count(run):
-        if not kept or _circumstances(attempt) != _circumstances(kept[-1]):
+        if not kept or _stated(attempt) != _stated(kept[-1]):
             kept.append(attempt)
     return kept
+
+
+def _stated(attempt: dict[str, Any]) -> dict[str, Any]:
+    """All that a report says of a start."""
+    return _circumstances(attempt) | {key: attempt.get(key) for key in ("layout", "zero", "run")}
 
 
 def _circumstances(attempt: dict[str, Any]) -> dict[str, Any]:

@@ -65,12 +65,19 @@ def keep(cell: Cell) -> str | None:
 
 
 def keep_design(study: Study, record: dict[str, Any]) -> None:
-    """Write the design of a study, the content of its study.json, among its records, which need it to be read alone."""
-    if study.records is not None:
+    """Write the design of a study among its records, which need it to be read alone.
+
+    `record`: the content of its study.json. What depends on the place where the study is run is left out, so that the
+    file is the same on every machine.
+    """
+    if study.records is None:
+        return
+    cells = [{**cell, "overrides": []} for cell in record["cells"]]
+    design = {**record, "path": study.path.name, "base": study.config.base, "records": ".", "cells": cells}
+    text, file = lines_of_json(design), study.records / STUDY
+    if not file.exists() or file.read_text(encoding="utf-8", errors="replace") != text:
         study.records.mkdir(parents=True, exist_ok=True)
-        text = lines_of_json({**record, "records": "."})
-        if not (study.records / STUDY).exists() or (study.records / STUDY).read_text(encoding="utf-8") != text:
-            write_text(study.records / STUDY, text)
+        write_text(file, text)
 
 
 def keep_timing(study: Study) -> None:
@@ -86,8 +93,9 @@ def restore_design(study: Study) -> bool:
         return (study.out / STUDY).exists()
     kept = read_mapping(study.records / STUDY)
     if kept:
+        here = {"path": str(study.path), "base": str(study.base), "records": os.path.relpath(study.records, study.out)}
         study.out.mkdir(parents=True, exist_ok=True)
         if times := read_mapping(study.records / TIMING):
             write_json(study.out / TIMING, times)
-        write_json(study.out / STUDY, {**kept, "records": os.path.relpath(study.records, study.out)})
+        write_json(study.out / STUDY, {**kept, **here})
     return bool(kept)

@@ -20,6 +20,7 @@ from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cell_results import FULL
 from headway.launcher.compare.cells import OUTCOMES, cell_state, records_of
 from headway.launcher.compare.step_figures import step_figures
+from headway.launcher.match.measured import FILE as MATCHING
 from headway.launcher.run.records import read_run
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, difference, identity, read_mapping, write_json
 from headway.launcher.study.config import load_study
@@ -269,6 +270,9 @@ def _write(to: Path, design: dict[str, Any], chosen: dict[str, Finished]) -> Non
             for name in (*RUN_FILES, RunDir(target).summary.name):
                 if (cell.path / name).is_file():
                     shutil.copyfile(cell.path / name, target / name)
+        for cells in dict.fromkeys(cell.path.parents[2] for cell in chosen.values() if not cell.is_record):
+            if (cells / MATCHING).is_file() and not (making / MATCHING).exists():
+                shutil.copyfile(cells / MATCHING, making / MATCHING)
         write_json(making / STUDY, {**design, **({"records": "records"} if records else {})})
         if to.is_dir():
             to.rmdir()

@@ -121,6 +121,7 @@ def train_plans(
             refuse_changed(plan)
         books = [Book.open(plan, partial(_record, command=command)) for plan in plans]
         for plan, measured in zip(plans, measurements, strict=True):
+            keep_design(plan.study, study_record(plan))
             measured.write(plan.study.out)
         return train_cells(books, found, cell_command, timing=timing, in_order=in_order)
 
@@ -197,10 +198,8 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
 
 
 def _record(plan: StudyPlan, *, command: str) -> None:
-    """Write study.json, and the design among the records."""
-    design = study_record(plan)
-    write_json(plan.study.out / RECORD, {**design, "command": command, "written_at": now()})
-    keep_design(plan.study, design)
+    """Write study.json."""
+    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
 
 
 def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:

@@ -17,6 +17,7 @@ from headway.launcher.compare.verdicts import (
     chance_of_equivalence,
 )
 from headway.launcher.study.config import load_study
+from headway.launcher.study.keeping import restore_design
 
 SHOWN = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_SEEDS)
 
@@ -63,6 +64,7 @@ def plan_seeds(path: Path, overrides: Sequence[str] = (), *, power: float, margi
         raise SpecError(f"--power: {power} is no chance; use a number above 0 and below 1, such as 0.8")
     if not 0 < margin < float("inf"):
         raise SpecError(f"--margin: {margin} is no difference in loss; use nats per token above 0, such as 0.01")
+    restore_design(study)
     found = pilot_plan(study.out, power=power, margin=margin, again=f"headway study run {path}")
     if as_json:
         console.emit(asdict(found))

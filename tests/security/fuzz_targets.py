@@ -22,6 +22,9 @@ from headway.data.config import CorpusConfig, TrainTokenizer
 from headway.data.manifest import Manifest, canonical_json, read_manifest
 from headway.data.mds import read_index, read_lengths
 from headway.launcher.base.errors import exit_code
+from headway.launcher.compare.batch_hashes import compare_hashes
+from headway.launcher.compare.cell_record import CellRecord, content_hash, read_record, record_of, record_text
+from headway.launcher.compare.fairness import run_differences
 from headway.launcher.hosts.faults import explain, read_pid, tail
 from headway.launcher.hosts.place import Place, read_hostfile
 from headway.launcher.hosts.processes import live_pid
@@ -43,7 +46,7 @@ NAMES = (
     *("spec", "study", "corpus spec", "overrides", "hostfile"),
     *("data manifest", "MDS index", "document lengths", "tokenizer"),
     *("checkpoint manifest", "checkpoint tensors", "exported config", "exported tensors"),
-    *("metrics", "metrics record", "heartbeat", "run card", "resolved spec", "wire"),
+    *("metrics", "metrics record", "heartbeat", "run card", "resolved spec", "cell record", "wire"),
 )
 """Names of `targets`, in order."""
 
@@ -359,6 +362,21 @@ def _run(folder: Path) -> list[Target]:
             run.spec.write_bytes(saved)
         return "accepted"
 
+    kept = folder / "record.json"
+
+    def cell(data: bytes) -> str:
+        kept.write_bytes(data)
+        found = read_record(kept)
+        if not isinstance(found, CellRecord):
+            return "nothing in it"
+        int(found.run.tokens)
+        compare_hashes(found.steps.hashes, {1: "ab"})
+        run_differences({found.key: found.run})
+        return "accepted"
+
+    def sealed(tree: Any) -> None:
+        tree["sha256"] = content_hash(tree)
+
     def wire(data: bytes) -> str:
         ours, theirs = socket.socketpair()
         end, count = Wire(ours), 0
@@ -380,12 +398,19 @@ def _run(folder: Path) -> list[Target]:
     beats = json.dumps({"rank": 0, "host": "here", "section": "step", "step": 3, "time_s": 1.5}).ljust(512).encode()
     error = json.dumps({"rank": 0, "exit_code": 74, "type": "OSError", "message": "full"}).encode()
     shutil.rmtree(run.checkpoints, ignore_errors=True)
+    run.metrics.write_bytes(lines)
+    run.card.write_text(json.dumps({"tokens_per_step": 256, "versions": {"torch": "2"}, "attempts": [{}]}))
+    run.summary.write_text(json.dumps({"complete": True, "final_validation_loss": 3.1}))
+    record_file = record_text(record_of(run.path, key="gqa/seed-1", variant="gqa", seed=1, budget=1.0)).encode()
+    for path in (run.metrics, run.card, run.summary):
+        path.unlink()
     return [
         Target("metrics", metrics, [lines]),
         Target("metrics record", metrics, [json.dumps(r).encode() for r in records], json.loads),
         Target("heartbeat", beat, [beats, error, b"12345"], json.loads),
         Target("run card", card, [json.dumps({"data_fingerprint": None, "complete": False}).encode()], json.loads),
         Target("resolved spec", resolved, [saved], json.loads),
+        Target("cell record", cell, [record_file], json.loads, sealed),
         Target("wire", wire, [b'{"host": 1, "name": "b"}\n{"try": [[1, "10.0.0.1", 3]], "limit_s": 2}\n']),
     ]
 

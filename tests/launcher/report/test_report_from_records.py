@@ -21,11 +21,13 @@ from headway.launcher.compare.cell_record import (
     record_of,
     write_record,
 )
+from headway.launcher.compare.fairness import run_differences
 from headway.launcher.report.charts import chart_json
 from headway.launcher.report.plots import study as plots
 from headway.launcher.report.plots.heads import draw_heads
 from headway.launcher.report.study import report
 from headway.launcher.run.lines import encode
+from headway.launcher.run.records import read_run
 from headway.launcher.run.run_dir import RunDir
 
 VARIANTS, SEEDS, BUDGETS = ["gqa", "rgqa-k1", "switchhead"], [1, 2], (0.25, 0.5, 1.0)
@@ -182,6 +184,23 @@ def test_of_an_unfinished_or_damaged_run_no_record_is_made(pair):
         record_of(run.path, **args)
 
 
+def test_starts_that_changed_nothing_are_left_out_of_a_record(pair, tmp_path):
+    pair.write_run("gqa", 1)
+    card = json.loads((pair.run_dir("gqa", 1) / "run.json").read_text())
+    start = {"git_commit": "a", "machine": {"cpu": "one"}, "layout": "1 process"}
+    starts = [{**start, "from_step": step} for step in range(0, 30, 10)]
+    starts += [{**start, "layout": "2 processes", "from_step": 30}, {**start, "git_commit": "b", "from_step": 35}]
+    (pair.run_dir("gqa", 1) / "run.json").write_text(json.dumps({**card, "attempts": starts}))
+    lines = run_differences({"gqa/seed-1": read_run(pair.run_dir("gqa", 1))})
+    assert lines == ["git_commit changed within gqa/seed-1: a from step 0, b from step 35"]
+    path = tmp_path / "r.json"
+    write_record(pair.run_dir("gqa", 1), path, key="gqa/seed-1", variant="gqa", seed=1, budget=1.0)
+    found = read_record(path)
+    assert isinstance(found, CellRecord)
+    assert [a["from_step"] for a in found.run.run["attempts"]] == [0, 30, 35]
+    assert run_differences({"gqa/seed-1": found.run}) == lines
+
+
 def test_numbers_that_are_not_finite_come_back(pair, tmp_path):
     pair.write_run("gqa", 1)
     run = RunDir(pair.run_dir("gqa", 1))
@@ -205,6 +224,8 @@ def test_a_record_whose_parts_do_not_fit_is_damaged(pair, tmp_path):
         {**content, "validation": {**content["validation"], "loss": [1.0]}},
         {**content, "batches": [1, 2]},
         {k: v for k, v in content.items() if k != "train"},
+        {**content, "spec": [1]},
+        {**content, "cell": {**content["cell"], "seed": "1"}},
     ):
         path = tmp_path / "broken.json"
         path.write_text(record_text(broken))

@@ -189,6 +189,18 @@ def test_no_record_is_made_of_a_damaged_folder(folder, capsys):
     assert "gqa/seed-1: no record is kept" in capsys.readouterr().out
 
 
+def test_the_design_among_the_records_does_not_depend_on_the_place(folder, kept):
+    design = (kept / "study.json").read_text()
+    assert str(folder.path) not in design and json.loads(design)["records"] == "."
+    assert run_study(folder.study.relative_to(folder.path)) == 0  # named in another way
+    assert (kept / "study.json").read_text() == design
+
+
+def test_seeds_are_planned_from_records(folder, kept, capsys):
+    assert main(["study", "plan", str(folder.study)]) == 64
+    assert "the spread between runs needs" in capsys.readouterr().err  # the played losses have none
+
+
 def test_fresh_moves_the_records_aside_too(folder, kept):
     assert run_study(folder.study, fresh=True) == 0
     assert folder.trained() == ALL

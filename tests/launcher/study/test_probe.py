@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from played_study import play
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.report.probe import probe_report
 from headway.launcher.spec.load import load_spec
 from headway.launcher.study.probe import plan_probe, report_probe, run_probe
 from headway.launcher.study.probe_config import load_probe
@@ -228,6 +230,21 @@ def test_every_task_is_trained_once_and_a_second_run_trains_nothing(folder, no_d
     assert "task 2/3: recall-8" in capsys.readouterr().out
     assert run_probe(folder.file) == 0
     assert folder.trained() == []
+
+
+def test_runs_of_a_task_are_kept_as_records_of_their_own(folder, no_drawing):
+    folder.rewrite("seeds:", "records: kept\nseeds:")
+    assert run_probe(folder.file) == 0
+    probe_report(folder.out)
+    table = folder.table()
+    folder.trained()
+    assert len(list(Path("kept/copy").glob("*/seed-*.json"))) == 4
+    shutil.rmtree(folder.out)
+    (Path("kept/copy") / "gqa/seed-2.json").unlink()
+    assert run_probe(folder.file) == 0
+    assert folder.trained() == ["copy/gqa/2"]
+    probe_report(folder.out)
+    assert folder.table() == table
 
 
 def test_a_failing_run_does_not_stop_the_others_and_is_tried_again(folder, no_drawing):

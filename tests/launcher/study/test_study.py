@@ -450,3 +450,6 @@ def test_a_finished_study_for_devices_that_are_not_here_is_read(folder, monkeypa
     assert run_study(folder.study, ["launch.device=cuda"]) == 0
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run_study(folder.study, ["launch.device=cuda"]) == 0
+    with pytest.raises(SpecError, match=r"^launch\.device: cuda is not available"):
+        run_study(folder.study, ["launch.device=cuda"], fresh=True)  # all cells would be trained again
+    assert (folder.out / "study.json").exists()
