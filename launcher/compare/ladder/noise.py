@@ -33,8 +33,8 @@ from headway.launcher.compare.simultaneous import dunnett_critical
 from headway.launcher.compare.stats import CONFIDENCE
 
 UPPER = 0.9
-"""Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold in 77 to 90 %
-instead of 95 (lack of fit a third of the noise of a run); docs/studies.md has the table."""
+"""Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold too seldom
+where lack of fit is small beside the noise of a run; docs/studies.md has the coverage."""
 _ROUNDING = 1e-8
 """Least standard deviation of a run, nats: losses that agree to the last digit would have no spread at all."""
 

@@ -8,8 +8,8 @@ irreducible loss, and its slope is the simplest number that tells "falls off" fr
 Test. Slopes of all variants are compared with 0 at once (Dunnett). With at least four degrees of freedom of lack of
 fit, the variance is multiplied by the mean square of the residuals of all lines in units of their variance, and has
 their degrees of freedom (Hartung and Knapp 2001): it is right whether lack of fit is small or larger than the noise.
-With fewer, this would widen intervals by half, and the degrees of freedom are Satterthwaite's: the interval is right
-if lack of fit is at most about two thirds of the noise of a run.
+With fewer, this would widen intervals by half, and the degrees of freedom are Satterthwaite's: the interval is right if
+lack of fit is at most about half of the noise of a run. docs/studies.md has the coverage of both and of other methods.
 
 Legend: M means, I sizes, V variants, K = V - 1 slopes.
 """

@@ -256,8 +256,12 @@ def check(coverage: float, repeats: int, low: float = 0.93, high: float = 0.97) 
     assert low - allowed(low, repeats) <= coverage <= high + allowed(high, repeats)
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.005])
-@pytest.mark.parametrize(("seeds", "gain"), DESIGNS)
+@pytest.mark.parametrize(
+    ("seeds", "gain", "tau"),
+    # With 8 degrees of freedom of lack of fit, it may be as large as the noise of a run; with 2 (sizes of three
+    # variants), slopes hold if it is small beside that.
+    [*((*design, tau) for design in DESIGNS for tau in (0.0, 0.005)), (*DESIGNS[0], 0.015)],
+)
 def test_slopes_hold_as_often_as_they_say(seeds, gain, tau):
     check(share(REPEATS, slopes_hold(Ladder(seeds=seeds, gain=gain, tau=tau)), 1), REPEATS)
 
