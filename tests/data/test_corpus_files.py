@@ -68,6 +68,15 @@ def test_linked_folders_are_followed_once_also_in_patterns(tmp_path: Path) -> No
     assert [id for id, _ in corpus_files(jsonl(f"{tmp_path}/d*/linked/*.jsonl"))] == ["data/linked/b.jsonl"]
 
 
+def test_folders_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "sub/b.jsonl", "other/c.jsonl", ".hidden/d.jsonl")
+    found = find_files(jsonl(tmp_path / "*"))
+    assert list(found.taken.values()) == ["a.jsonl"]
+    assert found.left_out == {"a folder, which a pattern enters only with **": 2}
+    assert str(tmp_path / "sub") in "\n".join(summary(found))
+    assert len(corpus_files(jsonl(tmp_path / "**" / "*"))) == 3
+
+
 @pytest.mark.parametrize("name", ["b.jsonl", "part"])
 def test_a_broken_link_is_an_error_unless_it_is_hidden(name: str, tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl")
