@@ -131,6 +131,19 @@ def test_pointers_of_git_lfs_are_never_documents(pointer: bytes, name: str, bad_
             assert "git lfs pull" in str(caught.value)
 
 
+def test_a_link_that_git_stored_as_text_is_no_document(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a.txt", "mounted/b.txt")
+    corpus = TextCorpus(type="text", paths=[str(tmp_path / "data")])
+    (tmp_path / "data" / "link.txt").write_text("../mounted")
+    with pytest.raises(
+        DataError, match=r"link\.txt: holds the path '\.\./mounted', which exists: git stores a link so"
+    ):
+        list(documents(corpus))
+    for text in ("../missing", "../mounted\n", "See ../mounted"):
+        (tmp_path / "data" / "link.txt").write_text(text)
+        assert len(list(documents(corpus))) == 2
+
+
 def test_a_text_about_git_lfs_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"A pointer:\n" + LFS)
     (tmp_path / "b.txt").write_bytes(LFS + b"explained\n" * 200)
