@@ -301,6 +301,7 @@ def _check_loss(
         return spaced, 0, ""
     number, back = lost[0]
     text = texts[number]
+    back = back[1:] if back[:1] == " " != text[:1] else back  # show what is lost, not a space that is put in front
     at = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     begin = max(0, at - 10)
     example = f"{names[number]}: {text[begin : at + 20]!r} comes back as {back[begin : at + 20]!r}"
