@@ -265,13 +265,19 @@ class _Written:
     token_counts: np.ndarray  # [vocabulary] occurrences of each token
     lost: int  # documents that their tokens do not give back
     example: str
+    spaced: int  # documents that come back with a space in front
 
 
 def _lossy(train: _Written, validation: _Written, reporter: Reporter) -> Lossy | None:
-    lost = train.lost + validation.lost
+    lost, spaced = train.lost + validation.lost, train.spaced + validation.spaced
+    documents = train.counts.documents + validation.counts.documents
+    if spaced:
+        reporter.say(
+            f"tokenizer: puts a space before the text (add_prefix_space) of {spaced:,} of {documents:,} documents, so "
+            "a text with and one without it have the same tokens; no text is lost"
+        )
     if not lost:
         return None
-    documents = train.counts.documents + validation.counts.documents
     example = train.example or validation.example
     reporter.say(
         f"WARNING: the tokenizer loses text: the tokens of {lost:,} of {documents:,} documents do not give the "
@@ -282,21 +288,25 @@ def _lossy(train: _Written, validation: _Written, reporter: Reporter) -> Lossy |
 
 def _check_loss(
     cfg: CorpusConfig, chosen: tokenizer.CorpusTokenizer, names: list[str], texts: list[str], ids: list[list[int]]
-) -> tuple[int, str]:
-    """Number of documents of a batch that their tokens do not give back, and a description of the first.
+) -> tuple[int, int, str]:
+    """Documents of a batch that come back with a space in front, that do not come back, and the first of these.
 
-    Raises DataError unless the corpus spec allows it.
+    A space in front is how many tokenizers mark the beginning of a word. It loses no text, and a loss per byte counts
+    a byte too few. Raises DataError for other losses unless the corpus spec allows them.
     """
-    lost = chosen.lost(texts, ids)
+    changed = chosen.lost(texts, ids)
+    lost = [(number, back) for number, back in changed if back != f" {texts[number]}"]
+    spaced = len(changed) - len(lost)
     if not lost:
-        return 0, ""
+        return spaced, 0, ""
     number, back = lost[0]
     text = texts[number]
+    back = back[1:] if back[:1] == " " != text[:1] else back  # show what is lost, not a space that is put in front
     at = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     begin = max(0, at - 10)
     example = f"{names[number]}: {text[begin : at + 20]!r} comes back as {back[begin : at + 20]!r}"
     if isinstance(cfg.tokenizer, TokenizerFile) and cfg.tokenizer.lossy == "allow":
-        return len(lost), example
+        return spaced, len(lost), example
     raise DataError(
         f"{chosen.name}: loses text: the tokens of {len(lost):,} of the first {len(texts):,} documents do not give the "
         f"document back ({example}). A loss per byte would count text that the model never sees. Use a byte-level "
@@ -320,15 +330,15 @@ def _write_split(
     token_counts = np.zeros(chosen.vocab_size, dtype=np.int64)
     text_bytes = int(found.lengths[order].sum())
     writer = ShardWriter(folder / split, dtype=dtype, compression=cfg.compression, shard_bytes=cfg.shard_bytes)
-    row = lost = 0
+    row = lost = spaced = 0
     first_lost = ""
     with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
         for batch in _batches(found, order):
             texts = [found.text(text, document).decode("utf-8") for document in batch]
             names = [found.ids[document] for document in batch]
             encoded = chosen.encode(texts, names)
-            count, example = _check_loss(cfg, chosen, names, texts, encoded)
-            lost, first_lost = lost + count, first_lost or example
+            more_spaced, more_lost, example = _check_loss(cfg, chosen, names, texts, encoded)
+            spaced, lost, first_lost = spaced + more_spaced, lost + more_lost, first_lost or example
             for document, ids in zip(batch, encoded, strict=True):
                 if ids and max(ids) >= chosen.vocab_size:
                     raise DataError(
@@ -344,7 +354,7 @@ def _write_split(
             bar.update(int(found.lengths[batch].sum()))
     np.save(folder / split / LENGTHS_NAME, lengths, allow_pickle=False)
     counts = SplitCounts(documents=len(order), tokens=int(lengths.sum(dtype=np.int64)), text_bytes=text_bytes)
-    return _Written(counts=counts, token_counts=token_counts, lost=lost, example=first_lost)
+    return _Written(counts=counts, token_counts=token_counts, lost=lost, example=first_lost, spaced=spaced)
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_VOCABULARY = 1 << 24  # tokens; the embedding has a row for each
+
 
 class StrictModel(BaseModel):
     """Base of these configs: frozen, keyword-only; unknown keys and implicit type conversions are errors."""

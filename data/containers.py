@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ _UNREADABLE = {
     "Arrow": re.compile(rb"ARROW1\x00\x00"),
     "LZMA": re.compile(rb"\x5d\x00\x00[\x00-\xff]{2}"),
     "compress": re.compile(rb"\x1f\x9d"),
-    "tar": re.compile(rb"(?s).{257}ustar"),
+    "tar": re.compile(rb"(?s).{257}ustar(?:\x00|  \x00)"),
 }
 _POINTER_BYTES = 1024
 _POINTERS = (
@@ -65,6 +66,9 @@ _POINTERS = (
     ),
     (re.compile(rb"# xet version [0-9]+\r?\n"), "a pointer of Xet, not the file itself; download the files again"),
 )
+
+_LINK = re.compile(rb"(?:\.{1,2}/)+[^\x00-\x1f]+")
+"""A relative path and nothing else, without a line break: the content of a link."""
 
 
 class Damage(Exception):
@@ -85,12 +89,18 @@ def check_pointer(path: Path, data: bytes) -> None:
         for pattern, says in _POINTERS:
             if pattern.match(data):
                 raise DataError(f"{path}: {says}")
+        if _LINK.fullmatch(data) and (path.parent / os.fsdecode(data)).exists():
+            raise DataError(
+                f"{path}: holds the path {os.fsdecode(data)!r}, which exists: git stores a link so where links are "
+                "switched off; put a link in its place (`git config core.symlinks true`, then check it out again), or "
+                "remove it"
+            )
 
 
-def head(path: Path, *, archives: bool = False) -> Head:
+def head(path: Path, *, any_text: bool = False) -> Head:
     """Look at the first bytes of a file.
 
-    archives: Accept zip, 7z and other formats that are not read here as uncompressed bytes.
+    any_text: Accept every text, also one that begins with the letters of a format that is not read here.
 
     Raises DataError for pointers of Git LFS, for formats that cannot be read, and if the name promises a compressed
     file and the content is neither that nor text.
@@ -106,13 +116,11 @@ def head(path: Path, *, archives: bool = False) -> Head:
         if magic.match(data):
             note = None if promised == format else f"{path}: {format}, whatever its name says; it is decompressed"
             return Head(format, note)
-    if not archives:
-        for format, magic in _UNREADABLE.items():
-            if magic.match(data):
-                raise DataError(
-                    f"{path}: begins like a file of the format {format}, which is not read here; unpack it, or "
-                    "compress its content with gzip, bzip2, xz or zstd"
-                )
+    if (format := _unreadable_format(data)) and not (any_text and _is_text(data)):
+        raise DataError(
+            f"{path}: begins like a file of the format {format}, which is not read here; unpack it, or "
+            "compress its content with gzip, bzip2, xz or zstd"
+        )
     if promised is None:
         return Head(None, None)
     if not data or not _is_text(data):
@@ -131,6 +139,11 @@ def chunks(path: Path, format: str | None) -> Iterator[bytes]:
         with path.open("rb") as stream:
             source, total = _Input(stream), 0
             for piece in _pieces(source, format):
+                if format and not total and (inner := _inner_format(piece)):
+                    raise DataError(
+                        f"{path}: its {format} data are themselves a file of the format {inner}; unpack it, so that "
+                        "the corpus has its files"
+                    )
                 total += len(piece)
                 if format and total > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * source.fetched):
                     raise DataError(
@@ -142,6 +155,17 @@ def chunks(path: Path, format: str | None) -> Iterator[bytes]:
         raise DataError(f"{path}: {damage}; fetch or compress it again") from None
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _unreadable_format(data: bytes) -> str | None:
+    return next((format for format, magic in _UNREADABLE.items() if magic.match(data)), None)
+
+
+def _inner_format(data: bytes) -> str | None:
+    """The format of decompressed data that are an archive or compressed once more, or None."""
+    if _is_text(data[:_HEAD_BYTES]):
+        return None
+    return next((format for format, magic in _MAGIC.items() if magic.match(data)), None) or _unreadable_format(data)
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -117,7 +117,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 def _text_document(id: str, path: Path, say: Say) -> Document:
     """A text file, compressed or not, without its byte order mark and with the line ends of Unix."""
-    found = containers.head(path, archives=True)
+    found = containers.head(path, any_text=True)
     if found.note:
         say(found.note)
     data, encoding = bytearray(), "utf-8"

@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import xxhash
 from filelock import FileLock, Timeout
 
+from headway.data import containers
 from headway.data.config import DataError
 from headway.data.manifest import (
     INDEX_NAME,
@@ -116,12 +117,11 @@ def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
     with _holding(raw):
         if raw.exists() and raw.stat().st_size == bytes and xxhash.xxh64_hexdigest(raw.read_bytes()) == xxh64:
             return raw
-        import zstd
-
-        try:
-            data = zstd.decompress(packed.read_bytes())
-        except Exception as error:  # the zstd binding raises its own Error
-            raise DataError(f"{packed}: cannot be unpacked ({error}); restore it or build the dataset again") from error
+        data = bytearray()
+        for piece in containers.chunks(packed, "zstd"):
+            data += piece
+            if len(data) > bytes:
+                break
         if len(data) != bytes or xxhash.xxh64_hexdigest(data) != xxh64:
             raise DataError(f"{packed}: does not unpack to the shard in the index; build the dataset again")
         try:

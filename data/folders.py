@@ -125,7 +125,9 @@ def _matches(given: str, type: str, found: Found) -> Iterator[tuple[str, Path]]:
             raise DataError(_broken(name))
         if name.is_file():
             yield relative.as_posix(), name.absolute()
-        elif not name.is_dir():
+        elif name.is_dir():
+            found.leave_out(name, "a folder, which a pattern enters only with **")
+        else:
             found.leave_out(name, "not a regular file")
 
 

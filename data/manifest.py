@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import Field, StringConstraints, ValidationError
 
-from headway.data.config import DataError, StrictModel
+from headway.data.config import MAX_VOCABULARY, DataError, StrictModel
 from headway.data.places import looked_for
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -40,6 +40,7 @@ FileName = Annotated[str, StringConstraints(pattern=rf"^(?:(?:train|validation)/
 Count = Annotated[int, Field(ge=0, lt=1 << 56)]
 
 _MAX_MANIFEST_BYTES = 64 << 20
+_MAX_VALUES = 20_000  # apart from files and settings; pydantic makes an error of a kilobyte for each that is wrong
 _CHUNK_BYTES = 256 << 10  # fits into a core's cache
 _TICK_S = 0.02
 
@@ -97,8 +98,8 @@ class Manifest(StrictModel):
     left_out: LeftOut
     corpus_files: CorpusFiles | None = Field(default=None, description="None for hub datasets and older manifests")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    vocab_size: int = Field(ge=1, le=1 << 24)
-    eos_id: int = Field(ge=0, lt=1 << 24)
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    eos_id: int = Field(ge=0, lt=MAX_VOCABULARY)
     max_token_id: int | None = Field(default=None, ge=0, description="largest token id; None in older manifests")
     dtype: Literal["uint16", "uint32"]
     unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
@@ -165,9 +166,8 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         raise DataError(f"{path}: cannot be read ({error}); {rebuild_hint(root)}") from error
     try:
         known = json.loads(text)
-        # Check this before pydantic, which would create a message for every unknown key.
-        if isinstance(known, dict) and (unknown := sorted(known.keys() - Manifest.model_fields.keys())):
-            raise DataError(f"{path}: not a manifest of this version (unknown key {unknown[0]!r:.80}); build it again")
+        if isinstance(known, dict) and (wrong := _excess(known)):
+            raise DataError(f"{path}: not a manifest of this version ({wrong}); build it again")
         manifest = Manifest.model_validate_json(text)
     except (ValidationError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
@@ -183,6 +183,22 @@ def read_manifest(root: Path, name: str = MANIFEST_NAME) -> Manifest:
         raise DataError(f"{path}: content does not match its own fingerprint; {rebuild_hint(root)}")
     _check_facts(path, manifest, root)
     return manifest
+
+
+def _excess(known: dict[str, Any]) -> str | None:
+    """What a manifest has too much of. Checked before pydantic, which would create a message for every wrong value."""
+    if unknown := sorted(known.keys() - Manifest.model_fields.keys()):
+        return f"unknown key {unknown[0]!r:.80}"
+    files, keys = known.get("files"), FileEntry.model_fields.keys()
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        if not isinstance(entry, dict) or entry.keys() != keys:
+            return f"files.{name:.80} has not the keys {' and '.join(keys)}"
+    waiting, count = [{key: value for key, value in known.items() if key not in ("files", "settings")}], 0
+    while waiting and count <= _MAX_VALUES:
+        inner = waiting.pop()
+        count += len(inner)
+        waiting += [v for v in (inner.values() if isinstance(inner, dict) else inner) if isinstance(v, dict | list)]
+    return f"more than {_MAX_VALUES:,} values" if count > _MAX_VALUES else None
 
 
 def _check_facts(path: Path, manifest: Manifest, root: Path) -> None:
@@ -210,7 +226,7 @@ def _check_facts(path: Path, manifest: Manifest, root: Path) -> None:
         )
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
+def replace_bytes(path: Path, data: bytes | bytearray) -> None:
     """Write a file atomically: to a temporary file in the same folder, fsync, then rename."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -30,7 +30,7 @@ def jsonl_documents(path: Path, id: str, field: str, *, say: Say = quiet) -> Ite
     A document whose `field` is null counts as empty. `say` is told if the format of the file is not that of its name.
     Raises DataError with file and line if a line is too long, is not a JSON object or does not have the field.
     """
-    found = containers.head(path)
+    found, key = containers.head(path), json.dumps(field, ensure_ascii=False).encode()
     if found.note:
         say(found.note)
     for number, line in enumerate(_lines(containers.chunks(path, found.format), path), start=1):
@@ -42,9 +42,11 @@ def jsonl_documents(path: Path, id: str, field: str, *, say: Say = quiet) -> Ite
                 raise DataError(f"{origin}: UTF-16; save the file as UTF-8")
             line = line.removeprefix(codecs.BOM_UTF8)
         row, broken = _row(line, origin)
-        del line  # up to 64 MiB
         if not isinstance(row, dict):
             raise DataError(f"{origin}: {type(row).__name__} instead of a JSON object such as {{{field!r}: ...}}")
+        if line.count(key) > 1:
+            _check_field_once(line, field, origin)
+        del line  # up to 64 MiB
         if broken:
             yield Document(f"{id}:{number}", origin, b"", "not_utf8")
         else:
@@ -72,6 +74,16 @@ def _row(line: bytes, origin: str) -> tuple[Any, bool]:
             f"{origin}: {what} ({error}); write one JSON object per line in UTF-8, or fetch the file again if it is "
             "damaged"
         ) from None
+
+
+def _check_field_once(line: bytes, field: str, origin: str) -> None:
+    """Raise DataError if the object of a line has `field` twice, of which Python's parser keeps the last."""
+
+    def pairs(found: list[tuple[str, Any]]) -> int:
+        return sum(key == field for key, _ in found)
+
+    if json.loads(line.decode("utf-8", errors="replace"), object_pairs_hook=pairs) > 1:
+        raise DataError(f"{origin}: the object has the field {field!r} twice; keep one text per line")
 
 
 def _check_values(line: bytes, origin: str) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import DataError, TokenizerFile, TrainTokenizer
+from headway.data.config import MAX_VOCABULARY, DataError, TokenizerFile, TrainTokenizer
 from headway.data.containers import check_pointer
 from headway.data.places import looked_for
 from headway.data.progress import Bar, Shown, progress_of
 
 EOS_TOKEN = "<|endoftext|>"
 _MAX_FILE_BYTES = 256 << 20
+_MAX_ADDED = 256  # characters of an added token; the library takes a time that grows with the square of its length
 _PIECE = 128 << 10  # characters; encoding needs about 125 bytes of memory per byte of text
 _PIECES = 8  # that are encoded together, on all cores
 _BESIDE = 256  # characters on both sides of a cut whose ids are compared
@@ -387,6 +388,12 @@ def _check_content(path: Path, data: bytes, loaded: CorpusTokenizer) -> None:
                 f"of model.vocab ({size}, {size + 1}, ...) in the order of the file, without gaps, unless they are in "
                 "model.vocab. Number them so, and check that a model that was trained with this file agrees"
             )
+    if loaded.vocab_size > MAX_VOCABULARY:
+        token, number = max(loaded.vocabulary().items(), key=lambda entry: entry[1])
+        raise DataError(
+            f"{path}: {token!r:.60} has the id {number:,}; ids must be below {MAX_VOCABULARY:,}, because the embedding "
+            "has a row for each. Give the tokens consecutive ids"
+        )
     holders: dict[int, str] = {}
     for token, number in sorted(loaded.vocabulary().items()):
         if (other := holders.setdefault(number, token)) != token:
@@ -395,20 +402,38 @@ def _check_content(path: Path, data: bytes, loaded: CorpusTokenizer) -> None:
 
 def load(path: Path, *, eos_token: str = EOS_TOKEN) -> CorpusTokenizer:
     """Load a tokenizer.json (Hugging Face tokenizers format)."""
+    return CorpusTokenizer(open_file(path), eos_token=eos_token, name=str(path))
+
+
+def open_file(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises DataError if it is none, or would take minutes to open."""
     from tokenizers import Tokenizer
 
     if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
         raise DataError(f"{path}: missing, or larger than {_MAX_FILE_BYTES >> 20} MiB; give a tokenizer.json")
     try:
+        data = path.read_bytes()
+        _check_added_lengths(path, data)
         with _without_panic_messages():
-            tokenizer = Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
+            return Tokenizer.from_buffer(data)
+    except (KeyboardInterrupt, SystemExit, DataError):
         raise
     except BaseException as error:  # the library raises Exception; panics of its Rust code are BaseExceptions
         raise DataError(
             f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error}); give a valid one"
         ) from None
-    return CorpusTokenizer(tokenizer, eos_token=eos_token, name=str(path))
+
+
+def _check_added_lengths(path: Path, data: bytes) -> None:
+    content = json.loads(data)
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    for token in added if isinstance(added, list) else []:
+        text = token.get("content") if isinstance(token, dict) else None
+        if isinstance(text, str) and len(text) > _MAX_ADDED:
+            raise DataError(
+                f"{path}: added_tokens has a token of {len(text):,} characters ({text[:20]!r}...); the limit is "
+                f"{_MAX_ADDED}. Remove it, or give another tokenizer.json"
+            )
 
 
 def sha256_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, float32
 
+from headway.data import tokenizer as tokenizers
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError, printable
 from headway.launcher.base.new_folder import new_folder, refuse_taken
@@ -77,7 +78,7 @@ def import_hf(source: Path, out: Path) -> int:
 def read_raw(source: Path) -> dict[str, Any]:
     """Contents of the config.json of a folder of weights. Raises WeightsError if there is none, or pickles only."""
     _refuse_pickles(source)
-    return hf.read_mapping(source / hf.CONFIG)
+    return hf.read_config(source)
 
 
 def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShape, int | None]:
@@ -154,16 +155,9 @@ def _first_token(source: Path, shape: LlamaShape) -> int | None:
     if not file.exists():
         return None
     hf.read_small(file)
-    from tokenizers import Tokenizer
-
     if shape.eos_token_id is not None:
         token_of(file, shape.eos_token_id)
-    try:
-        tokenizer: Any = Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises Exception, and Rust panics, which are not subclasses of Exception
-        raise WeightsError(f"{file}: not a tokenizer.json ({e}); restore it, or remove it") from None
+    tokenizer = tokenizers.open_file(file)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= shape.vocab_size:
         raise WeightsError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headway.data import tokenizer as tokenizers
 from headway.data.config import DataError, MdsSource
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
@@ -100,14 +101,7 @@ class Codec:
 
 def token_of(file: Path, token_id: int) -> str:
     """The text of a token of a tokenizer.json. Raises DataError if the token or the file does not exist."""
-    from tokenizers import Tokenizer
-
-    try:
-        token = Tokenizer.from_file(str(file)).id_to_token(token_id)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises bare Exception, and Rust panics, which do not derive from Exception
-        raise DataError(f"{file}: not a tokenizer.json of Hugging Face tokenizers ({e}); restore it") from None
+    token = tokenizers.open_file(file).id_to_token(token_id)
     if token is None:
         raise DataError(f"{file}: has no token {token_id}, which ends documents; give the tokenizer of the model")
     return token

@@ -41,14 +41,17 @@ class Line:
     chain: str | None = None
 
 
+_DAMAGED = Line()
+
+
 def parse_line(text: str) -> Line:
     """Parse a line and check its own checksum, if it has one."""
+    if not text.startswith("{") or text.rstrip() == "{}":  # soon, because a damaged file may have a million such lines
+        return _DAMAGED
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
-        return Line()
-    if not isinstance(record, dict):
-        return Line()
+        return _DAMAGED
     crc, chain = record.pop("crc", None), record.pop("chain", None)
     body = text.rpartition(_KEY)[0]
     if crc is not None and crc != f"{zlib.crc32(body.encode(errors='replace')):08x}":
@@ -111,7 +114,7 @@ def lines_of(file: Iterable[bytes], damage: Damage, *, tag: str | None, before: 
     running = start if before is None else before  # None after a damaged line: nothing is known about lines in between
     checked = chained = False
     for number, raw in enumerate(file, 1):
-        line = parse_line(raw.decode(errors="replace"))
+        line = parse_line(raw.decode(errors="replace")) if raw[:1] == b"{" else _DAMAGED
         whole = line.record is not None and (line.has_checksum or not checked) and (line.chain or not chained)
         if line.record is None or not whole:
             if raw.endswith(b"\n"):

@@ -35,6 +35,7 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.s
 FORMAT = "headway-weights"
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_JSON_BYTES = 64 << 20
+_MAX_VALUES = 20_000  # in a config.json; pydantic makes an error of a kilobyte for each that is wrong
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _SHARD = re.compile(rf"{_NAME}\.safetensors")
@@ -118,7 +119,7 @@ def read_exported(folder: Path) -> ExportedConfig:
     """Read config.json. Raises WeightsError if it is invalid. Does not check the files it lists."""
     path = folder / CONFIG
     text = read_small(path)
-    if is_huggingface(read_mapping(path)):
+    if is_huggingface(read_config(folder)):
         raise WeightsError(
             f"{path}: is a Hugging Face model; convert it with `headway import {folder} --to DIR` and name DIR"
         )
@@ -192,6 +193,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: is not a JSON object; restore it, or name another folder")
     return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in config.json of a folder of weights. Raises WeightsError, also if it has too many values."""
+    config = read_mapping(folder / CONFIG)
+    waiting, count = [{key: value for key, value in config.items() if key != "files"}], 0
+    while waiting:
+        inner = waiting.pop()
+        count += len(inner)
+        if count > _MAX_VALUES:
+            raise WeightsError(
+                f"{folder / CONFIG}: has more than {_MAX_VALUES:,} values, so it is not the config of a model; restore "
+                "it, or name another folder"
+            )
+        waiting += [v for v in (inner.values() if isinstance(inner, dict) else inner) if isinstance(v, dict | list)]
+    return config
 
 
 class TensorFiles(Mapping[str, Tensor]):

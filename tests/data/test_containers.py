@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import pytest
 import zstandard
 
 from headway.data import containers
+from headway.data.build import build
 from headway.data.config import DataError, JsonlCorpus, TextCorpus
 from headway.data.corpora import documents
+
+from .conftest import corpus_config
 
 
 def zst(data: bytes) -> bytes:
@@ -171,6 +176,46 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, data: byt
     path.write_bytes(data)
     with pytest.raises(DataError, match=says):
         texts(path)
+
+
+@pytest.mark.parametrize("bad_documents", ["error", "skip"])
+def test_archives_are_no_documents_of_a_text_corpus_but_every_text_is(bad_documents: str, tmp_path: Path) -> None:
+    path, archive = tmp_path / "a.txt", io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        content = b"some words\n" * 100_000  # so long that the NUL bytes around it are no sign
+        entry = tarfile.TarInfo("b.txt")
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+    cfg = corpus_config(path, corpus={"type": "text", "paths": [str(path)]}, bad_documents=bad_documents)
+    for data, says in (
+        (archive.getvalue(), "format tar"),
+        (b"PK\x03\x04\xff", "zip"),
+        (b"\x04\x22\x4d\x18\xff", "lz4"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=says):
+            build(cfg, out=tmp_path / "out", progress=False)
+    text = b"PAR1 is how a Parquet file begins"
+    path.write_bytes(text)
+    assert [d.text for d in documents(TextCorpus(type="text", paths=[str(path)]))] == [text]
+
+
+@every_format
+@pytest.mark.parametrize("inner", ["tar", "gzip", "zstd", "zip"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_an_archive_inside_compressed_data_is_refused_by_name(
+    tmp_path: Path, format: str, inner: str, name: str
+) -> None:
+    line = b'{"text": "some words"}\n' * 100
+    begins = {"tar": b"name" + bytes(253) + b"ustar\x0000" + bytes(247) + line, "zip": b"PK\x03\x04\0\0\0" + line}
+    content = begins[inner] if inner in begins else FORMATS[inner][1](line)
+    path = tmp_path / name
+    path.write_bytes(FORMATS[format][1](content))
+    corpus = (
+        TextCorpus(type="text", paths=[str(path)]) if name == "a.txt" else JsonlCorpus(type="jsonl", paths=[str(path)])
+    )
+    with pytest.raises(DataError, match=rf"{name}: its {format} data are themselves a file of the format {inner};"):
+        list(documents(corpus))
 
 
 @every_format

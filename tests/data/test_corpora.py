@@ -79,6 +79,8 @@ def test_several_zstd_frames_in_one_file_are_all_read(tmp_path: Path) -> None:
         (b'["text"]', "list instead of a JSON object"),
         (b'{"body": "x"}', "no field 'text'; set corpus.field to one of its fields: 'body'"),
         (b'{"text": 7}', "holds int, not text"),
+        (b'{"text": "one", "text": "two"}', "the object has the field 'text' twice"),
+        (b'{"text": "one", "meta": [{"text": 3}], "text" : null}', "the object has the field 'text' twice"),
         (b"[" * 100_000, "not JSON"),
     ],
 )
@@ -88,6 +90,17 @@ def test_a_bad_jsonl_line_is_an_error_with_file_and_line(tmp_path: Path, line: b
     with pytest.raises(DataError, match=r"a\.jsonl:3: ") as caught:
         list(documents(jsonl(path)))
     assert says in str(caught.value)
+
+
+def test_a_field_of_an_inner_object_is_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {"text": "one", "meta": {"text": "two"}},
+        {"text": 'a "text" in "text"'},
+        {"meta": ["text"], "text": "three"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [document.text.decode() for document in documents(jsonl(path))] == [line["text"] for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def test_linked_folders_are_followed_once_also_in_patterns(tmp_path: Path) -> No
     assert [id for id, _ in corpus_files(jsonl(f"{tmp_path}/d*/linked/*.jsonl"))] == ["data/linked/b.jsonl"]
 
 
+def test_folders_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "sub/b.jsonl", "other/c.jsonl", ".hidden/d.jsonl")
+    found = find_files(jsonl(tmp_path / "*"))
+    assert list(found.taken.values()) == ["a.jsonl"]
+    assert found.left_out == {"a folder, which a pattern enters only with **": 2}
+    assert str(tmp_path / "sub") in "\n".join(summary(found))
+    assert len(corpus_files(jsonl(tmp_path / "**" / "*"))) == 3
+
+
 @pytest.mark.parametrize("name", ["b.jsonl", "part"])
 def test_a_broken_link_is_an_error_unless_it_is_hidden(name: str, tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl")
@@ -120,6 +129,19 @@ def test_pointers_of_git_lfs_are_never_documents(pointer: bytes, name: str, bad_
         assert str(path) in str(caught.value)
         if pointer == LFS:
             assert "git lfs pull" in str(caught.value)
+
+
+def test_a_link_that_git_stored_as_text_is_no_document(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a.txt", "mounted/b.txt")
+    corpus = TextCorpus(type="text", paths=[str(tmp_path / "data")])
+    (tmp_path / "data" / "link.txt").write_text("../mounted")
+    with pytest.raises(
+        DataError, match=r"link\.txt: holds the path '\.\./mounted', which exists: git stores a link so"
+    ):
+        list(documents(corpus))
+    for text in ("../missing", "../mounted\n", "See ../mounted"):
+        (tmp_path / "data" / "link.txt").write_text(text)
+        assert len(list(documents(corpus))) == 2
 
 
 def test_a_text_about_git_lfs_is_a_document(tmp_path: Path) -> None:

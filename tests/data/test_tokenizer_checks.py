@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from headway.data.build import build
 from headway.data.config import DataError
-from headway.data.manifest import Manifest, read_manifest
+from headway.data.manifest import SPLITS, Manifest, read_manifest
+from headway.data.mds import MdsSplit
 from headway.data.tokenizer import EOS_TOKEN, load
 from headway.data.verify import MdsSource, verify
 
@@ -128,7 +129,6 @@ def without_decoder() -> Any:
 LOSSY = {
     "lower case": (lower_case, "Ab", "'Ab' comes back as 'ab'"),
     "whitespace": (without_whitespace, "a b\nc", "'a b\\nc' comes back as 'abc'"),
-    "prefix space": (prefix_space, "ab", "'ab' comes back as ' ab'"),
     "dropped characters": (without_unknown, "a漢a", "'a漢a' comes back as 'aa'"),
     "no decoder": (without_decoder, "é", "'é' comes back as 'Ã ©'"),
     "unknown words": (lambda: words("[UNK]"), "unheard", "'unheard' comes back as '[UNK]'"),
@@ -151,6 +151,41 @@ def test_a_tokenizer_that_loses_text_is_refused_with_an_example_or_recorded(
     assert example in says or "'the' comes back" in says  # the first in the order of hashes
     info = verify(MdsSource(type="mds", path=str(tmp_path / "out")))
     assert info.lossy_documents == manifest.lossy.documents and read_manifest(tmp_path / "out") == manifest
+
+
+def prepended_space() -> Any:
+    """As SentencePiece without the last step of its decoder."""
+    tokenizer: Any = Tokenizer(
+        models.BPE({c: n for n, c in enumerate([EOS_TOKEN, *sorted({*"".join(TEXTS), "▁"})])}, [])
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [prefix_space, prepended_space])
+def test_a_space_before_the_text_is_no_loss_and_is_named(
+    make: Callable[[], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = build_with(make(), tmp_path, TEXTS)
+    assert manifest.lossy is None
+    counts = manifest.validation
+    assert manifest.validation_bytes_per_token == counts.text_bytes / counts.tokens
+    assert f"puts a space before the text (add_prefix_space) of {len(TEXTS)} of {len(TEXTS)} documents" in (
+        capsys.readouterr().err
+    )
+    library, backs = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")), []
+    for split in SPLITS:
+        shards = MdsSplit(tmp_path / "out", split)
+        backs += [library.decode(shards.tokens(n).tolist()[:-1]) for n in range(len(shards))]
+    assert sorted(backs) == sorted(f" {text}" for text in TEXTS)
+
+
+def test_a_space_and_a_loss_are_a_loss(tmp_path: Path) -> None:
+    tokenizer = prefix_space()
+    tokenizer.normalizer = normalizers.Lowercase()
+    assert "loses text: the tokens of 1 of the first" in refused(tokenizer, tmp_path, ["the", "The heat"])
 
 
 def test_one_lossy_document_among_many_is_found(tmp_path: Path) -> None:
@@ -228,6 +263,24 @@ def test_added_tokens_whose_ids_the_library_changes_are_refused(change: Callable
     holder = "" if change is gap else f", which {tokenizer.id_to_token(7)!r} has"
     assert f"'<|pad|>' has the id {declared}{holder}, but the tokenizers library gives it the id 280" in says
     assert "(280, 281, ...)" in says
+
+
+@pytest.mark.parametrize("number", [1 << 24, 1 << 31])
+def test_an_id_too_large_for_an_embedding_is_refused_without_memory_for_it(number: int, tmp_path: Path) -> None:
+    def far(content: Any) -> None:
+        content["model"]["vocab"]["heat"] = number
+
+    says = refused(words("[UNK]"), tmp_path, change=far)
+    assert f"'heat' has the id {number:,}; ids must be below 16,777,216" in says
+
+
+def test_an_added_token_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["y" * 256])
+    assert build_with(tokenizer, tmp_path).lossy is None
+    tokenizer.add_tokens(["z" * 257])
+    says = refused(tokenizer, tmp_path)
+    assert "added_tokens has a token of 257 characters ('zzzzzzzzzzzzzzzzzzzz'...); the limit is 256" in says
 
 
 def test_two_tokens_of_one_id_are_refused(tmp_path: Path) -> None:
