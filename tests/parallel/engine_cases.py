@@ -19,8 +19,8 @@ from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
 from headway.parallel.config import OptimizerConfig, ParallelConfig
-from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout, init_layout
+from headway.parallel.zero_engine import ZeroEngine as Engine
 
 VOCAB, S, GLOBAL, STEPS = 61, 24, 8, 5
 

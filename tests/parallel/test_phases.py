@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from headway.data.loader import MicroBatch
-from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, EventClock, HostClock, clock_of
+from headway.parallel.zero_engine import ZeroEngine as Engine
 
 BATCH = MicroBatch(tokens=torch.zeros(1, 1), labels=torch.zeros(1, 1), segments=None)
 
