@@ -2,7 +2,7 @@
 
 With one process there is nothing to shard or to exchange, so every stage of ZeRO has the same result. Losses, gradient
 norms, weights and moments equal those of ZeRO-1 bit for bit on a CPU (tests/parallel/test_single_engine.py). There is
-one exception: in fp32, the squares of a gradient with more than `BLOCK` elements are summed in another order. They are
+one exception: in fp32, the squares of a gradient with more than `NORM_BLOCK` elements are summed in another order. They are
 summed in fp64 and the norm is rounded to fp32, so it differs in its last bit in about one of a million steps.
 
 What is left out: the flat tensor of all gradients, its copies before and after the reduction, fp64 copies of whole
@@ -28,7 +28,7 @@ from headway.parallel.masters import Piece, pieces_of
 EPS = 1e-6
 """Added to the gradient norm before clipping, as DeepSpeed does."""
 
-BLOCK = 1 << 20
+NORM_BLOCK = 1 << 20
 """Elements of a gradient that are converted to fp64 at once, for its norm: 8 MiB."""
 
 
@@ -156,9 +156,9 @@ class SingleEngine(Engine):
             return torch._foreach_norm(list(gradients), 2, dtype=torch.float64)
         if self._buffer is None:
             largest = max(p.numel() for group in self._groups for p in group)
-            self._buffer = torch.empty(min(largest, BLOCK), dtype=torch.float64)
+            self._buffer = torch.empty(min(largest, NORM_BLOCK), dtype=torch.float64)
         norms = []
-        for block in (b for gradient in gradients for b in gradient.view(-1).split(BLOCK)):
+        for block in (b for gradient in gradients for b in gradient.view(-1).split(NORM_BLOCK)):
             norms.append(torch.linalg.vector_norm(self._buffer[: block.numel()].copy_(block)))
         return norms
 

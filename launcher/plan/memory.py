@@ -29,7 +29,7 @@ from headway.kernels.loss import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU
 from headway.kernels.relative import ROWS
 from headway.launcher.plan.stages import Grid, Stage
 from headway.parallel.deepspeed_options import bucket_elements
-from headway.parallel.single_engine import BLOCK
+from headway.parallel.single_engine import NORM_BLOCK
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default reduce_bucket_size, which Headway uses unless exchanges overlap with the passes."""
@@ -130,7 +130,7 @@ def states(grid: Grid, stage: Stage) -> States:
 def _single_states(grid: Grid, stage: Stage) -> States:
     """Memory of the states of Headway's engine for one process."""
     n, bf16 = float(stage.num_params), grid.element_bytes == 2
-    buffer = 8.0 * min(stage.largest, BLOCK) if grid.sharing.device == "cpu" and not bf16 else 0.0
+    buffer = 8.0 * min(stage.largest, NORM_BLOCK) if grid.sharing.device == "cpu" and not bf16 else 0.0
     return States(
         parameters=grid.element_bytes * n,
         master=4 * n if bf16 else 0.0,
