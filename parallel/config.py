@@ -41,7 +41,7 @@ class ParallelConfig(StrictModel):
         description="activation recomputation; block: keep only a block's input and recompute the rest; selective: "
         "recompute norms and silu(gate) * up",
     )
-    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; must be 1 with a pipeline")
+    zero: Literal[1, 2, 3] = Field(default=1, description="ZeRO stage; must be 1 with a pipeline")
     engine: Literal["auto", "deepspeed"] = Field(
         default="auto",
         description="auto: Headway's own engine in a single process, where no stage of ZeRO has anything to shard, and "

@@ -2,8 +2,8 @@
 
 With one process there is nothing to shard or to exchange, so every stage of ZeRO has the same result. Losses, gradient
 norms, weights and moments equal those of ZeRO-1 bit for bit on a CPU (tests/parallel/test_single_engine.py). There is
-one exception: in fp32, the squares of a gradient with more than `NORM_BLOCK` elements are summed in another order. They are
-summed in fp64 and the norm is rounded to fp32, so it differs in its last bit in about one of a million steps.
+one exception: in fp32, the squares of a gradient with more than `NORM_BLOCK` elements are summed in another order. The
+sum is in fp64, so this changes the norm, which is rounded to fp32, only if a rounding boundary lies between both sums.
 
 What is left out: the flat tensor of all gradients, its copies before and after the reduction, fp64 copies of whole
 gradients, and the flat tensor of all parameters. In bf16, each gradient is added to its fp32 sum as soon as it is

@@ -21,7 +21,7 @@ from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
-from headway.parallel import checkpoint
+from headway.parallel import checkpoint, single_engine
 from headway.parallel.build import make_engine
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine
@@ -42,6 +42,7 @@ class Case:
     vocab: int = 509
     model: dict[str, Any] = field(default_factory=dict)
     recompute: str = "none"
+    norm_block: int = single_engine.NORM_BLOCK
 
 
 ROUTED = RgqaConfig(**HEADS, top_k=1, qk_norm=True, balance=BalanceConfig(f_p=0.05, loss_free_rate=1e-3))
@@ -49,6 +50,7 @@ ODD: dict[str, Any] = {"width": 36, "ffn_width": 301}  # sizes that fill no whol
 CASES = {
     "gqa": Case(attention=GqaConfig(**HEADS)),
     "gqa bf16": Case(attention=GqaConfig(**HEADS), precision="bf16"),
+    "norms in blocks": Case(attention=GqaConfig(**HEADS), norm_block=1000, accumulation=1),
     "tied": Case(attention=GqaConfig(**HEADS), model={"tied_embeddings": True}, accumulation=1),
     "tied bf16": Case(attention=GqaConfig(**HEADS), precision="bf16", model={"tied_embeddings": True}),
     "odd sizes": Case(attention=GqaConfig(**HEADS), vocab=1031, model=ODD),
@@ -141,6 +143,7 @@ def hashes(root: Path) -> dict[str, str]:
 
 def compared(name: str, case: Case, layout: Layout, root: Path) -> dict[str, Any]:
     runs, ends = {}, {}
+    single_engine.NORM_BLOCK = case.norm_block
     for engine in ENGINES:
         run = runs[engine] = Run(case, engine, layout)
         run.train(0, SAVED)
