@@ -26,10 +26,10 @@ SPEC = ROOT / "yaml" / "base" / "quickstart.yaml"
 ENGINES = ("auto", "deepspeed")
 SIZES: dict[str, tuple[list[str], int]] = {
     "1.2M": ([], 60),
-    "46M": (["model.width=512", "model.layers=12", "model.ffn_width=1408", "attention.head_dim=64"], 9),
+    "47M": (["model.width=512", "model.layers=16", "model.ffn_width=1408", "attention.head_dim=64"], 9),
 }
 """Name -> overrides and measured steps."""
-WARMUP, PROCESSES, STARTS = 3, 2, 7
+WARMUP, PROCESSES, STARTS, SAVES = 3, 2, 5, 6
 PARTS = ("step", "forward", "backward", "optimizer")
 
 
@@ -127,7 +127,32 @@ def turns(size: str) -> dict[str, Any]:
             "auto_over_deepspeed": spread([a / b for a, b in zip(ours, theirs, strict=True)]),
             "raw": dict(zip(ENGINES, (ours, theirs), strict=True)),
         }
+    result["copy_for_a_save"] = copies(loops)
     return result
+
+
+def copies(loops: dict[str, Loop]) -> dict[str, Any]:
+    """CPU seconds of the copy that training waits for when a checkpoint is saved, per GB of the checkpoint."""
+    from headway.parallel.config import CheckpointConfig
+    from headway.parallel.saver import Saver
+
+    found: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for turn in range(1 + SAVES):
+        for engine in ENGINES if turn % 2 else ENGINES[::-1]:
+            loop = loops[engine]
+            saver = Saver(Path(), loop.engine, loop.engine.layout, CheckpointConfig(), about={})
+            began = time.process_time()
+            share = saver._share()
+            seconds = time.process_time() - began
+            size = sum(tensor.nbytes for tensor in share.values())
+            found[engine] += [seconds / size * 1e9] * (turn > 0)
+            del share
+    ours, theirs = (found[engine] for engine in ENGINES)
+    return {
+        "seconds_per_gb": {engine: spread(times) for engine, times in found.items()},
+        "auto_over_deepspeed": spread([a / b for a, b in zip(ours, theirs, strict=True)]),
+        "raw": found,
+    }
 
 
 def alone(size: str, engine: str) -> dict[str, Any]:
