@@ -1,8 +1,9 @@
-"""Builds the engine for a layout: this rank's part of the decoder, run by DeepSpeed."""
+"""Builds the engine for a layout: this rank's part of the decoder, and the engine that trains it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
@@ -14,6 +15,7 @@ from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.operations import operations_of
 from headway.parallel.partition import layer_costs, stage_bounds
+from headway.parallel.single_engine import SingleEngine
 
 
 def make_engine(
@@ -38,9 +40,11 @@ def make_engine(
     Raises LeverError if an option of `speed` is not available on this machine.
     """
     speed = speed or SpeedConfig()
-    # This must be the first import of DeepSpeed, which selects its device on import.
-    deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    single = parallel.is_single(layout.world_size)
+    if not single:
+        # This must be the first import of DeepSpeed, which selects its device on import.
+        deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     operations = operations_of(speed, parallel, layout.device)
     placement = Placement(
         ranks=tensor_ranks(layout, sequence_parallel=parallel.sequence_parallel),
@@ -50,14 +54,13 @@ def make_engine(
     )
     if layout.pp_size == 1:
         decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement, scales=scales)
-        return Engine(
-            decoder,
-            parallel=parallel,
-            optimizer=optimizer,
-            layout=layout,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-        )
+        common: dict[str, Any] = {"parallel": parallel, "optimizer": optimizer, "layout": layout}
+        common["accumulation"] = accumulation
+        if single:
+            return SingleEngine(decoder, **common)
+        from headway.parallel.zero_engine import ZeroEngine
+
+        return ZeroEngine(decoder, micro_batch=micro_batch, **common)
     from headway.parallel.pipeline import PipelineEngine
 
     costs = layer_costs(

@@ -41,7 +41,12 @@ class ParallelConfig(StrictModel):
         description="activation recomputation; block: keep only a block's input and recompute the rest; selective: "
         "recompute norms and silu(gate) * up",
     )
-    zero: Literal[1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage; must be 1 with a pipeline")
+    zero: Literal[1, 2, 3] = Field(default=1, description="ZeRO stage; must be 1 with a pipeline")
+    engine: Literal["auto", "deepspeed"] = Field(
+        default="auto",
+        description="auto: Headway's own engine in a single process, where no stage of ZeRO has anything to shard, and "
+        "DeepSpeed's engines otherwise; deepspeed: always DeepSpeed's",
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
     gradient_reduction: Literal["fp32", "bf16"] = Field(
         default="fp32",
@@ -87,6 +92,10 @@ class ParallelConfig(StrictModel):
         if self.overlap != "auto":
             return self.overlap
         return device == "cuda" and data_ranks > 1 and self.zero > 1
+
+    def is_single(self, world_size: int) -> bool:
+        """Whether Headway's engine for a single process runs this layout on `world_size` ranks."""
+        return world_size == 1 and self.engine == "auto"
 
     @property
     def model_ranks(self) -> int:

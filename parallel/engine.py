@@ -1,29 +1,26 @@
-"""A small interface to DeepSpeed: `train_step`, `evaluate`, and access to logical tensors for checkpoints.
+"""The interface of all engines: `train_step`, `evaluate`, and access to logical tensors for checkpoints.
 
-DeepSpeed's options are in `headway.parallel.deepspeed_options`.
+`headway.parallel.single_engine` is for one process, `headway.parallel.zero_engine` for several ranks (DeepSpeed), and
+`headway.parallel.pipeline` for pipelines. `headway.parallel.build` chooses.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from headway.model.base import Attention, Ranks
 from headway.model.decoder import Block, Decoder
-from headway.parallel.adamw import AdamW
-from headway.parallel.config import OptimizerConfig, ParallelConfig
-from headway.parallel.deepspeed_options import deepspeed_config, quiet_deepspeed
+from headway.model.dropout import Dropout
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
-from headway.parallel.logical import LogicalBuffer, LogicalParameter, gathered, own_part, prepare_tensor_parallel
+from headway.parallel.logical import LogicalBuffer, LogicalParameter
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, clock_of
 from headway.parallel.transfer import transfer_to
 
@@ -95,72 +92,55 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [g for g in groups if g["params"]]
 
 
-class Engine:
-    """A DeepSpeed ZeRO engine for a decoder, for all layouts without pipeline parallelism.
+class Engine(ABC):
+    """Trains and evaluates this rank's part of a decoder: what all engines share.
 
-    `micro_batch`: sequences per forward pass. `accumulation`: forward passes per optimizer step and rank.
+    `_engine`: the module, or DeepSpeed's engine around it; both are called with tokens, labels, segments and keys of
+    dropout.
+    `accumulation`: forward passes per optimizer step and rank.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        *,
-        parallel: ParallelConfig,
-        optimizer: OptimizerConfig,
-        layout: Layout,
-        micro_batch: int,
-        accumulation: int,
-    ) -> None:
-        self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
+    layout: Layout
+    accumulation: int
+    blocks: dict[int, Block]
+    _logical: list[LogicalParameter]
+    _engine: Any
+    _inner: torch.optim.Optimizer  # AdamW, with this rank's fp32 state
+    _dropout: Dropout | None = None
+
+    def _adopt(self, model: Decoder) -> None:
+        """Take the blocks, the parameters and the dropout of a decoder."""
         self._dropout = model.dropout
-        self.blocks: dict[int, Block] = {i: b for i, b in enumerate(model.blocks) if isinstance(b, Block)}
+        self.blocks = {i: b for i, b in enumerate(model.blocks) if isinstance(b, Block)}
         self._logical = [
             LogicalParameter(name, parameter, model.shards.get(name)) for name, parameter in model.named_parameters()
         ]
-        self._start(model, parallel, optimizer, micro_batch)
 
-    def _start(self, model: nn.Module, parallel: ParallelConfig, optimizer: OptimizerConfig, micro_batch: int) -> None:
-        layout = self.layout
-        deepspeed = quiet_deepspeed(cpu=layout.device.type == "cpu")
-        model.to(layout.device)
-        prepare_tensor_parallel(self._logical, layout, sequence_parallel=parallel.sequence_parallel)
+    def _prepare(self) -> None:
+        """Set up what the passes record. Call it before the parameters are wrapped or cast."""
         watch("step:gradient", self._logical[0].parameter)
-        inner = AdamW(
-            parameter_groups(model, optimizer.weight_decay),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
-        config = deepspeed_config(
-            parallel,
-            optimizer,
-            micro_batch=micro_batch,
-            accumulation=self.accumulation,
-            data_ranks=layout.data_ranks,
-            device=layout.device.type,
-            largest=max(p.parameter.numel() for p in self._logical),
-        )
-        # DeepSpeed stores the grid of the process's previous engine globally, and would use it for this engine.
-        deepspeed.utils.groups.mpu = None
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints memory reports; stdout is for the console line
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=inner, config=config, dist_init_required=False, mpu=self._grid()
-            )
-        self._inner = inner
-        self._gate = _Gate(inner)
-        self._clock, self._transfer = clock_of(layout.device), transfer_to(layout.device)
+        self._clock, self._transfer = clock_of(self.layout.device), transfer_to(self.layout.device)
         self._loss_sums: list[Tensor] = []  # of the last step's micro-batches
         self._aux_losses: list[Tensor] = []
         self._summed: tuple[float, float] | None = None
-        self._deepspeed = deepspeed
         self.applied_steps = 0
         self._tokens = 0  # trained before the next step
-        self._create_optimizer_state()
 
-    def _grid(self) -> Any:
-        """DeepSpeed's view of the process grid; None without tensor parallelism."""
-        return None if self.layout.tp_size == 1 else _Grid(self.layout)
+    @abstractmethod
+    def _begin(self, lr: float, ask: Callable[[], bool] | None) -> None:
+        """Begin an optimizer step. `ask` (collective): whether to apply the update; None: apply it in any case."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch. `loss`: scaled as by `_per_target`."""
+
+    @abstractmethod
+    def _advance(self) -> None:
+        """End a micro-batch. After the last one of the step, apply the update."""
+
+    @abstractmethod
+    def _outcome(self) -> tuple[bool, float]:
+        """Of the last step: whether its update was applied, and the gradient norm before clipping."""
 
     @property
     def attention_layers(self) -> dict[int, Attention]:
@@ -168,8 +148,9 @@ class Engine:
         return {index: block.attn for index, block in self.blocks.items()}
 
     @property
-    def module(self) -> Any:
-        return self._engine.module
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """This rank's part of the decoder."""
 
     def before_step(self, tokens: int) -> None:
         """Update the schedules of all layers. Call it before each optimizer step and after loading.
@@ -199,17 +180,13 @@ class Engine:
         them, so a micro-batch with fewer targets has less weight.
         `meanwhile`: called when all work of the step is queued on a GPU, before the host waits for it.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        skipped_before = self._engine.skipped_steps
-        self._gate.close(allows and (lambda: allows(self._sum_losses()[0] / max(1, targets))))
+        self._begin(lr, allows and (lambda: allows(self._sum_losses()[0] / max(1, targets))))
         timed = self._passes(micro, self._per_target(targets))
         if meanwhile is not None:
             meanwhile()
         loss_sum, aux_sum = self._sum_losses()
-        skipped = self._engine.skipped_steps != skipped_before or self._gate.refused
-        self.applied_steps += not skipped
-        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        applied, grad_norm = self._outcome()
+        self.applied_steps += applied
         forward_s, backward_s, optimizer_s = self._clock.read() if timed else (None, None, None)
         return StepStats(
             loss=loss_sum / max(1, targets),
@@ -219,11 +196,11 @@ class Engine:
             forward_s=forward_s,
             backward_s=backward_s,
             optimizer_s=optimizer_s,
-            skipped=skipped,
+            skipped=not applied,
         )
 
     def _per_target(self, targets: int) -> float:
-        """Factor on summed losses: converts DeepSpeed's mean over ranks and micro-batches to a mean over targets."""
+        """Factor on summed losses: converts a mean over ranks and micro-batches to a mean over targets."""
         return self.layout.data_ranks * self.accumulation / max(1, targets)
 
     def _sum_losses(self) -> tuple[float, float]:
@@ -260,11 +237,11 @@ class Engine:
             out_loss = passing("step:loss", out.loss_sum)
             loss = out_loss * per_target + aux_loss
             clock.end(FORWARD)
-            self._engine.backward(loss)
+            self._backward(loss)
             self._loss_sums.append(out_loss.detach())
             self._aux_losses.append(aux_loss.detach())
             clock.end(BACKWARD)
-            self._engine.step()
+            self._advance()
             clock.end(OPTIMIZER)
         return True
 
@@ -336,44 +313,16 @@ class Engine:
         """Single-device name -> unsharded shape, for all trainable parameters of this rank's layers."""
         return {p.name: p.whole_shape(self.layout.tp_size) for p in self._logical}
 
+    @abstractmethod
     def read_logical(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", unsharded fp32 tensor) of this rank's layers.
 
         Collective: all ranks of a stage must iterate. A parameter that two stages share is yielded by the first one.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for logical in self._logical:
-            if logical.copy:
-                continue
-            name, parameter = logical.name, logical.parameter
-            yield f"param/{name}", self._whole(safe_get_full_fp32_param(parameter), logical)
-            for key in MOMENTS:
-                yield f"{key}/{name}", self._whole(safe_get_full_optimizer_state(parameter, key), logical)
-
-    def _whole(self, tensor: Tensor | None, logical: LogicalParameter) -> Tensor:
-        assert tensor is not None, f"DeepSpeed returned no fp32 tensor for {logical.name}"
-        return gathered(tensor, logical.dim, self.layout)
-
+    @abstractmethod
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
         """Set parameters, fp32 master weights, moments (keys as in `read_logical`) and Adam's step counters."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        device = self.layout.device
-        for logical in self._logical:
-            parameter = logical.parameter
-
-            def part(key: str, logical: LogicalParameter = logical) -> Tensor:
-                return own_part(tensors[f"{key}/{logical.name}"], logical.dim, self.layout).to(device)
-
-            value = part("param")
-            safe_set_full_fp32_param(parameter, value)
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, part(key), key)
-            self._write_low_precision(parameter, value)
-        for state in self._inner.state.values():
-            state["step"].fill_(float(applied_steps))
-        self.applied_steps = applied_steps
 
     def buffers(self) -> dict[str, LogicalBuffer]:
         """Persistent buffers (router biases) of this rank's layers, by single-device name."""
@@ -390,89 +339,3 @@ class Engine:
     def adam_steps(self) -> set[int]:
         """The distinct step counters of Adam's states. If correct, they are all equal to `applied_steps`."""
         return {int(state["step"]) for state in self._inner.state.values()}
-
-    @torch.no_grad()
-    def _write_low_precision(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self._zero_stage < 3:
-            parameter.data.copy_(value.view_as(parameter))
-            return
-        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if self.layout.data_index == 0:
-                parameter.data.copy_(value.view_as(parameter))
-
-    def _create_optimizer_state(self) -> None:
-        """Create Adam's moments now instead of in the first step.
-
-        Loading a checkpoint needs existing moments. In addition, DeepSpeed (0.19) links moments to parameters after the
-        step of the first parameter group, so the moments of later groups (norm gains) would not be linked.
-        """
-        # DeepSpeed's attribute with this rank's fp32 partitions: ZeRO-1/2, ZeRO-3, bf16 ZeRO-1 (it fills them itself).
-        partitions = (
-            getattr(self._optimizer, "single_partition_of_fp32_groups", None)
-            or getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
-            or self._optimizer.fp32_groups_flat_partition
-        )
-        for partition in partitions:
-            state = self._inner.state[partition]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
-                for key in MOMENTS:
-                    state[key] = torch.zeros_like(partition, requires_grad=False)
-        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-
-class _Gate:
-    """Wraps the optimizer's `step` so that an update can be skipped. DeepSpeed calls it once per parameter group."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._update, self._ask = optimizer.step, None
-        self._answer: bool | None = None
-        optimizer.step = self._step
-
-    def close(self, ask: Callable[[], bool] | None) -> None:
-        """Apply the next update only if `ask` (collective) returns True; None: apply it in any case."""
-        self._ask, self._answer = ask, None
-
-    @property
-    def refused(self) -> bool:
-        return self._answer is False
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._ask is not None and self._answer is None:
-            self._answer = self._ask()
-        return None if self.refused else self._update(*args, **kwargs)
-
-
-class _Grid:
-    """The process grid with the methods that DeepSpeed calls for tensor parallelism."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        # DeepSpeed reduces over this group, and would take None for all ranks.
-        self._data_group = layout.data_group if layout.data_ranks > 1 else _alone(layout)
-
-    def get_model_parallel_rank(self) -> int:
-        return self._layout.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._layout.tp_size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._layout.tensor_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._layout.data_index
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._layout.data_ranks
-
-    def get_data_parallel_group(self) -> Any:
-        return self._data_group
-
-
-def _alone(layout: Layout) -> Any:
-    """The group that contains only this rank. Collective: every rank creates the groups of all ranks."""
-    groups = [dist.new_group([rank]) for rank in range(layout.world_size)]
-    return groups[layout.rank]

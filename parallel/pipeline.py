@@ -46,10 +46,11 @@ from headway.model.init import initialise
 from headway.model.layers import make_norm, parameter
 from headway.model.shard import cut
 from headway.parallel.config import OptimizerConfig, ParallelConfig
-from headway.parallel.engine import Engine, MicroBatch
+from headway.parallel.engine import MicroBatch
 from headway.parallel.fault_points import passing
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalParameter
+from headway.parallel.zero_engine import ZeroEngine
 
 Inputs = tuple[Tensor, ...]
 """x [B, S, d] (absent for the embedding); tokens, labels [B, S]; with dropout its keys [B]; optionally segments."""
@@ -216,7 +217,7 @@ class _Stages(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
-class PipelineEngine(Engine):
+class PipelineEngine(ZeroEngine):
     """The engine for pipeline parallelism.
 
     `bounds`: the first layer of each stage, then the number of layers, for the layers [embedding, blocks, norm, head].
@@ -238,7 +239,7 @@ class PipelineEngine(Engine):
         accumulation: int,
         scales: Sequence[BranchScale] | None = None,
     ) -> None:
-        self.layout, self._zero_stage, self.accumulation = layout, parallel.zero, accumulation
+        self.layout, self.accumulation = layout, accumulation
         # DeepSpeed divides the loss by the number of micro-batches; the auxiliary losses must be divided as well.
         self._stage = Stage(model, attention, placement, seed=seed, aux_scale=1 / (accumulation * layout.tp_size))
         self._dropout = self._stage.dropout

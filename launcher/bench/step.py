@@ -35,7 +35,7 @@ def bench_step(
     """Time Headway's whole step and a bare PyTorch loop with the same model, optimizer and batches.
 
     They take turns, step by step, in one process, so that a drifting machine speed affects both. Headway's step
-    includes the loader, DeepSpeed, the agreement of the ranks, metrics.jsonl and TensorBoard. `against`: overrides of
+    includes the loader, the engine, the agreement of the ranks, metrics.jsonl and TensorBoard. `against`: overrides of
     a second spec to time as well, for example another mechanism. Raises SpecError for several processes.
     """
     _check_steps(steps)

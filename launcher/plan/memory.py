@@ -1,9 +1,11 @@
 """Memory of one rank, by part: computed, and tested against allocations of real engines and passes.
 
-Bytes that DeepSpeed's ZeRO engines hold per parameter of the rank (D: ranks over which gradients are averaged; source:
-code of DeepSpeed 0.19 and measurements):
+Bytes that the engines hold per parameter of the rank (D: ranks over which gradients are averaged; source: code of
+DeepSpeed 0.19 and measurements). "single" is Headway's engine for one process, the others are DeepSpeed's:
 
                   parameters  master   moments  gradients       while gradients are exchanged
+    fp32  single  4           0        8        4               0, and a buffer of at most 8 MiB on a CPU
+    bf16  single  2           4        8        4 fp32          0
     fp32  ZeRO-1  4           4/D      8/D      4               4: gradients are copied into the bucket
     fp32  ZeRO-2  4           4/D      8/D      4/D             4, and a bucket of fixed size
     fp32  ZeRO-3  4/D         4/D      8/D      4/D             4, a bucket of fixed size, gathered parameters
@@ -14,6 +16,8 @@ code of DeepSpeed 0.19 and measurements):
 bf16 is listed with `parallel.gradient_reduction: fp32`, under which the bucket of ZeRO-3 is in fp32 too. At most one
 bucket is copied at a time. "2 or 6": repeated measurements gave both values; the larger is counted. If exchanges
 overlap with the passes, buckets are smaller, and ZeRO-1 and 2 have two of them.
+
+With one micro-batch per step, the gradients of the single engine exist only from the backward pass to the update.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from headway.kernels.loss import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU
 from headway.kernels.relative import ROWS
 from headway.launcher.plan.stages import Grid, Stage
 from headway.parallel.deepspeed_options import bucket_elements
+from headway.parallel.single_engine import NORM_BLOCK
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default reduce_bucket_size, which Headway uses unless exchanges overlap with the passes."""
@@ -90,6 +95,8 @@ class Memory:
 
 def states(grid: Grid, stage: Stage) -> States:
     """Memory of the parameters, gradients and optimizer states of one stage."""
+    if grid.single:
+        return _single_states(grid, stage)
     parallel, n, ranks = grid.spec.parallel, float(stage.num_params), grid.data_ranks
     width = grid.element_bytes
     bf16, zero = parallel.precision == "bf16", parallel.zero
@@ -117,6 +124,22 @@ def states(grid: Grid, stage: Stage) -> States:
         bucket=float(buffers * reduced * bucket),
         exchange=exchange,
         gathered=width * min(n, LIVE_ELEMENTS) if zero == 3 and ranks > 1 else 0.0,
+    )
+
+
+def _single_states(grid: Grid, stage: Stage) -> States:
+    """Memory of the states of Headway's engine for one process."""
+    n, bf16 = float(stage.num_params), grid.element_bytes == 2
+    buffer = 8.0 * min(stage.largest, NORM_BLOCK) if grid.sharing.device == "cpu" and not bf16 else 0.0
+    return States(
+        parameters=grid.element_bytes * n,
+        master=4 * n if bf16 else 0.0,
+        moments=8 * n,
+        gradients=4 * n,
+        late=4 * n if grid.accumulation == 1 else 0.0,
+        bucket=0.0,
+        exchange=buffer,
+        gathered=0.0,
     )
 
 

@@ -96,6 +96,11 @@ class Grid:
         return everything.kept(self.tokens) - self.footprint(block).kept(self.tokens)
 
     @property
+    def single(self) -> bool:
+        """Whether Headway's own engine trains, which is for one process, and not DeepSpeed's."""
+        return self.spec.parallel.is_single(self.spec.launch.world_size)
+
+    @property
     def overlaps(self) -> bool:
         """Whether the exchange of gradients, and under ZeRO-3 of parameters, overlaps with the passes."""
         return self.spec.parallel.overlaps(device=self.sharing.device, data_ranks=self.data_ranks)

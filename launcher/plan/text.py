@@ -213,7 +213,8 @@ def describe(layout: Layout) -> str:
         "data": grid.data_parallel,
     }
     words = [f"{name} {n}" for name, n in sizes.items() if n > 1] or ["one process"]
-    words += ["sequence parallel"] * parallel.sequence_parallel + [f"ZeRO-{parallel.zero}", parallel.precision]
+    words += ["sequence parallel"] * parallel.sequence_parallel + [f"ZeRO-{parallel.zero}"] * (not grid.single)
+    words += [parallel.precision]
     words += [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
     return ", ".join([*words, f"{grid.accumulation} x {layout.spec.train.micro_batch} sequences a step and data rank"])
 

@@ -69,6 +69,7 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
         **_mechanism(spec),
         "layout": _layout(spec),
         "zero": spec.parallel.zero,
+        "engine": "single" if spec.parallel.is_single(spec.launch.world_size) else "deepspeed",
         "speed": card.get("speed"),
         "from_step": from_step,
     }
@@ -98,7 +99,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
             f"{cost['flops_per_token_executed'] / 1e6:.2f}), KV {cost['kv_bytes_per_token']:,.0f} bytes/token",
             f"tokens     {spec.steps:,} steps x {spec.tokens_per_step:,} = {spec.steps * spec.tokens_per_step:,} "
             f"(sequences of {spec.data.seq_len}, {spec.train.global_batch} a step, {spec.train.micro_batch} a pass)",
-            f"layout     {_layout(spec)}, ZeRO-{spec.parallel.zero}, {spec.parallel.precision}",
+            f"layout     {_layout(spec)}, {_engine(spec)}, {spec.parallel.precision}",
             f"speed      {' '.join(f'{key}={value}' for key, value in card['speed'].items())}",
             *(_branch(spec, branch) if branch else ()),
             f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
@@ -128,6 +129,11 @@ def _speed(spec: Spec) -> dict[str, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"device": device, **settled(spec.speed, device)}
+
+
+def _engine(spec: Spec) -> str:
+    parallel = spec.parallel
+    return "engine for one process" if parallel.is_single(spec.launch.world_size) else f"ZeRO-{parallel.zero}"
 
 
 def _layout(spec: Spec) -> str:

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "parallel.sequence_parallel",
     "parallel.recompute",
     "parallel.zero",
+    "parallel.engine",
     "parallel.overlap",
     "speed",
     "data.workers",

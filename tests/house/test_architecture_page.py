@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 BATCH = [
-    "text", "tokenizer", "MDS shards", "order", "loader", "engine", "blocks", "loss", "ZeRO step", "record",
+    "text", "tokenizer", "MDS shards", "order", "loader", "engine", "blocks", "loss", "update", "ZeRO step", "record",
     "checkpoint",
 ]  # fmt: skip
 SPEC = ["YAML", "layers", "merge", "validate", "resolve", "plan", "launch", "worker"]

@@ -1,5 +1,7 @@
 """Run by test_engine.py in 1 and 2 processes: trains a tiny decoder under every ZeRO stage and precision.
 
+With 1 process, the engine for one process also continues the checkpoints that 2 ranks saved.
+
 Prints one JSON object per case on rank 0. Not a test module itself.
 """
 
@@ -21,6 +23,8 @@ from headway.parallel import checkpoint
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout, init_layout
+from headway.parallel.single_engine import SingleEngine
+from headway.parallel.zero_engine import ZeroEngine
 
 VOCAB, S, GLOBAL, STEPS = 61, 24, 8, 5
 
@@ -49,7 +53,7 @@ def decoder() -> Decoder:
 
 def engine(zero: int, precision: str, layout: Layout, accumulation: int) -> Engine:
     micro = GLOBAL // layout.dp_size // accumulation
-    return Engine(
+    return ZeroEngine(
         decoder(),
         parallel=ParallelConfig.model_validate({"zero": zero, "precision": precision}),
         optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
@@ -72,6 +76,25 @@ def run(e: Engine, layout: Layout, accumulation: int, first: int, last: int) -> 
         stats = e.train_step(parts, targets=int((b.labels != -100).sum()), lr=1e-2 * (step + 1) / STEPS)
         out.append((stats.loss, stats.aux_loss, stats.grad_norm))
     return out
+
+
+def single_from(root: Path, layout: Layout) -> dict[str, list[tuple[float, float, float]]]:
+    """Losses of the engine for one process that continues the checkpoints of 2 ranks, by the name of the checkpoint."""
+    found = {}
+    for source in sorted(path for path in root.iterdir() if path.name.endswith("dp2")):
+        precision = source.name.split("-")[0]
+        e = SingleEngine(
+            decoder(),
+            parallel=ParallelConfig.model_validate({"precision": precision}),
+            optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
+            layout=layout,
+            accumulation=2,
+        )
+        saved = checkpoint.newest_valid(source, layout, warn=print)
+        assert saved is not None
+        checkpoint.load(saved, e, layout)
+        found[source.name] = run(e, layout, 2, 3, STEPS)
+    return found
 
 
 def main() -> None:
@@ -106,6 +129,8 @@ def main() -> None:
     crossed = run(other, layout, 2, 3, STEPS)
     if layout.is_main:
         print("CROSS", json.dumps({"from": source.name, "dp": layout.dp_size, "losses": crossed}), flush=True)
+    if layout.world_size == 1:
+        print("SINGLE", json.dumps(single_from(root, layout)), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

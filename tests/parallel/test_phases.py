@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from headway.data.loader import MicroBatch
-from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, EventClock, HostClock, clock_of
+from headway.parallel.zero_engine import ZeroEngine
 
 BATCH = MicroBatch(tokens=torch.zeros(1, 1), labels=torch.zeros(1, 1), segments=None)
 
@@ -94,9 +94,9 @@ class FakeDeepSpeed:
         return 1.0
 
 
-def engine_on(stream: Stream, clock, accumulation: int) -> Engine:
+def engine_on(stream: Stream, clock, accumulation: int) -> ZeroEngine:
     """An engine without a model: only what `train_step` calls."""
-    e = object.__new__(Engine)
+    e = object.__new__(ZeroEngine)
     e.layout = Layout(rank=0, local_rank=0, device=torch.device("cpu"))
     e.accumulation, e.applied_steps, e._dropout = accumulation, 0, None
     gate = SimpleNamespace(close=lambda _: None, refused=False)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from headway.data.loader import MicroBatch
-from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.pipeline import PipelineEngine
 from headway.parallel.transfer import InPlace, SideStream, transfer_to
+from headway.parallel.zero_engine import ZeroEngine
 
 CUDA = torch.device("cuda", 0)
 
@@ -104,7 +104,7 @@ def batch(cuda: Cuda, number: int) -> Any:
     return MicroBatch(tokens=cast(Any, tokens), labels=cast(Any, labels), segments=cast(Any, segments))
 
 
-def engine(transfer: Any, kind: type[Engine] = Engine) -> Engine:
+def engine(transfer: Any, kind: type[ZeroEngine] = ZeroEngine) -> ZeroEngine:
     e = object.__new__(kind)
     e.layout, e._transfer, e._dropout = Layout(rank=0, local_rank=0, device=CUDA), transfer, None
     return e

@@ -60,6 +60,18 @@ CASES = [
 ]
 
 
+ONE = "launch.processes=1"
+SINGLE = [
+    ONE,
+    f"{ONE} train.micro_batch=8",
+    f"{ONE} {BF16}",
+    f"{ONE} {BF16} train.micro_batch=8",
+    f"{ONE} {ROUTED} parallel.recompute=block parallel.zero=3",
+    f"{ONE} parallel.engine=deepspeed",
+]
+"""Of one process; the last with DeepSpeed."""
+
+
 @pytest.fixture(scope="module")
 def spec_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "measured.yaml"
@@ -70,8 +82,12 @@ def spec_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def measured(spec_file) -> dict[str, dict]:
     """The measurement of rank 0, which is in the first stage."""
-    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(HERE / "plan_cases.py"), str(spec_file), *CASES]
+    return _measure(spec_file, 2, CASES) | _measure(spec_file, 1, SINGLE)
+
+
+def _measure(spec_file: Path, processes: int, cases: list[str]) -> dict[str, dict]:
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, str(HERE / "plan_cases.py"), str(spec_file), *cases]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -83,13 +99,15 @@ def grid(spec_file: Path, words: str) -> Grid:
     return grid_of(load_spec(spec_file, words.split()).spec)
 
 
-@pytest.mark.parametrize("words", CASES)
+@pytest.mark.parametrize("words", [*CASES, *SINGLE])
 def test_parameters_and_optimizer_states_equal_those_of_the_engine(measured, spec_file, words) -> None:
     planned = grid(spec_file, words)
     held = states(planned, planned.stages[0])
     zero = planned.spec.parallel.zero
     total = held.parameters + held.master + held.moments
-    if zero == 3:
+    if planned.single:
+        pass
+    elif zero == 3:
         total += held.gradients + held.bucket
     elif zero == 1 and planned.spec.parallel.precision == "bf16":
         total += 4 * planned.stages[0].num_params  # fp32 gradients exist from the start
@@ -97,7 +115,7 @@ def test_parameters_and_optimizer_states_equal_those_of_the_engine(measured, spe
     assert measured[words]["held"] == pytest.approx(total, rel=1e-3)
 
 
-@pytest.mark.parametrize("words", CASES)
+@pytest.mark.parametrize("words", [*CASES, *SINGLE])
 def test_the_peak_of_a_step_is_the_planned_one(measured, spec_file, words) -> None:
     planned = grid(spec_file, words)
     memory_of_rank = memory(planned, planned.stages[0])
