@@ -72,7 +72,7 @@ def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterato
     yield from speed_up_blocks(study)
     yield from law_blocks(study)
     yield from prediction_blocks(study)
-    yield from tuning_blocks(study.searches, study.result.baseline, plots)
+    yield from tuning_blocks(study, plots)
     yield from _sizes(study, page)
     yield from _provenance(study)
 

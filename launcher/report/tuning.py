@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from headway.launcher.compare.ladder.read import Search
+from headway.launcher.compare.ladder.read import Check, LadderStudy, Search
 from headway.launcher.report.page import Block, Heading, Image, Table, Text
 from headway.launcher.report.plots.study import Plot
 
 
-def tuning_blocks(searches: Sequence[Search], baseline: str, plots: Mapping[str, Plot]) -> Iterator[Block]:
+def tuning_blocks(study: LadderStudy, plots: Mapping[str, Plot]) -> Iterator[Block]:
     """Nothing without searches."""
+    searches, baseline = study.searches, study.result.baseline
     if not searches:
         return
     yield Heading("Tuning")
@@ -25,6 +26,15 @@ def tuning_blocks(searches: Sequence[Search], baseline: str, plots: Mapping[str,
         )
         if (plot := plots.get(f"tuning-{key}")) is not None:
             yield Image(plot)
+    for check in study.checks:
+        yield Text(_checked(check), "plain" if check.holds else "warn")
+
+
+def _checked(check: Check) -> str:
+    what = f"At {check.size}, the carried `{check.key}` of {check.variant} was tried with both neighbours"
+    if check.holds:
+        return f"{what}: it is the best of the three."
+    return f"{what}: {check.best:.4g} is better. Differences at this size may be those of a wrong setting."
 
 
 _HEADER = ["variant", "size", "key", "chosen", "shift", "trials", "added to the grid", "how", "cost of a neighbour"]

@@ -60,6 +60,17 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """Trials of one variant around a value that was carried to a size. `holds`: whether it is the best of them."""
+
+    key: str
+    size: str
+    variant: str
+    holds: bool
+    best: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LadderStudy:
     """A ladder. `sizes`: in the order of ladder.json. `result`: the statistics of all sizes that are not left out."""
 
@@ -68,6 +79,7 @@ class LadderStudy:
     sizes: tuple[SizeStudy, ...]
     result: LadderResult
     searches: tuple[Search, ...]
+    checks: tuple[Check, ...]
 
     @property
     def name(self) -> str:
@@ -94,6 +106,7 @@ def read_ladder(out: Path) -> LadderStudy:
         sizes=sizes,
         result=ladder_result(tables, list(record["variants"]), record["baseline"]),
         searches=tuple(_searches(out, record)),
+        checks=tuple(_checks(out, record)),
     )
 
 
@@ -131,6 +144,19 @@ def _searches(out: Path, record: dict[str, Any]) -> Iterator[Search]:
     for size, variants in whole.get("sizes", {}).items():
         for variant, choice in variants.items():
             yield _search(whole["key"], size, variant, choice, choice.get("extended", 0))
+
+
+def _checks(out: Path, record: dict[str, Any]) -> Iterator[Check]:
+    for entry in record["sizes"]:
+        for key, found in read_mapping(out / entry["folder"] / TUNING).get("keys", {}).items():
+            if check := found.get("check"):
+                yield Check(
+                    key=key,
+                    size=entry["name"],
+                    variant=check["variant"],
+                    holds=bool(check["holds"]),
+                    best=float(check["best"]),
+                )
 
 
 def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended: int) -> Search:

@@ -192,7 +192,7 @@ def test_no_finished_run_says_so():
 
 # ---------------------------------------------------------------- coverage
 
-REPEATS, MANY = 240, 2000
+REPEATS, MANY = 240, 1000
 
 
 def allowed(coverage: float, repeats: int) -> float:
@@ -287,7 +287,8 @@ def test_all_intervals_hold_as_often_as_they_say(seeds, gain, tau, tau_common):
     # where there is no lack of fit at all, its allowance makes intervals of slopes wider than they need to be
     check(share(MANY, slopes_hold(ladder), 11), MANY, high=0.97 if tau else 0.98)
     for factor, of in ((4, None), (4, 1), (20, 1)):
-        check(share(MANY, losses_hold(ladder, factor, of), 12), MANY)
-    check(share(MANY, differences_hold(ladder, 4, 1), 13), MANY, high=0.98)
+        # deviations of whole sizes are allowed for in any case, so losses hold somewhat more often without them
+        check(share(MANY, losses_hold(ladder, factor, of), 12), MANY, high=0.98)
+    check(share(MANY, differences_hold(ladder, 4, 1), 13), MANY, high=0.985)
     # the expected difference has no noise of a run beside the upper limit of the lack of fit
     check(share(MANY, differences_hold(ladder, 4, None), 14), MANY, high=1.0)

@@ -165,6 +165,18 @@ def test_tuning_shows_what_was_tried_and_chosen(whole):
     assert "6 (1 without a loss)" in page  # the diverged trial of gqa
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_check_of_a_carried_value_is_told(tmp_path, without_figures, holds):
+    folder = LadderFolder(tmp_path / "out")
+    folder.write()
+    found = tuning({"gqa": 0.002})
+    found["keys"]["optimizer.lr"]["check"] = {"variant": "gqa", "holds": holds, "best": 0.004, "trials": []}
+    (folder.folder("medium") / "tuning.json").write_text(json.dumps(found))
+    page = page_of(folder.out)
+    assert "At medium, the carried `optimizer.lr` of gqa was tried with both neighbours" in page
+    assert ("0.004 is better" in page) is not holds
+
+
 def test_tuning_of_the_whole_ladder_is_read_too(tmp_path, without_figures):
     out = LadderFolder(tmp_path / "out").write()
     variants = tuning({"gqa": 0.002})["keys"]["optimizer.lr"]["variants"]
