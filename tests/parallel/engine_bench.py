@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[list[str], int]] = {
     "47M": (["model.width=512", "model.layers=16", "model.ffn_width=1408", "attention.head_dim=64"], 9),
 }
 """Name -> overrides and measured steps."""
-WARMUP, PROCESSES, STARTS, SAVES = 3, 2, 5, 6
+WARMUP, PROCESSES, ALONE, STARTS, SAVES = 3, 2, 3, 5, 6
 PARTS = ("step", "forward", "backward", "optimizer")
 
 
@@ -158,16 +158,15 @@ def copies(loops: dict[str, Loop]) -> dict[str, Any]:
 def alone(size: str, engine: str) -> dict[str, Any]:
     """Peak memory and page faults of a process with one engine."""
     join_group()
-    words, steps = SIZES[size]
+    words, _ = SIZES[size]
     loop = Loop(words, engine)
-    for _ in range(WARMUP):
-        loop.step()
+    loop.step()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    for _ in range(min(steps, 6)):
+    for _ in range(ALONE):
         loop.step()
     after = resource.getrusage(resource.RUSAGE_SELF)
-    faults = (after.ru_minflt - before.ru_minflt) / min(steps, 6)
-    system = (after.ru_stime - before.ru_stime) / min(steps, 6)
+    faults = (after.ru_minflt - before.ru_minflt) / ALONE
+    system = (after.ru_stime - before.ru_stime) / ALONE
     return {"peak_bytes": after.ru_maxrss * 1024, "faults_per_step": faults, "system_s_per_step": system}
 
 
