@@ -233,7 +233,8 @@ class Study:
     def cells(self) -> list[Row]:
         """One row per variant and seed. `loss`: validation loss at the compared token count; None unless it is done.
 
-        `state` damaged: the records are not what the run wrote, and are in no number of `comparison`.
+        `state` damaged: the records are not what the run wrote, and are in no number of `comparison`. `beside`: most
+        other cells that trained at the same time, whose load is in `tokens_per_s`; compare speeds only where it is 0.
         """
         result = self.result()
         return [
@@ -245,6 +246,7 @@ class Study:
                 "tokens": cell.record.tokens,
                 "loss": cell.loss,
                 "tokens_per_s": cell.speed.tokens_per_s if cell.speed is not None else None,
+                "beside": cell.beside,
                 "path": str(cell.record.path),
             }
             for cell in result.cells

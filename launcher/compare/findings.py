@@ -279,10 +279,12 @@ def speed_origin(result: StudyResult) -> str:
             f"{beside}, so their own speeds are not compared. Speeds were taken afterwards from all variants alone, in "
             f"turns in one process, over {speeds.rounds} rounds: intervals are those over rounds."
         )
+    advice = "The command of the study, without --no-timing, times the variants of runs of one process alone"
+    if str(result.record.get("command", "")).startswith("headway probe"):
+        advice = "Probe tasks are not timed; headway probe run --jobs 1 --fresh trains one cell after another"
     return (
-        f"Speeds were taken beside other cells, which share caches and memory bandwidth, and are not compared: "
-        f"{beside[0].lower()}{beside[1:]}, and {speeds.why}. The command of the study, without --no-timing, times the "
-        "variants of runs of one process alone."
+        "Speeds were taken beside other cells, which share caches and memory bandwidth, and are not compared: "
+        f"{beside[0].lower()}{beside[1:]}, and {speeds.why}. {advice}."
     )
 
 

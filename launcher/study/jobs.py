@@ -40,14 +40,27 @@ def jobs_for(cells: Sequence[Cell], wanted: int | None) -> Jobs:
     needs more cores, GPUs or memory than this host has.
     """
     specs = [cell.spec for cell in cells]
-    if not cells or wanted == 1 or any(spec.launch.hosts > 1 for spec in specs):
-        if wanted is not None and wanted > 1 and cells:
-            raise SpecError(f"--jobs: {wanted} cells at once need one host each, and launch.hosts is above 1; use 1")
+    alone = _alone(specs)
+    if wanted is not None and wanted > 1 and alone:
+        raise SpecError(f"--jobs: {wanted} cells cannot train at once: {alone}; use --jobs 1")
+    if not cells or wanted == 1 or alone:
         return Jobs(count=1)
     on_gpu = [not on_this_cpu(spec) for spec in specs]
     if any(on_gpu):
         return _on_gpus(specs, wanted)
     return _on_cores(cells, wanted)
+
+
+def _alone(specs: Sequence[Spec]) -> str:
+    """Why the cells can only train one after another; empty if they need not."""
+    for spec in specs:
+        if spec.launch.hosts > 1:
+            return f"launch.hosts is {spec.launch.hosts}, and each cell needs all hosts"
+        if spec.launch.port is not None:
+            return f"launch.port is {spec.launch.port} for all cells, and one of them would use it (leave it out)"
+        if VISIBLE in spec.launch.env:
+            return f"launch.env sets {VISIBLE}, and all cells would share these GPUs (set it for the command instead)"
+    return ""
 
 
 def on_this_cpu(spec: Spec) -> bool:
@@ -73,10 +86,6 @@ def visible_gpus() -> list[str]:
 
 def _on_gpus(specs: Sequence[Spec], wanted: int | None) -> Jobs:
     processes = max(spec.launch.processes for spec in specs)
-    if any(VISIBLE in spec.launch.env for spec in specs):  # the spec chooses, and all cells have the same spec
-        if wanted is not None:
-            raise SpecError(f"--jobs: launch.env sets {VISIBLE}, which would be the same for all cells; leave it out")
-        return Jobs(count=1)
     gpus = visible_gpus()
     most = max(1, len(gpus) // processes)
     if wanted is not None and wanted > most:

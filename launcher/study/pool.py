@@ -133,7 +133,9 @@ class Pool:
         return []
 
     def stop(self) -> None:
-        """Ask all children to stop, as a signal does."""
+        """Ask all children to stop, as a signal does. Does nothing if they are asked already."""
+        if self.stopping:
+            return
         self.stopping = True
         for child in self.children:
             _send(child, signal.SIGTERM)

@@ -42,12 +42,12 @@ def run_probe(
     dry_run: bool = False,
     fresh: bool = False,
     jobs: int | None = None,
-    timing: bool = True,
 ) -> int:
     """Train the unfinished cells of all tasks in one queue, then write the table.
 
     Arguments and exit status are those of `headway.launcher.study.run.run_study`: `overrides` change the base of all
-    tasks. Raises SpecError before any training if the folder of a task contains cells of another definition.
+    tasks. Variants are not timed, because the table is about accuracy. Raises SpecError before any training if the
+    folder of a task contains cells of another definition.
     """
     probe = load_probe(Path(path))
     out = probe.whole.out
@@ -75,7 +75,7 @@ def run_probe(
     with RunDir(out).locked("study.lock"):
         record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
         write_json(out / RECORD, {**record, "command": command, "written_at": now()})
-        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs, timing=timing)
+        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs, timing=False)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         _emit(probe, out, None)

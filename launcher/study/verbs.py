@@ -23,16 +23,16 @@ def _jobs_argument(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cells that train at once (default: as many as cores or GPUs allow)",
     )
-    parser.add_argument(
-        "--no-timing",
-        action="store_true",
-        help="do not time the variants alone after cells that trained beside others; the report then has no speeds",
-    )
 
 
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
     _jobs_argument(parser)
+    parser.add_argument(
+        "--no-timing",
+        action="store_true",
+        help="do not time the variants alone after cells that trained beside others; the report then has no speeds",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the matched sizes and commands, and exit")
     parser.add_argument("--fresh", action="store_true", help="first move an existing folder of the study aside")
 
@@ -70,13 +70,13 @@ def _plan_study(args: argparse.Namespace) -> int:
 
 
 def _run_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dry_run": args.dry_run, "fresh": args.fresh, "jobs": args.jobs, "timing": not args.no_timing}
+    return {"dry_run": args.dry_run, "fresh": args.fresh, "jobs": args.jobs}
 
 
 def _run_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.ladder.run import run_file
 
-    return run_file(args.spec, args.overrides, **_run_options(args))
+    return run_file(args.spec, args.overrides, timing=not args.no_timing, **_run_options(args))
 
 
 def _status_study(args: argparse.Namespace) -> int:

@@ -162,7 +162,8 @@ def test_in_bf16_the_core_is_as_close_as_rounded_scores_allow():
     weight, found = torch.randn(shapes[0], generator=g), []
     for dtype in (torch.float64, torch.bfloat16):
         leaves = [t.to(dtype).requires_grad_() for t in drawn]
-        out = relative_core(*leaves[:3], Relative(*leaves[3:]), None)
+        q, k, v, r, u, b = leaves
+        out = relative_core(q, k, v, Relative(r, u, b), None)
         assert out.dtype == dtype
         found.append([out, *torch.autograd.grad(out, leaves, weight.to(dtype))])
     for exact, rounded in zip(*found, strict=True):

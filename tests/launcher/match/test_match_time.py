@@ -181,7 +181,7 @@ def study(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "timed.yaml").write_text(STUDY)
-    monkeypatch.setattr(study_module, "_run_cells", lambda *_: PREEMPTED)
+    monkeypatch.setattr(study_module, "train_cells", lambda *_, **__: PREEMPTED)
     monkeypatch.setattr(study_module, "_report", lambda out: out / "report.html")
     return tmp_path / "timed.yaml"
 

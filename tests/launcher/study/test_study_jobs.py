@@ -62,11 +62,20 @@ def test_cells_that_use_all_cores_run_one_after_another(folder, host):
         found(folder, "launch.threads=null", wanted=2)
 
 
-def test_cells_of_several_hosts_run_one_after_another(folder, host):
-    hosts = ["launch.hosts=2", "launch.address=10.0.0.1"]
-    assert found(folder, *hosts).count == 1
-    with pytest.raises(SpecError, match=r"--jobs: .*launch\.hosts is above 1"):
-        found(folder, *hosts, wanted=2)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["launch.hosts=2", "launch.address=10.0.0.1"], "launch.hosts is 2, and each cell needs all hosts"),
+        (["launch.port=29510"], "launch.port is 29510 for all cells"),
+        (["launch.env={CUDA_VISIBLE_DEVICES: '2'}", "launch.device=cuda"], "launch.env sets CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_cells_that_would_share_what_only_one_can_have_run_one_after_another(folder, host, arguments, says):
+    host(gpus=4)
+    assert found(folder, *arguments) == Jobs(count=1)
+    with pytest.raises(SpecError) as error:
+        found(folder, *arguments, wanted=2)
+    assert str(error.value).startswith("--jobs: 2 cells cannot train at once: ") and says in str(error.value)
 
 
 def test_more_cells_than_cores_are_refused_before_anything_is_written(folder, host):
@@ -116,14 +125,6 @@ def test_cells_get_the_gpus_that_the_study_was_given(folder, host, monkeypatch):
     host(gpus=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
     assert found(folder, "launch.device=cuda").devices == (("5",), ("GPU-7f",))
-
-
-def test_a_spec_that_chooses_its_gpus_leaves_no_choice(folder, host):
-    host(gpus=4)
-    chosen = ["launch.device=cuda", "launch.env={CUDA_VISIBLE_DEVICES: '2'}"]
-    assert found(folder, *chosen) == Jobs(count=1)
-    with pytest.raises(SpecError, match=r"--jobs: launch\.env sets CUDA_VISIBLE_DEVICES"):
-        found(folder, *chosen, wanted=2)
 
 
 def test_without_cells_there_is_nothing_to_refuse(host):
