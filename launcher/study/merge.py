@@ -30,6 +30,9 @@ from headway.launcher.study.merge_checks import Finished, cell_differences, data
 RUN_FILES = ("spec.json", "run.json", "run_id.json", "micro_batch.json", "branch_start.json", "metrics.jsonl")
 """What is copied of a run folder, before its summary.json, which says that the run is complete."""
 
+MEASURED = (MATCHING,)
+"""Files with measurements of a study, taken from the first source of a cell that has them."""
+
 _DESIGN = {"study": str, "baseline": str, "seeds": list, "variants": list, "cells": list}
 _ALIKE = ("study", "baseline", "match", "branch_start", "margin_nats", "asks")
 """Keys of study.json that must be equal in all sources: the report follows them."""
@@ -39,11 +42,12 @@ _ALIKE = ("study", "baseline", "match", "branch_start", "margin_nats", "asks")
 class Source:
     """A folder with cells of a study. `design`: its study.json; None for a folder of cells alone.
 
-    `cells`: where its run folders are. `records`: where its records are.
+    `folder`: that of the study. `cells`: where its run folders are. `records`: where its records are.
     """
 
     name: str
     design: dict[str, Any] | None
+    folder: Path
     cells: Path
     records: Path
 
@@ -117,14 +121,16 @@ def _source(path: Path) -> Source:
                 f"{shown}: no study was started in {study.out}; run it first, or name the folder that has its cells"
             )
         design = _design(folder)
-        return Source(name=shown, design=design, cells=study.out / "cells", records=study.records or study.out)
+        records = study.records or study.out
+        return Source(name=shown, design=design, folder=study.out, cells=study.out / "cells", records=records)
     if not path.is_dir():
         raise NoInputError(f"{shown}: no such folder (looked for {path.absolute()}); name the folder of a study")
     cells = path / "cells" if (path / "cells").is_dir() else path
     if (path / STUDY).is_file():
         design = _design(path)
-        return Source(name=shown, design=design, cells=cells, records=records_of(path, design) or path)
-    source = Source(name=shown, design=None, cells=cells, records=cells)
+        records = records_of(path, design) or path
+        return Source(name=shown, design=design, folder=path, cells=cells, records=records)
+    source = Source(name=shown, design=None, folder=path, cells=cells, records=cells)
     if not source.cell_keys():
         raise NoInputError(
             f"{shown}: has neither study.json nor cells (VARIANT/seed-N); name the `out` folder of a study, the folder "
@@ -222,6 +228,7 @@ def _finished(source: Source, key: str, planned: dict[str, Any] | None) -> Finis
         seed=planned["seed"],
         run=run,
         steps=step_figures(run) if stored is None else stored.steps,
+        folder=source.folder,
         path=folder if stored is None else record,
         is_record=stored is not None,
         changes=[(k, a, b) for k, a, b in differing if budget == FULL or k != SHA256],
@@ -270,15 +277,24 @@ def _write(to: Path, design: dict[str, Any], chosen: dict[str, Finished]) -> Non
             for name in (*RUN_FILES, RunDir(target).summary.name):
                 if (cell.path / name).is_file():
                     shutil.copyfile(cell.path / name, target / name)
-        for cells in dict.fromkeys(cell.path.parents[2] for cell in chosen.values() if not cell.is_record):
-            if (cells / MATCHING).is_file() and not (making / MATCHING).exists():
-                shutil.copyfile(cells / MATCHING, making / MATCHING)
+        for name in MEASURED:
+            there = [cell.folder / name for cell in chosen.values() if (cell.folder / name).is_file()]
+            if there:
+                shutil.copyfile(there[0], making / name)
+        write_json(making / OUTCOMES, {key: _outcome(cell) for key, cell in chosen.items() if not cell.is_record})
         write_json(making / STUDY, {**design, **({"records": "records"} if records else {})})
         if to.is_dir():
             to.rmdir()
         making.rename(to)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _outcome(cell: Finished) -> dict[str, Any]:
+    """The outcome of a cell, such as its time, without the output that names places of another machine."""
+    found = read_mapping(cell.folder / OUTCOMES).get(cell.key)
+    kept = found if isinstance(found, dict) else {"exit_code": 0}
+    return {key: value for key, value in kept.items() if key not in ("last_lines", "log")}
 
 
 def _say(to: Path, design: dict[str, Any], chosen: dict[str, Finished], left_out: Sequence[LeftOut]) -> None:

@@ -20,6 +20,7 @@ from headway.launcher.run.run_dir import identity
 @dataclass(frozen=True, kw_only=True)
 class Finished:
     """A finished and undamaged cell of one source. `path`: its run folder, or its record if `is_record`.
+    `folder`: that of its study.
 
     `changes`: (key, value planned, value trained) where its spec is not the one of the study.
     """
@@ -30,6 +31,7 @@ class Finished:
     seed: int
     run: RunRecord
     steps: StepFigures
+    folder: Path
     path: Path
     is_record: bool
     changes: list[tuple[str, Any, Any]]

@@ -75,11 +75,17 @@ def losses(folder: Path | str) -> dict[tuple[str, int], float]:
 
 def test_seeds_of_two_machines_become_one_study(made, capsys):
     a, b, whole = made("a", [1, 2]), made("b", [3]), made("whole", [1, 2, 3])
+    outcome = {"exit_code": 0, "wall_s": 9.5, "last_lines": ["done"], "log": "/a/place/log"}
+    (b.out / "outcomes.json").write_text(json.dumps({"gqa/seed-3": outcome}))
+    (b.out / "matching.json").write_text("{}")
     found = merged(capsys, a.out, b.out)
     assert len(found["cells"]) == 6 and found["left_out"] == []
     assert losses("joint") == losses(whole.out)
     files = {p.name for p in Path("joint/cells/gqa/seed-3").iterdir()}
     assert files == {"spec.json", "run.json", "run_id.json", "metrics.jsonl", "summary.json"}  # no checkpoints
+    outcomes = json.loads(Path("joint/outcomes.json").read_text())
+    assert outcomes["gqa/seed-3"] == {"exit_code": 0, "wall_s": 9.5} and outcomes["gqa/seed-1"] == {"exit_code": 0}
+    assert Path("joint/matching.json").read_text() == "{}"
     capsys.readouterr()
     assert main(["study", "report", "joint", "--json"]) == 0
     variants = json.loads(capsys.readouterr().out)["variants"]
