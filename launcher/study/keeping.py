@@ -80,11 +80,19 @@ def keep_design(study: Study, record: dict[str, Any]) -> None:
         write_text(file, text)
 
 
-def keep_timing(study: Study) -> None:
-    """Copy the times of the variants of a study to its records."""
-    if study.records is not None and (times := read_mapping(study.out / TIMING)):
-        study.records.mkdir(parents=True, exist_ok=True)
-        write_text(study.records / TIMING, lines_of_json(times))
+def keep_file(out: Path, records: Path | None, name: str) -> None:
+    """Copy a JSON file of the folder of a study to its records."""
+    if records is not None and (content := read_mapping(out / name)):
+        records.mkdir(parents=True, exist_ok=True)
+        write_text(records / name, lines_of_json(content))
+
+
+def restore_file(out: Path, records: Path | None, name: str) -> bool:
+    """Whether the folder of a study has a JSON file, after it was taken from the records if only they have it."""
+    if records is not None and not (out / name).exists() and (content := read_mapping(records / name)):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / name, content)
+    return (out / name).exists()
 
 
 def restore_design(study: Study) -> bool:
@@ -95,7 +103,6 @@ def restore_design(study: Study) -> bool:
     if kept:
         here = {"path": str(study.path), "base": str(study.base), "records": os.path.relpath(study.records, study.out)}
         study.out.mkdir(parents=True, exist_ok=True)
-        if times := read_mapping(study.records / TIMING):
-            write_json(study.out / TIMING, times)
+        restore_file(study.out, study.records, TIMING)
         write_json(study.out / STUDY, {**kept, **here})
     return bool(kept)

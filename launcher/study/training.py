@@ -18,7 +18,7 @@ from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.branches import Way, as_it_stands, not_run
 from headway.launcher.study.eta import Eta, step_share
 from headway.launcher.study.jobs import Jobs
-from headway.launcher.study.keeping import keep, keep_timing, state_of
+from headway.launcher.study.keeping import TIMING, keep, keep_file, state_of
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 from headway.launcher.study.pool import POLL_S, Child, Pool
 from headway.launcher.study.queue import Queue, Task, unfinished
@@ -174,7 +174,7 @@ class _Training:
                 pass
             if self._pool.stopping:
                 return False
-            keep_timing(book.plan.study)
+            keep_file(book.out, book.plan.study.records, TIMING)
             if (outcome := ended[0].outcome)["exit_code"] != 0:
                 console.alert(
                     f"the variants of {name} could not be timed alone: {failure(outcome)}; all its output: "

@@ -35,7 +35,8 @@ PLAIN = ""
 class Size:
     """One size of a study. `keys`: what the size and its rules set, for all variants.
 
-    `params`: parameters of the baseline. `tokens`: those of a full run. `spec`: of the baseline, before tuning.
+    `params`: parameters of the baseline. `tokens`: those of a full run. `spec`: of the baseline, before tuning. `records`:
+    folder of the records of its cells; None if none are kept.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Size:
     params: int
     tokens: int
     spec: Spec
+    records: Path | None = None
 
     @property
     def title(self) -> str:
@@ -135,6 +137,11 @@ def size_names(study: Study) -> dict[str, Path]:
     return {name: study.out / "sizes" / name for name in study.config.sizes} or {PLAIN: study.out}
 
 
+def records_below(study: Study, out: Path) -> Path | None:
+    """The records of a part of a study, whose folder is `out`; None if the study keeps none."""
+    return None if study.records is None else study.records / out.relative_to(study.out)
+
+
 def unplanned(study: Study, name: str, out: Path) -> Study:
     """The study of a size with the names and seeds of its cells alone, for commands that read the folder."""
     keys = {} if not name else study.config.sizes[name].keys
@@ -174,7 +181,15 @@ def _size(
         raise SpecError(f"{study.place(f'sizes.{name}')}: sizes: {name}: {e}" if name else str(e)) from e
     if counted != params:
         raise SpecError(f"scale: changes the parameters of size {name}; scale keys that do not, such as optimizer.lr")
-    return Size(name=name, out=out, keys=keys, params=params, tokens=_whole_steps(spec, spec.train.tokens), spec=spec)
+    return Size(
+        name=name,
+        out=out,
+        keys=keys,
+        params=params,
+        tokens=_whole_steps(spec, spec.train.tokens),
+        spec=spec,
+        records=records_below(study, out),
+    )
 
 
 def _baseline(
@@ -251,7 +266,7 @@ def _study_of(
         budgets=[FULL] if trial is not None else config.budgets,
         variants=changes,
     )
-    records = None if study.records is None else study.records / out.relative_to(study.out)
+    records = records_below(study, out)
     return replace(study, config=part, base=study.path.parent / base, out=out, records=records, variants=nodes)
 
 

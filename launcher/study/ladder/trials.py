@@ -13,6 +13,7 @@ from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.config import Study
+from headway.launcher.study.keeping import keep_file, restore_file
 from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, significant
 from headway.launcher.study.ladder.plan import Ladder, Size
 from headway.launcher.study.plan import StudyPlan, cell_key
@@ -63,6 +64,7 @@ def stored_values(ladder: Ladder) -> Values:
     """Values that an earlier call of `tune` chose and wrote. Empty for sizes without them."""
     found: Values = {}
     for size in ladder.sizes:
+        restore_file(size.out, size.records, TUNING)
         keys = read_mapping(size.out / TUNING).get("keys", {})
         for key in ladder.config.tune:
             for variant, choice in keys.get(key, {}).get("variants", {}).items():
@@ -133,7 +135,7 @@ def check_carried(ladder: Ladder, values: Values, train: Train) -> int:
         trials = _trials(studies, around, baseline, key)
         record = read_mapping(size.out / TUNING)
         record["keys"][key]["check"] = {"variant": baseline, "trials": trials, "best": best}
-        write_json(size.out / TUNING, record)
+        _keep(size, record)
         if best != middle:
             console.alert(
                 f"tune {key}: at {size.title} the carried value {middle:g} of {baseline} is worse than {best:g} by "
@@ -233,8 +235,13 @@ def _record(
     }
 
 
+def _keep(size: Size, record: dict[str, Any]) -> None:
+    write_json(size.out / TUNING, record)
+    keep_file(size.out, size.records, TUNING)
+
+
 def _write(ladder: Ladder, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Write tuning.json of every size."""
     for size in ladder.sizes:
         size.out.mkdir(parents=True, exist_ok=True)
-        write_json(size.out / TUNING, {"format": 1, "keys": found[size.name]})
+        _keep(size, {"format": 1, "keys": found[size.name]})
