@@ -35,8 +35,8 @@ PLAIN = ""
 class Size:
     """One size of a study. `keys`: what the size and its rules set, for all variants.
 
-    `params`: parameters of the baseline. `tokens`: those of a full run. `spec`: of the baseline, before tuning. `records`:
-    folder of the records of its cells; None if none are kept.
+    `params`: parameters of the baseline. `tokens`: those of a full run. `spec`: of the baseline, before tuning.
+    `records`: folder of the records of its cells; None if none are kept.
     """
 
     name: str

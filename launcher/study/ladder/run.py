@@ -16,9 +16,18 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.study.config import Study, load_study
-from headway.launcher.study.keeping import restore_design
-from headway.launcher.study.ladder.plan import Ladder, Size, plan_ladder, size_names, unplanned, unplanned_trials
+from headway.launcher.study.keeping import keep_file, restore_design, restore_file
+from headway.launcher.study.ladder.plan import (
+    Ladder,
+    Size,
+    plan_ladder,
+    records_below,
+    size_names,
+    unplanned,
+    unplanned_trials,
+)
 from headway.launcher.study.ladder.trials import (
+    TUNING,
     Values,
     check_carried,
     stored_values,
@@ -83,6 +92,7 @@ def run_file(
     with RunDir(study.out).locked("ladder.lock"):
         if study.config.sizes:
             write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
+            keep_file(study.out, study.records, LADDER)
         code = _train(ladder, command, jobs, timing=timing)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
@@ -251,7 +261,10 @@ def _conclude(study: Study) -> None:
     from headway.launcher.report.study import report  # matplotlib: only when a report is written
 
     written = {}
+    if study.config.sizes:
+        restore_file(study.out, study.records, LADDER)
     for name, out in size_names(study).items():
+        restore_file(out, records_below(study, out), TUNING)
         if restore_design(unplanned(study, name, out)):
             written[name] = report(out)
     if study.config.sizes:
