@@ -46,7 +46,7 @@ results: study mechanisms probes checkpoint-cost
 # Trains every mechanism with its controls (50 minutes on one core), and times each over sequence lengths.
 mechanisms: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
-	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml launch.threads=1
+	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml
 	mkdir -p $(RESULTS)/all-mechanisms
 	cp $(addprefix studies/all-mechanisms/,$(REPORT) pareto.png) $(RESULTS)/all-mechanisms/
 	$(BENCH) mechanism yaml/studies/all-mechanisms.yaml launch.threads=1 --rounds 11 --out $(RESULTS)/bench/mechanisms.json

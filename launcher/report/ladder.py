@@ -72,7 +72,7 @@ def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterato
     yield from speed_up_blocks(study)
     yield from law_blocks(study)
     yield from prediction_blocks(study)
-    yield from tuning_blocks(study, plots)
+    yield from tuning_blocks(study.tuning, plots)
     yield from _sizes(study, page)
     yield from _provenance(study)
 
@@ -231,7 +231,7 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
             f"{'; '.join(odd)}: their noise is larger than that of the others, but is pooled here; their intervals are "
             "too narrow",
         )
-    if not study.searches:
+    if not study.tuning.searches:
         yield (
             "tuning",
             "nothing was tuned: one set of settings may suit some variants better than others, at some sizes",

@@ -19,6 +19,7 @@ from headway.launcher.compare.findings import (
     speed_origin,
     verdict_rows,
 )
+from headway.launcher.compare.ladder.read import Tuning, read_tuning
 from headway.launcher.compare.questions import answer, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
@@ -30,6 +31,7 @@ from headway.launcher.report.page import Block, Heading, Image, Items, Table, Te
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
+from headway.launcher.report.tuning import tuning_blocks
 from headway.launcher.run.record_check import UNCHECKED
 from headway.launcher.spec.merge import format_value
 
@@ -49,8 +51,9 @@ def report(study_dir: Path | str) -> Path:
         console.alert(f"DAMAGED: {len(damaged)} of {len(every)} cells of {out} are in no number of the report:")
         for line in damaged:
             console.alert(f"  {line}")
-    plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result)}
-    blocks = list(_blocks(result, plots))
+    tuning = read_tuning({"": out}, result.record["baseline"])
+    plots = {plot.svg.removesuffix(".svg"): plot for plot in draw_all(result, tuning)}
+    blocks = list(_blocks(result, tuning, plots))
     title = _title(result)
     write_text(out / "report.md", to_markdown(blocks))
     write_text(out / "report.html", to_html(blocks, title=title, folder=out, styles=styles(result)))
@@ -66,7 +69,7 @@ def _title(result: StudyResult) -> str:
     return f"{'Comparison' if result.record.get('comparison') else 'Study'} {result.record['study']}"
 
 
-def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
+def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iterator[Block]:
     yield Heading(_title(result), 1)
     yield from _not_done(result)
     yield from _warnings(result)
@@ -87,6 +90,7 @@ def _blocks(result: StudyResult, plots: dict[str, Plot]) -> Iterator[Block]:
     yield from _equal_tokens(result)
     yield from _speed(result)
     yield from effective_blocks(result, plots)
+    yield from tuning_blocks(tuning, plots)
     yield from router_and_head_blocks(result, plots)
     yield from context_blocks(result)
     yield from _fairness(result)

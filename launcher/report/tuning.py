@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from headway.launcher.compare.ladder.read import Check, LadderStudy, Search
+from headway.launcher.compare.ladder.read import Check, Search, Tuning
 from headway.launcher.report.page import Block, Heading, Image, Table, Text
 from headway.launcher.report.plots.study import Plot
 
 
-def tuning_blocks(study: LadderStudy, plots: Mapping[str, Plot]) -> Iterator[Block]:
+def tuning_blocks(tuning: Tuning, plots: Mapping[str, Plot]) -> Iterator[Block]:
     """Nothing without searches."""
-    searches, baseline = study.searches, study.result.baseline
+    searches, baseline = tuning.searches, tuning.baseline
     if not searches:
         return
     yield Heading("Tuning")
@@ -26,7 +26,7 @@ def tuning_blocks(study: LadderStudy, plots: Mapping[str, Plot]) -> Iterator[Blo
         )
         if (plot := plots.get(f"tuning-{key}")) is not None:
             yield Image(plot)
-    for check in study.checks:
+    for check in tuning.checks:
         yield Text(_checked(check), "plain" if check.holds else "warn")
 
 

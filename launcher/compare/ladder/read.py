@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,15 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The trials of a study, with sizes or without. `checks`: of values that were carried to a size."""
+
+    baseline: str
+    searches: tuple[Search, ...]
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LadderStudy:
     """A ladder. `sizes`: in the order of ladder.json. `result`: the statistics of all sizes that are not left out."""
 
@@ -78,8 +87,7 @@ class LadderStudy:
     record: dict[str, Any]
     sizes: tuple[SizeStudy, ...]
     result: LadderResult
-    searches: tuple[Search, ...]
-    checks: tuple[Check, ...]
+    tuning: Tuning
 
     @property
     def name(self) -> str:
@@ -105,9 +113,14 @@ def read_ladder(out: Path) -> LadderStudy:
         record=record,
         sizes=sizes,
         result=ladder_result(tables, list(record["variants"]), record["baseline"]),
-        searches=tuple(_searches(out, record)),
-        checks=tuple(_checks(out, record)),
+        tuning=read_tuning({s.name: out / s.folder for s in sizes}, record["baseline"]),
     )
+
+
+def read_tuning(folders: Mapping[str, Path], baseline: str) -> Tuning:
+    """Read tuning.json of every size. `folders`: size -> folder of its study; the size of a plain study is empty."""
+    keys = {size: read_mapping(folder / TUNING).get("keys", {}) for size, folder in folders.items()}
+    return Tuning(baseline=baseline, searches=tuple(_searches(keys)), checks=tuple(_checks(keys)))
 
 
 def _size(out: Path, entry: dict[str, Any]) -> SizeStudy:
@@ -133,30 +146,19 @@ def _losses(name: str, study: StudyResult) -> Size:
     )
 
 
-def _searches(out: Path, record: dict[str, Any]) -> Iterator[Search]:
-    """From tuning.json in the folder of each size, and from one in the folder of the ladder."""
-    for entry in record["sizes"]:
-        keys = read_mapping(out / entry["folder"] / TUNING).get("keys", {})
-        for key, found in keys.items():
+def _searches(keys: Mapping[str, dict[str, Any]]) -> Iterator[Search]:
+    for size, by_key in keys.items():
+        for key, found in by_key.items():
             for variant, choice in found.get("variants", {}).items():
-                yield _search(key, entry["name"], variant, choice, found.get("extended", 0))
-    whole = read_mapping(out / TUNING)
-    for size, variants in whole.get("sizes", {}).items():
-        for variant, choice in variants.items():
-            yield _search(whole["key"], size, variant, choice, choice.get("extended", 0))
+                yield _search(key, size, variant, choice, found.get("extended", 0))
 
 
-def _checks(out: Path, record: dict[str, Any]) -> Iterator[Check]:
-    for entry in record["sizes"]:
-        for key, found in read_mapping(out / entry["folder"] / TUNING).get("keys", {}).items():
+def _checks(keys: Mapping[str, dict[str, Any]]) -> Iterator[Check]:
+    for size, by_key in keys.items():
+        for key, found in by_key.items():
             if check := found.get("check"):
-                yield Check(
-                    key=key,
-                    size=entry["name"],
-                    variant=check["variant"],
-                    holds=bool(check["holds"]),
-                    best=float(check["best"]),
-                )
+                variant, holds, best = check["variant"], bool(check["holds"]), float(check["best"])
+                yield Check(key=key, size=size, variant=variant, holds=holds, best=best)
 
 
 def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended: int) -> Search:

@@ -1,4 +1,4 @@
-"""Figures of a ladder: loss and difference against parameters, and the curves of tuned keys.
+"""Figures of a ladder: loss and difference against parameters.
 
 Imports matplotlib only to draw a figure.
 """
@@ -6,20 +6,21 @@ Imports matplotlib only to draw a figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.ladder.curve import Law
-from headway.launcher.compare.ladder.read import LadderStudy, Search
+from headway.launcher.compare.ladder.read import LadderStudy
 from headway.launcher.compare.ladder.slope import Lines
 from headway.launcher.compare.ladder.table import Refusal
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.study import Plot, save
-from headway.launcher.report.plots.style import STYLE, WIDTH_IN, styles_of
+from headway.launcher.report.plots.style import STYLE, styles_of
+from headway.launcher.report.plots.tuning import draw_tuning
 
 _POINTS = 60
 
@@ -35,18 +36,12 @@ def draw_ladder(study: LadderStudy) -> dict[str, Plot]:
     drawn = {}
     with plt.rc_context({**STYLE, "svg.hashsalt": study.name}):
         made = {"loss": _loss(study, looks), "difference": _difference(study, looks)}
-        made |= {name: _tuning(key, found, looks) for name, key, found in _searches(study)}
+        made |= draw_tuning(study.tuning, looks)
         for name, drawing in made.items():
             if drawing is not None:
                 figure, title, caption, chart = drawing
                 drawn[name] = save(figure, study.out, name, title=title, caption=caption, chart=chart)
     return drawn
-
-
-def _searches(study: LadderStudy) -> list[tuple[str, str, list[Search]]]:
-    """(name of the figure, key, searches with trials)"""
-    keys = list(dict.fromkeys(s.key for s in study.searches))
-    return [(f"tuning-{key}", key, [s for s in study.searches if s.key == key and s.trials]) for key in keys]
 
 
 # ---------------------------------------------------------------- loss
@@ -159,43 +154,3 @@ def _difference(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
             "Lines: fitted over the logarithm of parameters, with a 95 % band that holds for all variants at once."
         )
     return Drawing(draw(chart, height_in=4.4), f"Difference to {base} against parameters", caption.strip(), chart)
-
-
-# ---------------------------------------------------------------- tuning
-
-
-def _tuning(key: str, searches: Sequence[Search], looks: Mapping[str, Any]) -> Drawing | None:
-    sizes = list(dict.fromkeys(s.size for s in searches))
-    if not sizes:
-        return None
-    positive = all(value > 0 for s in searches for value, _, _ in s.trials)
-    panels = []
-    for size in sizes:
-        series = [one for s in searches if s.size == size for one in _tuned(s)]
-        label = "mean loss of trials (nats per token)" if size == sizes[0] else ""
-        values = sorted({value for s in searches if s.size == size for value, _, _ in s.trials})
-        x_axis = Axis(label=key, log=positive, ticks=[(value, f"{value:g}") for value in values])
-        panels.append(Panel(title=size, x=x_axis, y=Axis(label=label), series=series))
-    chart = Chart(styles=looks, panels=panels)
-    caption = (
-        "Lines: mean over the seeds of the trials; hollow: single trials; filled: the chosen value, at the lowest mean."
-    )
-    return Drawing(
-        draw(chart, height_in=3.8, width_in=max(WIDTH_IN, 3.4 * len(sizes))), f"Tuning of {key}", caption, chart
-    )
-
-
-def _tuned(search: Search) -> list[Series]:
-    curve = search.curve()
-    trials = [(value, seed, loss) for value, seed, loss in search.trials if loss is not None]
-    x, y = [value for value, _, _ in trials], [loss for _, _, loss in trials]
-    texts = [f"seed {seed}" for _, seed, _ in trials]
-    found = [Series(variant=search.variant, name="trial", x=x, y=y, mark="ring", texts=texts)]
-    if not curve:
-        return found if trials else []
-    values, means = [value for value, _ in curve], [loss for _, loss in curve]
-    found.append(Series(variant=search.variant, name="mean", x=values, y=means))
-    chosen = search.chosen
-    if chosen is not None and values[0] <= chosen <= values[-1]:
-        found.append(Series(variant=search.variant, name="chosen", x=[chosen], y=[min(means)], mark="dot"))
-    return found

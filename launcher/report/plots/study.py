@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headway.launcher.compare.analyse import StudyResult, VariantResult
+from headway.launcher.compare.ladder.read import Tuning
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.effective import draw_pareto, draw_trend
 from headway.launcher.report.plots.heads import draw_heads, draw_routers, seed_series
 from headway.launcher.report.plots.style import STYLE, styles
+from headway.launcher.report.plots.tuning import draw_tuning
 from headway.launcher.run.records import Curve
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Plot:
     chart: Chart | None = None
 
 
-def draw_all(result: StudyResult) -> list[Plot]:
+def draw_all(result: StudyResult, tuning: Tuning) -> list[Plot]:
     """Draw all figures that have data into the folder of the study."""
     import matplotlib
 
@@ -63,6 +65,10 @@ def draw_all(result: StudyResult) -> list[Plot]:
                 continue
             figure, title, caption, chart = made if isinstance(made, Drawing) else Drawing(*made)
             drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
+        for name, made in draw_tuning(tuning, styles(result)).items():
+            if made is not None:
+                figure, title, caption, chart = made
+                drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
     return drawn
 
 

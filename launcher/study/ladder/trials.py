@@ -134,7 +134,7 @@ def check_carried(ladder: Ladder, values: Values, train: Train) -> int:
         best = min(curve, key=lambda value: curve[value])
         trials = _trials(studies, around, baseline, key)
         record = read_mapping(size.out / TUNING)
-        record["keys"][key]["check"] = {"variant": baseline, "trials": trials, "best": best}
+        record["keys"][key]["check"] = {"variant": baseline, "trials": trials, "holds": best == middle, "best": best}
         _keep(size, record)
         if best != middle:
             console.alert(
