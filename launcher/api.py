@@ -64,6 +64,10 @@ def open_study(path: str | os.PathLike[str]) -> Study:
     folder = _folder(path, "a study")
     if (folder / "spec.json").is_file():
         raise NoInputError(f"{folder}: is the folder of one run; use open_run, or name the folder with study.json")
+    if (folder / "ladder.json").is_file():
+        raise NoInputError(
+            f"{folder}: is the folder of a study with sizes; open the one of a size, {folder}/sizes/SIZE"
+        )
     if not (folder / "study.json").is_file():
         raise NoInputError(
             f"{folder}: holds no study.json, so it is no study; `headway study run` writes one into its `out` folder"

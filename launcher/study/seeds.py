@@ -65,11 +65,14 @@ def plan_seeds(path: Path, overrides: Sequence[str] = (), *, power: float, margi
     if not 0 < margin < float("inf"):
         raise SpecError(f"--margin: {margin} is no difference in loss; use nats per token above 0, such as 0.01")
     restore_design(study)
-    found = pilot_plan(study.out, power=power, margin=margin, again=f"headway study run {path}")
+    folders = {name: study.out / "sizes" / name for name in study.config.sizes} or {"": study.out}
+    again = f"headway study run {path}"
+    found = {name: pilot_plan(out, power=power, margin=margin, again=again) for name, out in folders.items()}
     if as_json:
-        console.emit(asdict(found))
+        console.emit(asdict(found[""]) if "" in found else {name: asdict(plan) for name, plan in found.items()})
     else:
-        console.result("\n".join(_lines(found)))
+        for name, plan in found.items():
+            console.result("\n".join([*([f"size {name}"] if name else []), *_lines(plan)]))
     return 0
 
 

@@ -164,9 +164,28 @@ def check_tune(
             raise ValueError(f"tune: {key}: sizes: the study has no `sizes`; leave it out")
         if unknown := [s for s in search.sizes or () if s not in sizes]:
             raise ValueError(f"tune: {key}: {unknown[0]!r} is not a size. Sizes: {', '.join(sizes)}")
+        _check_carried(key, search, sizes)
         tuned = len(search.sizes or sizes)
         if search.carry == "fit" and tuned < len(sizes) and tuned < 2:
             raise ValueError(f"tune: {key}: carry: fit needs trials at two sizes or more; use `same` or `width`")
+
+
+def _check_carried(key: str, search: TuneConfig, sizes: Mapping[str, SizeConfig]) -> None:
+    """Raise ValueError for a variant that is trained at a size without trials, and has no trial at any other size."""
+    tuned = [size for name, size in sizes.items() if search.sizes is None or name in search.sizes]
+    if any(size.variants is None for size in tuned):
+        return
+    tried = {v for size in tuned for v in size.variants or ()}
+    for name, size in sizes.items():
+        if lost := [v for v in size.variants or () if v not in tried]:
+            raise ValueError(
+                f"tune: {key}: variant {lost[0]} of size {name} is at none of the sizes with trials; add it"
+            )
+        if size.variants is None:
+            raise ValueError(
+                f"tune: {key}: size {name} has all variants, and the sizes with trials have {', '.join(sorted(tried))} "
+                "alone; name the variants of this size, or add them there"
+            )
 
 
 def written_keys(

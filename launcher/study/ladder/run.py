@@ -77,6 +77,9 @@ def run_file(
     first = [_plan(ladder, ladder.main(size, held.get(size.name, {}))) for size in ladder.sizes]
     for plan in first:
         refuse_slurm(plan)
+    for key, search in ladder.config.tune.items():  # a trial that is not possible must not wait for others
+        for size in ladder.tuned_sizes(key):
+            _plan(ladder, ladder.trial(size, key, search.grid[0], {}))
     _print_ladder(ladder, first, held, commands=dry_run)
     if dry_run:
         if console.wants_json():

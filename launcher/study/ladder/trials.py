@@ -13,7 +13,7 @@ from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.config import Study
-from headway.launcher.study.keeping import keep_file, restore_file
+from headway.launcher.study.keeping import keep_file
 from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, significant
 from headway.launcher.study.ladder.plan import Ladder, Size
 from headway.launcher.study.plan import StudyPlan, cell_key
@@ -64,8 +64,8 @@ def stored_values(ladder: Ladder) -> Values:
     """Values that an earlier call of `tune` chose and wrote. Empty for sizes without them."""
     found: Values = {}
     for size in ladder.sizes:
-        restore_file(size.out, size.records, TUNING)
-        keys = read_mapping(size.out / TUNING).get("keys", {})
+        kept = {} if size.records is None else read_mapping(size.records / TUNING)
+        keys = (read_mapping(size.out / TUNING) or kept).get("keys", {})
         for key in ladder.config.tune:
             for variant, choice in keys.get(key, {}).get("variants", {}).items():
                 found.setdefault(size.name, {}).setdefault(variant, {})[key] = choice["chosen"]

@@ -8,6 +8,7 @@ import pytest
 from played_study import BASE, Folder, play
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.cli.main import main
 from headway.launcher.study.config import load_study
 from headway.launcher.study.ladder.plan import plan_ladder
 from headway.launcher.study.ladder.run import report_file, run_file, status_file
@@ -37,7 +38,7 @@ TUNED = """
 import math
 lr = spec["optimizer"]["lr"]
 best = (2.5e-3 if spec["attention"]["type"] == "gqa" else 1e-3) * 32 / spec["model"]["width"]
-offset = 0.2 * math.log(lr / best) ** 2
+offset = 0.2 * math.log(lr / best) ** 2 + 0.001 * (spec["seed"] ** 2 * len(spec["attention"]["type"]) % 7)
 if lr > 0.03:
     print("error: step 5: 20 steps in a row had a loss that is no finite number (guard.max_skipped)", file=sys.stderr)
     sys.exit(70)
@@ -49,6 +50,7 @@ def folder(tmp_path, monkeypatch):
     made = Folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     made.study.write_text(LADDER)
+    (tmp_path / "base.yaml").write_text(BASE + "schedule: {type: wsd, warmup_tokens: 512}\n")
     trainer = (tmp_path / "trainer.py").read_text()
     trainer = trainer.replace('(run_dir / "spec.json")', TUNED + '(run_dir / "spec.json")', 1)
     trainer = trainer.replace('"loss": 4 - 0.1 * step', '"loss": 4 - 0.1 * step + offset')
@@ -161,6 +163,18 @@ def test_dry_run_trains_nothing_and_names_the_trials(folder, capsys):
     assert not folder.out.exists()
 
 
+def test_seeds_are_planned_for_each_size(folder, capsys):
+    folder.rewrite("seeds: [1], variants: [gqa]", "variants: [gqa, routed]")
+    text = folder.study.read_text()
+    folder.study.write_text(text[: text.index("tune:")] + text[text.index("variants:\n") :])
+    assert run_file(folder.study) == 0
+    capsys.readouterr()
+    assert main(["study", "plan", str(folder.study)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("size ")] == ["size s", "size m", "size l"]
+    assert sum("spread of a run" in line for line in lines) == 3
+
+
 def test_reports_and_status_need_cells(folder, capsys):
     with pytest.raises(SpecError, match="no cell was trained"):
         report_file(folder.study)
@@ -176,6 +190,8 @@ BAD = [
     ("seeds: [101]", "seeds: [1]", "seed 1 is a seed of the study too"),
     ("grid: [1e-3, 2e-3, 4e-3]", "grid: [1e-3]", "at least 3"),
     ("sizes: [s, m]", "sizes: [s, xl]", "'xl' is not a size"),
+    ("sizes: [s, m], carry: fit", "sizes: [l]", "size s has all variants, and the sizes with trials have gqa alone"),
+    ("carry: fit, budget: 0.5", "carry: fit, budget: 0.001", "schedule.warmup_tokens"),
     ("sizes: [s, m]", "sizes: [s]", "fit needs trials at two sizes"),
     ("optimizer.lr: {grid", "model.ffn_width: {grid", "`match` sets model.ffn_width"),
     ("optimizer.lr: {grid", "attention.top_k: {grid", "variant routed sets attention.top_k"),
