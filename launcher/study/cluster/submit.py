@@ -85,8 +85,8 @@ class Cluster:
         if study.config.match is not None and study.config.match.quantity == "wall_clock":
             raise SpecError(
                 f"{study.place('match.quantity')}: match.quantity: wall_clock is measured where the command runs, "
-                "which with --slurm is not where the cells train; use params or flops, or run the study without --slurm in a "
-                "job of your own"
+                "which with --slurm is not where the cells train; use params or flops, or start the study without "
+                "--slurm in a job of your own"
             )
         words = (verb, "run", str(path), *arguments, "--slurm")
         words += () if arrays.limit is None else ("--array-limit", str(arrays.limit))
