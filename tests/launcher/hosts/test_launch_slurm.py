@@ -1,6 +1,7 @@
 """The Slurm job script, and its execution with substitutes for Slurm's programs that run everything on this machine."""
 
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -86,6 +87,69 @@ def test_the_script_requests_the_settings_of_the_spec(headway):
     }
     assert "scontrol requeue" not in text
     assert "--requeue" in script(headway) and "scontrol requeue" in script(headway)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def sbatch_lines(text: str) -> list[str]:
+    """Options that sbatch reads: it stops at the first command."""
+    head = text.split("\n\n", 1)[0]
+    return [line.removeprefix("#SBATCH ") for line in head.splitlines()[1:]]
+
+
+def srun_words(text: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith("srun "))
+    return shlex.split(line.removesuffix("\\").removesuffix("&"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        (["launch.device=cuda", "launch.processes=4"], ["--gpus-per-node=4"]),
+        (["launch.device=cuda", "launch.processes=4", "launch.slurm.gpus_per_node=8"], ["--gpus-per-node=8"]),
+        (["launch.device=cuda", "launch.slurm.options=[--gres=gpu:h100:4]"], ["--gres=gpu:h100:4"]),
+        (["launch.device=cuda", "launch.slurm.options=[--gpus=4]"], ["--gpus=4"]),
+        (["launch.device=cuda", "launch.slurm.options=['--gres=tmp:9']"], ["--gpus-per-node=1", "--gres=tmp:9"]),
+        (["launch.device=cpu", "launch.processes=4"], []),
+        (["launch.processes=4"], []),
+    ],
+)
+def test_a_job_for_cuda_asks_for_a_gpu_for_each_process(headway, overrides, gpus):
+    lines = sbatch_lines(script(headway, *overrides))
+    assert [line for line in lines if line.startswith(("--gpu", "--gres"))] == gpus
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cpus"),
+    [
+        (["launch.threads=4", "launch.processes=2"], 8),
+        (["launch.threads=4", "launch.slurm.cpus_per_task=10"], 10),
+        (["launch.threads=null", "launch.slurm.cpus_per_task=10"], 10),
+        (["launch.threads=null"], None),
+    ],
+)
+def test_srun_gets_the_cpus_too(headway, overrides, cpus):
+    text = script(headway, *overrides)
+    option = [] if cpus is None else [f"--cpus-per-task={cpus}"]
+    for words in (sbatch_lines(text), srun_words(text)):
+        assert [w for w in words if w.startswith("--cpus-per-task")] == option
+
+
+def test_containers_setup_and_python_are_in_the_script_as_they_were_written(headway):
+    image, mounts = "--container-image=registry.example.org#team/image:1", "--container-mounts=/data:/data,/a:/b"
+    text = script(
+        headway,
+        f"launch.slurm.srun=['{image}', '{mounts}', --cpu-bind=cores]",
+        "launch.slurm.setup=[module load cuda, '. \"$HOME/env dir/activate\"']",
+        "launch.slurm.python=/opt/env/bin/python3",
+        "launch.slurm.memory=64G",
+    )
+    words = srun_words(text)
+    assert {image, mounts, "--cpu-bind=cores"} <= set(words[: words.index("bash")])
+    inner = shlex.split(words[words.index("-c") + 1])
+    assert inner[:5] == ["exec", "/opt/env/bin/python3", "-P", "-m", "headway.launcher"]
+    # before `set -u`, under which many activation scripts fail
+    assert '\n\nmodule load cuda\n. "$HOME/env dir/activate"\nset -u\n' in text
+    assert "--mem=64G" in sbatch_lines(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 

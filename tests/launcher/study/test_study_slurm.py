@@ -137,8 +137,11 @@ def test_an_element_that_saved_is_requeued_and_continues(folder, cluster):
     insert(folder, "if not Path(key[:3]).exists():\n    Path(key[:3]).touch()\n    sys.exit(75)\n")
     folder.rewrite("seeds: [1, 2]", "seeds: [1]")
     assert submit(folder) == 0
-    ended = cluster.run()
-    assert ended == [("100_0", 75), ("100_0", 0), ("100_1", 75), ("100_1", 0), ("101", 0)]
+    assert cluster.run(4) == [("100_0", 75), ("100_0", 0), ("100_1", 75), ("100_1", 0)]
+    assert [job["states"] for job in cluster.jobs()] == [
+        dict.fromkeys(("100_0", "100_1"), "COMPLETED"),
+        {"101": "PENDING"},
+    ]
     assert folder.trained() == ["gqa/seed-1"] * 2 + ["routed/seed-1"] * 2
 
 
@@ -172,20 +175,33 @@ def test_cells_of_smaller_budgets_continue_in_the_element_of_their_full_run(fold
     assert folder.trained() == ["routed/seed-1", "routed/seed-1.budget-0.5"]
 
 
+def test_an_element_trains_its_cell_for_real(folder, cluster):
+    folder.rewrite("seeds: [1, 2]", "seeds: [1]")
+    assert run_file(folder.study, arrays=Arrays()) == 0  # with the Python and the trainer of Headway
+    assert cluster.run(1) == [("100_0", 0)], (folder.out / "slurm" / "100_0.log").read_text()
+    summary = json.loads((folder.out / "cells" / "gqa" / "seed-1" / "summary.json").read_text())
+    assert summary["complete"] is True and summary["tokens"] == 2560
+    assert json.loads((folder.out / "outcomes.json").read_text())["gqa/seed-1"]["exit_code"] == 0
+
+
 def test_a_tuned_ladder_goes_from_nothing_to_a_report(folder, cluster, capsys):
     folder.become_ladder()
+    folder.rewrite("seeds: [1, 2]", "seeds: [1]")
+    folder.rewrite("sizes: [s, m], carry: fit, ", "sizes: [s], carry: same, ")
+    folder.rewrite("  l: {keys: {model.width: 64, model.layers: 4}, seeds: [1], variants: [gqa]}\n", "")
     assert submit(folder) == 0
+    assert status(folder, capsys) == {}, "trials have no row before they are planned"
     ended = cluster.run()
     assert {code for _, code in ended} == {0}, ended
     tuning = json.loads((folder.out / "sizes" / "s" / "tuning.json").read_text())["keys"]["optimizer.lr"]
     assert tuning["grid"] == [5e-4, 1e-3, 2e-3, 4e-3]
     assert tuning["variants"]["gqa"]["chosen"] == pytest.approx(2.5e-3, rel=0.01)
-    assert (folder.out / "report.html").exists()
-    # the grid, one value beyond its edge for both sizes, another one for m, the cells of all sizes, the check at l
+    assert (folder.out / "report.html").exists() and (folder.out / "sizes" / "m" / "report.html").exists()
+    # the grid, one value beyond its edge, the cells of both sizes, the check at m; after each the job that goes on
     sizes = [job["options"].get("array") for job in cluster.jobs()]
-    assert sizes == ["0-11", None, "0-3", None, "0-1", None, "0-8", None, "0-2", None]
+    assert sizes == ["0-5", None, "0-1", None, "0-3", None, "0-2", None]
     keys = [key.rpartition("seed-")[2] for key in folder.trained()]
-    assert keys == ["101"] * (4 * 2 + 5 * 2) + ["1", "1", "2", "2"] * 2 + ["1"] + ["101"] * 3
+    assert keys == ["101"] * (3 * 2 + 2) + ["1"] * 4 + ["101"] * 3
 
 
 def test_an_array_above_the_limit_of_the_cluster_is_split(folder, tmp_path, monkeypatch):
@@ -252,14 +268,17 @@ def test_a_queue_that_does_not_answer_stops_a_submission_but_not_the_status(fold
     assert len(cluster.jobs()) == 2
 
 
-def test_other_commands_are_refused_while_jobs_are_queued(folder, cluster):
+def test_other_commands_are_refused_while_jobs_are_queued(folder, cluster, capsys):
     assert submit(folder) == 0
     with pytest.raises(HeadwayError, match="scancel 100 101"):
         run_file(folder.study)
     with pytest.raises(HeadwayError, match="--fresh would move"):
         submit(folder, fresh=True)
+    assert main(["rm", str(folder.out), "--yes"]) == 70
+    assert "scancel 100 101" in capsys.readouterr().err
     cluster.run()
     assert run_file(folder.study) == 0
+    assert main(["rm", str(folder.out), "--yes"]) == 0 and not folder.out.exists()
 
 
 @pytest.mark.parametrize(
