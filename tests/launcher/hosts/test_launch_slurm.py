@@ -4,16 +4,19 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from run_folders import steps_done
 
 from headway.launcher.base.errors import HeadwayError, SpecError
-from headway.launcher.hosts.slurm import job_script
+from headway.launcher.hosts.slurm import array_script, job_script
 from headway.launcher.launch.start import train
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
+from headway.parallel.config import LaunchConfig
+from headway.parallel.slurm import SlurmConfig
 
 JOB = ("launch.method=slurm", "launch.hosts=2", "launch.rendezvous_s=60", "launch.port=31800", "run_dir=job")
 
@@ -151,6 +154,47 @@ def test_containers_setup_and_python_are_in_the_script_as_they_were_written(head
     assert '\n\nmodule load cuda\n. "$HOME/env dir/activate"\nset -u\n' in text
     assert "--mem=64G" in sbatch_lines(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def element(tmp_path, monkeypatch):
+    """Starts the script of an array of two parts as its element 3. `srun` is the text of the substitute for srun."""
+
+    def start(srun: str, requeue: bool = True) -> subprocess.Popen:
+        for name, text in (("scontrol", STAND_INS["scontrol"]), ("srun", srun)):
+            (tmp_path / name).write_text("#!/bin/bash\n" + text)
+            (tmp_path / name).chmod(0o755)
+        launch = LaunchConfig(method="slurm", slurm=SlurmConfig(requeue=requeue))
+        where = {"name": "x", "log": tmp_path / "%A_%a.log", "folder": tmp_path}
+        text = array_script(launch, ["array-cell", "a.json"], parts=2, array="0-3", **where)
+        env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "9"}
+        env |= {"SLURM_JOB_NODELIST": "a", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+        return subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=env, start_new_session=True)
+
+    return start
+
+
+def test_an_element_that_is_warned_of_its_limit_is_requeued_and_starts_no_further_part(element, tmp_path):
+    process = element('sleep 60 &\ntrap "kill $!; exit 75" TERM\necho "${@: -1}" >> parts\nwait\n')
+    end = time.monotonic() + 60
+    while not (tmp_path / "parts").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # only to the script, as with `--signal=B:TERM`
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "parts").read_text() == "0\n"
+    assert (tmp_path / "requeued").read_text() == "7_3\n"
+
+
+def test_a_part_that_fails_does_not_stop_the_next_one(element, tmp_path):
+    process = element('echo "${@: -1}" >> parts\n[ "${@: -1}" = 1 ] || exit 74\n')
+    assert process.wait(timeout=60) == 74
+    assert (tmp_path / "parts").read_text() == "0\n1\n"
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_an_element_is_not_requeued_where_the_spec_says_so(element, tmp_path):
+    assert element("exit 75\n", requeue=False).wait(timeout=60) == 75
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_overrides_reach_the_job_as_they_were_written(headway):
