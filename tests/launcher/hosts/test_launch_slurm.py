@@ -11,6 +11,7 @@ import pytest
 from run_folders import steps_done
 
 from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.hosts.commands import full_environment
 from headway.launcher.hosts.slurm import array_script, job_script
 from headway.launcher.launch.start import train
 from headway.launcher.run.run_dir import RunDir
@@ -312,3 +313,12 @@ def test_a_job_with_fewer_gpus_than_processes_is_refused_before_the_queue(slurm,
         assert done.returncode == 64 and "launch.slurm.gpus_per_node: " in done.stderr, done.stderr
         assert f"use {processes}, or processes {gpus}" in done.stderr
         assert not (slurm.folder / "job").exists()
+
+
+def test_ranks_inherit_proxies_and_certificates(headway, monkeypatch):
+    given = {"https_proxy": "http://proxy.example.org:3128", "NO_PROXY": "localhost", "SSL_CERT_DIR": "/etc/ca"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")  # of the shell alone
+    env = full_environment(load_spec(headway.spec, []).spec, {})
+    assert env.items() >= given.items() and "NCCL_DEBUG" not in env
