@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from headway.parallel.secrecy import SECRET_NAME, secret_form
+from headway.parallel.slurm import SlurmConfig
 
 
 class StrictModel(BaseModel):
@@ -204,62 +205,7 @@ _OWN_FIELD = {
     "GLOO_SOCKET_IFNAME": "interface",
     "NCCL_SOCKET_IFNAME": "interface",
 }
-_SBATCH_FIELD = {
-    "partition": "slurm.partition",
-    "account": "slurm.account",
-    "time": "slurm.time",
-    "gpus-per-node": "slurm.gpus_per_node",
-    "requeue": "slurm.requeue",
-    "no-requeue": "slurm.requeue",
-    "signal": "slurm.warn_s",
-    "nodes": "hosts",
-    "job-name": "name of the spec",
-    "chdir": "folder the command is started in",
-    "output": "run_dir of the spec",
-    "error": "run_dir of the spec",
-}
-_SBATCH_REFUSED = ("ntasks", "ntasks-per-node", "array", "wrap", "open-mode", "parsable", "wait", "test-only", "hold")
-
-_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,-]{0,127}$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")]
-
-
-class SlurmConfig(StrictModel):
-    """Options of the Slurm job, besides its hosts."""
-
-    partition: _Word | None = Field(default=None, description="sbatch --partition")
-    account: _Word | None = Field(default=None, description="sbatch --account")
-    time: str | None = Field(
-        default=None, pattern=r"^([0-9]{1,3}-)?[0-9]{1,4}(:[0-9]{2}){0,2}$", description="sbatch --time, as 1-12:00:00"
-    )
-    gpus_per_node: int | None = Field(default=None, ge=1, le=64, description="sbatch --gpus-per-node")
-    requeue: bool = Field(default=True, description="requeue the job after its time limit or a node failure")
-    warn_s: int = Field(
-        default=300, ge=30, le=3600, description="seconds before the time limit at which the job saves and stops"
-    )
-    options: tuple[str, ...] = Field(
-        default=(), strict=False, description="additional options of sbatch, each as --name or --name=value"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> SlurmConfig:
-        for option in self.options:
-            found = re.fullmatch(r"--([a-z][a-z0-9-]*)(=[A-Za-z0-9_.,:/@+*()&|-]+)?", option, re.ASCII)
-            if found is None:
-                raise ValueError(
-                    f"options: {option[:80]!r} is not a single sbatch option of plain characters; "
-                    "use --name or --name=value, such as --exclusive or --mem=64G"
-                )
-            if found[1] in _SBATCH_FIELD:
-                raise ValueError(
-                    f"options: --{found[1]} is set by Headway; use {_SBATCH_FIELD[found[1]]}, or leave it out"
-                )
-            if found[1] in _SBATCH_REFUSED:
-                raise ValueError(
-                    f"options: --{found[1]} would change how the hosts are started; use hosts and processes, or leave "
-                    "it out"
-                )
-        return self
 
 
 class LaunchConfig(StrictModel):

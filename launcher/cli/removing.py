@@ -124,7 +124,9 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
     if kind == "study" and not any((path / name).exists() for name in ("cells", "study.lock")):
         raise SpecError(f"{path}: holds a report, but no runs (`cells`); delete the folder by hand if it is not needed")
     for entry in _entries(path, _STUDY_FILES):
-        if kind == "probe":
+        if entry.name == "slurm":
+            _refuse_jobs(path)
+        elif kind == "probe":
             if kind_of(entry) != "study":
                 raise _foreign(entry)
             yield from _checked(entry, "study")
@@ -136,6 +138,13 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
                     raise _foreign(folder)
         elif entry.name != "logs":
             raise _foreign(entry)
+
+
+def _refuse_jobs(study: Path) -> None:
+    """Raise HeadwayError if jobs of a cluster are queued or running that write into the folder of a study."""
+    from headway.launcher.study.cluster.submit import refuse_in_queue
+
+    refuse_in_queue(study, "they write into this folder")
 
 
 def _checked_cells(cells: Path) -> Iterator[tuple[Path, Kind]]:

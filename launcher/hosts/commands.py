@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 """Address at which the processes of a single host meet."""
 
-# Variables that locate programs, the user, libraries, caches and devices on a host. All other variables of the ranks
-# must be in the spec (launch.env), so that a run does not depend on the shell of each host.
+# Variables that locate programs, the user, libraries, caches, devices and the way to the network of a host. All other
+# variables of the ranks must be in the spec (launch.env), so that a run does not depend on the shell of each host.
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE"),
     *("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
-    *("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME", "SSL_CERT_FILE"),
+    *("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    *("http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"),
     "HEADWAY_FAULT",  # fault injection in tests: headway.parallel.fault_points
 )
 

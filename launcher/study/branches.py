@@ -7,9 +7,10 @@ which checkpoints exist.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
 from headway.launcher.study.config import FULL
@@ -31,21 +32,41 @@ def way_of(cell: Cell) -> Way:
     """The way for `cell` with the files that exist now. A cell that was begun continues as it was begun."""
     if cell.whole is None or cell.parent is None:
         return Way(cell=cell)
-    init = _begun(cell).get("init")
-    if isinstance(init, dict):
-        return Way(cell=cell if init.get("run") != cell.whole.spec.init.run else cell.whole)
-    saved = [step_of(path) for path in steps_on_disk(RunDir(cell.parent).checkpoints)]
-    if cell.branch_step in saved:
-        return Way(cell=cell)
-    complete = RunDir(cell.parent).is_complete() or stored_record(cell.parent_record) is not None
-    if not complete and max(saved, default=0) < cell.branch_step:
-        return Way(cell=cell, waits=True)
+    start = start_of(
+        begun=_begun(cell),
+        whole_init=cell.whole.spec.init.run,
+        parent=cell.parent,
+        parent_record=cell.parent_record,
+        branch_step=cell.branch_step,
+    )
+    if start != "whole":
+        return Way(cell=cell, waits=start == "waits")
+    if isinstance(_begun(cell).get("init"), dict):
+        return Way(cell=cell.whole)
     note = (
         f"its full run has no checkpoint of step {cell.branch_step:,}, as it passed this step before the budget was in "
         "the study, or the checkpoint was deleted, or only the record of the run is here; the cell is trained from its "
         f"start instead ({cell.branch_step:,} more steps, the same result)"
     )
     return Way(cell=cell.whole, note=note)
+
+
+def start_of(
+    *, begun: Mapping[str, Any], whole_init: str | None, parent: Path, parent_record: Path | None, branch_step: int
+) -> Literal["branch", "whole", "waits"]:
+    """How a cell that can continue its full run starts now: from its checkpoint, from its own start, or not yet.
+
+    `begun`: the spec with which the cell was begun. `whole_init`: init.run of the cell trained from its start.
+    `parent`, `parent_record`: folder and record of the full run.
+    """
+    init = begun.get("init")
+    if isinstance(init, dict):
+        return "branch" if init.get("run") != whole_init else "whole"
+    saved = [step_of(path) for path in steps_on_disk(RunDir(parent).checkpoints)]
+    if branch_step in saved:
+        return "branch"
+    complete = RunDir(parent).is_complete() or stored_record(parent_record) is not None
+    return "waits" if not complete and max(saved, default=0) < branch_step else "whole"
 
 
 def _begun(cell: Cell) -> dict[str, Any]:
@@ -61,10 +82,10 @@ def as_it_stands(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
     return replace(plan, cells=tuple(way.cell for way in ways)), notes
 
 
-def not_run(cell: Cell, full_run: dict[str, Any], log: Path) -> dict[str, Any]:
+def not_run(branch_step: int, full_run: Mapping[str, Any], log: Path) -> dict[str, Any]:
     """Outcome record of a cell that waits for its full run in vain. `full_run`: the outcome of the full run."""
     reason = (
-        f"error: its full run failed, so there is no checkpoint of step {cell.branch_step:,} to continue; the same "
+        f"error: its full run failed, so there is no checkpoint of step {branch_step:,} to continue; the same "
         "command tries both again"
     )
     return {

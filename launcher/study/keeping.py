@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from headway.launcher.compare.cell_record import (
     CellRecord,
@@ -28,7 +29,7 @@ def state_of(cell: Cell, outcome: dict[str, Any] | None = None) -> CellState:
     return cell_state(cell.run_dir, outcome, cell.record, key=cell.key)
 
 
-def needs_no_training(cell: Cell) -> bool:
+def needs_no_training(cell: Kept) -> bool:
     """Whether a cell is complete or has a record. Whether either is damaged is not checked."""
     return RunDir(cell.run_dir).is_complete() or (cell.record is not None and cell.record.exists())
 
@@ -39,7 +40,30 @@ def stored_record(path: Path | None, key: str | None = None) -> CellRecord | Non
     return found if isinstance(found, CellRecord) else None
 
 
-def keep(cell: Cell) -> str | None:
+class Kept(Protocol):
+    """A cell as `keep` needs it: a planned one, or one that an index file of an array job names."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def variant(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def budget(self) -> float: ...
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def record(self) -> Path | None: ...
+
+
+def conclude(out: Path, key: str, outcome: Mapping[str, Any]) -> None:
+    """Record the outcome of a cell of the study in `out`. Jobs on several hosts do so at once."""
+    with RunDir(out).locked("outcomes.lock", wait_s=60):
+        write_json(out / OUTCOMES, {**read_mapping(out / OUTCOMES), key: outcome})
+
+
+def keep(cell: Kept) -> str | None:
     """Write the record of a cell whose run folder is complete, unless it has one. Returns a note if it cannot.
 
     A damaged record of an undamaged folder is written anew. Raises OSError.

@@ -15,18 +15,19 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.study.cluster.submit import Arrays, Cluster, QueuedError, say_queued, with_method
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
 from headway.launcher.study.probe_config import Probe, load_probe
 from headway.launcher.study.run import (
-    check_devices,
+    check_host,
+    check_method,
     design_record,
-    find_jobs,
     move_aside,
     now,
     print_design,
     refuse_changed,
     refuse_foreign,
-    refuse_slurm,
+    refuse_queued,
     train_plans,
 )
 from headway.launcher.study.sizes import overlap
@@ -42,40 +43,51 @@ def run_probe(
     dry_run: bool = False,
     fresh: bool = False,
     jobs: int | None = None,
+    arrays: Arrays | None = None,
 ) -> int:
     """Train the unfinished cells of all tasks in one queue, then write the table.
 
     Arguments and exit status are those of `headway.launcher.study.run.run_study`: `overrides` change the base of all
-    tasks. Variants are not timed, because the table is about accuracy. Raises SpecError before any training if the
-    folder of a task contains cells of another definition.
+    tasks; `arrays` submits the cells as array jobs. Variants are not timed, because the table is about accuracy. Raises
+    SpecError before any training if the folder of a task contains cells of another definition.
     """
     probe = load_probe(Path(path))
     out = probe.whole.out
+    cluster = Cluster.of(probe.whole, "probe", path, overrides, arrays)
+    overrides = overrides if cluster is None else with_method(overrides)
     held = {task: Measurements() if fresh else Measurements.of(study.out) for task, study in probe.tasks.items()}
     plans = plan_probe(probe, overrides, held)
     for number, (task, plan) in enumerate(plans.items(), 1):
         console.say(f"task {number}/{len(plans)}: {task}")
         print_design(plan, commands=dry_run)
-    for plan in plans.values():
-        refuse_slurm(plan)
+    check_method(list(plans.values()), cluster, dry_run=dry_run)
     if dry_run:
         if console.wants_json():
             console.emit({"out": str(out), "tasks": {task: design_record(plan) for task, plan in plans.items()}})
         return 0
+    refuse_queued(out, cluster, fresh=fresh)
     if fresh:
-        check_devices(*plans.values(), fresh=True)
-        find_jobs(list(plans.values()), jobs, fresh=True)
+        check_host(list(plans.values()), jobs, cluster, fresh=True)
         move_aside(probe.whole)
     refuse_foreign(out, RECORD, what="probe tasks")
     for plan in plans.values():
         refuse_changed(plan)
-    check_devices(*plans.values())
-    find_jobs(list(plans.values()), jobs)
-    command = shlex.join(["headway", "probe", "run", str(path), *overrides])
-    with RunDir(out).locked("study.lock"):
-        record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
-        write_json(out / RECORD, {**record, "command": command, "written_at": now()})
-        code = train_plans(list(plans.values()), list(held.values()), command=command, jobs=jobs, timing=False)
+    check_host(list(plans.values()), jobs, cluster)
+    command = cluster.command if cluster else shlex.join(["headway", "probe", "run", str(path), *overrides])
+    try:
+        with RunDir(out).locked("study.lock"):
+            record = {"format": 1, "probe": probe.config.study, "path": str(path), "tasks": list(plans)}
+            write_json(out / RECORD, {**record, "command": command, "written_at": now()})
+            code = train_plans(
+                list(plans.values()),
+                list(held.values()),
+                command=command,
+                jobs=jobs,
+                timing=False,
+                cluster=cluster,
+            )
+    except QueuedError as queued:
+        return say_queued(queued)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         _emit(probe, out, None)

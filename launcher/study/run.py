@@ -20,11 +20,13 @@ from headway.launcher.match.table import matching_rows
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.branches import as_it_stands, changes, record_changes
 from headway.launcher.study.budgets import budget_lines
+from headway.launcher.study.cluster.submit import Cluster, QueuedError, refuse_in_queue, say_queued
+from headway.launcher.study.cluster.submitted import cells_in_queue
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.jobs import Jobs, jobs_for
 from headway.launcher.study.keeping import keep_design, needs_no_training, restore_design
 from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
-from headway.launcher.study.status import coloured, left, report_record, status_record, status_rows, table
+from headway.launcher.study.status import Queue, coloured, left, report_record, status_record, status_rows, table
 from headway.launcher.study.training import Book, train_cells
 
 __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
@@ -32,7 +34,7 @@ __all__ = ["StudyConfig", "report_study", "run_study", "status_study"]
 RECORD = "study.json"
 """The file in the folder of a study that describes the study."""
 
-OWN = ("cells", "logs", "tune", "tuning.json", "ladder.lock")
+OWN = ("cells", "logs", "tune", "tuning.json", "ladder.lock", "slurm", "outcomes.lock")
 """What the folder of a study may contain before `RECORD` is written."""
 
 
@@ -44,18 +46,20 @@ def run_study(
     fresh: bool = False,
     jobs: int | None = None,
     timing: bool = True,
+    cluster: Cluster | None = None,
 ) -> int:
     """Train the unfinished cells, `jobs` at once (default: what this host has), then write the report.
 
     `overrides` (`a.b=c`) change the base of all cells. A failed cell does not stop the others. `fresh`: rename an
     existing folder of the study first. `timing`: if cells trained beside others, time the variants alone at the end.
+    `cluster`: submit the cells as jobs instead; the report is then written by the last of them.
     Returns 0 if every cell is done, 1 if one failed or is damaged, 75 after a stop
     by a signal; the same command then continues. Raises SpecError if the folder contains cells of another definition.
     """
     study = load_study(Path(path))
     measurements = Measurements() if fresh else Measurements.of(study.out)
     plan = plan_study(study, overrides, measurements=measurements)
-    refuse_slurm(plan)
+    check_method([plan], cluster, dry_run=dry_run)
     if dry_run:
         plan, notes = (plan, []) if fresh else as_it_stands(plan)
         print_design(plan, commands=True)
@@ -64,13 +68,16 @@ def run_study(
         if console.wants_json():
             console.emit(design_record(plan))
         return 0
+    refuse_queued(study.out, cluster, fresh=fresh)
     print_design(plan, commands=False)
     if fresh:
-        check_devices(plan, fresh=True)
-        find_jobs([plan], jobs, fresh=True)
+        check_host([plan], jobs, cluster, fresh=True)
         move_aside(study)
-    command = shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
-    code = train_study(plan, measurements, command=command, jobs=jobs, timing=timing)
+    command = cluster.command if cluster else shlex.join(["headway", "study", "run", str(study.path), *plan.arguments])
+    try:
+        code = train_plans([plan], [measurements], command=command, jobs=jobs, timing=timing, cluster=cluster)
+    except QueuedError as queued:
+        return say_queued(queued)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -85,13 +92,6 @@ def run_study(
     return code
 
 
-def train_study(
-    plan: StudyPlan, measurements: Measurements, *, command: str, jobs: int | None = None, timing: bool = True
-) -> int:
-    """Train the unfinished cells of one study: `train_plans` of one plan."""
-    return train_plans([plan], [measurements], command=command, jobs=jobs, timing=timing)
-
-
 def train_plans(
     plans: Sequence[StudyPlan],
     measurements: Sequence[Measurements],
@@ -100,20 +100,21 @@ def train_plans(
     jobs: int | None = None,
     timing: bool = True,
     in_order: bool = False,
+    cluster: Cluster | None = None,
 ) -> int:
     """Train the unfinished cells of all plans in one queue, `jobs` at once (default: what this host has).
 
     If cells of a plan trained beside others, its variants are timed alone afterwards, unless `timing` is False.
-    `in_order`: all cells of a plan start before those of the next one.
+    `in_order`: all cells of a plan start before those of the next one. `cluster`: submit the cells as jobs instead.
     Records the design of each plan, its `measurements` and `command` (the command line of the user) in its folder.
     Exit status as for `run_study`. Raises SpecError before anything is started if a folder contains cells of another
-    definition, or if this host has too few cores, GPUs or memory for `jobs`.
+    definition, or if this host has too few cores, GPUs or memory for `jobs`. With `cluster`, raises QueuedError when
+    jobs train cells.
     """
+    check_method(plans, cluster)
     for plan in plans:
-        refuse_slurm(plan)
         refuse_foreign(plan.study.out, RECORD, own=OWN, what="a study")
-    check_devices(*plans)
-    found = find_jobs(plans, jobs)
+    found = check_host(plans, jobs, cluster)
     with ExitStack() as locks:
         for plan in plans:
             locks.enter_context(RunDir(plan.study.out).locked("study.lock"))
@@ -123,6 +124,8 @@ def train_plans(
         for plan, measured in zip(plans, measurements, strict=True):
             keep_design(plan.study, study_record(plan))
             measured.write(plan.study.out)
+        if cluster is not None:
+            return cluster.submit(books)
         return train_cells(books, found, cell_command, timing=timing, in_order=in_order)
 
 
@@ -133,9 +136,9 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     """
     study = load_study(Path(path))
     if console.wants_json():
-        console.emit(status_record(study))
+        console.emit(status_record(study, *cells_in_queue(study.out)))
     else:
-        console.result(_status_text(study))
+        console.result(_status_text(study, *cells_in_queue(study.out)))
     return 0
 
 
@@ -162,34 +165,45 @@ def report_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     return 0
 
 
-def refuse_slurm(plan: StudyPlan) -> None:
-    """Raise SpecError if a cell would be submitted to Slurm: its command ends when it is queued, not trained."""
-    for cell in plan.cells:
+def check_method(plans: Sequence[StudyPlan], cluster: Cluster | None, *, dry_run: bool = False) -> None:
+    """Raise SpecError if `launch.method` of a cell does not fit the command, with or without `--slurm`.
+
+    Without it, the command of a cell would end when it is queued, not trained. With it, also raise HeadwayError if no
+    job can be submitted here, unless it is a `dry_run`.
+    """
+    cells = [cell for plan in plans for cell in plan.cells]
+    if cluster is not None:
+        cluster.check(cells, dry_run=dry_run)
+        return
+    for cell in cells:
         if cell.spec.launch.method == "slurm":
             raise SpecError(
                 f"launch.method: slurm submits a job and does not wait for it, so a study cannot tell when {cell.key} "
-                "is trained; set launch.method=torchrun and start `headway study run` within a job of your own "
-                "(sbatch or salloc), or submit each command that `headway study run STUDY --dry-run "
-                "launch.method=torchrun` prints with launch.method=slurm added"
+                "is trained; add --slurm, which submits all cells as array jobs and goes on when they have ended, or "
+                "set launch.method=torchrun and start `headway study run` within a job of your own (sbatch or salloc)"
             )
 
 
-def check_devices(*plans: StudyPlan, fresh: bool = False) -> None:
-    """Raise SpecError if this host lacks the CUDA devices that an unfinished cell needs, or with `fresh` any cell."""
-    for cell in _to_train(plans, fresh=fresh):
-        check_device(cell.spec)
+def check_host(plans: Sequence[StudyPlan], jobs: int | None, cluster: Cluster | None, *, fresh: bool = False) -> Jobs:
+    """How many unfinished cells train at once on this host; one without `cluster`, which trains none here.
 
-
-def find_jobs(plans: Sequence[StudyPlan], jobs: int | None, *, fresh: bool = False) -> Jobs:
-    """How many unfinished cells train at once: `jobs`, or what this host has. `fresh`: no cell is finished.
-
-    Raises SpecError if this host has too few cores, GPUs or memory for `jobs`.
+    Raises SpecError if this host lacks CUDA devices that an unfinished cell needs, or cores, GPUs or memory for `jobs`.
+    `fresh`: no cell is finished.
     """
-    return jobs_for(_to_train(plans, fresh=fresh), jobs)
+    if cluster is not None:
+        return Jobs(count=1)
+    cells = [cell for plan in plans for cell in plan.cells if fresh or not needs_no_training(cell)]
+    for cell in cells:
+        check_device(cell.spec)
+    return jobs_for(cells, jobs)
 
 
-def _to_train(plans: Sequence[StudyPlan], *, fresh: bool = False) -> list[Cell]:
-    return [cell for plan in plans for cell in plan.cells if fresh or not needs_no_training(cell)]
+def refuse_queued(out: Path, cluster: Cluster | None, *, fresh: bool) -> None:
+    """Raise HeadwayError if jobs of the study in `out` are queued or running, and this command would disturb them."""
+    if fresh:
+        refuse_in_queue(out, "--fresh would move the folder they write to")
+    elif cluster is None:
+        refuse_in_queue(out, "without --slurm this command would train the same cells here")
 
 
 def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
@@ -274,8 +288,9 @@ def _say_status(study: Study) -> None:
         console.say(_status_text(study))
 
 
-def _status_text(study: Study) -> str:
-    text = coloured(table(status_rows(study)), sys.stdout)
+def _status_text(study: Study, queue: Queue | None = None, note: str = "") -> str:
+    text = coloured(table(status_rows(study, queue)), sys.stdout)
+    text += f"\nnote: {note}" if note else ""
     if gone := left(study):
         text += f"\nnote: in the folder, but not in the study any more: {', '.join(gone)}"
     return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from headway.launcher.base import console
 from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state, cells_there
 from headway.launcher.run.run_dir import read_mapping
+from headway.launcher.study.cluster.elements import Name
+from headway.launcher.study.cluster.submitted import JobState
 from headway.launcher.study.config import FULL, Study
 from headway.launcher.study.plan import cell_key
 
@@ -18,19 +20,24 @@ HEADINGS = ("cell", "state", "tokens", "validation loss", "training-batch loss",
 """Both losses are the latest values in nats per token. The training loss is that of a single batch, and noisy."""
 
 
-def status_record(study: Study) -> dict[str, Any]:
-    """Output of `study status --json`. A loss is null while none is recorded."""
-    return {
+Queue = Mapping[Name, JobState]
+"""Cells whose jobs are queued or running."""
+
+
+def status_record(study: Study, queue: Queue | None = None, note: str = "") -> dict[str, Any]:
+    """Output of `study status --json`. A loss is null while none is recorded. `note`: why `queue` may lack cells."""
+    record = {
         "study": study.config.study,
         "out": str(study.out),
-        "cells": list(_cells(study)),
+        "cells": list(_cells(study, queue or {})),
         "not_in_study": left(study),
     }
+    return {**record, "note": note} if note else record
 
 
-def status_rows(study: Study) -> list[tuple[str, ...]]:
+def status_rows(study: Study, queue: Queue | None = None) -> list[tuple[str, ...]]:
     """The status as a table, headings first."""
-    return [HEADINGS, *map(_row, _cells(study))]
+    return [HEADINGS, *map(_row, _cells(study, queue or {}))]
 
 
 def left(study: Study) -> list[str]:
@@ -83,23 +90,26 @@ def coloured(text: str, stream: Any) -> str:
     return "\n".join(lines)
 
 
-def _cells(study: Study) -> Iterable[dict[str, Any]]:
+def _cells(study: Study, queue: Queue) -> Iterable[dict[str, Any]]:
     outcomes = read_mapping(study.out / OUTCOMES)
     for variant, seed, budget in _planned(study):
         key = cell_key(variant, seed, budget)
         record = study.records and record_file(study.records, key)
         state = cell_state(study.out / "cells" / key, outcomes.get(key), record, key=key)
+        # A cell of a job that has ended a moment ago may be done while its job still is in the queue.
+        job = None if state.state in ("done", "damaged") else queue.get((str(study.out), key))
         yield {
             "cell": key,
             "variant": variant,
             "seed": seed,
             "budget": budget,
-            "state": state.state,
+            "state": state.state if job is None else job.word,
+            "job": job and job.job,
             "from_record": state.record is not None,
             "tokens": state.tokens,
             "validation_loss": state.validation_loss,
             "training_batch_loss": state.loss,
-            "detail": state.detail,
+            "detail": state.detail if job is None else "",
         }
 
 
@@ -115,4 +125,5 @@ def _planned(study: Study) -> Iterator[tuple[str, int, float]]:
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:
     losses = ["-" if x is None else f"{x:.4f}" for x in (cell["validation_loss"], cell["training_batch_loss"])]
     state = f"{cell['state']} (record)" if cell["from_record"] else cell["state"]
-    return (cell["cell"], state, f"{cell['tokens']:,}", *losses, cell["detail"])
+    detail = f"job {cell['job']}" if cell["job"] else cell["detail"]
+    return (cell["cell"], state, f"{cell['tokens']:,}", *losses, detail)

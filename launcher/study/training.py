@@ -14,11 +14,11 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED
 from headway.launcher.compare.cells import OUTCOMES, cell_state, failure
 from headway.launcher.hosts.forked import VARIABLE
-from headway.launcher.run.run_dir import read_mapping, write_json
+from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.study.branches import Way, as_it_stands, not_run
 from headway.launcher.study.eta import Eta, step_share
 from headway.launcher.study.jobs import Jobs
-from headway.launcher.study.keeping import TIMING, keep, keep_file, state_of
+from headway.launcher.study.keeping import TIMING, conclude, keep, keep_file, state_of
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 from headway.launcher.study.pool import POLL_S, Child, Pool
 from headway.launcher.study.queue import Queue, Task, unfinished
@@ -76,14 +76,14 @@ class Book:
 
     def begin(self, cell: Cell, *, beside: int) -> None:
         """Record the start of a cell. Until it has ended, it counts as interrupted, as it is after kill -9."""
-        self.conclude(cell, {"exit_code": PREEMPTED, "last_lines": [], "log": str(self.log(cell)), "beside": beside})
+        self.conclude(cell, begun(self.log(cell), beside=beside))
 
     def conclude(self, cell: Cell, outcome: Mapping[str, Any]) -> None:
         """Record the outcome of a cell."""
-        write_json(self.out / OUTCOMES, {**read_mapping(self.out / OUTCOMES), cell.key: outcome})
+        conclude(self.out, cell.key, outcome)
 
     def log(self, cell: Cell) -> Path:
-        return self.out / "logs" / f"{cell.key.replace('/', '.')}.log"
+        return log_file(self.out, cell.key)
 
 
 def train_cells(
@@ -198,7 +198,9 @@ class _Training:
         book, cell = self._books[task.number], way.cell
         book.take(way)
         if way.waits:
-            self._end(task, cell, not_run(cell, book.outcome(cell_key(cell.variant, cell.seed)), book.log(cell)))
+            self._end(
+                task, cell, not_run(cell.branch_step, book.outcome(cell_key(cell.variant, cell.seed)), book.log(cell))
+            )
             return
         self._started += 1
         resumed = cell_state(cell.run_dir, None).tokens > 0
@@ -240,13 +242,7 @@ class _Training:
             self._started -= 1
             self._queue.put_back(task)
             return
-        if stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
-            outcome["exit_code"] = PREEMPTED  # this process stopped the cell before it could save: not a failure
-        summary = read_mapping(cell.run_dir / "summary.json")
-        if outcome["exit_code"] == 0 and summary.get("complete") is not True:
-            outcome["exit_code"] = 70
-            outcome["last_lines"].append("error: training ended without a complete summary.json")
-        self._end(task, cell, outcome)
+        self._end(task, cell, judged(outcome, cell.run_dir, stopping=stopping))
 
     def _end(self, task: Task, cell: Cell, outcome: dict[str, Any]) -> None:
         self._books[task.number].conclude(cell, outcome)
@@ -259,6 +255,26 @@ class _Training:
         elif outcome["exit_code"] != 0 and not self._pool.stopping:
             self._failed += 1
             console.alert(f"[{task.label}] FAILED: {failure(outcome)}; all its output: {outcome['log']}")
+
+
+def begun(log: Path, *, beside: int = 0) -> dict[str, Any]:
+    """Outcome of a cell that has started: that of an interruption."""
+    return {"exit_code": PREEMPTED, "last_lines": [], "log": str(log), "beside": beside}
+
+
+def judged(outcome: dict[str, Any], run_dir: Path, *, stopping: bool) -> dict[str, Any]:
+    """The outcome of a cell from that of its process. `stopping`: this process asked it to stop."""
+    if stopping and outcome["exit_code"] in (-signal.SIGTERM, -signal.SIGKILL):
+        outcome["exit_code"] = PREEMPTED  # it was stopped before it could save: not a failure
+    if outcome["exit_code"] == 0 and read_mapping(run_dir / "summary.json").get("complete") is not True:
+        outcome["exit_code"] = 70
+        outcome["last_lines"].append("error: training ended without a complete summary.json")
+    return outcome
+
+
+def log_file(out: Path, key: str) -> Path:
+    """File with all output of a cell of the study in `out`."""
+    return out / "logs" / f"{key.replace('/', '.')}.log"
 
 
 def _say_notes(notes: Sequence[str]) -> None:

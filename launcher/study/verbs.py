@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base.errors import SpecError
 from headway.launcher.base.numbers import real, whole
 from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
@@ -23,6 +24,18 @@ def _jobs_argument(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cells that train at once (default: as many as cores or GPUs allow)",
     )
+
+    parser.add_argument(
+        "--slurm", action="store_true", help="submit the cells as array jobs of Slurm, and a last job that goes on"
+    )
+    parser.add_argument(
+        "--array-limit",
+        type=whole(1, 100_000),
+        default=None,
+        metavar="N",
+        help="with --slurm: cells of an array that train at once (default: no limit)",
+    )
+    parser.add_argument("--follow-up", action="store_true", help=argparse.SUPPRESS)  # the last job runs with it
 
 
 def _study_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +83,17 @@ def _plan_study(args: argparse.Namespace) -> int:
 
 
 def _run_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dry_run": args.dry_run, "fresh": args.fresh, "jobs": args.jobs}
+    from headway.launcher.study.cluster.submit import Arrays
+
+    if args.slurm and args.jobs is not None:
+        raise SpecError(
+            "--jobs: with --slurm, every cell has a job of its own, and nothing trains on this machine; use "
+            "--array-limit for the number of cells that train at once, or leave --jobs out"
+        )
+    if not args.slurm and (args.array_limit is not None or args.follow_up):
+        raise SpecError("--array-limit: only --slurm submits arrays; add --slurm, or use --jobs on this machine")
+    arrays = Arrays(limit=args.array_limit, follows=args.follow_up) if args.slurm else None
+    return {"dry_run": args.dry_run, "fresh": args.fresh, "jobs": args.jobs, "arrays": arrays}
 
 
 def _run_study(args: argparse.Namespace) -> int:
@@ -132,6 +155,20 @@ def _time_study(args: argparse.Namespace) -> int:
     return time_study(args.out)
 
 
+def _cell_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", type=Path)
+    parser.add_argument("element", type=whole(0, 10_000_000))
+    parser.add_argument("part", type=whole(0, 100_000))
+    parser.add_argument("found", nargs="*")
+    parser.add_argument("--node-rank", type=whole(0, 4095), default=0)
+
+
+def _train_part(args: argparse.Namespace) -> int:
+    from headway.launcher.study.cluster.cell import train_part
+
+    return train_part(args.index, args.element, args.part, args.found, host=args.node_rank)
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -161,6 +198,7 @@ VERBS = (
                 examples=(
                     "headway study run yaml/quickstart.yaml",
                     "headway study run yaml/quickstart.yaml launch.threads=1 --jobs 2",
+                    "headway study run yaml/quickstart.yaml --slurm launch.slurm.partition=gpu --array-limit 8",
                 ),
                 arguments=_study_run_arguments,
                 run=_run_study,
@@ -228,4 +266,5 @@ VERBS = (
         ),
     ),
     Verb(name="time-study", help="time variants", arguments=_timing_arguments, run=_time_study, hidden=True),
+    Verb(name="array-cell", help="train a cell", arguments=_cell_arguments, run=_train_part, hidden=True),
 )

@@ -15,6 +15,8 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.study.cluster.submit import Arrays, Cluster, QueuedError, say_queued, with_method
+from headway.launcher.study.cluster.submitted import cells_in_queue
 from headway.launcher.study.config import Study, load_study
 from headway.launcher.study.keeping import keep_file, restore_design, restore_file
 from headway.launcher.study.ladder.plan import (
@@ -39,15 +41,15 @@ from headway.launcher.study.plan import StudyPlan, plan_study
 from headway.launcher.study.run import (
     OWN,
     RECORD,
-    check_devices,
+    check_host,
+    check_method,
     design_record,
-    find_jobs,
     move_aside,
     now,
     print_design,
     refuse_changed,
     refuse_foreign,
-    refuse_slurm,
+    refuse_queued,
     report_study,
     run_study,
     status_study,
@@ -67,16 +69,21 @@ def run_file(
     fresh: bool = False,
     jobs: int | None = None,
     timing: bool = True,
+    arrays: Arrays | None = None,
 ) -> int:
-    """Train what is missing of a study file, then write its reports. Arguments and exit status as for `run_study`."""
+    """Train what is missing of a study file, then write its reports. Arguments and exit status as for `run_study`.
+
+    `arrays`: submit the cells as array jobs (`--slurm`).
+    """
     study = load_study(Path(path))
+    cluster = Cluster.of(study, "study", path, overrides, arrays)
+    overrides = overrides if cluster is None else with_method(overrides)
     if not study.config.is_ladder:
-        return run_study(path, overrides, dry_run=dry_run, fresh=fresh, jobs=jobs, timing=timing)
+        return run_study(path, overrides, dry_run=dry_run, fresh=fresh, jobs=jobs, timing=timing, cluster=cluster)
     ladder = plan_ladder(study, overrides)
     held = {} if fresh else stored_values(ladder)
     first = [_plan(ladder, ladder.main(size, held.get(size.name, {}))) for size in ladder.sizes]
-    for plan in first:
-        refuse_slurm(plan)
+    check_method(first, cluster, dry_run=dry_run)
     for key, search in ladder.config.tune.items():  # a trial that is not possible must not wait for others
         for size in ladder.tuned_sizes(key):
             _plan(ladder, ladder.trial(size, key, search.grid[0], {}))
@@ -85,18 +92,21 @@ def run_file(
         if console.wants_json():
             console.emit(_design(ladder, first))
         return 0
-    check_devices(*first, fresh=fresh)
-    find_jobs(first, jobs, fresh=fresh)
+    refuse_queued(study.out, cluster, fresh=fresh)
+    check_host(first, jobs, cluster, fresh=fresh)
     if fresh:
         move_aside(study)
     else:
         _refuse(ladder, first, held)
-    command = shlex.join(["headway", "study", "run", str(study.path), *overrides])
-    with RunDir(study.out).locked("ladder.lock"):
-        if study.config.sizes:
-            write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
-            keep_file(study.out, study.records, LADDER)
-        code = _train(ladder, command, jobs, timing=timing)
+    command = cluster.command if cluster else shlex.join(["headway", "study", "run", str(study.path), *overrides])
+    try:
+        with RunDir(study.out).locked("ladder.lock"):
+            if study.config.sizes:
+                write_json(study.out / LADDER, {**_record(ladder), "command": command, "written_at": now()})
+                keep_file(study.out, study.records, LADDER)
+            code = _train(ladder, command, jobs, timing=timing, cluster=cluster)
+    except QueuedError as queued:
+        return say_queued(queued)
     if code == PREEMPTED:
         console.alert(f"stopped; the same command continues: {command}", "yellow")
         if console.wants_json():
@@ -138,12 +148,12 @@ def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
 # ---------------------------------------------------------------- training
 
 
-def _train(ladder: Ladder, command: str, jobs: int | None, *, timing: bool) -> int:
-    """Train the trials, then the cells of all sizes. Returns an exit status as `train_study`."""
+def _train(ladder: Ladder, command: str, jobs: int | None, *, timing: bool, cluster: Cluster | None) -> int:
+    """Train the trials, then the cells of all sizes. Returns an exit status as `run_study`."""
 
     def train(plans: Sequence[StudyPlan], *, timing: bool = False) -> int:
         measured = [Measurements.of(plan.study.out) for plan in plans]
-        return train_plans(plans, measured, command=command, jobs=jobs, timing=timing, in_order=True)
+        return train_plans(plans, measured, command=command, jobs=jobs, timing=timing, in_order=True, cluster=cluster)
 
     def train_trials(studies: Sequence[Study]) -> int:
         return train([without_diverged(_plan(ladder, study)) for study in studies])
@@ -166,7 +176,7 @@ def _refuse(ladder: Ladder, plans: Sequence[StudyPlan], held: Values) -> None:
     """Raise SpecError if a folder has other content, or cells of another definition, before anything is trained."""
     out = ladder.study.out
     if ladder.config.sizes:
-        refuse_foreign(out, LADDER, own=("sizes", "ladder.lock"), what="a study with sizes")
+        refuse_foreign(out, LADDER, own=("sizes", "ladder.lock", "slurm"), what="a study with sizes")
     else:
         refuse_foreign(out, RECORD, own=OWN, what="a study")
     for plan, size in zip(plans, ladder.sizes, strict=True):
@@ -245,18 +255,21 @@ def _parts(study: Study) -> Iterator[tuple[str, Study]]:
 
 
 def _status(study: Study) -> dict[str, Any]:
-    parts = {label: status_record(part) for label, part in _parts(study)}
-    return {"study": study.config.study, "out": str(study.out), "parts": parts}
+    queue, note = cells_in_queue(study.out)
+    parts = {label: status_record(part, queue) for label, part in _parts(study)}
+    record = {"study": study.config.study, "out": str(study.out), "parts": parts}
+    return {**record, "note": note} if note else record
 
 
 def _status_text(study: Study) -> str:
     rows: list[tuple[str, ...]] = [("part", *HEADINGS)]
+    queue, note = cells_in_queue(study.out)
     for label, part in _parts(study):
         trained = read_mapping(part.out / RECORD).get("variants")
         known = {v["name"] for v in trained} if isinstance(trained, list) else None
-        cells = [row for row in status_rows(part)[1:] if known is None or row[0].split("/")[0] in known]
+        cells = [row for row in status_rows(part, queue)[1:] if known is None or row[0].split("/")[0] in known]
         rows += [(label, *row) for row in cells]
-    return table(rows)
+    return table(rows) + (f"\nnote: {note}" if note else "")
 
 
 def _conclude(study: Study) -> None:

@@ -1,18 +1,23 @@
 """The Slurm job script, and its execution with substitutes for Slurm's programs that run everything on this machine."""
 
 import os
+import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from run_folders import steps_done
 
 from headway.launcher.base.errors import HeadwayError, SpecError
-from headway.launcher.hosts.slurm import job_script
+from headway.launcher.hosts.commands import full_environment
+from headway.launcher.hosts.slurm import array_script, job_script
 from headway.launcher.launch.start import train
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
+from headway.parallel.config import LaunchConfig
+from headway.parallel.slurm import SlurmConfig
 
 JOB = ("launch.method=slurm", "launch.hosts=2", "launch.rendezvous_s=60", "launch.port=31800", "run_dir=job")
 
@@ -87,6 +92,110 @@ def test_the_script_requests_the_settings_of_the_spec(headway):
     assert "scontrol requeue" not in text
     assert "--requeue" in script(headway) and "scontrol requeue" in script(headway)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def sbatch_lines(text: str) -> list[str]:
+    """Options that sbatch reads: it stops at the first command."""
+    head = text.split("\n\n", 1)[0]
+    return [line.removeprefix("#SBATCH ") for line in head.splitlines()[1:]]
+
+
+def srun_words(text: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith("srun "))
+    return shlex.split(line.removesuffix("\\").removesuffix("&"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        (["launch.device=cuda", "launch.processes=4"], ["--gpus-per-node=4"]),
+        (["launch.device=cuda", "launch.processes=4", "launch.slurm.gpus_per_node=8"], ["--gpus-per-node=8"]),
+        (["launch.device=cuda", "launch.slurm.options=[--gres=gpu:h100:4]"], ["--gres=gpu:h100:4"]),
+        (["launch.device=cuda", "launch.slurm.options=[--gpus=4]"], ["--gpus=4"]),
+        (["launch.device=cuda", "launch.slurm.options=['--gres=tmp:9']"], ["--gpus-per-node=1", "--gres=tmp:9"]),
+        (["launch.device=cpu", "launch.processes=4"], []),
+        (["launch.processes=4"], []),
+    ],
+)
+def test_a_job_for_cuda_asks_for_a_gpu_for_each_process(headway, overrides, gpus):
+    lines = sbatch_lines(script(headway, *overrides))
+    assert [line for line in lines if line.startswith(("--gpu", "--gres"))] == gpus
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cpus"),
+    [
+        (["launch.threads=4", "launch.processes=2"], 8),
+        (["launch.threads=4", "launch.slurm.cpus_per_task=10"], 10),
+        (["launch.threads=null", "launch.slurm.cpus_per_task=10"], 10),
+        (["launch.threads=null"], None),
+    ],
+)
+def test_srun_gets_the_cpus_too(headway, overrides, cpus):
+    text = script(headway, *overrides)
+    option = [] if cpus is None else [f"--cpus-per-task={cpus}"]
+    for words in (sbatch_lines(text), srun_words(text)):
+        assert [w for w in words if w.startswith("--cpus-per-task")] == option
+
+
+def test_containers_setup_and_python_are_in_the_script_as_they_were_written(headway):
+    image, mounts = "--container-image=registry.example.org#team/image:1", "--container-mounts=/data:/data,/a:/b"
+    text = script(
+        headway,
+        f"launch.slurm.srun=['{image}', '{mounts}', --cpu-bind=cores]",
+        "launch.slurm.setup=[module load cuda, '. \"$HOME/env dir/activate\"']",
+        "launch.slurm.python=/opt/env/bin/python3",
+        "launch.slurm.memory=64G",
+    )
+    words = srun_words(text)
+    assert {image, mounts, "--cpu-bind=cores"} <= set(words[: words.index("bash")])
+    inner = shlex.split(words[words.index("-c") + 1])
+    assert inner[:5] == ["exec", "/opt/env/bin/python3", "-P", "-m", "headway.launcher"]
+    # before `set -u`, under which many activation scripts fail
+    assert '\n\nmodule load cuda\n. "$HOME/env dir/activate"\nset -u\n' in text
+    assert "--mem=64G" in sbatch_lines(text)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def element(tmp_path, monkeypatch):
+    """Starts the script of an array of two parts as its element 3. `srun` is the text of the substitute for srun."""
+
+    def start(srun: str, requeue: bool = True) -> subprocess.Popen:
+        for name, text in (("scontrol", STAND_INS["scontrol"]), ("srun", srun)):
+            (tmp_path / name).write_text("#!/bin/bash\n" + text)
+            (tmp_path / name).chmod(0o755)
+        launch = LaunchConfig(method="slurm", slurm=SlurmConfig(requeue=requeue))
+        where = {"name": "x", "log": tmp_path / "%A_%a.log", "folder": tmp_path}
+        text = array_script(launch, ["array-cell", "a.json"], parts=2, array="0-3", **where)
+        env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "9"}
+        env |= {"SLURM_JOB_NODELIST": "a", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+        return subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=env, start_new_session=True)
+
+    return start
+
+
+def test_an_element_that_is_warned_of_its_limit_is_requeued_and_starts_no_further_part(element, tmp_path):
+    process = element('sleep 60 &\ntrap "kill $!; exit 75" TERM\necho "${@: -1}" >> parts\nwait\n')
+    end = time.monotonic() + 60
+    while not (tmp_path / "parts").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # only to the script, as with `--signal=B:TERM`
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "parts").read_text() == "0\n"
+    assert (tmp_path / "requeued").read_text() == "7_3\n"
+
+
+def test_a_part_that_fails_does_not_stop_the_next_one(element, tmp_path):
+    process = element('echo "${@: -1}" >> parts\n[ "${@: -1}" = 1 ] || exit 74\n')
+    assert process.wait(timeout=60) == 74
+    assert (tmp_path / "parts").read_text() == "0\n1\n"
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_an_element_is_not_requeued_where_the_spec_says_so(element, tmp_path):
+    assert element("exit 75\n", requeue=False).wait(timeout=60) == 75
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_overrides_reach_the_job_as_they_were_written(headway):
@@ -204,3 +313,12 @@ def test_a_job_with_fewer_gpus_than_processes_is_refused_before_the_queue(slurm,
         assert done.returncode == 64 and "launch.slurm.gpus_per_node: " in done.stderr, done.stderr
         assert f"use {processes}, or processes {gpus}" in done.stderr
         assert not (slurm.folder / "job").exists()
+
+
+def test_ranks_inherit_proxies_and_certificates(headway, monkeypatch):
+    given = {"https_proxy": "http://proxy.example.org:3128", "NO_PROXY": "localhost", "SSL_CERT_DIR": "/etc/ca"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")  # of the shell alone
+    env = full_environment(load_spec(headway.spec, []).spec, {})
+    assert env.items() >= given.items() and "NCCL_DEBUG" not in env

@@ -67,12 +67,38 @@ def test_what_does_not_go_together_is_refused_with_two_choices(load, overrides, 
         ("--nodes=3", "launch.hosts|use hosts"),
         ("--signal=KILL", "slurm.warn_s"),
         ("--wrap=id", "would change how"),
+        ("--dependency=afterok:1", "would change how"),
+        ("--cpus-per-task=4", "slurm.cpus_per_task"),
     ],
 )
 def test_an_option_of_sbatch_is_one_plain_option_that_headway_does_not_write(load, option, reason):
     text = option.replace("\n", "\\n")
     with pytest.raises(SpecError, match=reason):
         load("launch.method=slurm", f'launch.slurm.options=["{text}"]')
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ("srun: ['--cpu-bind=cores --pty']", "not a single srun option"),
+        ("srun: ['-n 3']", "not a single srun option"),
+        ("srun: ['--export=$(id)']", "not a single srun option"),
+        ("srun: [--ntasks=3]", "would change how"),
+        ("srun: [--cpus-per-task=3]", "slurm.cpus_per_task"),
+        ("srun: [--nodes=3]", "use hosts"),
+        ("setup: ['']", "not one line"),
+        ('setup: ["a\\nb"]', "not one line"),
+        ("setup: ['#SBATCH --wrap=id']", "not one line"),
+        ("python: /a b/python", "launch.slurm.python"),
+        ("python: -c", "no path of a program|launch.slurm.python"),
+        ("memory: 64 G", "launch.slurm.memory"),
+        ("memory: 64G, options: [--mem-per-cpu=2G]", "options set the memory too"),
+        ("cpus_per_task: 0", "launch.slurm.cpus_per_task"),
+    ],
+)
+def test_what_slurm_or_the_shell_would_misread_is_refused(load, keys, reason):
+    with pytest.raises(SpecError, match=reason):
+        load("launch.method=slurm", f"launch.slurm={{{keys}}}")
 
 
 @pytest.mark.parametrize(

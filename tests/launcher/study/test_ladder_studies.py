@@ -14,47 +14,13 @@ from headway.launcher.study.ladder.plan import plan_ladder
 from headway.launcher.study.ladder.run import report_file, run_file, status_file
 from headway.launcher.study.plan import plan_study
 
-LADDER = """
-study: small
-base: base.yaml
-match: {multiple: 4, tolerance: 2%}
-seeds: [1, 2]
-tokens_per_param: 0.2
-scale: {train.validate_every_tokens: 1}
-sizes:
-  s: {keys: {model.width: 32}}
-  m: {keys: {model.width: 48, model.layers: 3}}
-  l: {keys: {model.width: 64, model.layers: 4}, seeds: [1], variants: [gqa]}
-tune:
-  optimizer.lr: {grid: [1e-3, 2e-3, 4e-3], seeds: [101], sizes: [s, m], carry: fit, budget: 0.5}
-variants:
-  gqa:
-  routed: {attention.type: rgqa, attention.top_k: 1}
-"""
-
-# Losses of a played cell depend on its learning rate: the best one is 2.5e-3 for gqa, 1e-3 for routed, at width 32, and
-# falls with 1/width.
-TUNED = """
-import math
-lr = spec["optimizer"]["lr"]
-best = (2.5e-3 if spec["attention"]["type"] == "gqa" else 1e-3) * 32 / spec["model"]["width"]
-offset = 0.2 * math.log(lr / best) ** 2 + 0.001 * (spec["seed"] ** 2 * len(spec["attention"]["type"]) % 7)
-if lr > 0.03:
-    print("error: step 5: 20 steps in a row had a loss that is no finite number (guard.max_skipped)", file=sys.stderr)
-    sys.exit(70)
-"""
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     made = Folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    made.study.write_text(LADDER)
+    made.become_ladder()
     (tmp_path / "base.yaml").write_text(BASE + "schedule: {type: wsd, warmup_tokens: 512}\n")
-    trainer = (tmp_path / "trainer.py").read_text()
-    trainer = trainer.replace('(run_dir / "spec.json")', TUNED + '(run_dir / "spec.json")', 1)
-    trainer = trainer.replace('"loss": 4 - 0.1 * step', '"loss": 4 - 0.1 * step + offset')
-    (tmp_path / "trainer.py").write_text(trainer)
     play(monkeypatch)
     return made
 

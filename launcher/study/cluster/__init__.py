@@ -1,0 +1,1 @@
+"""Studies on a cluster: cells as elements of Slurm arrays."""
