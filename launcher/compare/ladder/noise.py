@@ -34,7 +34,7 @@ from headway.launcher.compare.stats import CONFIDENCE
 
 UPPER = 0.9
 """Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold too seldom
-where lack of fit is small beside the noise of a run; docs/studies.md has the coverage."""
+where lack of fit is small beside the noise of a run; docs/ladders.md has the coverage."""
 _ROUNDING = 1e-8
 """Least standard deviation of a run, nats: losses that agree to the last digit would have no spread at all."""
 

@@ -9,7 +9,7 @@ Test. Slopes of all variants are compared with 0 at once (Dunnett). With at leas
 fit, the variance is multiplied by the mean square of the residuals of all lines in units of their variance, and has
 their degrees of freedom (Hartung and Knapp 2001): it is right whether lack of fit is small or larger than the noise.
 With fewer, this would widen intervals by half, and the degrees of freedom are Satterthwaite's: the interval is right if
-lack of fit is at most about a third of the noise of a run. docs/studies.md has the coverage of several methods.
+lack of fit is at most about a third of the noise of a run. docs/ladders.md has the coverage of several methods.
 
 Legend: M means, I sizes, V variants, K = V - 1 slopes.
 """
