@@ -70,7 +70,7 @@ def places(folder: Path) -> Iterator[Path]:
             yield folder
         case "study":
             yield from [folder, *(cell for cell in cells_of(folder) if kind_of(cell) == "run")]
-        case "probe":
+        case "probe" | "ladder":
             yield from [folder, *(task for task in tasks_of(folder) if kind_of(task) == "study")]
         case None:
             yield from _below(folder, _DEEPEST)

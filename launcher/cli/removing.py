@@ -22,8 +22,14 @@ from headway.launcher.run.disk import bytes_below
 from headway.launcher.run.folders import RECORDS, Kind, kind_of
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
-LOCKS = {"run": ("run.lock", "worker.lock"), "study": ("study.lock",), "probe": ("study.lock",)}
-_LAST = {**dict.fromkeys(("study.lock", "run.lock", "worker.lock"), 2), **dict.fromkeys((*RECORDS, "run_id.json"), 1)}
+LOCKS = {
+    "run": ("run.lock", "worker.lock"),
+    "study": ("study.lock",),
+    "probe": ("study.lock",),
+    "ladder": ("ladder.lock",),
+}
+_LOCK_FILES = dict.fromkeys((name for names in LOCKS.values() for name in names), 2)
+_LAST = {**_LOCK_FILES, **dict.fromkeys((*RECORDS, "run_id.json"), 1)}
 _RUN_FOLDERS = ("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped")
 _RUN_FILES = re.compile(r"hostfile|\.?[a-z_]+(\.[a-z_]+)*\.(json|jsonl|lock|tmp)")
 _RECORD_FILES = re.compile(r"seed-\d+(\.budget-[0-9.e-]+)?\.json")
@@ -121,15 +127,19 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
             if entry.name not in _RUN_FOLDERS:
                 raise _foreign(entry)
         return
-    if kind == "study" and not any((path / name).exists() for name in ("cells", "study.lock")):
+    if kind == "study" and not any((path / name).exists() for name in ("cells", "study.lock", "tune")):
         raise SpecError(f"{path}: holds a report, but no runs (`cells`); delete the folder by hand if it is not needed")
     for entry in _entries(path, _STUDY_FILES):
         if entry.name == "slurm":
             _refuse_jobs(path)
         elif kind == "probe":
-            if kind_of(entry) != "study":
-                raise _foreign(entry)
-            yield from _checked(entry, "study")
+            yield from _checked_study(entry)
+        elif entry.name == "sizes" and kind == "ladder":
+            for size in _entries(entry, None):
+                yield from _checked_study(size)
+        elif entry.name == "tune":
+            for value in (value for key in _entries(entry, None) for value in _entries(key, None)):
+                yield from _checked_study(value)
         elif entry.name == "cells":
             yield from _checked_cells(entry)
         elif entry.name == "records":
@@ -138,6 +148,13 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
                     raise _foreign(folder)
         elif entry.name != "logs":
             raise _foreign(entry)
+
+
+def _checked_study(folder: Path) -> Iterator[tuple[Path, Kind]]:
+    """As `_checked`, for a folder that must be a study, or the trials of a study that is yet to begin."""
+    if kind_of(folder) == "study" or (kind_of(folder) is None and (folder / "tune").is_dir()):
+        return _checked(folder, "study")
+    raise _foreign(folder)
 
 
 def _refuse_jobs(study: Path) -> None:

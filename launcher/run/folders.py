@@ -1,7 +1,8 @@
 """Determine the kind of a folder from its files, and create messages for a folder of another kind.
 
 The folder of a run contains spec.json. The folder of a study contains study.json and its runs below `cells/`. The
-folder of probe tasks contains probe.json and a study for every task. This module does not import torch.
+folder of probe tasks contains probe.json and a study for every task, that of a ladder ladder.json and a study for every
+size. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from typing import Any, Literal
 from headway.launcher.base.errors import HeadwayError, NoInputError, printable
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
-Kind = Literal["run", "study", "probe"]
+Kind = Literal["run", "study", "probe", "ladder"]
 
-RECORDS: dict[str, Kind] = {"spec.json": "run", "study.json": "study", "probe.json": "probe"}
+RECORDS: dict[str, Kind] = {"spec.json": "run", "study.json": "study", "probe.json": "probe", "ladder.json": "ladder"}
 """File that exists in only one kind of folder -> that kind."""
 
-_WORDS = {"run": "the folder of a run", "study": "the folder of a study", "probe": "the folder of probe tasks"}
+_WORDS = {
+    "run": "the folder of a run",
+    "study": "the folder of a study",
+    "probe": "the folder of probe tasks",
+    "ladder": "the folder of a study with sizes",
+}
 _WANTED = {"spec": "the spec of a run", "study": "a study", "probe": "a set of probe tasks", "corpus": "a corpus"}
 _MOST = 24  # maximum number of paths in one message
 
@@ -35,7 +41,7 @@ def runs_in(folder: Path) -> list[Path]:
             return [folder]
         case "study":
             return [cell for cell in cells_of(folder) if kind_of(cell) == "run"]
-        case "probe":
+        case "probe" | "ladder":
             return [run for task in tasks_of(folder) for run in runs_in(task)]
     return []
 
@@ -47,11 +53,15 @@ def cells_of(study: Path) -> list[Path]:
     return [study / name for name in names if isinstance(name, str) and _below(name)]
 
 
-def tasks_of(probe: Path) -> list[Path]:
-    """Folders of the studies that probe.json names, started or not."""
-    tasks = read_mapping(probe / "probe.json").get("tasks")
-    names = tasks if isinstance(tasks, list) else []
-    return [probe / name for name in names if isinstance(name, str) and _below(name)]
+def tasks_of(folder: Path) -> list[Path]:
+    """Folders of the studies that probe.json or ladder.json names, started or not."""
+    if kind_of(folder) == "ladder":
+        sizes = read_mapping(folder / "ladder.json").get("sizes")
+        names = [size.get("folder") for size in sizes if isinstance(size, dict)] if isinstance(sizes, list) else []
+    else:
+        tasks = read_mapping(folder / "probe.json").get("tasks")
+        names = tasks if isinstance(tasks, list) else []
+    return [folder / name for name in names if isinstance(name, str) and _below(name)]
 
 
 def find_run(path: Path) -> RunDir:

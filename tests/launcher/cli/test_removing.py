@@ -58,6 +58,23 @@ def test_probe_tasks_are_deleted_with_their_studies(place, make_study):
     assert not (place / "studies/p").exists()
 
 
+def test_a_study_with_sizes_is_deleted_with_its_sizes_and_trials(place, make_study, capsys):
+    make_study(place / "studies/l/sizes/s")
+    make_study(place / "studies/l/sizes/s/tune/optimizer.lr/0.001")
+    (place / "studies/l/ladder.json").write_text(json.dumps({"sizes": [{"name": "s", "folder": "sizes/s"}]}))
+    (place / "studies/l/report.html").write_text("report")
+    assert main(["ls", "studies", "--json"]) == 0
+    kinds = {row["name"]: row["kind"] for row in json.loads(capsys.readouterr().out)}
+    assert kinds["studies/l"] == "ladder"
+    (place / "studies/l/sizes/s/tune/notes").mkdir()
+    (place / "studies/l/sizes/s/tune/notes/mine").mkdir()
+    assert "not of Headway" in refused(capsys, "studies/l", "--yes")
+    (place / "studies/l/sizes/s/tune/notes/mine").rmdir()
+    (place / "studies/l/sizes/s/tune/notes").rmdir()
+    assert main(["rm", "studies/l", "--yes"]) == 0
+    assert not (place / "studies/l").exists()
+
+
 def test_checkpoints_alone_are_deleted_and_records_stay(place, capsys):
     assert main(["rm", "runs/one", "studies/s", "--checkpoints", "--yes"]) == 0
     assert "freed 3,000 bytes" in capsys.readouterr().out
