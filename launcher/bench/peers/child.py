@@ -17,9 +17,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -36,6 +36,8 @@ from headway.parallel.schedule import learning_rate
 
 if TYPE_CHECKING:
     from headway.launcher.train.session import Session
+
+B = TypeVar("B")
 
 WARM_UP = 2
 """Rounds that are not counted: they fill caches, and make the state of the optimizer."""
@@ -149,9 +151,12 @@ def measure(run: RunDir, engines: Sequence[str], *, rounds: int) -> dict[str, An
 
 
 def in_turns(
-    steps: dict[str, Callable[[StepBatch], Timed]], batch_of: Callable[[int], StepBatch], *, rounds: int
+    steps: Mapping[str, Callable[[B], Timed]], batch_of: Callable[[int], B], *, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
-    """(seconds without warm-up, losses, page faults and system time of this process in a round)."""
+    """(seconds without warm-up, losses, page faults and system time of this process in a round).
+
+    steps: engine -> its step on a batch. batch_of: the batch of a round, made before any engine's clock starts.
+    """
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {name: [] for name in names}
