@@ -122,7 +122,7 @@ def measure(run: RunDir, engines: Sequence[str], *, rounds: int) -> dict[str, An
 
     The order rotates from round to round, because a step finds the caches that the one before it has left. Returns
     seconds and losses of each engine's steps (losses with those of the warm-up), its parameters, and what this process
-    needed.
+    needed: page faults, system time, and memory before the first step (imports, weights) and in total.
     """
     spec = stored_spec(run)
     with contextlib.ExitStack() as stack:
@@ -145,9 +145,11 @@ def measure(run: RunDir, engines: Sequence[str], *, rounds: int) -> dict[str, An
         )
         stack.callback(loader.close)
         steps = {name: loop.step for name, loop in loops.items()}
+        before = peak_bytes()
         seconds, losses, used = in_turns(steps, loader.batch, rounds=rounds)
         counts = {name: loop.parameters for name, loop in loops.items()}
-    return {"step_s": seconds, "losses": losses, "parameters": counts, **used, "peak_bytes": peak_bytes()}
+    memory = {"peak_bytes_before_steps": before, "peak_bytes": peak_bytes()}
+    return {"step_s": seconds, "losses": losses, "parameters": counts, **used, **memory}
 
 
 def in_turns(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +51,9 @@ ALONE_ROUNDS = 3
 """Counted steps of an engine alone: its memory is largest from the second step on."""
 
 AUTO = "auto"
+
+NEEDS = ("peak_bytes", "peak_bytes_before_steps", "page_faults_per_round", "system_s_per_round")
+"""What is recorded of a process with one engine."""
 
 
 def bench_peers(
@@ -181,8 +183,7 @@ def row_of(
             "step_s": spread(seconds),
             "over_headway": spread(ratios),
             "largest_relative_difference_of_losses": max(abs(a - b) / abs(b) for a, b in losses),
-            "alone": {key: alone[name][key] for key in ("peak_bytes", "page_faults_per_round", "system_s_per_round")}
-            | {"step_s": statistics.median(alone[name]["step_s"][name])},
+            "alone": {key: alone[name][key] for key in NEEDS} | {"step_s": spread(alone[name]["step_s"][name])},
             "raw_step_s": seconds,
             "losses": together["losses"][name],
         }
