@@ -85,6 +85,33 @@ def _micro_batch_arguments(parser: argparse.ArgumentParser) -> None:
     quiet_argument(parser)
 
 
+def _peers_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser)
+    parser.add_argument(
+        "--sizes",
+        type=_words,
+        default=["1.2M", "11M", "47M"],
+        metavar="A,B",
+        help="1.2M, 11M, 47M, or spec: the size in the file (default 1.2M,11M,47M)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=_words,
+        default=["transformers", "litgpt", "bare"],
+        metavar="A,B",
+        help="transformers, litgpt, or bare: a plain PyTorch loop (default: all)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto (default): fp32, and bf16 too if this CPU is faster in it",
+    )
+    parser.add_argument("--rounds", type=whole(2, 100_000), default=21, help="measured rounds, at least 2 (default 21)")
+    out_argument(parser)
+    quiet_argument(parser)
+
+
 def _gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
@@ -149,6 +176,13 @@ def _micro_batch(args: argparse.Namespace) -> int:
     return bench_micro_batch(args.spec, args.overrides, out=args.out)
 
 
+def _peers(args: argparse.Namespace) -> int:
+    from headway.launcher.bench.peers.run import bench_peers
+
+    options = {"sizes": args.sizes, "peers": args.peers, "precision": args.precision, "rounds": args.rounds}
+    return bench_peers(args.spec, args.overrides, **options, out=args.out)
+
+
 def _gpu(args: argparse.Namespace) -> int:
     from headway.launcher.bench.gpu.run import PARTS, bench_gpu
 
@@ -208,6 +242,13 @@ VERBS = (
                 examples=("headway bench micro-batch yaml/base/quickstart.yaml",),
                 arguments=_micro_batch_arguments,
                 run=_micro_batch,
+            ),
+            Verb(
+                name="peers",
+                help="time the training step beside Hugging Face transformers, litgpt and a bare PyTorch loop",
+                examples=("headway bench peers yaml/base/quickstart.yaml --sizes 1.2M --out peers.json",),
+                arguments=_peers_arguments,
+                run=_peers,
             ),
             Verb(
                 name="gpu",

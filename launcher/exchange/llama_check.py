@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headway.launcher.base.errors import HeadwayError
+from headway.launcher.base.hidden import hidden
 from headway.model.decoder import Decoder
 
 TOLERANCE = 5e-5
@@ -109,29 +108,12 @@ def compare_continuation(
     return len(new)
 
 
-@contextlib.contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """Make a package look as if it were not installed, unless it is already imported.
-
-    transformers imports torchvision if it is installed. A torchvision built for another torch would make that fail.
-    """
-    if name in sys.modules:
-        yield
-        return
-    modules: dict[str, Any] = sys.modules
-    modules[name] = None
-    try:
-        yield
-    finally:
-        del modules[name]
-
-
 def load_library() -> Any:
     """The package transformers, offline and quiet. Raises HeadwayError if it cannot be imported."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # before the first import, which reads them
         os.environ.setdefault(name, "1")
     try:
-        with _hidden("torchvision"):
+        with hidden("torchvision"):
             transformers: Any = importlib.import_module("transformers")
             _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer
     except (ImportError, RuntimeError) as e:

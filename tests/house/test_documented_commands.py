@@ -59,6 +59,7 @@ REDUCED = {
     "bench step": ["--steps", "2"],
     "bench data": ["--steps", "2"],
     "bench documents": ["--lengths", "32", "--rounds", "2"],
+    "bench peers": ["--sizes", "spec", "--peers", "bare", "--precision", "fp32", "--rounds", "2"],
     "bench mechanism": ["--lengths", "32", "--rounds", "2", "--tokens", "64"],
 }
 """Words behind commands that start so, which would otherwise take minutes or not end."""

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from headway.launcher.exchange.llama_check import _hidden
+from headway.launcher.base.hidden import hidden
 
 
 def transformers() -> Any:
     """The library, without what it imports besides."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with _hidden("torchvision"):  # at the first import, where transformers looks for it
+    with hidden("torchvision"):  # at the first import, where transformers looks for it
         transformers = pytest.importorskip("transformers")
         assert transformers.LlamaForCausalLM and transformers.AutoTokenizer
     return transformers

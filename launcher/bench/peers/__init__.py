@@ -1,0 +1,1 @@
+"""`headway bench peers`: the training step of Headway beside those of other libraries."""
