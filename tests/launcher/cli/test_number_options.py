@@ -15,7 +15,9 @@ from headway.launcher.cli.parser import make_parser
 
 TRIED = ("0", "-1", "nan", "inf", "-inf", "1e30", "1" + "0" * 30, "0.5", "x", "")
 LEGAL = {
+    "--array-limit": (),
     "--gpus": (),
+    "--jobs": (),
     "--lengths": (),
     "--margin": ("0.5",),
     "--max-shard-bytes": (),
