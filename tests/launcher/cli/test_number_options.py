@@ -33,7 +33,9 @@ LEGAL = {
     "--temperature": ("0", "0.5"),
     "--tokens": (),
     "--top-p": ("0.5",),
+    "element": ("0",),
     "owner": (),
+    "part": ("0",),
 }
 """Option -> those of `TRIED` that it takes."""
 

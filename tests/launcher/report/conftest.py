@@ -40,5 +40,5 @@ def full(few: Path) -> Path:
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> StudyFolder:
     """Two variants and two seeds, not yet written; figures are left out (they take most of the time)."""
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])
     return StudyFolder(tmp_path / "demo", ["gqa", "rgqa-k2"], [1, 2])

@@ -23,7 +23,7 @@ BAD = "rgqa-k2/seed-2"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> StudyFolder:
-    monkeypatch.setattr(report_module, "draw_all", lambda result: [])  # the figures are not looked at here
+    monkeypatch.setattr(report_module, "draw_all", lambda *_: [])  # the figures are not looked at here
     made = StudyFolder(tmp_path / "demo", VARIANTS, SEEDS)
     made.write()
     for variant in VARIANTS:

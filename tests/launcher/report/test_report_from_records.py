@@ -66,7 +66,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_every_table_and_sentence_is_the_same(both, monkeypatch):
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])  # compared below
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])  # compared below
     pages = []
     for out in both:
         report(out)
@@ -143,7 +143,7 @@ def test_a_record_of_ten_thousand_steps_is_small(tmp_path):
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch) -> StudyFolder:
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])
     folder = StudyFolder(tmp_path / "demo", ["gqa", "rgqa-k2"], [1])
     folder.write_study()
     change_record(folder, records="records")

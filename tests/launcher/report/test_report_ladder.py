@@ -177,15 +177,6 @@ def test_the_check_of_a_carried_value_is_told(tmp_path, without_figures, holds):
     assert ("0.004 is better" in page) is not holds
 
 
-def test_tuning_of_the_whole_ladder_is_read_too(tmp_path, without_figures):
-    out = LadderFolder(tmp_path / "out").write()
-    variants = tuning({"gqa": 0.002})["keys"]["optimizer.lr"]["variants"]
-    (out / "tuning.json").write_text(json.dumps({"key": "optimizer.lr", "sizes": {"tiny": variants}}))
-    (search,) = read_ladder(out).tuning.searches
-    assert (search.size, search.variant, search.chosen, len(search.trials)) == ("tiny", "gqa", 0.002, 6)
-    assert [value for value, _ in search.curve()] == [0.001, 0.002]  # 0.004 diverged with one seed
-
-
 # ---------------------------------------------------------------- what is missing
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study_module, "cell_command", lambda plan, cell: [sys.executable, "trainer.py", *cell.overrides]
     )
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])  # drawn in test_report.py
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])  # drawn in test_report.py
     return made
 
 

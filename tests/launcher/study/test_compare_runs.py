@@ -25,7 +25,7 @@ COST = {
 
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch):
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])
 
 
 @pytest.fixture

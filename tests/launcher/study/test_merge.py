@@ -21,7 +21,7 @@ VARIANTS = ["gqa", "rgqa-k2"]
 
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch):
-    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda result: [])
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_several_plans_share_the_workers_and_are_recorded_in_their_own_folders(f
     studies = []
     for name in ("one", "two"):
         path = folder.path / f"{name}.yaml"
-        path.write_text(text.replace("seeds: [1, 2]", f"seeds: [1]\nout: {name}"))
+        path.write_text(text.replace("small", name).replace("seeds: [1, 2]", f"seeds: [1]\nout: {name}"))
         studies.append(load_study(path))
     folder.behave({"gqa/seed-1": "after ../two/cells/gqa/seed-1/spec.json"})  # both at the same time, of seed 1
     plans = [plan_study(study) for study in studies]
