@@ -131,7 +131,17 @@ def status_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
 
 
 def report_file(path: Path | str, overrides: Sequence[str] = ()) -> int:
-    """Write the reports from the current records. Returns 0. Raises SpecError if no cell was started."""
+    """Write the reports from the current records. Returns 0. Raises SpecError if no cell was started.
+
+    `path`: a study file, or the folder of a study or of a ladder.
+    """
+    if (Path(path) / LADDER).is_file():
+        from headway.launcher.report.ladder import ladder_report
+
+        console.result(f"report: {ladder_report(Path(path))}")
+        return 0
+    if Path(path).is_dir():
+        return report_study(path, overrides)
     study = load_study(Path(path))
     if not study.config.is_ladder:
         return report_study(path, overrides)

@@ -62,13 +62,14 @@ def test_a_record_is_written_when_its_cell_has_finished(folder):
     folder.behave({"routed/seed-1": "fail"})
     assert run_study(folder.study) == 1
     records = folder.path / "kept" / "cells"
-    assert sorted(str(p.relative_to(records)) for p in records.rglob("*.json")) == [
+    files = [p for p in records.rglob("*.json") if p.name != "timing.json"]  # there if cells trained at once
+    assert sorted(str(p.relative_to(records)) for p in files) == [
         "gqa/seed-1.json",
         "gqa/seed-2.json",
         "routed/seed-2.json",
         "study.json",
     ]
-    before = {p: p.stat().st_mtime_ns for p in records.rglob("*.json")}
+    before = {p: p.stat().st_mtime_ns for p in files}
     folder.behave({})
     assert run_study(folder.study) == 0
     assert (records / "routed/seed-1.json").exists()
