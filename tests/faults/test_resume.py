@@ -22,9 +22,9 @@ def kill_a_rank(run, rank):
 @pytest.mark.parametrize(
     ("processes", "overrides"),
     [
-        (2, ["parallel.zero=2"]),
+        pytest.param(2, ["parallel.zero=2"], marks=pytest.mark.slow),  # ZeRO-3 and pipelines below cover more
         (2, ["parallel.zero=3", BF16]),
-        (2, [PP]),
+        pytest.param(2, [PP], marks=pytest.mark.slow),
         (2, [PP, BF16]),
         (2, [TP, "parallel.sequence_parallel=true", BF16]),
         (2, [CP]),
