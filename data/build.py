@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from headway.data import corpora, folders, tokenizer
+from headway.data import tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -31,6 +31,8 @@ from headway.data.config import (
     TokenizerFile,
     TrainTokenizer,
 )
+from headway.data.corpus import folders, read
+from headway.data.corpus.scan import Scan, scan
 from headway.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
@@ -49,7 +51,6 @@ from headway.data.manifest import (
 )
 from headway.data.mds import unigram_entropy
 from headway.data.progress import Reporter, Shown, progress_of, to_stderr
-from headway.data.scan import Scan, scan
 from headway.data.shard import ShardWriter
 from headway.data.verify import verify
 
@@ -73,7 +74,7 @@ def build(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target):
             _tidy_up(target)
-            source = corpora.source_fingerprint(cfg)
+            source = read.source_fingerprint(cfg)
             current = _current(cfg, target, source, reporter)
             if current is not None:
                 say(f"{target}: up to date, fingerprint {current.fingerprint[:12]}; nothing to do")
@@ -178,7 +179,7 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Report
 
 def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else corpora.find_files(cfg.corpus)
+    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else read.find_files(cfg.corpus)
     for line in [] if files is None else folders.summary(files):
         reporter.say(line)
     found = scan(cfg, spool, files=files, progress=reporter.progress, say=reporter.say)

@@ -16,8 +16,8 @@ from urllib.parse import urlparse
 import xxhash
 from filelock import FileLock, Timeout
 
-from headway.data import containers
 from headway.data.config import DataError
+from headway.data.corpus import containers
 from headway.data.manifest import (
     INDEX_NAME,
     LENGTHS_NAME,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.config import MAX_VOCABULARY, DataError, TokenizerFile, TrainTokenizer
-from headway.data.containers import check_pointer
+from headway.data.corpus.containers import check_pointer
 from headway.data.places import looked_for
 from headway.data.progress import Bar, Shown, progress_of
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from headway.data import containers
 from headway.data.build import build
 from headway.data.config import DataError, JsonlCorpus, TextCorpus
-from headway.data.corpora import documents
+from headway.data.corpus import containers
+from headway.data.corpus.read import documents
 
 from .conftest import corpus_config
 

@@ -23,7 +23,7 @@ from headway.data.config import (
     StdlibCorpus,
     TextCorpus,
 )
-from headway.data.corpora import corpus_files, documents, source_fingerprint
+from headway.data.corpus.read import corpus_files, documents, source_fingerprint
 
 TEXTS = ["first\ndocument", "zweites: äöü", "third " * 50_000]
 
@@ -360,7 +360,7 @@ def test_a_hub_row_without_the_field_names_the_fields(monkeypatch: pytest.Monkey
 
 
 def test_a_document_too_long_to_encode_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headway.data.document.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("headway.data.corpus.document.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 101)
     with pytest.raises(DataError, match=r"a\.txt: a document of 101 bytes; the limit is 100\. Split it"):
         list(documents(TextCorpus(type="text", paths=[str(tmp_path)])))

@@ -12,8 +12,8 @@ import pytest
 
 from headway.data.build import build
 from headway.data.config import DataError, JsonlCorpus, ParquetCorpus, TextCorpus
-from headway.data.corpora import corpus_files, documents, find_files
-from headway.data.folders import summary
+from headway.data.corpus.folders import summary
+from headway.data.corpus.read import corpus_files, documents, find_files
 from headway.data.manifest import read_manifest
 
 from .conftest import corpus_config, make_texts, write_jsonl

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from headway.data.config import DataError
-from headway.data.rows import jsonl_documents
+from headway.data.corpus.rows import jsonl_documents
 
 INPUTS = 250  # of each format, about a second
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headway.data.config import DataError
-from headway.data.parquet import parquet_documents
+from headway.data.corpus.parquet import parquet_documents
 
 pa: Any = pytest.importorskip("pyarrow")
 pq: Any = pytest.importorskip("pyarrow.parquet")

@@ -19,7 +19,7 @@ LIMIT_BYTES, LIMIT_S = 200 << 20, 2.0
 READ = """
 import json, resource, sys, time
 from headway.data.config import CorpusConfig, DataError
-from headway.data.corpora import documents
+from headway.data.corpus.read import documents
 import pyarrow.parquet, zstandard
 corpus = CorpusConfig.model_validate({
     "name": "x",

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headway.data import containers
 from headway.data.config import DataError
-from headway.data.document import Document, check_size
+from headway.data.corpus import containers
+from headway.data.corpus.document import Document, check_size
 
 # Rows that are decoded at once. A dictionary repeats a value without taking space in the file, so the rows of groups
 # that may have a large dictionary are decoded a few at a time.

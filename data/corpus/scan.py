@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from headway.data import corpora
 from headway.data.config import CorpusConfig, DataError
-from headway.data.document import Document
-from headway.data.folders import Found
+from headway.data.corpus import read
+from headway.data.corpus.document import Document
+from headway.data.corpus.folders import Found
 from headway.data.manifest import Split
 from headway.data.progress import Bar, Progress, Say, quiet
 
@@ -62,7 +62,7 @@ def scan(cfg: CorpusConfig, spool: Path, *, files: Found | None = None, progress
     left_out: Counter[str] = Counter()
     first: dict[str, str] = {}
     with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
-        for document in _usable(_counted(corpora.documents(cfg.corpus, files, say=say), bar), cfg, left_out, first):
+        for document in _usable(_counted(read.documents(cfg.corpus, files, say=say), bar), cfg, left_out, first):
             digest = hashlib.blake2b(document.text, digest_size=16).digest()
             if digest in digests:
                 left_out["duplicate"] += 1

@@ -1,6 +1,6 @@
 """Documents of a corpus, in an order that depends only on the corpus.
 
-Only the current document is held in memory. Rows of JSONL, Parquet and hub datasets: `headway.data.rows`.
+Only the current document is held in memory. Rows of JSONL, Parquet and hub datasets: `headway.data.corpus.rows`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from headway.data import containers, folders, parquet, rows, tokenizer
+from headway.data import tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
@@ -22,7 +22,8 @@ from headway.data.config import (
     StdlibCorpus,
     TextCorpus,
 )
-from headway.data.document import MAX_DOCUMENT_BYTES, Document, check_size
+from headway.data.corpus import containers, folders, parquet, rows
+from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
 from headway.data.progress import Say, quiet
 

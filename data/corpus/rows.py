@@ -1,4 +1,4 @@
-"""Documents from JSON lines and from the Hugging Face hub: one per row. Parquet: `headway.data.parquet`."""
+"""Documents from JSON lines and from the Hugging Face hub: one per row. Parquet: `headway.data.corpus.parquet`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headway.data import containers
 from headway.data.config import DataError, HuggingFaceCorpus
-from headway.data.document import MAX_DOCUMENT_BYTES, Document
+from headway.data.corpus import containers
+from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document
 from headway.data.progress import Say, quiet
 
 # The limits of a line bound the memory of reading it: a decoded character takes up to 4 bytes if one of them is wide,
