@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from headway.data import tokenizer
 from headway.data.config import (
     CorpusConfig,
     DataError,
-    HuggingFaceCorpus,
     MdsSource,
     StdlibCorpus,
+    TextCorpus,
     TokenizerFile,
     TrainTokenizer,
 )
@@ -128,7 +129,16 @@ def _tidy_up(target: Path) -> None:
 
 
 def _settings(cfg: CorpusConfig) -> dict[str, Any]:
-    return cfg.model_dump(mode="json", exclude={"out"})
+    """What decides about the dataset, as older datasets have it: newer keys only where they are not the default."""
+    settings = cfg.model_dump(mode="json", exclude={"out"})
+    if cfg.validation is None:
+        del settings["validation"]
+    else:
+        settings["validation"] = cfg.validation.model_dump(mode="json", exclude_none=True)
+        del settings["validation_fraction"]
+    if isinstance(cfg.corpus, TextCorpus) and cfg.corpus.document == "file":
+        del settings["corpus"]["document"]
+    return settings
 
 
 def _current(cfg: CorpusConfig, target: Path, source: str, reporter: Reporter) -> Manifest | None:
@@ -179,15 +189,11 @@ def _build_beside(cfg: CorpusConfig, target: Path, source: str, reporter: Report
 
 def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> Manifest:
     spool = folder / "text.spool"
-    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else read.find_files(cfg.corpus)
-    for line in [] if files is None else folders.summary(files):
+    files, own = read.corpus_and_validation_files(cfg)
+    for line in [line for part in (files, own) if part is not None for line in folders.summary(part)]:
         reporter.say(line)
-    found = scan(cfg, spool, files=files, progress=reporter.progress, say=reporter.say)
-    reporter.say(
-        "corpus: "
-        + ("" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, ")
-        + found.summary()
-    )
+    found = scan(cfg, spool, files=files, own=own, progress=reporter.progress, say=reporter.say)
+    reporter.say(f"corpus: {_number_of_files(files, own)}{found.summary()}")
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         chosen = _tokenizer(cfg, found, text, folder / TOKENIZER_NAME, reporter)
         written = {split: _write_split(cfg, split, found, text, chosen, folder, reporter) for split in SPLITS}
@@ -204,7 +210,7 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         train=train.counts,
         validation=validation.counts,
         left_out=LeftOut(**found.left_out),
-        corpus_files=None if files is None else _corpus_files(files),
+        corpus_files=None if files is None else _corpus_files(files, own),
         tokenizer_sha256=tokenizer.sha256_of(folder / TOKENIZER_NAME),
         vocab_size=chosen.vocab_size,
         eos_id=chosen.eos_id,
@@ -221,13 +227,18 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
     return manifest
 
 
-def _files_taken(files: folders.Found | None) -> str:
-    return "" if files is None else f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}, "
+def _number_of_files(files: folders.Found | None, own: folders.Found | None) -> str:
+    if files is None:
+        return ""
+    beside = "" if own is None else f" and {len(own.taken):,} for validation"
+    return f"{len(files.taken):,} file{'s' * (len(files.taken) != 1)}{beside}, "
 
 
-def _corpus_files(files: folders.Found) -> CorpusFiles:
-    examples = [str(path) for paths in files.examples.values() for path in paths]
-    return CorpusFiles(taken=len(files.taken), left_out=dict(files.left_out), examples=examples[:100])
+def _corpus_files(files: folders.Found, own: folders.Found | None) -> CorpusFiles:
+    parts = [files] if own is None else [files, own]
+    examples = [str(path) for part in parts for paths in part.examples.values() for path in paths]
+    left_out = sum((part.left_out for part in parts), Counter[str]())
+    return CorpusFiles(taken=sum(len(part.taken) for part in parts), left_out=dict(left_out), examples=examples[:100])
 
 
 def _dtype(vocab_size: int) -> Any:

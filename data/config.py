@@ -5,10 +5,11 @@ Sizes are in tokens unless the name has another unit.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_VOCABULARY = 1 << 24  # tokens; the embedding has a row for each
 
@@ -132,11 +133,21 @@ class StdlibCorpus(StrictModel):
     type: Literal["stdlib"]
 
 
+class BytePieces(StrictModel):
+    """Documents of `bytes` bytes; a character is never cut."""
+
+    bytes: int = Field(ge=16, le=32 << 20)
+
+
 class TextCorpus(StrictModel):
-    """Plain UTF-8 text files, one document each."""
+    """Plain UTF-8 text files, one document each or cut into documents."""
 
     type: Literal["text"]
     paths: list[str] = Field(min_length=1, description="files, folders or glob patterns")
+    document: Literal["file", "blank_line", "line"] | BytePieces = Field(
+        default="file",
+        description="what a document is: a file, a paragraph that ends at a blank line, a line, or `bytes: N`",
+    )
 
 
 class JsonlCorpus(StrictModel):
@@ -187,6 +198,36 @@ class TokenizerFile(StrictModel):
     )
 
 
+class ValidationPart(StrictModel):
+    """Which documents are for validation, instead of some that are selected by hash. One of the keys is given."""
+
+    last: float | None = Field(
+        default=None, gt=0, lt=1, description="fraction of the text, by bytes, at the end of the corpus"
+    )
+    paths: list[str] | None = Field(
+        default=None, min_length=1, description="own files, folders or glob patterns, of the type of the corpus"
+    )
+    split: str | None = Field(default=None, description="own split of a dataset of the hub")
+
+    @model_validator(mode="after")
+    def _one(self) -> ValidationPart:
+        if sum(value is not None for value in (self.last, self.paths, self.split)) != 1:
+            raise ValueError("give one of `last: 10%` (the end of the text), `paths` (own files) and `split` (hub)")
+        return self
+
+
+_LAST = re.compile(r"\s*(?:last\s+)?([0-9.]+)\s*%\s*")
+
+
+def _last_part(value: object) -> object:
+    """`last 10 %` and `last: 10%` as fractions."""
+    if isinstance(value, str) and (found := _LAST.fullmatch(value)) and "last" in value:
+        return {"last": float(found[1]) / 100}
+    if isinstance(value, dict) and isinstance(last := value.get("last"), str) and (found := _LAST.fullmatch(last)):
+        return {**value, "last": float(found[1]) / 100}
+    return value
+
+
 class CorpusConfig(StrictModel):
     """Config of `headway data build`."""
 
@@ -197,12 +238,39 @@ class CorpusConfig(StrictModel):
     tokenizer: Annotated[TrainTokenizer | TokenizerFile, Field(discriminator="type")]
     out: str | None = Field(default=None, description="folder of the dataset; default datasets/NAME")
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of documents, selected by hash")
+    validation: Annotated[ValidationPart | None, BeforeValidator(_last_part)] = Field(
+        default=None,
+        description="instead of validation_fraction: `last: 10%` of the text, `paths` of own files, or `split` of a "
+        "dataset of the hub",
+    )
     min_document_bytes: int = Field(default=1, ge=0, description="shorter documents are skipped and counted")
     bad_documents: Literal["error", "skip"] = Field(
         default="error", description="reaction to documents that are empty or not UTF-8; skip: skip and count them"
     )
     shard_bytes: int = Field(default=16 << 20, ge=4096, description="size limit of one shard, uncompressed")
     compression: Literal["zstd"] | None = Field(default=None, description="shards are compressed with zstd when set")
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> CorpusConfig:
+        if self.validation is None:
+            return self
+        if "validation_fraction" in self.model_fields_set:
+            raise ValueError("validation_fraction: has no effect beside `validation`; remove one of them")
+        hub = isinstance(self.corpus, HuggingFaceCorpus)
+        has_files = isinstance(self.corpus, TextCorpus | JsonlCorpus | ParquetCorpus)
+        if (self.validation.paths is not None and not has_files) or (self.validation.split is not None and not hub):
+            raise ValueError(
+                f"validation: a corpus of type {self.corpus.type} has no such validation; use "
+                + ("`split: NAME` or " if hub else "`paths: [...]` or " if has_files else "")
+                + "`last: 10%`, or validation_fraction"
+            )
+        return self
+
+    def validation_corpus(self) -> TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus | None:
+        """The corpus of the validation documents, if they have one of their own."""
+        if self.validation is None or self.validation.last is not None or isinstance(self.corpus, StdlibCorpus):
+            return None
+        return self.corpus.model_copy(update=self.validation.model_dump(exclude_none=True))
 
     def out_dir(self) -> Path:
         return Path(self.out or f"datasets/{self.name}")

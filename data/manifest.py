@@ -68,6 +68,9 @@ class LeftOut(StrictModel):
     binary: Count = 0
     too_short: Count = 0
     duplicate: Count = 0
+    in_validation: Count | None = Field(
+        default=None, description="training documents that are in the validation files too; None without such files"
+    )
 
 
 class CorpusFiles(StrictModel):
@@ -123,7 +126,10 @@ class Manifest(StrictModel):
         """sha256 of what is told about the data: settings and source of the build, what was left out, statistics."""
         keys = {"name", "settings", "source_fingerprint", "python", "left_out", "corpus_files", "lossy"}
         keys |= {"unigram_entropy_nats", "validation_bytes_per_token"}
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
+        facts = self.model_dump(mode="json", include=keys)
+        if self.left_out.in_validation is None:  # as in manifests without this field
+            del facts["left_out"]["in_validation"]
+        return hashlib.sha256(canonical_json(facts)).hexdigest()
 
     def sealed(self) -> Manifest:
         """This manifest with the hashes of its content."""

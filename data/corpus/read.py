@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from headway.data import tokenizer
@@ -22,20 +22,13 @@ from headway.data.config import (
     StdlibCorpus,
     TextCorpus,
 )
-from headway.data.corpus import containers, folders, parquet, rows
+from headway.data.corpus import containers, cut, folders, parquet, rows
 from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
 from headway.data.progress import Say, quiet
 
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _READERS = 2  # raised when readers give other documents for the same files, so that datasets are built again
 
 AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
@@ -58,7 +51,7 @@ def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say
                 yield Document.make(id, str(path), _unix_lines(_read(path)))
         case TextCorpus():
             for id, path in taken:
-                yield _text_document(id, path, say)
+                yield from _text_documents(corpus, id, path, say)
         case JsonlCorpus():
             for id, path in taken:
                 yield from rows.jsonl_documents(path, id, corpus.field, say=say)
@@ -78,6 +71,24 @@ def find_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) 
     return folders.find(corpus.paths, corpus.type)
 
 
+def corpus_and_validation_files(cfg: CorpusConfig) -> tuple[folders.Found | None, folders.Found | None]:
+    """Files of the corpus without those of the validation, and files of the validation; None where there are none.
+
+    Raises DataError if no file is left for training.
+    """
+    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else find_files(cfg.corpus)
+    corpus = cfg.validation_corpus()
+    if files is None or corpus is None or isinstance(corpus, HuggingFaceCorpus):
+        return files, None
+    own = find_files(corpus)
+    for path in [path for path in files.taken if path in own.taken]:
+        del files.taken[path]
+        files.leave_out(path, "for validation")
+    if not files.taken:
+        raise DataError("validation.paths: all files of the corpus are validation files; name fewer of them")
+    return files, own
+
+
 def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
     """(id, path) of every file that `find_files` takes."""
     return [(id, path) for path, id in find_files(corpus).taken.items()]
@@ -90,9 +101,9 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
     """
     facts: list[object] = []
     if not isinstance(cfg.corpus, HuggingFaceCorpus):
-        for _id, path in corpus_files(cfg.corpus):
-            stat = path.stat()
-            facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        facts += _states(cfg.corpus)
+        if (own := cfg.validation_corpus()) is not None and not isinstance(own, HuggingFaceCorpus):
+            facts.append(["validation", *_states(own)])
         if not isinstance(cfg.corpus, StdlibCorpus):
             facts.append(f"readers {_READERS}")
     if isinstance(cfg.corpus, StdlibCorpus):
@@ -100,6 +111,15 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
     if cfg.tokenizer.type == "file":
         facts.append(hashlib.sha256(tokenizer.read_file(cfg.tokenizer)).hexdigest())
     return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def _states(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[object]:
+    """Path, size and modification time of every file."""
+    found: list[object] = []
+    for _id, path in corpus_files(corpus):
+        stat = path.stat()
+        found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -116,15 +136,23 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return found
 
 
-def _text_document(id: str, path: Path, say: Say) -> Document:
-    """A text file, compressed or not, without its byte order mark and with the line ends of Unix."""
+def _text_documents(corpus: TextCorpus, id: str, path: Path, say: Say) -> Iterator[Document]:
+    """Documents of a text file, compressed or not, without its byte order mark and with the line ends of Unix."""
     found = containers.head(path, any_text=True)
     if found.note:
         say(found.note)
+    pieces = containers.chunks(path, found.format)
+    if corpus.document == "file":
+        yield _whole(pieces, id, path)
+    else:
+        yield from cut.cut(pieces, corpus.document, id, str(path))
+
+
+def _whole(pieces: Iterable[bytes], id: str, path: Path) -> Document:
     data, encoding = bytearray(), "utf-8"
-    for piece in containers.chunks(path, found.format):
+    for piece in pieces:
         if not data:
-            encoding = next((name for mark, name in _BYTE_ORDER_MARKS if piece.startswith(mark)), "utf-8")
+            encoding = cut.encoding_of(piece)
         data += piece
         if len(data) > MAX_DOCUMENT_BYTES * (1 if encoding == "utf-8" else 2) + 4:
             check_size(len(data), str(path))

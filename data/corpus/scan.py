@@ -13,6 +13,7 @@ import numpy as np
 
 from headway.data.config import CorpusConfig, DataError
 from headway.data.corpus import read
+from headway.data.corpus.cut import character_start
 from headway.data.corpus.document import Document
 from headway.data.corpus.folders import Found
 from headway.data.manifest import Split
@@ -23,7 +24,14 @@ _WHAT = {
     "not_utf8": "is not UTF-8 text",
     "binary": "is full of NUL bytes, so it is UTF-16 without a byte order mark, or no text",
 }
-_LEFT_OUT = {"not_utf8": "not UTF-8", "binary": "full of NUL bytes", "too_short": "too short"}
+_LEFT_OUT = {
+    "not_utf8": "not UTF-8",
+    "binary": "full of NUL bytes",
+    "too_short": "too short",
+    "in_validation": "also in the validation files",
+}
+_NEARLY = 0.9  # of the wanted bytes of validation
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,7 @@ class Scan:
         reasons = [
             f"{count:,} {_LEFT_OUT.get(reason, reason)} (first: {self.first_left_out[reason]})"
             for reason, count in sorted(self.left_out.items())
+            if count
         ]
         return f"{len(self.ids):,} documents, left out: {', '.join(reasons) or 'none'}"
 
@@ -50,43 +59,114 @@ class Scan:
         return spool[begin : begin + int(self.lengths[document])]
 
 
-def scan(cfg: CorpusConfig, spool: Path, *, files: Found | None = None, progress: Progress, say: Say = quiet) -> Scan:
-    """Read the corpus once: write usable documents without duplicates to `spool` and split them by hash of the text.
+def scan(
+    cfg: CorpusConfig,
+    spool: Path,
+    *,
+    files: Found | None = None,
+    own: Found | None = None,
+    progress: Progress,
+    say: Say = quiet,
+) -> Scan:
+    """Read the corpus once: write usable documents without duplicates to `spool` and divide them into splits.
 
-    Split and order come from separate bits of the hash, so the position of a document does not depend on the others.
-    Raises DataError for an unusable document (unless they are skipped), or if fewer than two documents are left.
+    files, own: Files of the corpus and of the validation, if they were found before.
+
+    Documents are divided by hash of the text, or as `cfg.validation` says. The order within a split is that of the
+    hashes. Split and order come from separate bits of the hash, so the position of a document does not depend on the
+    others. Raises DataError for an unusable document (unless they are skipped), or if a split would be empty.
     """
     ids: list[str] = []
     lengths: list[int] = []
-    digests: dict[bytes, None] = {}
+    places: dict[bytes, int] = {}  # digest -> number of the document
     left_out: Counter[str] = Counter()
     first: dict[str, str] = {}
+    validation, held_out = cfg.validation_corpus(), 0
+    # Validation documents come first, so that of two equal documents the one for training is left out.
+    parts = [] if validation is None else [read.documents(validation, own, say=say)]
     with spool.open("wb") as stream, progress("read documents", unit="documents") as bar:
-        for document in _usable(_counted(read.documents(cfg.corpus, files, say=say), bar), cfg, left_out, first):
-            digest = hashlib.blake2b(document.text, digest_size=16).digest()
-            if digest in digests:
-                left_out["duplicate"] += 1
-                first.setdefault("duplicate", document.origin)
-                continue
-            digests[digest] = None
-            ids.append(document.id)
-            lengths.append(len(document.text))
-            stream.write(document.text)
-    if len(ids) < 2:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none skipped"
-        raise DataError(
-            f"corpus: {len(ids)} usable document{'s' * (len(ids) != 1)} ({reasons}), but one is needed for training "
-            "and one for validation; give more files, or split a text into a .jsonl file with one document per line"
-        )
+        for part in (*parts, read.documents(cfg.corpus, files, say=say)):
+            held_out = len(ids)
+            for document in _usable(_counted(part, bar), cfg, left_out, first):
+                digest = _digest(document.text)
+                if digest in places:
+                    reason = "in_validation" if places[digest] < held_out else "duplicate"
+                    left_out[reason] += 1
+                    first.setdefault(reason, document.origin)
+                    continue
+                places[digest] = len(ids)
+                ids.append(document.id)
+                lengths.append(len(document.text))
+                stream.write(document.text)
+    if validation is not None:
+        left_out.setdefault("in_validation", 0)
+    digests = list(places)
+    if cfg.validation is not None and cfg.validation.last is not None:
+        begin = _cut_last(spool, ids, lengths, digests, cfg.validation.last)
+        is_validation = np.arange(len(ids)) >= begin
+    elif validation is not None:
+        is_validation = np.arange(len(ids)) < held_out
+    else:
+        is_validation = _by_hash(digests, cfg.validation_fraction) if len(ids) > 1 else np.zeros(len(ids), bool)
+    _check_splits(is_validation, left_out)
     sizes = np.array(lengths, dtype=np.int64)
     return Scan(
         ids=ids,
         offsets=np.cumsum(sizes) - sizes,
         lengths=sizes,
-        order=_divide(list(digests), cfg.validation_fraction),
+        order=_divide(digests, is_validation),
         left_out=dict(left_out),
         first_left_out=first,
     )
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _check_splits(is_validation: np.ndarray, left_out: Counter[str]) -> None:
+    held_out = int(is_validation.sum())
+    if 0 < held_out < len(is_validation):
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count) or "none skipped"
+    count = len(is_validation)
+    divided = "" if count < 2 else f", {held_out} of them for validation"
+    raise DataError(
+        f"corpus: {count} usable document{'s' * (count != 1)}{divided} ({reasons}), but one is needed for training "
+        "and one for validation; give more files, cut the text into documents (`corpus.document: blank_line` of a "
+        "text corpus), or use its end (`validation: last 10%`)"
+    )
+
+
+def _cut_last(spool: Path, ids: list[str], lengths: list[int], digests: list[bytes], fraction: float) -> int:
+    """The first document of the last `fraction` of the bytes. It may be the second half of a document.
+
+    A document that lies across the boundary is for training, unless less than nine tenths of the wanted bytes come
+    after it. Then it is cut at the next line end, or at the next character if that is far.
+    """
+    ends = np.cumsum(np.array(lengths, dtype=np.int64))
+    if not len(ends):
+        return 0
+    total = int(ends[-1])
+    boundary = int(total * (1 - fraction))
+    wanted = total - boundary
+    number = int(np.searchsorted(ends, boundary, side="right"))
+    begin = int(ends[number]) - lengths[number]
+    if begin == boundary or total - int(ends[number]) >= _NEARLY * wanted:
+        return number if begin == boundary else number + 1
+    with spool.open("rb") as stream:
+        stream.seek(begin)
+        text = stream.read(lengths[number])
+    at = text.find(b"\n", boundary - begin) + 1
+    if not at or at - (boundary - begin) > (1 - _NEARLY) * wanted or not text[at:].strip():
+        at = character_start(text, boundary - begin)
+    halves = [text[:at], text[at:]]
+    if not all(half.strip() for half in halves):
+        return number + bool(halves[0].strip())
+    ids[number : number + 1] = [ids[number], f"{ids[number]}@{at}"]
+    lengths[number : number + 1] = map(len, halves)
+    digests[number : number + 1] = map(_digest, halves)
+    return number + 1
 
 
 def _counted(found: Iterable[Document], bar: Bar) -> Iterator[Document]:
@@ -114,14 +194,24 @@ def _usable(
             yield document
 
 
-def _divide(digests: list[bytes], validation_fraction: float) -> dict[Split, np.ndarray]:
+def _places(digests: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """(place in [0, 1), rank) of each document: separate bits of its hash."""
     bits = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
-    place, rank = bits[:, 0] / 2.0**64, bits[:, 1]
+    return bits[:, 0] / 2.0**64, bits[:, 1]
+
+
+def _by_hash(digests: list[bytes], validation_fraction: float) -> np.ndarray:
+    place, _ = _places(digests)
     validation = place < validation_fraction
     # In a small corpus a split may be empty by chance. It then gets the document closest to the threshold.
     if not validation.any():
         validation[place.argmin()] = True
     elif validation.all():
         validation[place.argmax()] = False
+    return validation
+
+
+def _divide(digests: list[bytes], validation: np.ndarray) -> dict[Split, np.ndarray]:
+    place, rank = _places(digests)
     order = np.lexsort((place, rank))
     return {"train": order[~validation[order]], "validation": order[validation[order]]}
