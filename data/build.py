@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,11 @@ def _lossy(train: _Written, validation: _Written, reporter: Reporter) -> Lossy |
 
 
 def _check_loss(
-    cfg: CorpusConfig, chosen: tokenizer.CorpusTokenizer, names: list[str], texts: list[str], ids: list[list[int]]
+    cfg: CorpusConfig,
+    chosen: tokenizer.CorpusTokenizer,
+    names: list[str],
+    texts: list[str],
+    ids: Sequence[Sequence[int]],
 ) -> tuple[int, int, str]:
     """Documents of a batch that come back with a space in front, that do not come back, and the first of these.
 
@@ -358,7 +362,8 @@ def _write_split(
                         f"{chosen.vocab_size}; its tokenizer.json contradicts itself, so use another one"
                     )
                 chosen.check_ends(ids, found.ids[document])
-                tokens = np.array([*ids, chosen.eos_id], dtype=dtype)
+                tokens = np.empty(len(ids) + 1, dtype=dtype)
+                tokens[:-1], tokens[-1] = ids, chosen.eos_id
                 token_counts += np.bincount(tokens, minlength=chosen.vocab_size)
                 writer.write(found.ids[document], tokens)
                 lengths[row] = len(tokens)

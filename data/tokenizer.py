@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _MAX_FILE_BYTES = 256 << 20
 _MAX_ADDED = 256  # characters of an added token; the library takes a time that grows with the square of its length
 _PIECE = 128 << 10  # characters; encoding needs about 125 bytes of memory per byte of text
 _PIECES = 8  # that are encoded together, on all cores
+_DECODED = 64 << 10  # ids that are decoded together
 _BESIDE = 256  # characters on both sides of a cut whose ids are compared
 _TRIES = 16  # places that are compared before the rest is encoded whole
 _CUT = re.compile(r"[A-Za-z] (?=[A-Za-z])")
@@ -63,7 +65,7 @@ class CorpusTokenizer:
                 f"that contain it; set eos_token to a special token (others here: {choice})"
             )
 
-    def encode(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[Sequence[int]]:
         """Token ids of each text, without special tokens. Runs on all cores.
 
         Raises DataError if the tokenizer fails; the message has the text's name from `names`, or its beginning.
@@ -78,17 +80,17 @@ class CorpusTokenizer:
                 raise DataError(f"{self.name}: cannot encode {what}: {error}") from None
         raise DataError(f"{self.name}: cannot encode these {len(texts)} texts together; use another tokenizer")
 
-    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encoded(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Long texts in pieces, whose ids together are those of the whole, if the tokenizer can be cut."""
         if self._cuts is None and any(len(text) > _PIECE for text in texts):
             self._cuts = _can_be_cut(self._tokenizer)
         if not self._cuts:
-            return self._encoded_whole(texts)
+            return [*self._encoded_whole(texts)]
         whole = iter(self._encoded_whole([text for text in texts if len(text) <= _PIECE]))
         return [next(whole) if len(text) <= _PIECE else self._encoded_in_pieces(text) for text in texts]
 
-    def _encoded_in_pieces(self, text: str) -> list[int]:
-        ids: list[int] = []
+    def _encoded_in_pieces(self, text: str) -> array[int]:
+        ids = array("I")  # 4 bytes per id, a list has 36
         begin = 0
         while begin < len(text):
             pieces = []
@@ -97,7 +99,7 @@ class CorpusTokenizer:
                 pieces.append(text[begin:end])
                 begin = end
             for part in self._encoded_whole(pieces):
-                ids += part
+                ids.extend(part)
         return ids
 
     def _cut(self, text: str, begin: int) -> int:
@@ -125,16 +127,34 @@ class CorpusTokenizer:
         except _Failed as error:
             raise DataError(f"{self.name}: cannot decode token ids: {error}") from None
 
-    def lost(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[tuple[int, str]]:
+    def lost(self, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> list[tuple[int, str]]:
         """Number and decoded text of each text that its token ids do not give back. Runs on all cores."""
         if self.exact:
             return []
         try:
             with _one_error(), _without_panic_messages():
-                decoded = self._tokenizer.decode_batch(list(encoded), skip_special_tokens=False)
+                numbers = [n for n, ids in enumerate(encoded) if not self._gives_back(texts[n], ids)]
+                lists = [list(encoded[n]) for n in numbers]
+                decoded = self._tokenizer.decode_batch(lists, skip_special_tokens=False)
         except _Failed as error:
             raise DataError(f"{self.name}: cannot decode token ids: {error}") from None
-        return [(n, back) for n, (text, back) in enumerate(zip(texts, decoded, strict=True)) if text != back]
+        return [(n, back) for n, back in zip(numbers, decoded, strict=True) if texts[n] != back]
+
+    def _gives_back(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether a long text comes back when its ids are decoded in parts. False if that is not tried.
+
+        Decoding a million ids at once takes 70 MB.
+        """
+        if len(ids) <= _DECODED:
+            return False
+        stream = StreamDecoder(lambda part: self._tokenizer.decode(part, skip_special_tokens=False))
+        at = 0
+        for begin in range(0, len(ids), _DECODED):
+            part = stream.put(ids[begin : begin + _DECODED])
+            if not text.startswith(part, at):
+                return False
+            at += len(part)
+        return text[at:] == stream.close()
 
     def vocabulary(self) -> dict[str, int]:
         """Id of every token, added ones too."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from headway.data import tokenizer as module
 from headway.data.tokenizer import CorpusTokenizer
@@ -124,7 +124,7 @@ def test_ids_of_a_long_text_are_those_of_the_whole(
         return plain(texts)
 
     monkeypatch.setattr(ours, "_encoded_whole", watched)
-    assert ours.encode(texts) == expected
+    assert [list(ids) for ids in ours.encode(texts)] == expected
     assert longest <= 1000 if cut else longest == max(map(len, texts))
 
 
@@ -132,4 +132,46 @@ def test_a_text_without_a_place_to_cut_is_encoded_whole() -> None:
     text = "日本語" * 500
     tokenizer = byte_level()
     expected = tokenizer.encode(text).ids
-    assert CorpusTokenizer(tokenizer, eos_token="</s>").encode([text]) == [expected]
+    assert [list(ids) for ids in CorpusTokenizer(tokenizer, eos_token="</s>").encode([text])] == [expected]
+
+
+def with_decoder(make: Callable[[], Any], decoder: Any) -> Any:
+    tokenizer = make()
+    tokenizer.decoder = decoder
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "decoder", "exact"),
+    [
+        (byte_level, decoders.ByteLevel(), True),
+        (in_sequence, decoders.ByteLevel(), True),
+        (prefix_space, decoders.ByteLevel(), False),
+        (metaspace, decoders.Metaspace(), False),
+        (word_piece, decoders.WordPiece(), False),
+        (byte_level, None, False),
+    ],
+)
+def test_the_loss_of_a_long_text_is_that_of_decoding_it_at_once(
+    make: Callable[[], Any], decoder: Any, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_DECODED", 50)
+    tokenizer = with_decoder(make, decoder)
+    texts = [text_of(seed, words).replace("e\u0301", "é") for seed, words in ((1, 3000), (2, 5), (3, 2000))]
+    ours = CorpusTokenizer(tokenizer, eos_token="</s>")
+    encoded = ours.encode(texts)
+    whole = tokenizer.decode_batch([list(ids) for ids in encoded], skip_special_tokens=False)
+    expected = [(n, back) for n, (text, back) in enumerate(zip(texts, whole, strict=True)) if text != back]
+    batches: list[int] = []
+
+    class Watched:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return tokenizer.decode(ids, **options)
+
+        def decode_batch(self, lists: list[list[int]], **options: Any) -> list[str]:
+            batches.extend(map(len, lists))
+            return tokenizer.decode_batch(lists, **options)
+
+    monkeypatch.setattr(ours, "_tokenizer", Watched())
+    assert ours.lost(texts, encoded) == expected and (not expected) is exact
+    assert max(batches) <= 50 if exact else max(batches) > 1000  # a loss is looked up in the whole text
