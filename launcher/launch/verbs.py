@@ -11,6 +11,11 @@ from headway.launcher.base.verbs import Verb, output_arguments, spec_arguments
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="train the run of the spec to more train.tokens, as a branch in RUN_DIR-TOKENS",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what each host would execute, and exit")
     parser.add_argument(
         "--node-rank",
@@ -26,6 +31,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.extend:
+        from headway.launcher.base import console
+        from headway.launcher.run.extending import extension
+        from headway.launcher.spec.load import load_spec
+
+        overrides, what = extension(load_spec(args.spec, args.overrides, no_auto=None).spec)
+        others = [word for word in args.overrides if word.partition("=")[0].strip() != "run_dir"]
+        args.overrides = [*others, *overrides]
+        console.note(what)
     if args.print_config:
         from headway.launcher.base import console
         from headway.launcher.spec.load import format_config, load_spec
@@ -51,6 +65,7 @@ VERBS = (
             "headway train yaml/base/quickstart.yaml",
             "headway train yaml/base/quickstart.yaml optimizer.lr=1e-3 --print-config",
             "headway train yaml/base/quickstart.yaml --dry-run",
+            "headway train yaml/base/quickstart.yaml train.tokens=409600 --extend",
         ),
         arguments=_arguments,
         run=_train,

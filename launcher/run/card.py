@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from headway.launcher.run.identity import code_hash, identity_hash, run_identity
@@ -35,6 +36,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "speed": _speed(spec),
         "data_fingerprint": info["fingerprint"],
+        "working_dir": str(Path.cwd()),  # relative paths of the spec are relative to it
         "vocab_size": spec.model.vocab_size,
         "train_tokens_of_data": info.get("train_tokens"),
         "unigram_entropy_nats": info.get("unigram_entropy_nats"),

@@ -86,7 +86,7 @@ class Codec:
         """Token ids of a prompt, at least one. An empty text prompt begins a document."""
         begin = [] if self.bos_id is None else [self.bos_id]
         if self.tokenizer is not None:
-            return begin + self.tokenizer.encode([prompt])[0] or [self.tokenizer.eos_id]
+            return [*begin, *self.tokenizer.encode([prompt])[0]] or [self.tokenizer.eos_id]
         words = prompt.split()
         if not words or not all(w.isdecimal() and w.isascii() and int(w) < self._vocab_size for w in words):
             raise SpecError(

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
-from headway.launcher.run.run_dir import RunDir
+from pathlib import Path
+
+from headway.data.config import DataError, MdsSource
+from headway.data.places import remember
+from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 
 
 def stored_spec(run: RunDir) -> Spec:
-    """Load the spec in `spec.json` with this installation.
+    """Load the spec in `spec.json` with this installation. Its dataset is found from any working folder (`_placed`).
 
     Raises NoInputError if the file does not exist, SpecError if it is damaged or invalid in this installation: the
     package of its mechanism may not be installed. The message names line and key.
     """
     try:
-        return Spec.model_validate_json(run.spec.read_text(encoding="utf-8"))
+        spec = Spec.model_validate_json(run.spec.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return load_spec(run.spec, no_auto=None).spec  # slower, but its error locates the problem
+        spec = load_spec(run.spec, no_auto=None).spec  # slower, but its error locates the problem
+    return _placed(spec, run)
+
+
+def _placed(spec: Spec, run: RunDir) -> Spec:
+    """The spec with the dataset's path made absolute if it is relative and not in the working folder.
+
+    It is looked for in the folders that contain the run, the nearest first, and then in the folder in which the run was
+    started. A dataset counts if it has the fingerprint that the run was trained on. So a project folder may be moved,
+    and commands may be given anywhere.
+    """
+    source = spec.data.source
+    if not isinstance(source, MdsSource):
+        return spec
+    written = Path(source.path).expanduser()
+    if written.is_absolute() or written.exists():
+        return spec
+    card = read_mapping(run.card)
+    folders = [*run.path.resolve().parents, *([Path(start)] if (start := card.get("working_dir")) else [])]
+    for folder in folders:
+        if (folder / written).is_dir() and _fingerprint(folder / written) == card.get("data_fingerprint"):
+            placed = source.model_copy(update={"path": str(folder / written)})
+            return spec.model_copy(update={"data": spec.data.model_copy(update={"source": placed})})
+    remember(source.path, folders)
+    return spec
+
+
+def _fingerprint(folder: Path) -> str | None:
+    from headway.data.manifest import read_manifest
+
+    try:
+        return read_manifest(folder).fingerprint
+    except DataError:
+        return None
