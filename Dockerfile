@@ -5,9 +5,12 @@
 # CI does not build this image, because it has neither a Docker daemon nor a GPU. You may have to adapt it to your
 # cluster's driver and network.
 #
+# Two stages: `build` compiles apex and installs everything into /opt/headway; the image has that folder and no CUDA
+# compiler. Dependencies are installed before the sources are copied, so a changed source rebuilds the last layers only.
+#
 # The image must have the CUDA version that torch's wheel was built with (13.0 for torch 2.13). Otherwise apex does not
 # compile.
-FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04
+FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04 AS build
 
 # Full commit hash (40 hex digits), because apex has no releases that follow torch.
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
@@ -18,8 +21,7 @@ ARG BUILD_JOBS=4
 
 ENV DEBIAN_FRONTEND=noninteractive \
     PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PYTHONUNBUFFERED=1
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential ca-certificates git python3.12 python3.12-dev python3.12-venv \
@@ -40,11 +42,32 @@ RUN git clone --filter=blob:none https://github.com/NVIDIA/apex /build/apex \
     && python -c "import torch, amp_C, apex_C, fused_layer_norm_cuda" \
     && rm -rf /build/apex
 
+# Dependencies of Headway, as pyproject.toml lists them.
+COPY pyproject.toml /build/pyproject.toml
+RUN python -c "import tomllib; project = tomllib.load(open('/build/pyproject.toml', 'rb'))['project']; \
+      extras = project['optional-dependencies']; \
+      print(*project['dependencies'], *extras['gpu'], *extras['hf'], sep='\n')" > /build/requirements.txt \
+    && pip install -c /build/constraints.txt -r /build/requirements.txt
+
 COPY . /build/headway
-RUN pip install -c /build/constraints.txt "/build/headway[gpu,hf]" \
+RUN pip install --no-deps "/build/headway[gpu,hf]" \
     && pip check \
-    && cp -r /build/headway/yaml /opt/headway/yaml \
-    && rm -rf /build
+    && cp -r /build/headway/yaml /opt/headway/yaml
+
+FROM nvidia/cuda:13.0.3-cudnn-runtime-ubuntu24.04
+
+ENV DEBIAN_FRONTEND=noninteractive \
+    PYTHONUNBUFFERED=1
+
+# gcc, g++ and Python's headers: Triton and torch.compile build their launchers and kernels when they run.
+# ibverbs and rdmacm: NCCL reaches InfiniBand and RoCE through them. iproute2 and openssh-client: launches over ssh.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates g++ gcc python3.12 python3.12-dev \
+       ibverbs-providers libibverbs1 librdmacm1t64 iproute2 openssh-client \
+    && rm -rf /var/lib/apt/lists/*
+
+COPY --from=build /opt/headway /opt/headway
+ENV PATH=/opt/headway/bin:$PATH
 
 RUN useradd --create-home --uid 10001 headway
 USER headway

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,28 @@ def all_of(steps: list[tuple[str, str]], word: str) -> list[str]:
     return [rest for each, rest in steps if each == word]
 
 
-def test_the_base_image_is_a_cuda_compiler_image_pinned_to_a_full_version(steps: list[tuple[str, str]]) -> None:
-    (image,) = all_of(steps, "FROM")
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-cudnn-devel-ubuntu\d\d\.\d\d", image)
+def test_the_base_images_are_of_one_full_version_with_a_compiler_in_the_first_stage_only(
+    steps: list[tuple[str, str]],
+) -> None:
+    build, image = all_of(steps, "FROM")
+    first = re.fullmatch(r"nvidia/cuda:(\d+\.\d+\.\d+)-cudnn-devel-(ubuntu\d\d\.\d\d) AS build", build)
+    second = re.fullmatch(r"nvidia/cuda:(\d+\.\d+\.\d+)-cudnn-runtime-(ubuntu\d\d\.\d\d)", image)
+    assert first is not None and second is not None and first.groups() == second.groups()
+    assert "--from=build /opt/headway /opt/headway" in all_of(steps, "COPY")
+    late = " ".join(all_of(steps[steps.index(("FROM", image)) :], "RUN"))
+    assert "libibverbs1" in late and "librdmacm1t64" in late and "build-essential" not in late and "pip" not in late
+
+
+def test_a_changed_source_does_not_install_the_dependencies_again(steps: list[tuple[str, str]]) -> None:
+    sources = steps.index(("COPY", ". /build/headway"))
+    dependencies = next(i for i, (_, rest) in enumerate(steps) if "-r /build/requirements.txt" in rest)
+    assert dependencies < sources
+    (command,) = re.findall(r'python -c "(import tomllib; .*?)" > /build/requirements.txt', steps[dependencies][1])
+    done = subprocess.run([sys.executable, "-c", command.replace("/build", str(ROOT))], capture_output=True, text=True)
+    listed = done.stdout.split("\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert done.returncode == 0 and set(project["dependencies"]) <= set(listed), done.stderr
+    assert set(project["optional-dependencies"]["hf"]) <= set(listed)
 
 
 def test_apex_is_nvidias_source_at_a_pinned_commit_with_its_fused_extensions(steps: list[tuple[str, str]]) -> None:
@@ -41,7 +63,7 @@ def test_apex_is_nvidias_source_at_a_pinned_commit_with_its_fused_extensions(ste
 
 def test_python_packages_are_installed_with_the_constraints(steps: list[tuple[str, str]]) -> None:
     installs = [part for run in all_of(steps, "RUN") for part in run.split("&&") if "pip install" in part]
-    assert len(installs) == 3
+    assert len(installs) == 4
     assert all("-c /build/constraints.txt" in part or "--no-deps" in part for part in installs)
     assert any("/build/headway[" in part for part in installs)
 
