@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,10 +161,8 @@ class _Probe:
             )
         with torch.device("meta"):
             block = Block(model, attention).to(self.dtype)
-        block = block.to_empty(device="cpu")
+        block._apply(_zeros)
         with torch.no_grad():
-            for tensor in [*block.parameters(), *block.buffers()]:
-                tensor.zero_()
             integers = [name for name, buffer in block.named_buffers() if not buffer.is_floating_point()]
             if integers:  # sizes of groups, say: shapes follow from them
                 built = Block(model, attention)
@@ -260,6 +259,12 @@ def saved_storages(
         selective.observe = pack
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of the shape of a tensor on the meta device, in pages that take no memory while they are only read."""
+    pages = np.zeros(max(1, like.numel()) * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(pages).view(like.dtype)[: like.numel()].view(like.shape)
 
 
 class _Resized(torch.autograd.Function):

@@ -84,9 +84,10 @@ def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_pe
     """
     legal: dict[tuple[object, ...], list[Layout]] = {}
     illegal: Counter[str] = Counter()
-    candidates = list(_candidates(spec, *_hosts(gpus, gpu)))
-    with console.progress(f"search layouts of {gpus} GPUs", len(candidates), "layouts") as bar:
-        for candidate in candidates:
+    shape = _hosts(gpus, gpu)
+    total = sum(1 for _ in _candidates(spec, *shape))
+    with console.progress(f"search layouts of {gpus} GPUs", total, "layouts") as bar:
+        for candidate in _candidates(spec, *shape):
             bar.update()
             reason = why_not(candidate)
             if reason is not None:
