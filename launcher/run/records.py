@@ -216,6 +216,17 @@ def step_seconds(run: RunDir, *, after: int) -> Floats:
     return found[~np.isnan(found)]
 
 
+def kinds_and_steps(run: RunDir) -> Iterator[tuple[str | None, int | None]]:
+    """(kind, step) of each undamaged record, in the order of the file; None where it has none. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), run.metrics.open("rb") as file:
+        for line in lines_of(file, Damage(), tag=run.tag, parse=Forms().read):
+            if line.row is not None:
+                yield "train", line.row.step
+                continue
+            kind, step = line.record.get("kind"), line.record.get("step")
+            yield kind if isinstance(kind, str) else None, step if is_step(step) else None
+
+
 def last_progress(path: Path) -> tuple[int, float | None]:
     """(tokens, training loss) of the last complete record in metrics.jsonl. Reads only the end of the file."""
     record = _last(path, "train")
