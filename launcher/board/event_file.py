@@ -7,7 +7,6 @@ computed together. A reader finds the same points.
 
 from __future__ import annotations
 
-import time
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -19,13 +18,14 @@ _MOST_BYTES = 4 << 20  # of events whose checksums are computed together, each a
 
 
 class EventFile:
-    """The points of one event file. `file`: empty and open for writing; the caller closes it.
+    """The points of one event file. `file`: empty and open for writing; the caller closes it. `wall_s`: wall-clock time
+    of its beginning in seconds.
 
-    `add_scalar` and `add_image` have the arguments of `SummaryWriter`. The values of one record are added, then
-    `end_record` writes them. `close` must be called at the end. All raise OSError.
+    `add_scalar` and `add_image` have the arguments of `SummaryWriter`; step and time must be given. The values of one
+    record are added, then `end_record` writes them. `close` must be called at the end. All raise OSError.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, wall_s: float) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         # Their classes are made when they are imported, so type checkers do not know them.
@@ -35,8 +35,8 @@ class EventFile:
         self._texts, self._longest = list[bytes](), 0
         self._values, self._step, self._wall_s = list[Any](), 0, 0.0
         start = events.SessionLog(status=events.SessionLog.START)
-        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._write(self._event(wall_time=time.time(), session_log=start))
+        self._write(self._event(wall_time=wall_s, file_version="brain.Event:2"))
+        self._write(self._event(wall_time=wall_s, session_log=start))
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, walltime: Any = None) -> None:
         """Raises TypeError or ValueError for a value that is not a number."""
@@ -68,7 +68,7 @@ class EventFile:
         self._texts, self._longest = [], 0
 
     def _add(self, value: Any, step: Any, wall_s: Any) -> None:
-        self._step, self._wall_s = int(step or 0), time.time() if wall_s is None else float(wall_s)
+        self._step, self._wall_s = step, wall_s
         self._values.append(value)
 
     def _write(self, event: Any) -> None:

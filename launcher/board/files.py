@@ -71,7 +71,7 @@ def _draw(run: RunDir, folder: Path) -> Lost:
     steps, start_s = array("q"), wall_s
     folder.mkdir()
     with (folder / _REBUILT).open("wb") as file:
-        board = EventFile(file)
+        board = EventFile(file, wall_s)
         for kind, record in _last_of_each_step(run, damage):
             trained_s = record.get("train_s")
             if isinstance(trained_s, int | float) and start_s + trained_s > wall_s:
@@ -96,7 +96,7 @@ def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[
     tables = {kind: Table(("place",)) for kind in DRAW}
     count = 0
     for count, (kind, step) in enumerate(kinds_and_steps(run), 1):
-        if kind in tables and step is not None and 0 <= step < 1 << 40:
+        if isinstance(kind, str) and kind in tables and type(step) is int and 0 <= step < 1 << 40:
             tables[kind].add(step, [count - 1])
     wanted = np.zeros(count, dtype=bool)
     for table in tables.values():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 _KEY = ', "crc": "'
+_END_BYTES = len(', "chain": "0123456789abcdef", "crc": "01234567"}')
 _CHAIN = re.compile("[0-9a-f]{16}")
 _MOST_BYTES = 64 << 20  # maximum size of the records that wait for free disk space
 
@@ -27,6 +28,12 @@ def encode(record: dict[str, Any], chain: str | None = None) -> str:
     if chain is not None:
         body = f'{body}, "chain": "{chain}"'
     return f'{body}{_KEY}{zlib.crc32(body.encode()):08x}"}}'
+
+
+def relinked(raw: bytes, chain: str) -> bytes:
+    """An encoded line that has a chain, with another one. `raw`: its bytes without the line break."""
+    body = raw[:-_END_BYTES] + f', "chain": "{chain}"'.encode()
+    return body + f'{_KEY}{zlib.crc32(body):08x}"}}'.encode()
 
 
 def decode(line: str) -> dict[str, Any] | None:

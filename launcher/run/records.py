@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from headway.launcher.run.columns.form import NUMBERS, Forms, number, row_of
+from headway.launcher.run.columns.form import NUMBERS, Forms, kind_and_step, number, row_of
 from headway.launcher.run.columns.table import Table, TrainTable, gaps_between
 from headway.launcher.run.lines import Damage, Found, Lost, decode, is_step, lines_of, parse_raw
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
@@ -216,15 +216,10 @@ def step_seconds(run: RunDir, *, after: int) -> Floats:
     return found[~np.isnan(found)]
 
 
-def kinds_and_steps(run: RunDir) -> Iterator[tuple[str | None, int | None]]:
-    """(kind, step) of each undamaged record, in the order of the file; None where it has none. Raises OSError."""
+def kinds_and_steps(run: RunDir) -> Iterator[tuple[Any, Any]]:
+    """(kind, step) of each undamaged record, in the order of the file, whatever they are. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), run.metrics.open("rb") as file:
-        for line in lines_of(file, Damage(), tag=run.tag, parse=Forms().read):
-            if line.row is not None:
-                yield "train", line.row.step
-                continue
-            kind, step = line.record.get("kind"), line.record.get("step")
-            yield kind if isinstance(kind, str) else None, step if is_step(step) else None
+        yield from map(kind_and_step, lines_of(file, Damage(), tag=run.tag, parse=Forms().read))
 
 
 def last_progress(path: Path) -> tuple[int, float | None]:

@@ -13,7 +13,7 @@ import re
 from typing import Any
 from zlib import crc32
 
-from headway.launcher.run.lines import Line, Row, is_step, parse_raw
+from headway.launcher.run.lines import Found, Line, Row, is_step, parse_raw
 
 NUMBERS = ("tokens", "loss", "train_s", "grad_norm", "step_s", "data_s")
 """Keys of a training record whose numbers a reader keeps."""
@@ -41,6 +41,13 @@ def row_of(record: dict[str, Any]) -> Row | None:
         hash=hashed if isinstance(hashed, str) else None,
         router=isinstance(record.get("router"), dict),
     )
+
+
+def kind_and_step(line: Found) -> tuple[Any, Any]:
+    """Kind and step of a record, whatever they are; the step is 0 where the record has none."""
+    if line.row is not None:
+        return "train", line.row.step
+    return line.record.get("kind"), line.record.get("step", 0)
 
 
 def number(value: Any) -> float:

@@ -100,7 +100,7 @@ def test_values_of_a_record_are_one_event_with_the_points_of_the_writer(tmp_path
     (tmp_path / "many").mkdir()
     (tmp_path / "one").mkdir()
     with (tmp_path / "many" / "events.out.tfevents.0").open("wb") as file, SummaryWriter(str(tmp_path / "one")) as one:
-        many = EventFile(file)
+        many = EventFile(file, 100.0)
         for step in range(3):
             for board in (many, one):
                 for i, value in enumerate(values):
@@ -125,7 +125,7 @@ def test_waiting_events_are_written_in_order_when_they_become_large(tmp_path, mo
 
     monkeypatch.setattr("headway.launcher.board.event_file._MOST_BYTES", 500)
     with (tmp_path / "events.out.tfevents.0").open("wb") as file:
-        board = EventFile(file)
+        board = EventFile(file, 100.0)
         for step in range(100):
             board.add_scalar("x" * (step + 1 if step % 10 else 600), step, step, float(step))
             board.end_record()

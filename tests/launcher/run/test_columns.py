@@ -148,6 +148,33 @@ def test_gaps_of_columns_are_those_of_lists(steps):
     assert gaps_between(np.array(steps, dtype=np.int64)) == gaps(steps)
 
 
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_rewritten_records_are_those_that_are_encoded_one_by_one(tmp_path, branch, damaged):
+    draw = random.Random(6)
+    records = [record(step, draw) for step in range(1, 201)]
+    for step in (50, 100, 150, 200):
+        records.insert(records.index(records[step]), {"kind": "validation", "step": step, "loss": draw.random()})
+    records[120:120] = [{"kind": "resume", "text": "\u00e9\n"}, record(99, draw, router={"layer_00": {}})]
+    (tmp_path / "one").mkdir()
+    source = write(tmp_path / "one", records)
+    if damaged:
+        lines = source.metrics.read_bytes().splitlines(keepends=True)
+        lines[60] = lines[60].replace(b"4096", b"4097") if b"4096" in lines[60] else lines[60][:-9] + b"\n"
+        del lines[70], lines[90]
+        source.metrics.write_bytes(b"".join(lines) + lines[3][:40])
+    target = RunDir(tmp_path / "other") if branch else source
+    if branch:
+        target.path.mkdir()
+        target.id.write_text(json.dumps("fedcba9876543210"))
+    chain = Chain.start(target.tag)
+    kept = [r for r in source.read_metrics() if r.get("step", 0) <= 180]
+    wanted = "".join(chain.line(r) + "\n" for r in kept)
+    cut = target.cut_metrics(last_step=180, source=source if branch else None)
+    assert target.metrics.read_text() == wanted and cut.chain == chain
+    assert len(kept) == 185 - 3 * damaged and bool(cut.lost) == damaged
+
+
 def test_seconds_of_steps_leave_out_the_first_ones(tmp_path):
     draw = random.Random(5)
     records = [record(step, draw) for step in range(1, 61)]
