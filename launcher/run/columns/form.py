@@ -21,8 +21,12 @@ NUMBERS = ("tokens", "loss", "train_s", "grad_norm", "step_s", "data_s")
 _AFTER = 32  # lines of a file that are parsed before a form is made, which takes as long as hundreds of lines
 _MOST_FORMS = 4
 _MOST_BYTES = 1 << 16  # of a line, so that a form stays small
-# Longer numbers go to the JSON parser. Python's float() reads all of these as the JSON parser does.
-_NUMBER = rb"(?:-?(?:(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,3})?|Infinity)|NaN)"
+# Longer numbers go to the JSON parser, and so does -0, which is the integer 0 in JSON. Python's float() reads all of
+# these as the JSON parser does. Possessive quantifiers, since no other split of a number can match.
+_NUMBER = (
+    rb"(?:(?!-0[,\]}])-?+(?:(?:0(?![0-9])|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,30}+)?+(?:[eE][-+]?+[0-9]{1,3}+)?+|Infinity)"
+    rb"|NaN)"
+)
 _STEP = rb"(0|[1-9][0-9]{0,14})"
 _CHARACTERS = rb"[ !#-\[\]-~]*"  # ASCII that JSON does not escape
 _END = rb', "chain": "([0-9a-f]{16})", "crc": "([0-9a-f]{8})"\}\n'

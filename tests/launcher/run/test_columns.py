@@ -19,7 +19,22 @@ from headway.launcher.run.lines import Damage, gaps, lines_of, parse_raw
 from headway.launcher.run.records import read_run, step_seconds
 from headway.launcher.run.run_dir import RunDir
 
-VALUES: list[Any] = [0.0, -1.5e-7, 3, 10**17, 1e300, math.inf, -math.inf, math.nan, None, True, "text", [1], 10**40]
+VALUES: list[Any] = [
+    0.0,
+    -0.0,
+    -1.5e-7,
+    3,
+    10**17,
+    1e300,
+    math.inf,
+    -math.inf,
+    math.nan,
+    None,
+    True,
+    "text",
+    [1],
+    10**40,
+]
 
 
 def record(step: int, draw: random.Random, **more: Any) -> dict[str, Any]:
@@ -103,16 +118,6 @@ def test_a_changed_number_with_its_old_checksum_is_damage(tmp_path):
     assert str(read_run(tmp_path).lost) == "1 line is damaged and no record of step 151"
 
 
-def test_text_that_a_checksum_fits_is_still_no_record_unless_it_is_json(tmp_path):
-    draw = random.Random(3)
-    run = write(tmp_path, [record(step, draw, loss=2.5) for step in range(1, 101)])
-    lines = run.metrics.read_bytes().splitlines(keepends=True)
-    body = lines[-1].rpartition(b', "crc": "')[0].replace(b'"loss": 2.5', b'"loss": 02.5')
-    lines[-1] = body + f', "crc": "{zlib.crc32(body):08x}"}}\n'.encode()
-    run.metrics.write_bytes(b"".join(lines))
-    assert read_run(tmp_path).lost.lines == 1
-
-
 def test_the_later_of_two_records_of_a_step_counts(tmp_path):
     draw = random.Random(4)
     steps = [*range(1, 81), *range(61, 101)]
@@ -146,6 +151,25 @@ def test_hashes_are_a_mapping_with_and_without_gaps():
 @pytest.mark.parametrize("steps", [[], [1, 2, 3], [2, 3, 7, 8, 12], [5]])
 def test_gaps_of_columns_are_those_of_lists(steps):
     assert gaps_between(np.array(steps, dtype=np.int64)) == gaps(steps)
+
+
+NUMBERS_AS_TEXT = (
+    *("0", "-0", "-0.0", "-0e5", "0.10", "1e5", "1E+05", "12345678901234567", "123456789012345678", "1" * 19, "1" * 40),
+    *("2.5e-324", "1e400", "-Infinity", "NaN", "0." + "3" * 30, "0." + "3" * 31, "1e1000"),
+)
+NO_NUMBERS = ("00", "01", "-", ".5", "5.", "1e", "+1", "-NaN", "--1", "0x1", "1_0", "1 2", "")
+
+
+@pytest.mark.parametrize("text", [*NUMBERS_AS_TEXT, *NO_NUMBERS])
+def test_numbers_in_any_spelling_are_read_as_the_parser_reads_them(tmp_path, text):
+    draw = random.Random(7)
+    run = write(tmp_path, [record(step, draw, loss=2.5) for step in range(1, 41)])
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    body = lines[-1].rpartition(b', "crc": "')[0].replace(b'"loss": 2.5', f'"loss": {text}'.encode())
+    lines[-1] = body + f', "crc": "{zlib.crc32(body):08x}"}}\n'.encode()
+    run.metrics.write_bytes(b"".join(lines))
+    same(run)
+    assert read_run(tmp_path).lost.lines == (text in NO_NUMBERS)
 
 
 @pytest.mark.parametrize("branch", [False, True])
