@@ -7,6 +7,7 @@ keys. All other lines go to the JSON parser. Both ways check the checksum of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -20,7 +21,8 @@ NUMBERS = ("tokens", "loss", "train_s", "grad_norm", "step_s", "data_s")
 
 _AFTER = 32  # lines of a file that are parsed before a form is made, which takes as long as hundreds of lines
 _MOST_FORMS = 4
-_MOST_BYTES = 1 << 16  # of a line, so that a form stays small
+_MOST_BYTES = 1 << 16  # of a line
+_MOST_PATTERN = 1 << 15  # bytes of a pattern, which is compiled in less than 0.1 s
 # Longer numbers go to the JSON parser, and so does -0, which is the integer 0 in JSON. Python's float() reads all of
 # these as the JSON parser does. Possessive quantifiers, since no other split of a number can match.
 _NUMBER = (
@@ -64,11 +66,15 @@ def number(value: Any) -> float:
         return math.copysign(math.inf, value)
 
 
+class _TooLongError(ValueError):
+    """A record whose form would take long to make."""
+
+
 class _Form:
     """A regular expression for the lines of one form."""
 
     def __init__(self, record: dict[str, Any]) -> None:
-        """`record`: of a line with chain and checksum."""
+        """`record`: of a line with chain and checksum. Raises _TooLongError."""
         parts, names = list[bytes](), list[str]()
         for key, value in record.items():
             captured = _captured(key, value)
@@ -77,7 +83,10 @@ class _Form:
             if key == "kind":
                 captured = b'"train"'
             parts.append(_key(key) + b": " + (captured or _any(value)))
-        self.pattern = re.compile(rb"\{" + b", ".join(parts) + _END)
+        text = rb"\{" + b", ".join(parts) + _END
+        if len(text) > _MOST_PATTERN:
+            raise _TooLongError
+        self.pattern = re.compile(text)
         place = {name: i for i, name in enumerate([*names, "chain", "crc"], 1)}
         self._match = self.pattern.fullmatch
         self._numbers = [place.get(key, place["step"]) for key in NUMBERS]
@@ -123,9 +132,10 @@ class Forms:
             return
         self._tried += 1
         if is_step(record.get("step")):
-            form = _Form(record)
-            if form.pattern.fullmatch(raw):  # not if a key occurs twice, say
-                self._forms.append(form)
+            with contextlib.suppress(_TooLongError, RecursionError):
+                form = _Form(record)
+                if form.pattern.fullmatch(raw):  # not if a key occurs twice, say
+                    self._forms.append(form)
 
 
 def _captured(key: str, value: Any) -> bytes | None:
@@ -144,8 +154,11 @@ def _any(value: Any) -> bytes:
     match value:
         case dict():
             return rb"\{" + b", ".join(_key(k) + b": " + _any(v) for k, v in value.items()) + rb"\}"
+        case list() if value:  # of any length: numbers of experts, say
+            item = b"(?:" + b"|".join(dict.fromkeys(_any(v) for v in value)) + b")"
+            return rb"\[(?:" + item + rb"(?:, (?!\])|(?=\])))++\]"
         case list():
-            return rb"\[" + b", ".join(_any(v) for v in value) + rb"\]"
+            return rb"\[\]"
         case bool():
             return b"(?:true|false)"
         case None:

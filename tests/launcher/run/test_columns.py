@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,40 @@ def test_hashes_are_a_mapping_with_and_without_gaps():
 @pytest.mark.parametrize("steps", [[], [1, 2, 3], [2, 3, 7, 8, 12], [5]])
 def test_gaps_of_columns_are_those_of_lists(steps):
     assert gaps_between(np.array(steps, dtype=np.int64)) == gaps(steps)
+
+
+def test_lists_in_records_are_matched_item_by_item(tmp_path):
+    draw = random.Random(8)
+    loads = [[[0.5, 0.5], [1]], [[0.25, None, 0.5]], [[0.1], [], [2]], [], [[0.5, 0.5], [1], [0.5]], [["a"]]]
+    loads += [[[0.5, 0.5]]] * 40
+    records = [record(step, draw, lists=draw.choice(loads)) for step in range(1, 401)]
+    run = write(tmp_path, records)
+    assert 0 < same(run) < 400 - 32
+    whole = run.metrics.read_bytes().splitlines(keepends=True)
+    changes = (b"[[0.5, 0.5,]]", b"[[0.5 0.5]]", b"[[0.5, 0.5]", b"[0.5, [0.5]]", b"[[0.50, 0.5]]", b"[[,]]", b"[ []]")
+    for changed in changes:
+        later = [_with_checksum(line.replace(b"[[0.5, 0.5]]", changed)) for line in whole[200:]]
+        run.metrics.write_bytes(b"".join(whole[:200] + later))
+        assert same(run) > 0
+
+
+def test_a_record_with_very_many_values_is_left_to_the_parser(tmp_path):
+    draw, many = random.Random(9), {f"layer_{i:02d}": {"gate": [0.5] * 8, "load": 0.5} for i in range(300)}
+    began = time.process_time()
+    assert same(write(tmp_path, [record(step, draw, router=many) for step in range(1, 41)])) == 0
+    assert time.process_time() - began < 5  # patterns of such records took seconds to compile
+
+
+@pytest.mark.parametrize("depth", [3, 100, 900])
+def test_deep_records_are_read(tmp_path, depth):
+    draw, deep = random.Random(10), json.loads("[" * depth + "]" * depth)
+    assert (same(write(tmp_path, [record(step, draw, deep=deep) for step in range(1, 61)])) > 0) == (depth < 900)
+    assert len(read_run(tmp_path).train) == 60
+
+
+def _with_checksum(line: bytes) -> bytes:
+    body = line.rpartition(b', "crc": "')[0]
+    return body + f', "crc": "{zlib.crc32(body):08x}"}}\n'.encode()
 
 
 NUMBERS_AS_TEXT = (
