@@ -33,5 +33,6 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return x
     head = x[..., :rotated]
     # Measured on 2 CPU cores at [1, 2048, 8, 32], forward and backward: roll 0.95 ms, cat of two halves 1.9 ms.
+    # Products and sum in place of the rolled copy are not faster (tests/kernels/copies_bench.py).
     turned = (head * cos + torch.roll(head, rotated // 2, -1) * sin).to(x.dtype)
     return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], -1)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,21 +161,18 @@ class _Probe:
             )
         with torch.device("meta"):
             block = Block(model, attention).to(self.dtype)
-        block = block.to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in [*block.parameters(), *block.buffers()]:
-                tensor.zero_()
-            integers = [name for name, buffer in block.named_buffers() if not buffer.is_floating_point()]
-            if integers:  # sizes of groups, say: shapes follow from them
-                built = Block(model, attention)
-                for name in integers:
-                    block.get_buffer(name).copy_(built.get_buffer(name))
+        integers = [name for name, buffer in block.named_buffers() if not buffer.is_floating_point()]
+        if integers:  # sizes of groups, say: shapes follow from them
+            built = Block(model, attention)
+            for name in integers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(owner), leaf, built.get_buffer(name))
         operations = Operations()
         if sharing.device == "cuda":
             operations = replace(operations, norm=_fused_norm, add_norm=_fused_add_norm)
         recompute = "selective" if sharing.selective else "none"
         block.place(Placement(ranks=ranks, operations=operations, recompute=recompute))
-        self.block = block.train()
+        self.block = block._apply(_zeros).train()  # after the cut, which copies
 
     def run(self, tokens: int) -> _Run:
         """Forward pass of `tokens` tokens of one sequence."""
@@ -260,6 +258,14 @@ def saved_storages(
         selective.observe = pack
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros in place of a tensor on the meta device, in pages that take no memory while they are only read."""
+    if not like.is_meta:
+        return like
+    pages = np.zeros(max(1, like.numel()) * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(pages).view(like.dtype)[: like.numel()].view(like.shape)
 
 
 class _Resized(torch.autograd.Function):

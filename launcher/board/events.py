@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
 
 CELL_PX = 12
 """Edge length of one expert's square in pixels. Viewers blur enlarged single pixels."""
@@ -36,7 +33,17 @@ HEAD_MEASURES = ("c_w", "c_q", "c_o", "effective_rank", "cka")
 """Measures of `headway.model.diversity.HeadDiversity`."""
 
 
-def board_train(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+class Board(Protocol):
+    """What points are written to: `SummaryWriter` or `headway.launcher.board.event_file.EventFile`."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, walltime: Any = None) -> Any: ...
+
+    def add_image(
+        self, tag: str, img_tensor: Any, global_step: Any = None, walltime: Any = None, dataformats: str = "CHW"
+    ) -> Any: ...
+
+
+def board_train(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """One optimizer step: a record of kind "train". `wall_s`: wall-clock time in seconds (None: now)."""
     scalars = {
         "train/loss": record["loss"],
@@ -54,7 +61,7 @@ def board_train(board: SummaryWriter, record: dict[str, Any], wall_s: float | No
         board_routers(board, record["router"], record["step"], wall_s)
 
 
-def board_validation(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+def board_validation(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """One validation: a record of kind "validation"."""
     scalars = {
         "val/loss": record["loss"],
@@ -65,24 +72,24 @@ def board_validation(board: SummaryWriter, record: dict[str, Any], wall_s: float
         board.add_scalar(tag, value, record["step"], wall_s)
 
 
-def board_diversity(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+def board_diversity(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """Diversity of heads: a record of kind "heads"."""
     board_heads(board, record["layers"], record["step"], wall_s)
 
 
-def board_saved(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+def board_saved(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """A save that was committed: a record of kind "checkpoint"."""
     scalars = {"stall_s": record["stall_s"], "write_s": record["write_s"], "failed_in_a_row": 0}
     for name, value in scalars.items():
         board.add_scalar(f"checkpoint/{name}", value, record["step"], wall_s)
 
 
-def board_not_saved(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+def board_not_saved(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """A save that failed: a record of kind "checkpoint_failed"."""
     board.add_scalar("checkpoint/failed_in_a_row", record.get("in_a_row", 1), record["step"], wall_s)
 
 
-def board_skipped(board: SummaryWriter, record: dict[str, Any], wall_s: float | None = None) -> None:
+def board_skipped(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
     """A step that was not applied: a record of kind "skipped"."""
     board.add_scalar("guard/skipped_steps", record["total"], record["step"], wall_s)
 
@@ -98,7 +105,7 @@ DRAW = {
 """Kind of a record -> function that writes it. The event files contain nothing else."""
 
 
-def board_routers(board: SummaryWriter, record: dict[str, Any], step: int, wall_s: float | None = None) -> None:
+def board_routers(board: Board, record: dict[str, Any], step: int, wall_s: float | None = None) -> None:
     """Scalars `router/LAYER/ROUTER_NAME`, and one image `router/load_ROUTER` of layers by experts of all groups.
 
     `record`: {layer: {router: figures}}, as returned by `headway.launcher.train.router.RouterMonitor`.
@@ -117,9 +124,7 @@ def board_routers(board: SummaryWriter, record: dict[str, Any], step: int, wall_
         board.add_image(f"router/load_{name}", load_map(rows), step, wall_s, dataformats="HWC")
 
 
-def board_heads(
-    board: SummaryWriter, layers: dict[str, dict[str, Any]], step: int, wall_s: float | None = None
-) -> None:
+def board_heads(board: Board, layers: dict[str, dict[str, Any]], step: int, wall_s: float | None = None) -> None:
     """Scalars `heads/LAYER/MEASURE` of each layer, and their means `heads/mean/MEASURE`."""
     for key in HEAD_MEASURES:
         for layer, measures in layers.items():

@@ -6,15 +6,20 @@ import calendar
 import re
 import shutil
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from headway.launcher.base.errors import NoInputError
+from headway.launcher.board.event_file import EventFile
 from headway.launcher.board.events import DRAW
-from headway.launcher.board.writer import writer_class
-from headway.launcher.run.lines import Damage, Lost, gaps
+from headway.launcher.run.columns.table import Table, gaps_between
+from headway.launcher.run.lines import Damage, Lost
+from headway.launcher.run.records import kinds_and_steps
 from headway.launcher.run.run_dir import RunDir, read_mapping, sync
 
 EVENTS = "events.out.tfevents."
@@ -63,9 +68,10 @@ def rebuild(run: RunDir) -> Lost:
 def _draw(run: RunDir, folder: Path) -> Lost:
     """Write one event file into a new folder. Returns the damage found in metrics.jsonl."""
     damage, strange, wall_s = Damage(), 0, _started_s(run)
-    steps: set[int] = set()
-    start_s = wall_s
-    with writer_class()(str(folder), purge_step=0) as board:
+    steps, start_s = array("q"), wall_s
+    folder.mkdir()
+    with (folder / _REBUILT).open("wb") as file:
+        board = EventFile(file, wall_s)
         for kind, record in _last_of_each_step(run, damage):
             trained_s = record.get("train_s")
             if isinstance(trained_s, int | float) and start_s + trained_s > wall_s:
@@ -73,25 +79,31 @@ def _draw(run: RunDir, folder: Path) -> Lost:
             try:
                 DRAW[kind](board, record, wall_s)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                board.drop_record()
                 strange += 1  # a line without a checksum that does not have Headway's format
                 continue
+            board.end_record()
             if kind == "train":
-                steps.add(record["step"])
-    lost = Lost.of(damage, gaps(steps))
+                steps.append(record["step"])
+        board.close()
+    found = np.unique(np.array(steps, dtype=np.int64))
+    lost = Lost.of(damage, gaps_between(found[found > 0]))
     return replace(lost, lines=lost.lines + strange)
 
 
 def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records to write, with their kind; the later one if a step occurs twice. Reads the file twice."""
-    places: dict[tuple[str, int], int] = {}
-    for place, record in enumerate(run.read_metrics()):
-        kind, step = record.get("kind"), record.get("step")
-        if isinstance(kind, str) and kind in DRAW and type(step) is int and 0 <= step < 1 << 40:
-            places[kind, step] = place
-    wanted = {place: kind for (kind, _), place in places.items()}
+    tables = {kind: Table(("place",)) for kind in DRAW}
+    count = 0
+    for count, (kind, step) in enumerate(kinds_and_steps(run), 1):
+        if isinstance(kind, str) and kind in tables and type(step) is int and 0 <= step < 1 << 40:
+            tables[kind].add(step, [count - 1])
+    wanted = np.zeros(count, dtype=bool)
+    for table in tables.values():
+        wanted[table.column("place", table.kept()).astype(np.int64)] = True
     for place, record in enumerate(run.read_metrics(damage)):
-        if place in wanted:
-            yield wanted[place], record
+        if place < count and wanted[place]:
+            yield record["kind"], record
 
 
 def _started_s(run: RunDir) -> float:

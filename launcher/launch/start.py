@@ -48,6 +48,7 @@ from headway.launcher.run.branching import inherited_attempts, parse
 from headway.launcher.run.card import banner, run_card, with_attempts
 from headway.launcher.run.identity import code_hash, mechanism_identity
 from headway.launcher.run.machine import versions
+from headway.launcher.run.records import kinds_and_steps
 from headway.launcher.run.resolve import check_same_data, resolve
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec.load import load_spec
@@ -206,7 +207,7 @@ def check_no_history(run: RunDir, *, begin: int = 0) -> None:
 
     Records up to `begin` are those of the parent of a branch.
     """
-    told = (r.get("step") for r in run.read_metrics() if r.get("kind") == "checkpoint")
+    told = (step for kind, step in kinds_and_steps(run) if kind == "checkpoint")
     saved = max((step for step in told if isinstance(step, int)), default=0)
     if saved > begin:
         raise CheckpointError(

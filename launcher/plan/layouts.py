@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from headway.launcher.base import console
@@ -82,27 +83,24 @@ def search(spec: Spec, *, gpus: int, gpu: Gpu, network: Network, useful_flops_pe
 
     Raises SpecError if `gpus` is below 1, or exceeds one host and is not a multiple of a host's GPUs.
     """
-    legal: dict[tuple[object, ...], list[Layout]] = {}
     illegal: Counter[str] = Counter()
-    candidates = list(_candidates(spec, *_hosts(gpus, gpu)))
-    with console.progress(f"search layouts of {gpus} GPUs", len(candidates), "layouts") as bar:
-        for candidate in candidates:
-            bar.update()
-            reason = why_not(candidate)
-            if reason is not None:
-                illegal[reason.partition(":")[0]] += 1
-                continue
-            layout = plan_layout(candidate, gpu, network, useful_flops_per_token=useful_flops_per_token)
-            parallel = candidate.parallel
-            key = (parallel.tensor, parallel.pipeline, parallel.zero, parallel.recompute)
-            legal.setdefault(key, []).append(layout)
-    fitting, too_big = [], []
-    for alike in legal.values():
-        fits = [layout for layout in alike if layout.fits(gpu)]
-        if fits:
-            fitting.append(_ordered(fits)[0])
-        else:
-            too_big.append(min(alike, key=lambda layout: layout.memory.peak))
+    fitting, too_big = list[Layout](), list[Layout]()
+    shape = _hosts(gpus, gpu)
+    total = sum(1 for _ in _candidates(spec, *shape))
+    with console.progress(f"search layouts of {gpus} GPUs", total, "layouts") as bar:
+        for _, candidates in groupby(_candidates(spec, *shape), _but_for_micro_batch):
+            alike = list[Layout]()
+            for candidate in candidates:
+                bar.update()
+                reason = why_not(candidate)
+                if reason is None:
+                    alike.append(plan_layout(candidate, gpu, network, useful_flops_per_token=useful_flops_per_token))
+                else:
+                    illegal[reason.partition(":")[0]] += 1
+            if fits := [layout for layout in alike if layout.fits(gpu)]:
+                fitting.append(_ordered(fits)[0])
+            elif alike:
+                too_big.append(min(alike, key=lambda layout: layout.memory.peak))
     return Search(best=_ordered(fitting), too_big=_ordered(too_big), illegal=illegal)
 
 
@@ -168,6 +166,12 @@ def _candidates(spec: Spec, hosts: int, processes: int) -> Iterator[Spec]:
                         parallel = spec.parallel.model_copy(update=update)
                         train = spec.train.model_copy(update={"micro_batch": micro_batch})
                         yield spec.model_copy(update={"launch": launch, "parallel": parallel, "train": train})
+
+
+def _but_for_micro_batch(spec: Spec) -> tuple[object, ...]:
+    """Equal for candidates that differ in their micro-batch only, which follow each other."""
+    parallel = spec.parallel
+    return parallel.tensor, parallel.pipeline, parallel.zero, parallel.recompute
 
 
 def _powers(most: int) -> list[int]:

@@ -69,14 +69,18 @@ class Chain:
 
     def line(self, record: dict[str, Any]) -> str:
         """Encode the record that comes next, without a line break."""
-        text = encode(record, f"{self.run}{self.crc}")
-        self.add(text.encode(), record)
+        text = encode(record, self.link)
+        self.add(text.encode(), record.get("step"))
         return text
 
-    def add(self, raw: bytes, record: dict[str, Any]) -> None:
+    @property
+    def link(self) -> str:
+        """The `chain` of the line that comes next."""
+        return f"{self.run}{self.crc}"
+
+    def add(self, raw: bytes, step: Any) -> None:
         """Count a line that is appended as it is. `raw`: its bytes without the line break."""
         self._count(raw + b"\n", 1)
-        step = record.get("step")
         self.step = step if isinstance(step, int) and step >= 0 else self.step
 
     def _count(self, data: bytes, lines: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from headway.launcher.run.chain import Chain, begins_as
-from headway.launcher.run.lines import Damage, Lost, gaps, lines_of
+from headway.launcher.run.columns.form import Forms, kind_and_step
+from headway.launcher.run.lines import Damage, Found, Lost, gaps, lines_of, relinked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +62,28 @@ def rewrite(metrics: Path, new: Path, chain: Chain, *, tag: str, last_step: int,
             source = None
         if source is not None:
             with source:
-                for found in lines_of(source, damage, tag=tag):
-                    record, step = found.record, found.record.get("step", 0)
+                for found in lines_of(source, damage, tag=tag, parse=Forms().read):
+                    kind, step = kind_and_step(found)
                     if not isinstance(step, int | float) or not step <= last_step:
-                        if partly and at_end is None and record.get("kind") == "train":
+                        if partly and at_end is None and kind == "train":
                             at_end = Lost.of(damage, ())
                         continue
-                    if found.chain is None:
-                        chain.add(found.raw, record)
-                        target.write(found.raw + b"\n")
-                    else:
-                        target.write(chain.line(record).encode() + b"\n")
-                    if record.get("kind") == "train" and isinstance(step, int) and step > 0:
+                    target.write(_continued(found, step, chain) + b"\n")
+                    if kind == "train" and isinstance(step, int) and step > 0:
                         trained.add(step)
         target.flush()
         os.fsync(target.fileno())
     lost = at_end or Lost.of(damage, ())
     return Lost(lines=lost.lines, foreign=lost.foreign, missing=lost.missing, gaps=gaps(trained, last_step))
+
+
+def _continued(found: Found, step: Any, chain: Chain) -> bytes:
+    """The bytes of a line as the next one of `chain`, which counts it."""
+    if found.chain is None or found.chain == chain.link:
+        raw = found.raw
+    elif found.row is not None:
+        raw = relinked(found.raw, chain.link)
+    else:
+        return chain.line(found.record).encode()
+    chain.add(raw, step)
+    return raw

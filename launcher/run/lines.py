@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 _KEY = ', "crc": "'
+_END_BYTES = len(', "chain": "0123456789abcdef", "crc": "01234567"}')
+_CHAIN = re.compile("[0-9a-f]{16}")
 _MOST_BYTES = 64 << 20  # maximum size of the records that wait for free disk space
 
 
@@ -27,18 +30,41 @@ def encode(record: dict[str, Any], chain: str | None = None) -> str:
     return f'{body}{_KEY}{zlib.crc32(body.encode()):08x}"}}'
 
 
+def relinked(raw: bytes, chain: str) -> bytes:
+    """An encoded line that has a chain, with another one. `raw`: its bytes without the line break."""
+    body = raw[:-_END_BYTES] + f', "chain": "{chain}"'.encode()
+    return body + f'{_KEY}{zlib.crc32(body):08x}"}}'.encode()
+
+
 def decode(line: str) -> dict[str, Any] | None:
     """The record of a line; None if it was truncated or changed. A record without a checksum is accepted unchecked."""
     return parse_line(line).record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A parsed line. `record`: None if it is damaged. `chain`: see `encode`; None in the format before chains."""
+class Row(NamedTuple):
+    """A training record. `values`: numbers of the keys that its reader keeps, nan where the record has
+    no number.
+
+    `hash`: of its batch, or None. `router`: whether it has figures of routers.
+    """
+
+    step: int
+    values: list[float]
+    skipped: bool
+    hash: str | None
+    router: bool
+
+
+class Line(NamedTuple):
+    """A parsed line. `record`: None if it is damaged. `chain`: see `encode`; None in the format before chains.
+
+    `row`: in place of a record, which is empty then (`headway.launcher.run.columns.form`).
+    """
 
     record: dict[str, Any] | None = None
     has_checksum: bool = False
     chain: str | None = None
+    row: Row | None = None
 
 
 _DAMAGED = Line()
@@ -61,8 +87,18 @@ def parse_line(text: str) -> Line:
     )
 
 
+def parse_raw(raw: bytes) -> Line:
+    """Parse the bytes of a line."""
+    return parse_line(raw.decode(errors="replace")) if raw[:1] == b"{" else _DAMAGED
+
+
+def is_step(value: Any) -> TypeGuard[int]:
+    """Whether a recorded value is the number of a step."""
+    return type(value) is int and abs(value) < 1 << 53
+
+
 def _is_chain(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 16 and all(c in "0123456789abcdef" for c in value)
+    return isinstance(value, str) and _CHAIN.fullmatch(value) is not None
 
 
 @dataclass
@@ -96,16 +132,23 @@ def read_lines(path: Path, damage: Damage | None = None, *, tag: str | None = No
             yield found.record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """An undamaged line of a file: its bytes without the line break, and its record."""
+class Found(NamedTuple):
+    """An undamaged line of a file: its bytes without the line break, and its record or row."""
 
     raw: bytes
     record: dict[str, Any]
     chain: str | None
+    row: Row | None
 
 
-def lines_of(file: Iterable[bytes], damage: Damage, *, tag: str | None, before: int | None = None) -> Iterator[Found]:
+def lines_of(
+    file: Iterable[bytes],
+    damage: Damage,
+    *,
+    tag: str | None,
+    before: int | None = None,
+    parse: Callable[[bytes], Line] = parse_raw,
+) -> Iterator[Found]:
     """The undamaged lines of an open file, as for `read_lines`.
 
     `before`: CRC-32 of all bytes before the first line, if it is known; None: that of the beginning of a file.
@@ -114,7 +157,7 @@ def lines_of(file: Iterable[bytes], damage: Damage, *, tag: str | None, before: 
     running = start if before is None else before  # None after a damaged line: nothing is known about lines in between
     checked = chained = False
     for number, raw in enumerate(file, 1):
-        line = parse_line(raw.decode(errors="replace")) if raw[:1] == b"{" else _DAMAGED
+        line = parse(raw)
         whole = line.record is not None and (line.has_checksum or not checked) and (line.chain or not chained)
         if line.record is None or not whole:
             if raw.endswith(b"\n"):
@@ -134,7 +177,7 @@ def lines_of(file: Iterable[bytes], damage: Damage, *, tag: str | None, before: 
                 damage.missing.append(number)
             running = at
         running = None if running is None else zlib.crc32(raw, running)
-        yield Found(raw=raw.rstrip(b"\n"), record=line.record, chain=line.chain)
+        yield Found(raw.rstrip(b"\n"), line.record, line.chain, line.row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,24 @@ summary.json  written last; `complete` is true only for a run that reached its l
 
 from __future__ import annotations
 
+import contextlib
 import math
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headway.launcher.run.lines import Damage, Lost, decode, gaps
+from headway.launcher.run.columns.form import NUMBERS, Forms, kind_and_step, number, row_of
+from headway.launcher.run.columns.table import Table, TrainTable, gaps_between
+from headway.launcher.run.lines import Damage, Found, Lost, decode, is_step, lines_of, parse_raw
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
-KINDS = ("train", "validation", "heads", "start", "spike")
+_VALIDATION = ("tokens", "loss", "train_s", "accuracy", "standard_error", "micro_batches", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class RunRecord:
     spikes: int
     step_s: Floats
     data_s: Floats
-    batch_hash: dict[int, str] = field(repr=False)
+    batch_hash: Mapping[int, str] = field(repr=False)
     routers: tuple[Router, ...] = field(repr=False)
     heads: Heads | None = field(repr=False)
     start: dict[str, dict[str, float]] = field(repr=False)
@@ -97,36 +103,123 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder. If a step has two records, because it was repeated after a kill, the later one is used."""
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
-    damage = Damage()
-    for record in _records(RunDir(path), damage):
-        kind, step = record.get("kind"), record.get("step")
-        if isinstance(step, int) and isinstance(kind, str) and kind in by_kind:
-            by_kind[kind][step] = record
-    steps, validations, heads, starts, spikes = ([found[step] for step in sorted(found)] for found in by_kind.values())
+    """Read a run folder. If a step has two records, because it was repeated after a kill, the later one is used.
+
+    A record of training takes about 100 bytes of memory while it is read.
+    """
+    run, damage = RunDir(path), Damage()
+    found = _Records.of(run.metrics, damage, tag=run.tag)
+    train, validation = found.train, found.validation
+    kept, validated = train.kept(), validation.kept()
+    steps = train.steps(kept)
     return RunRecord(
         path=path,
         spec=read_mapping(path / "spec.json"),
         run=read_mapping(path / "run.json"),
         summary=read_mapping(path / "summary.json"),
-        train=_curve(steps),
-        validation=_curve(validations),
-        accuracy=_column(validations, "accuracy"),
-        standard_error=_column(validations, "standard_error"),
-        micro_batches=_column(validations, "micro_batches"),
-        targets=_column(validations, "targets"),
-        grad_norm=_column(steps, "grad_norm"),
-        skipped=sum(r.get("skipped") is True for r in steps),
-        spikes=len(spikes),
-        step_s=_column(steps, "step_s"),
-        data_s=_column(steps, "data_s"),
-        batch_hash={r["step"]: r["batch_hash"] for r in steps if isinstance(r.get("batch_hash"), str)},
-        routers=read_routers(steps),
-        heads=read_heads(heads),
-        start=_start(starts),
-        lost=Lost.of(damage, gaps(step for step in by_kind["train"] if step > 0)),
+        train=_curve(train, kept),
+        validation=_curve(validation, validated),
+        accuracy=validation.column("accuracy", validated),
+        standard_error=validation.column("standard_error", validated),
+        micro_batches=validation.column("micro_batches", validated),
+        targets=validation.column("targets", validated),
+        grad_norm=train.column("grad_norm", kept),
+        skipped=train.skipped(kept),
+        spikes=len(found.spikes),
+        step_s=train.column("step_s", kept),
+        data_s=train.column("data_s", kept),
+        batch_hash=train.hashes(kept),
+        routers=found.routers,
+        heads=read_heads(_by_step(found.heads)),
+        start=_start(_by_step(found.starts)),
+        lost=Lost.of(damage, gaps_between(steps[steps > 0])),
     )
+
+
+class _Records:
+    """The records of one file, by kind; those of training and validation as columns."""
+
+    def __init__(self) -> None:
+        self.train, self.validation = TrainTable(NUMBERS), Table(_VALIDATION)
+        self.heads, self.starts, self.spikes = dict[int, dict[str, Any]](), dict[int, dict[str, Any]](), set[int]()
+        self.routers: tuple[Router, ...] = ()
+
+    @classmethod
+    def of(cls, path: Path, damage: Damage, *, tag: str) -> _Records:
+        """Read a file. There are no records if there is no file, or if it cannot be read."""
+        found = cls()
+        try:
+            with path.open("rb") as file:
+                lines = _Placed(file)
+                for line in lines_of(lines, damage, tag=tag, parse=Forms().read):
+                    found._add(line, lines.place)
+                found._read_routers(file)
+        except OSError:
+            return cls()
+        return found
+
+    def _add(self, line: Found, place: int) -> None:
+        record = line.record
+        kind = "train" if line.row is not None else record.get("kind")
+        if kind == "train":
+            if (row := line.row or row_of(record)) is not None:
+                self.train.add_row(row, place)
+        elif is_step(step := record.get("step")):
+            if kind == "validation":
+                self.validation.add(step, [number(record.get(key)) for key in _VALIDATION])
+            elif kind == "spike":
+                self.spikes.add(step)
+            elif kind == "heads":
+                self.heads[step] = record
+            elif kind == "start":
+                self.starts[step] = record
+
+    def _read_routers(self, file: BinaryIO) -> None:
+        """Read the routers in the last tenth of the steps again: most of a file need not stay in memory for them."""
+        if self.train.routers:
+            kept = self.train.kept()
+            places = self.train.places(kept[len(kept) - max(1, len(kept) // 10) :])
+            self.routers = read_routers(_record_at(file, place) for place in places)
+
+
+class _Placed:
+    """The lines of a file. `place`: offset of the latest one in bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.place = file, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        following = 0
+        for raw in self._file:
+            self.place, following = following, following + len(raw)
+            yield raw
+
+
+def _record_at(file: BinaryIO, place: int) -> dict[str, Any]:
+    file.seek(place)
+    return parse_raw(file.readline()).record or {}
+
+
+def _by_step(records: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [records[step] for step in sorted(records)]
+
+
+def step_seconds(run: RunDir, *, after: int) -> Floats:
+    """Seconds of the recorded training steps after the step `after`. Raises OSError; there are none without a file."""
+    seconds, place = array("d"), NUMBERS.index("step_s")
+    with contextlib.suppress(FileNotFoundError), run.metrics.open("rb") as file:
+        for line in lines_of(file, Damage(), tag=run.tag, parse=Forms().read):
+            row = line.row or (row_of(line.record) if line.record.get("kind") == "train" else None)
+            if row is not None and row.step > after:
+                seconds.append(row.values[place])
+    found = np.array(seconds, dtype=np.float64)
+    return found[~np.isnan(found)]
+
+
+def kinds_and_steps(run: RunDir) -> Iterator[tuple[Any, Any]]:
+    """(kind, step) of each undamaged record, in the order of the file, whatever they are. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), run.metrics.open("rb") as file:
+        yield from map(kind_and_step, lines_of(file, Damage(), tag=run.tag, parse=Forms().read))
 
 
 def last_progress(path: Path) -> tuple[int, float | None]:
@@ -134,14 +227,14 @@ def last_progress(path: Path) -> tuple[int, float | None]:
     record = _last(path, "train")
     if record is None:
         return 0, None
-    tokens = _number(record.get("tokens"))
-    return int(tokens) if math.isfinite(tokens) else 0, _number(record.get("loss"))
+    tokens = number(record.get("tokens"))
+    return int(tokens) if math.isfinite(tokens) else 0, number(record.get("loss"))
 
 
 def last_validation(path: Path) -> float | None:
     """Validation loss of the last complete validation record in metrics.jsonl; None if there is none."""
     record = _last(path, "validation")
-    return None if record is None else _number(record.get("loss"))
+    return None if record is None else number(record.get("loss"))
 
 
 def _last(path: Path, kind: str) -> dict[str, Any] | None:
@@ -162,34 +255,24 @@ def _last(path: Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def _records(run: RunDir, damage: Damage) -> list[dict[str, Any]]:
-    try:
-        return list(run.read_metrics(damage))
-    except OSError:
-        return []
-
-
 def _parse(line: bytes) -> dict[str, Any]:
     return decode(line.decode(errors="replace")) or {}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _column(records: list[dict[str, Any]], key: str) -> Floats:
-    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
 
 
 def _start(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     layers = records[0].get("layers") if records else None
     found = layers if isinstance(layers, dict) else {}
     return {
-        str(name): {branch: _number(values.get(branch)) for branch in ("attention", "mlp")}
+        str(name): {branch: number(values.get(branch)) for branch in ("attention", "mlp")}
         for name, values in found.items()
         if isinstance(values, dict)
     }
 
 
-def _curve(records: list[dict[str, Any]]) -> Curve:
-    return Curve(**{key: _column(records, key) for key in ("step", "tokens", "loss", "train_s")})
+def _curve(table: Table, kept: NDArray[np.intp]) -> Curve:
+    return Curve(
+        step=table.steps(kept).astype(np.float64),
+        tokens=table.column("tokens", kept),
+        loss=table.column("loss", kept),
+        train_s=table.column("train_s", kept),
+    )

@@ -70,10 +70,10 @@ class Heads:
         return np.mean([values[key] for values in self.layers.values()], axis=0)
 
 
-def read_routers(train: Sequence[dict[str, Any]]) -> tuple[Router, ...]:
-    """Read the routers from the train records of a run, in order of steps."""
+def read_routers(train: Iterable[dict[str, Any]]) -> tuple[Router, ...]:
+    """Read the routers from the train records in the last tenth of a run, in order of steps."""
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in train[len(train) - max(1, len(train) // 10) :]:
+    for record in train:
         layers = record.get("router")
         for layer, routers in layers.items() if isinstance(layers, dict) else ():
             for name, values in routers.items() if isinstance(routers, dict) else ():

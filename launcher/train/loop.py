@@ -10,7 +10,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headway.launcher.run import heartbeat
+from headway.launcher.run.records import step_seconds
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.train.agreement import Agreed, Wishes, agree
 from headway.launcher.train.load import open_session
@@ -145,8 +148,8 @@ def finish(s: Session) -> None:
     if not s.layout.is_main:
         return
     s.tracker.require()
-    steady = sorted(r["step_s"] for r in s.run.read_metrics() if r.get("kind") == "train" and r["step"] > 2)
-    median = steady[len(steady) // 2] if steady else None
+    steady = np.sort(step_seconds(s.run, after=2))
+    median = float(steady[len(steady) // 2]) if len(steady) else None
     summary = {
         "complete": True,
         "exit": "complete",

@@ -116,3 +116,34 @@ def test_a_bias_alone_gets_a_gradient():
         for n in (4, 100)
     )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("odd", [None, float("nan"), float("inf"), 1e30])
+def test_overwriting_the_logits_changes_no_bit(monkeypatch, dtype, odd):
+    """Against log_softmax into a new tensor, as it was before."""
+
+    def out_of_place(logits, labels, want_grad):
+        label = labels.clamp_min(0)[:, None]
+        log_p = F.log_softmax(logits, -1)
+        log_p_of_label = log_p.gather(1, label)[:, 0]
+        if not want_grad:
+            return log_p_of_label, None
+        minus_one = log_p.new_full((1, 1), -1.0).expand_as(label)
+        return log_p_of_label, log_p.exp_().scatter_add_(1, label, minus_one)
+
+    hidden, weight, labels = problem(tokens=301, width=24, vocab=1003, dtype=dtype)
+    if odd is not None:
+        with torch.no_grad():
+            hidden[5] = odd
+
+    def bits():
+        loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=64)
+        found = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+        with torch.no_grad():
+            found += (linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=64),)
+        return [tensor.contiguous().view(torch.uint8) for tensor in (t.reshape(-1) for t in found)]
+
+    ours = bits()
+    monkeypatch.setattr("headway.kernels.loss._log_p_and_gradient", out_of_place)
+    assert all(map(torch.equal, ours, bits()))

@@ -190,8 +190,9 @@ def first_step(engine: str) -> dict[str, float]:
     return {"first_step_s": seconds, "cpu_s": cpu}
 
 
-def in_child(*words: str) -> dict[str, Any]:
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), *words]
+def in_child(script: Path, *words: str) -> dict[str, Any]:
+    """The result that a script prints, in a process with one thread."""
+    command = [sys.executable, "-P", str(script.resolve()), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -211,8 +212,10 @@ def main() -> None:
         "sizes": {},
     }
     for size, (words, _) in SIZES.items():
-        found = result["sizes"][size] = {"overrides": words, **in_child("turns", size)}
-        processes = [(engine, in_child("alone", size, engine)) for _ in range(PROCESSES) for engine in ENGINES]
+        found = result["sizes"][size] = {"overrides": words, **in_child(Path(__file__), "turns", size)}
+        processes = [
+            (engine, in_child(Path(__file__), "alone", size, engine)) for _ in range(PROCESSES) for engine in ENGINES
+        ]
         found["alone"] = {engine: [r for e, r in processes if e == engine] for engine in ENGINES}
         print(size, found["step"]["auto_over_deepspeed"], flush=True)
     starts = [(engine, first_step(engine)) for _ in range(STARTS) for engine in ENGINES]

@@ -81,6 +81,7 @@ def save(figure: Figure, folder: Path, name: str, *, title: str, caption: str, c
         # Omit the date, so that the same numbers give the same file.
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(folder / f"{name}.{kind}", dpi=170, metadata=metadata)
+        figure.set_layout_engine("none")  # the first file has laid it out
     plt.close(figure)
     return Plot(title=title, caption=caption, svg=f"{name}.svg", png=f"{name}.png", chart=chart)
 

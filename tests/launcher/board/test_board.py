@@ -1,10 +1,13 @@
 """TensorBoard data of routers and heads, read back from event files."""
 
 import io
+import random
+import zlib
 
 import numpy as np
 import pytest
 
+from headway.launcher.board.event_file import EventFile, crc32c
 from headway.launcher.board.events import ABSENT, CELL_PX, EVEN, NONE, TWICE, board_heads, board_routers, load_map
 
 FIGURES = {
@@ -77,3 +80,58 @@ def test_heads_are_shown_by_layer_and_over_layers(events):
     assert found.Scalars("heads/layer_01/c_o")[0].value == pytest.approx(0.5)
     assert found.Scalars("heads/mean/c_o")[0].value == pytest.approx(0.4)
     assert {tag.split("/")[-1] for tag in found.Tags()["scalars"]} == {"c_w", "c_q", "c_o", "effective_rank", "cka"}
+
+
+def test_checksums_of_many_texts_are_those_of_tensorboard():
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as one
+
+    draw = random.Random(0)
+    texts = [draw.randbytes(draw.choice([0, 1, 7, draw.randrange(300)])) for _ in range(200)]
+    assert crc32c(texts).tolist() == [one(text) for text in texts]
+    assert crc32c([]).size == crc32c([b""])[0] == 0
+    assert crc32c([b"123456789"])[0] == 0xE3069283 != zlib.crc32(b"123456789")
+
+
+def test_values_of_a_record_are_one_event_with_the_points_of_the_writer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    values = [0.1, 3, 1e300, float("nan"), float("-inf"), np.float32(2.5)]
+    (tmp_path / "many").mkdir()
+    (tmp_path / "one").mkdir()
+    with (tmp_path / "many" / "events.out.tfevents.0").open("wb") as file, SummaryWriter(str(tmp_path / "one")) as one:
+        many = EventFile(file, 100.0)
+        for step in range(3):
+            for board in (many, one):
+                for i, value in enumerate(values):
+                    board.add_scalar(f"tag/{i}", value, step, 100.0 + step)
+            many.end_record()
+        many.add_scalar("dropped", 1.0, 3, 103.0)
+        many.drop_record()
+        for wrong in (None, "text", [1, 2]):
+            with pytest.raises((TypeError, ValueError)):
+                many.add_scalar("wrong", wrong, 3, 103.0)
+        many.end_record()
+        many.close()
+    found = [EventAccumulator(str(tmp_path / name)) for name in ("many", "one")]
+    for one_side in found:
+        one_side.Reload()
+    mine, theirs = ({tag: repr(f.Scalars(tag)) for tag in f.Tags()["scalars"]} for f in found)
+    assert mine == theirs and len(mine) == len(values)
+
+
+def test_waiting_events_are_written_in_order_when_they_become_large(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("headway.launcher.board.event_file._MOST_BYTES", 500)
+    with (tmp_path / "events.out.tfevents.0").open("wb") as file:
+        board = EventFile(file, 100.0)
+        for step in range(100):
+            board.add_scalar("x" * (step + 1 if step % 10 else 600), step, step, float(step))
+            board.end_record()
+        assert file.tell() > 5000
+        board.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [e.step for e in found.Scalars("x" * 600)] == list(range(0, 100, 10))
+    assert sum(len(found.Scalars(tag)) for tag in found.Tags()["scalars"]) == 100

@@ -1,5 +1,6 @@
 """`headway board`: event files are rebuilt from the records, and the server is local unless --expose is given."""
 
+import json
 import re
 import signal
 import socket
@@ -144,6 +145,16 @@ def test_lost_records_are_named_and_the_rest_is_shown(run, capsys):
     assert board([run.path], host="127.0.0.1", port=None, expose=False, rebuild_files=True, serve=False) == 0
     assert "2 lines are damaged and no record of step 4" in capsys.readouterr().out
     assert [step for step, _ in view(run)["train/loss"]] == [1, 2, 3, *range(5, 13)]
+
+
+def test_values_that_are_no_numbers_count_as_damage(run):
+    lines = run.metrics.read_text().splitlines()
+    before = view(run)
+    text = [json.dumps({k: v for k, v in json.loads(line).items() if k not in ("chain", "crc")}) for line in lines]
+    text = [line.replace('"grad_norm": 1.0', '"grad_norm": null') if '"step": 9,' in line else line for line in text]
+    run.metrics.write_text("\n".join(text) + "\n")  # the format before checksums
+    assert str(rebuild(run)) == "1 line is damaged and no record of step 9"
+    assert view(run)["train/loss"] == [point for point in before["train/loss"] if point[0] != 9]
 
 
 def test_a_run_that_is_being_trained_cannot_be_rebuilt(run):

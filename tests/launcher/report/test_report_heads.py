@@ -58,9 +58,11 @@ def test_figures_per_group_and_older_ones_per_router_are_both_read(figures):
         assert router.means["information_share"] == 0.5  # of the group that has one
 
 
-def test_routers_are_read_from_the_last_tenth_and_dead_from_the_last_record():
+def test_routers_are_read_from_the_last_tenth_and_dead_from_the_last_record(tmp_path: Path):
     other = {**NEW, "load": [[0.0, 1.0], [0.0, 1.0]], "dead": [1, 1]}
-    (router,) = read_routers(train(*[OLD] * 18, NEW, other))
+    lines = train(*[OLD] * 18, NEW, other)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+    (router,) = read_run(tmp_path).routers
     assert router.load.tolist() == [[0.25, 0.75], [0.5, 0.5]] and router.dead == 2
     assert router.means["top1_margin"] == pytest.approx(1.5)
 

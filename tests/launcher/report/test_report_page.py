@@ -158,8 +158,10 @@ def test_what_belongs_to_a_variant_can_be_found(page: Page, few: Path) -> None:
     text = (few / "report.html").read_text()
     figures = re.findall(r'<div class="static">(.*?)</div>', text, re.S)
     for variant in GAIN:
-        # three panels with a mean and three seeds each, and the line and the text of the legend
-        assert figures[0].count(f'data-variant="{variant}"') == 14
+        # three panels with a mean and a group of all seeds each, and the line and the text of the legend
+        assert figures[0].count(f'data-variant="{variant}"') == 8
+        groups = re.findall(rf'<g data-variant="{variant}">(.*?)</g>', figures[0], re.S)
+        assert [group.count("<path ") for group in groups].count(3) == 3
         assert page.rows.count(variant) >= 5
     assert not [name for name in page.ids if "variant:" in name]
 
