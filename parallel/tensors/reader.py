@@ -15,7 +15,7 @@ from torch import Tensor
 from headway.parallel.config import CheckpointError, StrictModel
 from headway.parallel.manifest import Checkpoint
 from headway.parallel.tensors.image import SPANS
-from headway.parallel.tensors.spans import Span, copy_shared, whole
+from headway.parallel.tensors.spans import Span, copy_shared, shared, whole
 
 
 class _Entry(StrictModel):
@@ -64,9 +64,9 @@ class Tensors(Mapping[str, Tensor]):
                 f"{self._path}: {key} is {list(shape)}, not {list(span.shape)}; use the spec it was trained with"
             )
         held = [(whole(shape), self._whole[key])] if key in self._whole else self._spans[key]
-        if span.size:
-            for source, path in held:
-                copy_shared(self._stored(key, path).view(-1), source, target, span)
+        for source, path in held:
+            if blocks := shared(source, span):
+                copy_shared(self._stored(key, path).view(-1), target, blocks)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._whole
@@ -157,4 +157,4 @@ def copy_span(tensors: Mapping[str, Tensor], key: str, span: Span, target: Tenso
         tensors.copy(key, span, target)
     else:
         tensor = tensors[key]
-        copy_shared(tensor.reshape(-1), whole(tuple(tensor.shape)), target, span)
+        copy_shared(tensor.reshape(-1), target, shared(whole(tuple(tensor.shape)), span))

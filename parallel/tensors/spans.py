@@ -11,7 +11,7 @@ most three rectangles of its part: the end of a row, whole rows, and the beginni
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,10 @@ class Rectangle(NamedTuple):
     column: int
     columns: int
     offset: int
+
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """Where an element of the matrix is in the span, and the number of elements from one row to the next."""
+        return self.offset + (row - self.row) * self.columns + column - self.column, self.columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +86,33 @@ def whole(shape: tuple[int, ...]) -> Span:
     return Span(shape=shape, start=0, stop=math.prod(shape))
 
 
-def copy_shared(source: Tensor, held: Span, target: Tensor, wanted: Span) -> None:
-    """Copy the elements that two spans of one tensor share. If both are cut, it must be along the same dimension.
-
-    source: [held.size], target: [wanted.size], contiguous, on any device and of any dtype.
+class Shared(NamedTuple):
+    """Elements that two spans share, as a block of the matrix. `held`, `wanted`: where it is in each of the spans, as
+    (its first element, elements from one row to the next).
     """
-    dim = held.dim if held.ranks > 1 else wanted.dim
+
+    rows: int
+    columns: int
+    held: tuple[int, int]
+    wanted: tuple[int, int]
+
+
+def shared(held: Span, wanted: Span) -> list[Shared]:
+    """The elements that two spans of one tensor share. If both are cut, it must be along the same dimension."""
+    dim, found = held.dim if held.ranks > 1 else wanted.dim, []
     for a in held.rectangles(dim):
         for b in wanted.rectangles(dim):
             row, column = max(a.row, b.row), max(a.column, b.column)
             rows = min(a.row + a.rows, b.row + b.rows) - row
             columns = min(a.column + a.columns, b.column + b.columns) - column
             if rows > 0 and columns > 0:
-                from_, to = (_block(t, r, row, column, rows, columns) for t, r in ((source, a), (target, b)))
-                to.copy_(from_)
+                found.append(Shared(rows, columns, a.place(row, column), b.place(row, column)))
+    return found
 
 
-def _block(elements: Tensor, r: Rectangle, row: int, column: int, rows: int, columns: int) -> Tensor:
-    """View [rows, columns] of the elements of a span: the block at (`row`, `column`) of its rectangle `r`."""
-    first = r.offset + (row - r.row) * r.columns + column - r.column
-    return elements[first:].as_strided((rows, columns), (r.columns, 1))
+def copy_shared(source: Tensor, target: Tensor, blocks: Sequence[Shared]) -> None:
+    """Copy what two spans share. Both tensors are contiguous, [span.size], on any device and of any dtype."""
+    for block in blocks:
+        size = (block.rows, block.columns)
+        (first, step), (to, to_step) = block.held, block.wanted
+        target[to:].as_strided(size, (to_step, 1)).copy_(source[first:].as_strided(size, (step, 1)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import GLOBAL, S, Micro, global_batch
+from engine_cases import GLOBAL, Micro, S, global_batch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,17 +59,17 @@ SAVERS = {
 MOVES = {  # saver -> layouts that continue it
     "fp32": {
         "dp2": ("dp2", "dp2-z3", "cp2", "tp2", "pp2", "dp4", "dp4-z3", "tp2·dp2", "single"),
-        "dp2-z3": ("dp2", "tp2·dp2-z3"),
+        "dp2-z3": ("dp2-z3", "dp2", "tp2·dp2-z3"),
         "tp2": ("dp2", "pp2", "dp4", "single"),
         "pp2": ("dp2", "tp2"),
         "tp2·dp2": ("pp2·dp2", "single"),
-        "tp2·dp2-z3": ("tp2·dp2", "single"),
+        "tp2·dp2-z3": ("tp2·dp2-z3", "tp2·dp2", "single"),
     },
     "bf16": {
         "dp2": ("dp2", "dp2-z2", "dp2-z3", "tp2", "pp2", "dp4", "single"),
         "dp2-z2": ("dp2",),
-        "dp2-z3": ("dp2", "dp4"),
-        "pp2·dp2": ("tp2·dp2-z3", "single"),
+        "dp2-z3": ("dp2-z3", "dp2", "dp4"),
+        "pp2·dp2": ("pp2·dp2", "tp2·dp2-z3", "single"),
     },
 }
 
