@@ -68,7 +68,7 @@ def save(root: Path, engine: Saved, layout: Layout, *, step: int, state: Mapping
     """Write `root/step-NNNNNNNNNN` synchronously. Collective. Returns None, or the reason of a failure."""
     saver = Saver(root, engine, layout, CheckpointConfig(keep=keep), about={})
     saver.start(step, state)
-    return saver.commit().error
+    return saver.commit(last=True).error
 
 
 def newest_valid(

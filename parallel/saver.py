@@ -47,6 +47,9 @@ class Saved(Protocol):
     def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]: ...
 
 
+DELETED = ".deleted-"
+"""Begin of the names of removed checkpoints whose files are not deleted yet."""
+
 MEND = "Free space or mend the disk"
 """What helps against most errors of a save."""
 
@@ -95,6 +98,7 @@ class Saver:
         self._about = dict(about)
         self._buffer = HostBuffer(pinned=layout.device.type == "cuda")
         self._pending: _Pending | None = None
+        self._deletion: threading.Thread | None = None  # of old checkpoints
 
     @property
     def pending_step(self) -> int | None:
@@ -110,6 +114,7 @@ class Saver:
         """Start saving the current state to `root/step-NNNNNNNNNN`. Collective. No other save may be pending."""
         assert self._pending is None
         begin, layout, staging = time.perf_counter(), self._layout, self._staging(step)
+        self._finish_deletion()  # the new checkpoint needs the space
         error, mend = self._make(staging) if layout.is_main else (None, MEND)
         layout.barrier()
         pending = _Pending(step=step, state=dict(state), error=error, stall_s=0.0, mend=mend)
@@ -126,8 +131,11 @@ class Saver:
                 pending.thread.start()
         pending.stall_s = time.perf_counter() - begin
 
-    def commit(self) -> Outcome:
-        """Wait for the pending save and commit it. Collective."""
+    def commit(self, *, last: bool = False) -> Outcome:
+        """Wait for the pending save and commit it. Collective.
+
+        A thread deletes old checkpoints. `last`: wait for it, because the process may end.
+        """
         pending, layout, begin = self._pending, self._layout, time.perf_counter()
         assert pending is not None
         if pending.thread is not None:
@@ -148,7 +156,9 @@ class Saver:
             if error is not None:
                 shutil.rmtree(staging, ignore_errors=True)
             else:
-                retain(self._root, self._config, step=pending.step)
+                self._delete(retain(self._root, self._config, step=pending.step))
+        if last:
+            self._finish_deletion()
         self._pending = None
         stall_s = pending.stall_s + time.perf_counter() - begin
         return Outcome(step=pending.step, error=error, mend=mend, stall_s=stall_s, write_s=pending.write_s)
@@ -164,11 +174,23 @@ class Saver:
                     what = "a link" if found.is_symlink() else "no folder"
                     return f"{found}: {what}, but only saves make entries of this name, as folders", "Move it elsewhere"
                 shutil.rmtree(found)
+            _remove(list(self._root.glob(f"{DELETED}*")))  # of a killed process
             found = staging
             staging.mkdir()
         except OSError as e:
             return f"{found}: {e}", MEND
         return None, MEND
+
+    def _delete(self, folders: list[Path]) -> None:
+        """Delete folders in a thread. For a file of 1 GB, a file system may take as long as the copy of the state."""
+        if folders:
+            self._deletion = threading.Thread(target=_remove, args=(folders,), name="deletion", daemon=True)
+            self._deletion.start()
+
+    def _finish_deletion(self) -> None:
+        if self._deletion is not None:
+            self._deletion.join()
+            self._deletion = None
 
     def _staging(self, step: int) -> Path:
         return self._root / f".staging-{step:010d}"
@@ -238,12 +260,17 @@ class Saver:
         fsync(final.parent)
 
 
-def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
-    """Delete old checkpoints after the one of `step` was written.
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def retain(root: Path, config: CheckpointConfig, *, step: int) -> list[Path]:
+    """Remove old checkpoints after the one of `step` was written. Returns the folders with their files, to be deleted.
 
     Kept are the newest `keep` up to `step`, the milestones (`keep_every_tokens`, `keep_at_tokens`) and the best one
     (`keep_best`).
-    Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are deleted:
+    Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are removed:
     they must not count as kept, and must not be loaded later, because the run has since trained those steps again.
     """
     folders = steps_on_disk(root)
@@ -251,13 +278,18 @@ def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
     older = folders[len(later) + config.keep :]
     if config.keep_every_tokens is not None or config.keep_at_tokens or config.keep_best:
         older = _not_worth_keeping(folders[len(later) :], older, best=config.keep_best)
+    removed = []
     for path in [*later, *older, *root.glob("bad-step-*")]:
         with contextlib.suppress(OSError):  # the new checkpoint is valid; failing to delete an old one is no error
-            # Delete the manifest first, so that a partly deleted checkpoint is not valid.
+            # Without its manifest, a checkpoint is not valid. The next save deletes what a killed process leaves.
             point("retention:before_delete")
             (path / MANIFEST).unlink(missing_ok=True)
             point("retention:after_manifest")
-            shutil.rmtree(path, ignore_errors=True)
+            aside = path.with_name(f"{DELETED}{path.name}")
+            with contextlib.suppress(OSError):
+                path = path.rename(aside)
+            removed.append(path)
+    return removed
 
 
 def _not_worth_keeping(folders: list[Path], older: list[Path], *, best: bool) -> list[Path]:

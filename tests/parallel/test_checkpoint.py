@@ -157,6 +157,42 @@ def test_what_a_killed_save_left_is_removed_by_the_next_save_of_any_step(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000005"]
 
 
+def test_old_checkpoints_are_gone_at_once_and_their_files_are_deleted_meanwhile(tmp_path, monkeypatch):
+    go_on, remove = threading.Event(), saver._remove
+
+    def slow(folders: list[Path]) -> None:
+        if folders:
+            assert go_on.wait(10)
+        remove(folders)
+
+    saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(keep=1), about={})
+    saving.start(1, {"applied_steps": 1})
+    assert saving.commit().error is None
+    monkeypatch.setattr(saver, "_remove", slow)
+    saving.start(2, {"applied_steps": 2})
+    assert saving.commit().error is None  # training goes on here
+    assert [p.name for p in checkpoint.steps_on_disk(tmp_path)] == ["step-0000000002"]
+    left = tmp_path / ".deleted-step-0000000001"
+    assert [p.name for p in left.iterdir()] == ["tensors-00000-of-00001.safetensors"]
+    assert checkpoint.newest_readable(tmp_path, warn=pytest.fail, run=None).step == 2
+    go_on.set()
+    saving.start(3, {"applied_steps": 3})  # waits for the space
+    assert not left.exists()
+    assert saving.commit(last=True).error is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000000003"]
+
+
+def test_what_a_killed_process_did_not_delete_is_deleted_by_the_next_save(tmp_path):
+    left = tmp_path / ".deleted-step-0000000001"
+    left.mkdir()
+    (left / "tensors-00000-of-00001.safetensors").write_bytes(b"old")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".deleted-link").symlink_to(elsewhere)  # of someone else
+    assert write(tmp_path, 2) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".deleted-link", "elsewhere", "step-0000000002"]
+
+
 def test_damaged_checkpoints_of_later_steps_never_push_out_the_one_just_written(tmp_path):
     for step in (5, 9, 10):
         write(tmp_path, step, keep=3)

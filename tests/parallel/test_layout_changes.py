@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 
@@ -90,6 +91,19 @@ def test_another_layout_loads_the_same_state_and_continues_as_from_whole_tensors
     assert moved["now"]["figures"] == moved["-format-2"]["figures"]
     if target == name:
         assert moved["now"]["figures"] == saved["figures"]
+
+
+@pytest.mark.parametrize("name", ["dp2-z3", "tp2", "pp2", "tp2·dp2", "tp2·dp2-z3"])
+def test_a_single_process_reads_the_weights_of_all_files(results, folder, name):
+    """As exports, generation and validation do."""
+    decoder = Decoder(cases.MODEL, cases.ATTENTION, vocab_size=cases.VOCAB, seed=9)
+    checkpoint.load_weights(checkpoint.newest_readable(folder / "fp32" / name, warn=pytest.fail, run=None), decoder)
+    held = {f"param/{key}": tensor for key, tensor in decoder.named_parameters()}
+    held |= {f"buffer/{key}": tensor for key, tensor in checkpoint.persistent_buffers(decoder)}
+    found = {key: cases._hash(tensor) for key, tensor in held.items()}
+    saved = results["fp32", name]["digests"]
+    assert found == {key: value for key, value in saved.items() if not key.startswith("exp_avg")}
+    assert any(key.startswith("buffer/") for key in found)
 
 
 @pytest.mark.parametrize("damage", ["missing", "altered", "truncated"])
