@@ -48,7 +48,9 @@ class Image:
 
 
 class HostBuffer:
-    """Memory of the host that grows to the largest image. `pinned`: page-locked, for copies from a GPU."""
+    """Memory of the host that grows to the largest image. `pinned`: page-locked where the host allows it,
+    for copies from a GPU.
+    """
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned, self._memory = pinned, torch.empty(0, dtype=torch.uint8)
@@ -84,7 +86,13 @@ class HostBuffer:
     def _reserve(self, size: int) -> None:
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free it first
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            try:
+                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            except RuntimeError:
+                if not self._pinned:
+                    raise
+                self._pinned = False  # the host does not allow to lock so much
+                self._memory = torch.empty(size, dtype=torch.uint8)
 
 
 def write_image(path: Path, image: Image) -> tuple[int, str]:

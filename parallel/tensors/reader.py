@@ -64,6 +64,9 @@ class Tensors(Mapping[str, Tensor]):
                 f"{self._path}: {key} is {list(shape)}, not {list(span.shape)}; use the spec it was trained with"
             )
         held = [(whole(shape), self._whole[key])] if key in self._whole else self._spans[key]
+        if span.ranks > 1 and held[0][0].ranks > 1 and span.dim != held[0][0].dim:
+            copy_shared(self[key].view(-1), target, shared(whole(shape), span))
+            return
         for source, path in held:
             if blocks := shared(source, span):
                 copy_shared(self._stored(key, path).view(-1), target, blocks)

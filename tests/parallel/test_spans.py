@@ -109,6 +109,21 @@ def test_the_memory_of_a_save_is_used_again_by_the_next_one():
     assert grown.numel() == large.nbytes + small.nbytes
 
 
+def test_memory_that_cannot_be_locked_is_used_all_the_same(monkeypatch):
+    empty, asked = torch.empty, []
+
+    def refusing(*args, pin_memory=False, **kwargs):
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    buffer, x = HostBuffer(pinned=True), torch.randn(10)
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert torch.equal(buffer.image({"x": (whole((10,)), x)}).data.view(torch.float32), x)
+    assert True in asked
+
+
 def stored(folder: Path, files: list[dict[str, tuple[Span, torch.Tensor]]]) -> Checkpoint:
     """A checkpoint of these files."""
     folder.mkdir()
@@ -138,6 +153,16 @@ def test_a_checkpoint_gives_whole_tensors_and_any_span_from_the_files_of_ranks(t
         plain = torch.zeros(wanted.size)
         copy_span({"param/x": tensor}, "param/x", wanted, plain)  # of tensors that are in no checkpoint
         assert torch.equal(target, elements(tensor, wanted)) and torch.equal(plain, target)
+
+
+def test_a_tensor_that_was_cut_along_another_dimension_is_read_too(tmp_path):
+    tensor = torch.randn(4, 6)
+    held = [Span(shape=(4, 6), dim=1, ranks=2, rank=rank, start=0, stop=12) for rank in (0, 1)]
+    tensors = Tensors(stored(tmp_path / "step", [{"x": (s, elements(tensor, s))} for s in held]))
+    wanted = Span(shape=(4, 6), dim=0, ranks=2, rank=1, start=3, stop=11)
+    target = torch.zeros(8)
+    tensors.copy("x", wanted, target)
+    assert torch.equal(target, elements(tensor, wanted))
 
 
 def test_only_files_that_hold_wanted_elements_are_read(tmp_path):
