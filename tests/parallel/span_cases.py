@@ -1,6 +1,8 @@
 """Run by test_layout_changes.py in 2, 4 and 1 processes: saves in some layouts, and continues each save in others.
 
-`span_cases.py FOLDER`, with this folder on PYTHONPATH. Prints one JSON object per case on rank 0. Not a test module.
+`span_cases.py FOLDER SAVERS`, with this folder on PYTHONPATH. SAVERS: the number of processes whose checkpoints are
+continued; if it is that of this group, they are saved first. Prints one JSON object per case on rank 0. Not a test
+module.
 
 Each state is written twice: by Headway, and in format 2, in which each file holds whole tensors, as DeepSpeed puts them
 together.
@@ -191,7 +193,7 @@ def continued(e: Engine, layout: Layout, root: Path) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, savers_size = Path(sys.argv[1]), int(sys.argv[2])
     base = init_layout(device="cpu", timeout_s=120)
     layouts: dict[Any, Layout] = {}
 
@@ -208,7 +210,7 @@ def main() -> None:
 
     for precision, savers in SAVERS.items():
         for name in savers:
-            if LAYOUTS[name][0] != base.world_size:
+            if not LAYOUTS[name][0] == savers_size == base.world_size:
                 continue
             layout = layout_of(name)
             e = engine_of(name, precision, layout)
@@ -221,8 +223,7 @@ def main() -> None:
     for precision, moves in MOVES.items():
         for name, targets in moves.items():
             for target in targets:
-                # Checkpoints of 4 processes are continued in those of 4 and of 1, which start later.
-                if LAYOUTS[target][0] != base.world_size:
+                if (LAYOUTS[name][0], LAYOUTS[target][0]) != (savers_size, base.world_size):
                     continue
                 layout = layout_of(target)
                 ways = {}

@@ -30,54 +30,85 @@ def _cases():
 
 
 cases = _cases()
-SAVED = [(precision, name) for precision, names in cases.SAVERS.items() for name in names]
+
+
+def size(layout: str) -> int:
+    """Processes of a layout."""
+    return cases.LAYOUTS[layout][0]
+
+
+def case(*key: str):
+    """A case that needs 4 processes is slow."""
+    return pytest.param(*key, marks=[pytest.mark.slow] if max(map(size, key[1:])) > 2 else [])
+
+
+SAVED = [case(precision, name) for precision, names in cases.SAVERS.items() for name in names]
+CUT_BY_DATA = [case(precision, name) for precision, names in cases.SAVERS.items() for name in names if "dp" in name]
 MOVED = [
-    (precision, name, target)
+    case(precision, name, target)
     for precision, moves in cases.MOVES.items()
     for name, targets in moves.items()
     for target in targets
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("layouts")
+class Results(dict[tuple[str, ...], dict]):
+    """What workers printed, by (precision, saver) and (precision, saver, layout that continues).
 
+    Workers are started on demand.
+    """
 
-@pytest.fixture(scope="module")
-def results(folder) -> dict[tuple[str, ...], dict]:
-    found = {}
-    for processes in (2, 4, 1):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._started: set[tuple[int, int]] = set()
+
+    def __missing__(self, key: tuple[str, ...]) -> dict:
+        savers = size(key[1])
+        for processes in dict.fromkeys((savers, size(key[-1]))):
+            if (processes, savers) not in self._started:
+                self._started.add((processes, savers))
+                self._start(processes, savers)
+        return dict(self)[key]
+
+    def _start(self, processes: int, savers: int) -> None:
         command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(processes), str(HERE / "span_cases.py"), str(folder)]
+        command += [str(processes), str(HERE / "span_cases.py"), str(self.folder), str(savers)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         for line in done.stdout.splitlines():
             if line.startswith("CASE "):
-                case = json.loads(line.removeprefix("CASE "))
-                key = (case["precision"], case["name"], *([case["target"]] if "target" in case else []))
-                found[key] = case
-    return found
+                found = json.loads(line.removeprefix("CASE "))
+                self[found["precision"], found["name"], *([found["target"]] if "target" in found else [])] = found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    return Results(tmp_path_factory.mktemp("layouts"))
+
+
+def checkpoints(results: Results, precision: str, name: str) -> Path:
+    assert results[precision, name]
+    return results.folder / precision / name
 
 
 @pytest.mark.parametrize(("precision", "name"), SAVED)
 def test_a_save_exchanges_no_tensors(results, precision, name):
     traffic = results[precision, name]["traffic"]
-    exchanged = {name: size for name, size in traffic["ours"].items() if size}
+    exchanged = {operation: count for operation, count in traffic["ours"].items() if count}
     # What is left: the barrier, and JSON about files and errors. Each rank gets that of all ranks, padded.
     assert exchanged.keys() <= {"allgather_", "barrier"}
     assert 0 < sum(exchanged.values()) < 40_000
     # What counts them does count: the sums that a save had before, of four bytes for each element of the state.
-    assert sum(traffic["theirs"].values()) > 0.9 * traffic["state"] / cases.LAYOUTS[name][0]
+    assert sum(traffic["theirs"].values()) > 0.9 * traffic["state"] / size(name)
 
 
-@pytest.mark.parametrize(("precision", "name"), [s for s in SAVED if "dp" in s[1]])
-def test_each_data_rank_writes_its_own_part(results, folder, precision, name):
-    assert (precision, name) in results
-    files = checkpoint.read_manifest(folder / precision / name / "step-0000000002").files
+@pytest.mark.parametrize(("precision", "name"), CUT_BY_DATA)
+def test_each_data_rank_writes_its_own_part(results, precision, name):
+    files = checkpoint.read_manifest(checkpoints(results, precision, name) / "step-0000000002").files
     sizes = [entry.bytes for entry in files.values()]
-    assert len(sizes) == cases.LAYOUTS[name][0] and all(entry.spans for entry in files.values())
+    assert len(sizes) == size(name) and all(entry.spans for entry in files.values())
     if "pp" not in name:  # stages differ in size
         assert max(sizes) < 1.25 * min(sizes)
 
@@ -93,25 +124,25 @@ def test_another_layout_loads_the_same_state_and_continues_as_from_whole_tensors
         assert moved["now"]["figures"] == saved["figures"]
 
 
-@pytest.mark.parametrize("name", ["dp2-z3", "tp2", "pp2", "tp2·dp2", "tp2·dp2-z3"])
-def test_a_single_process_reads_the_weights_of_all_files(results, folder, name):
+@pytest.mark.parametrize(("precision", "name"), [s for s in SAVED if s.values[0] == "fp32"])
+def test_a_single_process_reads_the_weights_of_all_files(results, precision, name):
     """As exports, generation and validation do."""
     decoder = Decoder(cases.MODEL, cases.ATTENTION, vocab_size=cases.VOCAB, seed=9)
-    checkpoint.load_weights(checkpoint.newest_readable(folder / "fp32" / name, warn=pytest.fail, run=None), decoder)
+    root = checkpoints(results, precision, name)
+    checkpoint.load_weights(checkpoint.newest_readable(root, warn=pytest.fail, run=None), decoder)
     held = {f"param/{key}": tensor for key, tensor in decoder.named_parameters()}
     held |= {f"buffer/{key}": tensor for key, tensor in checkpoint.persistent_buffers(decoder)}
     found = {key: cases._hash(tensor) for key, tensor in held.items()}
-    saved = results["fp32", name]["digests"]
+    saved = results[precision, name]["digests"]
     assert found == {key: value for key, value in saved.items() if not key.startswith("exp_avg")}
     assert any(key.startswith("buffer/") for key in found)
 
 
 @pytest.mark.parametrize("damage", ["missing", "altered", "truncated"])
-def test_a_damaged_part_is_named(results, folder, tmp_path, damage):
-    assert results
+def test_a_damaged_part_is_named(results, tmp_path, damage):
     root = tmp_path / "checkpoints"
-    shutil.copytree(folder / "fp32" / "tp2·dp2-z3", root)
-    part = root / "step-0000000002" / "tensors-00002-of-00004.safetensors"
+    shutil.copytree(checkpoints(results, "fp32", "dp2-z3"), root)
+    part = root / "step-0000000002" / "tensors-00001-of-00002.safetensors"
     body = bytearray(part.read_bytes())
     if damage == "missing":
         part.unlink()
