@@ -2,11 +2,12 @@
 
 A checkpoint is the folder `step-NNNNNNNNNN`. It never exists partially: files are written to a hidden staging folder,
 the manifest last, and then the folder is renamed. The newest folder with a valid manifest and valid hashes is loaded;
-there is no pointer file that could be wrong. Tensors are unsharded (logical) fp32 tensors with their single-device
-names, so every layout can read them. Each is written by one rank. There are no pickles.
+there is no pointer file that could be wrong. Tensors are fp32 and have their single-device names. Each rank writes what
+it holds of them, and says which elements of the unsharded (logical) tensor these are, so every layout can read them.
+There are no pickles.
 
-`headway.parallel.saver` writes checkpoints, `headway.parallel.manifest` defines the format, and this module finds and
-loads them.
+`headway.parallel.saver` writes checkpoints, `headway.parallel.manifest` defines the format, `headway.parallel.tensors`
+reads and writes the files of tensors, and this module finds and loads checkpoints.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from headway.parallel.manifest import (
     MANIFEST,
     Checkpoint,
     ForeignCheckpointError,
-    Tensors,
     read_manifest,
     steps_on_disk,
     verify_hashes,
 )
 from headway.parallel.saver import Saved, Saver
+from headway.parallel.tensors.reader import Tensors
 
 __all__ = [
     "MANIFEST",
@@ -67,7 +68,7 @@ def save(root: Path, engine: Saved, layout: Layout, *, step: int, state: Mapping
     """Write `root/step-NNNNNNNNNN` synchronously. Collective. Returns None, or the reason of a failure."""
     saver = Saver(root, engine, layout, CheckpointConfig(keep=keep), about={})
     saver.start(step, state)
-    return saver.commit().error
+    return saver.commit(last=True).error
 
 
 def newest_valid(

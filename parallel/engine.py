@@ -22,9 +22,12 @@ from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, clock_of
+from headway.parallel.tensors.spans import Span
 from headway.parallel.transfer import transfer_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("param", *MOMENTS)
+"""What a checkpoint holds of each parameter, in fp32."""
 
 
 class MicroBatch(Protocol):
@@ -314,15 +317,17 @@ class Engine(ABC):
         return {p.name: p.whole_shape(self.layout.tp_size) for p in self._logical}
 
     @abstractmethod
-    def read_logical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", unsharded fp32 tensor) of this rank's layers.
+    def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]:
+        """Yield ("param/NAME" | "exp_avg/NAME" | "exp_avg_sq/NAME", span, its fp32 elements) of this rank's layers.
 
-        Collective: all ranks of a stage must iterate. A parameter that two stages share is yielded by the first one.
+        Nothing is exchanged. The spans of all ranks hold each element of each tensor exactly once. A rank also yields
+        the tensors of its layers that others hold, with an empty span. A parameter that two stages share belongs to the
+        first one. The elements are those of the optimizer, not copies.
         """
 
     @abstractmethod
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
-        """Set parameters, fp32 master weights, moments (keys as in `read_logical`) and Adam's step counters."""
+        """Set parameters, fp32 master weights, moments (keys as in `read_spans`) and Adam's step counters."""
 
     def buffers(self) -> dict[str, LogicalBuffer]:
         """Persistent buffers (router biases) of this rank's layers, by single-device name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from headway.model.base import Shard
 from headway.parallel.layout import Layout
+from headway.parallel.tensors.spans import Span, whole
 
 _SHARED_LAYER = re.compile(r"\.(attn|mlp)\.")
 
@@ -45,13 +47,12 @@ class LogicalBuffer(NamedTuple):
     dim: int | None
 
 
-def gathered(part: Tensor, dim: int | None, layout: Layout) -> Tensor:
-    """The unsharded tensor, from this rank's shard. Collective over the tensor-parallel ranks."""
+def part_span(shape: tuple[int, ...], dim: int | None, layout: Layout) -> Span:
+    """This rank's tensor-parallel part of an unsharded tensor of this shape."""
+    span = whole(shape)
     if dim is None or layout.tp_size == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(layout.tp_size)]
-    dist.all_gather(parts, part.contiguous(), group=layout.tensor_group)
-    return torch.cat(parts, dim)
+        return span
+    return replace(span, dim=dim, ranks=layout.tp_size, rank=layout.tp_rank, stop=span.stop // layout.tp_size)
 
 
 def own_part(whole: Tensor, dim: int | None, layout: Layout) -> Tensor:

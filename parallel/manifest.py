@@ -1,4 +1,4 @@
-"""Format of a checkpoint folder: manifest, file hashes and tensors.
+"""Format of a checkpoint folder: manifest and file hashes. `headway.parallel.tensors.reader` reads the tensors.
 
 The folder `step-NNNNNNNNNN` contains safetensors files and MANIFEST.json, which lists each file with its size and hash
 and has a hash of its own. Files that are not listed are errors. There are no pickles.
@@ -10,21 +10,18 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import xxhash
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from headway.parallel.config import CheckpointError, StrictModel
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-FORMAT = 2
+FORMAT = 3
+_READABLE = (1, 2, FORMAT)
 MANIFEST = "MANIFEST.json"
 _MAX_BYTES = 8 << 20  # 100,000 tensors; reading a hostile manifest of this size takes 1 s and 200 MB
 _STEP = re.compile(r"step-(\d{10})")
@@ -37,17 +34,22 @@ class ForeignCheckpointError(CheckpointError):
 
 
 class FileEntry(StrictModel):
-    """Size, hash and tensor keys of one file."""
+    """Size and hash of one file, and what it holds.
+
+    tensors: Keys of the tensors that it holds in full.
+    spans: Number of tensors of which it holds a part, which its metadata describes. 0 before format 3.
+    """
 
     bytes: int = Field(ge=0)
     xxh3_128: _Hash
     tensors: list[Annotated[str, Field(max_length=512)]]
+    spans: int = Field(default=0, ge=0)
 
 
 class Manifest(StrictModel):
     """MANIFEST.json. `about`: run, attempt, spec, code, versions and data of the writer; empty in format 1."""
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     step: int = Field(ge=0)
     layout: dict[str, int]
     state: dict[str, Any]
@@ -149,7 +151,7 @@ def read_manifest(path: Path, *, run: str | None = None) -> Manifest:
         value = outer["manifest"]
         if outer["xxh3_128"] != own_hash(value):
             raise CheckpointError(f"{path / MANIFEST}: its own hash does not match")
-        if value["format"] not in (1, FORMAT):
+        if value["format"] not in _READABLE:
             raise CheckpointError(
                 f"{path / MANIFEST}: format {value['format']!r:.20} is not {FORMAT}; use the release that wrote it"
             )
@@ -199,43 +201,3 @@ def verify_hashes(
             raise CheckpointError(f"{path / name}: its contents changed after it was written (hash differs)")
         if i % size == rank and checked is not None:
             checked(entry.bytes)
-
-
-class Tensors(Mapping[str, "Tensor"]):
-    """The tensors of a checkpoint by key, loaded lazily. Raises CheckpointError if a file is not safetensors."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._where = {
-            key: checkpoint.path / name for name, entry in checkpoint.manifest.files.items() for key in entry.tensors
-        }
-        self._open: dict[Path, Any] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        file = self._file(key)
-        try:
-            return file.get_tensor(key)
-        except SafetensorError as e:
-            raise CheckpointError(f"{self._where[key]}: {key} cannot be read ({e})") from e
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, without loading it."""
-        file = self._file(key)
-        try:
-            return tuple(file.get_slice(key).get_shape())
-        except SafetensorError as e:
-            raise CheckpointError(f"{self._where[key]}: {key} cannot be read ({e})") from e
-
-    def _file(self, key: str) -> Any:
-        path = self._where[key]
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path}: not a safetensors file ({e}); restore it from a copy") from e
-        return self._open[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)

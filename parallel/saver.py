@@ -1,13 +1,15 @@
 """Asynchronous checkpoint writer.
 
-`start` copies this rank's part of the logical tensors to the CPU while training waits. A thread then writes, fsyncs and
-hashes the rank's file while training continues. When the threads of all ranks have finished, `commit` writes the
-manifest and renames the staging folder, which makes the checkpoint valid. Each logical tensor is written by one rank.
+`start` copies what this rank holds of the logical tensors to the host's memory while training waits. No tensor is
+exchanged between ranks. A thread then writes, hashes and fsyncs the rank's file while training continues. When the
+threads of all ranks have finished, `commit` writes the manifest and renames the staging folder, which makes the
+checkpoint valid. Each element of a logical tensor is written by one rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -16,34 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from headway.parallel.config import CheckpointConfig, CheckpointError
 from headway.parallel.fault_points import point
 from headway.parallel.layout import Layout
-from headway.parallel.logical import LogicalBuffer, gathered
+from headway.parallel.logical import LogicalBuffer, part_span
 from headway.parallel.manifest import (
     FORMAT,
     MANIFEST,
     FileEntry,
     Manifest,
-    file_hash,
     fsync,
     read_manifest,
     step_of,
     steps_on_disk,
     write_manifest,
 )
+from headway.parallel.tensors.image import HostBuffer, Image, write_image
+from headway.parallel.tensors.spans import Span
 
 
 class Saved(Protocol):
-    """Interface that a checkpoint saves, for example `headway.parallel.engine.Engine`. Its methods are collective."""
+    """Interface that a checkpoint saves, for example `headway.parallel.engine.Engine`."""
 
     def buffers(self) -> Mapping[str, LogicalBuffer]: ...
 
-    def read_logical(self) -> Iterator[tuple[str, Tensor]]: ...
+    def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]: ...
 
+
+DELETED = ".deleted-"
+"""Begin of the names of removed checkpoints whose files are not deleted yet."""
 
 MEND = "Free space or mend the disk"
 """What helps against most errors of a save."""
@@ -73,6 +78,8 @@ class _Pending:
     error: str | None
     stall_s: float
     mend: str = MEND
+    image: Image | None = None
+    elements: tuple[int, int] = (0, 0)  # that this rank writes, and of the tensors that it accounts for
     thread: threading.Thread | None = None
     files: dict[str, Any] | None = None
     write_s: float = 0.0
@@ -89,7 +96,9 @@ class Saver:
     ) -> None:
         self._root, self._engine, self._layout, self._config = root, engine, layout, config
         self._about = dict(about)
+        self._buffer = HostBuffer(pinned=layout.device.type == "cuda")
         self._pending: _Pending | None = None
+        self._deletion: threading.Thread | None = None  # of old checkpoints
 
     @property
     def pending_step(self) -> int | None:
@@ -105,27 +114,36 @@ class Saver:
         """Start saving the current state to `root/step-NNNNNNNNNN`. Collective. No other save may be pending."""
         assert self._pending is None
         begin, layout, staging = time.perf_counter(), self._layout, self._staging(step)
+        self._finish_deletion()  # the new checkpoint needs the space
         error, mend = self._make(staging) if layout.is_main else (None, MEND)
         layout.barrier()
         pending = _Pending(step=step, state=dict(state), error=error, stall_s=0.0, mend=mend)
-        tensors = self._share()
         self._pending = pending
         if error is None:
-            pending.thread = threading.Thread(
-                target=self._write, args=(pending, staging, tensors), name="checkpoint", daemon=True
-            )
-            pending.thread.start()
+            try:
+                pending.image, pending.elements = self._copied()
+            except (MemoryError, RuntimeError) as e:  # PyTorch raises RuntimeError if there is no memory
+                pending.error, pending.mend = f"the copy of the state failed: {e}", "Free memory of the host"
+            else:
+                pending.thread = threading.Thread(
+                    target=self._write, args=(pending, staging), name="checkpoint", daemon=True
+                )
+                pending.thread.start()
         pending.stall_s = time.perf_counter() - begin
 
-    def commit(self) -> Outcome:
-        """Wait for the pending save and commit it. Collective."""
+    def commit(self, *, last: bool = False) -> Outcome:
+        """Wait for the pending save and commit it. Collective.
+
+        A thread deletes old checkpoints. `last`: wait for it, because the process may end.
+        """
         pending, layout, begin = self._pending, self._layout, time.perf_counter()
         assert pending is not None
         if pending.thread is not None:
             pending.thread.join()
         staging, final = self._staging(pending.step), self._root / f"step-{pending.step:010d}"
         error = pending.error and f"rank {layout.rank}: {pending.error}"
-        reports = layout.gather_json({"files": pending.files or {}, "error": error, "mend": pending.mend})
+        report = {"files": pending.files or {}, "elements": pending.elements, "error": error, "mend": pending.mend}
+        reports = layout.gather_json(report)
         mend = next((r["mend"] for r in reports if r["error"]), MEND)
         error = next((r["error"] for r in reports if r["error"]), None)
         if error is None and layout.is_main:
@@ -138,7 +156,9 @@ class Saver:
             if error is not None:
                 shutil.rmtree(staging, ignore_errors=True)
             else:
-                retain(self._root, self._config, step=pending.step)
+                self._delete(retain(self._root, self._config, step=pending.step))
+        if last:
+            self._finish_deletion()
         self._pending = None
         stall_s = pending.stall_s + time.perf_counter() - begin
         return Outcome(step=pending.step, error=error, mend=mend, stall_s=stall_s, write_s=pending.write_s)
@@ -154,52 +174,71 @@ class Saver:
                     what = "a link" if found.is_symlink() else "no folder"
                     return f"{found}: {what}, but only saves make entries of this name, as folders", "Move it elsewhere"
                 shutil.rmtree(found)
+            _remove(list(self._root.glob(f"{DELETED}*")))  # of a killed process
             found = staging
             staging.mkdir()
         except OSError as e:
             return f"{found}: {e}", MEND
         return None, MEND
 
+    def _delete(self, folders: list[Path]) -> None:
+        """Delete folders in a thread. For a file of 1 GB, a file system may take as long as the copy of the state."""
+        if folders:
+            self._deletion = threading.Thread(target=_remove, args=(folders,), name="deletion", daemon=True)
+            self._deletion.start()
+
+    def _finish_deletion(self) -> None:
+        if self._deletion is not None:
+            self._deletion.join()
+            self._deletion = None
+
     def _staging(self, step: int) -> Path:
         return self._root / f".staging-{step:010d}"
 
-    def _share(self) -> dict[str, Tensor]:
-        """CPU copies of the tensors that this rank writes.
+    def _copied(self) -> tuple[Image, tuple[int, int]]:
+        """Copies of what this rank writes, and numbers of elements: written, and of the tensors it accounts for.
 
-        Reading a logical tensor is collective over a pipeline stage: its ranks read all tensors and keep some of them.
+        Nothing is exchanged between ranks. One rank of each pipeline stage accounts for all tensors of the stage.
         """
-        layout, share = self._layout, dict[str, Tensor]()
-        ranks, mine = layout.tp_size * layout.data_ranks, layout.tp_rank + layout.tp_size * layout.data_index
-        for i, (key, tensor) in enumerate(self._engine.read_logical()):
-            if i % ranks == mine:
-                share[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        layout, held, whole = self._layout, dict[str, tuple[Span, Tensor]](), 0
+        accounts = layout.tp_rank == 0 and layout.data_index == 0
+        for key, span, tensor in self._engine.read_spans():
+            whole += math.prod(span.shape) * accounts
+            if span.size:
+                held[key] = (span, tensor.detach())
         for name, (buffer, dim) in self._engine.buffers().items():
-            whole = gathered(buffer.detach(), dim, layout)
-            if mine == 0:
-                share[f"buffer/{name}"] = whole.to("cpu", copy=True).contiguous()
-        return share
+            shape = list(buffer.shape)
+            if dim is not None:
+                shape[dim] *= layout.tp_size
+            span = part_span(tuple(shape), dim, layout)
+            whole += math.prod(span.shape) * accounts
+            if layout.data_index == 0 and (span.ranks > 1 or layout.tp_rank == 0):
+                held[f"buffer/{name}"] = (span, buffer.detach().reshape(-1) if span.ranks > 1 else buffer.detach())
+        return self._buffer.image(held), (sum(span.size for span, _ in held.values()), whole)
 
-    def _write(self, pending: _Pending, staging: Path, tensors: dict[str, Tensor]) -> None:
-        begin, layout = time.perf_counter(), self._layout
+    def _write(self, pending: _Pending, staging: Path) -> None:
+        begin, layout, image = time.perf_counter(), self._layout, pending.image
         pending.error = "the writing thread died"  # replaced when the thread finishes
         try:
+            assert image is not None
             point("save:begin")
             name = f"tensors-{layout.rank:05d}-of-{layout.world_size:05d}.safetensors"
-            path = staging / name
-            save_file(tensors, path)
-            fsync(path)
-            entry = FileEntry(bytes=path.stat().st_size, xxh3_128=file_hash(path), tensors=sorted(tensors))
+            size, digest = write_image(staging / name, image)
+            fsync(staging / name)
+            entry = FileEntry(bytes=size, xxh3_128=digest, tensors=image.whole, spans=image.spans)
             point("save:after_file")
             pending.files, pending.error = {name: entry.model_dump()}, None
         except Exception as e:  # report any error to the other ranks
             pending.error = str(e) or type(e).__name__
         finally:
-            tensors.clear()
             pending.write_s = time.perf_counter() - begin
 
     def _commit(self, staging: Path, final: Path, reports: list[Any], pending: _Pending) -> None:
         point("save:before_manifest")
         layout = self._layout
+        written, whole = (sum(report["elements"][i] for report in reports) for i in (0, 1))
+        if written != whole:
+            raise CheckpointError(f"the ranks wrote {written} elements of tensors with {whole}")
         # For information only: every layout can read the checkpoints of every other.
         sizes = {"tensor": layout.tp_size, "context": layout.cp_size}
         sizes |= {"data": layout.dp_size, "pipeline": layout.pp_size}
@@ -221,12 +260,17 @@ class Saver:
         fsync(final.parent)
 
 
-def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
-    """Delete old checkpoints after the one of `step` was written.
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def retain(root: Path, config: CheckpointConfig, *, step: int) -> list[Path]:
+    """Remove old checkpoints after the one of `step` was written. Returns the folders with their files, to be deleted.
 
     Kept are the newest `keep` up to `step`, the milestones (`keep_every_tokens`, `keep_at_tokens`) and the best one
     (`keep_best`).
-    Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are deleted:
+    Checkpoints of later steps and `bad-*` folders were skipped as damaged when the run was resumed. They are removed:
     they must not count as kept, and must not be loaded later, because the run has since trained those steps again.
     """
     folders = steps_on_disk(root)
@@ -234,13 +278,18 @@ def retain(root: Path, config: CheckpointConfig, *, step: int) -> None:
     older = folders[len(later) + config.keep :]
     if config.keep_every_tokens is not None or config.keep_at_tokens or config.keep_best:
         older = _not_worth_keeping(folders[len(later) :], older, best=config.keep_best)
+    removed = []
     for path in [*later, *older, *root.glob("bad-step-*")]:
         with contextlib.suppress(OSError):  # the new checkpoint is valid; failing to delete an old one is no error
-            # Delete the manifest first, so that a partly deleted checkpoint is not valid.
+            # Without its manifest, a checkpoint is not valid. The next save deletes what a killed process leaves.
             point("retention:before_delete")
             (path / MANIFEST).unlink(missing_ok=True)
             point("retention:after_manifest")
-            shutil.rmtree(path, ignore_errors=True)
+            aside = path.with_name(f"{DELETED}{path.name}")
+            with contextlib.suppress(OSError):
+                path = path.rename(aside)
+            removed.append(path)
+    return removed
 
 
 def _not_worth_keeping(folders: list[Path], older: list[Path], *, best: bool) -> list[Path]:

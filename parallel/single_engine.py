@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from headway.model.decoder import Decoder
 from headway.parallel.adamw import AdamW
 from headway.parallel.config import OptimizerConfig, ParallelConfig
-from headway.parallel.engine import MOMENTS, Engine, parameter_groups
+from headway.parallel.engine import MOMENTS, STATE, Engine, parameter_groups
 from headway.parallel.layout import Layout
 from headway.parallel.masters import Piece, pieces_of
+from headway.parallel.tensors.reader import copy_span
+from headway.parallel.tensors.spans import Span, whole
 
 EPS = 1e-6
 """Added to the gradient norm before clipping, as DeepSpeed does."""
@@ -178,18 +180,19 @@ class SingleEngine(Engine):
             found |= dict(zip(piece.parameters, zip(*map(piece.parts, wholes), strict=True), strict=True))
         return found
 
-    def read_logical(self) -> Iterator[tuple[str, Tensor]]:
+    def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]:
         held = self._held()
         for name, parameter, *_ in self._logical:
-            for part, tensor in zip(("param", *MOMENTS), held[parameter], strict=True):
-                yield f"{part}/{name}", tensor
+            span = whole(tuple(parameter.shape))
+            for part, tensor in zip(STATE, held[parameter], strict=True):
+                yield f"{part}/{name}", span, tensor
 
     @torch.no_grad()
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
         held = self._held()
         for name, parameter, *_ in self._logical:
-            for part, tensor in zip(("param", *MOMENTS), held[parameter], strict=True):
-                tensor.copy_(tensors[f"{part}/{name}"])
+            for part, tensor in zip(STATE, held[parameter], strict=True):
+                copy_span(tensors, f"{part}/{name}", whole(tuple(parameter.shape)), tensor.view(-1))
         if self._bf16:
             self._round()
         for state in self._inner.state.values():

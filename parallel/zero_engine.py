@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from headway.model.decoder import Decoder
 from headway.parallel.adamw import AdamW
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.deepspeed_options import deepspeed_config, quiet_deepspeed
-from headway.parallel.engine import MOMENTS, Engine, parameter_groups
+from headway.parallel.engine import MOMENTS, STATE, Engine, parameter_groups
 from headway.parallel.layout import Layout
-from headway.parallel.logical import LogicalParameter, gathered, own_part, prepare_tensor_parallel
+from headway.parallel.logical import LogicalParameter, part_span, prepare_tensor_parallel
+from headway.parallel.tensors.reader import copy_span
+from headway.parallel.tensors.spans import Span
 
 
 class ZeroEngine(Engine):
@@ -102,48 +105,63 @@ class ZeroEngine(Engine):
 
     # ------------------------------------------------------------ logical tensors, for checkpoints
 
-    def read_logical(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        for logical in self._logical:
+    def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]:
+        layout = self.layout
+        for position, logical in enumerate(self._logical):
             if logical.copy:
                 continue
-            name, parameter = logical.name, logical.parameter
-            yield f"param/{name}", self._whole(safe_get_full_fp32_param(parameter), logical)
-            for key in MOMENTS:
-                yield f"{key}/{name}", self._whole(safe_get_full_optimizer_state(parameter, key), logical)
+            span, held = self._held(logical)
+            # Tensor-parallel ranks that hold the same parameter take turns.
+            if logical.dim is None and position % layout.tp_size != layout.tp_rank:
+                span = replace(span, stop=span.start)
+            for part, tensor in zip(STATE, held, strict=True):
+                yield f"{part}/{logical.name}", span, tensor[: span.size]
 
-    def _whole(self, tensor: Tensor | None, logical: LogicalParameter) -> Tensor:
-        assert tensor is not None, f"DeepSpeed returned no fp32 tensor for {logical.name}"
-        return gathered(tensor, logical.dim, self.layout)
+    def _held(self, logical: LogicalParameter) -> tuple[Span, list[Tensor]]:
+        """The span of a parameter that ZeRO gives to this rank, and views of its fp32 elements for each of `STATE`."""
+        parameter, part = logical.parameter, self._part(logical)
+        mapping: Any = getattr(parameter, "_hp_mapping", None)  # DeepSpeed's, under ZeRO-1 and 2
+        if self._zero_stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+            held = [safe_get_local_fp32_param(parameter)]
+            held += [safe_get_local_optimizer_state(parameter, key) for key in MOMENTS]
+            # All ranks have ranges of the same size, padded where the parameter ends.
+            size, rank = held[0].numel(), self._optimizer._get_param_partition_rank(parameter)
+            start, stop = (min(i * size, part.part_size) for i in (rank, rank + 1))
+        elif mapping is None:  # other ranks hold it
+            empty = torch.empty(0, device=self.layout.device)
+            start, stop, held = 0, 0, [empty] * len(STATE)
+        else:
+            start = mapping.lp_fragment_address.start
+            stop = start + mapping.lp_fragment_address.numel
+            held = [mapping.get_hp_fragment(key) for key in (None, *MOMENTS)]
+        return replace(part, start=start, stop=stop), [tensor.detach()[: stop - start] for tensor in held]
+
+    def _part(self, logical: LogicalParameter) -> Span:
+        """The part of a parameter that this rank computes with."""
+        return part_span(logical.whole_shape(self.layout.tp_size), logical.dim, self.layout)
+
+    @torch.no_grad()
     def write_logical(self, tensors: Mapping[str, Tensor], *, applied_steps: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        device = self.layout.device
         for logical in self._logical:
-            parameter = logical.parameter
-
-            def part(key: str, logical: LogicalParameter = logical) -> Tensor:
-                return own_part(tensors[f"{key}/{logical.name}"], logical.dim, self.layout).to(device)
-
-            value = part("param")
-            safe_set_full_fp32_param(parameter, value)
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, part(key), key)
-            self._write_low_precision(parameter, value)
+            span, held = self._held(logical)
+            for part, tensor in zip(STATE, held, strict=True):
+                copy_span(tensors, f"{part}/{logical.name}", span, tensor)
+            self._write_low_precision(logical, tensors)
         for state in self._inner.state.values():
             state["step"].fill_(float(applied_steps))
         self.applied_steps = applied_steps
 
-    @torch.no_grad()
-    def _write_low_precision(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def _write_low_precision(self, logical: LogicalParameter, tensors: Mapping[str, Tensor]) -> None:
+        """Set what the passes use. Collective under ZeRO-3."""
+        parameter, key, part = logical.parameter, f"param/{logical.name}", self._part(logical)
         if self._zero_stage < 3:
-            parameter.data.copy_(value.view_as(parameter))
+            copy_span(tensors, key, part, parameter.data.view(-1))
             return
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if self.layout.data_index == 0:
-                parameter.data.copy_(value.view_as(parameter))
+                copy_span(tensors, key, part, parameter.data.view(-1))
 
     def _create_optimizer_state(self) -> None:
         """Create Adam's moments now instead of in the first step.

@@ -5,8 +5,10 @@ Each round takes steps without a save, starts a save, takes steps until it is co
 save. The steps during the write are compared with the median of their own round, so that a drifting machine speed
 affects both. The cost of a checkpoint is the time that training waits plus the additional time of its steps.
 
-Other safety measures of a run are timed at the end of each round: hashing the files (done by the writer), the signs of
-life of a step, and hashing the parameters for the comparison of replicas, without the exchange of the hashes.
+At the end of each round, as many bytes as the checkpoint has are copied from memory to memory that is in use. No save
+in which training waits for a copy of its state can take less. Other safety measures of a run are timed there too:
+hashing the files (the writer hashes their contents in memory), the signs of life of a step, and hashing the parameters
+for the comparison of replicas, without the exchange of the hashes.
 """
 
 from __future__ import annotations
@@ -33,14 +35,18 @@ from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 from headway.parallel.config import CheckpointConfig, CheckpointError, GuardConfig
-from headway.parallel.manifest import file_hash, steps_on_disk
+from headway.parallel.manifest import MANIFEST, file_hash, steps_on_disk
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from headway.launcher.train.session import Session
     from headway.parallel.checkpoint import Checkpoint
 
 WARMUP = 1
 """Rounds that are not counted: the first save deletes no older checkpoint, and the first steps fill caches."""
+COPY_BLOCK = 1 << 30
+"""Bytes of the memory that is copied. A larger checkpoint is copied in several turns."""
 QUIET_STEPS = 3
 """Steps without a save before and after each save."""
 
@@ -103,15 +109,16 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
     run.path.mkdir()
     write_json(run.spec, spec.model_dump(mode="json"))
     with open_session(run) as session, console.progress("measure saves", WARMUP + rounds, "saves", tick=False) as bar:
-        measured = []
+        measured, plain = [], _PlainCopy()
         for _ in range(WARMUP + rounds):
-            measured.append(_round(session, run))
+            measured.append(_round(session, run, plain))
             bar.update()
         measured = measured[WARMUP:]
         found = _newest(run)
     quiet = [seconds for r in measured for seconds in r["quiet_s"]]
     ratios = [seconds / statistics.median(r["quiet_s"]) for r in measured for seconds in r["beside_s"]]
     stall, cost = [r["stall_s"] for r in measured], [r["cost_s"] for r in measured]
+    gigabytes = found.bytes / 1e9
     minutes, every_steps = CheckpointConfig().every_minutes, GuardConfig().replicas_every_steps
     assert minutes is not None and every_steps is not None
     hash_s, beats_s, replicas_s = (spread([r[name] for r in measured]) for name in ("hash_s", "beats_s", "replicas_s"))
@@ -123,6 +130,9 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
         "file_system": _file_system(folder),
         "tokens_per_step": spec.tokens_per_step,
         "stall_s": spread(stall),
+        "stall_s_per_gb": spread([s / gigabytes for s in stall]),
+        "copy_s_per_gb": spread([r["copy_s"] / gigabytes for r in measured]),
+        "stall_over_copy": spread([r["stall_s"] / r["copy_s"] for r in measured]),
         "write_s": spread([r["write_s"] for r in measured]),
         "step_s": spread(quiet),
         "step_beside_over_step": spread(ratios),
@@ -141,8 +151,29 @@ def _measure(spec: Spec, folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _round(session: Session, run: RunDir) -> dict[str, Any]:
-    """Seconds of one save, of the steps before, during and after it, and of the other safety measures."""
+class _PlainCopy:
+    """Copies memory to memory. Both are written before, so that the kernel clears no pages while the time is taken."""
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []
+
+    def seconds(self, size: int) -> float:
+        """Seconds that a copy of `size` bytes takes."""
+        import torch
+
+        block = min(size, COPY_BLOCK)
+        if not self._memory or self._memory[0].numel() < block:
+            self._memory = [torch.full((block,), value, dtype=torch.uint8) for value in (1, 2)]
+        source, target = self._memory
+        whole, rest = divmod(size, block)
+        t0 = time.perf_counter()
+        for length in [block] * whole + [rest]:
+            target[:length].copy_(source[:length])
+        return time.perf_counter() - t0
+
+
+def _round(session: Session, run: RunDir, plain: _PlainCopy) -> dict[str, Any]:
+    """Seconds of one save, of the steps before, during and after it, of a copy and of the other safety measures."""
     from headway.launcher.train.loop import save
     from headway.parallel.replicas import hashed
 
@@ -165,6 +196,7 @@ def _round(session: Session, run: RunDir) -> dict[str, Any]:
         "cost_s": stall_s + sum(beside) - len(beside) * statistics.median(quiet),
         "quiet_s": quiet,
         "beside_s": beside,
+        "copy_s": plain.seconds(sum(path.stat().st_size for path in files if path.name != MANIFEST)),
         "hash_s": _seconds(lambda: [file_hash(path) for path in files]),
         "beats_s": _seconds(partial(_beats, Heartbeat(run.path / "beat", 0), step), times=100),
         "replicas_s": _seconds(lambda: [hashed(p.parameter.data) for p in session.engine.logical]),
@@ -215,7 +247,7 @@ def _file_system(folder: Path) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The measurement in five lines."""
+    """The measurement in six lines."""
 
     def ms(name: str) -> str:
         s = result[name]
@@ -226,11 +258,14 @@ def summary(result: dict[str, Any]) -> str:
 
     ratio, write_s = result["step_beside_over_step"], result["write_s"]["median"]
     rate = result["bytes"] / write_s / 1e6
+    per_gb, copy, times = (result[name] for name in ("stall_s_per_gb", "copy_s_per_gb", "stall_over_copy"))
     return "\n".join(
         [
             f"{result['bytes'] / 1e6:,.1f} MB of {result['parameters']:,} parameters on {result['file_system']}",
             f"  training waits {ms('stall_s')}; files are written during training in {write_s:.2f} s "
             f"({rate:,.0f} MB/s)",
+            f"  it waits {per_gb['median']:.3f} s per GB, {times['median']:.2f} times as long as a plain copy "
+            f"({copy['median']:.3f} s per GB; quartiles {times['q1']:.2f} to {times['q3']:.2f}, n={times['n']})",
             f"  a step takes {ms('step_s')}, and {ratio['median']:.3f} times as long during the write "
             f"(quartiles {ratio['q1']:.3f} to {ratio['q3']:.3f}, n={ratio['n']})",
             f"  with one checkpoint per {result['default_interval_s'] / 60:g} minutes: waiting takes "

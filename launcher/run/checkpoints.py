@@ -20,7 +20,6 @@ from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import (
     MANIFEST,
     Checkpoint,
-    Tensors,
     read_manifest,
     step_of,
     steps_on_disk,
@@ -86,6 +85,8 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 
 def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:
     """Show the origin, files and tensors of the newest checkpoint, or of the checkpoint of `step`."""
+    from headway.parallel.tensors.reader import Tensors
+
     folder = _folders(path, step)[0]
     manifest = read_manifest(folder, run=RunDir(path).run_id())
     found = Checkpoint(path=folder, step=manifest.step, manifest=manifest)

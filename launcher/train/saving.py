@@ -64,7 +64,7 @@ class Saving:
         if step is None:
             return
         heartbeat.beat("save", step)
-        outcome = self._saver.commit()
+        outcome = self._saver.commit(last=last)
         if outcome.error is None:
             self.saved_step, self.failures = step, 0
             record = {"kind": "checkpoint", "step": step, "stall_s": outcome.stall_s, "write_s": outcome.write_s}

@@ -13,7 +13,8 @@ from headway.launcher.base.errors import HeadwayError
 from headway.launcher.train.guard import Guard
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import StepStats
-from headway.parallel.manifest import file_hash, own_hash
+from headway.parallel.manifest import Checkpoint, file_hash, own_hash, read_manifest
+from headway.parallel.tensors.reader import Tensors
 
 # A validation after every step shows whether the parameters have changed.
 COMMON = ("train.tokens=1536", "train.validate_every_tokens=256", "tracking.tensorboard=false")
@@ -27,10 +28,9 @@ def saved(run):
 
 
 def state(run, step):
-    tensors = {}
-    for path in saved(run)[step - 1].glob("*.safetensors"):
-        tensors |= {name: (t.shape, t.numpy().tobytes()) for name, t in load_file(path).items()}
-    return tensors
+    path = saved(run)[step - 1]
+    tensors = Tensors(Checkpoint(path=path, step=step, manifest=read_manifest(path)))
+    return {name: (t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
 
 
 def poisoned(headway, fault, *overrides):

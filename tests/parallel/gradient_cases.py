@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from engine_cases import GLOBAL, VOCAB, Micro, global_batch
+from whole_tensors import whole_tensors
 
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
@@ -46,7 +47,7 @@ def gradient(e: Engine, layout: Layout) -> dict[str, torch.Tensor]:
     batch = global_batch(0)
     mine = range(layout.dp_rank * GLOBAL // layout.dp_size, (layout.dp_rank + 1) * GLOBAL // layout.dp_size)
     e.train_step([row(batch, i) for i in mine], targets=int((batch.labels != -100).sum()), lr=1e-6)
-    return {key.removeprefix(PREFIX): t.clone() for key, t in e.read_logical() if key.startswith(PREFIX)}
+    return {key.removeprefix(PREFIX): t.clone() for key, t in whole_tensors(e) if key.startswith(PREFIX)}
 
 
 def row(batch: Micro, i: int) -> Micro:

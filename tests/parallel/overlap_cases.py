@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_cases import GLOBAL, Micro, S, global_batch
+from whole_tensors import whole_tensors
 
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
@@ -100,9 +101,9 @@ def train(parallel: ParallelConfig, layout: Layout, accumulation: int) -> dict[s
             parts = [Micro(tokens[list(r)], labels[list(r)], b.segments[list(r)]) for r in rows]
             stats = e.train_step(parts, targets=int((labels != -100).sum()), lr=OPTIMIZER.lr)
             losses.append(stats.loss)
-            tensors = dict(e.read_logical())
+            tensors = dict(whole_tensors(e))
             gradients.append({k: t.clone() for k, t in tensors.items() if k.startswith("exp_avg/")})
-    parameters = {k: t.clone() for k, t in e.read_logical() if k.startswith("param/")}
+    parameters = {k: t.clone() for k, t in whole_tensors(e) if k.startswith("param/")}
     return {"losses": losses, "gradients": gradients, "parameters": parameters, "early": early[0]}
 
 

@@ -130,7 +130,7 @@ class Run:
 
 def tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """fp32 weights and moments, buffers, and the parameters that the passes use."""
-    found = {name: tensor.clone() for name, tensor in engine.read_logical()}
+    found = {name: tensor.view(span.shape).clone() for name, span, tensor in engine.read_spans()}
     found |= {f"buffer/{name}": buffer.tensor.clone() for name, buffer in engine.buffers().items()}
     return found | {f"used/{p.name}": p.parameter.detach().clone() for p in engine.logical}
 

@@ -20,6 +20,7 @@ from headway.parallel import checkpoint, manifest, saver
 from headway.parallel.config import CheckpointConfig, CheckpointError
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer
+from headway.parallel.tensors.spans import whole
 
 ALONE = Layout(rank=0, local_rank=0, dp_rank=0, dp_size=1, device=torch.device("cpu"))
 
@@ -39,10 +40,10 @@ class Model:
     def buffers(self):
         return {name: LogicalBuffer(buffer, None) for name, buffer in checkpoint.persistent_buffers(self.module)}
 
-    def read_logical(self):
+    def read_spans(self):
         for name, value in self.values.items():
             for part in ("param", "exp_avg", "exp_avg_sq"):
-                yield f"{part}/{name}", value
+                yield f"{part}/{name}", whole(tuple(value.shape)), value
 
     def write_logical(self, tensors, *, applied_steps):
         self.values = {n: tensors[f"param/{n}"] for n in self.values}
@@ -135,7 +136,7 @@ def test_a_save_that_fails_says_why_and_leaves_the_older_one(tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver, "save_file", full)
+    monkeypatch.setattr(saver, "write_image", full)
     error = write(tmp_path, 2)
     assert error is not None and "No space left" in error
     assert newest(tmp_path).step == 1
@@ -154,6 +155,42 @@ def test_what_a_killed_save_left_is_removed_by_the_next_save_of_any_step(tmp_pat
     (left / "tensors-00000-of-00001.safetensors").write_bytes(b"half")
     assert write(tmp_path, 5) is None
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000005"]
+
+
+def test_old_checkpoints_are_gone_at_once_and_their_files_are_deleted_meanwhile(tmp_path, monkeypatch):
+    go_on, remove = threading.Event(), saver._remove
+
+    def slow(folders: list[Path]) -> None:
+        if folders:
+            assert go_on.wait(10)
+        remove(folders)
+
+    saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(keep=1), about={})
+    saving.start(1, {"applied_steps": 1})
+    assert saving.commit().error is None
+    monkeypatch.setattr(saver, "_remove", slow)
+    saving.start(2, {"applied_steps": 2})
+    assert saving.commit().error is None  # training goes on here
+    assert [p.name for p in checkpoint.steps_on_disk(tmp_path)] == ["step-0000000002"]
+    left = tmp_path / ".deleted-step-0000000001"
+    assert [p.name for p in left.iterdir()] == ["tensors-00000-of-00001.safetensors"]
+    assert checkpoint.newest_readable(tmp_path, warn=pytest.fail, run=None).step == 2
+    go_on.set()
+    saving.start(3, {"applied_steps": 3})  # waits for the space
+    assert not left.exists()
+    assert saving.commit(last=True).error is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000000003"]
+
+
+def test_what_a_killed_process_did_not_delete_is_deleted_by_the_next_save(tmp_path):
+    left = tmp_path / ".deleted-step-0000000001"
+    left.mkdir()
+    (left / "tensors-00000-of-00001.safetensors").write_bytes(b"old")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".deleted-link").symlink_to(elsewhere)  # of someone else
+    assert write(tmp_path, 2) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".deleted-link", "elsewhere", "step-0000000002"]
 
 
 def test_damaged_checkpoints_of_later_steps_never_push_out_the_one_just_written(tmp_path):
@@ -276,7 +313,7 @@ def kill_before_operation(monkeypatch, number: int) -> list[str]:
     monkeypatch.setattr(saver.threading, "Thread", Inline)
     for owner, names in (
         (Path, ("mkdir", "write_text", "rename", "unlink")),
-        (saver, ("save_file", "fsync")),
+        (saver, ("write_image", "fsync")),
         (manifest, ("fsync",)),
         (saver.shutil, ("rmtree",)),
     ):
@@ -317,13 +354,13 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monk
 
 def test_what_is_saved_is_the_step_at_which_the_save_began(tmp_path, monkeypatch):
     go_on = threading.Event()
-    write_file = saver.save_file
+    write_file = saver.write_image
 
     def slow(*args):
         assert go_on.wait(10)
-        write_file(*args)
+        return write_file(*args)
 
-    monkeypatch.setattr(saver, "save_file", slow)
+    monkeypatch.setattr(saver, "write_image", slow)
     model = Model(1.0)
     saving = saver.Saver(tmp_path, model, ALONE, CheckpointConfig(), about={"run": "a"})
     saving.start(1, {"applied_steps": 1})
@@ -348,7 +385,7 @@ def test_a_writer_thread_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
     def gone(*args):
         raise Gone
 
-    monkeypatch.setattr(saver, "save_file", gone)
+    monkeypatch.setattr(saver, "write_image", gone)
     monkeypatch.setattr(saver.threading, "excepthook", lambda args: None)
     assert "the writing thread died" in (write(tmp_path, 1) or "")
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,6 @@ from parity_cases import (
     micro_batches,
 )
 from parity_faults import FAULTS
-from safetensors.torch import load_file
 
 from headway.launcher.train.heads import HeadProbe
 from headway.launcher.train.router import RouterMonitor
@@ -41,6 +40,7 @@ from headway.parallel import checkpoint, deepspeed_options
 from headway.parallel.build import make_engine
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout, arrange, init_layout
+from headway.parallel.tensors.reader import Tensors
 
 SMALL_BUCKET = 1  # elements; a bucket then holds the largest parameter
 
@@ -125,7 +125,8 @@ def load(engine: Engine, layout: Layout, root: Path, *, again: Path | None = Non
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+    found = checkpoint.read_manifest(path)
+    return dict(Tensors(checkpoint.Checkpoint(path=path, step=found.step, manifest=found)))
 
 
 def main() -> None:

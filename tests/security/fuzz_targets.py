@@ -39,13 +39,14 @@ from headway.launcher.study.config import load_study
 from headway.model.huggingface import folder as hf
 from headway.parallel import checkpoint
 from headway.parallel import manifest as manifests
+from headway.parallel.tensors.image import SPANS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = (
     *("spec", "study", "corpus spec", "overrides", "hostfile"),
     *("data manifest", "MDS index", "document lengths", "tokenizer"),
-    *("checkpoint manifest", "checkpoint tensors", "exported config", "exported tensors"),
+    *("checkpoint manifest", "checkpoint tensors", "checkpoint spans", "exported config", "exported tensors"),
     *("metrics", "metrics record", "heartbeat", "run card", "resolved spec", "cell record", "wire"),
 )
 """Names of `targets`, in order."""
@@ -313,9 +314,34 @@ def _weights(folder: Path) -> list[Target]:
     return [
         Target("checkpoint manifest", manifest, [json.dumps(outer(whole), indent=1).encode()], json.loads, seal),
         Target("checkpoint tensors", tensor_file, [whole], text=False),
+        _spans(folder / "parts"),
         Target("exported config", config, [json.dumps(said, indent=1).encode()], json.loads),
         Target("exported tensors", files, [good], text=False),
     ]
+
+
+def _spans(root: Path) -> Target:
+    """A checkpoint of two files that share a matrix, and the description of the part in the first one."""
+    step, module = root / "step-0000000007", torch.nn.Linear(2, 2, bias=False)
+    step.mkdir(parents=True)
+
+    def spans(data: bytes) -> str:
+        files = {}
+        for name, said in (("a", data.decode(errors="replace")), ("b", json.dumps(said_of(2)))):
+            save_file({"param/weight": torch.zeros(2)}, step / name, metadata={SPANS: said})
+            size, digest = (step / name).stat().st_size, manifests.file_hash(step / name)
+            files[name] = {"bytes": size, "xxh3_128": digest, "tensors": [], "spans": 1}
+        manifest = {"format": manifests.FORMAT, "step": 7, "layout": {}, "state": {}, "files": files, "about": {}}
+        sealed = {"manifest": manifest, "xxh3_128": manifests.own_hash(manifest)}
+        (step / manifests.MANIFEST).write_text(json.dumps(sealed))
+        found = checkpoint.newest_readable(root, warn=lambda text: None, run=None)
+        checkpoint.load_weights(found, module)
+        return "accepted"
+
+    def said_of(start: int) -> dict[str, Any]:
+        return {"param/weight": {"shape": [2, 2], "dim": 0, "ranks": 1, "rank": 0, "start": start}}
+
+    return Target("checkpoint spans", spans, [json.dumps(said_of(0)).encode()], json.loads)
 
 
 # ---------------------------------------------------------------- files of a run folder, and messages of other hosts

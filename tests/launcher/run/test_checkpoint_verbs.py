@@ -13,6 +13,7 @@ from headway.parallel.config import CheckpointConfig
 from headway.parallel.layout import Layout
 from headway.parallel.manifest import read_manifest
 from headway.parallel.saver import Saver
+from headway.parallel.tensors.spans import whole
 
 ALONE = Layout(rank=0, local_rank=0, dp_rank=0, dp_size=1, device=torch.device("cpu"))
 
@@ -23,8 +24,8 @@ class Model:
     def buffers(self):
         return {}
 
-    def read_logical(self):
-        yield "param/weight", torch.ones(3, 2)
+    def read_spans(self):
+        yield "param/weight", whole((3, 2)), torch.ones(3, 2)
 
 
 @pytest.fixture

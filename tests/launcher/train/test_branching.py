@@ -18,7 +18,8 @@ from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.train.initial import load_parent
 from headway.parallel.config import CheckpointError
-from headway.parallel.manifest import Checkpoint, Tensors, read_manifest
+from headway.parallel.manifest import Checkpoint, read_manifest
+from headway.parallel.tensors.reader import Tensors
 
 # The parent of 40 steps never decays. A branch of 20 steps decays over its last 4, from step 17 on.
 STABLE = ("schedule.decay_fraction=0", "checkpoint.keep=1", "checkpoint.keep_at_tokens=[2560,3900]")

@@ -1,0 +1,1 @@
+"""The tensors of a checkpoint: what each rank holds of them, their files, and reading them in any layout."""
