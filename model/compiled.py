@@ -30,26 +30,29 @@ class CompiledPass:
         # Random numbers of routers are those of PyTorch's generator, as without a compiler.
         options: Any = {"fallback_random": True}
         self._function: Any = torch.compile(Block.plain, dynamic=False, fullgraph=True, options=options)
-        self._failures = _failures()
+        self._ran = False
 
     def __call__(self, block: Block, x: Tensor, context: Context, drops: Drops | None) -> AttentionOutput:
         """Raises LeverError (64) if the block cannot be compiled."""
         if context.documents is not None:
             context = replace(context, documents=Packed.of(context.documents, x.device))
         try:
-            return self._function(block, x, context, None if drops is None else drops.of_one_layer())
-        except self._failures as error:
+            out = self._function(block, x, context, None if drops is None else drops.of_one_layer())
+        except Exception as error:  # in the first pass, any error of a compiler or a linker
+            if self._ran and not _of_compiler(error):
+                raise
             raise LeverError(
                 f"speed.compile: block does not compile a block of {type(block.attn).__name__} here ({short(error)}); "
                 "use speed.compile: none, or install a C++ compiler (g++) if none was found"
             ) from error
+        self._ran = True
+        return out
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def _of_compiler(error: Exception) -> bool:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    return TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler
+    return isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
 
 
 def compile_blocks(module: nn.Module) -> None:
