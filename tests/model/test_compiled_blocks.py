@@ -125,6 +125,7 @@ def test_the_operator_is_registered_as_pytorch_asks():
 # ---------------------------------------------------------------- graphs
 
 
+@pytest.mark.slow  # of all mechanisms together
 def test_every_mechanism_is_one_graph_and_is_not_compiled_again(mechanism, traced):
     """Two graphs of a routed layer: its meter counts the first micro-batch of a step, and adds up the later ones.
 
