@@ -6,7 +6,9 @@ Legend: B batch, S sequence, H query heads (or slots), G KV heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,3 +158,143 @@ class _Ranges(torch.autograd.Function):
         for (first, last), grad in zip(ctx.bounds, grads, strict=True):
             total[first:last] += grad
         return total, None
+
+
+# ---------------------------------------------------------------- one operator, for compiled blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Documents as a tensor, `numbers` [B, S] int64: the index of each token's document.
+
+    A compiled function reads the lengths of `Documents` as constants, and would be compiled again for each micro-batch.
+    """
+
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, documents: Documents, device: torch.device) -> Packed:
+        assert documents.start == 0, "training has no cache"
+        return cls(documents.numbers(device))
+
+
+def core_of_blocks(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | Packed | None, *, window: int | None = None
+) -> Tensor:
+    """`core` for blocks that are compiled for the CPU: for `Packed` documents a single operator, with the same bits."""
+    if not isinstance(documents, Packed):
+        return core(q, k, v, documents, window=window)
+    return torch.ops.headway.packed_core(q, k, v, documents.numbers, window)[0]
+
+
+class _Call(NamedTuple):
+    """A call of the kernel: query rows start .. end - 1 over keys first .. last - 1, causal without a `mask`."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    mask: Tensor | None
+
+
+@lru_cache(maxsize=8)
+def _documents_of(numbers: bytes, shape: tuple[int, int]) -> Documents:
+    """The documents of a micro-batch, which all layers and both passes share with the masks they have built."""
+    return Documents.of(torch.frombuffer(bytearray(numbers), dtype=torch.int64).view(shape))
+
+
+def _calls(like: Tensor, numbers: Tensor, window: int | None) -> tuple[bool, list[_Call]]:
+    """The calls of `core` for queries `like` [B, S, H, D], and whether their sequences are laid end to end."""
+    count = like.shape[1]
+    documents = _documents_of(numbers.numpy().tobytes(), (len(numbers), count))
+    if window is not None and window >= count:
+        window = None
+    if count > BLOCK and documents.whole and window is None:
+        return False, [_Call(0, count, 0, count, None)]
+    if count > BLOCK:
+        if window is not None and window >= documents.longest.keys:
+            window = None
+        calls, row = [], 0
+        for piece in documents.pieces(window):
+            mask = documents.piece_mask(piece, window, like.dtype, like.device) if piece.masked else None
+            calls.append(_Call(row, row + piece.queries, piece.first, piece.last, mask))
+            row += piece.queries
+        return True, calls
+    mask, rows = documents.mask(like.dtype, like.device), rows_per_call(count, window)
+    calls = []
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
+        first = 0 if window is None else max(0, start - window + 1)
+        calls.append(_Call(start, end, first, end, _visible(start, end, first, end, 0, mask, window, like.device)))
+    return False, calls
+
+
+def _heads_first(tensor: Tensor, flat: bool) -> Tensor:
+    """[B, S, H, D] -> [B, H, S, D], or [1, H, B S, D] where sequences are laid end to end; a view if contiguous."""
+    return (tensor.flatten(0, 1).unsqueeze(0) if flat else tensor).transpose(1, 2)
+
+
+@torch.library.custom_op("headway::packed_core", mutates_args=(), device_types="cpu")
+def packed_core(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """`core` within documents, and the log-sum-exp of each row of scores [B, S, H], fp32 or wider, for the gradient.
+
+    q [B, S, H, D]; k, v [B, S, G, D]; numbers as in `Packed`.
+    """
+    flat, calls = _calls(q, numbers, window)
+    out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    q, k, v, outs, rows = (_heads_first(t, flat) for t in (q, k, v, out, sums.unsqueeze(-1)))
+    for start, end, first, last, mask in calls:
+        part = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last])
+        found, found_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *part, 0.0, mask is None, attn_mask=mask
+        )
+        outs[:, :, start:end], rows[:, :, start:end, 0] = found, found_sums
+    return out, sums
+
+
+@packed_core.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("headway::packed_core_backward", mutates_args=(), device_types="cpu")
+def packed_core_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, numbers: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    flat, calls = _calls(q, numbers, window)
+    found = [t.new_empty(t.shape) if len(calls) == 1 else t.new_zeros(t.shape) for t in (q, k, v)]
+    grad, q, k, v, out, rows, *grads = (
+        _heads_first(t, flat) for t in (grad.contiguous(), q, k, v, out, sums.unsqueeze(-1), *found)
+    )
+    for start, end, first, last, mask in calls:
+        part = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last])
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(grad[:, :, start:end], *part, out[:, :, start:end], rows[:, :, start:end, 0], 0.0, mask is None),
+            attn_mask=mask,
+        )
+        for whole, piece, (begin, stop) in zip(grads, parts, ((start, end), (first, last), (first, last)), strict=True):
+            if len(calls) == 1:
+                whole.copy_(piece)
+            else:
+                whole[:, :, begin:stop] += piece
+    return found[0], found[1], found[2]
+
+
+@packed_core_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, numbers: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, numbers, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, numbers)
+
+
+def _differentiate_packed(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *packed_core_backward(grad, *ctx.saved_tensors, ctx.window), None, None
+
+
+packed_core.register_autograd(_differentiate_packed, setup_context=_save_packed)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from headway.kernels.attention import core
+from headway.kernels.attention import core, core_of_blocks
 from headway.kernels.backends import Backend, attention_core
 from headway.kernels.dropout import Rate, dropout
 from headway.kernels.elementwise import add_layer_norm, add_norm, gelu, gelu_tanh, layer_norm, relu, silu_mul
@@ -23,7 +23,7 @@ from headway.kernels.loss import linear_cross_entropy_sum
 from headway.kernels.norm import rms_norm
 from headway.kernels.rope import apply_rope, rope_tables
 
-Compile = Literal["auto", "none", "elementwise"]
+Compile = Literal["auto", "none", "elementwise", "block"]
 Matmul = Literal["none", "fp8"]
 
 SHAPES = 64
@@ -52,7 +52,7 @@ class Operations:
     fp8: Product | None = None  # of the matrices of a block; None: in the precision of the model
 
 
-def compile_on(device_type: str, compile: Compile) -> Literal["none", "elementwise"]:
+def compile_on(device_type: str, compile: Compile) -> Literal["none", "elementwise", "block"]:
     """What `compile` means on a device. auto: elementwise on CUDA, none elsewhere, the same for every mechanism.
 
     On the CPU nothing is compiled, so that results there depend only on PyTorch.
@@ -86,6 +86,12 @@ def make_operations(
         operations = replace(operations, fp8=scaled_product)
     if norm != "torch":
         operations = with_norm(operations, norm_of(norm, device_type=device.type))
+    if compile == "block":
+        if device.type != "cpu":
+            raise LeverError(
+                f"speed.compile: block is for the CPU, and this run is on {device.type}; use speed.compile: auto"
+            )
+        return replace(operations, core=core_of_blocks)
     if compile_on(device.type, compile) == "elementwise":
         operations = compiled(operations)
         try:
@@ -93,7 +99,7 @@ def make_operations(
         except Exception as error:  # any error of a compiler, a linker or a driver
             raise LeverError(
                 f"speed.compile: {compile}{f' (elementwise on {device.type})' if compile == 'auto' else ''} does not "
-                f"compile here ({_short(error)}); use speed.compile: none, or "
+                f"compile here ({short(error)}); use speed.compile: none, or "
                 "install a C++ compiler (g++) where it runs on the CPU, or Triton and gcc where on a GPU"
             ) from error
     return operations
@@ -141,6 +147,7 @@ def try_elementwise(operations: Operations, device: torch.device, dtype: torch.d
     operations.dropout(found.flatten(2), seeds, *Rate.of(0.1)).sum().backward()
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """The type and the first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -109,6 +109,7 @@ class Block(nn.Module):
         self.mlp_out = OutputBias(width) if model.mlp_biases else None
         self.placement = Placement()
         self.selective: SelectiveRecompute | None = None
+        self.compiled: Callable[[Block, Tensor, Context, Drops | None], AttentionOutput] | None = None
         self._fp8: list[tuple[str, Fp8Parameter]] | None = None
         self._attention_shards = attention.shards()
 
@@ -158,14 +159,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, drops: Drops | None = None) -> AttentionOutput:
         """drops: dropout of this layer; None outside of training."""
+        if self.compiled is not None and self.training and torch.is_grad_enabled():
+            return self.compiled(self, x, context, drops)
         if self.placement.operations.fp8 is None or self._fp8 is not None:
-            return self._forward(x, context, drops)
+            return self.plain(x, context, drops)
         self._fp8 = to_fp8(self.matrices(), self.placement.operations.fp8)
-        out = self._forward(x, context, drops)
+        out = self.plain(x, context, drops)
         check_used(self._fp8)
         return out
 
-    def _forward(self, x: Tensor, context: Context, drops: Drops | None) -> AttentionOutput:
+    def plain(self, x: Tensor, context: Context, drops: Drops | None) -> AttentionOutput:
+        """The pass itself, which `compiled` replaces in training."""
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             context = self.with_positions(context)

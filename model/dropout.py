@@ -79,6 +79,12 @@ class Drops:
         """The same pass, in another layer."""
         return replace(self, layer=layer)
 
+    def of_one_layer(self) -> Drops:
+        """The same masks in this layer, with its seeds alone, as layer 0."""
+        first = len(_OUTSIDE) + len(_IN_BLOCK) * self.layer
+        own = (self.seeds[: len(_OUTSIDE)], self.seeds[first : first + len(_IN_BLOCK)])
+        return replace(self, seeds=torch.cat(own), layer=0)
+
     def of(self, x: Tensor, place: DropPlace, *, ranks: Ranks, dropout: Callable[..., Tensor]) -> Tensor:
         """x with dropout of this place, by an operation with the signature of `headway.kernels.dropout.dropout`.
 

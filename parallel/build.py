@@ -54,6 +54,10 @@ def make_engine(
     )
     if layout.pp_size == 1:
         decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement, scales=scales)
+        if speed.compile == "block":
+            from headway.model.compiled import compile_blocks
+
+            compile_blocks(decoder)
         common: dict[str, Any] = {"parallel": parallel, "optimizer": optimizer, "layout": layout}
         common["accumulation"] = accumulation
         if single:

@@ -107,10 +107,10 @@ class ParallelConfig(StrictModel):
 class SpeedConfig(StrictModel):
     """Speed options: kernels with equal results up to rounding. fp8 rounds much more than the others."""
 
-    compile: Literal["auto", "none", "elementwise"] = Field(
+    compile: Literal["auto", "none", "elementwise", "block"] = Field(
         default="auto",
-        description="elementwise: norms, silu(gate) * up and RoPE with torch.compile; auto: elementwise on a GPU, none "
-        "on the CPU",
+        description="elementwise: norms, silu(gate) * up and RoPE with torch.compile; block: whole blocks, in training "
+        "on a CPU; auto: elementwise on a GPU, none on the CPU",
     )
     attention: Literal["auto", "cudnn", "flash", "fa3", "math"] = Field(
         default="auto",

@@ -177,7 +177,7 @@ def _levers() -> list[Fact]:
 def _compiled_on_cpu() -> Fact:
     gxx = shutil.which(os.environ.get("CXX", "g++"))
     if gxx:
-        return Fact("speed.compile", "ok", f"auto is none on the CPU; elementwise can compile with {gxx}")
+        return Fact("speed.compile", "ok", f"auto is none on the CPU; elementwise and block can compile with {gxx}")
     return Fact("speed.compile", "absent", "no g++ for the CPU", "use none, which auto is on the CPU")
 
 

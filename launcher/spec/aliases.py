@@ -391,7 +391,7 @@ _PARALLEL = (
     _hint(
         "compile torch_compile use_compile compile_model training.compile",
         "speed.compile",
-        "Use speed.compile: auto, none or elementwise; the whole model is never compiled.",
+        "Use speed.compile: auto, none, elementwise or block; the whole model is never compiled.",
     ),
     _hint(
         "attn_implementation flash_attention flash_attn use_flash_attn use_flash_attention use_flash flash "

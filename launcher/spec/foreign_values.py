@@ -86,8 +86,8 @@ _VALUES = {
     "parallel.recompute": {"Write block.": "full true all layer op", "Write none.": "false off"},
     "parallel.zero": {"Write 1, the least there is.": "ddp none false off"},
     "speed.compile": {
-        "Write elementwise; the whole model is never compiled.": "true all full default max_autotune reduce_overhead "
-        "inductor",
+        "Write elementwise, or block on a CPU; the whole model is never compiled.": "true all full default "
+        "max_autotune reduce_overhead inductor",
         "Write none.": "false off",
     },
     "speed.attention": {

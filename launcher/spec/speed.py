@@ -50,7 +50,47 @@ def why_not_speed(spec: Sections) -> str | None:
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "
             "attention.windows null, or data.document_mask true"
         )
+    return _why_not_block(spec) if speed.compile == "block" else None
+
+
+def _why_not_block(spec: Sections) -> str | None:
+    """Reason why blocks of this spec are not compiled; None if they are."""
+    parallel, other = spec.parallel, "use speed.compile none or auto"
+    if spec.launch.device == "cuda":
+        return f"speed.compile: block is for the CPU, and launch.device is cuda; {other}, or launch.device cpu"
+    if parallel.recompute != "none":
+        return (
+            f"speed.compile: block decides which activations are kept, and parallel.recompute {parallel.recompute} "
+            f"does so too; {other}, or parallel.recompute none"
+        )
+    for key in ("tensor", "context", "pipeline"):
+        if (size := getattr(parallel, key)) > 1:
+            return (
+                f"speed.compile: block has no form with exchanges between the ranks of a block, or with stages, and "
+                f"parallel.{key} is {size}; {other}, or parallel.{key} 1"
+            )
+    if parallel.zero == 3:
+        return (
+            "speed.compile: block reads all parameters of a block, which parallel.zero 3 cuts between passes; "
+            f"{other}, or parallel.zero 1 or 2"
+        )
+    if spec.model.relative:
+        return (
+            "speed.compile: block has no form of relative scores, which model.positions relative_xl adds; "
+            f"{other}, or model.positions rope"
+        )
+    if _reads_counts(spec):
+        return (
+            "speed.compile: block takes no shapes that follow the routing, which attention.projections grouped reads "
+            f"on the host; {other}, or attention.projections dense"
+        )
     return None
+
+
+def _reads_counts(spec: Sections) -> bool:
+    """Whether any layer multiplies the tokens of each expert alone."""
+    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
+    return any(getattr(config, "projections", "dense") == "grouped" for config in layers)
 
 
 def _windows(spec: Sections) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from headway.kernels import operations as module
-from headway.kernels.attention import core
+from headway.kernels.attention import core, core_of_blocks
 from headway.kernels.dropout import Rate, dropout, mix
 from headway.kernels.elementwise import add_norm, silu_mul
 from headway.kernels.levers import LeverError
@@ -56,6 +56,12 @@ def test_a_compiler_that_fails_is_found_before_training_and_named(monkeypatch):
     with pytest.raises(LeverError, match=r"no such compiler\); use speed\.compile: none, or install") as caught:
         make_operations(compile="elementwise", device=CPU, dtype=FP32)
     assert "trace" not in str(caught.value) and caught.value.exit_code == 64
+
+
+def test_blocks_are_compiled_on_a_cpu_alone():
+    assert make_operations(compile="block", device=CPU, dtype=FP32) == Operations(core=core_of_blocks)
+    with pytest.raises(LeverError, match=r"speed\.compile: block is for the CPU.*on cuda; use speed\.compile: auto"):
+        make_operations(compile="block", device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
 def test_auto_compiles_on_a_gpu_and_not_on_the_cpu(monkeypatch):

@@ -1,9 +1,10 @@
-"""Run by test_speed_levers.py in 2 processes: the same training with levers of speed, in engines of every kind.
+"""Run by test_speed_levers.py in 2 processes: the same training with levers of speed, in the layouts it names.
 
 Prints one JSON object per case on rank 0. Not a test module itself.
 """
 
 import json
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,13 @@ from headway.parallel.layout import arrange, init_layout
 VOCAB, S, MICRO, STEPS = 48, 16, 2, 2
 MODEL = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.1)
 ATTENTION = GqaConfig(heads=4, kv_heads=2, head_dim=8)
-LAYOUTS: dict[str, dict[str, Any]] = {"zero3": {"zero": 3}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
-COMPILED = {"zero3": "selective", "tensor": "block", "pipeline": "none"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero3": {"zero": 3},
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2},
+    "zero2": {"zero": 2},
+}
+COMPILED = {"zero3": "selective", "tensor": "block", "pipeline": "none", "zero2": "none"}
 """Layout -> what is computed again where pieces are compiled."""
 
 
@@ -59,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     first = init_layout(device="cpu", timeout_s=120)
     # ZeRO-3 comes last: DeepSpeed then leaves torch's linear function replaced by its own.
-    for name in ("tensor", "pipeline", "zero3"):
+    for name in sys.argv[1:]:
         parallel = LAYOUTS[name]
         layout = arrange(ParallelConfig.model_validate(parallel), local_rank=first.local_rank, device=first.device)
         result = {
@@ -67,7 +73,7 @@ def main() -> None:
             "selective": losses({**parallel, "recompute": "selective"}, {}, layout),
         }
         options = {**parallel, "recompute": COMPILED[name]}
-        result["compiled"] = losses(options, {"compile": "elementwise"}, layout)
+        result["compiled"] = losses(options, {"compile": "block" if name == "zero2" else "elementwise"}, layout)
         if name != "tensor":
             result["torch's loss"] = losses(parallel, {"loss": "torch"}, layout)
         if first.is_main:

@@ -14,8 +14,12 @@ LAYOUTS = ("tensor", "pipeline", "zero3")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
+    return cases(*LAYOUTS)
+
+
+def cases(*layouts: str) -> dict[str, dict]:
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(HERE / "speed_cases.py")]
+    command = [*launcher, str(HERE / "speed_cases.py"), *layouts]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -32,6 +36,13 @@ def test_selective_recomputation_is_the_same_training_bit_by_bit(found, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_functions_train_equally_with_any_recomputation(found, layout):
     for mine, plain in zip(found[layout]["compiled"], found[layout]["plain"], strict=True):
+        assert mine == pytest.approx(plain, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_equally_on_data_parallel_ranks():
+    case = cases("zero2")["zero2"]
+    for mine, plain in zip(case["compiled"], case["plain"], strict=True):
         assert mine == pytest.approx(plain, rel=2e-5)
 
 

@@ -137,7 +137,7 @@ def test_levers_of_speed_say_what_is_used_instead(monkeypatch: pytest.MonkeyPatc
 def test_the_default_of_speed_compile_is_shown_and_needs_a_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CXX", "sh")
-    assert module._levers()[0].found.startswith("auto is none on the CPU; elementwise can compile with ")
+    assert module._levers()[0].found.startswith("auto is none on the CPU; elementwise and block can compile with ")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CC", "sh")
     pretend_modules(monkeypatch, "triton")

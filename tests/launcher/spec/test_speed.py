@@ -74,5 +74,35 @@ def test_windows_without_documents_are_masks_to_flash_but_not_to_flash_attention
 
 
 def test_a_run_may_go_on_with_other_levers():
-    usual, faster = (spec(speed).model_dump(mode="json") for speed in ({}, {"compile": "elementwise"}))
-    assert identity(usual) == identity(faster) and usual != faster
+    usual = spec().model_dump(mode="json")
+    for chosen in ("elementwise", "block"):
+        faster = spec({"compile": chosen}).model_dump(mode="json")
+        assert identity(usual) == identity(faster) and usual != faster
+
+
+ROUTED = {"type": "rgqa", "heads": 4, "kv_heads": 2, "head_dim": 8, "top_k": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "use"),
+    [
+        ({"launch": {"device": "cuda"}}, "launch.device cpu"),
+        ({"parallel": {"recompute": "block"}}, "parallel.recompute none"),
+        ({"parallel": {"recompute": "selective"}}, "parallel.recompute none"),
+        ({"parallel": {"tensor": 2}, "launch": {"processes": 2}}, "parallel.tensor 1"),
+        ({"parallel": {"context": 2}, "launch": {"processes": 2}}, "parallel.context 1"),
+        ({"parallel": {"pipeline": 2}, "launch": {"processes": 2}}, "parallel.pipeline 1"),
+        ({"parallel": {"zero": 3}}, "parallel.zero 1 or 2"),
+        ({"model": {"positions": "relative_xl"}}, "model.positions rope"),
+        ({"attention": {**ROUTED, "projections": "grouped"}}, "attention.projections dense"),
+    ],
+)
+def test_compiled_blocks_are_refused_where_a_block_is_no_graph_of_its_own(sections, use):
+    assert spec(**sections).speed.compile == "auto"
+    with pytest.raises(ValueError, match=rf"speed\.compile: block .*use speed\.compile none or auto, or {use}"):
+        spec({"compile": "block"}, **sections)
+
+
+def test_compiled_blocks_take_routed_layers_and_data_parallel_ranks():
+    found = spec({"compile": "block"}, attention=ROUTED, launch={"processes": 2}, parallel={"zero": 2})
+    assert found.speed.compile == "block"
