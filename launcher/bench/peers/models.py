@@ -6,6 +6,7 @@ its chunked cross entropy, the bare loop with PyTorch's cross entropy of the who
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -59,13 +60,23 @@ def _library(name: str) -> Any:
     """The package `name`, offline."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # before the first import, which reads them
         os.environ.setdefault(variable, "1")
-    with hidden("torchvision"):
+    # Hidden only where it is broken: torchmetrics, which litgpt imports, looks for it among the installed packages.
+    with contextlib.nullcontext() if _works("torchvision") else hidden("torchvision"):
         library: Any = importlib.import_module(name)
         if name == "transformers":
             _ = library.LlamaForCausalLM  # the package imports its modules when they are used
         else:
             importlib.import_module("litgpt.utils")
     return library
+
+
+def _works(name: str) -> bool:
+    """Whether a package can be imported. One that was built for another torch raises other errors than ImportError."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
 
 
 _NOT_COMPARED = "is not trained by the other libraries; use a plain Llama, such as attention.type=gqa"
