@@ -6,6 +6,7 @@ Sizes are in tokens unless the name has another unit.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +36,64 @@ class MdsSource(StrictModel):
     type: Literal["mds"]
     path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
     remote: str | None = Field(default=None, description="URL or folder from which shards are fetched on demand")
+
+
+_SMALLEST_SHARE = 1 / 2048
+
+
+class MixPart(StrictModel):
+    """A dataset of a mixture."""
+
+    path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
+    weight: float = Field(gt=0, description="share of the tokens, relative to the other weights")
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default: the folder's")
+    remote: str | None = Field(default=None, description="URL or folder from which shards are fetched on demand")
+
+    def title(self) -> str:
+        """The name in records and reports."""
+        return self.name or Path(self.path).name
+
+
+class MixStage(StrictModel):
+    """Other weights from a number of training tokens on."""
+
+    from_tokens: int = Field(gt=0)
+    weights: tuple[float, ...] = Field(description="one for each dataset, in their order; 0 leaves one out")
+
+
+class MixSource(StrictModel):
+    """Several datasets with one tokenizer, mixed by weights in tokens."""
+
+    type: Literal["mix"]
+    sources: tuple[MixPart, ...] = Field(min_length=2, max_length=256)
+    stages: tuple[MixStage, ...] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Those of the first stage."""
+        return tuple(part.weight for part in self.sources)
+
+    @model_validator(mode="after")
+    def _check(self) -> MixSource:
+        titles = [part.title() for part in self.sources]
+        if twice := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"sources: two datasets are called {twice[0]}; give one of them a `name`")
+        begins = [stage.from_tokens for stage in self.stages]
+        if begins != sorted(set(begins)):
+            raise ValueError("stages: from_tokens must increase from stage to stage")
+        for weights in (self.weights, *(stage.weights for stage in self.stages)):
+            if len(weights) != len(titles) or any(weight < 0 for weight in weights) or not any(weights):
+                raise ValueError(
+                    f"stages: weights {list(weights)} for {len(titles)} datasets; give one of at least 0 for each, and "
+                    "not only zeros"
+                )
+            for title, weight in zip(titles, weights, strict=True):
+                if 0 < weight < _SMALLEST_SHARE * sum(weights):
+                    raise ValueError(
+                        f"sources: {title} has {weight / sum(weights):.2e} of the weights; the smallest share is "
+                        f"1/2048, so increase its weight or leave it out"
+                    )
+        return self
 
 
 class SyntheticSource(StrictModel):
@@ -89,10 +148,33 @@ class SyntheticSource(StrictModel):
                 return self.span + 2 * self.queries
 
 
+def datasets_of(source: MdsSource | MixSource | SyntheticSource) -> tuple[MdsSource, ...]:
+    """The datasets that a source reads; none for a synthetic one."""
+    if isinstance(source, MixSource):
+        return tuple(MdsSource(type="mds", path=part.path, remote=part.remote) for part in source.sources)
+    return (source,) if isinstance(source, MdsSource) else ()
+
+
+def with_paths(source: MdsSource | MixSource, paths: Sequence[str]) -> MdsSource | MixSource:
+    """The source with other paths of its datasets, in their order."""
+    if isinstance(source, MdsSource):
+        return source.model_copy(update={"path": paths[0]})
+    parts = [part.model_copy(update={"path": path}) for part, path in zip(source.sources, paths, strict=True)]
+    return source.model_copy(update={"sources": tuple(parts)})
+
+
+ValidationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
 class DataConfig(StrictModel):
     """Source of the tokens, packing into sequences, and loading."""
 
-    source: Annotated[MdsSource | SyntheticSource, Field(discriminator="type")]
+    source: Annotated[MdsSource | MixSource | SyntheticSource, Field(discriminator="type")]
+    validation: dict[ValidationName, str] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="name -> folder of a dataset, whose validation split is evaluated beside the validation",
+    )
     seq_len: int = Field(ge=2, le=1 << 20, description="tokens per packed sequence")
     document_mask: bool = Field(default=True, description="a token never attends to or predicts into another document")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of the data order only")

@@ -18,8 +18,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from headway.data.config import DataConfig, DataError, MdsSource
+from headway.data.config import DataConfig, DataError, MdsSource, MixSource
 from headway.data.manifest import Split
+from headway.data.mixture import MixedText
 from headway.data.packed import PackedText
 from headway.data.prefetch import LateError, Prefetch
 from headway.data.source import Sample, Source
@@ -68,6 +69,8 @@ def open_source(cfg: DataConfig, *, split: Split) -> Source:
             remote=cfg.source.remote,
             retry_s=cfg.retry_s,
         )
+    if isinstance(cfg.source, MixSource):
+        return MixedText(cfg, cfg.source, split=split)
     return SyntheticTask(cfg.source, split=split, seq_len=cfg.seq_len, seed=cfg.seed)
 
 
@@ -246,22 +249,38 @@ def validation_batches(
     Raises DataError if `tokens` is less than one sequence.
     """
     source = open_source(cfg, split="validation")
-    wanted = tokens // cfg.seq_len
-    if wanted == 0:
-        raise DataError(
-            f"train.validation_tokens: {tokens:,} is less than one sequence of {cfg.seq_len:,} tokens; "
-            f"use at least {cfg.seq_len:,}"
-        )
+    wanted = wanted_sequences(tokens, cfg.seq_len)
     sequences = wanted if source.num_sequences is None else min(wanted, source.num_sequences)
+    return spread_batches(
+        source,
+        sequences,
+        masked=cfg.document_mask,
+        micro_batch=micro_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def wanted_sequences(tokens: int, seq_len: int) -> int:
+    """Whole sequences in `tokens`. Raises DataError if there is none."""
+    if tokens < seq_len:
+        raise DataError(
+            f"train.validation_tokens: {tokens:,} is less than one sequence of {seq_len:,} tokens; "
+            f"use at least {seq_len:,}"
+        )
+    return tokens // seq_len
+
+
+def spread_batches(
+    source: Source, sequences: int, *, masked: bool, micro_batch: int, dp_rank: int, dp_size: int
+) -> list[MicroBatch]:
+    """This rank's part of `sequences` sequences, spread evenly over a source; see `validation_batches`."""
     mine = range(sequences * dp_rank // dp_size, sequences * (dp_rank + 1) // dp_size)
     most_rows = -(-sequences // dp_size)
     passes = -(-most_rows // micro_batch)
     blank = source.sample(0)
-    blank = Sample(blank.tokens, blank.segments, np.zeros(cfg.seq_len, dtype=bool))
+    blank = Sample(blank.tokens, blank.segments, np.zeros(len(blank.tokens) - 1, dtype=bool))
     available = source.num_sequences or sequences
     rows = [source.sample(source.index(number * available // sequences)) for number in mine]
     rows += [blank] * (passes * micro_batch - len(rows))
-    return [
-        collate(rows[begin : begin + micro_batch], masked=cfg.document_mask)[0]
-        for begin in range(0, len(rows), micro_batch)
-    ]
+    return [collate(rows[begin : begin + micro_batch], masked=masked)[0] for begin in range(0, len(rows), micro_batch)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from headway.data import fetch
-from headway.data.config import DataError, MdsSource
+from headway.data.config import DataError, MdsSource, MixSource, datasets_of
 from headway.data.manifest import (
     INDEX_NAME,
     LENGTHS_NAME,
@@ -30,6 +30,7 @@ from headway.data.manifest import (
     rebuild_hint,
 )
 from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, unigram_entropy
+from headway.data.mixture import mixed_fingerprint
 from headway.data.progress import Progress, Shown, progress_of
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
@@ -45,7 +46,7 @@ class DatasetInfo:
     train_tokens: int
     validation_tokens: int
     tokenizer_sha256: str
-    unigram_entropy_nats: float
+    unigram_entropy_nats: float | None  # None for a mixture
     validation_bytes_per_token: float | None  # None if the tokenizer loses text
     lossy_documents: int
     manifest: dict[str, Any]
@@ -83,6 +84,42 @@ def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = F
         lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
         manifest=manifest.model_dump(mode="json"),
     )
+
+
+def verify_source(
+    source: MdsSource | MixSource, *, seq_len: int | None = None, progress: Shown = False
+) -> tuple[DatasetInfo, list[DatasetInfo]]:
+    """(what a run records of its data, the same of each dataset). Verifies all datasets, as `verify` does.
+
+    Of a mixture: the fingerprint of all; sums of tokens; bytes per token by the weights; no unigram entropy. Raises
+    DataError if the datasets were made with different tokenizers.
+    """
+    found = [verify(part, seq_len=seq_len, progress=progress) for part in datasets_of(source)]
+    if isinstance(source, MdsSource):
+        return found[0], found
+    for info in found[1:]:
+        check_same_tokenizer(found[0], info, "data.source.sources")
+    bytes_per_token = [info.validation_bytes_per_token for info in found]
+    total = sum(source.weights)
+    mean = sum((size or 0) * weight / total for size, weight in zip(bytes_per_token, source.weights, strict=True))
+    return replace(
+        found[0],
+        fingerprint=mixed_fingerprint([info.fingerprint for info in found]),
+        train_tokens=sum(info.train_tokens for info in found),
+        validation_tokens=sum(info.validation_tokens for info in found),
+        unigram_entropy_nats=None,
+        validation_bytes_per_token=None if None in bytes_per_token else mean,
+        lossy_documents=sum(info.lossy_documents for info in found),
+    ), found
+
+
+def check_same_tokenizer(a: DatasetInfo, b: DatasetInfo, key: str) -> None:
+    """Raise DataError, with the key of the spec, if the ids of two datasets mean different text."""
+    if (a.tokenizer_sha256, a.eos_id) != (b.tokenizer_sha256, b.eos_id):
+        raise DataError(
+            f"{key}: {b.path} was made with another tokenizer than {a.path}, so its ids mean other text; build it with "
+            f"`tokenizer: {{type: file, path: {a.path / TOKENIZER_NAME}, eos_token: ...}}`"
+        )
 
 
 def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: Progress) -> None:

@@ -256,19 +256,25 @@ class Engine(ABC):
         first = (self.layout.dp_rank * self.accumulation + index) * count
         return [self._dropout.keys(tokens=self._tokens, first=first, count=count, device=self.layout.device)]
 
-    @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
-        """Loss and accuracy over the micro-batches of all ranks. Collective.
+        """Loss and accuracy over the micro-batches of all ranks. Collective."""
+        return self.evaluate_parts(micro, [range(len(micro))])[0]
 
-        The number of targets may differ between ranks. The number of micro-batches must not: ZeRO-3 gathers parameters
-        in every forward pass, so a rank with an extra micro-batch would wait for the others until the timeout.
+    @torch.no_grad()
+    def evaluate_parts(self, micro: Sequence[MicroBatch], parts: Sequence[range]) -> list[Evaluation]:
+        """Loss and accuracy of each part, which is a range of places in `micro`, over all ranks. Collective.
+
+        Parts may share micro-batches, which are evaluated once. The number of targets may differ between ranks. The
+        number of micro-batches must not: ZeRO-3 gathers parameters in every forward pass, so a rank with an extra
+        micro-batch would wait for the others until the timeout.
         """
         layout, own = self.layout, self._evaluation_sums(micro)
         # One row for each micro-batch. Ranks that share its sequences add up; tensor-parallel ranks have equal sums.
         rows = torch.zeros(layout.dp_size, len(micro), 3, dtype=torch.float64, device=layout.device)
         if not layout.tp_rank:
             rows[layout.dp_rank] = own
-        return evaluation_of(layout.sum(rows).flatten(0, 1))
+        rows = layout.sum(rows)
+        return [evaluation_of(rows[:, part.start : part.stop].flatten(0, 1)) for part in parts]
 
     def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
         """Sums of loss, hits and targets of each of this rank's micro-batches, [N, 3] float64."""

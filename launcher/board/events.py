@@ -68,6 +68,8 @@ def board_validation(board: Board, record: dict[str, Any], wall_s: float | None 
         "val/perplexity": _perplexity(record["loss"]),
         "val/accuracy": record["accuracy"],
     }
+    for name, found in record.get("sets", {}).items():
+        scalars[f"val_sets/{name}"] = found["loss"]
     for tag, value in scalars.items():
         board.add_scalar(tag, value, record["step"], wall_s)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import DataError
+from headway.data.config import DataError, datasets_of
 from headway.data.manifest import read_manifest
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
@@ -103,9 +103,9 @@ def _say_refusals(spec: Spec, *, device: bool = True) -> None:
 
 def _find_data(spec: Spec) -> None:
     """Raise DataError if the dataset is not there. Its shards are not verified."""
-    source = spec.data.source
-    if source.type == "mds" and source.remote is None:
-        read_manifest(Path(source.path))
+    for source in datasets_of(spec.data.source):
+        if source.remote is None:
+            read_manifest(Path(source.path))
 
 
 def _settled(run: RunDir, spec: Spec) -> Spec | None:

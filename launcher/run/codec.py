@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headway.data import tokenizer as tokenizers
-from headway.data.config import DataError, MdsSource
+from headway.data.config import DataError, SyntheticSource, datasets_of
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.spec import Spec
@@ -41,17 +41,20 @@ class Codec:
         """The codec of a run. Raises DataError if its dataset is missing or differs."""
         source = spec.data.source
         assert spec.model.vocab_size is not None
-        if not isinstance(source, MdsSource):
+        if isinstance(source, SyntheticSource):
             return cls(None, source.vocab_size)
         from headway.data import tokenizer
         from headway.data.manifest import TOKENIZER_NAME, read_manifest
+        from headway.data.mixture import mixed_fingerprint
 
-        root = Path(source.path).expanduser()
-        manifest = read_manifest(root)
+        roots = [Path(part.path).expanduser() for part in datasets_of(source)]
+        manifests = [read_manifest(root) for root in roots]
+        root, manifest = roots[0], manifests[0]  # all have one tokenizer
+        found = mixed_fingerprint([m.fingerprint for m in manifests]) if len(roots) > 1 else manifest.fingerprint
         trained_on = read_mapping(run.card).get("data_fingerprint")
-        if trained_on is not None and manifest.fingerprint != trained_on:
+        if trained_on is not None and found != trained_on:
             raise DataError(
-                f"{root}: not the dataset this run was trained on (fingerprint {manifest.fingerprint[:16]}, the run "
+                f"{root}: not the dataset this run was trained on (fingerprint {found[:16]}, the run "
                 f"{trained_on[:16]}): its token ids may mean other text; restore that dataset, or build it anew"
             )
         file = root / TOKENIZER_NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import MdsSource
+from headway.data.config import datasets_of
 from headway.data.places import looked_for
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, difference, flatten
@@ -71,9 +71,10 @@ def _refuse_another_model(spec: Spec, config: hf.ExportedConfig, folder: Path) -
 
 
 def _refuse_another_tokenizer(spec: Spec, config: hf.ExportedConfig, folder: Path) -> None:
-    source = spec.data.source
-    if hf.TOKENIZER not in config.files or not isinstance(source, MdsSource):
+    datasets = datasets_of(spec.data.source)
+    if hf.TOKENIZER not in config.files or not datasets:
         return
+    source = datasets[0]
     from headway.data.manifest import read_manifest
 
     if read_manifest(Path(source.path).expanduser()).tokenizer_sha256 != config.files[hf.TOKENIZER].sha256:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from headway.data.config import MdsSource, MixSource, SyntheticSource
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.layouts import check_vocabulary
 from headway.launcher.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from headway.data.verify import DatasetInfo
 
 
 def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
@@ -19,12 +24,14 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     SpecError for a vocabulary that is too small for the data, and what `with_initial_hash` and `with_parent` raise.
     """
     source = spec.data.source
-    if source.type == "synthetic":
+    if isinstance(source, SyntheticSource):
+        if spec.data.validation:
+            raise SpecError("data.validation: synthetic data have no tokenizer; leave it out")
         info: dict[str, Any] = {"fingerprint": None, "vocab_size": source.vocab_size}
     else:
-        from headway.data.verify import verify
+        from headway.data.verify import verify_source
 
-        found = verify(source, seq_len=spec.data.seq_len, progress=console.progress)
+        found, datasets = verify_source(source, seq_len=spec.data.seq_len, progress=console.progress)
         info = {
             "fingerprint": found.fingerprint,
             "vocab_size": found.vocab_size,
@@ -32,6 +39,7 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
             "unigram_entropy_nats": found.unigram_entropy_nats,
             "validation_bytes_per_token": found.validation_bytes_per_token,
             "lossy_documents": found.lossy_documents,
+            "validation_sets": _validation_sets(spec, datasets),
         }
     size = spec.model.vocab_size
     if size is not None and size < info["vocab_size"]:
@@ -51,6 +59,26 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
 
         spec, info["branch"] = with_parent(spec, info["fingerprint"])
     return spec, info
+
+
+def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, dict[str, Any]]:
+    """Name -> facts of the dataset of each validation set: those of a mixture, and those of `data.validation`."""
+    from headway.data.verify import check_same_tokenizer, verify
+
+    source = spec.data.source
+    found: dict[str, DatasetInfo] = {}
+    if isinstance(source, MixSource):
+        found = {part.title(): info for part, info in zip(source.sources, datasets, strict=True)}
+    for name, path in spec.data.validation.items():
+        if name in found:
+            raise SpecError(f"data.validation.{name}: is the name of a dataset of the mixture too; use another name")
+        info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, progress=console.progress)
+        check_same_tokenizer(datasets[0], info, f"data.validation.{name}")
+        found[name] = info
+    return {
+        name: {"fingerprint": info.fingerprint, "bytes_per_token": info.validation_bytes_per_token}
+        for name, info in found.items()
+    }
 
 
 def check_same_data(run: RunDir, info: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ FREE_KEYS = (
     "data.timeout_s",
     "data.source.path",
     "data.source.remote",
+    "data.validation",
     "init.weights",
     "init.run",
 )
@@ -212,6 +213,8 @@ def _flock(fd: int, wait_s: float) -> None:
 def identity(spec: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys and values of a resolved spec that affect its result; `ADDED_KEYS` only if they change it."""
     flat = {k: v for k, v in flatten(spec).items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
+    if isinstance(sources := flat.get("data.source.sources"), list):
+        flat["data.source.sources"] = [{"weight": part.get("weight")} for part in sources if isinstance(part, dict)]
     return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
 
 

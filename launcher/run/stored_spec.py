@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from headway.data.config import DataError, MdsSource
+from headway.data.config import DataError, SyntheticSource, datasets_of, with_paths
 from headway.data.places import remember
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.load import load_spec
@@ -32,25 +33,28 @@ def _placed(spec: Spec, run: RunDir) -> Spec:
     and commands may be given anywhere.
     """
     source = spec.data.source
-    if not isinstance(source, MdsSource):
+    if isinstance(source, SyntheticSource):
         return spec
-    written = Path(source.path).expanduser()
-    if written.is_absolute() or written.exists():
+    written = [Path(part.path) for part in datasets_of(source)]
+    if all(path.expanduser().is_absolute() or path.exists() for path in written):
         return spec
     card = read_mapping(run.card)
     folders = [*run.path.resolve().parents, *([Path(start)] if (start := card.get("working_dir")) else [])]
     for folder in folders:
-        if (folder / written).is_dir() and _fingerprint(folder / written) == card.get("data_fingerprint"):
-            placed = source.model_copy(update={"path": str(folder / written)})
+        if _fingerprint(paths := [folder / path.expanduser() for path in written]) == card.get("data_fingerprint"):
+            placed = with_paths(source, [str(path) for path in paths])
             return spec.model_copy(update={"data": spec.data.model_copy(update={"source": placed})})
-    remember(source.path, folders)
+    for path in written:
+        remember(str(path), folders)
     return spec
 
 
-def _fingerprint(folder: Path) -> str | None:
+def _fingerprint(datasets: Sequence[Path]) -> str | None:
     from headway.data.manifest import read_manifest
+    from headway.data.mixture import mixed_fingerprint
 
     try:
-        return read_manifest(folder).fingerprint
+        found = [read_manifest(folder).fingerprint for folder in datasets]
     except DataError:
         return None
+    return found[0] if len(found) == 1 else mixed_fingerprint(found)

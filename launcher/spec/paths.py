@@ -16,8 +16,10 @@ from headway.launcher.spec.yamlio import Node
 
 OF_A_RUN = "init.run"
 """The key whose path is followed by @STEP."""
-OF_A_SPEC = ("data.source.path", "init.weights", OF_A_RUN)
-OF_A_CORPUS = ("corpus.paths", "tokenizer.path")
+OF_A_SPEC = ("data.source.path", "data.source.sources.path", "init.weights", OF_A_RUN)
+SETS = "data.validation."
+"""Validation sets: the keys below it are names, the values paths."""
+OF_A_CORPUS = ("corpus.paths", "validation.paths", "tokenizer.path")
 _AT_STEP = re.compile(r"(.+)@([0-9]{1,10})", re.DOTALL)
 
 
@@ -46,14 +48,18 @@ def _placed_run(written: str, folder: Path) -> str:
 
 def _names_path(key: str) -> bool:
     if key.startswith("variants."):  # a study, whose variants contain keys of a spec
-        return key.endswith(tuple(f".{name}" for name in OF_A_SPEC))
-    return key in OF_A_SPEC or key in OF_A_CORPUS
+        return key.endswith(tuple(f".{name}" for name in OF_A_SPEC)) or f".{SETS}" in key
+    return key in OF_A_SPEC or key in OF_A_CORPUS or key.startswith(SETS)
 
 
 def _leaves(node: Node, prefix: str = "") -> Iterator[tuple[str, Node]]:
     for key, item in node.value.items():
         if item.is_mapping:
             yield from _leaves(item, f"{prefix}{key}.")
+        elif isinstance(item.value, list) and any(part.is_mapping for part in item.value):
+            for part in item.value:
+                if part.is_mapping:
+                    yield from _leaves(part, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
 

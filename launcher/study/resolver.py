@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from headway.data.config import MdsSource
+from headway.data.config import SyntheticSource
 from headway.launcher.base import console
 from headway.launcher.match.matching import spec_cost
 from headway.launcher.run.run_dir import flatten
@@ -74,13 +74,13 @@ class Resolver:
     def data_facts(self, data: DataConfig) -> tuple[int, str | None]:
         """(vocabulary size, fingerprint) of a source; the fingerprint is None for synthetic data."""
         source = data.source
-        if not isinstance(source, MdsSource):
+        if isinstance(source, SyntheticSource):
             return source.vocab_size, None
-        key = f"{source.path}\0{source.remote}\0{data.seq_len}"
+        key = f"{source.model_dump_json()}\0{data.seq_len}"
         if key not in self.facts:
-            from headway.data.verify import verify
+            from headway.data.verify import verify_source
 
-            info = verify(source, seq_len=data.seq_len, progress=console.progress)
+            info, _ = verify_source(source, seq_len=data.seq_len, progress=console.progress)
             self.facts[key] = (info.vocab_size, info.fingerprint)
         return self.facts[key]
 

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 
-from headway.data.loader import Loader, validation_batches
+from headway.data.loader import Loader
+from headway.data.validation import validation_data
 from headway.launcher.run.branching import Parent
 from headway.launcher.run.chain import Chain
 from headway.launcher.run.identity import check_identity
@@ -62,7 +63,7 @@ def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
     train, data = spec.train, spec.data
     seed_step(spec, layout, 0)
     engine = _engine(run, spec, layout)
-    validation = validation_batches(
+    validation = validation_data(
         data,
         tokens=train.validation_tokens,
         micro_batch=train.micro_batch,

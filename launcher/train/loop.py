@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.data.mixture import MixedText
 from headway.launcher.run import heartbeat
 from headway.launcher.run.records import step_seconds
 from headway.launcher.run.run_dir import RunDir, write_json
@@ -20,7 +21,7 @@ from headway.launcher.train.load import open_session
 from headway.launcher.train.session import Session, seed_step
 from headway.launcher.train.stop import Preempted, StopFlag
 from headway.launcher.train.tracking import say
-from headway.parallel.engine import StepStats
+from headway.parallel.engine import Evaluation, StepStats
 from headway.parallel.fault_points import memory
 
 
@@ -104,11 +105,12 @@ def _record(s: Session, step: Step, lr: float) -> dict[str, Any]:
 
 
 def validate(s: Session) -> None:
-    """Log loss and accuracy on the fixed validation tokens."""
+    """Log loss and accuracy on the fixed validation tokens, and on each set of them."""
     heartbeat.beat("validate", s.step)
     start = time.perf_counter()
     s.engine.before_step(s.tokens)  # set schedules to the current state, also if a stage just ended
-    result = s.engine.evaluate(s.validation)
+    data = s.validation
+    result, *of_sets = s.engine.evaluate_parts(data.batches, data.parts)
     s.validation_loss, s.validation_step = result.loss, s.step
     s.tracker.validation(
         {
@@ -122,10 +124,29 @@ def validate(s: Session) -> None:
             "micro_batches": result.micro_batches,
             "train_s": s.train_s,
             "seconds": time.perf_counter() - start,
+            **({"sets": dict(zip(data.sets, map(_set_record, of_sets), strict=True))} if of_sets else {}),
+            **_mixed(s),
         }
     )
     for hook in s.hooks:
         hook.after_validation(s)
+
+
+def _set_record(found: Evaluation) -> dict[str, Any]:
+    return {
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "targets": found.targets,
+        "standard_error": found.standard_error,
+    }
+
+
+def _mixed(s: Session) -> dict[str, Any]:
+    """What has been trained of each dataset of a mixture: tokens, and passes over it."""
+    mixed = s.loader.source
+    if not isinstance(mixed, MixedText):
+        return {}
+    return {"mix": mixed.trained(s.step * s.spec.train.global_batch)}
 
 
 def save(s: Session, *, last: bool = False) -> None:
@@ -160,6 +181,7 @@ def finish(s: Session) -> None:
         "tokens_per_s_median": s.spec.tokens_per_step / median if median else None,
         "resumes": s.resumes,
         "records": s.tracker.end(),
+        **_mixed(s),
     }
     write_json(s.run.summary, summary)
     say(

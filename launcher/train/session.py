@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from headway.data.loader import Loader, MicroBatch
+from headway.data.loader import Loader
+from headway.data.validation import ValidationData
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.spec import Spec
 from headway.launcher.train.ahead import Ahead
@@ -31,7 +32,7 @@ class Session:
     layout: Layout
     engine: Engine
     loader: Loader
-    validation: Sequence[MicroBatch]
+    validation: ValidationData
     saving: Saving
     tracker: Tracker
     guard: Guard

@@ -1,0 +1,62 @@
+"""The validation of a run: its fixed tokens, and the sets of which a loss of their own is recorded.
+
+A mixture has a set for each of its datasets; together they are its validation. Further sets are the validation splits
+of other datasets (`data.validation`), which are evaluated beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headway.data.config import DataConfig, MdsSource, MixSource, datasets_of
+from headway.data.loader import MicroBatch, open_source, spread_batches, validation_batches, wanted_sequences
+from headway.data.mixture import validation_shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationData:
+    """Micro-batches of this rank. `main`: places of those of the validation; `sets`: name -> places of a set."""
+
+    batches: Sequence[MicroBatch]
+    main: range
+    sets: Mapping[str, range]
+
+    @property
+    def parts(self) -> list[range]:
+        """The places of the validation, then of each set."""
+        return [self.main, *self.sets.values()]
+
+
+def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: int, dp_size: int) -> ValidationData:
+    """The validation of `tokens` tokens, and as many of each further set. Raises as `validation_batches` does.
+
+    The datasets of a mixture have shares of their weights, and at least one sequence each.
+    """
+    ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
+    batches: list[MicroBatch] = []
+    sets: dict[str, range] = {}
+
+    def add(name: str, more: Sequence[MicroBatch]) -> None:
+        sets[name] = range(len(batches), len(batches) + len(more))
+        batches.extend(more)
+
+    if isinstance(cfg.source, MixSource):
+        wanted = wanted_sequences(tokens, cfg.seq_len)
+        opened = [open_source(with_source(cfg, part), split="validation") for part in datasets_of(cfg.source)]
+        available = [source.num_sequences or 0 for source in opened]
+        shares = validation_shares(available, cfg.source.weights, wanted=wanted)
+        for part, source, share in zip(cfg.source.sources, opened, shares, strict=True):
+            add(part.title(), spread_batches(source, share, masked=cfg.document_mask, **ranks))
+    else:
+        batches.extend(validation_batches(cfg, tokens=tokens, **ranks))
+    main = range(len(batches))
+    for name, path in cfg.validation.items():
+        source = MdsSource(type="mds", path=path)
+        add(name, validation_batches(with_source(cfg, source), tokens=tokens, **ranks))
+    return ValidationData(batches=batches, main=main, sets=sets)
+
+
+def with_source(cfg: DataConfig, source: MdsSource) -> DataConfig:
+    """The config with another dataset."""
+    return cfg.model_copy(update={"source": source, "validation": {}})
