@@ -51,6 +51,7 @@ def test_a_word_comes_with_its_description() -> None:
 def test_options_follow_a_dash_once_each_unless_they_repeat() -> None:
     assert words("headway train --") == [
         "--help",
+        "--extend",
         "--dry-run",
         "--node-rank",
         "--print-config",
@@ -59,6 +60,7 @@ def test_options_follow_a_dash_once_each_unless_they_repeat() -> None:
     ]
     assert words("headway train x.yaml --dry-run --") == [
         "--help",
+        "--extend",
         "--node-rank",
         "--print-config",
         "--quiet",
