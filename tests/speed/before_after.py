@@ -45,19 +45,20 @@ def both(subject: Subject, rounds: int) -> Pair:
     return Pair(before=subject, after=subject, rounds=rounds)
 
 
-def keys(row: int, size: str, before: list[str], after: list[str], rounds: int = 5) -> Pair:
+def keys(row: int, size: str, before: list[str], after: list[str], rounds: int = 3) -> Pair:
     what = f"{before[-1]} -> {after[-1]}"
     sides = (Step(row, what, words, size=size) for words in (before, after))
     return Pair(before=next(sides), after=next(sides), rounds=rounds, newer=True)
 
 
 SUBJECTS: dict[str, Pair] = {
-    "cells": both(Cells(), 5),
-    "start": both(Start(), 9),
+    "cells": both(Cells(), 3),
+    "start": both(Start(), 5),
     "faults": both(Faults(), 3),
     **{f"engine-{s}": keys(4, s, ["parallel.engine=deepspeed"], ["parallel.engine=auto"]) for s in Step.SIZES},
+    "compile-1.2M": keys(12, "1.2M", ["speed.compile=none"], ["speed.compile=block"]),
     **{f"bf16-{s}": keys(5, s, ["parallel.precision=fp32"], ["parallel.precision=bf16"]) for s in Step.SIZES},
-    "build": both(Build(), 5),
+    "build": both(Build(), 3),
     "verify": both(Verify(), 5),
     "decode": both(Decode(), 3),
     "huggingface": Pair(before=HuggingFace("theirs"), after=HuggingFace("ours"), rounds=3, newer=True),
