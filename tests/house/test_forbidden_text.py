@@ -60,15 +60,18 @@ def test_the_search_would_find_them(pattern: str, example: str) -> None:
     )
 
 
-def text_files() -> list[Path]:
+def project_files() -> list[Path]:
     """What belongs to the project: as git sees it, or in a source archive every file outside generated folders."""
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        files = [ROOT / name for name in listed if name]
+        return [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
-        files = [file for file in ROOT.rglob("*") if not SKIPPED & set(file.relative_to(ROOT).parts)]
-    return [file for file in files if file.is_file() and b"\0" not in file.read_bytes()[:8192]]
+        return [file for file in ROOT.rglob("*") if not SKIPPED & set(file.relative_to(ROOT).parts)]
+
+
+def text_files() -> list[Path]:
+    return [file for file in project_files() if file.is_file() and b"\0" not in file.read_bytes()[:8192]]
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
@@ -81,3 +84,11 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         if MACHINE_PATHS.search(line)
     ]
     assert hits == []
+
+
+def test_links_lead_to_files_of_the_project() -> None:
+    """A link to another place is broken in every other clone, and a command that writes below it fails there."""
+    links = [file for file in project_files() if file.is_symlink()]
+    assert links  # of `.typing`
+    outside = [file for file in links if file.readlink().is_absolute() or not file.resolve().is_relative_to(ROOT)]
+    assert outside == [] and all(file.exists() for file in links)
