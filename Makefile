@@ -36,7 +36,7 @@ BENCH := $(BIN)/headway bench
 REPORT := report.md report.csv curves.csv study.json loss.png effects.png trend.png routers.png heads.png routers.csv heads.csv
 results: study mechanisms probes checkpoint-cost
 	mkdir -p $(RESULTS)/quickstart
-	cp $(addprefix studies/quickstart/,$(REPORT)) $(RESULTS)/quickstart/
+	cp $(addprefix studies/quickstart/,$(REPORT) timing.json) $(RESULTS)/quickstart/
 	$(BENCH) step yaml/base/quickstart.yaml --out $(RESULTS)/bench/step-gqa.json
 	$(BENCH) step yaml/base/quickstart.yaml attention.type=rgqa attention.top_k=1 --out $(RESULTS)/bench/step-rgqa-k1.json
 	$(BENCH) step yaml/bench/long-2048.yaml --against attention.type=gqa --out $(RESULTS)/bench/step-2048-rgqa-k1-against-gqa.json
