@@ -26,7 +26,7 @@ def kill_a_rank(run, rank):
         (2, ["parallel.zero=3", BF16]),
         pytest.param(2, [PP], marks=pytest.mark.slow),
         (2, [PP, BF16]),
-        (2, [TP, "parallel.sequence_parallel=true", BF16]),
+        pytest.param(2, [TP, "parallel.sequence_parallel=true", BF16], marks=pytest.mark.slow),
         (2, [CP]),
         (4, [TP, PP, "parallel.recompute=block"]),
     ],

@@ -60,7 +60,9 @@ def error(gradient: dict, exact: dict) -> float:
     return max(float((gradient[n].double() - exact[n]).norm() / exact[n].norm()) for n in exact)
 
 
-@pytest.mark.parametrize(("ranks", "stages"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "stages"), [pytest.param(*key, marks=[pytest.mark.slow] if key[0] == 8 else []) for key in LAYOUTS]
+)
 def test_gradients_are_summed_in_fp32(tmp_path, expected, ranks, stages):
     found = gradients(tmp_path, ranks, stages, *LAYOUTS[ranks, stages])
     assert found.keys() == set(LAYOUTS[ranks, stages])

@@ -184,6 +184,7 @@ def test_an_element_trains_its_cell_for_real(folder, cluster):
     assert json.loads((folder.out / "outcomes.json").read_text())["gqa/seed-1"]["exit_code"] == 0
 
 
+@pytest.mark.slow  # arrays and ladders are tested apart in the other tests
 def test_a_tuned_ladder_goes_from_nothing_to_a_report(folder, cluster, capsys):
     folder.become_ladder()
     folder.rewrite("seeds: [1, 2]", "seeds: [1]")
