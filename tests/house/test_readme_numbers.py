@@ -99,6 +99,19 @@ def test_speeds_are_those_of_the_committed_measurements():
     assert quoted[4] == f"{long['ratio_to_against']['median']:.2f}"
 
 
+def test_times_of_other_libraries_are_those_of_the_committed_measurement():
+    rows = json.loads((RESULTS / "bench" / "peers.json").read_text())["rows"]
+    docs, shown = (ROOT / "docs" / "speed.md").read_text(), []
+    for row in rows:
+        over = {name: engine["over_headway"] for name, engine in row["engines"].items() if name != "headway"}
+        memory = [row["engines"][name]["alone"]["peak_bytes"] for name in ("headway", "bare")]
+        cells = [f"{r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})" for r in over.values()]
+        assert f"| {row['size']}, {row['precision']} | {' | '.join(cells)} | {memory[0] / memory[1]:.2f} |" in docs
+        if row["precision"] == "fp32":
+            shown.append(min(zip([r["median"] for r in over.values()], cells, strict=True))[1])
+    assert ", ".join(shown[:2]) + f" and {shown[2]} of Headway's time" in README.replace("\n", " ")
+
+
 def test_speeds_of_mechanisms_in_the_docs_are_those_of_the_committed_measurement():
     rows = json.loads((RESULTS / "bench" / "mechanisms.json").read_text())["rows"]
     passes = {(r["variant"], r["seq_len"]): r for r in rows if r["phase"] == "forward_backward"}
