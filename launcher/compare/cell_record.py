@@ -28,6 +28,8 @@ from headway.launcher.run.records_heads import Floats, Heads, Router
 from headway.launcher.run.run_dir import RunDir, write_text
 
 FORMAT = 1
+_OF_THE_FOLDER = ("working_dir",)
+"""Keys of a run card that are true of one machine only."""
 SHA256 = "sha256"
 """Last key of a record: hash of all others."""
 
@@ -111,7 +113,7 @@ def record_of(run_dir: Path, *, key: str, variant: str, seed: int, budget: float
         "run": RunDir(run_dir).run_id(),
         "note": check.note,
         "spec": run.spec,
-        "card": {**run.run, **_attempts(run.run)},
+        "card": {key: value for key, value in run.run.items() if key not in _OF_THE_FOLDER} | _attempts(run.run),
         "summary": run.summary,
         "validation": _columns(run.validation, _CURVE) | {key: _column(getattr(run, key)) for key in _VALIDATION},
         "train": _figures(steps),

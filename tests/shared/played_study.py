@@ -60,7 +60,8 @@ if "cells" in Path(parent).parts and not (Path(parent) / "checkpoints" / f"step-
     print(f"error: init.run: no checkpoint of step {begin}", file=sys.stderr)
     sys.exit(66)
 (run_dir / "spec.json").write_text(json.dumps(spec))
-(run_dir / "run.json").write_text(json.dumps({"tokens_per_step": 256, "data_fingerprint": None}))
+card = {"tokens_per_step": 256, "data_fingerprint": None, "working_dir": str(Path.cwd().resolve())}
+(run_dir / "run.json").write_text(json.dumps(card))
 metrics = (run_dir / "metrics.jsonl").open("a")
 
 def write(record):
