@@ -165,14 +165,14 @@ def test_a_tensor_that_was_cut_along_another_dimension_is_read_too(tmp_path):
     assert torch.equal(target, elements(tensor, wanted))
 
 
-def test_only_files_that_hold_wanted_elements_are_read(tmp_path):
+def test_only_files_that_hold_wanted_elements_are_read(tmp_path, monkeypatch):
     tensor = torch.randn(8, 4)
     held = [Span(shape=(8, 4), start=a, stop=a + 8) for a in range(0, 32, 8)]
     found = stored(tmp_path / "step", [{"x": (s, elements(tensor, s))} for s in held])
     tensors = Tensors(found)
     read = list[str]()
     real = tensors._stored
-    tensors._stored = lambda key, path: read.append(path.name) or real(key, path)  # type: ignore[method-assign]
+    monkeypatch.setattr(tensors, "_stored", lambda key, path: read.append(path.name) or real(key, path))
     target = torch.zeros(8)
     tensors.copy("x", Span(shape=(8, 4), start=12, stop=20), target)
     assert torch.equal(target, tensor.view(-1)[12:20]) and read == ["f1", "f2"]

@@ -9,6 +9,7 @@ import json
 import random
 import statistics
 import sysconfig
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -54,7 +55,7 @@ def records(run: Path, kind: str) -> list[dict[str, float]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-class Subject:
+class Subject(ABC):
     """Something that is measured of a checkout."""
 
     rows: tuple[Row, ...] = ()
@@ -63,9 +64,9 @@ class Subject:
         """Done once for each checkout, in its own folder."""
         dataset(tree, folder)
 
+    @abstractmethod
     def round(self, tree: Tree, folder: Path, number: int) -> dict[str, float]:
         """One measurement: a number for the key of each row."""
-        raise NotImplementedError
 
 
 class Start(Subject):
