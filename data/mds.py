@@ -44,6 +44,7 @@ Read = TypeVar("Read")
 
 _MAX_OPEN_SHARDS = 64  # each holds a file descriptor
 _MAX_INDEX_BYTES = 256 << 20
+_is_basename = re.compile(BASENAME).fullmatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,8 @@ def read_index(root: Path, split: Split, manifest: Manifest) -> list[ShardInfo]:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise DataError(f"{path}: larger than {_MAX_INDEX_BYTES} bytes, so not an index; {rebuild_hint(root)}")
         entries = json.loads(path.read_bytes())["shards"]
-        shards = [_shard_info(entry, manifest.dtype) for entry in entries]
+        columns = ["str", f"ndarray:{manifest.dtype}"]
+        shards = [_shard_info(entry, columns) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not an index of our shards ({error}); {rebuild_hint(root)}") from error
     seen: set[str] = set()
@@ -83,10 +85,11 @@ def read_index(root: Path, split: Split, manifest: Manifest) -> list[ShardInfo]:
     return shards
 
 
-def _shard_info(entry: dict[str, Any], dtype: str) -> ShardInfo:
-    expected = {"version": 2, "format": "mds", "column_names": ["id", "tokens"], "column_sizes": [None, None]}
-    expected["column_encodings"] = ["str", f"ndarray:{dtype}"]
-    for key, value in expected.items():
+_FORM = (("version", 2), ("format", "mds"), ("column_names", ["id", "tokens"]), ("column_sizes", [None, None]))
+
+
+def _shard_info(entry: dict[str, Any], columns: list[str]) -> ShardInfo:
+    for key, value in (*_FORM, ("column_encodings", columns)):
         if entry[key] != value:
             raise ValueError(f"{key} is {entry[key]!r} instead of {value!r}")
     if entry["compression"] not in (None, "zstd"):
@@ -94,7 +97,7 @@ def _shard_info(entry: dict[str, Any], dtype: str) -> ShardInfo:
     raw = entry["raw_data"]
     stored = entry["zip_data"] if entry["compression"] else raw
     for info in (raw, stored):
-        if not isinstance(info["basename"], str) or not re.fullmatch(BASENAME, info["basename"]):
+        if not isinstance(info["basename"], str) or not _is_basename(info["basename"]):
             raise ValueError(f"{info['basename']!r} is not a plain file name")
     samples, size = entry["samples"], raw["bytes"]
     # A sample has at least an offset, two sizes and a token, which limits the number of samples.

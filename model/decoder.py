@@ -376,7 +376,8 @@ class Contexts:
         """The vectors [start + S, d] of all distances in the sequence; the table grows as that of RoPE does."""
         end = start + tokens.shape[1]
         if self._distances is None or len(self._distances) < end or self._distances.device != tokens.device:
-            self._distances = sinusoids(end if start == 0 else 2 * end, self._model.width, tokens.device)
+            with torch.inference_mode(False):  # the table outlives this pass, and training may read it later
+                self._distances = sinusoids(end if start == 0 else 2 * end, self._model.width, tokens.device)
         return self._distances[:end].to(dtype)
 
     def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -384,7 +385,8 @@ class Contexts:
         end = start + tokens.shape[1]
         if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
             length = end if start == 0 else 2 * end  # double the table, as decoding adds one position at a time
-            self._rope = rope_tables(length, self._rotated, self._attention.rope_base, tokens.device)
+            with torch.inference_mode(False):  # as in `_distance_vectors`
+                self._rope = rope_tables(length, self._rotated, self._attention.rope_base, tokens.device)
         return self._rope[0][start:end], self._rope[1][start:end]
 
 

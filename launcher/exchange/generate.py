@@ -162,24 +162,28 @@ def continuation(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     cache = model.new_cache(len(ids) + sampling.tokens - 1)  # the last new token is not fed back
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():  # not around `yield`: the caller's code would run in it too
+            return model.logits(tokens, cache=cache, last=True)[0, -1]
+
     t0 = time.perf_counter()
-    with torch.no_grad():
-        logits = None
-        for chunk in torch.tensor([ids], device=device).split(PREFILL_CHUNK, 1):
-            logits = model.logits(chunk, cache=cache, last=True)[0, -1]
-        assert logits is not None
-        stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
-        element = next(model.parameters()).element_size()
-        t0 = time.perf_counter()
-        for i in range(sampling.tokens):
-            token = _choose(logits, sampling, generator)
-            stats |= {"new_tokens": i + 1, "decode_s": time.perf_counter() - t0}
-            stats |= {"cache_bytes": cache.numbers * element, "cached_tokens": cache.tokens}
-            if token == eos_id:
-                return
-            yield token
-            if i + 1 < sampling.tokens:
-                logits = model.logits(torch.tensor([[token]], device=device), cache=cache)[0, -1]
+    logits = None
+    for chunk in torch.tensor([ids], device=device).split(PREFILL_CHUNK, 1):
+        logits = logits_of(chunk)
+    assert logits is not None
+    stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
+    element = next(model.parameters()).element_size()
+    t0 = time.perf_counter()
+    for i in range(sampling.tokens):
+        token = _choose(logits, sampling, generator)
+        stats |= {"new_tokens": i + 1, "decode_s": time.perf_counter() - t0}
+        stats |= {"cache_bytes": cache.numbers * element, "cached_tokens": cache.tokens}
+        if token == eos_id:
+            return
+        yield token
+        if i + 1 < sampling.tokens:
+            logits = logits_of(torch.tensor([[token]], device=device))
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

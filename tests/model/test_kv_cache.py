@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from headway.model.attention.gqa import GqaConfig
 from headway.model.base import KVCache
+from headway.model.config import ModelConfig
+from headway.model.decoder import Decoder
 
 
 def keys(tokens: int, *, seed: int = 0) -> Tensor:
@@ -53,3 +56,20 @@ def test_gradients_of_new_tokens_survive_later_calls() -> None:
     second, _ = cache.extend(new[:, 2:], new[:, 2:], part="", window=None)
     (product + (second**2).sum()).backward()
     torch.testing.assert_close(new.grad, 2 * new.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("positions", ["rope", "relative_xl"])
+def test_a_model_that_decoded_in_inference_mode_has_the_gradients_of_a_fresh_one(positions: str) -> None:
+    """Tables that are kept between passes must not be made in that mode: autograd refuses them."""
+    config = GqaConfig(heads=4, kv_heads=2, head_dim=8)
+    shape = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.1, positions=positions)  # pyright: ignore[reportArgumentType]
+    used, fresh = (Decoder(shape, config, vocab_size=16, seed=1) for _ in range(2))
+    tokens = torch.randint(0, 16, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        cache = used.new_cache()
+        used.logits(tokens, cache=cache)
+        used.logits(tokens[:, :1], cache=cache)
+    for model in (used, fresh):
+        model(tokens, tokens).loss_sum.backward()
+    for (name, got), (_, expected) in zip(used.named_parameters(), fresh.named_parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=0, atol=0, msg=name)
