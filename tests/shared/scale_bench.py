@@ -186,23 +186,22 @@ def main() -> None:
         "kind": "scale",
         "command": COMMAND,
         "threads": 1,
-        "commits": {"before": commit(old), "after": commit(ROOT)},
         "versions": versions(),
         "machine": machine(),
-        "load_average_at_start": os.getloadavg(),
-        "parts": {},
+        "parts": json.loads(args.out.read_text())["parts"] if args.out.exists() else {},
     }
+    commits = {"before": commit(old), "after": commit(ROOT)}
     with tempfile.TemporaryDirectory(prefix="scale-bench-") as temporary:
         folders = Path(temporary)
         for name in args.parts or PARTS:
             needs = PARTS[name][1]
             if needs and not (folders / needs).exists():
                 FOLDERS[needs](folders / needs)
-            found = result["parts"][name] = in_turns(old, name, folders)
+            load = {"load_average_at_start": os.getloadavg(), "commits": commits}
+            found = result["parts"][name] = in_turns(old, name, folders) | load
             for key in ("cpu_s", "peak_mib"):
                 middle = [f"{side} {found[key][side]['median']:.2f}" for side in ("before", "after")]
                 print(name, key, *middle, flush=True)
-    result["load_average_at_end"] = os.getloadavg()
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

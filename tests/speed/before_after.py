@@ -56,7 +56,7 @@ SUBJECTS: dict[str, Pair] = {
     "start": both(Start(), 5),
     "faults": both(Faults(), 3),
     **{f"engine-{s}": keys(4, s, ["parallel.engine=deepspeed"], ["parallel.engine=auto"]) for s in Step.SIZES},
-    "compile-1.2M": keys(12, "1.2M", ["speed.compile=none"], ["speed.compile=block"]),
+    **{f"compile-{s}": keys(12, s, ["speed.compile=none"], ["speed.compile=block"]) for s in Step.SIZES},
     **{f"bf16-{s}": keys(5, s, ["parallel.precision=fp32"], ["parallel.precision=bf16"]) for s in Step.SIZES},
     "build": both(Build(), 3),
     "verify": both(Verify(), 5),
