@@ -163,6 +163,12 @@ class KVCache:
             self._parts[part] = _CachePart(self._tokens, None if window is None else window - 1)
         return self._parts[part].extend(k, v)
 
+    def repeated(self, count: int, room: int) -> KVCache:
+        """A copy for `count` sequences that continue the one that is cached here, by `room` tokens each."""
+        copy = KVCache(self._tokens)
+        copy._parts = {name: part.repeated(count, room) for name, part in self._parts.items()}
+        return copy
+
     @property
     def numbers(self) -> int:
         """Elements of the cached tokens, over the batch. The buffers may have room for more."""
@@ -193,6 +199,16 @@ class _CachePart:
             past = (buffers[0][:, first:begin], buffers[1][:, first:begin])
             return torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         return buffers[0][:, first : self._end], buffers[1][:, first : self._end]
+
+    def repeated(self, count: int, room: int) -> _CachePart:
+        copy = _CachePart(self._tokens, self._keep)
+        if self._buffers is not None:
+            kept = self._end - self._first
+            k, v = (t.new_empty(count, kept + room, *t.shape[2:]) for t in self._buffers)
+            for buffer, before in zip((k, v), self._buffers, strict=True):
+                buffer[:, :kept] = before[:, self._first : self._end]
+            copy._buffers, copy._end = (k, v), kept
+        return copy
 
     def _with_room(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers, with room for the new tokens after `_end`. Old tokens move to the front of new buffers."""
