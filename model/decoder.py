@@ -26,7 +26,6 @@ from headway.model.base import (
     AttentionConfig,
     AttentionOutput,
     Context,
-    KVCache,
     Ranks,
     SequenceRanks,
     Shard,
@@ -35,6 +34,7 @@ from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs, relative_form
 from headway.model.dropout import Dropout, DropPlace, Drops
 from headway.model.init import initialise
+from headway.model.kv_cache import KVCache
 from headway.model.layers import (
     MLPS,
     OutputBias,

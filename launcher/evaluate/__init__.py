@@ -1,1 +1,1 @@
-"""Evaluation of trained models: losses of texts, tasks with choices, the harness of EleutherAI, long contexts."""
+"""Evaluation of models: losses of texts, tasks with choices, the harness, long contexts. Imports exchange and below."""

@@ -31,6 +31,6 @@ def test_the_ten_commands_lead_from_a_folder_of_texts_to_a_report(headway) -> No
         done = headway.run(*words, *more)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     page = (headway.folder / "studies/attention/report.md").read_text()
-    assert "## Evaluation" in page and "heldout/bits_per_byte" in page
+    assert "## Evaluation" in page and r"heldout/bits\_per\_byte" in page
     assert (headway.folder / "studies/attention/report.html").is_file()
     assert (headway.folder / "exported/config.json").is_file()

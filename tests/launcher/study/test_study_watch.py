@@ -110,7 +110,10 @@ class Changing(Pages):
 
 
 @needs_browser
-def test_a_browser_draws_the_losses_and_loads_the_page_again_when_a_cell_goes_on(study: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_the_losses_and_loads_the_page_again_when_a_cell_goes_on(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study.parent)  # the folder of a study is relative to it
     assert BROWSER is not None
     pages = Changing("small", lambda: [Part(label="", study=load_study(study))])
     pages.metrics = study.parent / "studies/small/cells/gqa/seed-1/metrics.jsonl"
