@@ -2,19 +2,19 @@
 
 A run:
 
-    run = open_run("runs/tiny")
+    run = load_run("runs/tiny")
     losses = [row["loss"] for row in run.metrics()]
     text = run.model().generate("def ", tokens=50)
 
 A study:
 
-    study = open_study("studies/quickstart")
+    study = load_study("studies/quickstart")
     rows = study.comparison()
     best = min(rows, key=lambda row: row["loss"])
 
-Tables are lists of dicts with the same keys in each row, suitable for `pandas.DataFrame` and `csv.DictWriter`. No
-function writes into a folder, and only `Run.model` imports torch. Errors are HeadwayError and its subclasses, with
-advice in the message.
+Tables are lists of dicts with the same keys in each row, suitable for `csv.DictWriter`; `frame` gives the same as a
+pandas frame. No function writes into a folder, and only `Run.model` imports torch. Errors are HeadwayError and its
+subclasses, with advice in the message.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
 if TYPE_CHECKING:
+    import pandas
     from torch import Tensor
 
     from headway.launcher.compare.analyse import StudyResult
@@ -44,12 +45,12 @@ METRICS = ("train", "validation", "heads", "checkpoint")
 """Kinds of records that most runs have. `Run.metrics` accepts any kind in metrics.jsonl."""
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def load_run(path: str | os.PathLike[str]) -> Run:
     """Open the run in a folder. Raises NoInputError if the folder does not contain a run."""
     folder = _folder(path, "a run")
     if (folder / "study.json").is_file():
         raise NoInputError(
-            f"{folder}: is the folder of a study; use open_study, or name one of its runs, "
+            f"{folder}: is the folder of a study; use load_study, or name one of its runs, "
             f"{folder}/cells/VARIANT/seed-N"
         )
     if not (folder / "spec.json").is_file():
@@ -59,11 +60,11 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder)
 
 
-def open_study(path: str | os.PathLike[str]) -> Study:
+def load_study(path: str | os.PathLike[str]) -> Study:
     """Open the study in a folder. Raises NoInputError if the folder does not contain a study."""
     folder = _folder(path, "a study")
     if (folder / "spec.json").is_file():
-        raise NoInputError(f"{folder}: is the folder of one run; use open_run, or name the folder with study.json")
+        raise NoInputError(f"{folder}: is the folder of one run; use load_run, or name the folder with study.json")
     if (folder / "ladder.json").is_file():
         raise NoInputError(
             f"{folder}: is the folder of a study with sizes; open the one of a size, {folder}/sizes/SIZE"
@@ -129,6 +130,10 @@ class Run:
             raise SpecError(f"{self._run.metrics}: has no records of kind {kind!r}; use one of: {there}")
         rows = sorted(found.items(), key=lambda item: item[0] if isinstance(item[0], int) else -1)
         return _same_keys([row for _, row in rows])
+
+    def frame(self, kind: str = "train") -> pandas.DataFrame:
+        """`metrics` as a pandas frame, one row per record. Raises SpecError as `metrics` does, and without pandas."""
+        return _frame(self.metrics(kind))
 
     def checkpoints(self) -> list[Row]:
         """Checkpoints, newest first: step, tokens, validation loss, bytes, layout, age, `error` (None if intact)."""
@@ -285,6 +290,10 @@ class Study:
             )
         return rows
 
+    def frame(self) -> pandas.DataFrame:
+        """`cells` as a pandas frame, one row per variant and seed. Raises SpecError without pandas."""
+        return _frame(self.cells())
+
     @property
     def runs(self) -> dict[tuple[str, int], Run]:
         """(variant, seed) -> run, for all runs that were started."""
@@ -298,6 +307,14 @@ def _interval(name: str, found: Estimate | Simultaneous | None, *, p_value: bool
         row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         row |= {f"{name}_p_value": found.p_value} if p_value else {}
     return row
+
+
+def _frame(rows: list[Row]) -> pandas.DataFrame:
+    try:
+        import pandas
+    except ImportError:
+        raise SpecError("pandas is not installed; `pip install pandas`, or use the rows without a frame") from None
+    return pandas.DataFrame(rows)
 
 
 def _same_keys(rows: list[Row]) -> list[Row]:

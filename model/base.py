@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
+from headway.model.kv_cache import KVCache
 
 
 class StrictConfig(BaseModel):
@@ -136,80 +137,6 @@ class Ranks:
     leave: Callable[[Tensor], Tensor] = alone
     sum: Callable[[Tensor], Tensor] = alone
     largest: Callable[[Tensor], Tensor] = alone
-
-
-class KVCache:
-    """Rotated keys and values of one layer, for incremental decoding.
-
-    The cache has one part for each set of groups with a different window (or with keys of its own).
-
-    The buffers grow by doubling, so that a token is copied once more on average.
-
-    tokens: Tokens that the cache will hold at most, if known. Up to this number, no larger buffers are allocated.
-    """
-
-    def __init__(self, tokens: int = 0) -> None:
-        self._tokens = tokens
-        self._parts: dict[str, _CachePart] = {}
-
-    def extend(self, k: Tensor, v: Tensor, *, part: str, window: int | None) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, S, G, D] of the new tokens. Returns those of the cached and the new tokens, in this order.
-
-        With a `window` of w tokens, which includes the query itself, only the last w - 1 tokens stay cached. The
-        returned tensors may be views of the cache: they are valid until the next call. Gradients reach the new tokens
-        only.
-        """
-        if part not in self._parts:
-            self._parts[part] = _CachePart(self._tokens, None if window is None else window - 1)
-        return self._parts[part].extend(k, v)
-
-    @property
-    def numbers(self) -> int:
-        """Elements of the cached tokens, over the batch. The buffers may have room for more."""
-        return sum(part.numbers for part in self._parts.values())
-
-
-class _CachePart:
-    """Keys and values of the last `keep` tokens (None: all) in two buffers, from token `_first` to `_end`."""
-
-    def __init__(self, tokens: int, keep: int | None) -> None:
-        self._tokens, self._keep = tokens, keep
-        self._first = self._end = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def numbers(self) -> int:
-        return 0 if self._buffers is None else 2 * self._buffers[0][:, self._first : self._end].numel()
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        buffers = self._with_room(k.detach(), v.detach())
-        begin, self._end = self._end, self._end + k.shape[1]
-        for buffer, new in zip(buffers, (k, v), strict=True):
-            buffer[:, begin : self._end] = new.detach()
-        first = self._first
-        if self._keep is not None:
-            self._first = max(first, self._end - self._keep)
-        if k.requires_grad or v.requires_grad:  # autograd must not keep buffers that are written again
-            past = (buffers[0][:, first:begin], buffers[1][:, first:begin])
-            return torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-        return buffers[0][:, first : self._end], buffers[1][:, first : self._end]
-
-    def _with_room(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers, with room for the new tokens after `_end`. Old tokens move to the front of new buffers."""
-        old, kept = self._buffers, self._end - self._first
-        if old is not None and self._end + k.shape[1] <= old[0].shape[1]:
-            return old
-        room = kept + k.shape[1]
-        if self._keep is None:
-            capacity = min(2 * room, self._tokens) if room <= self._tokens else 2 * room
-        else:  # move the window once in `_keep` tokens
-            capacity = room + self._keep
-        new = tuple(t.new_empty(t.shape[0], capacity, *t.shape[2:]) for t in (k, v))
-        if old is not None:
-            for buffer, before in zip(new, old, strict=True):
-                buffer[:, :kept] = before[:, self._first : self._end]
-        self._buffers, self._first, self._end = (new[0], new[1]), 0, kept
-        return self._buffers
 
 
 @dataclass(frozen=True, kw_only=True)

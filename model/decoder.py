@@ -26,7 +26,6 @@ from headway.model.base import (
     AttentionConfig,
     AttentionOutput,
     Context,
-    KVCache,
     Ranks,
     SequenceRanks,
     Shard,
@@ -35,6 +34,7 @@ from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs, relative_form
 from headway.model.dropout import Dropout, DropPlace, Drops
 from headway.model.init import initialise
+from headway.model.kv_cache import KVCache
 from headway.model.layers import (
     MLPS,
     OutputBias,
@@ -222,6 +222,13 @@ class DecoderCache:
         """Elements of the cached tokens, over layers and batch."""
         return sum(layer.numbers for layer in self.layers)
 
+    def repeated(self, count: int, room: int) -> DecoderCache:
+        """A copy for `count` sequences that continue the one that is cached here, by `room` tokens each."""
+        copy = DecoderCache(0)
+        copy.layers = [layer.repeated(count, room) for layer in self.layers]
+        copy.tokens = self.tokens
+        return copy
+
 
 class Decoder(nn.Module):
     """The decoder. Initial parameters depend only on `seed`, their names and shapes (`headway.model.init`), and on
@@ -302,8 +309,16 @@ class Decoder(nn.Module):
 
         With a `cache`, the tokens continue the cached ones and are appended to it.
         """
-        hidden, _ = self._hidden(tokens, segments, cache)
-        return F.linear(hidden[:, -1:] if last else hidden, self._head_weight(), self.head_bias)
+        hidden = self.hidden(tokens, segments, cache=cache)
+        return self.project(hidden[:, -1:] if last else hidden)
+
+    def hidden(self, tokens: Tensor, segments: Tensor | None = None, *, cache: DecoderCache | None = None) -> Tensor:
+        """What the head projects, [B, S, d], without dropout. With a `cache`: as in `logits`."""
+        return self._hidden(tokens, segments, cache)[0]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., d]."""
+        return F.linear(hidden, self._head_weight(), self.head_bias)
 
     def new_cache(self, tokens: int = 0) -> DecoderCache:
         """An empty cache for one batch of sequences of equal length: of `tokens` tokens at most, if that is known."""

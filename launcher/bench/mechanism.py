@@ -47,6 +47,41 @@ class Rates:
     executed: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variants:
+    """The variants of a study at their matched sizes, and the device that they are measured on.
+
+    `specs`: variant -> (spec, vocabulary).
+    """
+
+    name: str
+    baseline: str
+    specs: dict[str, tuple[Spec, int]]
+    device: torch.device
+
+
+def matched_variants(path: Path, overrides: Sequence[str]) -> Variants:
+    """Plan the study at `path`, and set the threads of this process to those of its specs."""
+    plan = plan_study(load_study(path), overrides)
+    config = plan.study.config
+    cells = [cell for cell in plan.cells if cell.seed == config.seeds[0] and cell.budget == FULL]
+    specs = {cell.variant: (cell.spec, cell.vocab_size) for cell in cells}
+    any_spec = specs[config.baseline_name][0]
+    os.environ.update(worker_environment(any_spec))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    on_gpu = any_spec.launch.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return Variants(name=config.study, baseline=config.baseline_name, specs=specs, device=device)
+
+
+def in_turns(names: Sequence[str], number: int) -> list[str]:
+    """The names in the order of round `number`: each round begins with another one."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
 def bench_mechanism(
     path: Path,
     overrides: Sequence[str],
@@ -66,19 +101,9 @@ def bench_mechanism(
         raise SpecError(
             f"--lengths: {list(lengths)} is invalid; use different lengths of at least 2 tokens, such as 256,1024"
         )
-    plan = plan_study(load_study(path), overrides)
-    seed = plan.study.config.seeds[0]
-    specs = {
-        cell.variant: (cell.spec, cell.vocab_size) for cell in plan.cells if cell.seed == seed and cell.budget == FULL
-    }
-    baseline = plan.study.config.baseline_name
+    study = matched_variants(path, overrides)
+    specs, baseline, device = study.specs, study.baseline, study.device
     any_spec = specs[baseline][0]
-    os.environ.update(worker_environment(any_spec))
-    import torch
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    use_cuda = any_spec.launch.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if use_cuda else "cpu")
     result: dict[str, Any] = {
         "kind": "mechanism",
         "command": shlex.join(
@@ -87,7 +112,7 @@ def bench_mechanism(
                 *["--lengths", ",".join(map(str, lengths)), "--rounds", str(rounds), "--tokens", str(tokens)],
             ]
         ),
-        "study": plan.study.config.study,
+        "study": study.name,
         "baseline": baseline,
         "device": device.type,
         "precision": any_spec.parallel.precision,
@@ -130,15 +155,15 @@ def _measure(
     passes: dict[str, dict[str, Callable[[], None]]] = {}
     for name, (spec, vocab_size) in specs.items():
         ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(1)).to(device)
-        passes[name] = _passes(_model(spec, vocab_size, device), ids)
+        passes[name] = _passes(decoder_of(spec, vocab_size, device), ids)
     seconds = {name: {phase: [] for phase in PHASES} for name in specs}
     names = list(specs)
     passes_total = (WARMUP + rounds) * len(PHASES) * len(names)
     with console.progress(f"measure {length} tokens", passes_total, "passes", tick=False) as bar:
         for i in range(WARMUP + rounds):
             for phase in PHASES:
-                for name in names[i % len(names) :] + names[: i % len(names)]:
-                    elapsed = _timed(passes[name][phase], device)
+                for name in in_turns(names, i):
+                    elapsed = timed(passes[name][phase], device)
                     if i >= WARMUP:
                         seconds[name][phase].append(elapsed)
                     bar.update()
@@ -166,7 +191,8 @@ def _measure(
     return rows
 
 
-def _model(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
+def decoder_of(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
+    """An untrained decoder of the spec, with its schedules in their final state and in the precision of the spec."""
     import torch
 
     from headway.model.decoder import Decoder
@@ -198,7 +224,8 @@ def _passes(model: Decoder, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
     return {"forward": forward, "forward_backward": forward_backward, "prefill": prefill}
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a call, with the work that it leaves to a GPU."""
     import torch
 
     if device.type == "cuda":

@@ -53,6 +53,24 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     quiet_argument(parser)
 
 
+def _decode_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="study")
+    parser.add_argument(
+        "--batches", type=whole_list(1, 100_000), default=[1, 8], help="sequences decoded at once (default 1,8)"
+    )
+    parser.add_argument(
+        "--lengths", type=whole_list(1, 10_000_000), default=[256, 2048], help="tokens of the prompt (default 256,2048)"
+    )
+    parser.add_argument(
+        "--new", type=whole(1, 100_000), default=16, help="tokens decoded after the prompt (default 16)"
+    )
+    parser.add_argument("--rounds", type=whole(2, 100_000), default=7, help="measured rounds, at least 2 (default 7)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="file to which the JSON is written; a table is written beside it"
+    )
+    quiet_argument(parser)
+
+
 def _documents_arguments(parser: argparse.ArgumentParser) -> None:
     spec_arguments(parser)
     parser.add_argument(
@@ -157,6 +175,13 @@ def _mechanism(args: argparse.Namespace) -> int:
     return bench_mechanism(args.spec, args.overrides, **options, out=args.out)
 
 
+def _decode(args: argparse.Namespace) -> int:
+    from headway.launcher.bench.decode import bench_decode
+
+    options = {"batches": args.batches, "lengths": args.lengths, "new": args.new, "rounds": args.rounds}
+    return bench_decode(args.spec, args.overrides, **options, out=args.out)
+
+
 def _documents(args: argparse.Namespace) -> int:
     from headway.launcher.bench.documents import bench_documents
 
@@ -214,6 +239,13 @@ VERBS = (
                 examples=("headway bench mechanism yaml/quickstart.yaml --lengths 256,1024 --out mechanisms.json",),
                 arguments=_mechanism_arguments,
                 run=_mechanism,
+            ),
+            Verb(
+                name="decode",
+                help="time prefill and decoding of every variant of a study, with the bytes of its KV cache",
+                examples=("headway bench decode yaml/quickstart.yaml --lengths 256,1024 --out decode.json",),
+                arguments=_decode_arguments,
+                run=_decode,
             ),
             Verb(
                 name="documents",

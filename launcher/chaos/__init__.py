@@ -1,1 +1,1 @@
-"""Inject faults into stock DeepSpeed and Headway, and judge each run. Imports exchange and below."""
+"""Inject faults into stock DeepSpeed and Headway, and judge each run. Imports evaluate and below."""

@@ -108,26 +108,32 @@ def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, s
 
 def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
     """As `_of_run`, for a folder of weights."""
+    model, codec, seq_len, title = open_weights(folder)
+    return model, codec, codec.encode(prompt), seq_len, title
+
+
+def open_weights(folder: Path) -> tuple[Decoder, Codec, int, str]:
+    """(model in evaluation mode, codec, tokens per training sequence, title) of exported or imported weights, or of a
+    Llama in Hugging Face's format.
+    """
     from headway.model.huggingface import folder as hf
 
     raw = hf.read_mapping(folder / hf.CONFIG)
     if hf.is_huggingface(raw):
-        return _of_llama(folder, raw, prompt)
+        return _of_llama(folder, raw)
     config = hf.read_exported(folder)
     model = hf.load_exported(folder)
-    codec = Codec.of_exported(folder, config)
-    return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
+    return _ready(model, config.model), Codec.of_exported(folder, config), config.seq_len, f"weights of {config.source}"
 
 
-def _of_llama(folder: Path, raw: dict[str, Any], prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """As `_of_run`, for a Llama in Hugging Face's format."""
+def _of_llama(folder: Path, raw: dict[str, Any]) -> tuple[Decoder, Codec, int, str]:
     from headway.launcher.exchange.import_hf import read_llama
     from headway.model.huggingface.folder import TOKENIZER
 
     model, shape, bos = read_llama(folder, raw)
     file = folder / TOKENIZER
     codec = Codec.of_weights(file if file.exists() else None, shape.vocab_size, eos_id=shape.eos_token_id, bos_id=bos)
-    return _ready(model, shape.model), codec, codec.encode(prompt), shape.seq_len, f"LlamaForCausalLM in {folder}"
+    return _ready(model, shape.model), codec, shape.seq_len, f"LlamaForCausalLM in {folder}"
 
 
 def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:

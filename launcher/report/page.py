@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from headway.launcher.report.charts import chart_json
+from headway.launcher.report.charts import Chart, chart_json
 from headway.launcher.report.plots.study import Plot, inline_svg
 from headway.launcher.report.plots.style import marker
 
@@ -56,13 +56,22 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Live:
+    """A chart that only scripts of the page draw, for pages that are never printed or converted to Markdown."""
+
+    chart: Chart
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Links:
     """A list of links to other pages: (text, path relative to this page)."""
 
     links: Sequence[tuple[str, str]]
 
 
-Block = Heading | Text | Items | Table | Image | Links
+Block = Heading | Text | Items | Table | Image | Live | Links
 Styles = Mapping[str, Mapping[str, Any]]
 """Variant -> `color` and `linestyle`, as `plots.style.styles` returns them."""
 
@@ -92,6 +101,8 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
         case Image(plot):
             return f"![{plot.title}]({plot.png})\n\n*{_plain(plot.caption)}*"
+        case Live(_, title, caption):
+            return f"*{_plain(title)}: {_plain(caption)}*"
         case Links(links):
             return "\n".join(f"- [{_plain(text)}]({quote(path)})" for text, path in links)
     raise AssertionError(block)
@@ -106,22 +117,26 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------- HTML
 
 
-def to_html(blocks: Sequence[Block], *, title: str, folder: Path, styles: Styles | None = None) -> str:
+def to_html(
+    blocks: Sequence[Block], *, title: str, folder: Path, styles: Styles | None = None, renewed: bool = False
+) -> str:
     """One page with embedded styles, script and figures, without external links. `folder` contains the figures.
 
     `styles`: variants that readers can hide, in figures and in rows of tables that begin with their name. Variants of
     charts are among them in any case. The policy in the head of the page allows no script but the one of Headway, and
-    no request.
+    no request; a `renewed` page may ask its server for itself (renew.js).
     """
     charts = [b.plot.chart for b in blocks if isinstance(b, Image) and b.plot.chart is not None]
+    charts += [b.chart for b in blocks if isinstance(b, Live)]
     known: dict[str, Mapping[str, Any]] = dict(styles or {})
     for chart in charts:
         known |= {name: look for name, look in chart.styles.items() if name not in known}
     anchors = _anchors(blocks)
     body = "\n".join(_html(b, folder, known, anchors.get(i)) for i, b in enumerate(blocks))
-    script = _part("charts.js") + _part("page.js")
+    script = _part("charts.js") + _part("page.js") + (_part("renew.js") if renewed else "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy += "; connect-src 'self'" if renewed else ""
     looks = [
         {"name": name, "color": look["color"].lower(), "dash": _dashes(look), "marker": marker(look)}
         for name, look in known.items()
@@ -192,6 +207,10 @@ def _html(block: Block, folder: Path, styles: Styles, anchor: _Anchor | None) ->
             return _html_table(rows, left, styles)
         case Image(plot):
             return _html_figure(plot, folder)
+        case Live(chart, title, caption):
+            label = html.escape(title, quote=True)
+            data = _data(chart_json(chart), "chart-data", "class")
+            return f'<figure data-title="{label}">{data}<figcaption>{_inline(caption)}</figcaption></figure>'
         case Links(links):
             shown = (f'<li><a href="{html.escape(quote(path))}">{_inline(text)}</a></li>' for text, path in links)
             return f"<ul>{''.join(shown)}</ul>"

@@ -26,6 +26,7 @@ from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
+from headway.launcher.report.evaluations import evaluation_blocks, set_blocks
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
@@ -88,6 +89,8 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield from (Image(plots[name]) for name in ("loss", "effects", "trend") if name in plots)
     yield from _compared(result)
     yield from _equal_tokens(result)
+    yield from set_blocks(result)
+    yield from evaluation_blocks(result)
     yield from _speed(result)
     yield from effective_blocks(result, plots)
     yield from tuning_blocks(tuning, plots)

@@ -59,8 +59,9 @@ class RunRecord:
     recorded. `start`: layer -> {"attention", "mlp"}, ratio of the rms of the branch output to the rms of the residual
     stream before the first step; empty if not recorded. `grad_norm`: of each step, before clipping. `skipped`: steps
     whose update was not applied. `spikes`: steps with a loss spike (`guard.spike`). `standard_error`: of each
-    validation loss, from the spread over `micro_batches`; nan if not recorded. `targets`: of each validation. `lost`:
-    records that metrics.jsonl and all curves lack.
+    validation loss, from the spread over `micro_batches`; nan if not recorded. `targets`: of each validation. `sets`:
+    losses of each validation set, at each validation; nan if not recorded. `mix`: tokens and epochs of each dataset
+    of a mixture, at the last validation. `lost`: records that metrics.jsonl and all curves lack.
     """
 
     path: Path
@@ -73,6 +74,8 @@ class RunRecord:
     standard_error: Floats
     micro_batches: Floats
     targets: Floats
+    sets: Mapping[str, Floats]
+    mix: Mapping[str, Mapping[str, float]]
     grad_norm: Floats
     skipped: int
     spikes: int
@@ -123,6 +126,8 @@ def read_run(path: Path) -> RunRecord:
         standard_error=validation.column("standard_error", validated),
         micro_batches=validation.column("micro_batches", validated),
         targets=validation.column("targets", validated),
+        sets=_sets(found.sets, validation.steps(validated)),
+        mix=found.mix,
         grad_norm=train.column("grad_norm", kept),
         skipped=train.skipped(kept),
         spikes=len(found.spikes),
@@ -143,6 +148,7 @@ class _Records:
         self.train, self.validation = TrainTable(NUMBERS), Table(_VALIDATION)
         self.heads, self.starts, self.spikes = dict[int, dict[str, Any]](), dict[int, dict[str, Any]](), set[int]()
         self.routers: tuple[Router, ...] = ()
+        self.sets, self.mix = dict[int, dict[str, Any]](), dict[str, dict[str, float]]()
 
     @classmethod
     def of(cls, path: Path, damage: Damage, *, tag: str) -> _Records:
@@ -167,6 +173,8 @@ class _Records:
         elif is_step(step := record.get("step")):
             if kind == "validation":
                 self.validation.add(step, [number(record.get(key)) for key in _VALIDATION])
+                self.sets[step] = _mappings(record.get("sets"))
+                self.mix = _mappings(record.get("mix"))
             elif kind == "spike":
                 self.spikes.add(step)
             elif kind == "heads":
@@ -180,6 +188,20 @@ class _Records:
             kept = self.train.kept()
             places = self.train.places(kept[len(kept) - max(1, len(kept) // 10) :])
             self.routers = read_routers(_record_at(file, place) for place in places)
+
+
+def _mappings(value: Any) -> dict[str, Any]:
+    """The mappings in a recorded mapping; none of anything else."""
+    return {key: inner for key, inner in value.items() if isinstance(inner, dict)} if isinstance(value, dict) else {}
+
+
+def _sets(by_step: Mapping[int, dict[str, Any]], steps: NDArray[np.int64]) -> dict[str, Floats]:
+    """Name of a validation set -> its loss at each of `steps`."""
+    names = dict.fromkeys(name for step in steps.tolist() for name in by_step.get(step, {}))
+    return {
+        name: np.array([number(by_step.get(step, {}).get(name, {}).get("loss")) for step in steps.tolist()])
+        for name in names
+    }
 
 
 class _Placed:

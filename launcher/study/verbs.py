@@ -108,6 +108,19 @@ def _status_study(args: argparse.Namespace) -> int:
     return status_file(args.spec, args.overrides)
 
 
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    spec_arguments(parser, what="study")
+    parser.add_argument(
+        "--port", type=whole(0, 65535), default=6007, help="port on this machine (default 6007; 0: any free one)"
+    )
+
+
+def _watch_study(args: argparse.Namespace) -> int:
+    from headway.launcher.study.watch.command import watch
+
+    return watch(args.spec, args.overrides, port=args.port)
+
+
 def _report_study(args: argparse.Namespace) -> int:
     from headway.launcher.study.ladder.run import report_file
 
@@ -209,6 +222,13 @@ VERBS = (
                 examples=("headway study status yaml/quickstart.yaml",),
                 arguments=_study_arguments,
                 run=_status_study,
+            ),
+            Verb(
+                name="watch",
+                help="serve a page of the running study on this machine, which renews itself",
+                examples=("headway study watch yaml/quickstart.yaml",),
+                arguments=_watch_arguments,
+                run=_watch_study,
             ),
             Verb(
                 name="plan",

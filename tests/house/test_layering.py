@@ -34,6 +34,7 @@ ROOMS = (
     "study",
     "bench",
     "exchange",
+    "evaluate",
     "chaos",
     "cli",
 )

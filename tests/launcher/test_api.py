@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from headway.launcher import api
-from headway.launcher.api import open_run, open_study
+from headway.launcher.api import load_run
+from headway.launcher.api import load_study as open_study
 from headway.launcher.base.errors import NoInputError, SpecError, exit_code
 from headway.launcher.run.run_dir import write_json
 from headway.launcher.run.stored_spec import stored_spec
@@ -56,7 +57,7 @@ def folder(headway_once) -> Path:
 
 @pytest.fixture
 def run(folder) -> api.Run:
-    return open_run(folder / "runs" / "tiny")
+    return load_run(folder / "runs" / "tiny")
 
 
 @pytest.fixture
@@ -94,13 +95,13 @@ def test_metrics_are_the_records_with_a_repeated_step_once(run, tmp_path):
     lines = [{"kind": "train", "step": s, "loss": x} for s, x in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5))]
     lines[1]["extra"] = 1
     (copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "tra')
-    rows = open_run(copy).metrics()
+    rows = load_run(copy).metrics()
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 1.0)]
     writer = csv.DictWriter(io.StringIO(), list(run.metrics()[0]))
     writer.writerows(run.metrics())
-    assert open_run(copy).metrics("validation") == [] and open_run(copy).summary == {}
+    assert load_run(copy).metrics("validation") == [] and load_run(copy).summary == {}
     with pytest.raises(SpecError, match="no records of kind 'trian'; use one of: train"):
-        open_run(copy).metrics("trian")
+        load_run(copy).metrics("trian")
 
 
 def test_logits_are_those_of_the_checkpoint(run):
@@ -156,14 +157,14 @@ def test_runs_of_a_study_are_those_that_were_started(study, folder, tmp_path):
 @pytest.mark.parametrize(
     ("opens", "place", "words"),
     [
-        (open_run, "nowhere", ["no such folder", "absolute"]),
-        (open_run, "tiny.yaml", ["is a file", "folder of a run"]),
-        (open_run, "runs", ["no spec.json", "`headway train`"]),
-        (open_run, "studies/small", ["folder of a study", "open_study", "cells/VARIANT/seed-N"]),
+        (load_run, "nowhere", ["no such folder", "absolute"]),
+        (load_run, "tiny.yaml", ["is a file", "folder of a run"]),
+        (load_run, "runs", ["no spec.json", "`headway train`"]),
+        (load_run, "studies/small", ["folder of a study", "load_study", "cells/VARIANT/seed-N"]),
         (open_study, "nowhere", ["no such folder"]),
         (open_study, "small.yaml", ["is a file", "folder of a study"]),
         (open_study, "studies", ["no study.json", "`headway study run`"]),
-        (open_study, "runs/tiny", ["folder of one run", "open_run"]),
+        (open_study, "runs/tiny", ["folder of one run", "load_run"]),
     ],
 )
 def test_a_folder_of_another_kind_is_named_with_the_way_on(folder, opens, place, words):
@@ -176,22 +177,22 @@ def test_what_is_not_there_or_damaged_is_a_mistake_with_a_status(run, tmp_path):
     with pytest.raises(NoInputError, match="no checkpoint of step 3"):
         run.model(step=3)
     (tmp_path / "spec.json").write_text("{")
-    broken = open_run(tmp_path)
+    broken = load_run(tmp_path)
     with pytest.raises(SpecError, match=r"spec\.json: is no whole JSON object"):
         _ = broken.spec
     with pytest.raises(SpecError):
         broken.model()
     (tmp_path / "spec.json").write_text((run.path / "spec.json").read_text())
     with pytest.raises(Exception, match="no checkpoint") as caught:
-        open_run(tmp_path).model()
-    assert exit_code(caught.value) == 74 and open_run(tmp_path).checkpoints() == []
+        load_run(tmp_path).model()
+    assert exit_code(caught.value) == 74 and load_run(tmp_path).checkpoints() == []
 
 
 def test_torch_is_not_imported_before_a_model_is_asked_for(folder):
     code = """
 import sys
-from headway.launcher.api import open_run, open_study
-run, study = open_run("runs/tiny"), open_study("studies/small")
+from headway.launcher.api import load_run, load_study as open_study
+run, study = load_run("runs/tiny"), open_study("studies/small")
 run.spec, run.card, run.summary, run.metrics(), run.checkpoints()
 study.variants, study.cells(), study.comparison(), study.runs
 print([name for name in ("torch", "deepspeed", "matplotlib") if name in sys.modules])
@@ -201,3 +202,23 @@ print("torch" in sys.modules, "deepspeed" in sys.modules)
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "True False"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(folder, monkeypatch):
+    pytest.importorskip("pandas")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(folder)
+    names = {}
+    for cell in json.loads((PAGE.parent / "examples" / "runs.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # noqa: S102
+    assert len(names["metrics"]) == len(names["run"].metrics()) and set(names["cells"].variant) == {"gqa", "routed"}
+    assert names["logits"].shape == (3, 32) and names["text"].startswith("5 7 9 ")
+
+
+def test_without_pandas_a_frame_says_what_to_do(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(SpecError, match="pip install pandas"):
+        run.frame()

@@ -12,10 +12,11 @@ from headway.model.attention.gqa import MhaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import Context, KVCache
+from headway.model.base import Context
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.init import initialise
+from headway.model.kv_cache import KVCache
 from headway.model.router import LinearRouterConfig, QueryNormRouterConfig, Routing
 
 SHAPE: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 6}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from headway.model.attention.gqa import GqaConfig
-from headway.model.base import KVCache
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
+from headway.model.kv_cache import KVCache
 
 
 def keys(tokens: int, *, seed: int = 0) -> Tensor:

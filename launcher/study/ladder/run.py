@@ -256,7 +256,7 @@ def _tuned_keys(held: Values, size: Size) -> set[str]:
     return set.intersection(*map(set, by_variant)) if by_variant else set()
 
 
-def _parts(study: Study) -> Iterator[tuple[str, Study]]:
+def parts_of(study: Study) -> Iterator[tuple[str, Study]]:
     """(label, study) of the trials and the cells of every size."""
     for name, out in size_names(study).items():
         for trial, part in unplanned_trials(study, name, out):
@@ -266,7 +266,7 @@ def _parts(study: Study) -> Iterator[tuple[str, Study]]:
 
 def _status(study: Study) -> dict[str, Any]:
     queue, note = cells_in_queue(study.out)
-    parts = {label: status_record(part, queue) for label, part in _parts(study)}
+    parts = {label: status_record(part, queue) for label, part in parts_of(study)}
     record = {"study": study.config.study, "out": str(study.out), "parts": parts}
     return {**record, "note": note} if note else record
 
@@ -274,7 +274,7 @@ def _status(study: Study) -> dict[str, Any]:
 def _status_text(study: Study) -> str:
     rows: list[tuple[str, ...]] = [("part", *HEADINGS)]
     queue, note = cells_in_queue(study.out)
-    for label, part in _parts(study):
+    for label, part in parts_of(study):
         trained = read_mapping(part.out / RECORD).get("variants")
         known = {v["name"] for v in trained} if isinstance(trained, list) else None
         cells = [row for row in status_rows(part, queue)[1:] if known is None or row[0].split("/")[0] in known]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from study_folders import StudyFolder, bind, change_summary
 
-from headway.launcher.api import open_run, open_study
+from headway.launcher.api import load_run
+from headway.launcher.api import load_study as open_study
 from headway.launcher.cli.main import main
 from headway.launcher.report import study as report_module
 from headway.launcher.run.record_check import UNCHECKED, check_records
@@ -200,9 +201,9 @@ def test_all_readers_say_that_a_run_is_damaged(folder, capsys):
     run = folder.run_dir("rgqa-k2", 2)
     middle_removed(run)
     damage = check_records(run).damage
-    assert damage is not None and open_run(run).damage == damage
+    assert damage is not None and load_run(run).damage == damage
     with pytest.warns(UserWarning, match="lines were removed in 1 place"):
-        open_run(run).metrics("validation")
+        load_run(run).metrics("validation")
     states = {(c["variant"], c["seed"]): (c["state"], c["loss"]) for c in open_study(folder.out).cells()}
     assert states["rgqa-k2", 2] == ("damaged", None) and states["gqa", 2][0] == "done"
     capsys.readouterr()

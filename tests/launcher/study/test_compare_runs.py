@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from study_folders import StudyFolder, bind, first_table
 
-from headway.launcher.api import open_study
+from headway.launcher.api import load_study as open_study
 from headway.launcher.cli.main import main
 from headway.launcher.study.compare_runs import variant_names
 

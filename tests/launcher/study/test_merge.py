@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from study_folders import StudyFolder, bind, change_record
 
-from headway.launcher.api import open_study
+from headway.launcher.api import load_study as open_study
 from headway.launcher.cli.main import main
 from headway.launcher.compare.cell_record import record_file, write_record
 from headway.launcher.run.run_dir import RunDir

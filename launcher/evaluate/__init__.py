@@ -1,0 +1,1 @@
+"""Evaluation of models: losses of texts, tasks with choices, the harness, long contexts. Imports exchange and below."""

@@ -1,0 +1,147 @@
+"""Losses of texts: of files, or of the validation split of a dataset, document by document.
+
+Each document is predicted from its beginning on, after the end-of-document token, with as much context as a training
+sequence has. Its own end is not predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from headway.data.config import DataConfig, DataError, MixSource, SyntheticSource, datasets_of
+from headway.data.manifest import MANIFEST_NAME, read_manifest
+from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.evaluate.measure import Measure, ratio
+from headway.launcher.evaluate.opened import Opened
+from headway.launcher.evaluate.scorer import Row, Scorer
+
+_AT_ONCE = 64
+"""Documents that are scored together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A text to evaluate: a dataset (its validation split), or files (.jsonl, .parquet, others are plain text)."""
+
+    name: str
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> TextSource:
+        """`PATH` or `NAME=PATH`. Raises SpecError if a part is empty."""
+        name, given, path = text.rpartition("=")
+        source = cls(name=name if given else Path(path).name.split(".")[0], path=Path(path).expanduser())
+        if not source.name or not path or "/" in source.name:
+            raise SpecError(f"--text {text!r}: give PATH or NAME=PATH, such as books=texts/books.jsonl")
+        return source
+
+
+def own_sources(data: DataConfig) -> list[TextSource]:
+    """The validation of a run: that of each of its datasets and of each of its further sets."""
+    if isinstance(data.source, SyntheticSource):
+        return []
+    parts = datasets_of(data.source)
+    names = [part.title() for part in data.source.sources] if isinstance(data.source, MixSource) else ["validation"]
+    sources = [TextSource(name=n, path=Path(part.path)) for n, part in zip(names, parts, strict=True)]
+    return sources + [TextSource(name=name, path=Path(path)) for name, path in data.validation.items()]
+
+
+def evaluate_text(
+    model: Opened,
+    source: TextSource,
+    *,
+    limit: int | None,
+    done: Callable[[int], None],
+) -> list[Measure]:
+    """Nats per token and bits per byte of the first `limit` documents, with intervals over documents.
+
+    Raises DataError if a dataset has another tokenizer than the model or there is no document, NoInputError if there
+    is no such file.
+    """
+    scorer = Scorer(model)
+    losses: list[float] = []
+    tokens: list[float] = []
+    size: list[float] = []
+    rows: list[Row] = []
+
+    def flush() -> None:
+        for predicted in scorer.score(rows, done):
+            losses.append(-predicted.total)
+            tokens.append(len(predicted.log_p))
+        rows.clear()
+
+    for ids, text_bytes in islice(documents_of(model, source), limit):
+        rows.append(Row(ids, 1))
+        size.append(text_bytes)
+        if len(rows) == _AT_ONCE:
+            flush()
+    flush()
+    if not losses:
+        raise DataError(f"{source.path}: has no document with text; name another file or folder")
+    per_token = ratio(f"{source.name}/loss", losses, tokens, unit="nats per token")
+    per_byte = ratio(f"{source.name}/bits_per_byte", losses, size, unit="nats per byte")
+    measures = [per_token, per_byte.scaled(per_byte.name, 1 / math.log(2), "bits per byte")]
+    return [replace(measure, digest=scorer.digest) for measure in measures]
+
+
+def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Sequence[int], int]]:
+    """(ids after an end-of-document token, bytes of text) of the documents that have text."""
+    found = _of_dataset if (source.path / MANIFEST_NAME).is_file() else _of_files
+    return found(model, source.path)
+
+
+def _begin(model: Opened, path: Path) -> int:
+    if model.codec.tokenizer is None or model.codec.eos_id is None:
+        raise SpecError(
+            f"--text {path}: this model knows token ids, not text (synthetic data, or weights without a tokenizer); "
+            "use --recall for a model of synthetic data"
+        )
+    return model.codec.eos_id if model.codec.bos_id is None else model.codec.bos_id
+
+
+def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Sequence[int], int]]:
+    from headway.data import tokenizer
+    from headway.data.mds import MdsSplit
+
+    begin, manifest = _begin(model, root), read_manifest(root)
+    assert model.codec.tokenizer is not None
+    if model.codec.file is None or tokenizer.sha256_of(model.codec.file) != manifest.tokenizer_sha256:
+        raise DataError(
+            f"{root}: was built with another tokenizer than the model's {model.codec.file}, so its token ids mean "
+            "other text; name the text files themselves, or build the dataset with `tokenizer: {type: file, path: ...}`"
+        )
+    split = MdsSplit(root, "validation")
+    for number in range(len(split)):
+        ids = split.tokens(number).tolist()[:-1]  # without the end of the document
+        if ids:
+            yield [begin, *ids], len(model.codec.tokenizer.decode(ids).encode("utf-8", errors="surrogatepass"))
+
+
+def _of_files(model: Opened, path: Path) -> Iterator[tuple[Sequence[int], int]]:
+    from headway.data.config import JsonlCorpus, ParquetCorpus, TextCorpus
+    from headway.data.corpus.read import documents
+
+    begin = _begin(model, path)
+    assert model.codec.tokenizer is not None
+    if not path.exists():
+        raise NoInputError(f"{path}: no such file or folder; name a text, a .jsonl or .parquet file, or a dataset")
+    files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    endings = {ending.lower() for file in files for ending in file.suffixes}
+    if endings & {".jsonl", ".ndjson"}:
+        corpus = JsonlCorpus(type="jsonl", paths=[str(path)])
+    elif ".parquet" in endings:
+        corpus = ParquetCorpus(type="parquet", paths=[str(path)])
+    else:
+        corpus = TextCorpus(type="text", paths=[str(path)])
+    for document in documents(corpus):
+        if document.problem == "empty":
+            continue
+        if document.problem is not None:
+            raise DataError(f"{document.origin}: is no text ({document.problem}); remove it from {path}")
+        ids = model.codec.tokenizer.encode([document.text.decode("utf-8")])[0]
+        if len(ids):
+            yield [begin, *ids], len(document.text)

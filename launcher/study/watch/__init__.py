@@ -1,0 +1,1 @@
+"""`headway study watch`: a page of a running study that renews itself."""
