@@ -55,7 +55,7 @@ class Sampling:
 def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     """Print the prompt and its continuation to stdout, and times and cache size to stderr.
 
-    `path`: a run, a folder of exported or imported weights, or a Llama in Hugging Face's format. For a model of
+    `path`: a run, a folder of exported or imported weights, also in Hugging Face's format. For a model of
     synthetic data, prompt and output are token ids. Raises NoInputError if `path` is none of these, CheckpointError if
     the run has no complete checkpoint of its own, WeightsError if the folder is incomplete, DataError if the tokenizer
     is missing or differs.
@@ -112,22 +112,24 @@ def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], i
 
     raw = hf.read_mapping(folder / hf.CONFIG)
     if hf.is_huggingface(raw):
-        return _of_llama(folder, raw, prompt)
+        return _of_huggingface(folder, raw, prompt)
     config = hf.read_exported(folder)
     model = hf.load_exported(folder)
     codec = Codec.of_exported(folder, config)
     return _ready(model, config.model), codec, codec.encode(prompt), config.seq_len, f"weights of {config.source}"
 
 
-def _of_llama(folder: Path, raw: dict[str, Any], prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """As `_of_run`, for a Llama in Hugging Face's format."""
-    from headway.launcher.exchange.import_hf import read_llama
+def _of_huggingface(folder: Path, raw: dict[str, Any], prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
+    """As `_of_run`, for a model in Hugging Face's format: a Llama, or Headway's own form."""
+    from headway.launcher.exchange.import_hf import read_foreign
     from headway.model.huggingface.folder import TOKENIZER
 
-    model, shape, bos = read_llama(folder, raw)
-    file = folder / TOKENIZER
-    codec = Codec.of_weights(file if file.exists() else None, shape.vocab_size, eos_id=shape.eos_token_id, bos_id=bos)
-    return _ready(model, shape.model), codec, codec.encode(prompt), shape.seq_len, f"LlamaForCausalLM in {folder}"
+    foreign = read_foreign(folder, raw)
+    config, file = foreign.exported, folder / TOKENIZER
+    codec = Codec.of_weights(
+        file if file.exists() else None, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id
+    )
+    return _ready(foreign.decoder, config.model), codec, codec.encode(prompt), config.seq_len, config.source
 
 
 def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:

@@ -15,7 +15,7 @@ from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
 from headway.launcher.base.new_folder import new_folder
 from headway.launcher.cli.main import main
 from headway.launcher.exchange import export as export_module
-from headway.launcher.exchange import llama_check
+from headway.launcher.exchange import hf_check
 from headway.launcher.exchange.export import export
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.run.initial_weights import with_initial_hash
@@ -146,7 +146,7 @@ def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
 
 
 def test_without_transformers_the_missing_comparison_is_reported(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(llama_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hf_check.importlib.util, "find_spec", lambda name: None)
     assert export(runs / "text.run", tmp_path / "hf", to="hf") == 0
     assert "not compared: transformers is not installed" in capsys.readouterr().out
 
