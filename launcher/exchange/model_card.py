@@ -12,6 +12,7 @@ from headway.launcher.base.errors import HeadwayError, printable
 from headway.launcher.compare.findings import bits_per_byte, signed_interval
 from headway.launcher.compare.stats import Estimate
 from headway.launcher.run.folders import cells_of, kind_of
+from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import RunDir, flatten, read_mapping
 from headway.launcher.spec.spec import Spec
 from headway.model.cost import account
@@ -97,7 +98,10 @@ def _facts(run: RunDir, spec: Spec, found: Checkpoint) -> Iterable[tuple[str, st
 
 
 def _losses(run: RunDir, card: dict[str, Any], step: int) -> Iterable[tuple[str, str]]:
-    """Losses of the newest validation up to the checkpoint, over all tokens and for each set."""
+    """Losses of the newest validation up to the checkpoint, over all tokens and for each set. None of a damaged run."""
+    if (damage := check_records(run.path).damage) is not None:
+        console.warn(f"warning: README.md lacks the losses of the run: {damage}; restore {run.path} from a copy")
+        return
     newest: dict[str, Any] | None = None
     for record in run.read_metrics() if run.metrics.exists() else ():
         if record.get("kind") == "validation" and isinstance(record.get("step"), int) and record["step"] <= step:
