@@ -1,4 +1,4 @@
-"""`headway export`: write a run's weights for Hugging Face transformers, or as safetensors with Headway's own config."""
+"""`headway export`: write a run's weights for Hugging Face transformers, or with Headway's own config."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def export(
     """Write the weights of a run's newest complete checkpoint, or of the checkpoint of `step`, to the new folder `out`.
 
     `to` hf: with the tokenizer, a LlamaForCausalLM where a Llama has the form of the model, else a HeadwayForCausalLM
-    (`headway.hf`). Ids of texts, logits and a greedy continuation are compared if transformers is installed. `push`: a
-    repository OWNER/NAME of the Hugging Face hub, to which the folder is uploaded; a new one is private unless `public`.
+    (`headway.hf`). Ids of texts, logits and a greedy continuation are compared if transformers is installed.
+    `push`: a repository OWNER/NAME of the hub, to which the folder is uploaded; a new one is private unless `public`.
 
     Raises SpecError if `out` exists or `push` is no name, NoInputError if `path` is not a run, CheckpointError if the
     checkpoint is incomplete or of another run, DataError if the run's tokenizer is missing or transformers gives other

@@ -1,7 +1,7 @@
 """Upload an export to the Hugging Face hub, and download a folder of weights from it.
 
-The token is that of the environment (HF_TOKEN) or of `hf auth login`. huggingface_hub reads it; it is no argument and no
-key of ours, and is in no file and no message. HF_ENDPOINT and HF_HUB_OFFLINE have effect as in huggingface_hub.
+The token is that of the environment (HF_TOKEN) or of `hf auth login`. huggingface_hub reads it; it is in no argument,
+no file and no message of ours. HF_ENDPOINT and HF_HUB_OFFLINE have effect as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Hub:
                 f"huggingface_hub cannot be imported ({printable(str(e), 300)}); install it with "
                 "`pip install 'headway[hf]'`"
             ) from e
-        self._library.utils.disable_progress_bars()
+        importlib.import_module("huggingface_hub.utils").disable_progress_bars()
         endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         self._api: Any = self._library.HfApi(endpoint=endpoint, library_name="headway")
 
@@ -183,8 +183,8 @@ class Hub:
             return HubError(f"{what}: the hub does not accept the token (status 401); {LOGIN}")
         if isinstance(error, errors.RepositoryNotFoundError):
             return NoInputError(
-                f"{what}: the hub has no such repository, or it is private to others; check OWNER/NAME, and for a private "
-                f"one {LOGIN}"
+                f"{what}: the hub has no such repository, or it is private to others; check OWNER/NAME, and for a "
+                f"private one {LOGIN}"
             )
         if status == 403:
             return HubError(
@@ -194,6 +194,11 @@ class Hub:
         text = self._without_token(printable(str(reason) or type(reason).__name__, 300))
         if status is not None:
             return HubError(f"{what}: the hub answers with status {status} ({text}); try again later")
+        if not isinstance(reason, OSError):  # as errors of the network are
+            return HubError(
+                f"{what}: huggingface_hub failed ({type(reason).__name__}: {text}); use another version of it, or "
+                "report this"
+            )
         return HubError(
             f"{what}: {self._api.endpoint} cannot be reached ({type(reason).__name__}: {text}); check the network, the "
             "proxy and HF_ENDPOINT"
@@ -202,4 +207,3 @@ class Hub:
     def _without_token(self, text: str) -> str:
         token = self._library.get_token()
         return text.replace(token, "***") if token else text
-

@@ -52,8 +52,8 @@ class Foreign:
 def import_hf(source: Path | str, out: Path) -> int:
     """Write the weights of `source` into the new folder `out`: in fp32, with config, tokenizer and spec.
 
-    `source`: a folder with a Llama or a HeadwayForCausalLM, or hf://OWNER/NAME[@REVISION] of the Hugging Face hub, which
-    may hold Headway's own format too. Logits are compared with those of transformers if that is installed. Raises
+    `source`: a folder with a Llama or a HeadwayForCausalLM, or hf://OWNER/NAME[@REVISION] of the Hugging Face hub,
+    which may hold Headway's own format too. Logits are compared with those of transformers if that is installed. Raises
     NoInputError if `source` is not there, WeightsError if it has another architecture or is incomplete, SpecError if
     `out` exists, HeadwayError if logits differ, HubError if the hub refuses. After an error `out` does not exist.
     """
@@ -234,8 +234,8 @@ def _first_token(source: Path, shape: LlamaShape) -> int | None:
         begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
         return whole[0] if begins else None
     raise WeightsError(
-        f"{source / hf.TOKENIZER}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to import the "
-        "weights alone"
+        f"{source / hf.TOKENIZER}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to "
+        "import the weights alone"
     )
 
 

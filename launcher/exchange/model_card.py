@@ -181,8 +181,9 @@ def _study(run: RunDir) -> Iterable[str]:
     tokens = "no finished cells" if result.tokens is None else f"after {result.tokens:,} tokens"
     yield (
         f"## In the study {result.record['study']}\n\n"
-        f"Variant {cell.variant}, seed {cell.seed}. Losses are validation losses in nats per token, {tokens}; intervals are "
-        f"of 95 %, those of differences for all variants at once; pairing {result.pairing.status}{margin}.\n\n"
+        f"Variant {cell.variant}, seed {cell.seed}. Losses are validation losses in nats per token, {tokens}; "
+        f"intervals are of 95 %, those of differences for all variants at once; pairing {result.pairing.status}"
+        f"{margin}.\n\n"
     ) + _table(("variant", "verdict", "seeds", "loss", f"difference to {result.baseline.name}"), rows)
 
 

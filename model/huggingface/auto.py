@@ -17,14 +17,16 @@ from headway.kernels.loss import IGNORED
 from headway.model.decoder import Decoder, DecoderCache
 from headway.model.huggingface.folder import ExportedConfig, WeightsError
 from headway.model.huggingface.form import ARCHITECTURE, MODEL_TYPE, read_form
+from headway.model.huggingface.hidden import hidden_if_broken
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    with hidden_if_broken("torchvision"):
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+        from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as e:
     raise ImportError(
-        f"headway.hf needs transformers, which cannot be imported ({e}); install it with `pip install 'headway[hf]'`, or "
-        "load the folder without it: headway.model.huggingface.form.load_form"
+        f"headway.hf needs transformers, which cannot be imported ({e}); install it with `pip install 'headway[hf]'`, "
+        "or load the folder without it: headway.model.huggingface.form.load_form"
     ) from e
 
 
@@ -95,7 +97,8 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
     """A Headway decoder of any mechanism.
 
     Sequences are one document each. A batch has sequences of equal length, or padding on the right in a pass without a
-    cache: no token sees the ones after it. Padding on the left would be seen, and is refused. Weights are on one device.
+    cache: no token sees the ones after it. Padding on the left would be seen, and is refused. All weights are on one
+    device.
     """
 
     config: HeadwayConfig
@@ -144,10 +147,10 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, S, V]; with labels also the loss.
 
         input_ids [B, S]; with `past_key_values` they continue the cached tokens. attention_mask [B, cached + S]: 1 for
-        tokens, 0 for padding on the right. labels [B, S]: equal to input_ids, shifted here, -100 for no target; the loss
-        is their mean cross entropy in nats, in training plus the auxiliary losses of routers. use_cache: also return the
-        cache; default False, `generate` sets it. logits_to_keep: only those of the last so many tokens (0: of all), or
-        of these positions. Raises ValueError for what is not supported.
+        tokens, 0 for padding on the right. labels [B, S]: equal to input_ids, shifted here, -100 for no target; the
+        loss is their mean cross entropy in nats, in training plus the auxiliary losses of routers. use_cache: also
+        return the cache; default False, `generate` sets it. logits_to_keep: only those of the last so many tokens
+        (0: of all), or of these positions. Raises ValueError for what is not supported.
         """
         if input_ids is None or input_ids.dim() != 2:
             raise ValueError("input_ids: missing, or not of shape [B, S]; Headway's models take token ids only")
@@ -161,8 +164,8 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels: no loss is computed with a cache; leave out use_cache and past_key_values")
         if past_key_values is not None and not isinstance(past_key_values, HeadwayCache):
             raise ValueError(
-                f"past_key_values: {type(past_key_values).__name__} cannot hold what Headway's models cache; pass the one "
-                "that the model returned, or None"
+                f"past_key_values: {type(past_key_values).__name__} cannot hold what Headway's models cache; pass the "
+                "one that the model returned, or None"
             )
         _check_mask(attention_mask, right=not cached)
         loss = None
@@ -212,7 +215,8 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> torch.nn.Module:
         raise NotImplementedError(
-            "Headway's embedding is a parameter, `model.decoder.embedding`, not a module: it cannot be resized or replaced"
+            "Headway's embedding is a parameter, `model.decoder.embedding`, and no module: it cannot be resized or "
+            "replaced"
         )
 
 
@@ -222,7 +226,8 @@ def _check_mask(mask: Tensor | None, *, right: bool) -> None:
         return
     if mask.dim() != 2:
         raise ValueError(
-            f"attention_mask: of shape {list(mask.shape)}; use [B, S] with 1 for tokens and 0 for padding, or leave it out"
+            f"attention_mask: of shape {list(mask.shape)}; use [B, S] with 1 for tokens and 0 for padding, or leave it "
+            "out"
         )
     if not right:
         raise ValueError(

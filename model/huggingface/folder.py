@@ -145,7 +145,7 @@ def invalid_config(path: Path | str, error: ValidationError, written: str) -> We
 
 
 def as_fp32(tensor: Tensor, name: str, folder: Path) -> Tensor:
-    """A tensor of a folder in fp32. Raises WeightsError for dtypes other than fp32, bf16 and fp16, and for NaN or Inf."""
+    """A tensor of a folder in fp32. Raises WeightsError unless it is in fp32, bf16 or fp16, without NaN and Inf."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise WeightsError(
             f"{folder}: {name} is {tensor.dtype}; use a checkpoint in float32, or one in bfloat16 or float16"

@@ -1,7 +1,7 @@
 """Headway's own form of a Hugging Face folder, for every mechanism: config.json and the names of tensors.
 
-config.json has the `model` and `attention` of a spec beside the keys that transformers reads. `headway.hf` registers the
-classes that it names. This module does not import transformers.
+config.json has the `model` and `attention` of a spec beside the keys that transformers reads. `headway.hf` registers
+the classes that it names. This module does not import transformers.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def is_form(config: Mapping[str, Any]) -> bool:
 def read_form(config: Mapping[str, Any], where: Path | str) -> ExportedConfig:
     """The decoder of a config.json of this form; keys that only transformers reads are ignored.
 
-    `where`: the file, for messages. Raises WeightsError if a key is missing or invalid, or if the mechanism is that of a
-    package which is not installed.
+    `where`: the file, for messages. Raises WeightsError if a key is missing or invalid, or if the mechanism is that of
+    a package which is not installed.
     """
     names = {name: _KEYS.get(name, name) for name in ExportedConfig.model_fields if name not in _ABSENT}
     # transformers leaves out what is null.

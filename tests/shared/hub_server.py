@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         owner, name, *rest = path.strip("/").split("/")
         return self._file(f"{owner}/{name}", rest, token)
 
-    do_GET = do_HEAD = do_POST = _serve  # noqa: N815
+    do_GET = do_HEAD = do_POST = _serve
 
     def _found(self, name: str, token: str) -> Repo | None:
         repo = self.hub.repos.get(name)
@@ -116,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return None
         if rest[:1] == ["preupload"]:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             return self._answer({"files": files})
         if rest[:1] == ["commit"]:
             for line in map(json.loads, body.splitlines()):

@@ -27,7 +27,10 @@ SPEC: dict[str, Any] = {
     "name": "untrained",
     # Large enough that gates, routers and positions matter.
     "model": {"width": 24, "layers": 2, "ffn_width": 32, "init_std": 0.3},
-    "data": {"seq_len": 48, "source": {"type": "synthetic", "task": "mqar", "vocab_size": 40, "pairs": 4, "queries": 4}},
+    "data": {
+        "seq_len": 48,
+        "source": {"type": "synthetic", "task": "mqar", "vocab_size": 40, "pairs": 4, "queries": 4},
+    },
     "optimizer": {"lr": 3e-3},
     "train": {"tokens": 3840, "global_batch": 8, "micro_batch": 8, "validation_tokens": 384},
     "launch": {"threads": 1, "device": "cpu"},

@@ -343,7 +343,7 @@ class HuggingFace(Subject):
     DECODE = """
 import sys, time, torch
 from pathlib import Path
-from headway.launcher.base.hidden import hidden
+from headway.model.huggingface.hidden import hidden
 from headway.launcher.exchange import generate as g
 with hidden("torchvision"):
     from transformers import LlamaForCausalLM

@@ -35,6 +35,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with stand_in() as found:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
+        # Values that the library computes when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        file_download: Any = importlib.import_module("huggingface_hub.file_download")
+        address = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         importlib.import_module("huggingface_hub.utils").reset_sessions()
         assert library.get_token() == TOKEN
         yield found
