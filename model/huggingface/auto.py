@@ -123,7 +123,8 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As of `PreTrainedModel`. Raises WeightsError if a tensor is missing, unknown or of another shape."""
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         if wrong:
             raise WeightsError(
@@ -184,17 +185,16 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        values: dict[str, Any] = {"loss": loss, "logits": logits, "past_key_values": past_key_values}
+        found = CausalLMOutputWithPast(**values)
         return found if (self.config.use_return_dict if return_dict is None else return_dict) else found.to_tuple()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride] (called by keywords)
         self,
         input_ids: Tensor,
-        past_key_values: HeadwayCache | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | None = None,
-        **_: Any,
+        **others: Any,
     ) -> dict[str, Any]:
         """Arguments of `forward` for the next tokens: those that are not cached. Raises ValueError for padding."""
         _check_mask(attention_mask, right=False)
@@ -203,8 +203,8 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
             "input_ids": input_ids[:, seen:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep or 1,
+            "use_cache": others.get("use_cache"),
+            "logits_to_keep": 1,
         }
 
     def _dropout_keys(self, tokens: Tensor) -> Tensor | None:

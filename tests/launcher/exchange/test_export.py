@@ -1,6 +1,7 @@
 """`headway export` and `headway import` keep the logits, and refuse models for which that is impossible."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -130,10 +131,22 @@ def test_weighted_gqa_is_folded(runs, tmp_path, capsys):
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors") and config["tie_word_embeddings"]
 
 
-def test_a_mechanism_without_a_llama_form_is_refused_and_nothing_is_left(runs, tmp_path):
-    with pytest.raises(SpecError, match=r"attention.type: .*rgqa.*use the format safetensors.* or a run of type mha"):
-        export(runs / "rgqa.run", tmp_path / "hf", to="hf")
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_of_text_without_a_llama_form_reads_and_continues_text_as_the_run_does(runs, tmp_path, capsys):
+    """Windows have no parameters, so the weights of the run fit."""
+    importlib.import_module("headway.hf")
+    library, run, out = transformers(), shutil.copytree(runs / "text.run", tmp_path / "run"), tmp_path / "hf"
+    spec = json.loads((run / "spec.json").read_text())
+    spec["attention"]["windows"] = [8, None]
+    (run / "spec.json").write_text(json.dumps(spec))
+    assert main(["export", str(run), str(out), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "HeadwayForCausalLM, gqa" in said and "equal ids for" in said and "equal greedy continuation of" in said
+    reader, model = library.AutoTokenizer.from_pretrained(out), library.AutoModelForCausalLM.from_pretrained(out)
+    inputs = reader("document 3 says", return_tensors="pt")
+    text = reader.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
+    for folder in (run, out):
+        assert main(["generate", str(folder), "document 3 says", "--tokens", "12", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
 
 
 def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
