@@ -64,7 +64,7 @@ def model_card(run: RunDir, spec: Spec, found: Checkpoint, *, architecture: str,
     sections = [
         f"{head}\n# {spec.name}\n\n{name} of run {spec.name}, attention {spec.attention.type}, step {found.step}, "
         f"{found.state['tokens']} tokens. Written by `headway export`; {checked}.\n",
-        _table(("", ""), _facts(run, spec, found)),
+        _table(("property", "value"), _facts(run, spec, found)),
         *_study(run),
         f"## Use\n\n{USE[architecture]}",
     ]

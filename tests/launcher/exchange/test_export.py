@@ -1,7 +1,6 @@
 """`headway export` and `headway import` keep the logits, and refuse models for which that is impossible."""
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -46,6 +45,8 @@ train: {tokens: 768, global_batch: 8, micro_batch: 4, validation_tokens: 512}
 checkpoint: {every_tokens: 512, keep: 2}
 launch: {processes: 1, threads: 1}
 """
+PAGE = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
+EXAMPLE = next(block for block in PAGE.split("```python\n")[1:] if "import headway.hf" in block).split("```")[0]
 SHORT = ("train.tokens=1024", "train.micro_batch=8", "checkpoint.every_tokens=512")
 
 
@@ -132,16 +133,24 @@ def test_weighted_gqa_is_folded(runs, tmp_path, capsys):
 
 
 def test_a_model_of_text_without_a_llama_form_reads_and_continues_text_as_the_run_does(runs, tmp_path, capsys):
-    """Windows have no parameters, so the weights of the run fit."""
-    importlib.import_module("headway.hf")
-    library, run, out = transformers(), shutil.copytree(runs / "text.run", tmp_path / "run"), tmp_path / "hf"
+    """Windows have no parameters, so the weights of the run fit. The example of docs/export.md runs on the folder."""
+    library, run, out = transformers(), shutil.copytree(runs / "text.run", tmp_path / "run"), tmp_path / "OUT"
     spec = json.loads((run / "spec.json").read_text())
     spec["attention"]["windows"] = [8, None]
     (run / "spec.json").write_text(json.dumps(spec))
     assert main(["export", str(run), str(out), "--to", "hf"]) == 0
     said = capsys.readouterr().out
     assert "HeadwayForCausalLM, gqa" in said and "equal ids for" in said and "equal greedy continuation of" in said
-    reader, model = library.AutoTokenizer.from_pretrained(out), library.AutoModelForCausalLM.from_pretrained(out)
+    names: dict = {}
+    with contextlib.chdir(tmp_path):
+        exec(EXAMPLE, names)  # noqa: S102
+    assert (
+        names["text"].startswith("def ") and names["loss"].item() > 1 and (tmp_path / "COPY" / "config.json").exists()
+    )
+    reader, model = (
+        library.AutoTokenizer.from_pretrained(out),
+        library.AutoModelForCausalLM.from_pretrained(tmp_path / "COPY"),
+    )
     inputs = reader("document 3 says", return_tensors="pt")
     text = reader.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
     for folder in (run, out):
