@@ -7,6 +7,7 @@ no file and no message of ours. HF_ENDPOINT and HF_HUB_OFFLINE have effect as in
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import re
@@ -24,6 +25,7 @@ SCHEME = "hf://"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _REPLACED = ("model*.safetensors", hf.INDEX)
 """Files of an earlier export that a new one deletes: shards that it does not have."""
 
@@ -165,14 +167,16 @@ class Hub:
         except (HeadwayError, hf.WeightsError):
             raise
         except Exception as e:  # whatever the library and its transport raise
+            if getattr(e, "errno", None) in _OF_A_DISK:
+                raise
             found = self._meaning(e, what)
             raise type(found)(f"{found}{then}") from None
 
     def _meaning(self, error: Exception, what: str) -> HeadwayError:
         errors = self._known
-        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        response = getattr(error, "response", None)
-        status = getattr(response if response is not None else getattr(reason, "response", None), "status_code", None)
+        hides = isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception)
+        reason = error.__cause__ if hides else error
+        status = getattr(getattr(reason, "response", None), "status_code", None)
         if isinstance(reason, errors.OfflineModeIsEnabled):
             return HubError(f"{what}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it")
         if isinstance(error, errors.RevisionNotFoundError):
@@ -191,7 +195,7 @@ class Hub:
                 f"{what}: the token may not do this (status 403); use one with write access to this owner, or name a "
                 "repository of yours"
             )
-        text = self._without_token(printable(str(reason) or type(reason).__name__, 300))
+        text = printable(self._without_token(str(reason) or type(reason).__name__), 300)
         if status is not None:
             return HubError(f"{what}: the hub answers with status {status} ({text}); try again later")
         if not isinstance(reason, OSError):  # as errors of the network are

@@ -208,8 +208,9 @@ def test_padding_on_the_right_changes_nothing_and_other_padding_is_refused(model
     with pytest.raises(ValueError, match="padding before or between tokens"):
         model(padded, attention_mask=mask.flip(1))
     for wrong in (mask, mask.flip(1)):
-        with pytest.raises(ValueError, match="generate from prompts of equal length"):
-            model.generate(padded, attention_mask=wrong, max_new_tokens=1, do_sample=False)
+        for cached in (True, False):
+            with pytest.raises(ValueError, match="generate from prompts of equal length"):
+                model.generate(padded, attention_mask=wrong, max_new_tokens=1, do_sample=False, use_cache=cached)
 
 
 @pytest.mark.parametrize(

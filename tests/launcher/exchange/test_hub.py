@@ -137,7 +137,7 @@ def test_errors_of_an_upload_say_what_to_do(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.refuse["/api/whoami-v2"] = 503
     said = says(74)
-    assert "answers with status 503" in said and "try again later" in said
+    assert "answers with status 503" in said and "refused ***" in said and "try again later" in said
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     said = says(74)
     assert "http://127.0.0.1:1 cannot be reached" in said and "check the network" in said
