@@ -307,3 +307,14 @@ def test_without_transformers_the_weights_are_compared_by_our_reader(
     assert export(routed / "run", tmp_path / "hf", to="hf") == 0
     said = capsys.readouterr().out
     assert "equal the run's bit for bit; ids and logits not compared: transformers is not installed" in said
+
+
+def test_a_mechanism_of_another_package_is_exported_too(
+    tmp_path: Path, library: Any, install: Any, mechanism_source: Any
+) -> None:
+    install("outside", mechanism_source("outside"))
+    attention = {"type": "outside", "heads": 4, "kv_heads": 2, "head_dim": 6}
+    run = untrained_run(tmp_path / "run", attention=attention)
+    assert export(run, tmp_path / "hf", to="hf") == 0
+    theirs = library.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(logits(theirs, some_tokens(40)), logits(decoder_of(run), some_tokens(40)))
