@@ -148,7 +148,7 @@ class Run:
         checkpoint does not exist, DataError if the dataset with the tokenizer is missing or different, and SpecError if
         the mechanism belongs to a package that is not installed.
         """
-        from headway.launcher.exchange.generate import load_model
+        from headway.launcher.exchange.opened import load_model
         from headway.launcher.run.codec import Codec
         from headway.launcher.run.stored_spec import stored_spec
 

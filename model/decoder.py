@@ -288,14 +288,16 @@ class Decoder(nn.Module):
 
         With context parallelism, tokens and labels are this rank's part; segments cover the whole sequence.
         """
-        drops = None
-        if self.dropout is not None and self.training:
-            if keys is None:
-                keys = self.dropout.keys(tokens=0, first=0, count=len(tokens), device=tokens.device)
-            drops = self.dropout.of_pass(keys, tokens, start=self.placement.sequence.index * tokens.shape[1])
-        hidden, aux_loss = self._hidden(tokens, segments, drops=drops)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
-        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
+        hidden, aux_loss = self._hidden(tokens, segments, drops=self._drops(tokens, keys))
+        return self._scored(hidden, labels, aux_loss)
+
+    def logits_and_loss(
+        self, tokens: Tensor, labels: Tensor | None, keys: Tensor | None = None
+    ) -> tuple[Tensor, ModelOutput | None]:
+        """Logits [B, S, V], and what `forward` returns (None without labels), of one pass with one document each."""
+        hidden, aux_loss = self._hidden(tokens, None, drops=self._drops(tokens, keys))
+        logits = F.linear(hidden, self._head_weight(), self.head_bias)
+        return logits, None if labels is None else self._scored(hidden, labels, aux_loss)
 
     def logits(
         self,
@@ -363,6 +365,18 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.tokens += tokens.shape[1]
         return drop(drops, self.norm(x), "head", self.placement), aux_loss
+
+    def _drops(self, tokens: Tensor, keys: Tensor | None) -> Drops | None:
+        """Dropout of a pass with these tokens [B, S]; None outside of training."""
+        if self.dropout is None or not self.training:
+            return None
+        if keys is None:
+            keys = self.dropout.keys(tokens=0, first=0, count=len(tokens), device=tokens.device)
+        return self.dropout.of_pass(keys, tokens, start=self.placement.sequence.index * tokens.shape[1])
+
+    def _scored(self, hidden: Tensor, labels: Tensor, aux_loss: Tensor) -> ModelOutput:
+        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
+        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
 
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head

@@ -17,8 +17,8 @@ from typing import Any
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio, share
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.exchange.opened import Opened
 from headway.launcher.run.codec import Codec
 
 _MAX_LINE = 16 << 20

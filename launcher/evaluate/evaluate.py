@@ -15,8 +15,8 @@ from headway.launcher.evaluate.choices import evaluate_choices, read_questions
 from headway.launcher.evaluate.harness import evaluate_harness
 from headway.launcher.evaluate.lengths import evaluate_lengths, evaluate_recall
 from headway.launcher.evaluate.measure import Measure
-from headway.launcher.evaluate.opened import Opened, open_model
 from headway.launcher.evaluate.texts import TextSource, evaluate_text, own_sources
+from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.run.machine import machine, versions
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 

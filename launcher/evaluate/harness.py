@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
-from headway.launcher.base.hidden import hidden
 from headway.launcher.evaluate.choices import encode_pair
 from headway.launcher.evaluate.measure import Measure
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.exchange.opened import Opened
+from headway.model.huggingface.hidden import hidden
 
 INSTALL = "install it with `pip install -c constraints.txt 'headway[eval]'`"
 _BOOTSTRAP = 1000

@@ -9,9 +9,9 @@ from itertools import islice
 from headway.data.config import DataConfig, DataError, SyntheticSource
 from headway.launcher.base.errors import SpecError
 from headway.launcher.evaluate.measure import Measure, ratio
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.scorer import Row, Scorer
 from headway.launcher.evaluate.texts import TextSource, documents_of
+from headway.launcher.exchange.opened import Opened
 
 SEQUENCES = 64
 """Sequences of a recall test, unless the user gives another number."""

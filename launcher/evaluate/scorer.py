@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-    from headway.launcher.evaluate.opened import Opened
+    from headway.launcher.exchange.opened import Opened
 
 BATCH_TOKENS = 4096
 """Tokens of a batch, with padding."""

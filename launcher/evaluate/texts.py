@@ -16,8 +16,8 @@ from headway.data.config import DataConfig, DataError, MixSource, SyntheticSourc
 from headway.data.manifest import MANIFEST_NAME, read_manifest
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.exchange.opened import Opened
 
 _AT_ONCE = 64
 """Documents that are scored together."""

@@ -1,9 +1,10 @@
-"""`headway export`: write a run's weights as a Hugging Face Llama, or as safetensors with Headway's own config."""
+"""`headway export`: write a run's weights for Hugging Face transformers, or with Headway's own config."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,27 +14,32 @@ from torch import Tensor
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.base.new_folder import new_folder, refuse_taken
-from headway.launcher.exchange.hf_tokenizer import compare_texts, load_reader, write_tokenizer
-from headway.launcher.exchange.llama_check import (
+from headway.launcher.exchange.hf_check import (
     LENGTH,
     SEQUENCES,
+    TOLERANCE,
     Difference,
     compare_continuation,
     differences,
     is_installed,
     load_library,
     load_llama,
+    load_ours,
     random_tokens,
 )
+from headway.launcher.exchange.hf_tokenizer import compare_texts, load_reader, write_tokenizer
+from headway.launcher.exchange.hub import Hub, Repository, repository
+from headway.launcher.exchange.model_card import USE, model_card
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.folders import find_run
+from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.spec import Spec
 from headway.model.convert import fold_decoder
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
-from headway.model.huggingface.llama import folded, llama_config, llama_name
+from headway.model.huggingface import form, llama
 from headway.parallel.checkpoint import Checkpoint
 from headway.parallel.config import CheckpointError
 
@@ -44,6 +50,40 @@ SPARE_BYTES = 64 << 20
 """Disk space for files other than tensors."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What is written: a run, its checkpoint and the decoder with its weights."""
+
+    run: RunDir
+    spec: Spec
+    codec: Codec
+    found: Checkpoint
+    decoder: Decoder
+
+    @property
+    def origin(self) -> str:
+        """Where the weights came from, for people."""
+        spec = self.spec
+        branch = "" if spec.init.run is None else f" (a branch of {spec.init.run})"
+        run = f"run {spec.name}{branch}, attention {spec.attention.type}"
+        return f"{run}, step {self.found.step}, {self.found.state['tokens']} tokens"
+
+    def exported(self) -> hf.ExportedConfig:
+        """The config of the folder, without its files."""
+        assert self.spec.model.vocab_size is not None
+        return hf.ExportedConfig(
+            source=self.origin,
+            model=self.spec.model,
+            attention=self.spec.attention,
+            vocab_size=self.spec.model.vocab_size,
+            seq_len=self.spec.data.seq_len,
+            tokens=int(self.found.state["tokens"]),
+            bos_token_id=None,  # training puts no token before a text
+            eos_token_id=self.codec.eos_id,
+            files={},
+        )
+
+
 def export(
     path: Path,
     out: Path,
@@ -51,82 +91,114 @@ def export(
     to: Literal["hf", "safetensors"],
     step: int | None = None,
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    push: str | None = None,
+    public: bool = False,
 ) -> int:
     """Write the weights of a run's newest complete checkpoint, or of the checkpoint of `step`, to the new folder `out`.
 
-    `to` hf: a LlamaForCausalLM with its tokenizer. Ids of texts, logits and a greedy continuation are compared if
-    transformers is installed. Raises SpecError if a Llama cannot express the mechanism or `out` exists, NoInputError if
-    `path` is not a run, CheckpointError if the checkpoint is incomplete or of another run, DataError if the run's
-    tokenizer is missing or transformers gives other ids, HeadwayError if logits or continuations differ. After an error
-    `out` does not exist.
+    `to` hf: with the tokenizer, a LlamaForCausalLM where a Llama has the form of the model, else a HeadwayForCausalLM
+    (`headway.hf`). Ids of texts, logits and a greedy continuation are compared if transformers is installed.
+    `push`: a repository OWNER/NAME of the hub, to which the folder is uploaded; a new one is private unless `public`.
+
+    Raises SpecError if `out` exists or `push` is no name, NoInputError if `path` is not a run, CheckpointError if the
+    checkpoint is incomplete or of another run, DataError if the run's tokenizer is missing or transformers gives other
+    ids, HeadwayError if logits or continuations differ, HubError if the hub refuses. After an error `out` does not
+    exist; only if the upload itself fails, it is complete.
     """
     if max_shard_bytes < MIN_SHARD_BYTES:
         raise SpecError(f"--max-shard-bytes: {max_shard_bytes} is too small; use 5e9, or leave it out")
+    target = _target(push, public=public)
     refuse_taken(out, option="OUT")
     run = find_run(path)
     spec = stored_spec(run)
     codec = Codec.of(spec, run)
-    if to == "hf":
-        _llama_config(spec, codec)
+    hub = None
+    if target is not None:
+        hub = Hub()
+        hub.check_push(target, public=public)
     found = find_checkpoint(run, step)
-    decoder = load_decoder(spec, found)
+    written = Written(run=run, spec=spec, codec=codec, found=found, decoder=load_decoder(spec, found))
     with new_folder(out, option="OUT") as folder:
         if to == "hf":
-            result = _write_llama(folder, spec, found, decoder, codec, max_shard_bytes)
+            architecture, result = _write_hf(folder, written, max_shard_bytes)
         else:
-            result = _write_ours(folder, spec, found, decoder, codec, max_shard_bytes)
-    size = sum(p.stat().st_size for p in out.iterdir())
+            architecture, result = "", _write_ours(folder, written, max_shard_bytes)
+        card = model_card(run, spec, found, architecture=architecture, checked=result)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    facts: dict[str, Any] = {"out": str(out), "to": to, "attention": spec.attention.type, "step": found.step}
+    facts |= {"bytes": sum(p.stat().st_size for p in out.iterdir()), "files": sorted(p.name for p in out.iterdir())}
+    facts |= {"architecture": architecture or None, "check": result}
+    if hub is not None and target is not None:
+        facts["url"] = hub.push(out, target, public=public, message=f"Export of {written.origin}")
     if console.wants_json():
-        facts = {"out": str(out), "to": to, "attention": spec.attention.type, "step": found.step, "bytes": size}
-        console.emit({**facts, "files": sorted(p.name for p in out.iterdir()), "check": result})
+        console.emit(facts)
         return 0
-    console.result(f"{out}: {spec.attention.type} of step {found.step}, {size / 1e6:,.1f} MB; {result}")
+    what = f"{architecture}, " if architecture else ""
+    console.result(f"{out}: {what}{spec.attention.type} of step {found.step}, {facts['bytes'] / 1e6:,.1f} MB; {result}")
+    if "url" in facts:
+        console.result(f"uploaded to {facts['url']}" + ("" if public else " (private)"))
     return 0
 
 
-def _llama_config(spec: Spec, codec: Codec) -> dict[str, Any]:
+def _target(push: str | None, *, public: bool) -> Repository | None:
+    """The repository to upload to. Raises SpecError for a name that is none."""
+    if push is None:
+        if public:
+            raise SpecError("--public: has an effect with --push OWNER/NAME only; add it, or leave out --public")
+        return None
+    target = repository(push, option="--push")
+    if target.revision is not None:
+        raise SpecError(f"--push: uploads go to the main branch; use {target.name}")
+    return target
+
+
+def _write_hf(folder: Path, written: Written, max_shard_bytes: int) -> tuple[str, str]:
+    """Write a Llama, or Headway's own form. Returns (the architecture, the result of the comparison as text)."""
+    spec, codec, decoder = written.spec, written.codec, written.decoder
     assert spec.model.vocab_size is not None
+    note = ""
     try:
-        return llama_config(
+        config = llama.llama_config(
             spec.model,
             spec.attention,
             vocab_size=spec.model.vocab_size,
             seq_len=spec.data.seq_len,
             eos_token_id=codec.eos_id,
         )
-    except ValueError as e:
-        raise SpecError(f"--to hf: {e}") from None
-
-
-def _write_llama(
-    folder: Path, spec: Spec, found: Checkpoint, decoder: Decoder, codec: Codec, max_shard_bytes: int
-) -> str:
-    plain = decoder if folded(spec.attention) is spec.attention else fold_decoder(decoder, spec.model)
-    tensors = {llama_name(name): tensor for name, tensor in plain.state_dict().items()}
+    except ValueError:
+        architecture, config = form.ARCHITECTURE, form.form_config(written.exported())
+        tensors = {form.tensor_name(name): tensor for name, tensor in decoder.state_dict().items()}
+    else:
+        architecture = llama.ARCHITECTURE
+        plain = decoder if llama.folded(spec.attention) is spec.attention else fold_decoder(decoder, spec.model)
+        tensors = {llama.llama_name(name): tensor for name, tensor in plain.state_dict().items()}
+        if spec.model.dropout:
+            rate = f"{spec.model.dropout:g}"
+            note = f"; without model.dropout {rate}, which acts in training and has no place in a Llama"
     _write_tensors(folder, tensors, max_shard_bytes)
-    config = _llama_config(spec, codec)
     hf.write_json(folder / hf.CONFIG, config)
     ends = {"bos_token_id": None, "eos_token_id": codec.eos_id, "pad_token_id": None}
     hf.write_json(folder / "generation_config.json", ends)
     if codec.file is not None:
         write_tokenizer(folder, codec, seq_len=spec.data.seq_len)
-    result = _compared(folder, spec, decoder, codec)
-    if spec.model.dropout:
-        result += f"; without model.dropout {spec.model.dropout:g}, which acts in training and has no place in a Llama"
-    text = f"LlamaForCausalLM of {_origin(spec, found)}.\n\nWritten by `headway export --to hf`; {result}.\n"
-    (folder / "README.md").write_text(f"# {spec.name}\n\n{text}", encoding="utf-8")
-    return result
+    return architecture, _compared(folder, written, architecture) + note
 
 
-def _compared(folder: Path, spec: Spec, decoder: Decoder, codec: Codec) -> str:
-    """Compare what transformers reads from `folder` with the run: ids of texts, logits, a greedy continuation.
+def _compared(folder: Path, written: Written, architecture: str) -> str:
+    """Compare what is read from `folder` with the run: ids of texts, logits, a greedy continuation.
 
     Returns the result as text. Raises DataError for other ids, HeadwayError for other logits or another continuation.
     """
+    spec, codec, decoder = written.spec, written.codec, written.decoder
+    validation, ours = validation_tokens(spec), architecture == form.ARCHITECTURE
+    again = ""
+    if ours:
+        _check_equal(folder, form.load_form(folder, hf.read_config(folder))[0], decoder, validation)
+        again = "the logits of the written weights equal the run's bit for bit; "
     if not is_installed():
-        return "ids and logits not compared: transformers is not installed"
+        return f"{again}ids and logits not compared: transformers is not installed"
     vocab_size, seq_len = len(decoder.embedding), spec.data.seq_len
-    library, validation = load_library(), validation_tokens(spec)
+    library = load_library()
     words, prompt = "", validation[:1, : max(1, min(PROMPT, seq_len // 2))]
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if codec.tokenizer is not None:
@@ -138,13 +210,13 @@ def _compared(folder: Path, spec: Spec, decoder: Decoder, codec: Codec) -> str:
         if codec.tokenizer.encode(texts[-1:])[0]:
             inputs = dict(reader(texts[-1], return_tensors="pt"))
     with console.progress("compare logits with transformers", lines=False):
-        llama = load_llama(folder, library)
-        found = differences(
-            folder, llama, decoder, {"random": random_tokens(vocab_size, seq_len), "validation": validation}
-        )
+        model = (load_ours if ours else load_llama)(folder, library)
+        ids = {"random": random_tokens(vocab_size, seq_len), "validation": validation}
+        # Headway's own model is the same code with the same weights.
+        found = differences(folder, model, decoder, ids, tolerance=0 if ours else TOLERANCE)
         tokens = max(1, min(CONTINUATION, seq_len - inputs["input_ids"].shape[1]))
-        new = compare_continuation(folder, llama, decoder, inputs, eos_id=codec.eos_id, tokens=tokens)
-    return f"{words}{said(found)}; equal greedy continuation of {new} tokens"
+        new = compare_continuation(folder, model, decoder, inputs, eos_id=codec.eos_id, tokens=tokens)
+    return f"{again}{words}{said(found)}; equal greedy continuation of {new} tokens"
 
 
 def said(found: dict[str, Difference]) -> str:
@@ -154,54 +226,34 @@ def said(found: dict[str, Difference]) -> str:
     )
 
 
-def _write_ours(
-    folder: Path, spec: Spec, found: Checkpoint, decoder: Decoder, codec: Codec, max_shard_bytes: int
-) -> str:
-    assert spec.model.vocab_size is not None
-    files = _write_tensors(folder, decoder.state_dict(), max_shard_bytes)
+def _write_ours(folder: Path, written: Written, max_shard_bytes: int) -> str:
+    codec = written.codec
+    files = _write_tensors(folder, written.decoder.state_dict(), max_shard_bytes)
     if codec.file is not None:
         shutil.copyfile(codec.file, folder / hf.TOKENIZER)
         files.append(hf.TOKENIZER)
-    config = hf.ExportedConfig(
-        source=_origin(spec, found),
-        model=spec.model,
-        attention=spec.attention,
-        vocab_size=spec.model.vocab_size,
-        seq_len=spec.data.seq_len,
-        tokens=int(found.state["tokens"]),
-        bos_token_id=None,
-        eos_token_id=codec.eos_id,
-        files={},
-    )
-    hf.write_exported(folder, config, files)
-    (folder / "README.md").write_text(readme(config), encoding="utf-8")
-    ids = validation_tokens(spec)
-    again = hf.load_exported(folder)
+    hf.write_exported(folder, written.exported(), files)
+    _check_equal(folder, hf.load_exported(folder), written.decoder, validation_tokens(written.spec))
+    return "the logits of the written weights equal the run's bit for bit"
+
+
+def _check_equal(folder: Path, again: Decoder, decoder: Decoder, ids: Tensor) -> None:
+    """Raise HeadwayError unless the decoder that was read back has the logits of the run on ids [B, S]."""
     with torch.no_grad():
         if not torch.equal(again.logits(ids), decoder.logits(ids)):
             raise HeadwayError(
                 f"{folder}: the logits of the written weights differ from the run's; the folder was removed. Please "
                 "report this with the spec"
             )
-    return "the logits of the written weights equal the run's bit for bit"
 
 
 def readme(config: hf.ExportedConfig) -> str:
-    """Text of README.md for a folder in Headway's own format."""
+    """Text of README.md for a folder in Headway's own format that is not that of a run."""
     return (
         f"# Weights of a {config.attention.type} decoder\n\n{config.source[0].upper()}{config.source[1:]}.\n\n"
         "safetensors in fp32; config.json holds the decoder's `model` and `attention` and the sha256 of every file.\n\n"
-        "    from headway.model.huggingface.folder import load_exported\n\n"
-        '    decoder = load_exported("FOLDER")      # reads tensors and JSON; executes no code from the folder\n'
-        "    logits = decoder.logits(tokens)        # tokens [B, S] int64 -> [B, S, V]\n\n"
-        '`headway generate FOLDER "prompt"` continues text. A spec with `init.weights: FOLDER` starts from them.\n'
+        f"{USE['']}"
     )
-
-
-def _origin(spec: Spec, found: Checkpoint) -> str:
-    branch = "" if spec.init.run is None else f" (a branch of {spec.init.run})"
-    run = f"run {spec.name}{branch}, attention {spec.attention.type}"
-    return f"{run}, step {found.step}, {found.state['tokens']} tokens"
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base import console
-from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.base.errors import SpecError
+from headway.launcher.exchange.opened import open_model
 from headway.launcher.run.codec import Codec
-from headway.launcher.run.folders import not_a_run
-from headway.launcher.run.run_dir import RunDir
-from headway.launcher.run.stored_spec import stored_spec
-from headway.launcher.spec.spec import Spec
 
 if TYPE_CHECKING:
     import torch
 
-    from headway.model.config import ModelConfig
     from headway.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
@@ -55,20 +51,16 @@ class Sampling:
 def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     """Print the prompt and its continuation to stdout, and times and cache size to stderr.
 
-    `path`: a run, a folder of exported or imported weights, or a Llama in Hugging Face's format. For a model of
+    `path`: a run, a folder of exported or imported weights, also in Hugging Face's format. For a model of
     synthetic data, prompt and output are token ids. Raises NoInputError if `path` is none of these, CheckpointError if
     the run has no complete checkpoint of its own, WeightsError if the folder is incomplete, DataError if the tokenizer
     is missing or differs.
     """
     sampling.check()
-    run = RunDir(path)
-    if run.spec.is_file():
-        model, codec, ids, seq_len, title = _of_run(run, prompt)
-    elif (path / "config.json").is_file():
-        model, codec, ids, seq_len, title = _of_weights(path, prompt)
-    else:
-        raise NoInputError(not_a_run(path))
-    known = None if model.positions is None else model.positions.weight.shape[0]
+    opened = open_model(path)
+    model, codec, seq_len = opened.decoder, opened.codec, opened.seq_len
+    ids = codec.encode(prompt)
+    known = opened.positions
     if known is not None and len(ids) + sampling.tokens - 1 > known:  # the last new token is not fed back
         raise SpecError(
             f"--tokens: {len(ids)} prompt tokens and {sampling.tokens} new tokens are more than the {known} positions "
@@ -80,7 +72,7 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
             f"note: {len(ids)} prompt tokens and {sampling.tokens} new tokens are more than the {seq_len} tokens per "
             "sequence of the training; the text may degrade beyond that length"
         )
-    console.note(f"{title}, {len(ids)} prompt tokens")
+    console.note(f"{opened.title}, {len(ids)} prompt tokens")
     printer = _Printer(codec)
     printer.put(ids)
     stats: dict[str, Any] = {}
@@ -95,68 +87,6 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
         + f"; KV cache {stats['cache_bytes'] / 1024:,.1f} KiB for {stats['cached_tokens']} tokens"
     )
     return 0
-
-
-def _of_run(run: RunDir, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """(model, codec, token ids of the prompt, tokens per training sequence, title)."""
-    spec = stored_spec(run)
-    codec = Codec.of(spec, run)
-    ids = codec.encode(prompt)
-    model, step = load_model(run, spec)
-    return model, codec, ids, spec.data.seq_len, f"{spec.attention.type}, checkpoint of step {step}"
-
-
-def _of_weights(folder: Path, prompt: str) -> tuple[Decoder, Codec, list[int], int, str]:
-    """As `_of_run`, for a folder of weights."""
-    model, codec, seq_len, title = open_weights(folder)
-    return model, codec, codec.encode(prompt), seq_len, title
-
-
-def open_weights(folder: Path) -> tuple[Decoder, Codec, int, str]:
-    """(model in evaluation mode, codec, tokens per training sequence, title) of exported or imported weights, or of a
-    Llama in Hugging Face's format.
-    """
-    from headway.model.huggingface import folder as hf
-
-    raw = hf.read_mapping(folder / hf.CONFIG)
-    if hf.is_huggingface(raw):
-        return _of_llama(folder, raw)
-    config = hf.read_exported(folder)
-    model = hf.load_exported(folder)
-    return _ready(model, config.model), Codec.of_exported(folder, config), config.seq_len, f"weights of {config.source}"
-
-
-def _of_llama(folder: Path, raw: dict[str, Any]) -> tuple[Decoder, Codec, int, str]:
-    from headway.launcher.exchange.import_hf import read_llama
-    from headway.model.huggingface.folder import TOKENIZER
-
-    model, shape, bos = read_llama(folder, raw)
-    file = folder / TOKENIZER
-    codec = Codec.of_weights(file if file.exists() else None, shape.vocab_size, eos_id=shape.eos_token_id, bos_id=bos)
-    return _ready(model, shape.model), codec, shape.seq_len, f"LlamaForCausalLM in {folder}"
-
-
-def load_model(run: RunDir, spec: Spec, step: int | None = None) -> tuple[Decoder, int]:
-    """(model in evaluation mode, with the run's newest complete checkpoint or that of `step`; its step).
-
-    Does not need DeepSpeed.
-    """
-    from headway.launcher.run.weights import find_checkpoint, load_decoder
-
-    found = find_checkpoint(run, step)
-    return _ready(load_decoder(spec, found), spec.model, cpu=spec.launch.device == "cpu"), found.step
-
-
-def _ready(model: Decoder, shape: ModelConfig, *, cpu: bool = False) -> Decoder:
-    """Fold weighted GQA, and move the model to the GPU if there is one and `cpu` is false."""
-    import torch
-
-    from headway.model.attention.wgqa import WgqaConfig
-    from headway.model.convert import fold_decoder
-
-    if isinstance(model.attention, WgqaConfig):  # so that the heads' keys and values are not merged again per token
-        model = fold_decoder(model, shape)
-    return model.eval().requires_grad_(False).to("cuda" if not cpu and torch.cuda.is_available() else "cpu")
 
 
 def continuation(

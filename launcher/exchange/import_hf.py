@@ -1,71 +1,99 @@
-"""`headway import`: convert a Hugging Face Llama to weights for generation and training, with a spec of its model."""
+"""`headway import`: convert a model of Hugging Face's format to weights for generation and training, with a spec."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor, float32
+from torch import equal, no_grad
 
 from headway.data import tokenizer as tokenizers
 from headway.launcher.base import console
-from headway.launcher.base.errors import NoInputError, SpecError, printable
+from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError, printable
 from headway.launcher.base.new_folder import new_folder, refuse_taken
 from headway.launcher.exchange.export import readme, said
-from headway.launcher.exchange.llama_check import differences, is_installed, load_library, load_llama, random_tokens
+from headway.launcher.exchange.hf_check import (
+    differences,
+    is_installed,
+    load_library,
+    load_llama,
+    load_ours,
+    random_tokens,
+)
+from headway.launcher.exchange.hub import Hub, is_remote, repository
 from headway.launcher.run.codec import token_of
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.spec.merge import format_value
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
-from headway.model.huggingface.folder import TensorFiles, WeightsError
+from headway.model.huggingface import form, llama
+from headway.model.huggingface.folder import TensorFiles, WeightsError, as_fp32
 from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, older_form, read_llama_config
 
 SPEC = "model.yaml"
-_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 _PROBES = 100
 """Tokens that are tried as texts, if the tokenizer does not know the letter a."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def import_hf(source: Path, out: Path) -> int:
-    """Write the Llama in the folder `source` into the new folder `out`: weights in fp32, config, tokenizer, spec.
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What a folder holds: a decoder in fp32, and its config. `llama`: the shape of a Llama; None for other forms."""
 
-    Its logits are compared with those of transformers if that is installed. Raises NoInputError if `source` is not a
-    folder, WeightsError if it has another architecture or is incomplete, SpecError if `out` exists, HeadwayError if
-    logits differ. After an error `out` does not exist.
+    decoder: Decoder
+    exported: hf.ExportedConfig
+    llama: LlamaShape | None
+
+
+def import_hf(source: Path | str, out: Path) -> int:
+    """Write the weights of `source` into the new folder `out`: in fp32, with config, tokenizer and spec.
+
+    `source`: a folder with a Llama or a HeadwayForCausalLM, or hf://OWNER/NAME[@REVISION] of the Hugging Face hub,
+    which may hold Headway's own format too. Logits are compared with those of transformers if that is installed. Raises
+    NoInputError if `source` is not there, WeightsError if it has another architecture or is incomplete, SpecError if
+    `out` exists, HeadwayError if logits differ, HubError if the hub refuses. After an error `out` does not exist.
     """
-    if not source.is_dir():
-        raise NoInputError(f"{source}: no such folder; name one with config.json and model.safetensors")
     refuse_taken(out, option="--to")
+    if is_remote(source):
+        with Hub().downloaded(repository(source, option="FOLDER"), out) as (folder, repo):
+            return _import(folder, out, name=str(repo))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise NoInputError(
+            f"{source}: no such folder; name one with config.json and model.safetensors, or hf://OWNER/NAME"
+        )
+    return _import(folder, out, name=None)
+
+
+def _import(source: Path, out: Path, *, name: str | None) -> int:
+    """`name`: what `source` was downloaded from."""
     raw = read_raw(source)
     if raw.get("format") == hf.FORMAT:
-        raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
-    decoder, shape, bos = read_llama(source, raw)
+        if name is None:
+            raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
+        exported = hf.read_exported(source)
+        foreign = Foreign(decoder=hf.load_exported(source), exported=exported, llama=None)
+        what = f"{name}: {exported.source}"
+    else:
+        foreign = read_foreign(source, raw)
+        kind = llama.ARCHITECTURE if foreign.llama else form.ARCHITECTURE
+        what = f"{kind} of " + (name or f"the folder {printable(source.resolve().name)}")
+    decoder, exported = foreign.decoder, foreign.exported.model_copy(update={"source": what})
     with new_folder(out, option="--to") as folder:
         with console.progress("write tensors", lines=False):
             files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
         if (source / hf.TOKENIZER).exists():
             shutil.copyfile(source / hf.TOKENIZER, folder / hf.TOKENIZER)
             files.append(hf.TOKENIZER)
-        exported = hf.ExportedConfig(
-            source=f"LlamaForCausalLM of the folder {printable(source.resolve().name)}",
-            model=shape.model,
-            attention=shape.attention,
-            vocab_size=shape.vocab_size,
-            seq_len=shape.seq_len,
-            tokens=0,
-            bos_token_id=bos,
-            eos_token_id=shape.eos_token_id,
-            files={},
-        )
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
-        result = _compared(source, hf.load_exported(folder), shape, raw)
+        again = hf.load_exported(folder)
+        result = _compared(source, again, foreign, raw)
     parameters = sum(p.numel() for p in decoder.parameters())
     if console.wants_json():
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
@@ -79,6 +107,30 @@ def read_raw(source: Path) -> dict[str, Any]:
     """Contents of the config.json of a folder of weights. Raises WeightsError if there is none, or pickles only."""
     _refuse_pickles(source)
     return hf.read_config(source)
+
+
+def read_foreign(source: Path, raw: Mapping[str, Any]) -> Foreign:
+    """A Llama, or a model in Headway's own form of Hugging Face's format. `raw`: contents of its config.json.
+
+    Raises WeightsError if it has another architecture or is incomplete.
+    """
+    if form.is_form(raw):
+        decoder, exported = form.load_form(source, raw)
+        _check_tokenizer(source, exported.eos_token_id, exported.vocab_size)
+        return Foreign(decoder=decoder, exported=exported, llama=None)
+    decoder, shape, bos = read_llama(source, raw)
+    exported = hf.ExportedConfig(
+        source=f"LlamaForCausalLM in {printable(str(source), 300)}",
+        model=shape.model,
+        attention=shape.attention,
+        vocab_size=shape.vocab_size,
+        seq_len=shape.seq_len,
+        tokens=0,
+        bos_token_id=bos,
+        eos_token_id=shape.eos_token_id,
+        files={},
+    )
+    return Foreign(decoder=decoder, exported=exported, llama=shape)
 
 
 def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShape, int | None]:
@@ -96,18 +148,26 @@ def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShap
     return decoder, shape, _first_token(source, shape)
 
 
-def _compared(source: Path, decoder: Decoder, shape: LlamaShape, raw: Mapping[str, Any]) -> str:
+def _compared(source: Path, decoder: Decoder, foreign: Foreign, raw: Mapping[str, Any]) -> str:
     """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ.
 
     Releases before 5 skip `rope_parameters` without a word, so they get the base in the form that they know.
     """
+    exported, shape = foreign.exported, foreign.llama
+    tokens = {"random": random_tokens(exported.vocab_size, exported.seq_len)}
+    if shape is None and not form.is_form(raw):
+        with no_grad():
+            if not equal(decoder.logits(tokens["random"]), foreign.decoder.logits(tokens["random"])):
+                raise HeadwayError(f"{source}: logits differ after the import; nothing was written. Please report this")
+        return "the logits of the written weights equal those of the repository bit for bit"
     if not is_installed():
         return "logits not compared: transformers is not installed"
-    tokens = {"random": random_tokens(shape.vocab_size, shape.seq_len)}
     with console.progress("compare logits with transformers", lines=False):
+        library = load_library()
+        if shape is None:
+            return said(differences(source, load_ours(source, library), decoder, tokens, tolerance=0))
         config = older_form(raw) if raw.get("rope_parameters") or raw.get("rope_scaling") else None
-        llama = load_llama(source, load_library(), config=config)
-        return said(differences(source, llama, decoder, tokens))
+        return said(differences(source, load_llama(source, library, config=config), decoder, tokens))
 
 
 def _refuse_pickles(source: Path) -> None:
@@ -129,41 +189,39 @@ def fill(decoder: Decoder, files: TensorFiles, shape: LlamaShape) -> None:
     files.check(wanted | {name: files.shape(name) for name in derived})
     with console.progress("read tensors", len(state), "tensors") as bar:
         for name, tensor in state.items():
-            tensor.copy_(_as_fp32(files[llama_name(name)], llama_name(name), source))
+            tensor.copy_(as_fp32(files[llama_name(name)], llama_name(name), source))
             bar.update()
     head = llama_name("head")
-    if head in derived and not bool((_as_fp32(files[head], head, source) == state["embedding"]).all()):
+    if head in derived and not bool((as_fp32(files[head], head, source) == state["embedding"]).all()):
         raise WeightsError(
             f"{source}: {head} differs from the embedding, but config.json says that they are tied; use a complete "
             f"checkpoint, or fix tie_word_embeddings"
         )
 
 
-def _as_fp32(tensor: Tensor, name: str, source: Path) -> Tensor:
-    if str(tensor.dtype) not in _DTYPES:
-        raise WeightsError(
-            f"{source}: {name} is {tensor.dtype}; use a checkpoint in float32, or one in bfloat16 or float16"
-        )
-    if not bool(tensor.isfinite().all()):
-        raise WeightsError(f"{source}: {name} has NaN or Inf values; restore the folder, or use another one")
-    return tensor.to(float32)
-
-
-def _first_token(source: Path, shape: LlamaShape) -> int | None:
-    """The token that tokenizer.json puts before every text, or None. Raises WeightsError if the file does not fit."""
+def _check_tokenizer(source: Path, eos_id: int | None, vocab_size: int) -> Any:
+    """The tokenizer of the folder, or None without one. Raises WeightsError if it does not fit."""
     file = source / hf.TOKENIZER
     if not file.exists():
         return None
     hf.read_small(file)
-    if shape.eos_token_id is not None:
-        token_of(file, shape.eos_token_id)
+    if eos_id is not None:
+        token_of(file, eos_id)
     tokenizer = tokenizers.open_file(file)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= shape.vocab_size:
+    if largest >= vocab_size:
         raise WeightsError(
-            f"{file}: contains token {largest}, but config.json has a vocab_size of {shape.vocab_size}; use the "
+            f"{file}: contains token {largest}, but config.json has a vocab_size of {vocab_size}; use the "
             f"tokenizer of this checkpoint, or remove it"
         )
+    return tokenizer
+
+
+def _first_token(source: Path, shape: LlamaShape) -> int | None:
+    """The token that tokenizer.json puts before every text, or None. Raises WeightsError if the file does not fit."""
+    tokenizer = _check_tokenizer(source, shape.eos_token_id, shape.vocab_size)
+    if tokenizer is None:
+        return None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for text in ("a", *sorted(tokenizer.get_vocab(with_added_tokens=False), key=len)[:_PROBES]):
@@ -176,8 +234,8 @@ def _first_token(source: Path, shape: LlamaShape) -> int | None:
         begins = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
         return whole[0] if begins else None
     raise WeightsError(
-        f"{file}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to import the "
-        "weights alone"
+        f"{source / hf.TOKENIZER}: cannot encode its own tokens; use the tokenizer of this checkpoint, or remove it to "
+        "import the weights alone"
     )
 
 

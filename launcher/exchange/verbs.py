@@ -10,7 +10,7 @@ from headway.launcher.base.verbs import Verb, output_arguments
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of a run, of weights, or of a Hugging Face Llama")
+    parser.add_argument("run", type=Path, help="folder of a run, of an export, or of a Hugging Face Llama")
     parser.add_argument("prompt", help="text to continue; token ids if the run was trained on synthetic data")
     parser.add_argument(
         "--tokens", type=whole(1, 1_000_000), default=100, help="maximum number of new tokens (default 100)"
@@ -46,7 +46,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("hf", "safetensors"),
         required=True,
-        help="hf: a Hugging Face Llama (mha, mqa, gqa, sqa, folded wgqa); safetensors: any mechanism",
+        help="hf: for Hugging Face transformers, a Llama where it has the form (mha, mqa, gqa, sqa, folded wgqa), else "
+        "a model that `import headway.hf` registers; safetensors: with Headway's own config",
     )
     parser.add_argument(
         "--step", type=whole(0), default=None, metavar="N", help="step of the checkpoint (default: the newest)"
@@ -58,17 +59,33 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum size of a tensor file (default 5e9)",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder to this repository of the Hugging Face hub; a new one is private",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: everybody may see the repository")
     output_arguments(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
     from headway.launcher.exchange.export import export
 
-    return export(args.run, args.out, to=args.to, step=args.step, max_shard_bytes=int(args.max_shard_bytes))
+    return export(
+        args.run,
+        args.out,
+        to=args.to,
+        step=args.step,
+        max_shard_bytes=int(args.max_shard_bytes),
+        push=args.push,
+        public=args.public,
+    )
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument(
+        "folder", type=Path, help="folder with config.json and safetensors, or hf://OWNER/NAME[@REVISION]"
+    )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder to write")
     output_arguments(parser)
 
@@ -91,15 +108,18 @@ VERBS = (
     Verb(
         name="export",
         help="write a run's weights for Hugging Face (compares ids and logits) or as safetensors",
-        examples=("headway export runs/quickstart exported --to safetensors",),
+        examples=(
+            "headway export runs/quickstart exported --to safetensors",
+            "headway export runs/quickstart exported --to hf --push OWNER/NAME",
+        ),
         arguments=_export_arguments,
         run=_export,
         order=80,
     ),
     Verb(
         name="import",
-        help="convert a Hugging Face Llama for generation and training",
-        examples=("headway import llama-folder --to imported",),
+        help="convert a model of Hugging Face's format, or of its hub, for generation and training",
+        examples=("headway import llama-folder --to imported", "headway import hf://OWNER/NAME --to imported"),
         arguments=_import_arguments,
         run=_import,
         order=81,

@@ -38,7 +38,8 @@ MAX_JSON_BYTES = 64 << 20
 _MAX_VALUES = 20_000  # in a config.json; pydantic makes an error of a kilobyte for each that is wrong
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_SHARD = re.compile(rf"{_NAME}\.safetensors")
+SHARD = re.compile(rf"{_NAME}\.safetensors")
+"""Names of tensor files."""
 
 
 class WeightsError(Exception):
@@ -126,17 +127,32 @@ def read_exported(folder: Path) -> ExportedConfig:
     try:
         return ExportedConfig.model_validate_json(text)
     except ValidationError as e:
-        error = e.errors(include_url=False)[0]
-        where = ".".join(map(str, error["loc"])) or "the file"
-        if error["type"] == "union_tag_invalid":
-            raise WeightsError(
-                f"{path}: attention.type {error.get('ctx', {}).get('tag')} is no mechanism of this installation; "
-                f"install the package that has it, or update Headway: {RegisteredTypes.hint}"
-            ) from None
+        raise invalid_config(path, e, "written by `headway export RUN --to safetensors` or `headway import`") from None
+
+
+def invalid_config(path: Path | str, error: ValidationError, written: str) -> WeightsError:
+    """The error for an invalid config.json. `written`: how folders of its kind are written."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    if first["type"] == "union_tag_invalid":
+        return WeightsError(
+            f"{path}: attention.type {first.get('ctx', {}).get('tag')} is no mechanism of this installation; "
+            f"install the package that has it, or update Headway: {RegisteredTypes.hint}"
+        )
+    return WeightsError(
+        f"{path}: not the config.json of exported weights ({where}: {first['msg']}); name a folder {written}"
+    )
+
+
+def as_fp32(tensor: Tensor, name: str, folder: Path) -> Tensor:
+    """A tensor of a folder in fp32. Raises WeightsError unless it is in fp32, bf16 or fp16, without NaN and Inf."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise WeightsError(
-            f"{path}: not the config.json of exported weights ({where}: {error['msg']}); name a folder written by "
-            f"`headway export RUN --to safetensors` or `headway import`"
-        ) from None
+            f"{folder}: {name} is {tensor.dtype}; use a checkpoint in float32, or one in bfloat16 or float16"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise WeightsError(f"{folder}: {name} has NaN or Inf values; restore the folder, or use another one")
+    return tensor.to(torch.float32)
 
 
 def verify_exported(folder: Path, config: ExportedConfig) -> None:
@@ -235,7 +251,7 @@ class TensorFiles(Mapping[str, Tensor]):
         if not isinstance(where, dict) or not where:
             raise WeightsError(f"{path}: has no weight_map; restore it, or name another folder")
         for name in where.values():
-            if not isinstance(name, str) or _SHARD.fullmatch(name) is None:
+            if not isinstance(name, str) or SHARD.fullmatch(name) is None:
                 raise WeightsError(f"{path}: {str(name)[:200]!r} is not a safetensors file name; restore the index")
         return where
 

@@ -41,6 +41,7 @@ PLACEHOLDERS = {
     "VERB": "plan",
     "KEY=VALUE": "seed=3",
     "N": "8",
+    "OWNER/NAME": "someone/model",
 }
 """What a reader would put in place of a word."""
 OF_VERB = {
@@ -78,6 +79,8 @@ NOT_EXECUTED = {
     "init": "writes into the working folder; tests/launcher/cli/test_first_project.py",
     "rm": "deletes the run that the other commands read; tests/launcher/cli/test_removing.py",
     "probe report": "needs trained cells; tests/launcher/study/test_probe.py",
+    "export RUN OUT --to hf --push": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
+    "import hf://OWNER/NAME": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
 }
 SPEC = """
 name: spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("launcher", "model", "data", "parallel", "kernels")
 SPECS = Path("yaml")
 """Installed beside the packages, and no package of code."""
+TOP = Path("model/huggingface/top")
+"""Its modules are installed directly below the namespace `headway`, which is no package."""
 
 
 def normal(name: str) -> str:
@@ -61,16 +64,24 @@ def test_every_dependency_is_documented(project: dict[str, Any]) -> None:
 def test_every_folder_with_code_is_a_listed_package(project: dict[str, Any]) -> None:
     found = {file.parent.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     listed = set(project["tool"]["setuptools"]["packages"])
-    assert listed == {".".join(["headway", *path.parts]) for path in [*found, SPECS]}
-    mapping = project["tool"]["setuptools"]["package-dir"]
-    assert all(mapping[name] == name.removeprefix("headway.").replace(".", "/") for name in listed)
+    assert listed == {".".join(["headway", *path.parts]) for path in [*found - {TOP}, SPECS]} | {"headway"}
+    mapping = dict(project["tool"]["setuptools"]["package-dir"])
+    assert mapping.pop("headway") == str(TOP) and not (ROOT / TOP / "__init__.py").exists()
+    assert all(mapping[name] == name.removeprefix("headway.").replace(".", "/") for name in listed - {"headway"})
 
 
 def test_the_links_for_type_checkers_lead_to_the_folders() -> None:
     links = {link.name: link for link in (ROOT / ".typing/headway").iterdir()}
-    assert set(links) == set(FOLDERS)
+    targets = {name: ROOT / name for name in FOLDERS} | {file.name: file for file in (ROOT / TOP).glob("*.py")}
+    assert set(links) == set(targets)
     for name, link in links.items():
-        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
+        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == targets[name]
+
+
+def test_this_environment_finds_modules_below_the_namespace() -> None:
+    for file in (ROOT / TOP).glob("*.py"):
+        found = importlib.util.find_spec(f"headway.{file.stem}")
+        assert found is not None, "pyproject.toml is newer than this installation; install again (make test does it)"
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +119,8 @@ def test_the_wheel_holds_headway_and_nothing_else(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in files}
     assert sorted(re.sub("-.*(?=[.]dist-info)", "", top) for top in tops) == ["headway", "headway.dist-info"]
     code_files = {name for name in files if name.endswith(".py")}
-    ours = {f"headway/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
-    assert code_files == ours
+    ours = {file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
+    assert code_files == {f"headway/{file.name if file.parent == TOP else file}" for file in ours}
     assert any(name.endswith("licenses/LICENSE") for name in files)
     parts = {f"headway/launcher/report/{name}" for name in ("page.css", "page.js", "charts.js")}
     assert {name for name in files if name.endswith((".css", ".js"))} == parts
@@ -127,11 +138,12 @@ def test_the_wheel_works_outside_of_a_checkout(installed: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    code = "import headway.launcher.cli.main as main; print(main.__file__)"
+    code = "import headway.launcher.cli.main as main, headway.hf as hf; print(main.__file__, hf.__file__, sep='\\n')"
     where = subprocess.run(
         [str(installed / "bin/python"), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
+    lines = where.stdout.splitlines()
+    assert len(lines) == 2 and all(Path(line).is_relative_to(installed) for line in lines), where.stdout + where.stderr
     assert "write the files of a first project" in headway("--help")
     shown = headway("train", "long-2048", "--print-config")  # a shipped spec, and another one that is its base
     assert "headway/yaml/bench/long-2048.yaml" in shown and "headway/yaml/base/quickstart.yaml" in shown

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from headway.launcher.base.hidden import hidden
+from headway.model.huggingface.hidden import hidden
 
 
 def transformers() -> Any:

@@ -306,8 +306,12 @@ try:
 except ImportError:
     from headway.launcher import generate as g
 torch.set_num_threads(1)
-made = g._of_run(g.RunDir(Path(sys.argv[1])), "import os")
-model, codec, ids = made[0], made[1], made[2]
+try:
+    from headway.launcher.exchange.opened import open_model
+    opened = open_model(Path(sys.argv[1]))
+    model, codec, ids = opened.decoder, opened.codec, opened.codec.encode("import os")
+except ImportError:
+    model, codec, ids = g._of_run(g.RunDir(Path(sys.argv[1])), "import os")[:3]
 for tokens in (2000, 8000):
     sampling, stats = g.Sampling(tokens=tokens, temperature=1.0, top_p=1.0, seed=1), {}
     start, seen = time.perf_counter(), 0
@@ -343,12 +347,14 @@ class HuggingFace(Subject):
     DECODE = """
 import sys, time, torch
 from pathlib import Path
-from headway.launcher.base.hidden import hidden
+from headway.model.huggingface.hidden import hidden
 from headway.launcher.exchange import generate as g
+from headway.launcher.exchange.opened import open_model
 with hidden("torchvision"):
     from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
-model, codec, ids, *_ = g._of_run(g.RunDir(Path(sys.argv[1])), "import os")
+opened = open_model(Path(sys.argv[1]))
+model, ids = opened.decoder, opened.codec.encode("import os")
 theirs = LlamaForCausalLM.from_pretrained(sys.argv[2]).eval()
 greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 def ours(tokens):

@@ -12,8 +12,8 @@ from eval_texts import eval_questions, eval_texts
 
 from headway.launcher.evaluate.choices import evaluate_choices, read_questions
 from headway.launcher.evaluate.harness import evaluate_harness, is_installed
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.texts import TextSource, evaluate_text
+from headway.launcher.exchange.opened import Opened
 from headway.launcher.run.codec import Codec
 
 needs_package = pytest.mark.skipif(not is_installed(), reason="lm-eval is not installed (extra `eval`)")
@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     shape = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.3)
     attention = RgqaConfig(heads=4, kv_heads=2, head_dim=8, top_k=1)
     decoder = Decoder(shape, attention, vocab_size=vocab, seed=3).eval()
-    return Opened(decoder=decoder, codec=codec, seq_len=24, vocab_size=vocab, positions=None, data=None, identity={})
+    return Opened(decoder=decoder, codec=codec, seq_len=24, title="made", data=None, identity={})
 
 
 @pytest.fixture

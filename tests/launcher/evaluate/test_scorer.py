@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from headway.launcher.evaluate import scorer as module
-from headway.launcher.evaluate.opened import Opened
 from headway.launcher.evaluate.scorer import Row, Scorer, windows
+from headway.launcher.exchange.opened import Opened
 from headway.launcher.run.codec import Codec
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import variant_spec
@@ -29,8 +29,7 @@ def model_of(attention: object, *, seq_len: int = 48) -> Opened:
         decoder=decoder,
         codec=Codec(None, VOCAB),
         seq_len=seq_len,
-        vocab_size=VOCAB,
-        positions=None,
+        title="made",
         data=None,
         identity={},
     )

@@ -15,7 +15,7 @@ from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError
 from headway.launcher.base.new_folder import new_folder
 from headway.launcher.cli.main import main
 from headway.launcher.exchange import export as export_module
-from headway.launcher.exchange import llama_check
+from headway.launcher.exchange import hf_check
 from headway.launcher.exchange.export import export
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.run.initial_weights import with_initial_hash
@@ -45,6 +45,8 @@ train: {tokens: 768, global_batch: 8, micro_batch: 4, validation_tokens: 512}
 checkpoint: {every_tokens: 512, keep: 2}
 launch: {processes: 1, threads: 1}
 """
+PAGE = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
+EXAMPLE = next(block for block in PAGE.split("```python\n")[1:] if "import headway.hf" in block).split("```")[0]
 SHORT = ("train.tokens=1024", "train.micro_batch=8", "checkpoint.every_tokens=512")
 
 
@@ -130,10 +132,30 @@ def test_weighted_gqa_is_folded(runs, tmp_path, capsys):
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors") and config["tie_word_embeddings"]
 
 
-def test_a_mechanism_without_a_llama_form_is_refused_and_nothing_is_left(runs, tmp_path):
-    with pytest.raises(SpecError, match=r"attention.type: .*rgqa.*use the format safetensors.* or a run of type mha"):
-        export(runs / "rgqa.run", tmp_path / "hf", to="hf")
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_of_text_without_a_llama_form_reads_and_continues_text_as_the_run_does(runs, tmp_path, capsys):
+    """Windows have no parameters, so the weights of the run fit. The example of docs/export.md runs on the folder."""
+    library, run, out = transformers(), shutil.copytree(runs / "text.run", tmp_path / "run"), tmp_path / "OUT"
+    spec = json.loads((run / "spec.json").read_text())
+    spec["attention"]["windows"] = [8, None]
+    (run / "spec.json").write_text(json.dumps(spec))
+    assert main(["export", str(run), str(out), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "HeadwayForCausalLM, gqa" in said and "equal ids for" in said and "equal greedy continuation of" in said
+    names: dict = {}
+    with contextlib.chdir(tmp_path):
+        exec(EXAMPLE, names)  # noqa: S102
+    assert (
+        names["text"].startswith("def ") and names["loss"].item() > 1 and (tmp_path / "COPY" / "config.json").exists()
+    )
+    reader, model = (
+        library.AutoTokenizer.from_pretrained(out),
+        library.AutoModelForCausalLM.from_pretrained(tmp_path / "COPY"),
+    )
+    inputs = reader("document 3 says", return_tensors="pt")
+    text = reader.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
+    for folder in (run, out):
+        assert main(["generate", str(folder), "document 3 says", "--tokens", "12", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
 
 
 def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
@@ -146,7 +168,7 @@ def test_logits_that_differ_leave_nothing(runs, tmp_path, monkeypatch):
 
 
 def test_without_transformers_the_missing_comparison_is_reported(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(llama_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hf_check.importlib.util, "find_spec", lambda name: None)
     assert export(runs / "text.run", tmp_path / "hf", to="hf") == 0
     assert "not compared: transformers is not installed" in capsys.readouterr().out
 

@@ -9,7 +9,8 @@ from headway.data.config import DataError
 from headway.data.loader import validation_batches
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.cli.main import main
-from headway.launcher.exchange.generate import Sampling, continuation, generate, load_model
+from headway.launcher.exchange.generate import Sampling, continuation, generate
+from headway.launcher.exchange.opened import load_model
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.spec import Spec
 from headway.parallel import checkpoint

@@ -1,4 +1,4 @@
-"""Compare the logits of a Hugging Face transformers Llama with those of Headway's decoder."""
+"""Compare what Hugging Face transformers computes with a written folder with Headway's decoder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from headway.launcher.base.errors import HeadwayError
-from headway.launcher.base.hidden import hidden
 from headway.model.decoder import Decoder
+from headway.model.huggingface.hidden import hidden
 
 TOLERANCE = 5e-5
 """Largest allowed difference, relative to the largest logit (or to 1).
@@ -49,28 +49,30 @@ def is_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def differences(folder: Path, llama: Any, decoder: Decoder, tokens: Mapping[str, Tensor]) -> dict[str, Difference]:
+def differences(
+    folder: Path, model: Any, decoder: Decoder, tokens: Mapping[str, Tensor], *, tolerance: float = TOLERANCE
+) -> dict[str, Difference]:
     """Name -> difference of the logits on `tokens[name]` [B, S], computed in fp32 on CPU.
 
-    llama: The model of `folder`, from `load_llama`. Raises HeadwayError if a difference exceeds `TOLERANCE`.
+    model: That of `folder`, from `load_llama` or `load_ours`. Raises HeadwayError if a difference exceeds `tolerance`.
     """
     found = {}
     for name, ids in tokens.items():
         with torch.no_grad():
-            ours, theirs = decoder.logits(ids), llama(input_ids=ids, use_cache=False).logits
+            ours, theirs = decoder.logits(ids), model(input_ids=ids, use_cache=False).logits
         found[name] = Difference(largest=float((ours - theirs).abs().max()), scale=float(ours.abs().max()))
-        if not found[name].largest <= TOLERANCE * max(1.0, found[name].scale):  # also true for NaN
+        if not found[name].largest <= tolerance * max(1.0, found[name].scale):  # also true for NaN
             raise HeadwayError(
                 f"{folder}: logits of {name} tokens differ by {found[name]} between transformers and Headway, more "
-                f"than {TOLERANCE:g} of the largest logit; nothing was written. Please report this with the spec"
+                f"than {tolerance:g} of the largest logit; nothing was written. Please report this with the spec"
             )
     return found
 
 
 def compare_continuation(
-    folder: Path, llama: Any, decoder: Decoder, inputs: Mapping[str, Tensor], *, eos_id: int | None, tokens: int
+    folder: Path, model: Any, decoder: Decoder, inputs: Mapping[str, Tensor], *, eos_id: int | None, tokens: int
 ) -> int:
-    """Continue a prompt with `llama.generate` and its generation_config.json, at most `tokens` tokens.
+    """Continue a prompt with `model.generate` and its generation_config.json, at most `tokens` tokens.
 
     inputs: Arguments of `generate`: `input_ids` [1, S] and what else the tokenizer gives. Returns the number of new
     tokens. Raises HeadwayError unless each is the most likely one of Headway's decoder (except for ties within
@@ -79,7 +81,7 @@ def compare_continuation(
     prompt = inputs["input_ids"]
     try:
         with torch.no_grad():
-            whole = llama.generate(**inputs, max_new_tokens=tokens)
+            whole = model.generate(**inputs, max_new_tokens=tokens)
     except Exception as e:  # whatever the library raises
         raise HeadwayError(
             f"{folder}: transformers cannot continue a prompt ({type(e).__name__}: {str(e)[:300]}); nothing was "
@@ -115,7 +117,7 @@ def load_library() -> Any:
     try:
         with hidden("torchvision"):
             transformers: Any = importlib.import_module("transformers")
-            _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer
+            _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer, transformers.AutoModelForCausalLM
     except (ImportError, RuntimeError) as e:
         raise HeadwayError(
             f"transformers is installed but cannot be imported ({str(e)[:300]}), so logits cannot be compared; fix the "
@@ -131,11 +133,22 @@ def load_llama(folder: Path, transformers: Any, *, config: Mapping[str, Any] | N
 
     config: Contents of its config.json in another form; by default, transformers reads the file.
     """
+    given = None if config is None else transformers.LlamaConfig.from_dict(dict(config))
+    return _load(folder, transformers.LlamaForCausalLM, config=given)
+
+
+def load_ours(folder: Path, transformers: Any) -> Any:
+    """HeadwayForCausalLM of `folder` as users get it, by `AutoModelForCausalLM`; otherwise as `load_llama`."""
+    importlib.import_module("headway.model.huggingface.auto")  # registers it
+    return _load(folder, transformers.AutoModelForCausalLM)
+
+
+def _load(folder: Path, kind: Any, **config: Any) -> Any:
     try:
         # Do not run code from the checkpoint, read a pickle, or access the network.
-        llama, report = transformers.LlamaForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
-            config=None if config is None else transformers.LlamaConfig.from_dict(dict(config)),
+            **config,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -153,4 +166,4 @@ def load_llama(folder: Path, transformers: Any, *, config: Mapping[str, Any] | N
             f"{folder}: transformers finds missing, unknown or misshapen tensors: {wrong[:3]}; use another version of "
             "transformers, or uninstall it to skip the comparison"
         )
-    return llama.float().eval()
+    return model.float().eval()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,3 +25,16 @@ def hidden(name: str) -> Iterator[None]:
         yield
     finally:
         del modules[name]
+
+
+@contextlib.contextmanager
+def hidden_if_broken(name: str) -> Iterator[None]:
+    """Make a package that is installed but cannot be imported look as if it were not installed."""
+    try:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    except Exception:  # whatever a library for another torch raises
+        with hidden(name):
+            yield
+    else:
+        yield

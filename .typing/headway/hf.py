@@ -1,0 +1,1 @@
+../../model/huggingface/top/hf.py
