@@ -46,9 +46,9 @@ def image_value(tag: str, image: NDArray[np.uint8], dataformats: str) -> Any:
 
 def text_value(tag: str, markdown: str) -> Any:
     """A text in Markdown."""
-    from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
+    from tensorboard.plugins.text import plugin_data_pb2
 
-    made = cast("Any", TextPluginData)(version=0).SerializeToString()
+    made = cast("Any", plugin_data_pb2).TextPluginData(version=0).SerializeToString()
     return _tensor(f"{tag}/text_summary", markdown.encode(), "text", made, shape=(1,))
 
 

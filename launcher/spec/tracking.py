@@ -72,7 +72,11 @@ class MlflowConfig(_TrackerConfig):
         *("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH"),
     )
 
-    uri: str = Field(min_length=1, description="of the server, as https://HOST, or of a local file, sqlite:///PATH")
+    uri: str = Field(
+        min_length=1,
+        pattern=r"^(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.|^databricks(://.+)?$",
+        description="of the server, as https://HOST, or of a local file, sqlite:///PATH; not a folder",
+    )
     experiment: str = Field(default="headway", min_length=1, max_length=256, description="experiment of the run")
     group: str | None = Field(
         default=None, min_length=1, max_length=250, description="tag headway.group; a study sets its own name"

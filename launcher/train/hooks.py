@@ -122,9 +122,8 @@ class HeadDiversity(Hook):
 
 def run_hooks(s: Session) -> tuple[Hook, ...]:
     """The hooks of a run, in the order in which they are called."""
-    profiled = s.spec.tracking.profiled
-    profile = [Profile(profiled)] if profiled else []  # first: a trace has nothing of the other hooks' work
-    return *profile, RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s), Collector()
+    first = Profile()  # a trace has nothing of the other hooks' work
+    return first, RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s), Collector()
 
 
 def _parts(s: Session) -> int:

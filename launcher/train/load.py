@@ -147,7 +147,7 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         start_step=step,
         per_layer=spec.tracking.per_layer,
         chain=None if cut is None else cut.chain,
-        sinks=open_trackers(run, spec.tracking, say=say) if layout.is_main else (),
+        sinks=open_trackers(run, spec.tracking, start_step=step, say=say) if layout.is_main else (),
     )
     if parent is not None:
         note = "" if parent.note is None else f"\nnote: {parent.note}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +24,20 @@ def trace_file(run: RunDir, step: int, rank: int) -> Path:
 
 
 class Profile(Hook):
-    """Write a trace of each of `steps` on every rank, and mark the records of these steps with `profiled`.
+    """Write a trace of each step of `tracking.profile_steps`, and mark the records of these steps with `profiled`.
 
     Ranges in the trace: `step N`, and in it `data` (which includes the agreement of the ranks), `forward`, `backward`,
     `optimizer` and `losses`. The time of such a step is longer than that of others, so readers leave it out of speeds.
     """
 
-    def __init__(self, steps: Iterable[int]) -> None:
-        self._steps = frozenset(steps)
+    def __init__(self) -> None:
+        self._steps: frozenset[int] = frozenset()
         self._profiler: profile | None = None
         self._ranges = contextlib.ExitStack()
         self._data = contextlib.ExitStack()
+
+    def on_start(self, s: Session) -> None:
+        self._steps = s.spec.tracking.profiled
 
     def before_data(self, s: Session) -> None:
         if s.step + 1 not in self._steps:

@@ -11,11 +11,15 @@ from headway.launcher.board.trackers.sink import Record
 
 
 class MemorySink:
-    """`gate`: writing waits until it is set. `failures`: raised by the next calls of `write`, one each."""
+    """`shown`: the last step that it has from an earlier process. `gate`: writing waits until it is set.
+
+    `failures`: raised by the next calls of `write`, one each.
+    """
 
     name, mend = "memory", "it is gone with the process"
 
-    def __init__(self, *, per_layer: bool = False, failures: Iterable[Exception] = ()) -> None:
+    def __init__(self, *, per_layer: bool = False, failures: Iterable[Exception] = (), shown: int = -1) -> None:
+        self.shown = shown
         self.per_layer, self.failures = per_layer, list(failures)
         self.records: list[Record] = []
         self.points: dict[str, dict[int, float]] = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Protocol
 
 from headway.launcher.board.trackers.sink import Record, Sink
 
@@ -27,11 +29,21 @@ _FORMAT = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 """Errors of the records, not of the service: they are not written again."""
 
 
+class Shown(Sink, Protocol):
+    """A sink that keeps what it was given, beyond the process."""
+
+    @property
+    def shown(self) -> int:
+        """The last step that it has when it is opened; -1 without any."""
+        ...
+
+
 class Background:
     """Connects to a service and writes to it in a thread. No method raises an exception, and only `close` waits.
 
     `connect`: opens the sink; called in the thread, and again after a failure. `say`: prints a message. `hide`: takes
-    secrets out of one.
+    secrets out of one. `earlier`: the records of earlier starts of the run after a step, which are written first: those
+    that the service did not get before a kill or a failure.
     """
 
     mend = "metrics.jsonl has every record"
@@ -39,16 +51,18 @@ class Background:
     def __init__(
         self,
         name: str,
-        connect: Callable[[], Sink],
+        connect: Callable[[], Shown],
         *,
         say: Callable[[str], None],
         hide: Callable[[str], str] = str,
+        earlier: Callable[[int], Iterable[Record]] = lambda shown: (),
         most: int = MOST_RECORDS,
         close_s: float = CLOSE_S,
     ) -> None:
         self.name, self._connect, self._say, self._hide = name, connect, say, hide
-        self._most, self._close_s = most, close_s
+        self._earlier, self._most, self._close_s = earlier, most, close_s
         self._waiting: deque[Record] = deque()
+        self._batch: list[Record] = []  # being written
         self._summary: Record | None = None
         self._lost, self._failures, self._closing, self._left = 0, 0, False, False
         self._changed = threading.Condition()
@@ -78,43 +92,43 @@ class Background:
         self._thread.join(self._close_s)
         with self._changed:
             self._left = True  # a thread that hangs says nothing any more
-            lost = self._lost + len(self._waiting)
+            lost = self._lost + len(self._waiting) + len(self._batch)
             unfinished = self._thread.is_alive()
         if lost or unfinished:
             what = f"{lost} records were not written" if lost else "its end was not written"
             self._say(f"{self.name.upper()} IS NOT COMPLETE: {what}; {self.mend}")
 
     def _run(self) -> None:
-        sink: Sink | None = None
-        while (batch := self._next()) is not None:
+        sink: Shown | None = None
+        older: Iterator[list[Record]] = iter(())
+        while not self._left:
             try:
                 if sink is None:
                     sink = self._connect()
-                sink.write(batch)
-            except Exception as e:
-                if sink is not None and isinstance(e, _FORMAT):
-                    self._drop(len(batch), e)
-                    continue
-                self._put_back(batch)
-                if not self._wait_after(e):
+                    older = _in_batches(self._earlier(sink.shown))
+                if not self._batch:
+                    self._batch = next(older, None) or self._next()
+                if not self._batch:
                     break
+                sink.write(self._batch)
+            except Exception as e:
+                if sink is None or not isinstance(e, _FORMAT):
+                    if not self._wait_after(e):
+                        break
+                    continue
+                self._drop(e)
             else:
                 self._written()
+            self._batch = []
         self._end(sink)
 
-    def _next(self) -> list[Record] | None:
-        """The records to write; None when the process ends and all are written."""
+    def _next(self) -> list[Record]:
+        """The records to write; none when the process ends and all are written."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._closing:
                 self._changed.wait_for(lambda: self._closing, PAUSE_S)
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
-            return batch or None
-
-    def _put_back(self, batch: list[Record]) -> None:
-        with self._changed:
-            self._waiting.extendleft(reversed(batch))
-        self.write(())
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
 
     def _wait_after(self, error: Exception) -> bool:
         """Wait until the next attempt. Returns False if the process ends and there is none."""
@@ -124,10 +138,11 @@ class Background:
         with self._changed:
             if self._closing:
                 return False
-            self._changed.wait_for(lambda: self._closing, min(LONGEST_WAIT_S, 2.0 ** (self._failures - 1)))
+            self._changed.wait_for(lambda: self._closing, min(LONGEST_WAIT_S, 2.0 ** min(self._failures - 1, 10)))
             return True
 
-    def _drop(self, count: int, error: Exception) -> None:
+    def _drop(self, error: Exception) -> None:
+        count = len(self._batch)
         with self._changed:
             first, self._lost = self._lost == 0, self._lost + count
         if first:
@@ -142,7 +157,7 @@ class Background:
         if sink is None:
             return
         try:
-            if self._summary is not None and not self._waiting:
+            if self._summary is not None and not self._batch and not self._waiting:
                 sink.finish(self._summary)
             sink.close()
         except Exception as e:
@@ -151,3 +166,9 @@ class Background:
     def _tell(self, text: str) -> None:
         if not self._left:
             self._say(self._hide(" ".join(text.split())))
+
+
+def _in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    left = iter(records)
+    while batch := list(islice(left, MOST_AT_ONCE)):
+        yield batch

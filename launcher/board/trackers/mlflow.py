@@ -31,7 +31,7 @@ class Mlflow:
     def __init__(self, run: RunDir, config: MlflowConfig, *, per_layer: bool) -> None:
         self._entities: Any = import_module("mlflow.entities")  # of an extra, so type checkers may not find it
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=config.uri)
-        self._per_layer, self._complete, self._last = per_layer, False, -1
+        self._per_layer, self._complete, self.shown = per_layer, False, -1
         spec, file = read_mapping(run.spec), run.path / "mlflow.json"
         self._tokens_per_step = spec["train"]["global_batch"] * spec["data"]["seq_len"]
         stored = read_mapping(file)
@@ -52,7 +52,7 @@ class Mlflow:
             raise
         if found.info.lifecycle_stage != "active":
             return False
-        self._last = round(found.data.metrics.get(_LAST, 0) / self._tokens_per_step)
+        self.shown = round(found.data.metrics.get(_LAST, 0) / self._tokens_per_step)
         self._client.update_run(run_id, status="RUNNING")
         return True
 
@@ -75,7 +75,7 @@ class Mlflow:
         now, metrics = import_module("mlflow.utils.time").get_current_time_millis(), []
         for record in records:
             scalars = scalars_of(record, per_layer=self._per_layer)
-            if scalars and record["step"] > self._last:
+            if scalars and record["step"] > self.shown:
                 metrics += [
                     self._entities.Metric(_legal(key), float(value), now, record["step"])
                     for key, value in scalars.items()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import assert_never
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.board.trackers.background import Background
-from headway.launcher.board.trackers.sink import Sink
+from headway.launcher.board.trackers.background import Background, Shown
+from headway.launcher.board.trackers.sink import Record
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from headway.parallel.secrecy import SECRET_NAME
@@ -28,8 +28,10 @@ def check_installed(tracking: TrackingConfig) -> None:
             )
 
 
-def open_trackers(run: RunDir, tracking: TrackingConfig, *, say: Callable[[str], None]) -> list[Background]:
-    """The trackers of the spec, each in a thread that connects it. `say`: prints a message.
+def open_trackers(
+    run: RunDir, tracking: TrackingConfig, *, start_step: int, say: Callable[[str], None]
+) -> list[Background]:
+    """The trackers of the spec, each in a thread that connects it. `start_step`: step after which the run continues.
 
     The packages are imported here, since imports in two threads at once may meet half-made modules.
     """
@@ -41,11 +43,24 @@ def open_trackers(run: RunDir, tracking: TrackingConfig, *, say: Callable[[str],
             say(f"{service.name.upper()} IS NOT WRITTEN: {e}; training goes on. {Background.mend}")
             continue
         connect = partial(_connect, run, service, per_layer=tracking.per_layer)
-        opened.append(Background(service.name, connect, say=say, hide=_without_secrets))
+        earlier = partial(earlier_records, run, start_step)
+        opened.append(Background(service.name, connect, say=say, hide=_without_secrets, earlier=earlier))
     return opened
 
 
-def _connect(run: RunDir, service: WandbConfig | MlflowConfig, *, per_layer: bool) -> Sink:
+def earlier_records(run: RunDir, start_step: int, shown: int) -> Iterator[Record]:
+    """Records of the steps after `shown` up to `start_step`, from metrics.jsonl, which is read while it grows."""
+    if shown >= start_step:
+        return
+    for record in run.read_metrics():
+        step = record.get("step", 0)
+        if record.get("kind") == "train" and step > start_step:
+            return
+        if shown < step <= start_step:
+            yield record
+
+
+def _connect(run: RunDir, service: WandbConfig | MlflowConfig, *, per_layer: bool) -> Shown:
     match service:
         case WandbConfig():
             from headway.launcher.board.trackers.wandb import Wandb

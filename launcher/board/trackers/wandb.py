@@ -41,17 +41,25 @@ class Wandb:
         )
         self._run: Any = started
         self._per_layer = per_layer
+        self._file, self._about = run.path / "wandb.json", {"id": run_id, "project": config.project}
         # W&B takes only later steps than those it has, so a repeated step keeps its first point.
-        self._shown = int(self._run.step) - 1 if online and self._run.resumed else -1
-        self._at, self._complete = 0, False
-        write_json(run.path / "wandb.json", {"id": run_id, "project": config.project, "url": self._run.url})
+        stored = read_mapping(self._file)
+        last = self._run.step - 1 if online else stored.get("step", -1) if stored.get("id") == run_id else -1
+        self.shown = last if isinstance(last, int) else -1
+        self._at, self._complete = self.shown, False
+        self._store()
+
+    def _store(self) -> None:
+        """Write id and last step, for people and for the next start without a network."""
+        write_json(self._file, self._about | {"step": self._at, "url": self._run.url})
 
     def write(self, records: Iterable[Record]) -> None:
         for record in records:
             scalars = scalars_of(record, per_layer=self._per_layer)
-            if scalars and record["step"] > self._shown:
+            if scalars and record["step"] > self.shown:
                 self._at = max(self._at, record["step"])  # a save that ended is recorded after later steps
                 self._run.log(scalars, step=self._at)
+        self._store()
 
     def finish(self, summary: Record) -> None:
         self._run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float)})

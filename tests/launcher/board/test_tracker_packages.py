@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from headway.launcher.spec.tracking import MlflowConfig, WandbConfig
 
 KEY = "4f1c9a07e3b85d26fa0913c7be48d56201a9e37c"
 PASSWORD = "correct-horse-battery"
+BLOCK = 1 << 15
 
 
 def killed_and_resumed(headway: Any, *arguments: str, **env: str) -> RunDir:
@@ -46,16 +49,20 @@ def files_with(folder: Path, text: str) -> list[Path]:
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """The records of an offline file of W&B."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        found.append(record)
+    """The records of an offline file of W&B: a log as LevelDB writes it, in blocks, behind a header of 7 bytes."""
+    record_class: Any = import_module("wandb.proto.wandb_internal_pb2").Record
+    data, at, part, found = file.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := BLOCK - at % BLOCK) < 7:  # too short for the header of a record
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(record_class.FromString(part))
+            part = b""
     return found
 
 
@@ -70,15 +77,15 @@ def test_wandb_continues_one_run_offline_and_has_every_step(headway_alone):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     run = killed_and_resumed(headway_alone, "tracking.wandb={mode: offline, project: p, group: g}", WANDB_API_KEY=KEY)
     files = sorted(run.path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(files) == 2  # one for each start
+    assert len(files) in (1, 2)  # one for each start that lived long enough
     shown: dict[int, float] = {}
     for file in files:
         records = wandb_records(file)
-        (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
-        assert (started.run_id, started.project, started.run_group) == (run.run_id(), "p", "g")
+        started = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        assert {(r.run_id, r.project, r.run_group) for r in started} <= {(run.run_id(), "p", "g")}
         history = history_of(records)
         shown |= {step: float(row["train/loss"]) for step, row in history.items() if "train/loss" in row}
-    assert shown == pytest.approx(losses(run))
+    assert shown == pytest.approx(losses(run))  # also the steps that the first start could not send
     last = history_of(wandb_records(files[-1]))
     validations = {r["step"]: r["loss"] for r in run.read_metrics() if r["kind"] == "validation"}
     assert float(last[40]["val/loss"]) == pytest.approx(validations[40])
@@ -87,6 +94,7 @@ def test_wandb_continues_one_run_offline_and_has_every_step(headway_alone):
     assert main(["rm", str(run.path), "--yes"]) == 0 and not run.path.exists()
 
 
+@pytest.mark.slow
 def test_mlflow_continues_one_run_and_has_every_step_once(headway_alone):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     uri = f"sqlite:///{headway_alone.folder}/mlflow.db"
@@ -157,6 +165,13 @@ def test_mlflow_takes_every_scalar_of_every_record(tmp_path):
     found = mlflow.MlflowClient(tracking_uri=uri).get_run(read_mapping(run.path / "mlflow.json")["run_id"])
     wanted = {key for record in every_kind() for key in scalars_of(record, per_layer=False)}
     assert found.data.metrics.keys() == wanted and found.info.status == "KILLED"  # it did not finish
+    again = Background("MLflow", lambda: Mlflow(run, config, per_layer=False), say=said.append, close_s=120)
+    again.write([{**every_kind()[0], "step": step, "tokens": 8 * step} for step in (2, 3, 4, 5)])
+    again.finish({"complete": True})
+    again.close()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert said == [] and client.get_run(found.info.run_id).info.status == "FINISHED"
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2, 3, 4, 5]
     assert "launch.env.NCCL_DEBUG" not in found.data.params and found.data.params["train.global_batch"] == "2"
 
 

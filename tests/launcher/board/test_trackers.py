@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+from functools import partial
 
 import pytest
 from memory_sink import MemorySink
@@ -10,7 +11,7 @@ from memory_sink import MemorySink
 from headway.launcher.base.errors import SpecError
 from headway.launcher.board.trackers import background
 from headway.launcher.board.trackers.background import Background
-from headway.launcher.board.trackers.opening import _without_secrets, check_installed
+from headway.launcher.board.trackers.opening import _without_secrets, check_installed, earlier_records
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from headway.launcher.train.tracking import Tracker
@@ -139,6 +140,9 @@ def test_a_service_that_is_never_reached_ends_with_the_process(quick):
 
     board = Background("Memory", connect, say=said)
     board.write([record(1), record(2)])
+    deadline = time.monotonic() + 60
+    while board._failures < 1100 and time.monotonic() < deadline:  # more than a power of two has room for
+        time.sleep(0.01)
     board.close()
     assert not board._thread.is_alive()
     assert said[-1] == "MEMORY IS NOT COMPLETE: 2 records were not written; metrics.jsonl has every record"
@@ -168,3 +172,29 @@ def test_a_missing_package_is_named_before_the_start(service, monkeypatch):
     check_installed(TrackingConfig())
     with pytest.raises(SpecError, match=rf"tracking\.{service.extra}: the package \w+ is not installed; run `pip inst"):
         check_installed(tracking)
+
+
+@pytest.mark.parametrize(
+    ("shown", "sent"), [(-1, range(1, 11)), (3, range(4, 11)), (6, range(7, 11)), (8, range(7, 11))]
+)
+def test_a_resume_first_sends_what_earlier_starts_did_not(tmp_path, quick, shown, sent):
+    run, said = RunDir(tmp_path / "run"), Said()
+    first = tracker(run)
+    for step in range(1, 10):
+        first.train(record(step, loss=9.0), seconds_left=None)
+    first.close()
+    run.cut_metrics(last_step=6)
+    sink = MemorySink(shown=shown, failures=[OSError("down")])
+    board = Background("Memory", lambda: sink, say=said, earlier=partial(earlier_records, run, 6))
+    second = tracker(run, board)
+    for step in range(7, 11):
+        second.train(record(step), seconds_left=None)
+    deadline = time.monotonic() + 60
+    while len(sink.records) < len(sent) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second.close()
+    assert list(sink.points["train/loss"]) == list(sent)
+    assert {step: loss for step, loss in sink.points["train/loss"].items() if step <= 6} == dict.fromkeys(
+        [step for step in sent if step <= 6], 9.0
+    )
+    assert not any("NOT COMPLETE" in text for text in said)

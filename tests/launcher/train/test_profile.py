@@ -14,6 +14,7 @@ import torch
 
 from headway.launcher.run.records import read_run, step_seconds
 from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.spec.tracking import TrackingConfig
 from headway.launcher.train.profile import Profile, trace_file
 from headway.parallel.engine import StepStats
 from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, HostClock, NamedClock
@@ -85,12 +86,14 @@ def test_every_rank_writes_a_trace_and_the_losses_do_not_change(headway):
 def session(tmp_path: Path) -> Any:
     engine = SimpleNamespace(name_phases=lambda named: None)
     layout = SimpleNamespace(device=torch.device("cpu"), rank=0)
-    return SimpleNamespace(run=RunDir(tmp_path), step=0, engine=engine, layout=layout, step_times=[0.1])
+    spec = SimpleNamespace(tracking=TrackingConfig(profile_steps=(1,)))
+    return SimpleNamespace(run=RunDir(tmp_path), spec=spec, step=0, engine=engine, layout=layout, step_times=[0.1])
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_training(tmp_path, capsys):
-    s, hook, record = session(tmp_path), Profile([1]), {}
+    s, hook, record = session(tmp_path), Profile(), {}
     s.run.traces.write_text("no folder")
+    hook.on_start(s)
     hook.before_data(s)
     hook.before_step(s)
     s.step = 1
@@ -100,7 +103,8 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_training(tmp_path, caps
 
 
 def test_a_step_that_fails_leaves_no_profiler_behind(tmp_path):
-    s, hook = session(tmp_path), Profile([1])
+    s, hook = session(tmp_path), Profile()
+    hook.on_start(s)
     hook.before_data(s)
     hook.on_close(s)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # raises while another one runs
@@ -118,6 +122,6 @@ def test_named_phases_have_the_times_of_the_clock_within():
                 clock.end(phase)
         seconds = clock.read()
     assert all(value > 0 for value in seconds)
-    names = Counter(event.name for event in found.events())
+    names = Counter(event.name for event in found.events() or [])
     wanted = {"forward": 2, "backward": 2, "optimizer": 2, "losses": 1}
     assert {name: names[name] for name in wanted} == wanted
