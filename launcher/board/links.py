@@ -15,7 +15,7 @@ from headway.launcher.board.event_file import EventFile
 from headway.launcher.board.files import EVENTS
 from headway.launcher.board.pages import differing, hparams
 from headway.launcher.board.summaries import experiment_value, text_value
-from headway.launcher.run.run_dir import RunDir, read_mapping
+from headway.launcher.run.run_dir import RunDir, flatten, read_mapping
 
 EVERY_S = 5.0
 """From one look for new runs to the next."""
@@ -97,9 +97,14 @@ class Links:
         _write(folder / f"{EVENTS}{number:010d}", text_value("study/report", _PICTURE.sub("", text)), changed_ns / 1e9)
 
     def compare(self) -> None:
-        """Limit the tab HParams to what differs between the runs, and to losses and speed. Raises OSError."""
-        specs = [spec for path in self._paths for spec in _specs_below(path)]
-        kinds = differing([hparams(spec) for spec in specs])
+        """Limit the tab HParams to losses, speed, and what differs between the runs. Raises OSError.
+
+        Of studies these are the keys that their variants set, of other runs those that all of them have.
+        """
+        found = [hparams(spec) for path in self._paths for spec in _specs_below(path)]
+        varied = {key for path in self._paths for key in _varied(path)}
+        wanted = varied or set.intersection(*(set(one) for one in found))
+        kinds = {key: kind for key, kind in differing(found).items() if key in wanted}
         if kinds:
             folder = self._folder / "report"
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +118,17 @@ def _specs_below(path: Path) -> Iterator[dict[str, Any]]:
         yield from (cell["spec"] for cell in cells if isinstance(cell, dict) and isinstance(cell.get("spec"), dict))
     else:
         yield from (read_mapping(run.spec) for run in runs_below(path))
+
+
+def _varied(path: Path) -> Iterator[str]:
+    """Dotted keys in which the cells of a study differ by its design; none for other folders."""
+    variants = read_mapping(path / "study.json").get("variants")
+    for variant in variants if isinstance(variants, list) else ():
+        if isinstance(variant, dict):
+            yield from ("seed", "train.tokens")
+            yield from flatten(variant["keys"]) if isinstance(variant.get("keys"), dict) else ()
+            matched = variant.get("matched")
+            yield from [str(matched.get("free"))] if isinstance(matched, dict) else []
 
 
 def _write(path: Path, value: Any, wall_s: float) -> None:

@@ -4,6 +4,8 @@ import io
 import random
 import re
 import zlib
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,11 +189,9 @@ def test_hyperparameters_come_with_the_result(events):
 
 def layouts(found) -> list[list[str]]:
     """Titles of the categories of each layout, in the order in which they were written."""
-    from tensorboard.plugins.custom_scalar import layout_pb2
-
-    read = [
-        layout_pb2.Layout.FromString(e.tensor_proto.string_val[0]) for e in found.Tensors("custom_scalars__config__")
-    ]
+    layout_class: Any = import_module("tensorboard.plugins.custom_scalar.layout_pb2").Layout
+    points = found.Tensors("custom_scalars__config__")
+    read = [layout_class.FromString(point.tensor_proto.string_val[0]) for point in points]
     return [[category.title for category in layout.category] for layout in read]
 
 

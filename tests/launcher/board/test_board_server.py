@@ -328,32 +328,40 @@ def test_a_report_that_changes_is_shown_anew(tmp_path):
     assert [e.tensor_proto.string_val[0] for e in found.Tensors("study/report/text_summary")] == [b"first", b"second"]
 
 
-def test_the_table_of_hyperparameters_has_what_differs_between_the_runs_of_a_study(tmp_path):
+def columns(folder: Path) -> tuple[list, list]:
+    """(name, type) of the hyperparameters, and tags of the results, in the table of TensorBoard."""
     from tensorboard.plugins.hparams import metadata
 
-    study, cells = tmp_path / "study", []
+    found = EventAccumulator(str(folder / "report"))
+    found.Reload()
+    content = found.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    return [(i.name, i.type) for i in experiment.hparam_infos], [i.name.tag for i in experiment.metric_infos]
+
+
+def test_the_table_of_hyperparameters_has_what_the_variants_of_a_study_set(tmp_path):
+    study, cells, variants = tmp_path / "study", [], []
     for variant, lr, more in (("gqa", 0.1, {}), ("rgqa", 0.1, {"top_k": 2}), ("sqa", 0.2, {})):
-        attention = {"type": variant, "head_dim": 16, **more}
-        spec = {"seed": 1, "attention": attention, "optimizer": {"lr": lr}, "run_dir": f"cells/{variant}"}
-        cells.append({"variant": variant, "spec": spec})
-    write_json_in(study / "study.json", {"cells": cells})
+        attention = {"type": variant, "head_dim": 16, "unset": variant, **more}
+        spec = {"seed": 1, "attention": attention, "optimizer": {"lr": lr}, "model": {"ffn_width": len(cells)}}
+        cells.append({"variant": variant, "spec": spec | {"run_dir": f"cells/{variant}"}})
+        keys = {"attention": {"type": variant, **more}, "optimizer.lr": lr}
+        variants.append({"name": variant, "keys": keys, "matched": {"free": "model.ffn_width"} if cells[1:] else None})
+    study.mkdir()
+    write_json(study / "study.json", {"cells": cells, "variants": variants})
     run = RunDir(study / "cells" / "gqa" / "seed-1")
     train(run, 0, 1)
     with log_folder([study]) as folder:
-        found = EventAccumulator(str(folder / "report"))
-        found.Reload()
-        content = found.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-    experiment = metadata.parse_experiment_plugin_data(content)
-    assert [(info.name, info.type) for info in experiment.hparam_infos] == [
-        ("attention.type", 1),
-        ("optimizer.lr", 3),
-        ("attention.top_k", 3),
-    ]
-    assert [info.name.tag for info in experiment.metric_infos][:2] == ["val/loss", "train/loss"]
+        found, results = columns(folder)
+    assert found == [("attention.type", 1), ("optimizer.lr", 3), ("model.ffn_width", 3), ("attention.top_k", 3)]
+    assert results[:2] == ["val/loss", "train/loss"]
     with log_folder([run.path]) as folder:
         assert not (folder / "report").exists()  # one run differs from none
 
 
-def write_json_in(path: Path, value) -> None:
-    path.parent.mkdir(parents=True)
-    write_json(path, value)
+def test_the_table_of_other_runs_has_the_keys_that_all_have(tmp_path):
+    for name, more in (("a", {"optimizer": {"lr": 0.1}}), ("b", {"optimizer": {"lr": 0.2}, "attention": {"top_k": 1}})):
+        train(RunDir(tmp_path / "runs" / name), 0, 1)
+        write_json(RunDir(tmp_path / "runs" / name).spec, {"seed": 1, **more})
+    with log_folder([tmp_path / "runs"]) as folder:
+        assert columns(folder)[0] == [("optimizer.lr", 3)] and shown_runs(folder) == {"a", "b", "report"}
