@@ -266,7 +266,7 @@ _RUN = (
         "output_dir out_dir save_dir save_folder checkpoint_dir logging_dir log_dir dump_folder exp_dir workdir",
     ),
     _hint("hydra hydra.run.dir", "run_dir", "Hydra is not used; the folder of the run is run_dir."),
-    _same("name", "run_name experiment_name exp_name job_name wandb_run_name experiment project_name"),
+    _same("name", "run_name experiment_name exp_name job_name wandb_run_name project_name"),
     _same("seed", "random_seed manual_seed torch_seed training.seed global_seed"),
     _same("data.seed", "data_seed shuffle_seed dataloader_seed"),
     _same(
@@ -294,6 +294,11 @@ _RUN = (
     _same("tracking.wandb.group", "wandb_group wandb_run_group"),
     _same("tracking.mlflow.uri", "mlflow_uri mlflow_tracking_uri tracking_uri"),
     _same("tracking.mlflow.experiment", "mlflow_experiment mlflow_experiment_name"),
+    _hint(
+        "experiment",
+        "name tracking.mlflow.experiment",
+        "Use name for the name of a run, and tracking.mlflow.experiment for an experiment of MLflow.",
+    ),
     _hint(
         "wandb_api_key wandb.api_key wandb.key wandb.token mlflow_tracking_token mlflow_tracking_password mlflow.token "
         "mlflow.password mlflow.username mlflow_tracking_username",

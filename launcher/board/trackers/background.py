@@ -16,7 +16,7 @@ MOST_RECORDS = 20_000
 MOST_AT_ONCE = 200
 """Records that are written in one call."""
 
-PAUSE_S = 0.2
+PAUSE_S = 2.0
 """From one call to the next, so that many records are written together."""
 
 CLOSE_S = 30.0

@@ -41,7 +41,8 @@ class Wandb:
         )
         self._run: Any = started
         self._per_layer = per_layer
-        self._file, self._about = run.path / "wandb.json", {"id": run_id, "project": config.project}
+        self._file = run.path / "wandb.json"
+        self._about = {"id": run_id, "project": config.project, "url": self._run.url if online else None}
         # W&B takes only later steps than those it has, so a repeated step keeps its first point.
         stored = read_mapping(self._file)
         last = self._run.step - 1 if online else stored.get("step", -1) if stored.get("id") == run_id else -1
@@ -51,7 +52,7 @@ class Wandb:
 
     def _store(self) -> None:
         """Write id and last step, for people and for the next start without a network."""
-        write_json(self._file, self._about | {"step": self._at, "url": self._run.url})
+        write_json(self._file, self._about | {"step": self._at})
 
     def write(self, records: Iterable[Record]) -> None:
         for record in records:
