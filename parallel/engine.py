@@ -21,7 +21,7 @@ from headway.model.dropout import Dropout
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter
-from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, clock_of
+from headway.parallel.phases import BACKWARD, FORWARD, OPTIMIZER, NamedClock, PhaseClock, clock_of
 from headway.parallel.tensors.spans import Span
 from headway.parallel.transfer import transfer_to
 
@@ -122,7 +122,8 @@ class Engine(ABC):
     def _prepare(self) -> None:
         """Set up what the passes record. Call it before the parameters are wrapped or cast."""
         watch("step:gradient", self._logical[0].parameter)
-        self._clock, self._transfer = clock_of(self.layout.device), transfer_to(self.layout.device)
+        self._clock: PhaseClock = clock_of(self.layout.device)
+        self._transfer = transfer_to(self.layout.device)
         self._loss_sums: list[Tensor] = []  # of the last step's micro-batches
         self._aux_losses: list[Tensor] = []
         self._summed: tuple[float, float] | None = None
@@ -144,6 +145,11 @@ class Engine(ABC):
     @abstractmethod
     def _outcome(self) -> tuple[bool, float]:
         """Of the last step: whether its update was applied, and the gradient norm before clipping."""
+
+    def name_phases(self, named: bool) -> None:
+        """Whether the phases of the following steps are ranges in the trace of a profiler. Not in a pipeline."""
+        clock = self._clock.inner if isinstance(self._clock, NamedClock) else self._clock
+        self._clock = NamedClock(clock, self.accumulation) if named else clock
 
     @property
     def attention_layers(self) -> dict[int, Attention]:

@@ -6,6 +6,7 @@ between the phases, and are read once per step, after its last event has complet
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 import torch
 
 FORWARD, BACKWARD, OPTIMIZER = range(3)
+_AFTER = ("backward", "optimizer", "forward")
+"""Name of the phase that follows each phase."""
 Seconds = tuple[float, float, float]
 """Forward, backward and optimizer, summed over the micro-batches of a step."""
 
@@ -85,6 +88,36 @@ class EventClock:
             seconds[phase] += self._events[index].elapsed_time(self._events[index + 1]) / 1e3
         forward, backward, optimizer = seconds
         return forward, backward, optimizer
+
+
+class NamedClock:
+    """Another clock, with a range in the trace of a profiler for each phase, and `losses` for what follows them.
+
+    `passes`: forward passes of a step.
+    """
+
+    def __init__(self, inner: PhaseClock, passes: int) -> None:
+        self.inner, self._passes = inner, passes
+        self._left = 0
+        self._range = contextlib.ExitStack()
+
+    def start(self) -> None:
+        self.inner.start()
+        self._left = self._passes
+        self._open("forward")
+
+    def end(self, phase: int) -> None:
+        self._range.close()
+        self.inner.end(phase)
+        self._left -= phase == OPTIMIZER
+        self._open(_AFTER[phase] if self._left else "losses")
+
+    def read(self) -> Seconds:
+        self._range.close()
+        return self.inner.read()
+
+    def _open(self, name: str) -> None:
+        self._range.enter_context(torch.profiler.record_function(name))
 
 
 def clock_of(device: torch.device) -> PhaseClock:

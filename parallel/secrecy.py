@@ -23,6 +23,7 @@ _FORMS = {
     "a token of Hugging Face": r"\b(hf|api_org)_[A-Za-z0-9]{16,}",
     "a key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{12,}",
     "a key of Google": r"\bAIza[\w-]{30,}",
+    "a key of W&B": r"\b(wandb_v\d+_\w{20,}|local-[0-9a-f]{40})",
     "a token of Slack": r"\bxox[a-z]-[\w-]{10,}",
     "a token of npm or PyPI": r"\b(npm_[A-Za-z0-9]{20,}|pypi-[\w-]{16,})",
     "a secret key (sk-, sk_live_)": r"\b(sk-|(sk|rk|pk)_(live|test)_)[\w-]{16,}",

@@ -1,1 +1,1 @@
-"""TensorBoard: event files from records, and the server that shows them. Imports run and below."""
+"""What shows records elsewhere: TensorBoard (event files, server), W&B and MLflow. Imports run and below."""

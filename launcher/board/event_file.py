@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from headway.launcher.board.writer import image_value
+from headway.launcher.board.summaries import image_value
 
 _MOST_BYTES = 4 << 20  # of events whose checksums are computed together, each as long as the longest one
 
@@ -21,8 +21,9 @@ class EventFile:
     """The points of one event file. `file`: empty and open for writing; the caller closes it. `wall_s`: wall-clock time
     of its beginning in seconds.
 
-    `add_scalar` and `add_image` have the arguments of `SummaryWriter`; step and time must be given. The values of one
-    record are added, then `end_record` writes them. `close` must be called at the end. All raise OSError.
+    `add_scalar`, `add_image` and `add_value` have the arguments of `headway.launcher.board.writer.Writer`; step and
+    time must be given. The scalars and images of one record are added, then `end_record` writes them. `close` must be
+    called at the end. All raise OSError.
     """
 
     def __init__(self, file: BinaryIO, wall_s: float) -> None:
@@ -46,6 +47,10 @@ class EventFile:
         self, tag: str, img_tensor: Any, global_step: Any = None, walltime: Any = None, dataformats: str = "CHW"
     ) -> None:
         self._add(image_value(tag, img_tensor, dataformats), global_step, walltime)
+
+    def add_value(self, value: Any, global_step: Any = None, walltime: Any = None) -> None:
+        """Write an event of its own, which belongs to no record."""
+        self._write(self._event(wall_time=walltime, step=global_step, summary=self._summary(value=[value])))
 
     def end_record(self) -> None:
         """Write the values that were added since the last call as one event."""

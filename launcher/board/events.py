@@ -1,40 +1,20 @@
-"""Write records to TensorBoard: scalars, scalars of routers and heads per layer, and images of expert loads."""
+"""Write records to TensorBoard: scalars, pictures of expert loads, the layout of the charts, texts, hyperparameters."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-CELL_PX = 12
-"""Edge length of one expert's square in pixels. Viewers blur enlarged single pixels."""
-
-NONE, EVEN, TWICE = (230, 97, 1), (247, 247, 247), (94, 60, 153)
-"""Colours of a load of 0, of an even share, and of twice an even share or more: orange, white, violet."""
-
-ABSENT = (160, 160, 160)
-"""Colour of cells without an expert, in layers with fewer experts than others."""
-
-ROUTER_MEANS = {
-    "entropy": "entropy",
-    "effective": "effective_experts",
-    "gate": "gate",
-    "top1_margin": "top1_margin",
-    "close": "close_share",
-    "switch_rate": "switch_rate",
-    "mutual_information": "mutual_information",
-    "information_share": "mutual_information_share",
-}
-"""Key of `headway.model.router_meter.RouterFigures` -> name of its mean over groups."""
-
-HEAD_MEASURES = ("c_w", "c_q", "c_o", "effective_rank", "cka")
-"""Measures of `headway.model.diversity.HeadDiversity`."""
+from headway.launcher.board.layout import layout_of
+from headway.launcher.board.pages import hparams, report_text, spec_text, started_s
+from headway.launcher.board.picture import load_picture
+from headway.launcher.board.scalars import KINDS, scalars_of
+from headway.launcher.board.summaries import end_value, layout_value, start_value, text_value
+from headway.launcher.run.run_dir import RunDir, read_mapping
 
 
 class Board(Protocol):
-    """What points are written to: `SummaryWriter` or `headway.launcher.board.event_file.EventFile`."""
+    """What is written to: `headway.launcher.board.writer.Writer` or `headway.launcher.board.event_file.EventFile`."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, walltime: Any = None) -> Any: ...
 
@@ -42,114 +22,58 @@ class Board(Protocol):
         self, tag: str, img_tensor: Any, global_step: Any = None, walltime: Any = None, dataformats: str = "CHW"
     ) -> Any: ...
 
-
-def board_train(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """One optimizer step: a record of kind "train". `wall_s`: wall-clock time in seconds (None: now)."""
-    scalars = {
-        "train/loss": record["loss"],
-        "train/perplexity": _perplexity(record["loss"]),
-        "train/aux_loss": record["aux_loss"],
-        "train/grad_norm": record["grad_norm"],
-        "train/lr": record["lr"],
-        "train/tokens": record["tokens"],
-        "perf/tokens_per_s": record["tokens_per_s"],
-        "perf/data_wait_share": record["data_s"] / max(1e-9, record["step_s"]),
-    }
-    for tag, value in scalars.items():
-        board.add_scalar(tag, value, record["step"], wall_s)
-    if "router" in record:
-        board_routers(board, record["router"], record["step"], wall_s)
+    def add_value(self, value: Any, global_step: Any = None, walltime: Any = None) -> Any:
+        """`value`: made by a function of `headway.launcher.board.summaries`."""
 
 
-def board_validation(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """One validation: a record of kind "validation"."""
-    scalars = {
-        "val/loss": record["loss"],
-        "val/perplexity": _perplexity(record["loss"]),
-        "val/accuracy": record["accuracy"],
-    }
-    for name, found in record.get("sets", {}).items():
-        scalars[f"val_sets/{name}"] = found["loss"]
-    for tag, value in scalars.items():
-        board.add_scalar(tag, value, record["step"], wall_s)
+class Drawing:
+    """The records of one run on a board.
 
-
-def board_diversity(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """Diversity of heads: a record of kind "heads"."""
-    board_heads(board, record["layers"], record["step"], wall_s)
-
-
-def board_saved(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """A save that was committed: a record of kind "checkpoint"."""
-    scalars = {"stall_s": record["stall_s"], "write_s": record["write_s"], "failed_in_a_row": 0}
-    for name, value in scalars.items():
-        board.add_scalar(f"checkpoint/{name}", value, record["step"], wall_s)
-
-
-def board_not_saved(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """A save that failed: a record of kind "checkpoint_failed"."""
-    board.add_scalar("checkpoint/failed_in_a_row", record.get("in_a_row", 1), record["step"], wall_s)
-
-
-def board_skipped(board: Board, record: dict[str, Any], wall_s: float | None = None) -> None:
-    """A step that was not applied: a record of kind "skipped"."""
-    board.add_scalar("guard/skipped_steps", record["total"], record["step"], wall_s)
-
-
-DRAW = {
-    "train": board_train,
-    "validation": board_validation,
-    "heads": board_diversity,
-    "checkpoint": board_saved,
-    "checkpoint_failed": board_not_saved,
-    "skipped": board_skipped,
-}
-"""Kind of a record -> function that writes it. The event files contain nothing else."""
-
-
-def board_routers(board: Board, record: dict[str, Any], step: int, wall_s: float | None = None) -> None:
-    """Scalars `router/LAYER/ROUTER_NAME`, and one image `router/load_ROUTER` of layers by experts of all groups.
-
-    `record`: {layer: {router: figures}}, as returned by `headway.launcher.train.router.RouterMonitor`.
+    `per_layer`: with the scalars of each layer. Times are wall-clock times in seconds; None: now.
     """
-    loads: dict[str, list[list[float]]] = {}
-    for layer, routers in record.items():
+
+    def __init__(self, board: Board, run: RunDir, *, per_layer: bool) -> None:
+        self._board, self._run, self._per_layer = board, run, per_layer
+        self._tags: set[str] = set()
+        self._layout: Mapping[str, Any] = {}
+
+    def begin(self, wall_s: float | None = None) -> None:
+        """Show the spec of the run as a text and as hyperparameters. Nothing is shown without a spec."""
+        spec = read_mapping(self._run.spec)
+        if not spec:
+            return
+        self._board.add_value(text_value("run/spec", spec_text(self._run)), 0, wall_s)
+        group = str(spec.get("name", self._run.path.name))
+        self._board.add_value(start_value(hparams(spec), group, started_s(self._run)), 0, wall_s)
+
+    def draw(self, record: Mapping[str, Any], wall_s: float | None = None) -> None:
+        """Show a record of `KINDS`; nothing for others. Raises as `scalars_of` does, before anything is written."""
+        if record["kind"] not in KINDS:
+            return
+        scalars, step = scalars_of(record, per_layer=self._per_layer), record["step"]
+        pictures = _pictures(record)
+        for tag, value in scalars.items():
+            self._board.add_scalar(tag, value, step, wall_s)
+        for tag, picture in pictures.items():
+            self._board.add_image(tag, picture, step, wall_s, dataformats="HWC")
+        if not self._tags.issuperset(scalars):
+            self._tags.update(scalars)
+            layout = layout_of(self._tags)
+            if layout != self._layout:
+                self._layout = layout
+                self._board.add_value(layout_value(layout), 0, wall_s)
+
+    def end(self, summary: Mapping[str, Any], wall_s: float | None = None) -> None:
+        """Show the result of a complete run. `summary`: of summary.json."""
+        self._board.add_value(text_value("run/report", report_text(self._run, summary)), summary["steps"], wall_s)
+        self._board.add_value(end_value(started_s(self._run) + summary["train_s"]), summary["steps"], wall_s)
+
+
+def _pictures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> picture of the loads of all layers, for each router of a record."""
+    loads: dict[str, dict[str, list[list[float]]]] = {}
+    for layer, routers in record.get("router", {}).items():
         for name, figures in routers.items():
-            groups = figures["load"]
-            values = {short: _mean(figures[key]) for key, short in ROUTER_MEANS.items()}
-            values |= {"dead": float(sum(figures["dead"])), "peak": max(max(group) for group in groups)}
-            for key, value in values.items():
-                if value is not None:
-                    board.add_scalar(f"router/{layer}/{name}_{key}", value, step, wall_s)
-            loads.setdefault(name, []).append([len(group) * share for group in groups for share in group])
-    for name, rows in loads.items():
-        board.add_image(f"router/load_{name}", load_map(rows), step, wall_s, dataformats="HWC")
-
-
-def board_heads(board: Board, layers: dict[str, dict[str, Any]], step: int, wall_s: float | None = None) -> None:
-    """Scalars `heads/LAYER/MEASURE` of each layer, and their means `heads/mean/MEASURE`."""
-    for key in HEAD_MEASURES:
-        for layer, measures in layers.items():
-            board.add_scalar(f"heads/{layer}/{key}", measures[key], step, wall_s)
-        mean = float(np.mean([m[key] for m in layers.values()]))
-        board.add_scalar(f"heads/mean/{key}", mean, step, wall_s)
-
-
-def load_map(rows: list[list[float]]) -> NDArray[np.uint8]:
-    """Loads relative to an even share, one row per layer, of any lengths -> image [height, width, RGB]."""
-    loads = np.full((len(rows), max(len(row) for row in rows)), np.nan)
-    for i, row in enumerate(rows):
-        loads[i, : len(row)] = row
-    points = np.array([NONE, EVEN, TWICE], dtype=np.float64)
-    channels = [np.interp(np.clip(loads, 0, 2), [0, 1, 2], points[:, c]) for c in range(3)]
-    picture = np.where(np.isnan(loads)[..., None], ABSENT, np.stack(channels, -1)).round().astype(np.uint8)
-    return picture.repeat(CELL_PX, 0).repeat(CELL_PX, 1)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 50.0))
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+            shares = [[len(group) * share for share in group] for group in figures["load"]]
+            loads.setdefault(name, {})[layer] = shares
+    return {f"router/load_{name}": load_picture(layers) for name, layers in loads.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import calendar
 import re
 import shutil
-import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ import numpy as np
 
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.board.event_file import EventFile
-from headway.launcher.board.events import DRAW
+from headway.launcher.board.events import Drawing
+from headway.launcher.board.pages import started_s
+from headway.launcher.board.scalars import KINDS
 from headway.launcher.run.columns.table import Table, gaps_between
 from headway.launcher.run.lines import Damage, Lost
 from headway.launcher.run.records import kinds_and_steps
@@ -40,19 +40,22 @@ def put_in_order(folder: Path) -> None:
         path.rename(path.with_name(f"{EVENTS}0000000000-{number:06d}.{path.name.removeprefix(EVENTS)}"))
 
 
-def rebuild(run: RunDir) -> Lost:
+def rebuild(run: RunDir, *, per_layer: bool | None = None) -> Lost:
     """Rebuild the event files from metrics.jsonl, atomically: a reader sees either the old or the new files.
 
-    Records contain no wall-clock time, so the time of a point is the first start of the run plus the seconds of
-    training. Returns the damage and gaps of metrics.jsonl. Raises NoInputError if there are no records, and SpecError
-    while the run is being trained.
+    `per_layer`: with the scalars of each layer; None: as `tracking.per_layer` of the run says. Records contain no
+    wall-clock time, so the time of a point is the first start of the run plus the seconds of training. Returns the
+    damage and gaps of metrics.jsonl. Raises NoInputError if there are no records, and SpecError while the run is being
+    trained.
     """
     if next(run.read_metrics(), None) is None:
         raise NoInputError(f"{run.metrics}: there is no record to show; name the folder of a run that has started")
     with run.locked(), run.locked("worker.lock"):
         temporary = run.path / ".tensorboard.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        lost = _draw(run, temporary)
+        if per_layer is None:
+            per_layer = shows_layers(read_mapping(run.spec))
+        lost = _draw(run, temporary, per_layer)
         (written,) = temporary.iterdir()
         sync(written)
         run.tensorboard.mkdir(exist_ok=True)
@@ -65,19 +68,27 @@ def rebuild(run: RunDir) -> Lost:
     return lost
 
 
-def _draw(run: RunDir, folder: Path) -> Lost:
+def shows_layers(spec: Mapping[str, Any]) -> bool:
+    """`tracking.per_layer` of the spec of a run; False where it says nothing."""
+    tracking = spec.get("tracking")
+    return isinstance(tracking, dict) and tracking.get("per_layer") is True
+
+
+def _draw(run: RunDir, folder: Path, per_layer: bool) -> Lost:
     """Write one event file into a new folder. Returns the damage found in metrics.jsonl."""
-    damage, strange, wall_s = Damage(), 0, _started_s(run)
+    damage, strange, wall_s = Damage(), 0, started_s(run)
     steps, start_s = array("q"), wall_s
     folder.mkdir()
     with (folder / _REBUILT).open("wb") as file:
         board = EventFile(file, wall_s)
+        drawing = Drawing(board, run, per_layer=per_layer)
+        drawing.begin(wall_s)
         for kind, record in _last_of_each_step(run, damage):
             trained_s = record.get("train_s")
             if isinstance(trained_s, int | float) and start_s + trained_s > wall_s:
                 wall_s = start_s + trained_s
             try:
-                DRAW[kind](board, record, wall_s)
+                drawing.draw(record, wall_s)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
                 board.drop_record()
                 strange += 1  # a line without a checksum that does not have Headway's format
@@ -85,6 +96,8 @@ def _draw(run: RunDir, folder: Path) -> Lost:
             board.end_record()
             if kind == "train":
                 steps.append(record["step"])
+        if run.is_complete():
+            drawing.end(read_mapping(run.summary), wall_s)
         board.close()
     found = np.unique(np.array(steps, dtype=np.int64))
     lost = Lost.of(damage, gaps_between(found[found > 0]))
@@ -93,7 +106,7 @@ def _draw(run: RunDir, folder: Path) -> Lost:
 
 def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records to write, with their kind; the later one if a step occurs twice. Reads the file twice."""
-    tables = {kind: Table(("place",)) for kind in DRAW}
+    tables = {kind: Table(("place",)) for kind in KINDS}
     count = 0
     for count, (kind, step) in enumerate(kinds_and_steps(run), 1):
         if isinstance(kind, str) and kind in tables and type(step) is int and 0 <= step < 1 << 40:
@@ -104,14 +117,3 @@ def _last_of_each_step(run: RunDir, damage: Damage) -> Iterator[tuple[str, dict[
     for place, record in enumerate(run.read_metrics(damage)):
         if place < count and wanted[place]:
             yield record["kind"], record
-
-
-def _started_s(run: RunDir) -> float:
-    """Wall-clock time of the run's first start in seconds; 0 if unknown."""
-    card = read_mapping(run.card)
-    attempts = card.get("attempts")
-    first = attempts[0] if isinstance(attempts, list) and attempts and isinstance(attempts[0], dict) else card
-    try:
-        return float(calendar.timegm(time.strptime(str(first.get("started_at")), "%Y-%m-%dT%H:%M:%SZ")))
-    except (ValueError, OverflowError):
-        return 0.0

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import ipaddress
 import signal
 import socket
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from headway.launcher.base import console
-from headway.launcher.base.errors import HeadwayError, NoInputError, SpecError, printable
+from headway.launcher.base.errors import HeadwayError, SpecError, printable
 from headway.launcher.board.files import EVENTS, rebuild
+from headway.launcher.board.links import log_folder, runs_below
 from headway.launcher.run.record_check import check_records
-from headway.launcher.run.run_dir import RunDir
 
 LOOPBACK = "127.0.0.1"
-_DEEPEST = 4  # maximum depth of a run below the named folder: probes/TASK/cells/VARIANT/seed-N
 
 
-def board(paths: Sequence[Path], *, host: str, port: int | None, expose: bool, rebuild_files: bool, serve: bool) -> int:
+def board(
+    paths: Sequence[Path],
+    *,
+    host: str,
+    port: int | None,
+    expose: bool,
+    rebuild_files: bool,
+    serve: bool,
+    per_layer: bool | None = None,
+) -> int:
     """Serve TensorBoard for the runs at or below each of `paths` until a signal arrives. Returns 0.
 
     `port`: None selects 6006 or the next free port, 0 any free port. A `host` other than this machine requires
-    `expose`. `rebuild_files`: first rebuild the event files of each run from metrics.jsonl. `serve` False starts no
-    server. Raises NoInputError if there is no run, SpecError for an invalid address or a run that is being trained.
+    `expose`. `rebuild_files`: first rebuild the event files of each run from metrics.jsonl; `per_layer`: with the
+    scalars of each layer (None: as the spec of the run says). `serve` False starts no server. Raises NoInputError if
+    there is no run, SpecError for an invalid address or a run that is being trained.
     """
     address = _address(host, expose)
     if port is not None and not 0 <= port <= 65535:
         raise SpecError(f"--port: {port} is not a port; use 1 to 65535, or 0 for any free port")
-    found = {path: runs_below(path) for path in paths}
-    runs = [run for below in found.values() for run in below]
+    if per_layer and not rebuild_files:
+        raise SpecError("--per-layer: event files have it only after --rebuild; add --rebuild, or leave it out")
+    runs = [run for path in paths for run in runs_below(path)]
     if rebuild_files:
         for run in runs:
-            lost = rebuild(run)
+            lost = rebuild(run, per_layer=per_layer)
             print(f"{run.tensorboard}: rebuilt from {run.metrics.name}{f'; {lost}' if lost else ''}", flush=True)
     for run in runs:
         if damage := check_records(run.path).damage:
@@ -49,25 +58,9 @@ def board(paths: Sequence[Path], *, host: str, port: int | None, expose: bool, r
             flush=True,
         )
     if serve:
-        with _log_folder([_shown(path, below) for path, below in found.items()]) as folder:
+        with log_folder(paths) as folder:
             _serve(folder, address, port)
     return 0
-
-
-def runs_below(path: Path) -> list[RunDir]:
-    """The run in a folder, or the runs below it (of a study or probes). Raises NoInputError if there is none."""
-    if _is_run(path):
-        return [RunDir(path)]
-    for depth in range(1, _DEEPEST + 1):
-        if found := sorted({p.parent for p in path.glob("*/" * depth + "metrics.jsonl") if _is_run(p.parent)}):
-            return [RunDir(p) for p in found]
-    raise NoInputError(
-        f"{path}: no run in this folder or below it; name the folder with metrics.jsonl, or the folder of a study"
-    )
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").is_file() or (path / "tensorboard").is_dir()
 
 
 def _address(host: str, expose: bool) -> str:
@@ -87,29 +80,6 @@ def _address(host: str, expose: bool) -> str:
     return str(address)
 
 
-def _shown(path: Path, below: Sequence[RunDir]) -> Path:
-    """The folder for TensorBoard: the event files of a run, or the parent of several runs, to include later runs."""
-    return below[0].tensorboard if below[0].path == path else path
-
-
-@contextlib.contextmanager
-def _log_folder(folders: Sequence[Path]) -> Iterator[Path]:
-    """The log folder for TensorBoard: a single parent folder itself, else a temporary folder with a link per run."""
-    if len(folders) == 1 and folders[0].name != "tensorboard":
-        yield folders[0].resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="headway-board-") as temporary:
-        for folder in folders:
-            whole = folder.resolve()
-            name = whole.parent.name if folder.name == "tensorboard" else whole.name
-            link, number = Path(temporary) / name, 1
-            while link.is_symlink():
-                number += 1
-                link = link.with_name(f"{name}-{number}")
-            link.symlink_to(whole)
-        yield Path(temporary)
-
-
 def _serve(folder: Path, host: str, port: int | None) -> None:
     """Run TensorBoard in threads of this process, until SIGINT or SIGTERM."""
     from tensorboard import default, program
@@ -117,7 +87,7 @@ def _serve(folder: Path, host: str, port: int | None) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    server = program.TensorBoard(plugins=default.get_plugins())
+    server = program.TensorBoard(plugins=_plugins(default.get_plugins()))
     wanted = ["--port", str(port)] if port is not None else []
     server.configure(argv=["tensorboard", "--logdir", str(folder), "--host", host, *wanted])
     try:
@@ -131,6 +101,13 @@ def _serve(folder: Path, host: str, port: int | None) -> None:
     else:
         console.warn(f"WARNING: everyone who can reach {host}:{at} can read it, because there is no password")
     stop.wait()
+
+
+def _plugins(found: Sequence[Any]) -> list[Any]:
+    """The tabs, with the custom layout first: TensorBoard opens on the first tab for which there is data."""
+    from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+
+    return sorted(found, key=lambda plugin: plugin is not CustomScalarsPlugin)
 
 
 def _login() -> str:

@@ -12,6 +12,9 @@ from headway.launcher.base.verbs import Verb
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or of a study")
     parser.add_argument("--rebuild", action="store_true", help="first recreate the event files from metrics.jsonl")
+    parser.add_argument(
+        "--per-layer", action="store_true", help="with --rebuild: show routers and heads of each layer too"
+    )
     parser.add_argument("--no-server", action="store_true", help="exit after --rebuild; do not start the server")
     parser.add_argument(
         "--port",
@@ -32,7 +35,13 @@ def _board(args: argparse.Namespace) -> int:
     from headway.launcher.board.server import board
 
     options = {"host": args.host, "port": args.port, "expose": args.expose}
-    return board(args.runs, **options, rebuild_files=args.rebuild, serve=not args.no_server)
+    return board(
+        args.runs,
+        **options,
+        rebuild_files=args.rebuild,
+        per_layer=args.per_layer or None,
+        serve=not args.no_server,
+    )
 
 
 VERBS = (

@@ -30,7 +30,7 @@ LOCKS = {
 }
 _LOCK_FILES = dict.fromkeys((name for names in LOCKS.values() for name in names), 2)
 _LAST = {**_LOCK_FILES, **dict.fromkeys((*RECORDS, "run_id.json"), 1)}
-_RUN_FOLDERS = ("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped")
+_RUN_FOLDERS = ("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped", "traces", "wandb")
 _RUN_FILES = re.compile(r"hostfile|\.?[a-z_]+(\.[a-z_]+)*\.(json|jsonl|lock|tmp)")
 _RECORD_FILES = re.compile(r"seed-\d+(\.budget-[0-9.e-]+)?\.json")
 _STUDY_FILES = re.compile(r"\.?[\w-]+(\.[\w-]+)*\.(json|lock|tmp|md|html|csv|png|svg)")

@@ -93,6 +93,12 @@ def check_caches(environment: Mapping[str, str]) -> None:
             )
 
 
+def inherited(spec: Spec) -> list[str]:
+    """Variables that ranks take from the environment of this host: `INHERITED`, and those of the spec's trackers."""
+    of_trackers = (name for service in spec.tracking.services for name in service.variables)
+    return [name for name in (*INHERITED, *of_trackers) if name in os.environ]
+
+
 def forwarded(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
     """Values of launch.env. Raises SpecError if a variable with value null is missing in `environment`."""
     missing = [name for name, value in spec.launch.env.items() if value is None and name not in environment]
@@ -105,8 +111,8 @@ def forwarded(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def full_environment(spec: Spec, extra: Mapping[str, str], *, interface: str | None = None) -> dict[str, str]:
-    """The whole environment of the ranks: `INHERITED` from this host, `extra` (launch.env), and Headway's variables."""
-    own = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    """The whole environment of the ranks: `inherited` from this host, `extra` (launch.env), and Headway's variables."""
+    own = {name: os.environ[name] for name in inherited(spec)}
     return {**own, **extra, **worker_environment(spec, interface=interface)}
 
 
@@ -173,7 +179,7 @@ def dry_run_text(spec: Spec, run: RunDir, *, names: Sequence[str] | None = None,
 
 
 def _line(spec: Spec, words: Sequence[str]) -> str:
-    taken = [name for name in INHERITED if name in os.environ]
+    taken = inherited(spec)
     taken += [name for name, value in spec.launch.env.items() if value is None]
     fixed = {name: value for name, value in spec.launch.env.items() if value is not None} | worker_environment(spec)
     shown = [f'{name}="${name}"' for name in taken] + [f"{name}={shlex.quote(value)}" for name, value in fixed.items()]

@@ -16,6 +16,7 @@ from headway.data.config import DataError, datasets_of
 from headway.data.manifest import read_manifest
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.board.trackers.opening import check_installed
 from headway.launcher.hosts.commands import (
     LOOPBACK,
     check_caches,
@@ -169,6 +170,7 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
 
 def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto: bool) -> int:
     """Lock the run folder and train, alone or with the other hosts. `auto`: find the micro-batch size first."""
+    check_installed(spec.tracking)
     spec, info = resolve(spec)
     check_port(spec)
     env = forwarded(spec, os.environ)

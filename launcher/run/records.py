@@ -61,7 +61,8 @@ class RunRecord:
     whose update was not applied. `spikes`: steps with a loss spike (`guard.spike`). `standard_error`: of each
     validation loss, from the spread over `micro_batches`; nan if not recorded. `targets`: of each validation. `sets`:
     losses of each validation set, at each validation; nan if not recorded. `mix`: tokens and epochs of each dataset
-    of a mixture, at the last validation. `lost`: records that metrics.jsonl and all curves lack.
+    of a mixture, at the last validation. `step_s`, `data_s`: seconds of each step, and of its wait for data, without
+    steps that were profiled. `lost`: records that metrics.jsonl and all curves lack.
     """
 
     path: Path
@@ -131,14 +132,20 @@ def read_run(path: Path) -> RunRecord:
         grad_norm=train.column("grad_norm", kept),
         skipped=train.skipped(kept),
         spikes=len(found.spikes),
-        step_s=train.column("step_s", kept),
-        data_s=train.column("data_s", kept),
+        step_s=_timed(train, kept, "step_s"),
+        data_s=_timed(train, kept, "data_s"),
         batch_hash=train.hashes(kept),
         routers=found.routers,
         heads=read_heads(_by_step(found.heads)),
         start=_start(_by_step(found.starts)),
         lost=Lost.of(damage, gaps_between(steps[steps > 0])),
     )
+
+
+def _timed(train: TrainTable, kept: NDArray[np.intp], key: str) -> Floats:
+    """A time of each step that has one: steps with a trace have none."""
+    found = train.column(key, kept)
+    return found[~np.isnan(found)]
 
 
 class _Records:

@@ -76,6 +76,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.traces = path / "traces"
         self.logs = path / "logs"
 
     @classmethod

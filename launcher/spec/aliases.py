@@ -266,18 +266,45 @@ _RUN = (
         "output_dir out_dir save_dir save_folder checkpoint_dir logging_dir log_dir dump_folder exp_dir workdir",
     ),
     _hint("hydra hydra.run.dir", "run_dir", "Hydra is not used; the folder of the run is run_dir."),
-    _same("name", "run_name experiment_name exp_name job_name wandb_run_name experiment project_name"),
+    _same("name", "run_name experiment_name exp_name job_name wandb_run_name project_name"),
     _same("seed", "random_seed manual_seed torch_seed training.seed global_seed"),
     _same("data.seed", "data_seed shuffle_seed dataloader_seed"),
     _same(
         "tracking.log_every_steps", "logging_steps log_interval log_freq log_every log_every_n_steps logging_interval"
     ),
     _hint(
-        "wandb use_wandb enable_wandb wandb_project wandb_entity wandb_log wandb_mode project report_to logger "
-        "loggers mlflow comet neptune aim clearml tracker",
-        "tracking.tensorboard",
-        "There are no other trackers than TensorBoard (tracking.tensorboard); every run has its values in "
-        "metrics.jsonl too.",
+        "report_to logger loggers tracker trackers comet neptune aim clearml",
+        "tracking.tensorboard tracking.wandb tracking.mlflow",
+        "Records are shown in TensorBoard (tracking.tensorboard), W&B (tracking.wandb) and MLflow (tracking.mlflow); "
+        "every run has its values in metrics.jsonl too.",
+    ),
+    _hint(
+        "wandb use_wandb enable_wandb wandb_log",
+        "tracking.wandb",
+        "Use tracking.wandb, as tracking.wandb.project=NAME.",
+    ),
+    _hint(
+        "mlflow use_mlflow enable_mlflow",
+        "tracking.mlflow",
+        "Use tracking.mlflow, as tracking.mlflow.uri=https://HOST.",
+    ),
+    _same("tracking.wandb.project", "wandb_project project"),
+    _same("tracking.wandb.entity", "wandb_entity wandb_team"),
+    _same("tracking.wandb.mode", "wandb_mode"),
+    _same("tracking.wandb.group", "wandb_group wandb_run_group"),
+    _same("tracking.mlflow.uri", "mlflow_uri mlflow_tracking_uri tracking_uri"),
+    _same("tracking.mlflow.experiment", "mlflow_experiment mlflow_experiment_name"),
+    _hint(
+        "experiment",
+        "name tracking.mlflow.experiment",
+        "Use name for the name of a run, and tracking.mlflow.experiment for an experiment of MLflow.",
+    ),
+    _hint(
+        "wandb_api_key wandb.api_key wandb.key wandb.token mlflow_tracking_token mlflow_tracking_password mlflow.token "
+        "mlflow.password mlflow.username mlflow_tracking_username",
+        "tracking.wandb tracking.mlflow",
+        "Specs are copied into run folders, so keys of trackers stand in none. Set WANDB_API_KEY, or "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, in the environment of the command.",
     ),
     _same("tracking.tensorboard", "use_tensorboard enable_tensorboard tensorboard_dir tensorboard_log"),
 )

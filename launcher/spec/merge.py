@@ -17,9 +17,11 @@ from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.spec.fields import Shape
 from headway.launcher.spec.paths import place_paths
 from headway.launcher.spec.yamlio import MAX_DEPTH, Node, Place, load_yaml, parse_scalar, parse_yaml, value_node
+from headway.parallel.secrecy import SECRET_NAME, secret_form
 
 MAX_BASES = 16
 _ENVIRONMENT = re.compile(r"launch\.env[.=]|launch=.*\benv\b", re.DOTALL)
+_OF_TRACKERS = re.compile(r"[-+]*(tracking\b|\w*(wandb|mlflow))")
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)*"
 _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
 
@@ -119,7 +121,7 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
     for i, argument in enumerate(overrides):
         key, equals, text = argument.partition("=")
         # The value of an environment variable may be a secret, so messages and origins do not contain it.
-        secret = _ENVIRONMENT.match(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
+        secret = _may_be_secret(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
         shown = (f"{key}=..." if equals else "...") if secret else argument
         place = Place(f"argument '{printable(shown, 200)}'")
         if not equals or not key or key != key.strip() or key.startswith("-"):
@@ -133,6 +135,14 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
         for name, item in nested.value.items():
             _put(layer, [name], item, key if not item.is_mapping else name)
     return layer
+
+
+def _may_be_secret(argument: str) -> bool:
+    """Whether the value of an argument must not be shown: a variable of the ranks, or what looks like a secret."""
+    key, _, value = argument.partition("=")
+    if _ENVIRONMENT.match(argument):
+        return True
+    return bool(_OF_TRACKERS.match(key) and (SECRET_NAME.search(key) or secret_form(value)))
 
 
 def _right_form(overrides: Sequence[str], i: int) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from headway.data.config import DataConfig, StrictModel
 from headway.launcher.spec.fields import AUTO, Word
 from headway.launcher.spec.paths import split_step
+from headway.launcher.spec.tracking import TrackingConfig
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.parallel.config import (
@@ -78,14 +79,6 @@ class TrainConfig(StrictModel):
     validate_every_tokens: int | None = Field(default=None, gt=0, description="none: only at the end")
     validate_first: bool = Field(default=False, description="validate before the first step too, at 0 tokens")
     validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
-
-
-class TrackingConfig(StrictModel):
-    """Records in addition to metrics.jsonl."""
-
-    log_every_steps: int = Field(default=1, ge=1, description="console lines; metrics.jsonl has every step")
-    router_every_steps: int = Field(default=10, ge=1, description="steps from one record of router figures to the next")
-    tensorboard: bool = True
 
 
 class Sections(StrictModel):

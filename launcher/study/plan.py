@@ -282,6 +282,7 @@ def _cell(
         "run_dir": str(run_dir),
         "seed": seed,
         "data.seed": seed,
+        **variant.spec.tracking.grouped(study.config.study),
         **more,
     }
     solved = [_solved(variant.matched)] if variant.matched else []

@@ -15,6 +15,7 @@ import torch
 
 from headway.data.loader import Loader
 from headway.data.validation import validation_data
+from headway.launcher.board.trackers.opening import open_trackers
 from headway.launcher.run.branching import Parent
 from headway.launcher.run.chain import Chain
 from headway.launcher.run.identity import check_identity
@@ -144,7 +145,9 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         log_every_steps=spec.tracking.log_every_steps,
         total_steps=spec.steps,
         start_step=step,
+        per_layer=spec.tracking.per_layer,
         chain=None if cut is None else cut.chain,
+        sinks=open_trackers(run, spec.tracking, start_step=step, say=say) if layout.is_main else (),
     )
     if parent is not None:
         note = "" if parent.note is None else f"\nnote: {parent.note}"

@@ -58,6 +58,8 @@ def train_step(s: Session, *, stop: bool = False) -> Step:
     """Read a batch, take one optimizer step and log it. `stop`: this rank was asked to stop."""
     heartbeat.beat("data", s.step + 1)
     start = time.perf_counter()
+    for hook in s.hooks:
+        hook.before_data(s)
     batch = s.batches.take()
     data_s = time.perf_counter() - start
     heartbeat.beat("step", s.step + 1)
@@ -184,6 +186,7 @@ def finish(s: Session) -> None:
         **_mixed(s),
     }
     write_json(s.run.summary, summary)
+    s.tracker.finish(summary)
     say(
         f"done: {s.tokens:,} tokens in {s.train_s:.1f} s of training, validation loss {s.validation_loss:.4f}; "
         f"records in {s.run.path}",

@@ -131,8 +131,11 @@ class Hook:
     def on_start(self, s: Session) -> None:
         """Called after everything is loaded, before the first step of this process."""
 
+    def before_data(self, s: Session) -> None:
+        """Called before the batch of a step is read."""
+
     def before_step(self, s: Session) -> None:
-        """Called before a step."""
+        """Called before a step, when its batch is read."""
 
     def after_step(self, s: Session, stats: StepStats, record: dict[str, Any]) -> None:
         """Called after a step. Keys that the hook adds to `record` are logged."""

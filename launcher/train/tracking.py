@@ -1,32 +1,26 @@
-"""Records of a run: console lines, metrics.jsonl (authoritative) and TensorBoard (derived from it)."""
+"""Records of a run: console lines, metrics.jsonl (authoritative), and what shows the same records elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from headway.launcher.base.text import duration
-from headway.launcher.board.events import DRAW, board_diversity, board_train, board_validation
-from headway.launcher.board.files import put_in_order
-from headway.launcher.board.writer import writer_class
+from headway.launcher.board.trackers.sink import Sink
+from headway.launcher.board.writer import TensorBoard
 from headway.launcher.run.chain import Chain
 from headway.launcher.run.lines import LineFile
 from headway.launcher.run.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-
-_GONE = "IS NOT WRITTEN ANY MORE: {}; metrics.jsonl has every record, and `headway board RUN --rebuild` makes it anew"
 
 
 class Tracker:
     """Write records on the main process. On all other processes every method does nothing.
 
     `total_steps` and `total_tokens`: size of the whole run; `start_step`: step after which the run is resumed.
-    `chain`: the end of the existing records; None: computed from the file.
+    `per_layer`: TensorBoard shows the figures of each layer too. `chain`: the end of the existing records; None:
+    computed from the file. `sinks`: what else shows the records. They are closed with this tracker.
     """
 
     def __init__(
@@ -38,25 +32,25 @@ class Tracker:
         log_every_steps: int,
         total_steps: int,
         start_step: int,
+        per_layer: bool = False,
         chain: Chain | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self._main, self._every, self._total, self._start = main, log_every_steps, total_steps, start_step
         self._file: LineFile | None = None
-        self._board: SummaryWriter | None = None
+        self._sinks: list[Sink] = []
         self._chain: Chain | None = None
         self._validation: float | None = None
         if not main:
             return
         self._chain = chain or Chain.of_file(run.metrics, run.tag)
         self._file = LineFile(run.metrics)
+        self._sinks += sinks
         if tensorboard:
             try:
-                put_in_order(run.tensorboard)
-                # Also at step 0: a start that was killed before its first checkpoint may have left events.
-                purge_step = start_step + 1 if start_step else 0
-                self._board = writer_class()(str(run.tensorboard), purge_step=purge_step)
+                self._sinks.append(TensorBoard(run, start_step=start_step, per_layer=per_layer))
             except (OSError, RuntimeError, ValueError) as e:
-                say(f"TENSORBOARD {_GONE.format(e)}")
+                _say_gone(TensorBoard, e)
 
     def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
         """Record one optimizer step."""
@@ -64,7 +58,6 @@ class Tracker:
         step = record["step"]
         if not self._main:
             return
-        self._view(lambda board: board_train(board, record))
         if step % self._every == 0 or step in (self._start + 1, self._total):
             say(self._line(record, seconds_left))
 
@@ -72,7 +65,6 @@ class Tracker:
         """Record one validation."""
         self._write(record)
         self._validation = record["loss"]
-        self._view(lambda board: board_validation(board, record))
         if self._main:
             say(
                 f"validation after step {record['step']}: loss {record['loss']:.4f} "
@@ -82,13 +74,10 @@ class Tracker:
     def heads(self, record: dict[str, Any]) -> None:
         """Record the head diversity of every layer that has a pool of heads."""
         self._write(record)
-        self._view(lambda board: board_diversity(board, record))
 
     def event(self, record: dict[str, Any], text: str) -> None:
         """Record an event (such as a resume or a failed checkpoint): one record and one console line."""
         self._write(record)
-        if record["kind"] in DRAW:
-            self._view(lambda board: DRAW[record["kind"]](board, record))
         if self._main:
             say(text)
 
@@ -100,7 +89,7 @@ class Tracker:
         """Flush all records to disk. Called before a checkpoint is committed."""
         if self._file is not None and (error := self._file.sync()) is not None:
             say(f"RECORDS ARE NOT SAFE ON THE DISK: {error.strerror}; a kill now would lose some of metrics.jsonl")
-        self._view(lambda board: board.flush())
+        self._show(lambda sink: sink.flush())
 
     def end(self) -> dict[str, Any] | None:
         """The end of the records, for a checkpoint or summary.json; None on all other processes."""
@@ -111,27 +100,33 @@ class Tracker:
         if self._file is not None:
             self._file.require()
 
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Show the result of a complete run. `summary`: of summary.json."""
+        self._show(lambda sink: sink.finish(summary))
+
     def close(self) -> None:
         """Close the files. Raises OSError if records remain that could not be written."""
-        self._view(lambda board: board.close())
-        if self._file is not None:
-            self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            self._show(lambda sink: sink.close())
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None or self._chain is None:
             return
         if (error := self._file.write(self._chain.line(record))) is not None:
             say(f"RECORDS CANNOT BE WRITTEN: {error.strerror}; they are kept in memory until there is room")
+        self._show(lambda sink: sink.write([record]))
 
-    def _view(self, draw: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard. If its disk fails, TensorBoard is disabled and training continues."""
-        if self._board is None:
-            return
-        try:
-            draw(self._board)
-        except (OSError, RuntimeError, ValueError) as e:
-            self._board = None
-            say(f"TENSORBOARD {_GONE.format(e)}")
+    def _show(self, call: Callable[[Sink], object]) -> None:
+        """Call a method of every sink. One that fails is left out from then on, and training continues."""
+        for sink in tuple(self._sinks):
+            try:
+                call(sink)
+            except (OSError, RuntimeError, ValueError) as e:
+                self._sinks.remove(sink)
+                _say_gone(sink, e)
 
     def _line(self, r: dict[str, Any], seconds_left: float | None) -> str:
         width = len(str(self._total))
@@ -145,8 +140,13 @@ class Tracker:
         return (
             f"step {r['step']:>{width}}/{self._total} {100 * r['step'] / self._total:5.1f}% loss {r['loss']:.4f} "
             f"val {validation} gnorm {r['grad_norm']:.2f} lr {r['lr']:.1e} tok/s {r['tokens_per_s']:,.0f} "
-            f"mfu - mem {memory()} data {data:.1f}%{router} eta {duration(seconds_left)}"
+            f"mfu - mem {memory()} data {data:.1f}%{router}{' profiled' if r.get('profiled') else ''} "
+            f"eta {duration(seconds_left)}"
         )
+
+
+def _say_gone(sink: Sink | type[TensorBoard], error: Exception) -> None:
+    say(f"{sink.name.upper()} IS NOT WRITTEN ANY MORE: {error}; metrics.jsonl has every record, and {sink.mend}")
 
 
 def say(text: str) -> None:

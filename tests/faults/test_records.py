@@ -15,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from headway.launcher.board.writer import TensorBoard
 from headway.launcher.compare.analyse import StudyResult
 from headway.launcher.compare.fairness import run_differences
 from headway.launcher.report.page import to_markdown
@@ -127,7 +128,8 @@ def test_training_continues_if_tensorboard_cannot_be_written(tmp_path, monkeypat
         run.tensorboard.write_text("no folder")
     track = tracker(run, tensorboard=True)
     if where == "call":
-        monkeypatch.setattr(track._board, "add_scalar", full)
+        (board,) = track._sinks
+        monkeypatch.setattr(cast(TensorBoard, board).board, "add_scalar", full)
     if where == "thread":
         monkeypatch.setattr(RecordWriter, "write", full)
         monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it would print the thread's exception

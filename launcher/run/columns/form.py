@@ -19,6 +19,10 @@ from headway.launcher.run.lines import Found, Line, Row, is_step, parse_raw
 NUMBERS = ("tokens", "loss", "train_s", "grad_norm", "step_s", "data_s")
 """Keys of a training record whose numbers a reader keeps."""
 
+_NOT_TIMED = "profiled"
+"""Key of records whose times of a step are not read, because a profiler made it slower. No form is made of them."""
+_TIMES = ("step_s", "data_s")
+
 _AFTER = 32  # lines of a file that are parsed before a form is made, which takes as long as hundreds of lines
 _MOST_FORMS = 4
 _MOST_BYTES = 1 << 16  # of a line
@@ -40,9 +44,10 @@ def row_of(record: dict[str, Any]) -> Row | None:
     step, hashed = record.get("step"), record.get("batch_hash")
     if not is_step(step):
         return None
+    untimed = _TIMES if record.get(_NOT_TIMED) else ()
     return Row(
         step=step,
-        values=[number(record.get(key)) for key in NUMBERS],
+        values=[math.nan if key in untimed else number(record.get(key)) for key in NUMBERS],
         skipped=record.get("skipped") is True,
         hash=hashed if isinstance(hashed, str) else None,
         router=isinstance(record.get("router"), dict),
@@ -129,6 +134,8 @@ class Forms:
     def _learn(self, raw: bytes, record: dict[str, Any]) -> None:
         self._parsed += 1
         if self._parsed < _AFTER or self._tried == _MOST_FORMS or len(raw) > _MOST_BYTES:
+            return
+        if _NOT_TIMED in record:
             return
         self._tried += 1
         if is_step(record.get("step")):

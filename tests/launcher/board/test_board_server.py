@@ -1,6 +1,7 @@
 """`headway board`: event files are rebuilt from the records, and the server is local unless --expose is given."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.board.files import rebuild
-from headway.launcher.board.server import board, runs_below
+from headway.launcher.board.links import Links, log_folder, runs_below
+from headway.launcher.board.server import board
 from headway.launcher.cli.main import main
 from headway.launcher.run.lines import encode
 from headway.launcher.run.run_dir import RunDir, write_json
@@ -74,10 +76,49 @@ def test_rebuilt_files_equal_the_original_ones(run):
     # F27: including routers, heads and images
     before = view(run)
     assert [step for step, _ in before["train/loss"]] == list(range(1, 13)) and "router/load_router" in before
-    assert before["train/loss"][4] == (5, "nan") and len(before) == 8 + 3 + 15 + 10 + 1
+    assert before["train/loss"][4] == (5, "nan") and len(before) == 8 + 3 + 5 + 10 + 1
     for _ in range(2):
         assert not rebuild(run)
         assert view(run) == before
+
+
+def test_a_rebuild_shows_each_layer_if_asked_or_if_the_spec_does(run):
+    before = view(run)
+    assert not any("layer_" in tag for tag in before)
+    rebuild(run, per_layer=True)
+    shown = view(run)
+    assert len(shown) == len(before) + 2 * 5 + 10 and before.items() <= shown.items()
+    rebuild(run)
+    assert view(run) == before
+    write_json(run.spec, {"tracking": {"per_layer": True}})
+    rebuild(run)
+    assert view(run) == shown
+    with pytest.raises(SpecError, match="--per-layer: event files have it only after --rebuild"):
+        board([run.path], host="127.0.0.1", port=0, expose=False, rebuild_files=False, serve=False, per_layer=True)
+
+
+def test_texts_and_hyperparameters_are_written_once_and_rebuilt(run, tmp_path):
+    made = RunDir(tmp_path / "named")
+    made.path.mkdir()
+    write_json(made.spec, {"name": "named", "optimizer": {"lr": 0.1}})
+    train(made, 0, 3)
+    train(made, 2, 5)
+    write_json(made.summary, {"complete": True, "steps": 5, "tokens": 40, "train_s": 0.5, "final_validation_loss": 2.0})
+    tags = ["run/spec/text_summary", "custom_scalars__config__"]
+    found = tensors(made)
+    assert [step for step, _ in found[tags[0]]] == [0] and set(found) == set(tags)
+    rebuild(made)
+    again = tensors(made)
+    assert again[tags[0]] == found[tags[0]] and again[tags[1]][-1] == found[tags[1]][-1]
+    assert set(again) == {*tags, "run/report/text_summary"}
+
+
+def tensors(run: RunDir) -> dict[str, list]:
+    """Tag -> the points of texts and layouts, in order."""
+    found = EventAccumulator(str(run.tensorboard), size_guidance={"tensors": 0})
+    found.Reload()
+    tags = [tag for tag in found.Tags()["tensors"] if not tag.startswith("_hparams_")]
+    return {tag: [(e.step, e.tensor_proto.string_val[0]) for e in found.Tensors(tag)] for tag in tags}
 
 
 def test_a_rebuild_repairs_a_flipped_bit(run):
@@ -214,12 +255,113 @@ def test_tensorboard_shows_several_runs_on_loopback_until_it_is_stopped(run, hea
     seen = []
     headway.wait_for(lambda: seen.append(runs(port)) or len(seen[-1]) == 2, process)
     assert seen[-1] == {"tiny", "tiny-2"}
+    assert next(iter(layout(port)["category"]))["title"] == "Loss"
+    assert next(name for name, tab in listed(port).items() if tab["enabled"]) == "custom_scalars"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
 
+def asked(port: int, path: str):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/{path}", timeout=20) as answer:
+        return json.load(answer)
+
+
 def runs(port: int) -> set[str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=20) as answer:
-        return set(re.findall(r'"(.*?)"', answer.read().decode()))
+    return set(asked(port, "runs"))
+
+
+def layout(port: int) -> dict:
+    return asked(port, "plugin/custom_scalars/layout")
+
+
+def listed(port: int) -> dict:
+    return asked(port, "plugins_listing")
+
+
+def test_runs_of_a_study_have_the_names_of_variants_and_seeds(run, tmp_path):
+    study = tmp_path / "study"
+    cells = [study / "cells" / "gqa" / f"seed-{seed}" for seed in (1, 2)]
+    for cell in cells:
+        train(RunDir(cell), 0, 2)
+    (study / "report.md").write_text("# Report\n\n![loss](loss.png)\n\ngqa is first")
+    with log_folder([study]) as folder:
+        links = Links(folder / "later", [study])
+        links.update()
+        assert shown_runs(folder) == {"gqa/seed-1", "gqa/seed-2", "report"}
+        train(RunDir(study / "cells" / "rgqa" / "seed-1"), 0, 2)
+        links.update()
+        links.update()
+        assert shown_runs(folder / "later") == {"gqa/seed-1", "gqa/seed-2", "rgqa/seed-1", "report"}
+        found = EventAccumulator(str(folder / "report"))
+        found.Reload()
+        (event,) = found.Tensors("study/report/text_summary")
+        assert event.tensor_proto.string_val == [b"# Report\n\n\n\ngqa is first"]
+    with log_folder([study, run.path]) as folder:
+        assert shown_runs(folder) == {
+            "tiny",
+            *(f"study/{n}" for n in ("gqa/seed-1", "gqa/seed-2", "rgqa/seed-1", "report")),
+        }
+    assert not folder.exists() and all((cell / "tensorboard").is_dir() for cell in cells)
+
+
+def shown_runs(folder: Path) -> set[str]:
+    """Names of runs, as TensorBoard finds them; those below `later` are another folder's."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    found = EventMultiplexer().AddRunsFromDirectory(str(folder)).Runs()
+    return {name for name in found if not name.startswith("later/")}
+
+
+def test_a_report_that_changes_is_shown_anew(tmp_path):
+    study = tmp_path / "study"
+    train(RunDir(study / "cells" / "gqa" / "seed-1"), 0, 1)
+    links = Links(tmp_path / "links", [study])
+    for number, text in enumerate(("first", "second")):
+        (study / "report.md").write_text(text)
+        os.utime(study / "report.md", ns=(number, number))
+        links.update()
+        links.update()
+    found = EventAccumulator(str(tmp_path / "links" / "report"))
+    found.Reload()
+    assert [e.tensor_proto.string_val[0] for e in found.Tensors("study/report/text_summary")] == [b"first", b"second"]
+
+
+def columns(folder: Path) -> tuple[list, list]:
+    """(name, type) of the hyperparameters, and tags of the results, in the table of TensorBoard."""
+    from tensorboard.plugins.hparams import metadata
+
+    found = EventAccumulator(str(folder / "report"))
+    found.Reload()
+    content = found.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    return [(i.name, i.type) for i in experiment.hparam_infos], [i.name.tag for i in experiment.metric_infos]
+
+
+def test_the_table_of_hyperparameters_has_what_the_variants_of_a_study_set(tmp_path):
+    study, cells, variants = tmp_path / "study", [], []
+    for variant, lr, more in (("gqa", 0.1, {}), ("rgqa", 0.1, {"top_k": 2}), ("sqa", 0.2, {})):
+        attention = {"type": variant, "head_dim": 16, "unset": variant, **more}
+        spec = {"seed": 1, "attention": attention, "optimizer": {"lr": lr}, "model": {"ffn_width": len(cells)}}
+        cells.append({"variant": variant, "spec": spec | {"run_dir": f"cells/{variant}"}})
+        keys = {"attention": {"type": variant, **more}, "optimizer.lr": lr}
+        variants.append({"name": variant, "keys": keys, "matched": {"free": "model.ffn_width"} if cells[1:] else None})
+    study.mkdir()
+    write_json(study / "study.json", {"cells": cells, "variants": variants})
+    run = RunDir(study / "cells" / "gqa" / "seed-1")
+    train(run, 0, 1)
+    with log_folder([study]) as folder:
+        found, results = columns(folder)
+    assert found == [("attention.type", 1), ("optimizer.lr", 3), ("model.ffn_width", 3), ("attention.top_k", 3)]
+    assert results[:2] == ["val/loss", "train/loss"]
+    with log_folder([run.path]) as folder:
+        assert not (folder / "report").exists()  # one run differs from none
+
+
+def test_the_table_of_other_runs_has_the_keys_that_all_have(tmp_path):
+    for name, more in (("a", {"optimizer": {"lr": 0.1}}), ("b", {"optimizer": {"lr": 0.2}, "attention": {"top_k": 1}})):
+        train(RunDir(tmp_path / "runs" / name), 0, 1)
+        write_json(RunDir(tmp_path / "runs" / name).spec, {"seed": 1, **more})
+    with log_folder([tmp_path / "runs"]) as folder:
+        assert columns(folder)[0] == [("optimizer.lr", 3)] and shown_runs(folder) == {"a", "b", "report"}

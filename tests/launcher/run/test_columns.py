@@ -131,6 +131,18 @@ def test_the_later_of_two_records_of_a_step_counts(tmp_path):
     assert run.batch_hash == {step: r["batch_hash"] for step, r in last.items()}
 
 
+@pytest.mark.parametrize("marked", [{5, 6}, set(range(20, 60)), {150}])
+def test_profiled_steps_have_no_times_wherever_they_stand(tmp_path, marked):
+    # also where a form would be made of them, and behind records of a known form
+    draw = random.Random(5)
+    records = [record(step, draw) for step in range(1, 201)]
+    records = [r | {"profiled": True} if r["step"] in marked else r for r in records]
+    run = read_run(write(tmp_path, records).path)
+    assert len(run.train) == 200 and not run.lost
+    for key, found in {"step_s": run.step_s, "data_s": run.data_s}.items():
+        assert found.tolist() == [r[key] for r in records if r["step"] not in marked]
+
+
 def test_hashes_of_other_lengths_and_steps_without_one_are_kept_apart():
     table = TrainTable(NUMBERS)
     hashes: list[Any] = ["0" * 16, "short", None, "\u00e9" * 16, "1" * 16]

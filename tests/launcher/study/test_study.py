@@ -71,6 +71,15 @@ def test_the_overrides_of_a_cell_make_its_spec_on_a_command_line(folder):
         assert load_spec(plan.study.base, cell.overrides).spec == cell.spec
 
 
+def test_trackers_group_the_cells_of_a_study(folder):
+    plan = folder.plan("tracking.wandb.mode=offline", "tracking.mlflow={uri: 'sqlite:///x.db', group: mine}")
+    for cell in plan.cells:
+        tracking = cell.spec.tracking
+        assert tracking.wandb is not None and tracking.wandb.group == "small"
+        assert tracking.mlflow is not None and tracking.mlflow.group == "mine"
+    assert all(cell.spec.tracking.services == () for cell in folder.plan().cells)
+
+
 def test_arguments_change_the_base_and_the_variant_wins(folder):
     plan = folder.plan("attention.type=rgqa", "attention.top_k=2", "optimizer.lr=1e-3")
     by_variant = {c.variant: c.spec for c in plan.cells}

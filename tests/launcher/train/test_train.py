@@ -313,7 +313,7 @@ def test_tensorboard_forgets_an_attempt_that_ended_before_its_first_checkpoint(t
     for last_step, loss in ((4, 9.0), (2, 1.0)):
         tracker = Tracker(run, main=True, tensorboard=True, log_every_steps=1, total_steps=4, start_step=0)
         for step in range(1, last_step + 1):
-            tracker.validation({"step": step, "loss": loss, "accuracy": 0.5, "targets": 1})
+            tracker.validation({"kind": "validation", "step": step, "loss": loss, "accuracy": 0.5, "targets": 1})
         tracker.close()
     board = EventAccumulator(str(run.tensorboard))
     board.Reload()

@@ -1,0 +1,98 @@
+"""MLflow (https://mlflow.org/docs), through the client of its package `mlflow-skinny` or `mlflow`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from headway.launcher.board.pages import public_values
+from headway.launcher.board.scalars import scalars_of
+from headway.launcher.board.trackers.sink import Record
+from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
+from headway.launcher.spec.merge import format_value
+from headway.launcher.spec.tracking import MlflowConfig
+
+_MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # of one request; characters of a parameter
+_LAST = "train/tokens"
+_ILLEGAL = re.compile(r"[^\w\-. /:]")
+
+
+class Mlflow:
+    """A run of MLflow. Its id is in `mlflow.json` of the run folder, so that a resume continues it.
+
+    Raises exceptions of `mlflow`.
+    """
+
+    name = MlflowConfig.name
+    mend = "metrics.jsonl has every record"
+
+    def __init__(self, run: RunDir, config: MlflowConfig, *, per_layer: bool) -> None:
+        self._entities: Any = import_module("mlflow.entities")  # of an extra, so type checkers may not find it
+        self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=config.uri)
+        self._per_layer, self._complete, self.shown = per_layer, False, -1
+        spec, file = read_mapping(run.spec), run.path / "mlflow.json"
+        self._tokens_per_step = spec["train"]["global_batch"] * spec["data"]["seq_len"]
+        stored = read_mapping(file)
+        found = stored.get("run_id") if stored.get("uri") == config.uri else None
+        if isinstance(found, str) and self._continued(found):
+            self._id: str = found
+            return
+        self._id = self._create(run, config, spec)
+        write_json(file, {"run_id": self._id, "uri": config.uri, "experiment": config.experiment})
+
+    def _continued(self, run_id: str) -> bool:
+        """Whether there is such a run, which then goes on. A step that is repeated keeps its first point."""
+        try:
+            found = self._client.get_run(run_id)
+        except Exception as e:
+            if getattr(e, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        if found.info.lifecycle_stage != "active":
+            return False
+        self.shown = round(found.data.metrics.get(_LAST, 0) / self._tokens_per_step)
+        self._client.update_run(run_id, status="RUNNING")
+        return True
+
+    def _create(self, run: RunDir, config: MlflowConfig, spec: dict[str, Any]) -> str:
+        experiment = self._client.get_experiment_by_name(config.experiment)
+        experiment_id = (
+            self._client.create_experiment(config.experiment) if experiment is None else experiment.experiment_id
+        )
+        tags = {"headway.run_id": run.run_id() or "", "headway.group": config.group or ""}
+        made = self._client.create_run(
+            experiment_id, run_name=str(spec.get("name", run.path.name)), tags={k: v for k, v in tags.items() if v}
+        )
+        values = public_values(spec).items()
+        params = [self._entities.Param(_legal(key), format_value(value)[:_LONGEST]) for key, value in values]
+        for first in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(made.info.run_id, params=params[first : first + _MOST_PARAMS])
+        return made.info.run_id
+
+    def write(self, records: Iterable[Record]) -> None:
+        now, metrics = import_module("mlflow.utils.time").get_current_time_millis(), []
+        for record in records:
+            scalars = scalars_of(record, per_layer=self._per_layer)
+            if scalars and record["step"] > self.shown:
+                metrics += [
+                    self._entities.Metric(_legal(key), float(value), now, record["step"])
+                    for key, value in scalars.items()
+                ]
+        for first in range(0, len(metrics), _MOST_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[first : first + _MOST_METRICS])
+
+    def finish(self, summary: Record) -> None:
+        self._complete = True
+
+    def flush(self) -> None:
+        return
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id, status="FINISHED" if self._complete else "KILLED")
+
+
+def _legal(name: str) -> str:
+    """A name with the characters that MLflow takes."""
+    return _ILLEGAL.sub("_", name)
