@@ -13,6 +13,7 @@ CATEGORIES: Mapping[str, Charts] = {
         "loss of training and validation": ("train/loss$", "val/loss$"),
         "validation loss": ("val/loss$",),
         "validation sets": ("val_sets/",),
+        "bits per byte": ("val/bits_per_byte$", "val_sets_bits_per_byte/"),
         "accuracy in validation": ("val/accuracy$",),
     },
     "Speed": {

@@ -62,7 +62,13 @@ def _validation(record: Mapping[str, Any], per_layer: bool) -> Scalars:
         "val/perplexity": _perplexity(record["loss"]),
         "val/accuracy": record["accuracy"],
     }
-    return found | {f"val_sets/{name}": one["loss"] for name, one in record.get("sets", {}).items()}
+    if "bits_per_byte" in record:
+        found["val/bits_per_byte"] = record["bits_per_byte"]
+    for name, one in record.get("sets", {}).items():
+        found[f"val_sets/{name}"] = one["loss"]
+        if "bits_per_byte" in one:
+            found[f"val_sets_bits_per_byte/{name}"] = one["bits_per_byte"]
+    return found
 
 
 def _heads(record: Mapping[str, Any], per_layer: bool) -> Scalars:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -59,6 +60,12 @@ def open_session(run: RunDir) -> Iterator[Session]:
     torch.distributed.destroy_process_group()
 
 
+def _bytes_per_token(card: dict[str, Any]) -> dict[str, float]:
+    found = {name: one.get("bytes_per_token") for name, one in (card.get("validation_sets") or {}).items()}
+    found[""] = card.get("validation_bytes_per_token")
+    return {name: value for name, value in found.items() if value}
+
+
 def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
     """Build the session of this rank in its state before the next step of the run. Collective."""
     train, data = spec.train, spec.data
@@ -83,6 +90,7 @@ def load_session(run: RunDir, spec: Spec, layout: Layout) -> Session:
         tracker=_tracker(run, spec, layout, resumed=found, parent=parent),
         loader=_loader(run, spec, layout, start_step=0 if found is None else found.step),
         guard=Guard(spec.guard),
+        bytes_per_token=_bytes_per_token(read_mapping(run.card)),
     )
     if found is not None:
         session.restore(found.step, found.state, branched=parent is not None)

@@ -6,6 +6,7 @@ All ranks run the same code in the same order, because most of it is collective.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +124,11 @@ def validate(s: Session) -> None:
             "accuracy": result.accuracy,
             "targets": result.targets,
             "standard_error": result.standard_error,
+            **_bits_per_byte(s, "", result.loss),
             "micro_batches": result.micro_batches,
             "train_s": s.train_s,
             "seconds": time.perf_counter() - start,
-            **({"sets": dict(zip(data.sets, map(_set_record, of_sets), strict=True))} if of_sets else {}),
+            **({"sets": {n: _set_record(s, n, e) for n, e in zip(data.sets, of_sets, strict=True)}} if of_sets else {}),
             **_mixed(s),
         }
     )
@@ -134,13 +136,20 @@ def validate(s: Session) -> None:
         hook.after_validation(s)
 
 
-def _set_record(found: Evaluation) -> dict[str, Any]:
+def _set_record(s: Session, name: str, found: Evaluation) -> dict[str, Any]:
     return {
         "loss": found.loss,
         "accuracy": found.accuracy,
         "targets": found.targets,
         "standard_error": found.standard_error,
+        **_bits_per_byte(s, name, found.loss),
     }
+
+
+def _bits_per_byte(s: Session, name: str, loss: float) -> dict[str, float]:
+    """In the record where the bytes of a token are known: not for synthetic data, nor if the tokenizer loses text."""
+    per_token = s.bytes_per_token.get(name)
+    return {"bits_per_byte": loss / (math.log(2) * per_token)} if per_token else {}
 
 
 def _mixed(s: Session) -> dict[str, Any]:

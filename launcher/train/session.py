@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,10 @@ from headway.parallel.schedule import learning_rate
 
 @dataclass(kw_only=True)
 class Session:
-    """State of a training process, built by `headway.launcher.train.load`. `step` counts completed optimizer steps."""
+    """State of a training process, built by `headway.launcher.train.load`. `step` counts completed optimizer steps.
+
+    `bytes_per_token`: of the validation text (""), and of each validation set by name; without those not known.
+    """
 
     run: RunDir
     spec: Spec
@@ -36,6 +39,7 @@ class Session:
     saving: Saving
     tracker: Tracker
     guard: Guard
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)
     hooks: Sequence[Hook] = ()
     step: int = 0
     train_s: float = 0.0

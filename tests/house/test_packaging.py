@@ -122,7 +122,7 @@ def test_the_wheel_holds_headway_and_nothing_else(wheel: Path) -> None:
     ours = {file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     assert code_files == {f"headway/{file.name if file.parent == TOP else file}" for file in ours}
     assert any(name.endswith("licenses/LICENSE") for name in files)
-    parts = {f"headway/launcher/report/{name}" for name in ("page.css", "page.js", "charts.js")}
+    parts = {f"headway/launcher/report/{name}" for name in ("page.css", "page.js", "charts.js", "renew.js")}
     assert {name for name in files if name.endswith((".css", ".js"))} == parts
     specs = {name for name in files if name.startswith("headway/yaml/")}
     assert specs == {f"headway/{file.relative_to(ROOT)}" for file in (ROOT / SPECS).rglob("*") if file.is_file()}

@@ -160,6 +160,8 @@ def test_a_study_is_measured_and_its_report_compares_the_measures(workspace: Any
     ]
     per_byte = json.loads((out / "cells/gqa/seed-1/run.json").read_text())["validation_sets"]["held"]["bytes_per_token"]
     loss = sum(losses) / 2
+    found = load_run(out / "cells/gqa/seed-1").metrics("validation")[-1]["sets"]["held"]
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / per_byte / 0.6931471805599453, rel=1e-12)
     assert f"| held | gqa | 2 | {loss:.4f} | baseline |   | {loss / per_byte / 0.6931471805599453:.4f} |" in sets
     # records alone give the same
     (out / "cells").rename(workspace.folder / "away")
