@@ -12,7 +12,7 @@ from headway.data.config import StrictModel
 from headway.parallel.secrecy import secret_form
 
 MOST_PROFILED = 20
-"""Steps of a run with a trace. A trace of one step takes 1 to 100 MB, and the step is slower than others."""
+"""Steps of a run with a trace, which has an entry for each operator and kernel. Such a step is slower than others."""
 
 _RANGE = re.compile(r"([0-9]{1,12})-([0-9]{1,12})")
 _ADDRESS = re.compile(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.|databricks(://.+)?$")
@@ -118,7 +118,7 @@ class TrackingConfig(StrictModel):
             count += last - first + 1
         if count > MOST_PROFILED:
             raise ValueError(
-                f"{count:,} steps are too many, because each has a trace of 1 to 100 MB for every rank; "
+                f"{count:,} steps are too many, because every rank writes a large file for each of them; "
                 f"use at most {MOST_PROFILED}, such as [10, 200-204]"
             )
         return value
