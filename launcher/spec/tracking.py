@@ -12,9 +12,10 @@ from headway.data.config import StrictModel
 from headway.parallel.secrecy import secret_form
 
 MOST_PROFILED = 20
-"""Steps of a run with a trace. A trace of one step takes 1 to 100 MB, and the step is slower than others."""
+"""Steps of a run with a trace, which has an entry for each operator and kernel. Such a step is slower than others."""
 
 _RANGE = re.compile(r"([0-9]{1,12})-([0-9]{1,12})")
+_ADDRESS = re.compile(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.|databricks(://.+)?$")
 Steps = Annotated[str, Field(pattern=rf"^{_RANGE.pattern}$")]
 """A range of steps, both ends included, as `200-204`."""
 
@@ -73,14 +74,22 @@ class MlflowConfig(_TrackerConfig):
     )
 
     uri: str = Field(
-        min_length=1,
-        pattern=r"^(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.|^databricks(://.+)?$",
-        description="of the server, as https://HOST, or of a local file, sqlite:///PATH; not a folder",
+        min_length=1, description="of the server, as https://HOST, or of a local file, sqlite:///PATH; not a folder"
     )
     experiment: str = Field(default="headway", min_length=1, max_length=256, description="experiment of the run")
     group: str | None = Field(
         default=None, min_length=1, max_length=250, description="tag headway.group; a study sets its own name"
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _no_folder(cls, value: str) -> str:
+        if not _ADDRESS.match(value):
+            raise ValueError(
+                f"{value[:80]!r} is no address of a server or a database, and MLflow does not write into folders any "
+                "more; use sqlite:///mlflow.db for a local file, or https://HOST"
+            )
+        return value
 
 
 class TrackingConfig(StrictModel):
@@ -109,7 +118,7 @@ class TrackingConfig(StrictModel):
             count += last - first + 1
         if count > MOST_PROFILED:
             raise ValueError(
-                f"{count:,} steps are too many, because each has a trace of 1 to 100 MB for every rank; "
+                f"{count:,} steps are too many, because every rank writes a large file for each of them; "
                 f"use at most {MOST_PROFILED}, such as [10, 200-204]"
             )
         return value

@@ -16,6 +16,7 @@ import torch
 
 from headway.data.loader import Loader
 from headway.data.validation import validation_data
+from headway.launcher.board.trackers.background import Background
 from headway.launcher.board.trackers.opening import open_trackers
 from headway.launcher.run.branching import Parent
 from headway.launcher.run.chain import Chain
@@ -155,7 +156,7 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         start_step=step,
         per_layer=spec.tracking.per_layer,
         chain=None if cut is None else cut.chain,
-        sinks=open_trackers(run, spec.tracking, start_step=step, say=say) if layout.is_main else (),
+        sinks=_sinks(run, spec, step) if layout.is_main else (),
     )
     if parent is not None:
         note = "" if parent.note is None else f"\nnote: {parent.note}"
@@ -170,6 +171,12 @@ def _tracker(run: RunDir, spec: Spec, layout: Layout, *, resumed: Checkpoint | N
         record = {"kind": "records_lost", "step": step, **asdict(lost)}
         tracker.event(record, f"RECORDS WERE LOST in {(source or run).metrics}: {lost}")
     return tracker
+
+
+def _sinks(run: RunDir, spec: Spec, start_step: int) -> list[Background]:
+    """The trackers of the spec. They may not hold up the end for so long that this rank counts as hung."""
+    patience_s = min(spec.launch.hang_s, spec.launch.timeout_s) / 2
+    return open_trackers(run, spec.tracking, start_step=start_step, patience_s=patience_s, say=say)
 
 
 def _loader(run: RunDir, spec: Spec, layout: Layout, *, start_step: int) -> Loader:

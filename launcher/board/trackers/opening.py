@@ -10,7 +10,7 @@ from functools import partial
 from typing import assert_never
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.board.trackers.background import Background, Shown
+from headway.launcher.board.trackers.background import CLOSE_S, Background, Shown
 from headway.launcher.board.trackers.sink import Record
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.tracking import MlflowConfig, TrackingConfig, WandbConfig
@@ -29,14 +29,17 @@ def check_installed(tracking: TrackingConfig) -> None:
 
 
 def open_trackers(
-    run: RunDir, tracking: TrackingConfig, *, start_step: int, say: Callable[[str], None]
+    run: RunDir, tracking: TrackingConfig, *, start_step: int, patience_s: float, say: Callable[[str], None]
 ) -> list[Background]:
-    """The trackers of the spec, each in a thread that connects it. `start_step`: step after which the run continues.
+    """The trackers of the spec, each in a thread that connects it.
+
+    `start_step`: step after which the run continues. `patience_s`: how long all of them may hold up the end of the run.
 
     The packages are imported here, since imports in two threads at once may meet half-made modules.
     """
-    opened = []
-    for service in tracking.services:
+    opened, services = [], tracking.services
+    close_s = min(CLOSE_S, patience_s / max(1, len(services)))
+    for service in services:
         try:
             importlib.import_module(service.module)
         except Exception as e:
@@ -44,7 +47,9 @@ def open_trackers(
             continue
         connect = partial(_connect, run, service, per_layer=tracking.per_layer)
         earlier = partial(earlier_records, run, start_step)
-        opened.append(Background(service.name, connect, say=say, hide=_without_secrets, earlier=earlier))
+        opened.append(
+            Background(service.name, connect, say=say, hide=_without_secrets, earlier=earlier, close_s=close_s)
+        )
     return opened
 
 

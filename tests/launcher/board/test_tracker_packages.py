@@ -94,7 +94,6 @@ def test_wandb_continues_one_run_offline_and_has_every_step(headway_alone):
     assert main(["rm", str(run.path), "--yes"]) == 0 and not run.path.exists()
 
 
-@pytest.mark.slow
 def test_mlflow_continues_one_run_and_has_every_step_once(headway_alone):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     uri = f"sqlite:///{headway_alone.folder}/mlflow.db"

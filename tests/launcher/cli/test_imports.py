@@ -13,7 +13,19 @@ from headway.launcher.spec.load import load_spec
 ROOT = Path(__file__).resolve().parents[3]
 TINY = str(ROOT / "yaml/base/tiny.yaml")
 STUDY = str(ROOT / "yaml/quickstart.yaml")
-HEAVY = ("torch", "deepspeed", "pandas", "matplotlib", "streaming", "scipy", "tensorboard", "transformers", "boto3")
+HEAVY = (
+    "torch",
+    "deepspeed",
+    "pandas",
+    "matplotlib",
+    "streaming",
+    "scipy",
+    "tensorboard",
+    "transformers",
+    "boto3",
+    "mlflow",
+    "wandb",
+)
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
 
 MAIN = """

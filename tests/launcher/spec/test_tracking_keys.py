@@ -63,6 +63,11 @@ def test_a_secret_in_a_file_is_refused_with_its_place(spec: Path) -> None:
     assert "tiny.yaml:10:" in message and "tracking.mlflow.uri: has the form" in message and "hunter2" not in message
 
 
+@pytest.mark.parametrize("folder", ["mlruns", "./mlruns", "file:///tmp/mlruns", "/tmp/mlruns", "httpx"])
+def test_a_folder_is_no_address_of_mlflow(spec: Path, folder: str) -> None:
+    assert "use sqlite:///mlflow.db for a local file" in refusal(spec, f"tracking.mlflow.uri={folder}")
+
+
 def test_a_word_that_is_no_secret_is_shown_as_before(spec: Path) -> None:
     assert "argument 'tracking.log_every_steps=none'" in refusal(spec, "tracking.log_every_steps=none")
     loaded = load_spec(spec, ["tracking.mlflow.uri=https://mlflow.example:8080", "tracking.wandb.project=my project"])
