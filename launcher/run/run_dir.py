@@ -46,6 +46,7 @@ FREE_KEYS = (
     "data.timeout_s",
     "data.source.path",
     "data.source.remote",
+    "data.source.cache_bytes",
     "data.validation",
     "init.weights",
     "init.run",
@@ -54,7 +55,10 @@ FREE_KEYS = (
 SHA256 = "init.sha256"
 """The key that identifies the initial weights, or the checkpoint that a branch starts from."""
 
+SEEDS = ("seed", "data.seed")
+
 ADDED_KEYS = {
+    "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
     "parallel.gradient_reduction": "fp32",
     "train.validate_first": False,
@@ -221,6 +225,18 @@ def identity(spec: dict[str, Any]) -> dict[str, Any]:
 def spec_hash(spec: dict[str, Any]) -> str:
     """sha256 of `identity`, 16 hex digits."""
     return hashlib.sha256(json.dumps(identity(spec), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def lineage(spec: dict[str, Any], card: dict[str, Any]) -> str:
+    """Hash of what defines a run except its seeds, 16 hex digits: equal for the runs of several seeds.
+
+    If it began from another run (`card`), that one's lineage and the step are part of it.
+    """
+    kept = {k: v for k, v in identity(spec).items() if k not in SEEDS}
+    begin = card.get("branch") or card.get("weights")
+    if isinstance(begin, dict) and begin.get("lineage"):
+        kept |= {SHA256: None, "from": [begin["lineage"], begin.get("step")]}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
