@@ -37,9 +37,13 @@ class PackedText:
         seed: int,
         shuffle_window: int,
         remote: str | None = None,
+        cache_bytes: int | None = None,
         retry_s: float = 0.0,
     ) -> None:
-        self._documents = MdsSplit(Path(path).expanduser(), split, remote=remote, retry_s=retry_s)
+        self._documents = MdsSplit(
+            Path(path).expanduser(), split, remote=remote, cache_bytes=cache_bytes, retry_s=retry_s
+        )
+        self._documents.check_cache(shuffle_window if split == "train" else 1)
         self._ends = np.cumsum(self._documents.lengths)
         tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.seq_len = seq_len
@@ -69,11 +73,11 @@ class PackedText:
         if self._order is None:
             return position % self.num_sequences
         if self._documents.remote is not None:
-            self._fetch_ahead(self._order.shards_after(position))
+            self._fetch_ahead(self._order.shards_after(position), self._order.shards_at(position))
         return self._order.index(position)
 
-    def _fetch_ahead(self, shards: tuple[int, ...]) -> None:
-        """Fetch the shards of the next window in the background."""
+    def _fetch_ahead(self, shards: tuple[int, ...], current: tuple[int, ...]) -> None:
+        """Fetch the shards of the next window in the background. A limited cache does not give up `current` for them."""
 
         def fetch() -> None:
             for shard in shards:
@@ -81,7 +85,8 @@ class PackedText:
                     return
                 # Ignore errors here: reading the shard raises them again in the thread of the consumer.
                 with contextlib.suppress(DataError, OSError):
-                    self._documents.local_path(shard)
+                    if not self._documents.fetch_ahead(shard, keep={*shards, *current}):
+                        return
 
         with self._fetch_lock:  # called by every data thread
             if self._closed or shards == self._fetched_ahead:

@@ -31,7 +31,9 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     else:
         from headway.data.verify import verify_source
 
-        found, datasets = verify_source(source, seq_len=spec.data.seq_len, progress=console.progress)
+        found, datasets = verify_source(
+            source, seq_len=spec.data.seq_len, shuffle_window=spec.data.shuffle_window, progress=console.progress
+        )
         info = {
             "fingerprint": found.fingerprint,
             "vocab_size": found.vocab_size,
