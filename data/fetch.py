@@ -100,20 +100,6 @@ def fetch_file(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
 
 
 def fetch_shard(
-    cache: Cache, remote: str, packed: str, raw: Path, manifest: Manifest, *, bytes: int, xxh64: str
-) -> Path:
-    """Path of the uncompressed shard `raw`, for which `cache` makes room if it is missing.
-
-    packed: name of the file in the manifest; another one than that of `raw` is unpacked and not kept. Raises DataError
-    as `fetch_file` and `unpack_shard` do, or if the cache gets no room.
-    """
-    found = fetch_ahead(cache, remote, packed, raw, manifest, bytes=bytes, xxh64=xxh64, keep=(), wait_s=None)
-    if found is None:
-        raise cache.no_room(raw.name, bytes)
-    return found
-
-
-def fetch_ahead(
     cache: Cache,
     remote: str,
     packed: str,
@@ -122,10 +108,14 @@ def fetch_ahead(
     *,
     bytes: int,
     xxh64: str,
-    keep: Collection[Path],
-    wait_s: float | None = 0.0,
+    keep: Collection[Path] = (),
+    wait_s: float | None = None,
 ) -> Path | None:
-    """As `fetch_shard`, but None if there is no room after `wait_s` seconds without deleting the shards `keep`."""
+    """Path of the uncompressed shard `raw`, for which `cache` makes room if it is missing.
+
+    packed: name of the file in the manifest; another one than that of `raw` is unpacked and not kept. keep, wait_s: see
+    `Cache.room`. None if there is no room. Raises DataError as `fetch_file` and `unpack_shard` do.
+    """
     expected, stored = manifest.files[packed], cache.root / packed
     with _holding(raw):
         if raw.exists():

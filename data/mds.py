@@ -184,9 +184,10 @@ class MdsSplit:
         shard = self.shards[number]
         folder = self.root / self.split
         stored, raw = folder / shard.stored_name, folder / shard.raw_name
-        if self.remote is not None and self.cache is not None:
-            packed, known = f"{self.split}/{shard.stored_name}", {"bytes": shard.raw_bytes, "xxh64": shard.raw_xxh64}
-            return fetch.fetch_shard(self.cache, self.remote, packed, raw, self.manifest, **known)
+        if self.cache is not None:
+            if (found := self._into_cache(self.cache, number)) is None:
+                raise self.cache.no_room(shard.raw_name, shard.raw_bytes)
+            return found
         if self.remote is not None:
             fetch.fetch_file(self.root, self.remote, f"{self.split}/{shard.stored_name}", self.manifest)
         if shard.stored_name != shard.raw_name:
@@ -195,20 +196,27 @@ class MdsSplit:
 
     def fetch_ahead(self, number: int, *, keep: Collection[int]) -> bool:
         """Fetch or unpack a shard if necessary. False if a limited cache would have to delete one of `keep` for it."""
-        if self.remote is None or self.cache is None:
-            return self.local_path(number).exists()
+        if self.cache is None:
+            self.local_path(number)
+            return True
+        return self._into_cache(self.cache, number, keep=[self._path(other) for other in keep], wait_s=0.0) is not None
+
+    def _into_cache(
+        self, cache: Cache, number: int, *, keep: Collection[Path] = (), wait_s: float | None = None
+    ) -> Path | None:
         shard = self.shards[number]
-        found = fetch.fetch_ahead(
-            self.cache,
+        assert self.remote is not None, "a cache has a remote"
+        return fetch.fetch_shard(
+            cache,
             self.remote,
             f"{self.split}/{shard.stored_name}",
             self._path(number),
             self.manifest,
             bytes=shard.raw_bytes,
             xxh64=shard.raw_xxh64,
-            keep=[self._path(other) for other in keep],
+            keep=keep,
+            wait_s=wait_s,
         )
-        return found is not None
 
     def check_cache(self, window: int) -> None:
         """Raise DataError if the limit of the cache is too small for shuffle windows of `window` shards."""
@@ -238,8 +246,9 @@ class MdsSplit:
             while True:
                 try:
                     shard = self._shard(number)
-                    if self.cache is not None:
-                        self.cache.used(self._path(number))
+                    if self.cache is None:
+                        return read(shard)
+                    self.cache.used(self._path(number))
                     with shard.reading():
                         return read(shard)
                 except (OSError, ValueError) as error:
