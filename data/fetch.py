@@ -117,6 +117,9 @@ def fetch_shard(
     `Cache.room`. None if there is no room. Raises DataError as `fetch_file` and `unpack_shard` do.
     """
     expected, stored = manifest.files[packed], cache.root / packed
+    with contextlib.suppress(PermissionError):
+        if raw.exists():
+            return raw
     with _holding(raw):
         if raw.exists():
             return raw
