@@ -44,7 +44,6 @@ def test_the_python_is_the_one_that_the_tests_run_with(steps: list[tuple[str, st
     tested = re.search(r"tested with, on CPython (\d+\.\d+) and Linux", (ROOT / "constraints.txt").read_text())
     (version,) = [rest for rest in all_of(steps, "ARG") if rest.startswith("PYTHON_VERSION=")]
     assert tested is not None and re.fullmatch(rf"PYTHON_VERSION={re.escape(tested[1])}\.\d+", version)
-    assert sys.version_info[:2] == tuple(map(int, tested[1].split("."))) or "3.12" in sys.version  # what CI may run too
     text = " ".join(rest for _, rest in steps)
     assert 'uv python install "$PYTHON_VERSION"' in text and not re.search(r"python3\.\d", text)
     assert re.search(r"--from=ghcr\.io/astral-sh/uv:\d+\.\d+\.\d+ ", text)
