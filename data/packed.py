@@ -73,11 +73,12 @@ class PackedText:
         if self._order is None:
             return position % self.num_sequences
         if self._documents.remote is not None:
-            self._fetch_ahead(self._order.shards_after(position), self._order.shards_at(position))
+            self._fetch_ahead(self._order, position)
         return self._order.index(position)
 
-    def _fetch_ahead(self, shards: tuple[int, ...], current: tuple[int, ...]) -> None:
-        """Fetch the shards of the next window in the background. A limited cache does not give up `current` for them."""
+    def _fetch_ahead(self, order: GlobalOrder, position: int) -> None:
+        """Fetch the shards of the next window in the background. Those of this one are not deleted for them."""
+        shards = order.shards_after(position)
 
         def fetch() -> None:
             for shard in shards:
@@ -85,13 +86,13 @@ class PackedText:
                     return
                 # Ignore errors here: reading the shard raises them again in the thread of the consumer.
                 with contextlib.suppress(DataError, OSError):
-                    if not self._documents.fetch_ahead(shard, keep={*shards, *current}):
+                    if not self._documents.fetch_ahead(shard, keep=keep):
                         return
 
         with self._fetch_lock:  # called by every data thread
             if self._closed or shards == self._fetched_ahead:
                 return
-            self._fetched_ahead = shards
+            self._fetched_ahead, keep = shards, {*shards, *order.shards_at(position)}
             thread = threading.Thread(target=fetch, name="fetch-ahead", daemon=True)
             self._fetching = [*(other for other in self._fetching if other.is_alive()), thread]
             thread.start()
