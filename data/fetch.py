@@ -1,7 +1,8 @@
 """Fetches files of a dataset from a remote, and decompresses zstd shards.
 
 `headway.data.remotes.http` downloads over http(s), mosaicml-streaming, which is imported lazily, from everything else.
-A file is checked against the manifest before it is renamed to its final name, so a file with its final name is complete.
+A file is checked against the manifest before it is renamed to its final name, so a file with its final name is
+complete.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The cache of a remote dataset with a limit of its size, shared by the processes of a host.
 
 What counts is the size of all shards, and of those that processes are fetching now: each has a reservation, an empty
-file of that size whose lock its process holds. `.cache.lock` is held while sizes are added up and shards are deleted, but
-not during a download. Shards that were used least recently are deleted first, never one that a process has open: readers
-hold a shared lock (flock) on the file. The time of the last use is that of the lock file of the shard, because a change
-of the shard's own times would make readers hash it again. The kernel releases all locks when their process ends.
+file of that size whose lock its process holds. `.cache.lock` is held while sizes are added up and shards are deleted,
+but not during a download. Shards that were used least recently are deleted first, never one that a process has open:
+readers hold a shared lock (flock) on the file. The time of the last use is that of the lock file of the shard, because
+a change of the shard's own times would make readers hash it again. The kernel releases all locks when their process
+ends.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def open_pinned(path: Path) -> int:
 
 
 def open_shared(path: Path) -> int:
-    """As `open_pinned`, for a cache without a limit: on a file system without locks, the file is opened all the same."""
+    """As `open_pinned`, for a cache without a limit: on a file system without locks, it is opened all the same."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ Messages name the reason and never an address that a server or the environment g
 from __future__ import annotations
 
 import time
+from http.client import IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
@@ -52,6 +53,7 @@ def download(url: str, path: Path, *, limit: int, size: int | None = None, timeo
     end = time.monotonic() + timeout_s
     failures, furthest = 0, 0
     with requests.Session() as session, path.open("w+b") as file:
+        session.get_redirect_target = lambda resp: None  # else it reads the whole body of a redirect that we follow
         transfer = _Transfer(session, url, file, limit=limit, size=size, end=end)
         while True:
             try:
@@ -69,9 +71,7 @@ def download(url: str, path: Path, *, limit: int, size: int | None = None, timeo
 class _Transfer:
     """One file over several attempts. `have`: bytes of it that are written."""
 
-    def __init__(
-        self, session: Any, url: str, file: BinaryIO, *, limit: int, size: int | None, end: float
-    ) -> None:
+    def __init__(self, session: Any, url: str, file: BinaryIO, *, limit: int, size: int | None, end: float) -> None:
         self._session, self._url, self._file = session, url, file
         self._limit, self._size, self._end = limit, size, end
         self.have = 0
@@ -83,8 +83,8 @@ class _Transfer:
 
         try:
             with self._answer() as answer:
-                rest = self._begin(answer)
-                self._read(answer, rest)
+                self._begin(answer)
+                self._read(answer)
         except (urllib3.exceptions.HTTPError, OSError) as error:  # those of requests are OSErrors
             raise _Passing(_reason(error)) from None
 
@@ -106,8 +106,8 @@ class _Transfer:
             url = _redirected(url, answer.headers.get("Location"))
         raise HttpError(f"the server redirects more than {MAX_REDIRECTS} times")
 
-    def _begin(self, answer: Any) -> int | None:
-        """Check the head of the answer. Returns the number of bytes that follow; None if it is not announced."""
+    def _begin(self, answer: Any) -> None:
+        """Check the head of the answer, and go back to the start of the file if the answer does."""
         code = answer.status_code
         if code == 416:  # the file became shorter, or it ends where we are
             self._restart()
@@ -126,13 +126,10 @@ class _Transfer:
         tag = answer.headers.get("ETag", "")
         self._version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")
         length = answer.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal() and len(length) < 19):
-            return None
-        self._refuse_size(self.have + int(length), announced=True)
-        return int(length)
+        if length.isascii() and length.isdecimal() and len(length) < 19:
+            self._refuse_size(self.have + int(length), announced=True)
 
-    def _read(self, answer: Any, rest: int | None) -> None:
-        begin = self.have
+    def _read(self, answer: Any) -> None:
         # `read1` returns what has arrived: a server that sends a byte now and then cannot hold it beyond the deadline.
         while piece := answer.raw.read1(_PIECE_BYTES, decode_content=False):
             self._file.write(piece)
@@ -141,8 +138,6 @@ class _Transfer:
                 raise HttpError(f"the server sends more than the {self._limit:,} bytes that the file may have")
             if time.monotonic() > self._end:
                 raise HttpError(f"the transfer is too slow: {self.have:,} bytes until the deadline")
-        if rest is not None and self.have - begin < rest:
-            raise _Passing(f"the transfer broke off after {self.have - begin:,} of {rest:,} bytes")
         self._refuse_size(self.have, announced=False)
         self._file.flush()
 
@@ -184,9 +179,14 @@ def _reason(error: BaseException) -> str:
     for _ in range(10):
         if seen is None:
             break
-        if isinstance(seen, TimeoutError | requests.Timeout | urllib3.exceptions.TimeoutError):
+        refused = isinstance(seen, urllib3.exceptions.NewConnectionError)  # counts as a timeout there
+        if isinstance(seen, TimeoutError | requests.Timeout | urllib3.exceptions.TimeoutError) and not refused:
             late = isinstance(seen, requests.ConnectTimeout | urllib3.exceptions.ConnectTimeoutError)
             return f"no {'connection' if late else 'answer'} within {CONNECT_S if late else READ_S:.0f} s"
+        if isinstance(seen, urllib3.exceptions.IncompleteRead | IncompleteRead):
+            return "the transfer broke off"
+        if isinstance(seen, RemoteDisconnected):
+            return "the server closed the connection without an answer"
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         inner = [seen.__cause__, getattr(seen, "reason", None), *seen.args, seen.__context__]

@@ -116,8 +116,8 @@ def find_parent(spec: Spec, fingerprint: str | None) -> Parent:
     """The parent that `init.run` names, checked except for the hashes of its tensor files.
 
     Raises NoInputError if there is no such run or checkpoint, CheckpointError if the checkpoint is damaged, SpecError
-    if parent and branch differ in more than `MAY_DIFFER` (or `MAY_DIFFER_FRESH`) or in their data, or if the checkpoint is another one than
-    that of `init.sha256`.
+    if parent and branch differ in more than `MAY_DIFFER` (or `MAY_DIFFER_FRESH`) or in their data, or if the checkpoint
+    is another one than that of `init.sha256`.
     """
     path, step = parse(str(spec.init.run))
     run = RunDir(path)

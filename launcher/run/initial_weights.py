@@ -1,8 +1,8 @@
 """Check the initial weights of a spec (`init.weights`) before any process is started.
 
-They are a folder of exported or imported weights, or a checkpoint of a run: PATH names its newest one, PATH@STEP another.
-The run needs them until it has a checkpoint of its own. Its folder names the step that it began from, so the same command
-begins from the same checkpoint, even if the other run has trained on.
+They are a folder of exported or imported weights, or a checkpoint of a run: PATH names its newest one, PATH@STEP
+another. The run needs them until it has a checkpoint of its own. Its folder names the step that it began from, so the
+same command begins from the same checkpoint, even if the other run has trained on.
 """
 
 from __future__ import annotations

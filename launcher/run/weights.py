@@ -22,7 +22,9 @@ def find_checkpoint(run: RunDir, step: int | None = None, *, key: str = "--step"
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.steps_on_disk(run.checkpoints)}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
-        raise NoInputError(f"{key}: {run.path} has no checkpoint of step {step} (there: {there}); name one, or leave it out")
+        raise NoInputError(
+            f"{key}: {run.path} has no checkpoint of step {step} (there: {there}); name one, or leave it out"
+        )
     manifest = checkpoint.read_manifest(steps[step], run=run.run_id())
     size = sum(entry.bytes for entry in manifest.files.values())
     with console.progress("verify checkpoint", size, "B") as bar:

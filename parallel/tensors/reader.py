@@ -17,7 +17,6 @@ from headway.parallel.manifest import Checkpoint
 from headway.parallel.tensors.image import SPANS
 from headway.parallel.tensors.spans import Span, copy_shared, shared, whole
 
-
 _MOMENTS = ("exp_avg/", "exp_avg_sq/")
 
 

@@ -110,7 +110,9 @@ def test_batches_are_the_same_within_the_limit_over_epochs(
     assert not list(cache.glob(".reserved-*"))
 
 
-def test_a_limit_that_holds_everything_fetches_each_shard_once(web: WebServer, whole: list[int], tmp_path: Path) -> None:
+def test_a_limit_that_holds_everything_fetches_each_shard_once(
+    web: WebServer, whole: list[int], tmp_path: Path
+) -> None:
     source = limited(web.url, tmp_path / "cache", 1 << 30)
     assert digests(source) == whole and digests(source) == whole
     fetched = [request.path for request in web.fetched(".mds")]

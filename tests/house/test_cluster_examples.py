@@ -1,8 +1,8 @@
 """The examples for clusters have the form that Kubernetes and SkyPilot document, and their commands are ours.
 
-Kubernetes refuses unknown fields only if it is asked to, and SkyPilot only when a task is launched. The models here have
-the fields that the examples may use, from the API reference of Kubernetes 1.31 (Service v1, Job batch/v1) and the schema
-of SkyPilot's task YAML.
+Kubernetes refuses unknown fields only if it is asked to, and SkyPilot only when a task is launched. The models here
+have the fields that the examples may use, from the API reference of Kubernetes 1.31 (Service v1, Job batch/v1) and the
+schema of SkyPilot's task YAML.
 """
 
 from __future__ import annotations
@@ -249,9 +249,9 @@ def test_the_command_of_the_job_is_ours(documents: tuple[Service, Job], headway,
     (container,) = documents[1].spec.template.spec.containers
     spec = spec_of(tmp_path)
     words = [
-        word.replace("$(JOB_COMPLETION_INDEX)", str(host)).replace("/shared/spec.yaml", str(spec)).replace(
-            "run_dir=/shared", f"run_dir={tmp_path}"
-        )
+        word.replace("$(JOB_COMPLETION_INDEX)", str(host))
+        .replace("/shared/spec.yaml", str(spec))
+        .replace("run_dir=/shared", f"run_dir={tmp_path}")
         for word in container.args
     ]
     assert "headway-0.headway" in dry_run(headway, words, tmp_path)

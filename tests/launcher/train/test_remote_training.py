@@ -15,7 +15,7 @@ from headway.data.config import CorpusConfig
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("dataset")
-    words = "the of and a to in is was that for with they from word heat".split()
+    words = ["the", "of", "and", "a", "to", "in", "is", "was", "that", "for", "with", "they", "from", "word", "heat"]
     lines = [" ".join(words[(n * k) % 15] for k in range(1, 90)) + f" {n}." for n in range(400)]
     (root / "text.txt").write_text("\n".join(lines))
     config = {

@@ -190,7 +190,9 @@ def test_a_run_with_a_checkpoint_finds_its_source_moved_or_gone(spec):
     ],
 )
 def test_weights_of_another_model_are_refused_with_the_keys_that_differ(spec, overrides, said):
-    with pytest.raises(SpecError, match=rf"(?s)init\.weights: source holds another model:.*{said}.*a run in spec\.json"):
+    with pytest.raises(
+        SpecError, match=rf"(?s)init\.weights: source holds another model:.*{said}.*a run in spec\.json"
+    ):
         with_initial(spec(*overrides))
 
 
