@@ -131,7 +131,8 @@ class MdsSplit:
         cache_bytes: int | None = None,
         retry_s: float = 0.0,
     ) -> None:
-        self.root, self.split, self.remote = root, split, remote
+        self.root, self.remote = root, remote
+        self.split: Split = split
         self.cache = None if remote is None or cache_bytes is None else Cache(root, cache_bytes)
         if remote is not None and not (root / split / LENGTHS_NAME).exists():
             fetch.fetch_metadata(root, remote)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import json
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from headway.data.places import looked_for
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.folders import not_a_run
-from headway.launcher.run.run_dir import SHA256, RunDir, difference, flatten, identity, lineage, read_mapping
+from headway.launcher.run.run_dir import SEEDS, SHA256, RunDir, difference, flatten, identity, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.spec import Spec
@@ -79,7 +80,7 @@ class Parent:
             "sha256": self.sha256,
             "git_commit": about.get("git_commit"),
             "optimizer": "fresh" if self.fresh_optimizer else "continue",
-            "lineage": lineage(self.spec.model_dump(mode="json"), read_mapping(self.run.card)),
+            "lineage": lineage(self.run, self.spec, self.step),
             "note": self.note,
         }
 
@@ -153,6 +154,28 @@ def find_parent(spec: Spec, fingerprint: str | None) -> Parent:
 def hash_of(checkpoint: Path) -> str:
     """sha256 of the manifest of a checkpoint, which contains the hashes of its files. Raises OSError."""
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+
+
+def lineage(run: RunDir, spec: Spec, step: int) -> str:
+    """Hash of what the state of a run after `step` depends on except its seeds, 16 hex digits.
+
+    It is equal for runs of several seeds, and does not depend on how the learning rate goes on after the step.
+    """
+    free = (*SEEDS, SHA256, *(key for key in MAY_DIFFER if key.startswith("train.")), "schedule", "init.optimizer")
+    known = identity(spec.model_dump(mode="json")).items()
+    kept = {key: value for key, value in known if not any(key == f or key.startswith(f"{f}.") for f in free)}
+    rates = [(min(end, step), repr(function)) for end, function in _pieces(spec)]
+    begun = begin_of(read_mapping(run.card)) or spec.init.sha256
+    text = json.dumps([kept, rates[: 1 + sum(end < step for end, _ in rates)], begun], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def begin_of(card: dict[str, Any]) -> list[Any] | None:
+    """Lineage and step of the run that a run began from, and whether its optimizer was fresh; None without one."""
+    begin = card.get("branch") or card.get("weights")
+    if not isinstance(begin, dict) or not begin.get("lineage"):
+        return None
+    return [begin["lineage"], begin.get("step"), begin.get("optimizer")]
 
 
 def inherited_attempts(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from headway.data.config import DataError, datasets_of
 from headway.data.places import looked_for
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
-from headway.launcher.run.branching import hash_of
+from headway.launcher.run.branching import hash_of, lineage
 from headway.launcher.run.folders import not_a_run
-from headway.launcher.run.run_dir import SHA256, RunDir, difference, flatten, lineage, read_mapping
+from headway.launcher.run.run_dir import SHA256, RunDir, difference, flatten, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint
 from headway.launcher.spec.paths import split_step
@@ -27,6 +27,8 @@ from headway.parallel.manifest import Checkpoint, read_manifest, steps_on_disk
 
 _START = ("init_std", "branch_start")
 """Keys of `model` that affect only random weights."""
+_SHOWN = 10
+"""Differing keys in a message, at most."""
 
 
 class Named(NamedTuple):
@@ -128,7 +130,7 @@ def _of_a_run(spec: Spec, place: Named) -> tuple[Spec, dict[str, Any]]:
         "tokens": found.state.get("tokens"),
         "sha256": sha256,
         "git_commit": found.manifest.about.get("git_commit"),
-        "lineage": lineage(before.model_dump(mode="json"), read_mapping(run.card)),
+        "lineage": lineage(run, before, found.step),
     }
     return _pinned(spec, Named(place.path, found.step), sha256), facts
 
@@ -236,14 +238,16 @@ def _refuse_another_model(spec: Spec, model: Any, attention: Any, vocab_size: in
         return flatten({"model": model.model_dump(mode="json"), "attention": attention.model_dump(mode="json")})
 
     there = shape(model, attention) | {"model.vocab_size": vocab_size}
+    found = difference(there, shape(spec.model, spec.attention))
     wrong = [
         f"  {key}: {a!r} there, {b!r} in the spec"
-        for key, a, b in difference(there, shape(spec.model, spec.attention))
+        for key, a, b in sorted(found, key=lambda each: each[0] != "attention.type")  # the reason of many others
         if key.removeprefix("model.") not in _START
     ]
     if wrong:
+        wrong[_SHOWN:] = [f"  and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise SpecError(
-            "\n".join([f"init.weights: {where} holds another model:", *wrong[:10]])
+            "\n".join([f"init.weights: {where} holds another model:", *wrong])
             + "\nuse the values that are there (an imported folder has them in model.yaml, a run in spec.json), or "
             "leave init.weights out"
         )

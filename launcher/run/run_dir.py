@@ -227,18 +227,6 @@ def spec_hash(spec: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity(spec), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def lineage(spec: dict[str, Any], card: dict[str, Any]) -> str:
-    """Hash of what defines a run except its seeds, 16 hex digits: equal for the runs of several seeds.
-
-    If it began from another run (`card`), that one's lineage and the step are part of it.
-    """
-    kept = {k: v for k, v in identity(spec).items() if k not in SEEDS}
-    begin = card.get("branch") or card.get("weights")
-    if isinstance(begin, dict) and begin.get("lineage"):
-        kept |= {SHA256: None, "from": [begin["lineage"], begin.get("step")]}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings to dotted keys. Lists remain values."""
     flat: dict[str, Any] = {}

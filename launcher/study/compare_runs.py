@@ -21,6 +21,7 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.compare.batch_hashes import first_hash
 from headway.launcher.compare.cells import CellState, cell_state
+from headway.launcher.run.branching import begin_of
 from headway.launcher.run.folders import find_run
 from headway.launcher.run.records import read_run
 from headway.launcher.run.run_dir import FREE_KEYS, SEEDS, SHA256, flatten, read_mapping, write_json
@@ -58,16 +59,9 @@ class Run:
     def variant_key(self) -> str:
         """Equal for runs of one variant. Runs that began from runs of several seeds of one variant are one, too."""
         kept = {key: value for key, value in self.spec.items() if key not in SEEDS and not _is_free(key)}
-        if (begin := self.begin) is not None:
+        if (begin := begin_of(self.card)) is not None:
             kept |= {SHA256: None, "from": begin}
         return json.dumps(kept, sort_keys=True)
-
-    @property
-    def begin(self) -> list[Any] | None:
-        """Lineage and step of the run that this one began from (`headway.launcher.run.run_dir.lineage`)."""
-        begin = self.card.get("branch") or self.card.get("weights")
-        lineage = begin.get("lineage") if isinstance(begin, dict) else None
-        return None if lineage is None else [lineage, begin.get("step")]
 
 
 def compare_runs(paths: Sequence[Path], *, baseline: Path | None = None, out: Path | None = None) -> int:

@@ -147,32 +147,37 @@ class Job(Api):
     spec: JobSpec
 
 
-class Task(BaseModel):
-    """Keys of SkyPilot's task YAML (`get_task_schema`), `resources` among them (`get_resources_schema`)."""
+class Strict(BaseModel):
+    """Keys of SkyPilot's schemas: no others, no conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    class Resources(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
 
-        class Recovery(BaseModel):
-            model_config = ConfigDict(extra="forbid", strict=True)
-            strategy: str | None = None
-            max_restarts_on_errors: int = Field(default=0, ge=0)
-            recover_on_exit_codes: list[Annotated[int, Field(ge=0, le=255)]] = []
+class Recovery(Strict):
+    strategy: str | None = None
+    max_restarts_on_errors: int = Field(default=0, ge=0)
+    recover_on_exit_codes: list[Annotated[int, Field(ge=0, le=255)]] = []
 
-        infra: str = Field(pattern=r"^(aws|gcp|azure|lambda|nebius|runpod|slurm|(kubernetes|k8s)(/.+)?)(/[^/]+){0,2}$")
-        accelerators: str = Field(pattern=r"^[A-Za-z0-9-]+:[0-9]+$")
-        network_tier: Literal["standard", "best"] = "standard"
-        cpus: str | int | None = None
-        memory: str | int | None = None
-        disk_size: str | int | None = None
-        use_spot: bool = False
-        job_recovery: str | Recovery | None = None
+
+class NodeResources(Strict):
+    """`get_resources_schema`."""
+
+    infra: str = Field(pattern=r"^(aws|gcp|azure|lambda|nebius|runpod|slurm|(kubernetes|k8s)(/.+)?)(/[^/]+){0,2}$")
+    accelerators: str = Field(pattern=r"^[A-Za-z0-9-]+:[0-9]+$")
+    network_tier: Literal["standard", "best"] = "standard"
+    cpus: str | int | None = None
+    memory: str | int | None = None
+    disk_size: str | int | None = None
+    use_spot: bool = False
+    job_recovery: str | Recovery | None = None
+
+
+class Task(Strict):
+    """`get_task_schema`."""
 
     name: str
     num_nodes: int
-    resources: Resources
+    resources: NodeResources
     volumes: dict[Annotated[str, Field(pattern="^[/~]")], str] = {}
     workdir: str | None = None
     envs: dict[Annotated[str, Field(pattern="^[a-zA-Z_][a-zA-Z0-9_]*$")], str | None] = {}
@@ -290,7 +295,7 @@ def test_the_exit_statuses_in_the_examples_are_documented(
     text = (EXAMPLES.parents[1] / "faults.md").read_text()
     assert f"| {status} |" in text
     policy, recovery = documents[1].spec.pod_failure_policy, task.resources.job_recovery
-    assert policy is not None and isinstance(recovery, Task.Resources.Recovery)
+    assert policy is not None and isinstance(recovery, Recovery)
     rule = policy.rules[0].on_exit_codes
     assert rule is not None and (status in rule.values) != (status in recovery.recover_on_exit_codes)
 

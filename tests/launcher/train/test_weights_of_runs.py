@@ -13,7 +13,7 @@ from headway.data.build import build
 from headway.data.config import CorpusConfig, MdsSource
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
-from headway.launcher.run.branching import hash_of
+from headway.launcher.run.branching import hash_of, lineage
 from headway.launcher.run.initial_weights import _refuse_another_tokenizer_of_a_run, named, with_initial
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
@@ -23,7 +23,7 @@ from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import read_manifest
 
 LONG = ("schedule.decay_fraction=0", "checkpoint.keep=1", "checkpoint.keep_at_tokens=[2560]")
-NEW = ("train.tokens=2560", "train.validate_first=true", "optimizer.lr=0.001", "data.seed=5")
+NEW = ("train.tokens=2560", "train.validate_first=true", "optimizer.lr=0.001", "seed=5")
 LAYOUTS = [
     ("launch.processes=2", "parallel.zero=3"),
     ("launch.processes=2", "parallel.tensor=2"),
@@ -281,7 +281,9 @@ def test_a_branch_with_a_fresh_optimizer_continues_everything_else(folder, headw
     fresh, kept = (headway_once.train(*words, f"run_dir={name}") for name, words in _branches())
     assert (fresh.returncode, kept.returncode) == (0, 0), fresh.stderr + kept.stderr
     run, other, source = folder / "fresh", folder / "kept", folder / "source"
-    assert records(other)[:20] == records(source)[:20]  # the same schedule: with its moments it is the same training
+    assert (
+        trajectory(other)[:20] == trajectory(source)[:20]
+    )  # the same schedule: with its moments it is the same training
     ours = records(run)
     assert ours[:10] == records(source)[:10]
     for key in ("step", "loss", "grad_norm", "lr", "batch_hash"):  # the weights, the batch and the schedule of step 11
@@ -358,4 +360,19 @@ def test_a_comparison_takes_branches_of_several_seeds_as_one_variant(folder, hea
     found = json.loads(done.stdout)
     assert found["pairing"] == "PAIRED" and [v["validation_loss"]["n"] for v in found["variants"]] == [2, 2]
     page = (folder / "compared" / "report.md").read_text()
-    assert "| `init.optimizer` | continue | fresh | intervention |" in page and "CONFOUND" not in page
+    assert "| `init.optimizer` | continue | fresh | intervention |" in page and "| CONFOUND |" not in page
+
+
+def test_lineage_is_that_of_a_spec_without_its_seeds_up_to_the_step(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = RunDir(Path("source"))
+
+    def found(step: int, *overrides: str) -> str:
+        return lineage(run, load_spec("tiny.yaml", [*LONG, *overrides]).spec, step)
+
+    for same in ("seed=2", "data.seed=3", "train.tokens=99840", "name=x", "launch.processes=2"):
+        assert found(10, same) == found(10), same
+    assert found(10, "schedule.decay_fraction=0.2") == found(10)  # the decay begins after step 32
+    for other in ("optimizer.lr=1", "model.width=64", "attention.top_k=2", "schedule.warmup_tokens=0"):
+        assert found(10, other) != found(10), other
+    assert found(40, "schedule.decay_fraction=0.2") != found(40)
