@@ -367,12 +367,12 @@ def test_lineage_is_that_of_a_spec_without_its_seeds_up_to_the_step(folder, monk
     monkeypatch.chdir(folder)
     run = RunDir(Path("source"))
 
-    def found(step: int, *overrides: str) -> str:
-        return lineage(run, load_spec("tiny.yaml", [*LONG, *overrides]).spec, step)
+    def found(step: int, override: str = "name=tiny", decay: float = 0) -> str:
+        return lineage(run, load_spec("tiny.yaml", [f"schedule.decay_fraction={decay}", override]).spec, step)
 
     for same in ("seed=2", "data.seed=3", "train.tokens=99840", "name=x", "launch.processes=2"):
         assert found(10, same) == found(10), same
-    assert found(10, "schedule.decay_fraction=0.2") == found(10)  # the decay begins after step 32
+    assert found(10, decay=0.2) == found(10)  # the decay begins after step 32
     for other in ("optimizer.lr=1", "model.width=64", "attention.top_k=2", "schedule.warmup_tokens=0"):
         assert found(10, other) != found(10), other
-    assert found(40, "schedule.decay_fraction=0.2") != found(40)
+    assert found(40, decay=0.2) != found(40)
