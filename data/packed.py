@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class PackedText:
             )
         self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
         self._order = None
-        self._fetched_ahead: tuple[int, ...] = ()
+        self._fetched_ahead: deque[tuple[int, ...]] = deque(maxlen=4)  # threads read in several windows at a time
         self._closed, self._fetch_lock = False, threading.Lock()
         self._fetching: list[threading.Thread] = []
         if split == "train":
@@ -90,9 +91,10 @@ class PackedText:
                         return
 
         with self._fetch_lock:  # called by every data thread
-            if self._closed or shards == self._fetched_ahead:
+            if self._closed or shards in self._fetched_ahead:
                 return
-            self._fetched_ahead, keep = shards, {*shards, *order.shards_at(position)}
+            self._fetched_ahead.append(shards)
+            keep = {*shards, *order.shards_at(position)}
             thread = threading.Thread(target=fetch, name="fetch-ahead", daemon=True)
             self._fetching = [*(other for other in self._fetching if other.is_alive()), thread]
             thread.start()

@@ -30,7 +30,7 @@ from headway.data.manifest import SPLITS, clear_staging
 _LOCK = ".cache.lock"
 _RESERVED = ".reserved-"
 _LOOK_S = 0.02
-_NOTE_S = 1.0
+_NOTE_S = 0.05
 _WAIT_S = 300.0
 _numbers = itertools.count()
 _is_staging = re.compile(r"\.(.+\.mds(?:\.zstd)?)\.[0-9]+(?:\.tmp)?").fullmatch
@@ -79,7 +79,7 @@ class Cache:
         self._noted: dict[Path, float] = {}
 
     def used(self, path: Path) -> None:
-        """Note that a shard is used now, at most once a second."""
+        """Note that a shard is used now, at most 20 times a second."""
         now = time.monotonic()
         if now - self._noted.get(path, -_NOTE_S) >= _NOTE_S:
             self._noted[path] = now
