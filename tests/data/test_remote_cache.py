@@ -242,17 +242,27 @@ def test_a_limit_below_a_window_is_refused_with_the_one_that_works(
     assert least(dataset, window=1000) == sum(path.stat().st_size for path in shards(dataset / "train"))
 
 
-def test_fetching_ahead_does_not_delete_the_current_window(web: WebServer, dataset: Path, tmp_path: Path) -> None:
-    cfg = DataConfig(
-        source=limited(web.url, tmp_path / "cache", least(dataset)), seq_len=32, workers=0, shuffle_window=WINDOW
-    )
+def test_fetching_ahead_does_not_delete_the_current_window(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(dataset)
+    raw, _ = sizes_of(read_index(dataset, "train", manifest), "train", manifest)
+    split = MdsSplit(tmp_path, "train", remote=str(dataset), cache_bytes=raw[0] + raw[1] + max(raw[2] - raw[0], 0))
+    first, second = split.local_path(0), split.local_path(1)
+    assert not split.fetch_ahead(2, keep={0, 1, 2}) and first.exists() and second.exists()
+    assert split.fetch_ahead(2, keep={1, 2}) and not first.exists() and second.exists()
+
+    kept: list[set[int]] = []
+    monkeypatch.setattr(MdsSplit, "fetch_ahead", lambda _, number, keep: kept.append(set(keep)) is None)
+    source = limited(dataset, tmp_path, least(dataset))
+    cfg = DataConfig(source=source, seq_len=32, workers=0, shuffle_window=WINDOW)
     with Loader(cfg, split="train", global_batch=8, micro_batch=8, dp_rank=0, dp_size=1) as batches:
-        next(batches)
+        batches.batch(0)
         for thread in [t for t in threading.enumerate() if t.name == "fetch-ahead"]:
             thread.join()
-        before = len(web.fetched(".mds"))
-        again = batches.batch(0)
-        assert again.sequences == 8 and len(web.fetched(".mds")) == before
+        order = batches.source._order  # type: ignore[attr-defined]
+        assert kept == [{*order.shards_at(0), *order.shards_after(0)}] * WINDOW
+        assert len(kept[0]) == 2 * WINDOW
 
 
 def test_a_cache_that_gets_no_room_says_so(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
