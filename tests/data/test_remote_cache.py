@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from pydantic import ValidationError
 from web_server import PROXIES, WebServer, serving
 
@@ -44,13 +46,12 @@ def shards(cache: Path) -> list[Path]:
 
 def size_of(cache: Path) -> int:
     """Bytes of the shards, and of what is being fetched or unpacked."""
-    total = 0
+    sizes: dict[int, int] = {}  # by inode: a file may get its final name in between
     for path in cache.rglob("*.mds*"):
-        try:
-            total += 0 if path.name.endswith(".lock") else path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            sizes[found.st_ino] = 0 if path.name.endswith(".lock") else found.st_size
+    return sum(sizes.values())
 
 
 def least(dataset: Path, window: int = WINDOW) -> int:
@@ -60,7 +61,7 @@ def least(dataset: Path, window: int = WINDOW) -> int:
 
 
 class Watch:
-    """The largest size of a cache while the context lasts."""
+    """The largest size of a cache while the context lasts. It is read while no process deletes or makes room."""
 
     def __init__(self, cache: Path) -> None:
         self.cache, self.largest, self._end = cache, 0, threading.Event()
@@ -68,10 +69,12 @@ class Watch:
 
     def _look(self) -> None:
         while not self._end.is_set():
-            self.largest = max(self.largest, size_of(self.cache))
+            with FileLock(str(self.cache / ".cache.lock")):
+                self.largest = max(self.largest, size_of(self.cache))
             time.sleep(0.001)
 
     def __enter__(self) -> Watch:
+        self.cache.mkdir(exist_ok=True)
         self._thread.start()
         return self
 
