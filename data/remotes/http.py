@@ -7,6 +7,7 @@ Messages name the reason and never an address that a server or the environment g
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 from http.client import IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ _PIECE_BYTES = 1 << 16
 _MOVED = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)
 """Status codes below 500 that another attempt may not get."""
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}  # not the server's own text
 _SAID = {
     401: "access is denied: give a login for this host in ~/.netrc",
     403: "access is denied: the server wants another login, or does not serve this folder",
@@ -51,11 +53,12 @@ def download(url: str, path: Path, *, limit: int, size: int | None = None, timeo
     import requests
 
     end = time.monotonic() + timeout_s
-    failures, furthest = 0, 0
+    attempts, failures, furthest = 0, 0, 0
     with requests.Session() as session, path.open("w+b") as file:
         session.get_redirect_target = lambda resp: None  # else it reads the whole body of a redirect that we follow
         transfer = _Transfer(session, url, file, limit=limit, size=size, end=end)
         while True:
+            attempts += 1
             try:
                 transfer.attempt()
                 return
@@ -64,7 +67,8 @@ def download(url: str, path: Path, *, limit: int, size: int | None = None, timeo
                 furthest = max(furthest, transfer.have)
                 pause_s = 0.5 * failures
                 if failures == ATTEMPTS or time.monotonic() + pause_s >= end:
-                    raise HttpError(f"{error}; {ATTEMPTS} attempts got no further than {furthest:,} bytes") from error
+                    at = f", at {furthest:,} bytes" if furthest else ""
+                    raise HttpError(f"{error}; gave up after {attempts} attempts{at}") from error
             time.sleep(pause_s)
 
 
@@ -114,10 +118,12 @@ class _Transfer:
             raise _Passing("the server refuses the rest of the file")
         if code not in (200, 206):
             said = _SAID.get(code, "")
-            text = f"the server answers {code} {answer.reason or ''}".rstrip() + (f": {said}" if said else "")
+            text = f"the server answers {code} {_PHRASES.get(code, '')}".rstrip() + (f": {said}" if said else "")
             raise (_Passing if code >= 500 or code in _PASSING else HttpError)(text)
         if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-            raise HttpError(f"the server sends the file in the encoding {coding:.20}; switch that off for the dataset")
+            raise HttpError(
+                f"the server sends the file in the encoding {coding[:20]!a}; switch that off for the dataset"
+            )
         if code == 200:
             self._restart()
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {self.have}-"):
@@ -166,7 +172,7 @@ def _redirected(url: str, location: str | None) -> str:
     if there.username or there.password:
         raise HttpError("the server redirects to an address with a login in it")
     if url.startswith("https:") and there.scheme == "http":
-        raise HttpError(f"the server redirects from https to http ({host:.100})")
+        raise HttpError(f"the server redirects from https to http ({host[:100]!a})")
     return there.geturl()
 
 

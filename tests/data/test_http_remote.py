@@ -106,7 +106,7 @@ def test_a_file_that_was_replaced_meanwhile_is_read_from_its_start(web: WebServe
 
 def test_a_transfer_that_gets_no_further_ends_after_three_attempts(web: WebServer, tmp_path: Path) -> None:
     web.always = truncated(1000)
-    refused(web, tmp_path, r"cannot be fetched \(.*broke off; 3 attempts got no further than 1,000 bytes")
+    refused(web, tmp_path, r"cannot be fetched \(.*broke off; gave up after 3 attempts, at 1,000 bytes")
     assert len(web.fetched(SHARD)) == 3
 
 
@@ -181,7 +181,7 @@ def test_a_manifest_has_a_limit_too(web: WebServer, tmp_path: Path) -> None:
 
 def test_a_compressed_transfer_is_refused(web: WebServer, tmp_path: Path) -> None:
     web.always = replaced(b"x", Content_Encoding="gzip")
-    refused(web, tmp_path, "the server sends the file in the encoding gzip; switch that off")
+    refused(web, tmp_path, "the server sends the file in the encoding 'gzip'; switch that off")
 
 
 def test_redirects_are_followed_five_times(web: WebServer, tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_the_body_of_a_redirect_is_not_read(web: WebServer, tmp_path: Path) -> N
 
 def test_a_redirect_from_https_to_http_is_refused() -> None:
     assert http._redirected("https://a/x", "https://b/y?sign=1") == "https://b/y?sign=1"
-    with pytest.raises(http.HttpError, match=r"from https to http \(b\)"):
+    with pytest.raises(http.HttpError, match=r"from https to http \('b'\)"):
         http._redirected("https://a/x", "http://b/y?sign=secret")
 
 
 def test_nothing_listens(tmp_path: Path, dataset: Path) -> None:
     with serving(dataset) as gone:
         pass
-    refused(gone, tmp_path, r"cannot be fetched \(Connection refused; 3 attempts")
+    refused(gone, tmp_path, r"cannot be fetched \(Connection refused; gave up after 3 attempts")
 
 
 def test_the_password_of_a_proxy_is_in_no_message(
