@@ -20,7 +20,6 @@ from headway.launcher.spec.yamlio import MAX_DEPTH, Node, Place, load_yaml, pars
 
 MAX_BASES = 16
 _ENVIRONMENT = re.compile(r"launch\.env[.=]|launch=.*\benv\b", re.DOTALL)
-_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s'\"]*[@?#]")
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)*"
 _PLAIN = re.compile(r"[A-Za-z0-9_./~+]([A-Za-z0-9_./~+@=:<>|-]*[A-Za-z0-9_./~+@=<>|-])?")
 
@@ -122,7 +121,7 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
         # The value of an environment variable may be a secret, so messages and origins do not contain it. The same
         # holds for an address with a login or a query.
         secret = _ENVIRONMENT.match(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
-        secret = secret or _ADDRESS.search(argument)
+        secret = secret or not set("@?#").isdisjoint(argument.partition("://")[2])
         shown = (f"{key}=..." if equals else "...") if secret else argument
         place = Place(f"argument '{printable(shown, 200)}'")
         if not equals or not key or key != key.strip() or key.startswith("-"):
