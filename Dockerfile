@@ -5,13 +5,15 @@
 # CI does not build this image, because it has neither a Docker daemon nor a GPU. You may have to adapt it to your
 # cluster's driver and network.
 #
-# Two stages: `build` compiles apex and installs everything into /opt/headway; the image has that folder and no CUDA
-# compiler. Dependencies are installed before the sources are copied, so a changed source rebuilds the last layers only.
+# Two stages: `build` compiles apex and installs everything into /opt/headway, with the Python in /opt/python; the image
+# has these folders and no CUDA compiler. Dependencies are installed before the sources are copied, so a changed source rebuilds the last layers only.
 #
 # The image must have the CUDA version that torch's wheel was built with (13.0 for torch 2.13). Otherwise apex does not
 # compile.
 FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04 AS build
 
+# The Python that the tests run with (constraints.txt); Ubuntu 24.04 has another one.
+ARG PYTHON_VERSION=3.11.13
 # Full commit hash (40 hex digits), because apex has no releases that follow torch.
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
 # Compute capabilities to compile kernels for: A100, H100/H200, B200.
@@ -24,10 +26,14 @@ ENV DEBIAN_FRONTEND=noninteractive \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends build-essential ca-certificates git python3.12 python3.12-dev python3.12-venv \
+    && apt-get install -y --no-install-recommends build-essential ca-certificates git \
     && rm -rf /var/lib/apt/lists/*
 
-RUN python3.12 -m venv /opt/headway
+# uv downloads a build of CPython with its headers and checks its hash.
+COPY --from=ghcr.io/astral-sh/uv:0.8.22 /uv /usr/local/bin/uv
+ENV UV_PYTHON_INSTALL_DIR=/opt/python
+RUN uv python install "$PYTHON_VERSION" \
+    && "$(uv python find --managed-python "$PYTHON_VERSION")" -m venv /opt/headway
 ENV PATH=/opt/headway/bin:$PATH
 
 COPY constraints.txt /build/constraints.txt
@@ -59,13 +65,15 @@ FROM nvidia/cuda:13.0.3-cudnn-runtime-ubuntu24.04
 ENV DEBIAN_FRONTEND=noninteractive \
     PYTHONUNBUFFERED=1
 
-# gcc, g++ and Python's headers: Triton and torch.compile build their launchers and kernels when they run.
+# gcc and g++ (and Python's headers in /opt/python): Triton and torch.compile build their launchers and kernels when they
+# run.
 # ibverbs and rdmacm: NCCL reaches InfiniBand and RoCE through them. iproute2 and openssh-client: launches over ssh.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates g++ gcc python3.12 python3.12-dev \
+    && apt-get install -y --no-install-recommends ca-certificates g++ gcc libc6-dev \
        ibverbs-providers libibverbs1 librdmacm1t64 iproute2 openssh-client \
     && rm -rf /var/lib/apt/lists/*
 
+COPY --from=build /opt/python /opt/python
 COPY --from=build /opt/headway /opt/headway
 ENV PATH=/opt/headway/bin:$PATH
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_VOCABULARY = 1 << 24  # tokens; the embedding has a row for each
 
@@ -30,24 +31,76 @@ class DataError(Exception):
 # ---------------------------------------------------------------- data of a run
 
 
-class MdsSource(StrictModel):
+def _checked_remote(remote: str | None) -> str | None:
+    """Raise ValueError, which does not repeat the address, if it contains a secret or is no web address of a folder."""
+    if remote is None:
+        return None
+    try:
+        parts = urlsplit(remote)
+        web, host = parts.scheme in ("http", "https"), parts.hostname
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is no address (host or port are malformed); write it as https://host/folder") from None
+    if parts.password is not None or (web and parts.username is not None):
+        raise ValueError(
+            "contains a login, which run folders and messages would show; leave it out, and give the login for http(s) "
+            "in ~/.netrc, or for other schemes as their client reads it (keys, variables in launch.env)"
+        )
+    if web and not host:
+        raise ValueError("names no host; write it as https://host/folder")
+    if web and (parts.query or parts.fragment):
+        raise ValueError(
+            "has a query (?) or a fragment (#), but it is the address of a folder, to which names of files are added; "
+            "leave that out"
+        )
+    return remote
+
+
+Remote = Annotated[
+    str | None,
+    AfterValidator(_checked_remote),
+    Field(description="URL or folder from which shards are fetched on demand"),
+]
+CacheBytes = Annotated[
+    int | None,
+    Field(
+        gt=0,
+        description="size limit of the shards in `path`; those used least recently are deleted. none: no limit",
+    ),
+]
+
+
+class Fetched(StrictModel):
+    """A dataset, and the remote whose cache it is."""
+
+    path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
+    remote: Remote = None
+    cache_bytes: CacheBytes = None
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_bytes is not None and self.remote is None:
+            raise ValueError(
+                "cache_bytes: limits the cache of a remote, and without a remote `path` is the dataset itself; set "
+                "remote, or leave cache_bytes out"
+            )
+        return self
+
+
+class MdsSource(Fetched):
     """Tokenized shards built by `headway data build`."""
 
     type: Literal["mds"]
-    path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
-    remote: str | None = Field(default=None, description="URL or folder from which shards are fetched on demand")
 
 
 _SMALLEST_SHARE = 1 / 2048
 
 
-class MixPart(StrictModel):
+class MixPart(Fetched):
     """A dataset of a mixture."""
 
-    path: str = Field(min_length=1, description="folder of the built dataset (or the local cache when `remote` is set)")
     weight: float = Field(gt=0, description="share of the tokens, relative to the other weights")
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default: the folder's")
-    remote: str | None = Field(default=None, description="URL or folder from which shards are fetched on demand")
 
     def title(self) -> str:
         """The name in records and reports."""
@@ -151,7 +204,10 @@ class SyntheticSource(StrictModel):
 def datasets_of(source: MdsSource | MixSource | SyntheticSource) -> tuple[MdsSource, ...]:
     """The datasets that a source reads; none for a synthetic one."""
     if isinstance(source, MixSource):
-        return tuple(MdsSource(type="mds", path=part.path, remote=part.remote) for part in source.sources)
+        return tuple(
+            MdsSource(type="mds", path=part.path, remote=part.remote, cache_bytes=part.cache_bytes)
+            for part in source.sources
+        )
     return (source,) if isinstance(source, MdsSource) else ()
 
 

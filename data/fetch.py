@@ -1,7 +1,8 @@
 """Fetches files of a dataset from a remote, and decompresses zstd shards.
 
-Download and decompression use mosaicml-streaming, which is imported lazily. A file is checked against the manifest
-before it is renamed to its final name, so a file with its final name is complete.
+`headway.data.remotes.http` downloads over http(s), mosaicml-streaming, which is imported lazily, from everything else.
+A file is checked against the manifest before it is renamed to its final name, so a file with its final name is
+complete.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -31,19 +32,23 @@ from headway.data.manifest import (
     read_manifest,
     replace_bytes,
 )
+from headway.data.remotes import http
+from headway.data.remotes.cache import Cache, lock_path
 from headway.data.streaming_import import import_streaming
 
 # Schemes that mosaicml-streaming can read; a plain path has none.
 _SCHEMES = ("", "file", "s3", "gs", "oci", "hf", "azure", "azure-dl", "dbfs", "sftp")
+_WEB = ("http", "https")
+_MAX_MANIFEST_BYTES = 64 << 20
 _ATTEMPTS = 3
 _TIMEOUT_S = 300.0
 
 
 def remote_prefix(remote: str) -> str:
-    """Convert `remote` for mosaicml-streaming: `file://` and `~` become plain paths."""
+    """The remote without a slash at its end; `file://` and `~` become plain paths."""
     scheme = urlparse(remote).scheme
-    if scheme not in _SCHEMES:
-        known = ", ".join(f"{name}://" for name in _SCHEMES if name)
+    if scheme not in (*_SCHEMES, *_WEB):
+        known = ", ".join(f"{name}://" for name in (*_WEB, *_SCHEMES) if name)
         raise DataError(f"data.source.remote: {remote!r} has an unknown scheme; use a folder or one of {known}")
     if scheme == "file":
         remote = urlparse(remote).path
@@ -60,7 +65,7 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
     with _holding(root / MANIFEST_NAME):
         arrived = root / f".{MANIFEST_NAME}.{os.getpid()}"
         try:
-            _download(remote, MANIFEST_NAME, arrived)
+            _download(remote, MANIFEST_NAME, arrived, None)
             manifest = read_manifest(root, arrived.name)
             if (root / MANIFEST_NAME).exists():
                 cached = read_manifest(root).fingerprint
@@ -90,16 +95,64 @@ def fetch_file(root: Path, remote: str, name: str, manifest: Manifest) -> Path:
         if path.exists():
             return path
     with _holding(path):
-        if path.exists():
-            return path
-        arrived = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            _download(remote, name, arrived)
-            check_content(arrived, expected, what=f"{remote}/{name}")
-            arrived.replace(path)
-        finally:
-            arrived.unlink(missing_ok=True)
+        if not path.exists():
+            _fetch(remote, name, path, expected)
     return path
+
+
+def fetch_shard(
+    cache: Cache,
+    remote: str,
+    packed: str,
+    raw: Path,
+    manifest: Manifest,
+    *,
+    bytes: int,
+    xxh64: str,
+    keep: Collection[Path] = (),
+    wait_s: float | None = None,
+) -> Path | None:
+    """Path of the uncompressed shard `raw`, for which `cache` makes room if it is missing.
+
+    packed: name of the file in the manifest; another one than that of `raw` is unpacked and not kept. keep, wait_s: see
+    `Cache.room`. None if there is no room. Raises DataError as `fetch_file` and `unpack_shard` do.
+    """
+    expected, stored = manifest.files[packed], cache.root / packed
+    with contextlib.suppress(PermissionError):
+        if raw.exists():
+            return raw
+    with _holding(raw):
+        if raw.exists():
+            return raw
+        size = expected.bytes if stored == raw else expected.bytes + bytes
+        with cache.room(size, keep=keep, wait_s=wait_s) as found:
+            if not found:
+                return None
+            if stored == raw:
+                _fetch(remote, packed, raw, expected)
+            else:
+                with _arrived(remote, packed, stored, expected) as arrived:
+                    _unpack(arrived, raw, bytes=bytes, xxh64=xxh64)
+        cache.used(raw)
+    return raw
+
+
+def _fetch(remote: str, name: str, path: Path, expected: FileEntry) -> None:
+    """Download a file, check it, and give it its final name. The caller holds the lock."""
+    with _arrived(remote, name, path, expected) as arrived:
+        arrived.replace(path)
+
+
+@contextlib.contextmanager
+def _arrived(remote: str, name: str, path: Path, expected: FileEntry) -> Iterator[Path]:
+    """A temporary file beside `path` with the downloaded and checked content."""
+    arrived = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _download(remote, name, arrived, expected)
+        check_content(arrived, expected, what=f"{remote}/{name}")
+        yield arrived
+    finally:
+        arrived.unlink(missing_ok=True)
 
 
 def check_content(path: Path, expected: FileEntry, *, what: str) -> None:
@@ -117,22 +170,26 @@ def unpack_shard(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> Path:
     with _holding(raw):
         if raw.exists() and raw.stat().st_size == bytes and xxhash.xxh64_hexdigest(raw.read_bytes()) == xxh64:
             return raw
-        data = bytearray()
-        for piece in containers.chunks(packed, "zstd"):
-            data += piece
-            if len(data) > bytes:
-                break
-        if len(data) != bytes or xxhash.xxh64_hexdigest(data) != xxh64:
-            raise DataError(f"{packed}: does not unpack to the shard in the index; build the dataset again")
-        try:
-            replace_bytes(raw, data)
-        except OSError as error:
-            raise DataError(
-                f"{raw}: cannot be written ({error.strerror}). Shards compressed with zstd are unpacked in their "
-                "folder: make it writable, set data.source.remote to it and data.source.path to a "
-                "writable cache, or build without compression"
-            ) from error
+        _unpack(packed, raw, bytes=bytes, xxh64=xxh64)
     return raw
+
+
+def _unpack(packed: Path, raw: Path, *, bytes: int, xxh64: str) -> None:
+    data = bytearray()
+    for piece in containers.chunks(packed, "zstd"):
+        data += piece
+        if len(data) > bytes:
+            break
+    if len(data) != bytes or xxhash.xxh64_hexdigest(data) != xxh64:
+        raise DataError(f"{packed}: does not unpack to the shard in the index; build the dataset again")
+    try:
+        replace_bytes(raw, data)
+    except OSError as error:
+        raise DataError(
+            f"{raw}: cannot be written ({error.strerror}). Shards compressed with zstd are unpacked in their "
+            "folder: make it writable, set data.source.remote to it and data.source.path to a "
+            "writable cache, or build without compression"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -142,7 +199,7 @@ def _holding(path: Path) -> Iterator[None]:
     The kernel releases the lock when its process ends for any reason. The lock file remains and has no meaning. Raises
     DataError if the folder or the lock file cannot be written, or if another process holds the lock too long.
     """
-    lock = FileLock(str(path.with_name(f".{path.name}.lock")), timeout=_TIMEOUT_S)
+    lock = FileLock(str(lock_path(path)), timeout=_TIMEOUT_S)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -163,8 +220,17 @@ def _holding(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _download(remote: str, name: str, destination: Path) -> None:
+def _download(remote: str, name: str, destination: Path, expected: FileEntry | None) -> None:
+    """Download a file. `expected`: its size is that of the manifest; None for the manifest itself."""
     prefix = remote_prefix(remote)
+    if urlparse(prefix).scheme in _WEB:
+        limit, size = (_MAX_MANIFEST_BYTES, None) if expected is None else (expected.bytes, expected.bytes)
+        try:
+            http.download(f"{prefix}/{quote(name)}", destination, limit=limit, size=size, timeout_s=_TIMEOUT_S)
+            _sync(destination)
+        except (http.HttpError, OSError) as error:
+            raise DataError(_unfetched(remote, name, str(error))) from error
+        return
     downloaders = import_streaming("base.storage").CloudDownloader
     for attempt in range(1, _ATTEMPTS + 1):
         destination.unlink(missing_ok=True)
@@ -172,19 +238,24 @@ def _download(remote: str, name: str, destination: Path) -> None:
             downloader = downloaders.get(prefix)
             downloader.download(f"{prefix}/{name}", str(destination), _TIMEOUT_S)
             downloader.clean_up()
-            with destination.open("rb") as stream:
-                os.fsync(stream.fileno())  # before the rename, which marks the file as complete
+            _sync(destination)
             return
         except FileNotFoundError as error:
-            raise DataError(_unfetched(remote, name, error)) from error
+            raise DataError(_unfetched(remote, name, f"{type(error).__name__}: {error}")) from error
         except Exception as error:  # each storage library has its own errors
             if attempt == _ATTEMPTS:
-                raise DataError(_unfetched(remote, name, error)) from error
+                raise DataError(_unfetched(remote, name, f"{type(error).__name__}: {error}")) from error
             time.sleep(0.5 * attempt)
 
 
-def _unfetched(remote: str, name: str, error: Exception) -> str:
+def _sync(path: Path) -> None:
+    """Flush a file to disk, before the rename that marks it as complete."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _unfetched(remote: str, name: str, why: str) -> str:
     return (
-        f"{remote}/{name}: cannot be fetched ({type(error).__name__}: {error}); check data.source.remote, the network "
+        f"{remote}/{name}: cannot be fetched ({why}); check data.source.remote, the network "
         "and the credentials, or copy the dataset to a local folder and drop data.source.remote"
     )

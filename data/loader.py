@@ -67,6 +67,7 @@ def open_source(cfg: DataConfig, *, split: Split) -> Source:
             seed=cfg.seed,
             shuffle_window=cfg.shuffle_window,
             remote=cfg.source.remote,
+            cache_bytes=cfg.source.cache_bytes,
             retry_s=cfg.retry_s,
         )
     if isinstance(cfg.source, MixSource):

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,11 +38,13 @@ from headway.data.manifest import (
     rebuild_hint,
     state_of,
 )
+from headway.data.remotes.cache import Cache, check_limit, open_pinned, open_shared
 from headway.data.shard import OpenShard
 
 Read = TypeVar("Read")
 
 _MAX_OPEN_SHARDS = 64  # each holds a file descriptor
+_REFETCH_S = 60.0
 _MAX_INDEX_BYTES = 256 << 20
 _is_basename = re.compile(BASENAME).fullmatch
 
@@ -120,8 +122,18 @@ class MdsSplit:
     DataError, which names the file, if the retries fail, if files are missing, or if files do not match each other.
     """
 
-    def __init__(self, root: Path, split: Split, *, remote: str | None = None, retry_s: float = 0.0) -> None:
-        self.root, self.split, self.remote = root, split, remote
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        *,
+        remote: str | None = None,
+        cache_bytes: int | None = None,
+        retry_s: float = 0.0,
+    ) -> None:
+        self.root, self.remote = root, remote
+        self.split: Split = split
+        self.cache = None if remote is None or cache_bytes is None else Cache(root, cache_bytes)
         if remote is not None and not (root / split / LENGTHS_NAME).exists():
             fetch.fetch_metadata(root, remote)
         self.manifest = read_manifest(root)
@@ -137,6 +149,8 @@ class MdsSplit:
         self._opening: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
         self._busy: dict[int, int] = {}  # thread -> the shard it reads
+        if self.cache is not None:
+            self.cache.trim()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -171,11 +185,44 @@ class MdsSplit:
         shard = self.shards[number]
         folder = self.root / self.split
         stored, raw = folder / shard.stored_name, folder / shard.raw_name
+        if self.cache is not None:
+            if (found := self._into_cache(self.cache, number)) is None:
+                raise self.cache.no_room(shard.raw_name, shard.raw_bytes)
+            return found
         if self.remote is not None:
             fetch.fetch_file(self.root, self.remote, f"{self.split}/{shard.stored_name}", self.manifest)
         if shard.stored_name != shard.raw_name:
             return fetch.unpack_shard(stored, raw, bytes=shard.raw_bytes, xxh64=shard.raw_xxh64)
         return raw
+
+    def fetch_ahead(self, number: int, *, keep: Collection[int]) -> bool:
+        """Fetch or unpack a shard if necessary. False if a limited cache would have to delete one of `keep` for it."""
+        if self.cache is None:
+            self.local_path(number)
+            return True
+        return self._into_cache(self.cache, number, keep=[self._path(other) for other in keep], wait_s=0.0) is not None
+
+    def _into_cache(
+        self, cache: Cache, number: int, *, keep: Collection[Path] = (), wait_s: float | None = None
+    ) -> Path | None:
+        shard = self.shards[number]
+        assert self.remote is not None, "a cache has a remote"
+        return fetch.fetch_shard(
+            cache,
+            self.remote,
+            f"{self.split}/{shard.stored_name}",
+            self._path(number),
+            self.manifest,
+            bytes=shard.raw_bytes,
+            xxh64=shard.raw_xxh64,
+            keep=keep,
+            wait_s=wait_s,
+        )
+
+    def check_cache(self, window: int) -> None:
+        """Raise DataError if the limit of the cache is too small for shuffle windows of `window` shards."""
+        if self.cache is not None:
+            check_limit(self.cache.limit, self.root, *sizes_of(self.shards, self.split, self.manifest), window)
 
     def _hint(self) -> str:
         if self.remote is None:
@@ -194,15 +241,22 @@ class MdsSplit:
 
     def _from(self, number: int, read: Callable[[OpenShard], Read]) -> Read:
         """Call `read` on a shard, with retries for `retry_s` seconds."""
-        thread, pause_s, end = threading.get_ident(), 0.05, 0.0
+        thread, pause_s, end, evicted = threading.get_ident(), 0.05, 0.0, False
         self._busy[thread] = number
         try:
             while True:
                 try:
-                    return read(self._shard(number))
+                    shard = self._shard(number)
+                    if self.cache is None:
+                        return read(shard)
+                    self.cache.used(self._path(number))
+                    with shard.reading():
+                        return read(shard)
                 except (OSError, ValueError) as error:
+                    # Between reads, any process may delete the shard from a cache with a limit. It is fetched again.
+                    evicted = self.cache is not None and isinstance(error, FileNotFoundError)
                     now = time.monotonic()
-                    end = end or now + self._retry_s
+                    end = end or now + (max(self._retry_s, _REFETCH_S) if evicted else self._retry_s)
                     if now + pause_s > end:
                         why = (isinstance(error, OSError) and error.strerror) or error
                         raise DataError(
@@ -211,8 +265,9 @@ class MdsSplit:
                         ) from error
                 with self._lock:
                     self._open.pop(number, None)  # the file may have been replaced
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 1.0)
+                if not evicted:
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 1.0)
         finally:
             del self._busy[thread]
 
@@ -242,7 +297,13 @@ class MdsSplit:
         first = int(self.first_document[number])
         lengths = self.lengths[first : first + info.samples]
         return OpenShard(
-            path, xxh64=info.raw_xxh64, trusted=self._trusted(number, path), lengths=lengths, dtype=self.dtype
+            path,
+            xxh64=info.raw_xxh64,
+            trusted=self._trusted(number, path),
+            lengths=lengths,
+            dtype=self.dtype,
+            pin=None if self.remote is None else open_shared if self.cache is None else open_pinned,
+            brief=self.cache is not None,
         )
 
     def _trusted(self, number: int, path: Path) -> FileState | None:
@@ -253,6 +314,13 @@ class MdsSplit:
         if expected is None or self._verified.remembered(name, state) != expected.xxh3_64:
             return None
         return state
+
+
+def sizes_of(shards: Sequence[ShardInfo], split: Split, manifest: Manifest) -> tuple[list[int], list[int]]:
+    """(bytes of each shard, bytes of each compressed shard) of a split."""
+    packed = [shard for shard in shards if shard.stored_name != shard.raw_name]
+    stored = [manifest.files[f"{split}/{shard.stored_name}"].bytes for shard in packed]
+    return [shard.raw_bytes for shard in shards], stored
 
 
 def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:

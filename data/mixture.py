@@ -127,6 +127,7 @@ class MixedText:
                 seed=cfg.seed,
                 shuffle_window=cfg.shuffle_window,
                 remote=part.remote,
+                cache_bytes=part.cache_bytes,
                 retry_s=cfg.retry_s,
             )
             for part in source.sources

@@ -57,6 +57,14 @@ class GlobalOrder:
             window = int(np.searchsorted(starts, place, "right")) - 1
             return int(self._sequences(epoch, window, shards)[place - starts[window]])
 
+    def shards_at(self, position: int) -> tuple[int, ...]:
+        """Shards of the window of `position`. Their order has no meaning."""
+        epoch, place = divmod(position, self.num_sequences)
+        with self._lock:
+            shards, starts = self._epoch(epoch)
+            window = int(np.searchsorted(starts, place, "right")) - 1
+            return tuple(self._shards[shards[window * self._window : (window + 1) * self._window]].tolist())
+
     def shards_after(self, position: int) -> tuple[int, ...]:
         """Shards of the window after that of `position`, to be fetched next. Their order has no meaning."""
         epoch, place = divmod(position, self.num_sequences)

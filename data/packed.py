@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,13 @@ class PackedText:
         seed: int,
         shuffle_window: int,
         remote: str | None = None,
+        cache_bytes: int | None = None,
         retry_s: float = 0.0,
     ) -> None:
-        self._documents = MdsSplit(Path(path).expanduser(), split, remote=remote, retry_s=retry_s)
+        self._documents = MdsSplit(
+            Path(path).expanduser(), split, remote=remote, cache_bytes=cache_bytes, retry_s=retry_s
+        )
+        self._documents.check_cache(shuffle_window if split == "train" else 1)
         self._ends = np.cumsum(self._documents.lengths)
         tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.seq_len = seq_len
@@ -53,7 +58,7 @@ class PackedText:
             )
         self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
         self._order = None
-        self._fetched_ahead: tuple[int, ...] = ()
+        self._fetched_ahead: deque[tuple[int, ...]] = deque(maxlen=4)  # threads read in several windows at a time
         self._closed, self._fetch_lock = False, threading.Lock()
         self._fetching: list[threading.Thread] = []
         if split == "train":
@@ -69,11 +74,12 @@ class PackedText:
         if self._order is None:
             return position % self.num_sequences
         if self._documents.remote is not None:
-            self._fetch_ahead(self._order.shards_after(position))
+            self._fetch_ahead(self._order, position)
         return self._order.index(position)
 
-    def _fetch_ahead(self, shards: tuple[int, ...]) -> None:
-        """Fetch the shards of the next window in the background."""
+    def _fetch_ahead(self, order: GlobalOrder, position: int) -> None:
+        """Fetch the shards of the next window in the background. Those of this one are not deleted for them."""
+        shards = order.shards_after(position)
 
         def fetch() -> None:
             for shard in shards:
@@ -81,12 +87,14 @@ class PackedText:
                     return
                 # Ignore errors here: reading the shard raises them again in the thread of the consumer.
                 with contextlib.suppress(DataError, OSError):
-                    self._documents.local_path(shard)
+                    if not self._documents.fetch_ahead(shard, keep=keep):
+                        return
 
         with self._fetch_lock:  # called by every data thread
-            if self._closed or shards == self._fetched_ahead:
+            if self._closed or shards in self._fetched_ahead:
                 return
-            self._fetched_ahead = shards
+            self._fetched_ahead.append(shards)
+            keep = {*shards, *order.shards_at(position)}
             thread = threading.Thread(target=fetch, name="fetch-ahead", daemon=True)
             self._fetching = [*(other for other in self._fetching if other.is_alive()), thread]
             thread.start()

@@ -8,10 +8,12 @@ of the manifest, even if a file is modified while it is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,34 @@ class OpenShard:
 
     trusted: File state in which the content is known to be right, or None.
     lengths: Tokens per document, [samples].
+    pin: Opens the file instead of `os.open`, and keeps it from being deleted until its descriptor is closed.
+    brief: The file is open within `reading` only, so that it can be deleted between reads.
 
     Raises OSError if the file cannot be read and ValueError if its content is wrong.
     """
 
     def __init__(
-        self, path: Path, *, xxh64: str, trusted: FileState | None, lengths: np.ndarray, dtype: np.dtype
+        self,
+        path: Path,
+        *,
+        xxh64: str,
+        trusted: FileState | None,
+        lengths: np.ndarray,
+        dtype: np.dtype,
+        pin: Callable[[Path], int] | None = None,
+        brief: bool = False,
     ) -> None:
         self._descriptor = -1
+        self._path, self._pin, self._brief = path, pin or _open, brief
+        self._readers, self._opening = 0, threading.Lock()
         self._lengths, self._compared = lengths, np.zeros(len(lengths), dtype=bool)
         self._xxh64, self._dtype = xxh64, dtype
         self._hashing = threading.Lock()
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._state = trusted
+        with self.reading():
+            self._read_head(lengths, dtype)
+
+    def _read_head(self, lengths: np.ndarray, dtype: np.dtype) -> None:
         samples, head = len(lengths), 4 * (len(lengths) + 2)
         header = self._read(0, samples + 2, np.dtype("<u4"))
         if header[0] != samples:
@@ -54,6 +71,22 @@ class OpenShard:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[OpenShard]:
+        """Keep the file open. Raises FileNotFoundError if it was deleted since it was last open."""
+        with self._opening:
+            if self._descriptor < 0:
+                self._descriptor = self._pin(self._path)
+            self._readers += 1
+        try:
+            yield self
+        finally:
+            with self._opening:
+                self._readers -= 1
+                if self._brief and self._readers == 0:
+                    os.close(self._descriptor)
+                    self._descriptor = -1
 
     def tokens(self, row: int, begin: int, count: int) -> np.ndarray:
         """`count` token ids of a document, starting at its token `begin`, [count]."""
@@ -112,6 +145,10 @@ class OpenShard:
             if digest.hexdigest() != self._xxh64:
                 raise ValueError(f"hash {digest.hexdigest()} of {offset:,} bytes, the index says {self._xxh64}")
             self._state = state
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class ShardWriter:

@@ -29,9 +29,10 @@ from headway.data.manifest import (
     read_manifest,
     rebuild_hint,
 )
-from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, unigram_entropy
+from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, sizes_of, unigram_entropy
 from headway.data.mixture import mixed_fingerprint
 from headway.data.progress import Progress, Shown, progress_of
+from headway.data.remotes.cache import check_limit
 from headway.data.tokenizer import sha256_of, vocab_size_of
 
 
@@ -52,8 +53,12 @@ class DatasetInfo:
     manifest: dict[str, Any]
 
 
-def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = False) -> DatasetInfo:
+def verify(
+    source: MdsSource, *, seq_len: int | None = None, shuffle_window: int | None = None, progress: Shown = False
+) -> DatasetInfo:
     """Check the files of a dataset (presence, size, hash, no extra shards), its tokenizer, and that `seq_len` fits.
+
+    `shuffle_window`: shards that a limited cache (`cache_bytes`) must hold.
 
     With `remote`, the manifest is fetched first; shards that are not fetched yet are checked when they arrive. Files
     that did not change since they were hashed are not hashed again. Raises DataError with the file and the next step.
@@ -68,6 +73,9 @@ def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = F
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
         read_lengths(root, split, manifest)
+        if source.cache_bytes is not None:
+            window = 1 if split == "validation" else shuffle_window or 1
+            check_limit(source.cache_bytes, root, *sizes_of(shards, split, manifest), window)
     _check_tokenizer(root, manifest)
     if seq_len is not None:
         _check_length(root, manifest, seq_len)
@@ -87,14 +95,20 @@ def verify(source: MdsSource, *, seq_len: int | None = None, progress: Shown = F
 
 
 def verify_source(
-    source: MdsSource | MixSource, *, seq_len: int | None = None, progress: Shown = False
+    source: MdsSource | MixSource,
+    *,
+    seq_len: int | None = None,
+    shuffle_window: int | None = None,
+    progress: Shown = False,
 ) -> tuple[DatasetInfo, list[DatasetInfo]]:
     """(what a run records of its data, the same of each dataset). Verifies all datasets, as `verify` does.
 
     Of a mixture: the fingerprint of all; sums of tokens; bytes per token by the weights; no unigram entropy. Raises
     DataError if the datasets were made with different tokenizers.
     """
-    found = [verify(part, seq_len=seq_len, progress=progress) for part in datasets_of(source)]
+    found = [
+        verify(part, seq_len=seq_len, shuffle_window=shuffle_window, progress=progress) for part in datasets_of(source)
+    ]
     if isinstance(source, MdsSource):
         return found[0], found
     for info in found[1:]:
@@ -129,10 +143,16 @@ def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: P
     verified = VerifiedFiles(root)
     hint = None if remote is None else f"delete it and start again: it is fetched again from {remote}"
     # Shards that are not fetched yet are checked when they arrive.
-    names = [n for n in manifest.files if remote is None or n in metadata or os.path.lexists(root / n)]
+    optional = set() if remote is None else manifest.files.keys() - metadata
+    names = [n for n in manifest.files if n not in optional or os.path.lexists(root / n)]
     with progress("verify dataset", sum(manifest.files[name].bytes for name in names), "B") as bar:
         for name in names:
-            check_file(root, name, manifest, verified, hint=hint)
+            try:
+                check_file(root, name, manifest, verified, hint=hint)
+            except DataError:
+                # Another run may delete shards from a cache with a limit.
+                if name not in optional or os.path.lexists(root / name):
+                    raise
             bar.update(manifest.files[name].bytes)
     verified.save()
 
@@ -187,7 +207,7 @@ def verify_contents(source: MdsSource, *, progress: Shown = False) -> None:
     total = manifest.train.tokens + manifest.validation.tokens
     with progress_of(progress)("read dataset", total, "tokens") as bar:
         for split in SPLITS:
-            documents = MdsSplit(root, split, remote=source.remote)
+            documents = MdsSplit(root, split, remote=source.remote, cache_bytes=source.cache_bytes)
             found = np.zeros(manifest.vocab_size, dtype=np.int64)
             for document in range(len(documents)):
                 tokens = documents.tokens(document)

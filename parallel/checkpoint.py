@@ -35,7 +35,7 @@ from headway.parallel.manifest import (
     verify_hashes,
 )
 from headway.parallel.saver import Saved, Saver
-from headway.parallel.tensors.reader import Tensors
+from headway.parallel.tensors.reader import FreshMoments, Tensors
 
 __all__ = [
     "MANIFEST",
@@ -173,12 +173,13 @@ def _seen_by_any(root: Path, layout: Layout) -> list[Path]:
     return [root / name for name in sorted({n for r in seen for n in r["names"]}, reverse=True)]
 
 
-def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout) -> None:
+def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout, *, fresh_optimizer: bool = False) -> None:
     """Load this rank's part of parameters, fp32 masters, moments, Adam's counter and persistent buffers. Collective.
 
-    Raises CheckpointError if names or shapes of the tensors differ from the model's.
+    `fresh_optimizer`: moments and Adam's counter become 0 instead. Raises CheckpointError if names or shapes of the
+    tensors differ from the model's.
     """
-    tensors = Tensors(checkpoint)
+    tensors = FreshMoments(checkpoint) if fresh_optimizer else Tensors(checkpoint)
     shapes, buffers = engine.logical_shapes(), engine.buffers()
     wanted = {f"{part}/{name}" for name in shapes for part in ("param", "exp_avg", "exp_avg_sq")}
     wanted |= {f"buffer/{name}" for name in buffers}
@@ -196,7 +197,7 @@ def load(checkpoint: Checkpoint, engine: Loaded, layout: Layout) -> None:
                 f"{checkpoint.path}: this is a checkpoint of another model ({name} is {list(there)}, not "
                 f"{list(want)}); use the spec it was trained with, or another run_dir"
             )
-    applied = int(checkpoint.state["applied_steps"])
+    applied = 0 if fresh_optimizer else int(checkpoint.state["applied_steps"])
     engine.write_logical(tensors, applied_steps=applied)
     with torch.no_grad():
         for name, (buffer, dim) in buffers.items():

@@ -80,6 +80,10 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
         _say_refusals(spec)
         if spec.init.run is not None:
             console.result(f"# a branch of {spec.init.run}, whose checkpoint is checked before this is started")
+        if spec.init.weights is not None:
+            console.result(
+                f"# starts from the weights of {spec.init.weights}, which are checked before this is started"
+            )
         console.result(dry_run_text(spec, run, names=names))
         if spec.launch.ssh and names is not None:
             console.result("# host 0 starts the launchers of the others by")

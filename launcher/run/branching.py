@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import json
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from headway.data.places import looked_for
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.folders import not_a_run
-from headway.launcher.run.run_dir import SHA256, RunDir, difference, flatten, identity, read_mapping
+from headway.launcher.run.run_dir import SEEDS, SHA256, RunDir, difference, flatten, identity, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.spec import Spec
@@ -28,20 +29,26 @@ from headway.parallel.schedule import learning_rate
 
 MAY_DIFFER = ("train.tokens", "train.validate_every_tokens", "train.validate_first", "schedule", "guard", "init")
 """Keys in which a branch may differ from its parent, besides those that may change between two starts of one run."""
+MAY_DIFFER_FRESH = (*MAY_DIFFER, "optimizer")
+"""The same with a fresh optimizer (`init.optimizer: fresh`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
     """A checked parent of a branch.
 
+    spec: That of the parent.
     sha256: Hash of the manifest of its checkpoint.
     equal_steps: Number of leading steps in which parent and branch have equal learning rates.
+    fresh_optimizer: Whether the branch starts with moments of 0.
     """
 
     run: RunDir
+    spec: Spec
     checkpoint: Checkpoint
     sha256: str
     equal_steps: int
+    fresh_optimizer: bool
 
     @property
     def step(self) -> int:
@@ -50,12 +57,16 @@ class Parent:
     @property
     def note(self) -> str | None:
         """Why the branch is not equal to a run that is trained from its start; None if its learning rates are equal."""
-        if self.equal_steps >= self.step:
+        reasons = []
+        if self.fresh_optimizer:
+            reasons.append(f"the optimizer starts anew after step {self.step} (init.optimizer: fresh)")
+        if self.equal_steps < self.step:
+            reasons.append(
+                f"the learning rates of the parent differ from this schedule's from step {self.equal_steps + 1} on"
+            )
+        if not reasons:
             return None
-        return (
-            f"the learning rates of the parent differ from this schedule's from step {self.equal_steps + 1} on, so "
-            "this run is not equal to one trained from its start"
-        )
+        return f"{' and '.join(reasons)}, so this run is not equal to one trained from its start"
 
     def facts(self) -> dict[str, Any]:
         """For the run card and the records."""
@@ -68,6 +79,8 @@ class Parent:
             "train_s": state.get("train_s"),
             "sha256": self.sha256,
             "git_commit": about.get("git_commit"),
+            "optimizer": "fresh" if self.fresh_optimizer else "continue",
+            "lineage": lineage(self.run, self.spec, self.step),
             "note": self.note,
         }
 
@@ -104,8 +117,8 @@ def find_parent(spec: Spec, fingerprint: str | None) -> Parent:
     """The parent that `init.run` names, checked except for the hashes of its tensor files.
 
     Raises NoInputError if there is no such run or checkpoint, CheckpointError if the checkpoint is damaged, SpecError
-    if parent and branch differ in more than `MAY_DIFFER` or in their data, or if the checkpoint is another one than
-    that of `init.sha256`.
+    if parent and branch differ in more than `MAY_DIFFER` (or `MAY_DIFFER_FRESH`) or in their data, or if the checkpoint
+    is another one than that of `init.sha256`.
     """
     path, step = parse(str(spec.init.run))
     run = RunDir(path)
@@ -128,12 +141,41 @@ def find_parent(spec: Spec, fingerprint: str | None) -> Parent:
             f"init.sha256: the checkpoint of step {step} in {path} is another one ({found[:16]}, not "
             f"{str(spec.init.sha256)[:16]}); restore it, or give init.sha256={found} with another run_dir=..."
         )
-    return Parent(run=run, checkpoint=checkpoint, sha256=found, equal_steps=common_steps(before, spec))
+    return Parent(
+        run=run,
+        spec=before,
+        checkpoint=checkpoint,
+        sha256=found,
+        equal_steps=common_steps(before, spec),
+        fresh_optimizer=spec.init.optimizer == "fresh",
+    )
 
 
 def hash_of(checkpoint: Path) -> str:
     """sha256 of the manifest of a checkpoint, which contains the hashes of its files. Raises OSError."""
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+
+
+def lineage(run: RunDir, spec: Spec, step: int) -> str:
+    """Hash of what the state of a run after `step` depends on except its seeds, 16 hex digits.
+
+    It is equal for runs of several seeds, and does not depend on how the learning rate goes on after the step.
+    """
+    free = (*SEEDS, SHA256, *(key for key in MAY_DIFFER if key.startswith("train.")), "schedule", "init.optimizer")
+    known = identity(spec.model_dump(mode="json")).items()
+    kept = {key: value for key, value in known if not any(key == f or key.startswith(f"{f}.") for f in free)}
+    rates = [(min(end, step), repr(function)) for end, function in _pieces(spec)]
+    begun = begin_of(read_mapping(run.card)) or spec.init.sha256
+    text = json.dumps([kept, rates[: 1 + sum(end < step for end, _ in rates)], begun], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def begin_of(card: dict[str, Any]) -> list[Any] | None:
+    """Lineage and step of the run that a run began from, and whether its optimizer was fresh; None without one."""
+    begin = card.get("branch") or card.get("weights")
+    if not isinstance(begin, dict) or not begin.get("lineage"):
+        return None
+    return [begin["lineage"], begin.get("step"), begin.get("optimizer")]
 
 
 def inherited_attempts(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -183,15 +225,16 @@ def _checkpoint(run: RunDir, step: int) -> Checkpoint:
 
 def _refuse_another(run: RunDir, before: Spec, spec: Spec) -> None:
     there, ours = (identity(s.model_dump(mode="json")) for s in (before, spec))
+    free_keys = MAY_DIFFER_FRESH if spec.init.optimizer == "fresh" else MAY_DIFFER
     wrong = [
         f"  {key}: {a!r} there, {b!r} in the spec"
         for key, a, b in difference(there, ours)
-        if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+        if not any(key == free or key.startswith(f"{free}.") for free in free_keys)
     ]
     if wrong:
         raise SpecError(
             "\n".join([f"init.run: {run.path} is no beginning of this run, because they differ:", *wrong[:10]])
-            + f"\nonly {', '.join(MAY_DIFFER)} may; use the values that are there, or leave init.run out to train from "
+            + f"\nonly {', '.join(free_keys)} may; use the values that are there, or leave init.run out to train from "
             "the start"
         )
 

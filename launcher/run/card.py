@@ -53,7 +53,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         },
         "steps": spec.steps,
         "tokens_per_step": spec.tokens_per_step,
-        **({"branch": info["branch"]} if info.get("branch") else {}),
+        **{key: info[key] for key in _BEGIN if info.get(key)},
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -77,10 +77,14 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
         "from_step": from_step,
     }
     attempts = [*earlier, this]
-    if spec.init.run is not None and "branch" in before:
-        card = {"branch": before["branch"], **card}  # a branch that continues does not read its parent again
+    # A run that continues does not read its parent or its initial weights again.
+    begin = {"branch": spec.init.run, "weights": spec.init.weights}
+    card = {**{key: before[key] for key in _BEGIN if begin[key] is not None and key in before}, **card}
     return {**card, "attempts": attempts[:1] + attempts[1:][-199:]}
 
+
+_BEGIN = ("branch", "weights")
+"""Keys of a card about what a run began from, if not from random weights."""
 
 _OF_A_START = ("started_at", "git_commit", "versions", "machine")
 """Keys of a card that may differ between the starts of one run."""
@@ -92,6 +96,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
     fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
     attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
     branch = card.get("branch") if spec.init.run is not None else None
+    weights = card.get("weights") if spec.init.weights is not None else None
     return "\n".join(
         [
             f"run        {run.path}  ({spec.name}, spec {card['spec_hash']})",
@@ -105,6 +110,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
             f"layout     {_layout(spec)}, {_engine(spec)}, {spec.parallel.precision}",
             f"speed      {' '.join(f'{key}={value}' for key, value in card['speed'].items())}",
             *(_branch(spec, branch) if branch else ()),
+            *([_weights(weights)] if weights else ()),
             f"data       {fingerprint}, order seed {spec.data.seed}, initial seed {spec.seed}",
         ]
     )
@@ -114,6 +120,11 @@ def _branch(spec: Spec, branch: dict[str, Any]) -> list[str]:
     left = (spec.steps - branch["step"]) * spec.tokens_per_step
     lines = [f"branch     of {branch['path']} after step {branch['step']:,}; {left:,} tokens of its own"]
     return lines + ([f"note       {branch['note']}"] if branch.get("note") else [])
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    step = f" after step {weights['step']:,} (run {weights['run']})" if "run" in weights else ""
+    return f"weights    of {weights['path']}{step}, sha256 {weights['sha256'][:16]}"
 
 
 def _mechanism(spec: Spec) -> dict[str, Any]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     """The spec with its vocabulary size and the hash of its start filled in, and information about the data.
 
-    Verifies every shard, the initial weights, and the checkpoint that a branch starts from (`branch` of the
-    information; None for a branch that continues from its own checkpoint). Raises DataError for damaged data,
-    SpecError for a vocabulary that is too small for the data, and what `with_initial_hash` and `with_parent` raise.
+    Verifies every shard, the initial weights (`weights` of the information), and the checkpoint that a branch starts
+    from (`branch`); both are None for a run that continues from its own checkpoint. Raises DataError for damaged data,
+    SpecError for a vocabulary that is too small for the data, and what `with_initial` and `with_parent` raise.
     """
     source = spec.data.source
     if isinstance(source, SyntheticSource):
@@ -31,7 +31,9 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     else:
         from headway.data.verify import verify_source
 
-        found, datasets = verify_source(source, seq_len=spec.data.seq_len, progress=console.progress)
+        found, datasets = verify_source(
+            source, seq_len=spec.data.seq_len, shuffle_window=spec.data.shuffle_window, progress=console.progress
+        )
         info = {
             "fingerprint": found.fingerprint,
             "vocab_size": found.vocab_size,
@@ -51,9 +53,9 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     spec = spec.model_copy(update={"model": model})
     check_vocabulary(spec)
     if spec.init.weights is not None:
-        from headway.launcher.run.initial_weights import with_initial_hash
+        from headway.launcher.run.initial_weights import with_initial
 
-        spec = with_initial_hash(spec)
+        spec, info["weights"] = with_initial(spec)
     if spec.init.run is not None:
         from headway.launcher.run.branching import with_parent
 

@@ -46,6 +46,7 @@ FREE_KEYS = (
     "data.timeout_s",
     "data.source.path",
     "data.source.remote",
+    "data.source.cache_bytes",
     "data.validation",
     "init.weights",
     "init.run",
@@ -54,7 +55,10 @@ FREE_KEYS = (
 SHA256 = "init.sha256"
 """The key that identifies the initial weights, or the checkpoint that a branch starts from."""
 
+SEEDS = ("seed", "data.seed")
+
 ADDED_KEYS = {
+    "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
     "parallel.gradient_reduction": "fp32",
     "train.validate_first": False,

@@ -10,8 +10,8 @@ from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
 
 
-def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoint:
-    """The newest complete checkpoint, or the checkpoint of `step`. All hashes are verified.
+def find_checkpoint(run: RunDir, step: int | None = None, *, key: str = "--step") -> checkpoint.Checkpoint:
+    """The newest complete checkpoint, or the checkpoint of `step`. All hashes are verified. `key`: for messages.
 
     Raises CheckpointError if it is incomplete, if another run wrote it, or if there is none, NoInputError if there is
     none for `step`.
@@ -22,7 +22,9 @@ def find_checkpoint(run: RunDir, step: int | None = None) -> checkpoint.Checkpoi
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.steps_on_disk(run.checkpoints)}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
-        raise NoInputError(f"--step: there is no checkpoint of step {step} (there: {there}); name one, or leave it out")
+        raise NoInputError(
+            f"{key}: {run.path} has no checkpoint of step {step} (there: {there}); name one, or leave it out"
+        )
     manifest = checkpoint.read_manifest(steps[step], run=run.run_id())
     size = sum(entry.bytes for entry in manifest.files.values())
     with console.progress("verify checkpoint", size, "B") as bar:

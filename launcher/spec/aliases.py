@@ -259,7 +259,8 @@ _RUN = (
         "load_dir initial_load_path initial_checkpoint pretrained checkpoint.load_step checkpoint_path",
         "run_dir init.run init.weights",
         "The same command again continues the run in run_dir. To branch off a checkpoint of another run: "
-        "init.run=PATH@STEP. To start from other weights: `headway import`, then init.weights.",
+        "init.run=PATH@STEP. To start from the weights of a run: init.weights=PATH; from others, after "
+        "`headway import`: the same.",
     ),
     _same(
         "run_dir",

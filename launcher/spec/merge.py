@@ -120,8 +120,10 @@ def override_layer(overrides: Sequence[str], shape: Shape | None) -> Node:
     layer = Node({}, Place("arguments"))
     for i, argument in enumerate(overrides):
         key, equals, text = argument.partition("=")
-        # The value of an environment variable may be a secret, so messages and origins do not contain it.
+        # The value of an environment variable may be a secret, so messages and origins do not contain it. The same
+        # holds for an address with a login or a query.
         secret = _may_be_secret(argument) or (not equals and i and _ENVIRONMENT.match(overrides[i - 1]))
+        secret = secret or not set("@?#").isdisjoint(argument.partition("://")[2])
         shown = (f"{key}=..." if equals else "...") if secret else argument
         place = Place(f"argument '{printable(shown, 200)}'")
         if not equals or not key or key != key.strip() or key.startswith("-"):

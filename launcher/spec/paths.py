@@ -14,9 +14,9 @@ from pathlib import Path
 from headway.data.places import remember
 from headway.launcher.spec.yamlio import Node
 
-OF_A_RUN = "init.run"
-"""The key whose path is followed by @STEP."""
-OF_A_SPEC = ("data.source.path", "data.source.sources.path", "init.weights", OF_A_RUN)
+OF_A_RUN = ("init.run", "init.weights")
+"""Keys whose path may be followed by @STEP."""
+OF_A_SPEC = ("data.source.path", "data.source.sources.path", *OF_A_RUN)
 SETS = "data.validation."
 """Validation sets: the keys below it are names, the values paths."""
 OF_A_CORPUS = ("corpus.paths", "validation.paths", "tokenizer.path")
@@ -38,12 +38,14 @@ def split_step(written: str) -> tuple[str, int] | None:
 
 
 def _names_run(key: str) -> bool:
-    return key == OF_A_RUN or key.endswith(f".{OF_A_RUN}")
+    return key in OF_A_RUN or key.endswith(tuple(f".{name}" for name in OF_A_RUN))
 
 
 def _placed_run(written: str, folder: Path) -> str:
-    parts = split_step(written)
-    return written if parts is None else f"{_placed(parts[0], folder)}@{written.rpartition('@')[2]}"
+    placed, parts = _placed(written, folder), split_step(written)
+    if placed != written or parts is None:
+        return placed
+    return f"{_placed(parts[0], folder)}@{written.rpartition('@')[2]}"
 
 
 def _names_path(key: str) -> bool:

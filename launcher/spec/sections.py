@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,9 +26,17 @@ from headway.parallel.schedule import AnySchedule, WsdSchedule
 class InitConfig(StrictModel):
     """Initial state, if it is not random: given weights, or another run that this one is a branch of."""
 
-    weights: str | None = Field(default=None, min_length=1, description="folder of exported or imported weights")
+    weights: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of exported or imported weights, or of a run: PATH (its newest checkpoint) or PATH@STEP",
+    )
     run: str | None = Field(
         default=None, min_length=1, description="PATH@STEP: continue the run in PATH from its checkpoint of STEP"
+    )
+    optimizer: Literal["continue", "fresh"] = Field(
+        default="continue",
+        description="of a branch (`run`): `continue` takes Adam's moments and counter too, `fresh` starts them from 0",
     )
     sha256: str | None = Field(
         default=None,
@@ -50,6 +58,11 @@ class InitConfig(StrictModel):
                     "run: a run starts either from given weights or from another run; use init.run or init.weights, "
                     "and leave the other out"
                 )
+        if self.optimizer == "fresh" and self.run is None:
+            raise ValueError(
+                "optimizer: only a branch (init.run) has an optimizer to continue, and every other start has a fresh "
+                "one; leave init.optimizer out, or use init.run"
+            )
         if self.sha256 is not None and self.weights is None and self.run is None:
             raise ValueError(
                 "sha256: there are no weights that it could be the hash of; use init.weights or init.run too, or leave "

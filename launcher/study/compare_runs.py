@@ -21,9 +21,10 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.compare.batch_hashes import first_hash
 from headway.launcher.compare.cells import CellState, cell_state
+from headway.launcher.run.branching import begin_of
 from headway.launcher.run.folders import find_run
 from headway.launcher.run.records import read_run
-from headway.launcher.run.run_dir import FREE_KEYS, flatten, read_mapping, write_json
+from headway.launcher.run.run_dir import FREE_KEYS, SEEDS, SHA256, flatten, read_mapping, write_json
 from headway.launcher.study.config import FULL, NAME
 from headway.launcher.study.keeping import STUDY
 from headway.launcher.study.run import now, refuse_foreign
@@ -35,7 +36,8 @@ FOLDER = Path("comparisons")
 OF_A_VARIANT = ("parallel", "speed", "launch")
 """Sections whose keys do not change a result, but do change the speed: runs that differ there are two variants."""
 
-SEEDS = ("seed", "data.seed")
+BEGIN = ("init.run", "init.weights", SHA256)
+"""Keys that tell what a run began from."""
 
 _SAME_LOSS = ("data_fingerprint", "vocab_size")
 """Keys of a card without which validation losses of two runs are not losses of the same thing."""
@@ -55,8 +57,10 @@ class Run:
 
     @property
     def variant_key(self) -> str:
-        """Equal for runs of one variant."""
+        """Equal for runs of one variant. Runs that began from runs of several seeds of one variant are one, too."""
         kept = {key: value for key, value in self.spec.items() if key not in SEEDS and not _is_free(key)}
+        if (begin := begin_of(self.card)) is not None:
+            kept |= {SHA256: None, "from": begin}
         return json.dumps(kept, sort_keys=True)
 
 
@@ -289,7 +293,8 @@ def _variant(name: str, run: Run, base: dict[str, Any]) -> dict[str, Any]:
     cost = run.card.get("cost")
     if not isinstance(cost, dict):
         raise SpecError(f"{run.path}/run.json: does not have the cost of the model; leave this run out")
-    keys = {k: v for k, v in run.spec.items() if k not in SEEDS and not _is_free(k) and (k not in base or base[k] != v)}
+    told = {k: v for k, v in run.spec.items() if k in BEGIN or (k not in SEEDS and not _is_free(k))}
+    keys = {k: v for k, v in told.items() if k not in base or base[k] != v}
     return {
         "name": name,
         "keys": keys,

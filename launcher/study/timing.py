@@ -136,8 +136,7 @@ def _run_of(spec: dict[str, Any], folder: Path) -> RunDir:
     """A run folder for the timing of a spec: new weights, and enough tokens for all rounds."""
     batch = spec["train"]["global_batch"] * spec["data"]["seq_len"]
     train = {**spec["train"], "tokens": max(spec["train"]["tokens"], (WARM_UP + MOST) * batch)}
-    init = {**spec["init"], "run": None, "weights": None, "sha256": None}
     run = RunDir(folder)
     run.path.mkdir()
-    write_json(run.spec, {**spec, "run_dir": str(folder), "train": train, "init": init})
+    write_json(run.spec, {**spec, "run_dir": str(folder), "train": train, "init": {}})
     return run

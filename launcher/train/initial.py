@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.run.branching import Parent, find_parent
-from headway.launcher.run.initial_weights import with_initial_hash
+from headway.launcher.run.initial_weights import given_checkpoint, with_initial_hash
 from headway.launcher.spec.spec import Spec
 from headway.model.huggingface.folder import TensorFiles
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 from headway.parallel.logical import own_part
+from headway.parallel.manifest import Checkpoint
 
 if TYPE_CHECKING:
     from headway.parallel.engine import Engine
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
     """Load the parameters and buffers of this rank from `init.weights`, with optimizer moments of 0. Collective.
 
-    Raises WeightsError or SpecError if the folder has changed since the launcher checked it.
+    Raises WeightsError, CheckpointError or SpecError if they have changed since the launcher checked them.
     """
+    if (given := _found(lambda: given_checkpoint(spec), layout)) is not None:
+        checkpoint.load(given, engine, layout, fresh_optimizer=True)
+        return
     spec = with_initial_hash(spec)
     files = TensorFiles(Path(str(spec.init.weights)).expanduser())
     engine.write_logical(_Start(files), applied_steps=0)
@@ -37,26 +41,43 @@ def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
 
 
 def load_parent(spec: Spec, fingerprint: str | None, engine: Engine, layout: Layout) -> Parent:
-    """Load the state of this rank from the checkpoint that `init.run` names: weights, moments, buffers. Collective.
+    """Load the state of this rank from the checkpoint that `init.run` names: weights, buffers, and moments unless the
+    optimizer is fresh. Collective.
 
     `fingerprint`: of the data; None for synthetic data. The hash of each file is verified by one rank. If a check fails
     on any rank, all ranks raise: SpecError if the parent has changed since the launcher checked it, CheckpointError if
     the checkpoint is damaged.
     """
-    parent, problem = None, None
+    parents: list[Parent] = []
+
+    def find() -> Checkpoint:
+        parents.append(find_parent(spec, fingerprint))
+        return parents[-1].checkpoint
+
+    checkpoint.load(_found(find, layout), engine, layout, fresh_optimizer=spec.init.optimizer == "fresh")
+    return parents[-1]
+
+
+Found = TypeVar("Found", bound=Checkpoint | None)
+
+
+def _found(find: Callable[[], Found], layout: Layout) -> Found:
+    """The checkpoint of `find`, verified: the hash of each file by one rank. Collective.
+
+    If a check fails on any rank, all ranks raise: SpecError for an error of Headway, CheckpointError for damage.
+    """
+    found, problem = None, None
     try:
-        parent = find_parent(spec, fingerprint)
-        verify = parent.checkpoint
-        checkpoint.verify_hashes(verify.path, verify.manifest, rank=layout.rank, size=layout.world_size)
+        found = find()
+        if found is not None:
+            checkpoint.verify_hashes(found.path, found.manifest, rank=layout.rank, size=layout.world_size)
     except (HeadwayError, CheckpointError, OSError) as e:
         problem = [f"rank {layout.rank}: {e}", isinstance(e, HeadwayError)]
-    problems = [found for found in layout.gather_json(problem) if found]
+    problems = [other for other in layout.gather_json(problem) if other]
     if problems:
         text, of_spec = problems[0]
         raise SpecError(text) if of_spec else CheckpointError(f"{text}; restore the checkpoint from a copy")
-    assert parent is not None
-    checkpoint.load(parent.checkpoint, engine, layout)
-    return parent
+    return cast("Found", found)
 
 
 class _Start(Mapping[str, Tensor]):

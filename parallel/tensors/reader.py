@@ -17,6 +17,8 @@ from headway.parallel.manifest import Checkpoint
 from headway.parallel.tensors.image import SPANS
 from headway.parallel.tensors.spans import Span, copy_shared, shared, whole
 
+_MOMENTS = ("exp_avg/", "exp_avg_sq/")
+
 
 class _Entry(StrictModel):
     """A span in the metadata of a file."""
@@ -139,6 +141,19 @@ class Tensors(Mapping[str, Tensor]):
             f"{self._path}: the files do not hold every element of {key} exactly once (rank {rank} of {first.ranks}, "
             f"element {at}); use another checkpoint"
         )
+
+
+class FreshMoments(Tensors):
+    """The tensors of a checkpoint with optimizer moments of 0, which are not read."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.zeros(self.shape(key)) if key.startswith(_MOMENTS) else super().__getitem__(key)
+
+    def copy(self, key: str, span: Span, target: Tensor) -> None:
+        if key.startswith(_MOMENTS):
+            target.zero_()
+        else:
+            super().copy(key, span, target)
 
 
 def _span(entry: _Entry, stored: list[int]) -> Span:

@@ -374,7 +374,7 @@ cfg = DataConfig(
     source=MdsSource(type="mds", path=root, remote=remote), seq_len=32, workers=2, shuffle_window=2
 )
 
-def halfway(remote, name, destination):
+def halfway(remote, name, destination, expected):
     whole = pathlib.Path(remote, name).read_bytes()
     destination.write_bytes(whole[:len(whole) // 2])
     if told and name.endswith(".mds"):

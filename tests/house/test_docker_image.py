@@ -40,6 +40,17 @@ def test_the_base_images_are_of_one_full_version_with_a_compiler_in_the_first_st
     assert "libibverbs1" in late and "librdmacm1t64" in late and "build-essential" not in late and "pip" not in late
 
 
+def test_the_python_is_the_one_that_the_tests_run_with(steps: list[tuple[str, str]]) -> None:
+    tested = re.search(r"tested with, on CPython (\d+\.\d+) and Linux", (ROOT / "constraints.txt").read_text())
+    (version,) = [rest for rest in all_of(steps, "ARG") if rest.startswith("PYTHON_VERSION=")]
+    assert tested is not None and re.fullmatch(rf"PYTHON_VERSION={re.escape(tested[1])}\.\d+", version)
+    text = " ".join(rest for _, rest in steps)
+    assert 'uv python install "$PYTHON_VERSION"' in text and not re.search(r"python3\.\d", text)
+    assert re.search(r"--from=ghcr\.io/astral-sh/uv:\d+\.\d+\.\d+ ", text)
+    late = steps[steps.index(("FROM", all_of(steps, "FROM")[1])) :]
+    assert ("COPY", "--from=build /opt/python /opt/python") in late  # to which the links of /opt/headway lead
+
+
 def test_a_changed_source_does_not_install_the_dependencies_again(steps: list[tuple[str, str]]) -> None:
     sources = steps.index(("COPY", ". /build/headway"))
     dependencies = next(i for i, (_, rest) in enumerate(steps) if "-r /build/requirements.txt" in rest)
