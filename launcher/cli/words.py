@@ -25,7 +25,7 @@ FILE_OPTIONS = frozenset(
 VERBS = {
     "train": "fit pretrain start launch run resume continue finetune",
     "study run": "sweep experiment multirun sweep_run",
-    "probe run": "eval evaluate lm_eval",
+    "eval": "evaluate lm_eval",
     "bench step": "benchmark profile perf",
     "board": "tensorboard logs metrics dashboard monitor",
     "generate": "sample infer inference chat predict complete",

@@ -43,7 +43,8 @@ def test_the_help_lists_every_verb_once_with_its_actions(
     for verb in VISIBLE:
         assert [line.split()[0] for line in lines if line.startswith("  ")].count(verb.name) == 1, verb.name
         if verb.actions:
-            assert any(line.split("ACTION: ")[-1] == ", ".join(a.name for a in verb.actions) for line in lines)
+            actions = ", ".join(a.name for a in verb.actions)
+            assert f"ACTION: {actions} " in " ".join([*" ".join(lines).split(), ""])  # long lists are wrapped
     text = "\n".join(lines)
     assert "positional arguments" not in text and "fork-server" not in text and "complete " not in text
     titles = [f"{title}:" for _, title in GROUPS]

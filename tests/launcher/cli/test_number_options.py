@@ -16,18 +16,23 @@ from headway.launcher.cli.parser import make_parser
 TRIED = ("0", "-1", "nan", "inf", "-inf", "1e30", "1" + "0" * 30, "0.5", "x", "")
 LEGAL = {
     "--array-limit": (),
+    "--batches": (),
     "--gpus": (),
     "--jobs": (),
     "--lengths": (),
+    "--limit": (),
     "--margin": ("0.5",),
     "--max-shard-bytes": (),
     "--minutes": ("0.5",),
+    "--new": (),
     "--node-rank": ("0",),
     "--port": ("0",),
     "--power": ("0.5",),
+    "--recall": (),
     "--rounds": (),
     "--seconds": ("0.5",),
     "--seed": ("0",),
+    "--shots": ("0",),
     "--step": ("0",),
     "--steps": (),
     "--temperature": ("0", "0.5"),
@@ -48,6 +53,7 @@ FILES = {
     "run": "absent",
     "folder": "absent",
     "out": "x",
+    "path": "absent",
 }
 
 
