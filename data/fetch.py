@@ -57,6 +57,22 @@ def remote_prefix(remote: str) -> str:
     return remote.rstrip("/")
 
 
+def open_cache(root: Path, remote: str, limit: int) -> Cache:
+    """The cache of `remote` in `root` with a limit in bytes.
+
+    Raises DataError if both are one folder, whose shards would be deleted for good.
+    """
+    prefix = remote_prefix(remote)
+    if not urlparse(prefix).scheme:
+        for part in ("", *SPLITS):
+            if (root / part).resolve() == (Path(prefix) / part).resolve():
+                raise DataError(
+                    f"data.source.cache_bytes: {root / part} is a folder of data.source.remote itself, from which no "
+                    "shard may be deleted; use another data.source.path for the cache, or leave cache_bytes out"
+                )
+    return Cache(root, limit)
+
+
 def fetch_metadata(root: Path, remote: str) -> Manifest:
     """Fetch all files of a remote dataset except its shards into `root`. The manifest is fetched first, every time.
 

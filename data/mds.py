@@ -133,7 +133,9 @@ class MdsSplit:
     ) -> None:
         self.root, self.remote = root, remote
         self.split: Split = split
-        self.cache = None if remote is None or cache_bytes is None else Cache(root, cache_bytes)
+        self.cache: Cache | None = None
+        if remote is not None and cache_bytes is not None:
+            self.cache = fetch.open_cache(root, remote, cache_bytes)
         if remote is not None and not (root / split / LENGTHS_NAME).exists():
             fetch.fetch_metadata(root, remote)
         self.manifest = read_manifest(root)

@@ -65,6 +65,8 @@ def verify(
     """
     root = Path(source.path).expanduser()
     if source.remote is not None:
+        if source.cache_bytes is not None:
+            fetch.open_cache(root, source.remote, source.cache_bytes)
         manifest = fetch.fetch_metadata(root, source.remote)
     else:
         manifest = read_manifest(root)

@@ -15,7 +15,7 @@ from headway.data.places import looked_for
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.branching import hash_of, lineage
-from headway.launcher.run.folders import not_a_run
+from headway.launcher.run.folders import kind_of, not_a_run
 from headway.launcher.run.run_dir import SHA256, RunDir, difference, flatten, read_mapping
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint
@@ -195,6 +195,8 @@ def _of_a_folder(spec: Spec, folder: Path) -> tuple[Spec, dict[str, Any] | None]
             "`headway export RUN --to safetensors` or `headway import`, or leave init.weights out"
         )
     if not (folder / hf.CONFIG).exists():
+        if kind_of(folder) is not None:
+            raise NoInputError(f"init.weights: {not_a_run(folder)}")
         raise hf.WeightsError(
             f"init.weights: {folder} has neither spec.json nor config.json, so it is no run and no folder of weights; "
             "name the folder of a run (`headway ls` lists them), or one written by `headway export RUN --to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -322,6 +323,24 @@ def test_two_processes_share_a_cache_within_the_limit(
     found = [[int(digest) for digest in out.strip("[]\n").split(",")] for out in outs]
     assert [sum(pair) % (1 << 64) for pair in zip(*found, strict=True)] == whole
     assert 0.5 * limit < watch.largest <= limit
+
+
+def test_the_remote_itself_is_no_cache(dataset: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(dataset, tmp_path / "set"))
+    (tmp_path / "link").symlink_to(root)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(root / "train")
+    before = shards(root)
+    for remote, path in (
+        (root, root),
+        (f"file://{root}", root),
+        (root, tmp_path / "link"),
+        (root, tmp_path / "linked"),
+    ):
+        for check in (verify, digests):
+            with pytest.raises(DataError, match=r"cache_bytes: .* is a folder of data\.source\.remote itself"):
+                check(limited(remote, path, 1000))
+    assert shards(root) == before
 
 
 def test_another_run_may_delete_shards_while_one_is_verified(

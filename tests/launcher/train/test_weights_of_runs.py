@@ -212,6 +212,8 @@ def test_places_that_hold_no_weights_are_refused(spec):
     refused(WeightsError, r"init\.weights: gone: no such folder", "init.weights=gone")
     Path("empty").mkdir()
     refused(WeightsError, r"empty has neither spec\.json nor config\.json, so it is no run", "init.weights=empty")
+    Path("empty/study.json").write_text("{}")
+    refused(NoInputError, r"init\.weights: empty is the folder of a study; name one of its runs", "init.weights=empty")
     zeros = f"init.sha256={'0' * 64}"
     refused(SpecError, r"init\.sha256: the checkpoint of step 40 in source is another one", zeros)
     (file,) = checkpoint(Path("source"), 10).glob("*.safetensors")
