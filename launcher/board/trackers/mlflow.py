@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
+
+from filelock import FileLock
 
 from headway.launcher.board.pages import public_values
 from headway.launcher.board.scalars import scalars_of
@@ -15,6 +18,7 @@ from headway.launcher.spec.merge import format_value
 from headway.launcher.spec.tracking import MlflowConfig
 
 _MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # of one request; characters of a parameter
+_LOCK_S = 120
 _LAST = "train/tokens"
 _ILLEGAL = re.compile(r"[^\w\-. /:]")
 
@@ -29,6 +33,10 @@ class Mlflow:
     mend = "metrics.jsonl has every record"
 
     def __init__(self, run: RunDir, config: MlflowConfig, *, per_layer: bool) -> None:
+        with _alone(config.uri):
+            self._open(run, config, per_layer)
+
+    def _open(self, run: RunDir, config: MlflowConfig, per_layer: bool) -> None:
         self._entities: Any = import_module("mlflow.entities")  # of an extra, so type checkers may not find it
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=config.uri)
         self._per_layer, self._complete, self.shown = per_layer, False, -1
@@ -57,10 +65,7 @@ class Mlflow:
         return True
 
     def _create(self, run: RunDir, config: MlflowConfig, spec: dict[str, Any]) -> str:
-        experiment = self._client.get_experiment_by_name(config.experiment)
-        experiment_id = (
-            self._client.create_experiment(config.experiment) if experiment is None else experiment.experiment_id
-        )
+        experiment_id = self._experiment(config.experiment)
         tags = {"headway.run_id": run.run_id() or "", "headway.group": config.group or ""}
         made = self._client.create_run(
             experiment_id, run_name=str(spec.get("name", run.path.name)), tags={k: v for k, v in tags.items() if v}
@@ -70,6 +75,17 @@ class Mlflow:
         for first in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(made.info.run_id, params=params[first : first + _MOST_PARAMS])
         return made.info.run_id
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which is made if it is missing; another run may do so at the same time."""
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except Exception as e:
+            if getattr(e, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return self._client.get_experiment_by_name(name).experiment_id
 
     def write(self, records: Iterable[Record]) -> None:
         now, metrics = import_module("mlflow.utils.time").get_current_time_millis(), []
@@ -91,6 +107,17 @@ class Mlflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._id, status="FINISHED" if self._complete else "KILLED")
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Only one process at a time opens a local file: MLflow makes its tables without a lock."""
+    path = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    if path is None:
+        yield
+        return
+    with FileLock(f"{path[1]}.lock", timeout=_LOCK_S):
+        yield
 
 
 def _legal(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,24 @@ def test_wandb_takes_every_scalar_of_every_record(tmp_path):
     assert updates["final_validation_loss"] == "1.25"
     (ended,) = [r.exit for r in records if r.WhichOneof("record_type") == "exit"]
     assert ended.exit_code == 0
+
+
+def test_runs_that_start_at_once_share_a_new_file_of_mlflow(tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    uri, code = (
+        f"sqlite:///{tmp_path}/mlflow.db",
+        (
+            "import sys; from pathlib import Path; from headway.launcher.board.trackers.mlflow import Mlflow; "
+            "from headway.launcher.run.run_dir import RunDir; from headway.launcher.spec.tracking import MlflowConfig; "
+            "Mlflow(RunDir(Path(sys.argv[1])), MlflowConfig(uri=sys.argv[2]), per_layer=False).close()"
+        ),
+    )
+    runs = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        runs.append(made_run(tmp_path / name))
+    started = [subprocess.Popen([sys.executable, "-P", "-c", code, str(run.path), uri]) for run in runs]
+    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (experiment,) = [found for found in client.search_experiments() if found.name == "headway"]
+    assert len(client.search_runs([experiment.experiment_id])) == 2
