@@ -98,14 +98,14 @@ def _study(path: Path, asked: Asked) -> int:
 
 def _measured(path: Path, asked: Asked, step: int | None) -> dict[str, Any]:
     model = open_model(path, step)
-    started = time.time()
+    started = time.perf_counter()
     measures = list(_all(model, asked))
     return {
         "kind": "evaluation",
         "format": FORMAT,
         "model": model.identity,
         "measures": [measure.row() for measure in measures],
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
         "machine": machine(),
     }
