@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def wandb_records(file: Path) -> list[Any]:
     return found
 
 
+def ended_records(file: Path) -> list[Any]:
+    """The same of a run that ended. Another process writes the file, some milliseconds after the run's own end."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = wandb_records(file) if file.stat().st_size else []
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.01)
+    pytest.fail(f"{file} has no end")
+
+
 def history_of(records: list[Any]) -> dict[int, dict[str, str]]:
     """Step -> scalars, as JSON."""
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
@@ -79,16 +91,16 @@ def test_wandb_continues_one_run_offline_and_has_every_step(headway_alone):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     run = killed_and_resumed(headway_alone, "tracking.wandb={mode: offline, project: p, group: g}", WANDB_API_KEY=KEY)
     files = sorted(run.path.glob("wandb/offline-run-*/run-*.wandb"))
+    last = history_of(ended_records(files[-1]))
     assert len(files) in (1, 2)  # one for each start that lived long enough
     shown: dict[int, float] = {}
     for file in files:
-        records = wandb_records(file)
+        records = wandb_records(file) if file.stat().st_size else []
         started = [record.run for record in records if record.WhichOneof("record_type") == "run"]
         assert {(r.run_id, r.project, r.run_group) for r in started} <= {(run.run_id(), "p", "g")}
         history = history_of(records)
         shown |= {step: float(row["train/loss"]) for step, row in history.items() if "train/loss" in row}
     assert shown == pytest.approx(losses(run))  # also the steps that the first start could not send
-    last = history_of(wandb_records(files[-1]))
     validations = {r["step"]: r["loss"] for r in run.read_metrics() if r["kind"] == "validation"}
     assert float(last[40]["val/loss"]) == pytest.approx(validations[40])
     assert read_mapping(run.path / "wandb.json")["id"] == run.run_id()
@@ -188,7 +200,7 @@ def test_wandb_takes_every_scalar_of_every_record(tmp_path):
     board.close()
     assert said == []
     (file,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
-    records = wandb_records(file)
+    records = ended_records(file)
     keys = {key for row in history_of(records).values() for key in row if not key.startswith("_")}
     assert keys == {key for record in every_kind() for key in scalars_of(record, per_layer=False)}
     summaries = [r.summary for r in records if r.WhichOneof("record_type") == "summary"]

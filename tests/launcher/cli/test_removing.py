@@ -45,6 +45,17 @@ def test_a_run_is_deleted_and_the_bytes_are_said(place, capsys):
     assert not (place / "runs/one").exists() and (place / "runs/two/metrics.jsonl").exists()
 
 
+def test_traces_and_files_of_trackers_belong_to_a_run(place):
+    run = place / "runs/one"
+    for name in ("traces", "wandb"):
+        (run / name).mkdir()
+    (run / "wandb/latest-run").symlink_to("offline-run-1")  # W&B makes such links
+    for name in ("wandb.json", "mlflow.json", "traces/step-3.rank-0.json.gz"):
+        (run / name).write_text("{}")
+    assert main(["rm", "runs/one", "--yes"]) == 0
+    assert not run.exists()
+
+
 def test_a_study_is_deleted_with_its_runs(place):
     assert main(["rm", "studies/s", "studies/s/cells/a/seed-1", "studies/s", "--yes"]) == 0
     assert not (place / "studies/s").exists() and (place / "studies").is_dir()
