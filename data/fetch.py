@@ -147,7 +147,8 @@ def fetch_shard(
             if stored == raw:
                 _fetch(remote, packed, raw, expected)
             else:
-                with _arrived(remote, packed, stored, expected) as arrived:
+                # The second lock keeps other processes from taking the temporary file for that of a killed one.
+                with _holding(stored), _arrived(remote, packed, stored, expected) as arrived:
                     _unpack(arrived, raw, bytes=bytes, xxh64=xxh64)
         cache.used(raw)
     return raw

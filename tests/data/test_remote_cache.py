@@ -19,10 +19,11 @@ from filelock import FileLock
 from pydantic import ValidationError
 from web_server import PROXIES, WebServer, serving
 
+from headway.data import fetch
 from headway.data.build import build
 from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource, MixSource, datasets_of
 from headway.data.loader import Loader
-from headway.data.manifest import read_manifest
+from headway.data.manifest import FileEntry, read_manifest
 from headway.data.mds import MdsSplit, read_index, sizes_of
 from headway.data.remotes.cache import Cache, least_bytes, lock_path, open_pinned, open_shared
 from headway.data.verify import verify, verify_source
@@ -133,6 +134,29 @@ def test_compressed_shards_are_unpacked_within_the_limit(
     with Watch(cache) as watch:
         assert digests(limited(remote, cache, limit)) == whole
     assert watch.largest <= limit and not list(cache.rglob("*.zstd"))
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_is_being_fetched_is_no_leftover_of_a_killed_process(
+    config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str | None
+) -> None:
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    build(config.model_copy(update={"compression": compression}), out=remote, progress=False)
+    split = MdsSplit(cache, "train", remote=str(remote), cache_bytes=1 << 30)
+    download, manifest, name = fetch._download, read_manifest(remote), f"train/{split.shards[0].stored_name}"
+
+    def meanwhile(remote: str, name: str, destination: Path, expected: FileEntry | None) -> None:
+        download(remote, name, destination, expected)
+        Cache(cache, 1 << 30).trim()  # another process starts
+        if compression:  # and one of a run without a limit fetches the same file
+            monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.1)
+            with pytest.raises(DataError, match="held for more than"):
+                fetch.fetch_file(cache, remote, name, manifest)
+        assert destination.exists()
+
+    monkeypatch.setattr(fetch, "_download", meanwhile)
+    assert split.local_path(0).stat().st_size == split.shards[0].raw_bytes
+    assert compression is None or not (cache / name).exists()
 
 
 def test_the_shards_used_least_recently_are_deleted_first(tmp_path: Path) -> None:
