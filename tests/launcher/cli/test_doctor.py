@@ -33,6 +33,7 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> 
         "pydantic": "2.14.3",
         "filelock": "3.20.0",
         "zstd": "1.5.7.3",
+        "urllib3": "2.8.0",
     }
 
     def version(name: str) -> str:
