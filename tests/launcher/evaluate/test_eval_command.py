@@ -190,7 +190,7 @@ def test_a_study_is_measured_and_its_report_compares_the_measures(workspace: Any
         (["synthetic", "--tasks", "questions.jsonl"], 64, "knows token ids, not text"),
         (["trained", "--recall", "32"], 64, "not trained on a synthetic task"),
         (["weights", "--step", "3", "--text", "heldout.jsonl"], 66, "leave --step out"),
-        (["trained", "--step", "3"], 66, "there is no checkpoint of step 3"),
+        (["trained", "--step", "3"], 66, "has no checkpoint of step 3"),
         (["trained", "--tasks", "questions.jsonl", "--shots", "2"], 64, "leave it out"),
     ],
 )
