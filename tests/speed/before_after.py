@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rows import Build, Cells, Decode, Faults, HuggingFace, Start, Step, Subject, Verify
+from rows import Build, Cells, Decode, Faults, HuggingFace, Saves, Start, Step, Subject, Verify
 from tree import Tree
 
 from headway.launcher.base.spread import spread
@@ -60,6 +60,7 @@ SUBJECTS: dict[str, Pair] = {
     **{f"bf16-{s}": keys(5, s, ["parallel.precision=fp32"], ["parallel.precision=bf16"]) for s in Step.SIZES},
     "build": both(Build(), 3),
     "verify": both(Verify(), 5),
+    "saves": both(Saves(), 3),
     "decode": both(Decode(), 3),
     "huggingface": Pair(before=HuggingFace("theirs"), after=HuggingFace("ours"), rounds=3, newer=True),
 }

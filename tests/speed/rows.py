@@ -290,6 +290,25 @@ print(middle - start, time.perf_counter() - middle)
         return {"verify_s": verify * 1e4 / shards, "open_s": opened * 1e4 / shards}
 
 
+class Saves(Subject):
+    """Three saves of the 82M model with its optimizer, by `headway bench checkpoint` of each checkout."""
+
+    rows: tuple[Row, ...] = (
+        Row(key="stall_s", row=10, what="a save of the 82M model: training waits, per GB", unit="s", goal=0.15),
+        Row(key="write_s", row=10, what="a save of the 82M model: until it is written, per GB", unit="s"),
+    )
+
+    def prepare(self, tree: Tree, folder: Path) -> None:
+        """Nothing: the model reads synthetic data."""
+
+    def round(self, tree: Tree, folder: Path, number: int) -> dict[str, float]:
+        spec, out = tree.root / "yaml/bench/checkpoint-82m.yaml", folder / f"saves-{number}.json"
+        words = ["bench", "checkpoint", str(spec), "launch.threads=1", "--rounds", "3", "--out", str(out)]
+        tree.headway(words, cwd=folder)
+        found = json.loads(out.read_text(encoding="utf-8"))
+        return {key: found[key]["median"] / (found["bytes"] / 1e9) for key in ("stall_s", "write_s")}
+
+
 class Decode(Subject):
     """`headway generate` of 2,000 and 8,000 tokens from an untrained model of 1.2M parameters."""
 
