@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.model.base import Ranks, SequenceRanks
+from headway.model.hidden import hidden
 from headway.parallel.layout import Layout
 
 _OverGroup = Callable[[Tensor, Any], Tensor]
@@ -30,8 +31,10 @@ def tensor_ranks(layout: Layout, *, sequence_parallel: bool) -> Ranks:
     """The tensor-parallel ranks of `layout`. `sequence_parallel`: shard the sequence between layers."""
     if layout.tp_size == 1:
         return Ranks()
-    # Imported lazily: this takes as long as importing torch.
-    from megatron.core.tensor_parallel import mappings
+    # Imported lazily: this takes as long as importing torch. Its timers import W&B where it is installed, which takes
+    # seconds and leaves folders in the temporary one when the rank is killed.
+    with hidden("wandb"):
+        from megatron.core.tensor_parallel import mappings
 
     group = layout.tensor_group
     if sequence_parallel:

@@ -6,14 +6,12 @@ to 3.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
+from headway.model.hidden import hidden
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 
 OVERLAP_BUCKET = 40_000_000
@@ -93,7 +91,8 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with _without_mlflow():
+    # The autotuner, which Headway does not use, imports MLflow where it is installed: four seconds a rank.
+    with hidden("mlflow"):
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -101,19 +100,6 @@ def quiet_deepspeed(*, cpu: bool) -> Any:
     if cpu:
         deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     return deepspeed
-
-
-@contextlib.contextmanager
-def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner, which Headway does not use, imports MLflow where it is installed: four seconds a rank."""
-    modules = cast("dict[str, Any]", sys.modules)
-    if hidden := "mlflow" not in modules:
-        modules["mlflow"] = None  # makes `import mlflow` raise ImportError, which the autotuner expects
-    try:
-        yield
-    finally:
-        if hidden:
-            del modules["mlflow"]
 
 
 def _import_muon() -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from headway.model.base import Shard
+from headway.model.hidden import hidden
 from headway.parallel.layout import Layout
 from headway.parallel.tensors.spans import Span, whole
 
@@ -69,7 +70,8 @@ def prepare_tensor_parallel(logical: Sequence[LogicalParameter], layout: Layout,
     """
     if layout.tp_size == 1:
         return
-    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    with hidden("wandb"):  # as in `headway.parallel.collectives`
+        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
     for name, parameter, shard, _ in logical:
         if shard is not None:

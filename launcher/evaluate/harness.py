@@ -20,7 +20,7 @@ from headway.launcher.evaluate.choices import encode_pair
 from headway.launcher.evaluate.measure import Measure
 from headway.launcher.evaluate.scorer import Row, Scorer
 from headway.launcher.exchange.opened import Opened
-from headway.model.huggingface.hidden import hidden
+from headway.model.hidden import hidden
 
 INSTALL = "install it with `pip install -c constraints.txt 'headway[eval]'`"
 _BOOTSTRAP = 1000

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headway.launcher.base.errors import HeadwayError
 from headway.model.decoder import Decoder
-from headway.model.huggingface.hidden import hidden
+from headway.model.hidden import hidden
 
 TOLERANCE = 5e-5
 """Largest allowed difference, relative to the largest logit (or to 1).

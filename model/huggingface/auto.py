@@ -15,9 +15,9 @@ from torch import Tensor
 
 from headway.kernels.loss import IGNORED
 from headway.model.decoder import Decoder, DecoderCache
+from headway.model.hidden import hidden_if_broken
 from headway.model.huggingface.folder import ExportedConfig, WeightsError
 from headway.model.huggingface.form import ARCHITECTURE, MODEL_TYPE, read_form
-from headway.model.huggingface.hidden import hidden_if_broken
 
 try:
     with hidden_if_broken("torchvision"):

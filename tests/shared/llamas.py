@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from headway.model.huggingface.hidden import hidden
+from headway.model.hidden import hidden
 
 
 def transformers() -> Any:

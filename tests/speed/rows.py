@@ -366,7 +366,7 @@ class HuggingFace(Subject):
     DECODE = """
 import sys, time, torch
 from pathlib import Path
-from headway.model.huggingface.hidden import hidden
+from headway.model.hidden import hidden
 from headway.launcher.exchange import generate as g
 from headway.launcher.exchange.opened import open_model
 with hidden("torchvision"):

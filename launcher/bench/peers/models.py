@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base.errors import SpecError
-from headway.model.huggingface.hidden import hidden
+from headway.model.hidden import hidden
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

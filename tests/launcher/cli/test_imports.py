@@ -103,3 +103,19 @@ def test_a_command_with_another_thread_waits_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "thread"
+
+
+def test_tensor_parallel_ranks_do_not_import_wandb_with_megatron(tmp_path: Path) -> None:
+    """megatron-core's timers import it where it is installed: seconds, and folders that a killed rank leaves behind."""
+    (tmp_path / "wandb.py").write_text("raise SystemExit('wandb was imported')")
+    code = """
+import sys
+from types import SimpleNamespace
+from headway.parallel import collectives, logical
+layout = SimpleNamespace(tp_size=2, tp_rank=0, tensor_group=None)
+collectives.tensor_ranks(layout, sequence_parallel=False)
+logical.prepare_tensor_parallel([], layout, sequence_parallel=False)
+print("IMPORTED", 0, *sys.modules)
+"""
+    found = imported(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "megatron.core.tensor_parallel.layers" in found and "wandb" not in found
