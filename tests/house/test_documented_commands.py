@@ -45,7 +45,8 @@ PLACEHOLDERS = {
 }
 """What a reader would put in place of a word."""
 OF_VERB = {
-    "eval": {"arc_easy,lambada_openai": "questions.jsonl"},  # tests/launcher/evaluate/test_harness.py has tasks
+    # tests/launcher/evaluate/test_harness.py has tasks of the harness
+    "eval": {"arc_easy,lambada_openai": "questions.jsonl", "arc_easy": "questions.jsonl"},
     "generate": {"OUT": "exported"},
     "export": {"4000": "4"},  # a checkpoint of the small run
 }
