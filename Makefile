@@ -20,7 +20,7 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
 	  echo "Headway needs Python 3.11 or 3.12; $$($(PYTHON) --version) was found. Say: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	@echo "installing into $(VENV) (about 3 minutes, 3.3 GB) ..."
+	@echo "installing into $(VENV) (about 3 minutes, 3.5 GB) ..."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pyright --version >/dev/null

@@ -6,7 +6,6 @@ All variants take turns in one process, round by round, and each is compared wit
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
-from headway.launcher.bench.mechanism import Variants, decoder_of, in_turns, matched_variants, timed
+from headway.launcher.bench.mechanism import Variants, decoder_of, in_turns, matched_variants, timed, write_measured
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN
 from headway.launcher.run.machine import git_commit, machine, versions
 
@@ -77,9 +76,7 @@ def bench_decode(
         for length in lengths:
             result["rows"] += _measure(study, batch, length, new=new, rounds=rounds)
             if out is not None:  # after each pair, so that an interruption loses only the current one
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n")
-                out.with_suffix(".md").write_text(markdown(result))
+                write_measured(out, result, markdown(result))
     console.result(markdown(result))
     if out is not None:
         draw(result, out.with_suffix(".png"))

@@ -76,6 +76,13 @@ def matched_variants(path: Path, overrides: Sequence[str]) -> Variants:
     return Variants(name=config.study, baseline=config.baseline_name, specs=specs, device=device)
 
 
+def write_measured(out: Path, result: dict[str, Any], text: str) -> None:
+    """Write a measurement as JSON to `out`, and its table beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+
+
 def in_turns(names: Sequence[str], number: int) -> list[str]:
     """The names in the order of round `number`: each round begins with another one."""
     first = number % len(names)
@@ -129,9 +136,7 @@ def bench_mechanism(
         console.note(f"{length} tokens ({i + 1} of {len(lengths)}): {about}")
         result["rows"] += _measure(specs, baseline, length, rounds=rounds, tokens=tokens, device=device)
         if out is not None:  # write after each length, so that an interruption loses only the current one
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
-            out.with_suffix(".md").write_text(markdown(result))
+            write_measured(out, result, markdown(result))
     console.result(markdown(result))
     if out is not None:
         draw(result, out.with_suffix(".png"))

@@ -33,8 +33,9 @@ class Writer:
         """`value`: made by a function of `headway.launcher.board.summaries`."""
         from tensorboard.compat.proto import summary_pb2
 
+        protos: Any = summary_pb2  # generated, so its names are not known to type checkers
         files: Any = self._writer._get_file_writer()  # there is no public function for a value of another kind
-        files.add_summary(summary_pb2.Summary(value=[value]), global_step, walltime)  # type: ignore[attr-defined]
+        files.add_summary(protos.Summary(value=[value]), global_step, walltime)
 
 
 class TensorBoard:

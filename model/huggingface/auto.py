@@ -216,7 +216,7 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         raise NotImplementedError(
             "Headway's embedding is a parameter, `model.decoder.embedding`, and no module: it cannot be resized or "
-            "replaced"
+            "replaced; train a model with the vocabulary that you want, and export it"
         )
 
 

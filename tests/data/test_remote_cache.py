@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from filelock import FileLock
@@ -58,8 +58,7 @@ def size_of(cache: Path) -> int:
 
 def least(dataset: Path, window: int = WINDOW) -> int:
     manifest = read_manifest(dataset)
-    found = (read_index(dataset, "train", manifest), "train", manifest)
-    return least_bytes(*sizes_of(*found), window)  # type: ignore[arg-type]
+    return least_bytes(*sizes_of(read_index(dataset, "train", manifest), "train", manifest), window)
 
 
 class Watch:
@@ -288,7 +287,7 @@ def test_fetching_ahead_does_not_delete_the_current_window(
         batches.batch(0)
         for thread in [t for t in threading.enumerate() if t.name == "fetch-ahead"]:
             thread.join()
-        order = batches.source._order  # type: ignore[attr-defined]
+        order = cast("Any", batches.source)._order
         assert kept == [{*order.shards_at(0), *order.shards_after(0)}] * WINDOW
         assert len(kept[0]) == 2 * WINDOW
 
