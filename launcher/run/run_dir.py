@@ -51,6 +51,7 @@ FREE_KEYS = (
     "init.weights",
     "init.run",
 )
+_BELOW_FREE_KEYS = tuple(f"{key}." for key in FREE_KEYS)
 
 SHA256 = "init.sha256"
 """The key that identifies the initial weights, or the checkpoint that a branch starts from."""
@@ -220,7 +221,12 @@ def identity(spec: dict[str, Any]) -> dict[str, Any]:
     flat = {k: v for k, v in flatten(spec).items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
     if isinstance(sources := flat.get("data.source.sources"), list):
         flat["data.source.sources"] = [{"weight": part.get("weight")} for part in sources if isinstance(part, dict)]
-    return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in FREE_KEYS)}
+    return {k: v for k, v in flat.items() if not is_free(k)}
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted key is one of `FREE_KEYS` or below one."""
+    return key.startswith(_BELOW_FREE_KEYS) or key in FREE_KEYS
 
 
 def spec_hash(spec: dict[str, Any]) -> str:

