@@ -120,6 +120,16 @@ class DenseConfig(GroupedConfig):
         return RelativeForm(self.groups, self.query_heads)
 
     @property
+    def no_encoder_decoder(self) -> str | None:
+        if self.windows is None and not self.window_pattern:
+            return None
+        key = "window_pattern" if self.window_pattern else "windows"
+        return (
+            f"attention.{key}: windows count keys before a query, and the encoder and cross attention see all keys; "
+            f"leave attention.{key} out, or use model.type decoder"
+        )
+
+    @property
     def gate_rows(self) -> int:
         """Rows of W_gate."""
         return {"none": 0, "headwise": 1, "elementwise": self.head_dim}[self.gate] * self.query_heads
@@ -237,8 +247,11 @@ class DenseAttention(GroupedQueryAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
-        k = self.k_rope(self.heads_of(x, self.w_k, self.b_k), context.rope)  # [B, S, G, D]
-        v = self.heads_of(x, self.w_v, self.b_v)
+        if context.source is not None:
+            k, v = self.keys_and_values(x, context)
+            sizes = self.sizes[: k.shape[2]]
+            return context.attend(q, share(k, sizes), share(v, sizes))
+        k, v = self.kv_heads(x, context.rope)  # [B, S, G, D]
         sizes, windows = self.sizes[: k.shape[2]], self.windows[: k.shape[2]]
         if self.even and len(set(windows)) == 1:
             k, v = context.keys_and_values(k, v, window=windows[0])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
-from headway.model.base import Attention, Context, Shard
+from headway.model.base import Attention, Shard
 from headway.model.layers import parameter
 
 VECTORS = ("k_weights", "v_weights")
@@ -85,6 +85,10 @@ class WgqaConfig(GroupedConfig):
         unmerged = 2 * width * (self.heads - self.groups) * self.head_dim
         return super().num_params(width=width) + unmerged + 2 * self.heads * rows * columns
 
+    @property
+    def no_encoder_decoder(self) -> str | None:
+        return None
+
     def shards(self) -> dict[str, Shard]:
         """Each rank owns whole groups, with the heads they are merged from and the weights of those heads."""
         return {**super().shards(), **{name: Shard(0, self.groups) for name in VECTORS}}
@@ -107,10 +111,10 @@ class WeightedGroupedQueryAttention(GroupedQueryAttention):
         self.init_stds |= dict.fromkeys(VECTORS, 1.0 if config.start == "random" else 0.0)
         self.init_means = {} if config.start == "random" else dict.fromkeys(VECTORS, 1 / config.heads_per_group)
 
-    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def kv_heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         k = self.heads_of(x, self.merged(self.w_k, self.k_weights))  # [B, S, G, D]
         v = self.heads_of(x, self.merged(self.w_v, self.v_weights))
-        return context.keys_and_values(self.k_rope(k, context.rope), v)
+        return self.k_rope(k, rope), v
 
     def merged(self, w: Tensor, weights: Tensor) -> Tensor:
         """w [H D, d] and the merge weights -> [G D, d]. The sum over the M heads is in fp32 or wider."""
