@@ -5,6 +5,7 @@ from __future__ import annotations
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.spec import Spec
 from headway.model.decoder import Decoder
 from headway.parallel import checkpoint
@@ -33,7 +34,11 @@ def find_checkpoint(run: RunDir, step: int | None = None, *, key: str = "--step"
 
 
 def load_decoder(spec: Spec, found: checkpoint.Checkpoint) -> Decoder:
-    """The whole decoder on CPU in fp32 and evaluation mode, with its schedules at the state of the checkpoint."""
+    """The whole decoder on CPU in fp32 and evaluation mode, with its schedules at the state of the checkpoint.
+
+    Raises SpecError for an encoder-decoder.
+    """
+    decoders_only(spec, "what reads the weights of a run (generate, export, evaluate)")
     assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
     decoder = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
     checkpoint.load_weights(found, decoder)

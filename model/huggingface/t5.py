@@ -173,9 +173,7 @@ def read_t5_config(config: Mapping[str, Any]) -> T5Shape:
     eos, start = config.get("eos_token_id", 1), config.get("decoder_start_token_id", config.get("pad_token_id", 0))
     return T5Shape(
         model=model,
-        attention=MhaConfig(
-            heads=whole(config, "num_heads", 8), head_dim=whole(config, "d_kv", 64), rope_fraction=0.0
-        ),
+        attention=MhaConfig(heads=whole(config, "num_heads", 8), head_dim=whole(config, "d_kv", 64), rope_fraction=0.0),
         vocab_size=vocab_size,
         seq_len=whole(config, "n_positions", 512),
         eos_token_id=eos if type(eos) is int and 0 <= eos < vocab_size else None,

@@ -54,6 +54,12 @@ FAST = [
     *(Case(mechanism="dropout", micro_batch=size, recompute=size == 4) for size in (1, 4)),
     Case(mechanism="dropout", layout="dp2", zero=3, recompute=True),
     *(Case(mechanism="dropout-xl", layout=x) for x in ("sp2", "pp2")),
+    *(Case(mechanism="t5-wgqa", layout=x) for x in ("tp2", "dp2")),
+    Case(mechanism="t5-dropout", layout="tp2", tied=False, precision="bf16"),
+    Case(mechanism="t5-dropout", layout="sp2", zero=3, recompute=True),
+    Case(mechanism="t5-dropout", layout="dp2", zero=3),
+    *(Case(mechanism="two-rope", layout=x) for x in ("tp2", "sp2")),
+    Case(mechanism="two-rope", layout="dp2", packed=False, recompute=True),
 ]
 
 SABOTAGED = [
@@ -72,7 +78,7 @@ LOADED = [case for case in move_cases() if case.load]
 FAST_LOADED = [case for case in LOADED if groups(with_references([case]))[-1][0] == case.world_size]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
-FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism == "dropout"]
+FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism in ("dropout", "t5-dropout")]
 
 
 def healthy(case: Case) -> Case:
