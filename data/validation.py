@@ -34,7 +34,6 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
     The datasets of a mixture have shares of their weights, and at least one sequence each.
     """
     ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
-    form = {"masked": cfg.document_mask, "encoder_tokens": cfg.encoder_tokens}
     batches: list[MicroBatch] = []
     sets: dict[str, range] = {}
 
@@ -48,7 +47,10 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
         available = [source.num_sequences or 0 for source in opened]
         shares = validation_shares(available, cfg.source.weights, wanted=wanted)
         for part, source, share in zip(cfg.source.sources, opened, shares, strict=True):
-            add(part.title(), spread_batches(source, share, **form, **ranks))
+            add(
+                part.title(),
+                spread_batches(source, share, masked=cfg.document_mask, encoder_tokens=cfg.encoder_tokens, **ranks),
+            )
     else:
         batches.extend(validation_batches(cfg, tokens=tokens, **ranks))
     main = range(len(batches))

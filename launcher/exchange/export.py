@@ -249,6 +249,15 @@ def _check_equal(folder: Path, again: Decoder, decoder: Decoder, ids: Tensor) ->
 
 def readme(config: hf.ExportedConfig) -> str:
     """Text of README.md for a folder in Headway's own format that is not that of a run."""
+    if config.model.is_encoder_decoder:
+        source = f"{config.source[0].upper()}{config.source[1:]}"
+        return (
+            f"# Weights of a {config.attention.type} encoder-decoder\n\n{source}.\n\n"
+            "safetensors in fp32; config.json holds `model` and `attention` and the sha256 of every file.\n\n"
+            "```python\nfrom headway.model.huggingface.folder import load_model\n\n"
+            'model = load_model("FOLDER")          # reads tensors and JSON; executes no code from the folder\n'
+            "logits = model.logits(source, target)  # token ids [B, s] and [B, t] -> [B, t, V]\n```\n"
+        )
     return (
         f"# Weights of a {config.attention.type} decoder\n\n{config.source[0].upper()}{config.source[1:]}.\n\n"
         "safetensors in fp32; config.json holds the decoder's `model` and `attention` and the sha256 of every file.\n\n"

@@ -44,8 +44,8 @@ def why_not_encoder_decoder(spec: Sections) -> str | None:
     for key in ("context", "pipeline"):
         if (ranks := getattr(parallel, key)) > 1:
             return (
-                f"parallel.{key}: {ranks} has no form for model.type encoder_decoder, whose decoder reads the output of "
-                f"the encoder in every layer; use parallel.{key} 1, and parallel.tensor or more data-parallel ranks"
+                f"parallel.{key}: {ranks} has no form for model.type encoder_decoder, whose decoder reads the output "
+                f"of the encoder in every layer; use parallel.{key} 1, and parallel.tensor or more data-parallel ranks"
             )
     parts = parallel.tensor if parallel.sequence_parallel else 1
     if source % parts or (seq_len - source) % parts:

@@ -80,7 +80,7 @@ def legal_tensor(spec: Sections) -> list[int]:
 
 
 def legal_pipeline(spec: Sections) -> list[int]:
-    """Legal numbers of pipeline stages: each stage has at least one layer; one stage only for ZeRO-2 and ZeRO-3, and for
+    """Legal numbers of pipeline stages: each stage has at least one layer; one stage only for ZeRO-2, ZeRO-3 and
     encoder-decoders.
     """
     alone = spec.parallel.zero > 1 or spec.model.is_encoder_decoder

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """An integer above 0. Raises ValueError."""
@@ -30,3 +32,11 @@ def truth(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     if type(value) is not bool:
         raise ValueError(f"{key}: {value!r} is neither true nor false; use one of them")
     return value
+
+
+def first_problem(error: ValueError) -> str:
+    """The first problem of a validation error, or the text of another one, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return str(error)

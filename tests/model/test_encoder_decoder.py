@@ -266,15 +266,12 @@ def test_dropout_acts_in_both_stacks_and_differs_by_key(pair):
         model(source, target, target, keys=torch.tensor(keys)).loss_sum.item() for keys in ([1, 2], [1, 2], [3, 4])
     ]
     assert losses[0] == losses[1] != losses[2]
-    seen: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
     for name in ("encoder.0.mlp_norm", "blocks.0.cross_norm", "blocks.0.mlp_norm"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _, args, out, name=name: seen.__setitem__(name, args[1].eq(0))
-        )
+        model.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(args[1].eq(0)))
     model(source, source, source, keys=torch.tensor([1, 2]))
-    masks = list(seen.values())
-    assert all(0.1 < mask.double().mean() < 0.5 for mask in masks)  # 0.3 of 360 elements
-    assert not any(a.equal(b) for a, b in zip(masks, masks[1:] + masks[:1], strict=True))
+    assert all(0.1 < mask.double().mean() < 0.5 for mask in seen)  # 0.3 of 360 elements
+    assert len(seen) == 3 and not any(a.equal(b) for a, b in zip(seen, seen[1:] + seen[:1], strict=True))
 
 
 def test_what_a_decoder_has_too_starts_equal():
@@ -297,6 +294,7 @@ def test_learns_to_read_the_source():
     )
     model = EncoderDecoder(config, GqaConfig(heads=4, kv_heads=2, head_dim=8), vocab_size=12, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss = torch.tensor(0.0)
     for _ in range(150):
         source = torch.randint(12, (32, 6))
         out = model(source, torch.cat([torch.zeros(32, 1, dtype=torch.int64), source[:, :-1]], 1), source)
