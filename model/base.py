@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -283,6 +283,10 @@ class AttentionConfig(StrictConfig):
     """Interface of a mechanism's config. `type` is its name in the registry."""
 
     type: Any  # in each mechanism, a Literal with its name
+    crosses: ClassVar[bool] = False
+    """Whether the module takes keys and values of `Context.source` where there is one, and attends by `Context.attend`
+    in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
+    """
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
@@ -330,10 +334,12 @@ class AttentionConfig(StrictConfig):
     @property
     def no_encoder_decoder(self) -> str | None:
         """Why the mechanism has no form in `model.type: encoder_decoder`; None if it has one."""
+        if vars(type(self)).get("crosses", False):
+            return None
         return (
-            f"attention.type: {self.type} has no encoder-decoder form: its layer computes queries, keys, values and "
-            "routes of the same tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, "
-            "sqa or wgqa, or model.type decoder"
+            f"attention.type: {self.type} has no encoder-decoder form: its layer computes queries and keys of the same "
+            "tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, sqa or wgqa, or "
+            "model.type decoder"
         )
 
     @property

@@ -81,13 +81,6 @@ class DynamicGqaConfig(DenseConfig):
         return (self.heads // tensor,)
 
     @property
-    def no_encoder_decoder(self) -> str:
-        return (
-            "attention.type: dynamic_gqa has no encoder-decoder form: the sizes of its keys move heads, and a layer of "
-            "a decoder would have two sorts of keys; use type gqa, or model.type decoder"
-        )
-
-    @property
     def relative_form(self) -> None:
         """None: heads change their group, and position keys belong to groups."""
         return None

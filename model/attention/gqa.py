@@ -16,7 +16,7 @@ Equal groups without gates and windows are the published GQA.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -121,8 +121,9 @@ class DenseConfig(GroupedConfig):
 
     @property
     def no_encoder_decoder(self) -> str | None:
-        if self.windows is None and not self.window_pattern:
-            return None
+        reason = super().no_encoder_decoder
+        if reason is not None or (self.windows is None and not self.window_pattern):
+            return reason
         key = "window_pattern" if self.window_pattern else "windows"
         return (
             f"attention.{key}: windows count keys before a query, and the encoder and cross attention see all keys; "
@@ -170,6 +171,7 @@ class GqaConfig(DenseConfig):
     """GQA: G KV heads, each shared by H/G query heads or by the number that `group_sizes` gives."""
 
     type: Literal["gqa"] = "gqa"
+    crosses: ClassVar[bool] = True
     kv_heads: int = Field(ge=1, description="G, KV heads; each serves heads/kv_heads query heads")
     group_sizes: list[Annotated[int, Field(ge=1)]] = Field(
         default=[], description="query heads of each KV head; empty: equal groups"
@@ -204,6 +206,7 @@ class MhaConfig(DenseConfig):
     """Multi-head attention: GQA with one query head per KV head."""
 
     type: Literal["mha"] = "mha"
+    crosses: ClassVar[bool] = True
 
     @property
     def groups(self) -> int:
@@ -214,6 +217,7 @@ class MqaConfig(DenseConfig):
     """Multi-query attention: GQA with a single KV head."""
 
     type: Literal["mqa"] = "mqa"
+    crosses: ClassVar[bool] = True
 
     @property
     def groups(self) -> int:

@@ -15,7 +15,7 @@ per forward pass, before the projection, and `folded` gives the equivalent plain
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +33,7 @@ class WgqaConfig(GroupedConfig):
     """WGQA in training. `folded` is the equivalent GQA for inference."""
 
     type: Literal["wgqa"] = "wgqa"
+    crosses: ClassVar[bool] = True
     kv_heads: int = Field(ge=1, description="G, KV heads; each is merged from heads/kv_heads trained ones")
     weights: Literal["scalar", "column", "row"] = Field(
         default="scalar",
@@ -84,10 +85,6 @@ class WgqaConfig(GroupedConfig):
         rows, columns = self.weight_shape(width=width)
         unmerged = 2 * width * (self.heads - self.groups) * self.head_dim
         return super().num_params(width=width) + unmerged + 2 * self.heads * rows * columns
-
-    @property
-    def no_encoder_decoder(self) -> str | None:
-        return None
 
     def shards(self) -> dict[str, Shard]:
         """Each rank owns whole groups, with the heads they are merged from and the weights of those heads."""

@@ -322,10 +322,17 @@ def test_routed_mechanisms_and_windows_are_refused():
 
 
 def test_the_mechanisms_with_a_form_are_these():
-    own = {
-        name for name, kind in MECHANISMS.items() if kind.no_encoder_decoder is not AttentionConfig.no_encoder_decoder
-    }
-    assert own == {"mha", "mqa", "gqa", "sqa", "wgqa", "dynamic_gqa"}
+    assert {name for name, kind in MECHANISMS.items() if vars(kind).get("crosses")} == {
+        "mha", "mqa", "gqa", "sqa", "wgqa"
+    }  # fmt: skip
+
+
+def test_a_mechanism_that_derives_from_one_must_say_it_itself():
+    class Changed(GqaConfig):
+        """GQA with another layer."""
+
+    assert "has no encoder-decoder form" in str(Changed(heads=2, kv_heads=1, head_dim=4).no_encoder_decoder)
+    assert GqaConfig(heads=2, kv_heads=1, head_dim=4).no_encoder_decoder is None
 
 
 def refused(**model: Any) -> str:
