@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, equal, no_grad
+from torch import equal, no_grad
 
 from headway.data import tokenizer as tokenizers
 from headway.launcher.base import console
@@ -34,7 +34,7 @@ from headway.model.huggingface import form, llama, t5
 from headway.model.huggingface.folder import TensorFiles, WeightsError, as_fp32
 from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, older_form, read_llama_config
 from headway.model.huggingface.values import first_problem
-from headway.model.seq2seq.build import Model
+from headway.model.seq2seq.build import Model, probe_logits
 from headway.model.seq2seq.model import EncoderDecoder
 
 SPEC = "model.yaml"
@@ -165,7 +165,7 @@ def _compared(source: Path, model: Model, foreign: Foreign, raw: Mapping[str, An
     tokens = {"random": random_tokens(exported.vocab_size, exported.seq_len)}
     if raw.get("format") == hf.FORMAT:
         with no_grad():
-            if not equal(_logits(model, tokens["random"]), _logits(foreign.model, tokens["random"])):
+            if not equal(probe_logits(model, tokens["random"]), probe_logits(foreign.model, tokens["random"])):
                 raise HeadwayError(f"{source}: logits differ after the import; nothing was written. Please report this")
         return "the logits of the written weights equal those of the repository bit for bit"
     if not is_installed():
@@ -179,11 +179,6 @@ def _compared(source: Path, model: Model, foreign: Foreign, raw: Mapping[str, An
             return said(differences(source, load_ours(source, library), decoder, tokens, tolerance=0))
         config = older_form(raw) if raw.get("rope_parameters") or raw.get("rope_scaling") else None
         return said(differences(source, load_llama(source, library, config=config), decoder, tokens))
-
-
-def _logits(model: Model, tokens: Tensor) -> Tensor:
-    """Logits of random tokens [B, S]; of an encoder-decoder, as source and as target."""
-    return model.logits(tokens, tokens) if isinstance(model, EncoderDecoder) else model.logits(tokens)
 
 
 def _refuse_pickles(source: Path) -> None:

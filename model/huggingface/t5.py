@@ -97,7 +97,6 @@ class T5Shape:
     vocab_size: int
     seq_len: int
     eos_token_id: int | None
-    start_token_id: int
 
 
 def is_t5(config: Mapping[str, Any]) -> bool:
@@ -170,14 +169,13 @@ def read_t5_config(config: Mapping[str, Any]) -> T5Shape:
         dropout=float(dropout),
         dropout_places=("embedding", "branches", "hidden", "head"),
     )
-    eos, start = config.get("eos_token_id", 1), config.get("decoder_start_token_id", config.get("pad_token_id", 0))
+    eos = config.get("eos_token_id", 1)
     return T5Shape(
         model=model,
         attention=MhaConfig(heads=whole(config, "num_heads", 8), head_dim=whole(config, "d_kv", 64), rope_fraction=0.0),
         vocab_size=vocab_size,
         seq_len=whole(config, "n_positions", 512),
         eos_token_id=eos if type(eos) is int and 0 <= eos < vocab_size else None,
-        start_token_id=start if type(start) is int and 0 <= start < vocab_size else 0,
     )
 
 
@@ -197,7 +195,7 @@ def _checked(config: Mapping[str, Any]) -> MlpType:
     if not truth(config, "is_encoder_decoder", True):
         raise ValueError("is_encoder_decoder: false; use a checkpoint of a whole T5, with encoder and decoder")
     written = config.get("feed_forward_proj", "relu")
-    if written not in _MLPS:
+    if not isinstance(written, str) or written not in _MLPS:
         raise ValueError(
             f"feed_forward_proj: {written!r} is not supported; use a checkpoint with {', '.join(sorted(_MLPS))}"
         )

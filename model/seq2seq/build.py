@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import BranchScale, Decoder, Placement
@@ -27,3 +29,8 @@ def build_model(
         return Decoder(model, attention, **common, scales=scales)
     assert scales is None, "`ModelConfig` refuses branch_start of an encoder-decoder"
     return EncoderDecoder(model, attention, **common)
+
+
+def probe_logits(model: Model, tokens: Tensor) -> Tensor:
+    """Logits [B, S, V] of tokens [B, S], to compare two models; an encoder-decoder has them as source and target."""
+    return model.logits(tokens, tokens) if isinstance(model, EncoderDecoder) else model.logits(tokens)

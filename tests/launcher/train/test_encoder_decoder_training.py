@@ -94,7 +94,6 @@ def test_training_starts_from_imported_weights(headway, tmp_path):
     "words",
     [
         ("export", "RUN", "out", "--to", "hf"),
-        ("export", "RUN", "out", "--to", "safetensors"),
         ("generate", "RUN", "1 2 3"),
         ("eval", "RUN"),
         ("plan", "SPEC", *COMMON, "--gpus", "8"),
@@ -107,6 +106,20 @@ def test_verbs_for_decoders_refuse_it(headway, whole, words):
     done = headway.run(*(named.get(word, word) for word in words))
     assert done.returncode == 64, done.stdout + done.stderr
     assert "model.type: " in done.stderr and "works on decoders only" in done.stderr
+
+
+def test_an_export_is_the_checkpoint_and_training_starts_from_it(headway, whole):
+    done = headway.run("export", str(whole), "out", "--to", "safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "equal the run's bit for bit" in done.stdout
+    assert "load_model" in (headway.folder / "out" / "README.md").read_text()
+    for name, weights in (("export", "out"), ("run", str(whole))):
+        done = headway.train(
+            *COMMON, f"init.weights={weights}", "train.tokens=120", "schedule.warmup_tokens=0", f"run_dir={name}"
+        )
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (records(headway.folder / name, "validation")[-1]["loss"] for name in ("export", "run"))
+    assert ours == theirs < records(whole, "validation")[0]["loss"]
 
 
 def test_the_plan_has_the_cost(headway, whole):
