@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def same(cut: MicroBatch, plain: MicroBatch, place: int) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("place", [1, 7, 19])
 def test_source_and_target_are_the_sequence(place, masked):
-    ranks = {"global_batch": 4, "micro_batch": 2, "dp_rank": 0, "dp_size": 1}
+    ranks: dict[str, Any] = {"global_batch": 4, "micro_batch": 2, "dp_rank": 0, "dp_size": 1}
     with (
         Loader(config(place, masked=masked), split="train", **ranks) as cut,
         Loader(config(None, masked=masked), split="train", **ranks) as plain,
@@ -42,6 +44,6 @@ def test_source_and_target_are_the_sequence(place, masked):
 
 
 def test_validation_is_cut_too():
-    ranks = {"tokens": 100, "micro_batch": 2, "dp_rank": 1, "dp_size": 2}
+    ranks: dict[str, Any] = {"tokens": 100, "micro_batch": 2, "dp_rank": 1, "dp_size": 2}
     for a, b in zip(validation_batches(config(5), **ranks), validation_batches(config(None), **ranks), strict=True):
         same(a, b, 5)

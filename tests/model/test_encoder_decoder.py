@@ -226,7 +226,7 @@ def test_cross_attention_is_the_formula(name, positions, pair):
     states = model.encode(source)
     model.logits(source, target)
     x, y = inputs[0]
-    w = {key: cross.get_parameter(key) for key in ("w_q", "w_k", "w_v", "w_o")}
+    w: dict[str, Tensor] = {key: cross.get_parameter(key) for key in ("w_q", "w_k", "w_v", "w_o")}
     if name == "wgqa":
         for key in ("k", "v"):
             factor = cross.get_parameter(f"{key}_weights").view(2, 2, 6, 1)

@@ -22,7 +22,8 @@ from headway.model.seq2seq.model import EncoderDecoder
 DATA = "{seq_len: 15, encoder_tokens: 8, source: {type: synthetic, task: mqar, vocab_size: 32, pairs: 4, queries: 4}}"
 TYPE = ("model.type=encoder_decoder", f"data={DATA}")
 ATTENTION = "attention={type: wgqa, heads: 4, kv_heads: 2, head_dim: 8}"
-COMMON = (*TYPE, ATTENTION, "model.positions=relative_t5", "train.tokens=2400", "checkpoint.every_tokens=600")
+MODEL = (*TYPE, ATTENTION, "model.positions=relative_t5")
+COMMON = (*MODEL, "train.tokens=2400", "checkpoint.every_tokens=600")
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +115,8 @@ def test_an_export_is_the_checkpoint_and_training_starts_from_it(headway, whole)
     assert "equal the run's bit for bit" in done.stdout
     assert "load_model" in (headway.folder / "out" / "README.md").read_text()
     for name, weights in (("export", "out"), ("run", str(whole))):
-        done = headway.train(
-            *COMMON, f"init.weights={weights}", "train.tokens=120", "schedule.warmup_tokens=0", f"run_dir={name}"
-        )
+        begin = (f"init.weights={weights}", "train.tokens=120", "schedule.warmup_tokens=0", f"run_dir={name}")
+        done = headway.train(*MODEL, *begin)
         assert done.returncode == 0, done.stderr
     ours, theirs = (records(headway.folder / name, "validation")[-1]["loss"] for name in ("export", "run"))
     assert ours == theirs < records(whole, "validation")[0]["loss"]
