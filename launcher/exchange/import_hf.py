@@ -51,6 +51,11 @@ class Foreign:
     exported: hf.ExportedConfig
     llama: LlamaShape | None
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model, if it is a decoder. Raises WeightsError."""
+        return hf.the_decoder(self.model, self.exported.source)
+
 
 def import_hf(source: Path | str, out: Path) -> int:
     """Write the weights of `source` into the new folder `out`: in fp32, with config, tokenizer and spec.

@@ -98,14 +98,14 @@ def _of_weights(folder: Path) -> Opened:
 def _of_huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
     """A Llama, or Headway's own form. Raises WeightsError for other models."""
     from headway.launcher.exchange.import_hf import read_foreign
-    from headway.model.huggingface.folder import TOKENIZER, the_decoder
+    from headway.model.huggingface.folder import TOKENIZER
 
     foreign = read_foreign(folder, raw)
     config, file = foreign.exported, folder / TOKENIZER
     codec = Codec.of_weights(
         file if file.exists() else None, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id
     )
-    return _weights(_ready(the_decoder(foreign.model, folder), config.model), codec, config.seq_len, config.source)
+    return _weights(_ready(foreign.decoder, config.model), codec, config.seq_len, config.source)
 
 
 def _weights(decoder: Decoder, codec: Codec, seq_len: int, title: str) -> Opened:
