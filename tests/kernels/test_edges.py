@@ -43,6 +43,7 @@ def test_kernels_equal_their_twins(kernels, name):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_one_wrong_element_is_detected_at_every_edge():
     """Except without tokens, where there is no element."""
     broken = [f"edges: expand={SLOTS}.launch_expand", f"edges: products={GATHER}.gather_project"]
