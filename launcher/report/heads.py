@@ -106,7 +106,7 @@ def _against_baseline(variants: Sequence[VariantResult], baseline: str) -> Itera
     found = {key: compare_paired({v.name: _last(v, key) for v in alike}, baseline).differences for key in HEAD_KEYS}
     yield Text(
         f"Differences to {baseline} at the end of training, with 95 % intervals over seeds that are simultaneous for "
-        "the variants, not for the measures. Heads are less alike than the baseline's where the interval of C_o is below "
+        "the variants, not for the measures. Heads are less alike than the baseline where the interval of C_o is below "
         "0. A variant whose choice is random is the control: what it has too is no effect of a learned router."
     )
     rows = [["variant", "n", *(_TITLES[key] for key in HEAD_KEYS), "outputs of heads"]]
