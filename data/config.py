@@ -222,6 +222,10 @@ def with_paths(source: MdsSource | MixSource, paths: Sequence[str]) -> MdsSource
 ValidationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
+class UnreachableError(DataError):
+    """A remote did not give a file in a few attempts, but may do so later."""
+
+
 class DataConfig(StrictModel):
     """Source of the tokens, packing into sequences, and loading."""
 

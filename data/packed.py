@@ -45,8 +45,8 @@ class PackedText:
             Path(path).expanduser(), split, remote=remote, cache_bytes=cache_bytes, retry_s=retry_s
         )
         self._documents.check_cache(shuffle_window if split == "train" else 1)
-        self._ends = np.cumsum(self._documents.lengths)
-        tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.document_ends = np.cumsum(self._documents.lengths)
+        tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
         self.seq_len = seq_len
         self.vocab_size = self._documents.manifest.vocab_size
         self.fingerprint = self._documents.manifest.fingerprint
@@ -66,7 +66,7 @@ class PackedText:
 
     def sequences_per_shard(self) -> list[int]:
         """Number of sequences per shard. A sequence belongs to the shard that contains its first token."""
-        ends = np.concatenate([[0], self._ends])[self._documents.first_document]
+        ends = np.concatenate([[0], self.document_ends])[self._documents.first_document]
         first_sequence = np.minimum(-(-ends // self.seq_len), self.num_sequences)
         return np.diff(first_sequence).tolist()
 
@@ -114,8 +114,8 @@ class PackedText:
         begin, need = index * self.seq_len, self.seq_len + 1
         tokens = np.empty(need, dtype=self._documents.dtype)
         segments = np.empty(need, dtype=np.int32)
-        document = int(np.searchsorted(self._ends, begin, "right"))
-        skip = begin - (int(self._ends[document - 1]) if document else 0)
+        document = int(np.searchsorted(self.document_ends, begin, "right"))
+        skip = begin - (int(self.document_ends[document - 1]) if document else 0)
         filled = segment = 0
         while filled < need:
             piece = self._documents.tokens(document, skip, skip + need - filled)
@@ -126,7 +126,11 @@ class PackedText:
         # A model would read another row of a shared table, or a row of another rank, without an error.
         if (largest := int(tokens.max())) >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
-            raise DataError(
-                self._documents.beyond_vocabulary(int(np.searchsorted(self._ends, begin + first, "right")), largest)
-            )
+            document = int(np.searchsorted(self.document_ends, begin + first, "right"))
+            raise DataError(self._documents.beyond_vocabulary(document, largest))
         return Sample(tokens, segments)
+
+    def documents(self, index: int) -> range:
+        begin = index * self.seq_len
+        first, last = np.searchsorted(self.document_ends, [begin, begin + self.seq_len], "right")
+        return range(int(first), int(last) + 1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from headway.launcher.compare.stats import CONFIDENCE, t_critical
+from headway.launcher.base.intervals import CONFIDENCE, t_critical
 
 
 @dataclass(frozen=True, kw_only=True)

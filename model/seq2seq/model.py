@@ -151,8 +151,8 @@ class EncoderDecoder(nn.Module):
         source_drops, drops = self._drops(source, tokens, keys)
         states, source_loss = self._encoded(source, source_segments, source_drops)
         hidden, aux_loss = self._decoded(states, tokens, source_segments, segments, drops=drops)
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
-        return ModelOutput(loss_sum, (labels != IGNORED).sum(), source_loss + aux_loss, hits)
+        loss_sum, by_token = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
+        return ModelOutput(loss_sum, (labels != IGNORED).sum(), source_loss + aux_loss, by_token)
 
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
         """The encoder's output [B, s, d], after its norm, without dropout."""
