@@ -97,6 +97,7 @@ def test_training_starts_from_imported_weights(headway, tmp_path):
         ("export", "RUN", "out", "--to", "hf"),
         ("generate", "RUN", "1 2 3"),
         ("eval", "RUN"),
+        ("inspect", "RUN"),
         ("plan", "SPEC", *COMMON, "--gpus", "8"),
         ("bench", "documents", "SPEC", *COMMON),
     ],
