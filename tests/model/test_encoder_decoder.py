@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -216,28 +217,46 @@ def test_the_cache_does_not_project_the_source_again(pair):
 # ------------------------------------------------------------ the cross attention by hand
 
 
+def by_hand(layer: Any, name: str, x: Tensor, states: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of x [B, S, 20] to all of `states` [B, K, 20], with a bias [4, S, K]."""
+    w: dict[str, Tensor] = {key: layer.get_parameter(key) for key in ("w_q", "w_k", "w_v", "w_o")}
+    if name == "wgqa":
+        for key in ("k", "v"):
+            factor = layer.get_parameter(f"{key}_weights").view(2, 2, 6, 1)
+            w[f"w_{key}"] = (w[f"w_{key}"].view(2, 2, 6, 20) * factor).sum(1).view(12, 20)
+    outs = []
+    for head, kv_head in enumerate([0, 1, 1, 1] if name == "uneven" else [0, 0, 1, 1]):
+        rows, group = slice(6 * head, 6 * head + 6), slice(6 * kv_head, 6 * kv_head + 6)
+        scores = (x @ w["w_q"][rows].T) @ (states @ w["w_k"][group].T).transpose(1, 2) * scale
+        scores = scores if bias is None else scores + bias[head]
+        outs.append(scores.softmax(-1) @ (states @ w["w_v"][group].T))
+    return torch.cat(outs, -1) @ w["w_o"].T
+
+
 @pytest.mark.parametrize("positions", ["rope", "relative_t5"])
-@pytest.mark.parametrize("name", ["gqa", "wgqa"])
+@pytest.mark.parametrize("name", ["gqa", "uneven", "wgqa"])
 def test_cross_attention_is_the_formula(name, positions, pair):
     model, (source, target) = built(DENSE[name], positions), pair
     cross = cross_blocks(model)[1].cross
     inputs: list[Any] = []
     cross.register_forward_hook(lambda _, args, out: inputs.append((args[0], out.y)))
-    states = model.encode(source)
     model.logits(source, target)
     x, y = inputs[0]
-    w: dict[str, Tensor] = {key: cross.get_parameter(key) for key in ("w_q", "w_k", "w_v", "w_o")}
-    if name == "wgqa":
-        for key in ("k", "v"):
-            factor = cross.get_parameter(f"{key}_weights").view(2, 2, 6, 1)
-            w[f"w_{key}"] = (w[f"w_{key}"].view(2, 2, 6, 20) * factor).sum(1).view(12, 20)
-    scale = 6**-0.5 if positions == "rope" else 1.0
-    outs = []
-    for head in range(4):
-        rows, group = slice(6 * head, 6 * head + 6), slice(6 * (head // 2), 6 * (head // 2) + 6)
-        scores = (x @ w["w_q"][rows].T) @ (states @ w["w_k"][group].T).transpose(1, 2) * scale
-        outs.append(scores.softmax(-1) @ (states @ w["w_v"][group].T))
-    torch.testing.assert_close(y, torch.cat(outs, -1) @ w["w_o"].T, rtol=0, atol=1e-12)
+    expected = by_hand(cross, name, x, model.encode(source), None, 6**-0.5 if positions == "rope" else 1.0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gqa", "uneven", "wgqa"])
+def test_attention_of_the_encoder_is_the_formula(name, pair):
+    model = built(DENSE[name])
+    layer = model.get_submodule("encoder.1.attn")
+    inputs: list[Any] = []
+    layer.register_forward_hook(lambda _, args, out: inputs.append((args[0], out.y)))
+    model.encode(pair[0])
+    x, y = inputs[0]
+    assert model.encoder_buckets is not None
+    expected = by_hand(layer, name, x, x, model.encoder_buckets(SOURCE, SOURCE), 1.0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------ training
@@ -269,9 +288,11 @@ def test_dropout_acts_in_both_stacks_and_differs_by_key(pair):
     seen: list[Tensor] = []
     for name in ("encoder.0.mlp_norm", "blocks.0.cross_norm", "blocks.0.mlp_norm"):
         model.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(args[1].eq(0)))
+    for name in ("encoder.0.attn_norm", "blocks.0.attn_norm"):  # of the embedding, which is not zero itself
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].eq(0)))
     model(source, source, source, keys=torch.tensor([1, 2]))
     assert all(0.1 < mask.double().mean() < 0.5 for mask in seen)  # 0.3 of 360 elements
-    assert len(seen) == 3 and not any(a.equal(b) for a, b in zip(seen, seen[1:] + seen[:1], strict=True))
+    assert len(seen) == 5 and not any(a.equal(b) for a, b in itertools.combinations(seen, 2))
 
 
 def test_what_a_decoder_has_too_starts_equal():
