@@ -17,6 +17,7 @@ TRIED = ("0", "-1", "nan", "inf", "-inf", "1e30", "1" + "0" * 30, "0.5", "x", ""
 LEGAL = {
     "--array-limit": (),
     "--batches": (),
+    "--documents": (),
     "--gpus": (),
     "--jobs": (),
     "--lengths": (),
