@@ -236,6 +236,12 @@ class DataConfig(StrictModel):
         description="name -> folder of a dataset, whose validation split is evaluated beside the validation",
     )
     seq_len: int = Field(ge=2, le=1 << 20, description="tokens per packed sequence")
+    encoder_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="model.type encoder_decoder: first tokens of each sequence, which the encoder reads; the decoder "
+        "reads and predicts the others",
+    )
     document_mask: bool = Field(default=True, description="a token never attends to or predicts into another document")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of the data order only")
     workers: int = Field(default=1, ge=0, le=64, description="threads that prefetch batches; 0: no prefetching")
@@ -256,6 +262,11 @@ class DataConfig(StrictModel):
             raise ValueError(
                 f"retry_s: retrying a shard for {self.retry_s:g} s exceeds timeout_s {self.timeout_s:g}, whose error "
                 f"would hide the reason; use retry_s < {self.timeout_s:g} or timeout_s > {self.retry_s:g}"
+            )
+        if self.encoder_tokens is not None and self.encoder_tokens >= self.seq_len:
+            raise ValueError(
+                f"encoder_tokens: {self.encoder_tokens} leave the decoder none of the {self.seq_len} tokens of a "
+                f"sequence; use at most {self.seq_len - 1}, or a larger seq_len"
             )
         if isinstance(self.source, SyntheticSource) and self.source.problem_length > self.seq_len + 1:
             need = self.source.problem_length - 1

@@ -31,11 +31,13 @@ IGNORED = -100  # label of positions without a loss; torch's default `ignore_ind
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Inputs of one forward pass."""
+    """Inputs of one forward pass. Of an encoder-decoder, `tokens`, `labels` and `segments` are the decoder's."""
 
     tokens: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] int64, the next token; -100 is ignored
     segments: Tensor | None  # [B, S] int32, index of the document within the sequence; None without document mask
+    source: Tensor | None = None  # [B, s] int64, tokens of the encoder; None for a decoder
+    source_segments: Tensor | None = None  # [B, s] int32, as `segments`, and -1: padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,11 @@ def sample_digest(place: int, sample: Sample, *, masked: bool) -> int:
     return digest.intdigest()
 
 
-def collate(samples: list[Sample], *, masked: bool) -> tuple[MicroBatch, int]:
+def collate(samples: list[Sample], *, masked: bool, encoder_tokens: int | None = None) -> tuple[MicroBatch, int]:
     """Collate samples (at least one) to a micro-batch. Returns it and its number of targets.
 
-    With document mask, a position whose next token belongs to another document has no target.
+    With document mask, a position whose next token belongs to another document has no target. `encoder_tokens`: of each
+    sequence, the first tokens are the source, whose positions have no targets.
     """
     tokens = np.stack([sample.tokens for sample in samples]).astype(np.int64)
     segments = np.stack([sample.segments for sample in samples])
@@ -102,7 +105,25 @@ def collate(samples: list[Sample], *, masked: bool) -> tuple[MicroBatch, int]:
         labels=torch.from_numpy(labels),
         segments=torch.from_numpy(np.ascontiguousarray(segments[:, :-1], dtype=np.int32)) if masked else None,
     )
-    return batch, int((labels != IGNORED).sum())
+    if encoder_tokens is not None:
+        batch = split(batch, encoder_tokens)
+    return batch, int((batch.labels != IGNORED).sum())
+
+
+def split(batch: MicroBatch, encoder_tokens: int) -> MicroBatch:
+    """The batch of an encoder-decoder: the encoder reads the first tokens, the decoder reads and predicts the others.
+
+    The first token after the source is the decoder's first input, so it is not predicted.
+    """
+    cut = encoder_tokens
+    numbers = batch.segments
+    return MicroBatch(
+        tokens=batch.tokens[:, cut:].contiguous(),
+        labels=batch.labels[:, cut:].contiguous(),
+        segments=None if numbers is None else numbers[:, cut:].contiguous(),
+        source=batch.tokens[:, :cut].contiguous(),
+        source_segments=None if numbers is None else numbers[:, :cut].contiguous(),
+    )
 
 
 class Loader:
@@ -145,7 +166,7 @@ class Loader:
                 f"{str(self.source.fingerprint)[:16]} now); start the same command again, or restore it"
             )
         self.wait_s = 0.0
-        self._masked = cfg.document_mask
+        self._masked, self._encoder_tokens = cfg.document_mask, cfg.encoder_tokens
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._per_rank = global_batch // dp_size
         self._first_place = dp_rank * self._per_rank
@@ -168,7 +189,7 @@ class Loader:
                 sample = self.source.sample(self.source.index(step * self._global_batch + place))
                 digest += sample_digest(place, sample, masked=self._masked)
                 samples.append(sample)
-            batch, count = collate(samples, masked=self._masked)
+            batch, count = collate(samples, masked=self._masked, encoder_tokens=self._encoder_tokens)
             micro.append(batch)
             targets += count
             sequences += len(samples)
@@ -259,7 +280,7 @@ def validation_spread(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank
     wanted = wanted_sequences(tokens, cfg.seq_len)
     sequences = wanted if source.num_sequences is None else min(wanted, source.num_sequences)
     ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
-    return spread(source, sequences, masked=cfg.document_mask, **ranks)
+    return spread(source, sequences, masked=cfg.document_mask, encoder_tokens=cfg.encoder_tokens, **ranks)
 
 
 def wanted_sequences(tokens: int, seq_len: int) -> int:
@@ -287,7 +308,16 @@ class Spread:
     count: int
 
 
-def spread(source: Source, sequences: int, *, masked: bool, micro_batch: int, dp_rank: int, dp_size: int) -> Spread:
+def spread(
+    source: Source,
+    sequences: int,
+    *,
+    masked: bool,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    encoder_tokens: int | None = None,
+) -> Spread:
     """This rank's part of `sequences` sequences, spread evenly over a source; see `validation_batches`."""
     mine = range(sequences * dp_rank // dp_size, sequences * (dp_rank + 1) // dp_size)
     most_rows = -(-sequences // dp_size)
@@ -303,9 +333,9 @@ def spread(source: Source, sequences: int, *, masked: bool, micro_batch: int, dp
     for place, (number, row) in enumerate(zip(mine, rows, strict=True)):
         numbers[place] = np.searchsorted(known, documents[number].start + row.segments[1:])
     rows += [blank] * (len(numbers) - len(rows))
-    begins = range(0, len(rows), micro_batch)
+    parts = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
     return Spread(
-        batches=[collate(rows[begin : begin + micro_batch], masked=masked)[0] for begin in begins],
-        documents=list(torch.from_numpy(numbers).split(micro_batch)),
+        batches=[collate(part, masked=masked, encoder_tokens=encoder_tokens)[0] for part in parts],
+        documents=list(torch.from_numpy(numbers[:, encoder_tokens or 0 :]).split(micro_batch)),
         count=len(known),
     )

@@ -57,7 +57,8 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
         shares = validation_shares(available, cfg.source.weights, wanted=wanted)
         end = 0
         for part, source, share in zip(cfg.source.sources, opened, shares, strict=True):
-            sets[part.title()] = found = add(end, spread(source, share, masked=cfg.document_mask, **ranks))
+            more = spread(source, share, masked=cfg.document_mask, encoder_tokens=cfg.encoder_tokens, **ranks)
+            sets[part.title()] = found = add(end, more)
             end = found.stop
     else:
         end = add(0, validation_spread(cfg, tokens=tokens, **ranks)).stop

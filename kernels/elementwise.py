@@ -26,6 +26,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up, both [..., F]: the inner part of GEGLU (Shazeer, 2020, arXiv 2002.05202), as in T5 v1.1."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
     return F.relu(x)

@@ -15,7 +15,16 @@ from torch import Tensor
 from headway.kernels.attention import core, core_of_blocks
 from headway.kernels.backends import Backend, attention_core
 from headway.kernels.dropout import Rate, dropout
-from headway.kernels.elementwise import add_layer_norm, add_norm, gelu, gelu_tanh, layer_norm, relu, silu_mul
+from headway.kernels.elementwise import (
+    add_layer_norm,
+    add_norm,
+    gelu,
+    gelu_tanh,
+    gelu_tanh_mul,
+    layer_norm,
+    relu,
+    silu_mul,
+)
 from headway.kernels.fp8 import Product, check_fp8, scaled_product
 from headway.kernels.levers import LeverError
 from headway.kernels.libraries import Loss, Norm, loss_of, norm_of
@@ -29,7 +38,7 @@ Matmul = Literal["none", "fp8"]
 SHAPES = 64
 """Maximum number of shapes per compiled function (different layers, heads, stages, training and validation)."""
 
-POINTWISE = ("silu_mul", "gelu", "gelu_tanh", "relu")
+POINTWISE = ("silu_mul", "gelu_tanh_mul", "gelu", "gelu_tanh", "relu")
 """The inner functions of the MLP types."""
 
 
@@ -42,6 +51,7 @@ class Operations:
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_layer_norm
     silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul
+    gelu_tanh_mul: Callable[[Tensor, Tensor], Tensor] = gelu_tanh_mul
     gelu: Callable[[Tensor], Tensor] = gelu
     gelu_tanh: Callable[[Tensor], Tensor] = gelu_tanh
     relu: Callable[[Tensor], Tensor] = relu

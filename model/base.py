@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
-from headway.model.kv_cache import KVCache
+from headway.model.kv_cache import KVCache, SourceCache
 
 
 class StrictConfig(BaseModel):
@@ -187,6 +187,28 @@ class RoutingMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """The output of an encoder, of which cross attention takes keys and values.
+
+    states: [B, K, d], as the input of a sharded layer (`Ranks.enter`).
+    rope: cos and sin of its tokens' positions, as in `Context`.
+    cache: In incremental decoding, keys and values of one layer.
+    """
+
+    states: Tensor
+    rope: tuple[Tensor, Tensor]
+    cache: SourceCache | None = None
+
+    def keys_and_values(
+        self, project: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, G, D], which `project` computes of states and rope."""
+        if self.cache is None:
+            return project(self.states, self.rope)
+        return self.cache.once(lambda: project(self.states, self.rope))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """Inputs of a layer's attention besides x [B, S, d].
 
@@ -201,6 +223,9 @@ class Context:
     distances: With `model.positions: relative_xl`, the vectors [K, d] of the distances 0 .. K - 1; x continues K - S
         cached tokens.
     relative: The position keys of this layer, which the block computes from `distances`.
+    core: In encoder-decoders, attention of q [B, S, H, D] to k, v [B, K, G, D] that is not causal, or has a bias.
+    source: In cross attention, the output of the encoder, of which keys and values are taken instead of x.
+    across: In the decoder of an encoder-decoder, the context of the layer's cross attention.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -211,6 +236,9 @@ class Context:
     memory: RoutingMemory | None = None
     distances: Tensor | None = None
     relative: Relative | None = None
+    core: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    source: Source | None = None
+    across: Context | None = None
 
     @property
     def counts(self) -> bool:
@@ -223,6 +251,9 @@ class Context:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
         """The attention core within this context's documents; shapes as `headway.kernels.attention.core`."""
+        if self.core is not None:
+            assert window is None and self.sequence.count == 1, "the spec check refuses them in encoder-decoders"
+            return self.core(q, k, v)
         if self.relative is not None:
             assert window is None and self.sequence.count == 1, "the spec check refuses them with relative positions"
             return relative_core(q, k, v, self.relative, self.documents)
@@ -252,6 +283,10 @@ class AttentionConfig(StrictConfig):
     """Interface of a mechanism's config. `type` is its name in the registry."""
 
     type: Any  # in each mechanism, a Literal with its name
+    crosses: ClassVar[bool] = False
+    """Whether the module takes keys and values of `Context.source` where there is one, and attends by `Context.attend`
+    in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
+    """
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
@@ -295,6 +330,17 @@ class AttentionConfig(StrictConfig):
     def relative_form(self) -> RelativeForm | None:
         """What a layer needs for `model.positions: relative_xl`; None if the mechanism has no such form."""
         return None
+
+    @property
+    def no_encoder_decoder(self) -> str | None:
+        """Why the mechanism has no form in `model.type: encoder_decoder`; None if it has one."""
+        if vars(type(self)).get("crosses", False):
+            return None
+        return (
+            f"attention.type: {self.type} has no encoder-decoder form: its layer computes queries and keys of the same "
+            "tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, sqa or wgqa, or "
+            "model.type decoder"
+        )
 
     @property
     def rotated(self) -> int:

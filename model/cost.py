@@ -16,7 +16,7 @@ class Cost:
     """FLOPs are forward FLOPs per token, 2 per multiply-accumulate; training costs three times as much."""
 
     num_params: int
-    params_by_part: dict[str, int]  # embedding, attention, mlp, norm, head; the sum is num_params
+    params_by_part: dict[str, int]  # embedding, attention, (cross attention,) mlp, norm, head; the sum is num_params
     flops_per_token: Flops  # all layers and the head
     attention_core_flops: Flops  # all layers: Q K^T and P V, causal; included in flops_per_token
     kv_bytes_per_token: float  # all layers: cache size after seq_len tokens, divided by seq_len
@@ -80,8 +80,18 @@ def account(
     vocab_size: int,
     seq_len: int,
     bytes_per_element: int = 2,
+    encoder_tokens: int | None = None,
 ) -> Cost:
-    """Costs at sequence length `seq_len`. `bytes_per_element`: element size of the KV cache (2: bf16)."""
+    """Costs at sequence length `seq_len`. `bytes_per_element`: element size of the KV cache (2: bf16).
+
+    encoder_tokens: Of an encoder-decoder, the first tokens of a sequence, which its encoder reads. "Per token" refers
+        to all `seq_len` tokens, of source and target. The cache has the target's keys and values of self-attention, and
+        the source's of cross attention.
+    """
+    if model.is_encoder_decoder:
+        assert encoder_tokens is not None, "the spec check demands data.encoder_tokens"
+        lengths = (encoder_tokens, seq_len - encoder_tokens)
+        return _account_two(model, attention, lengths, vocab_size=vocab_size, bytes_per_element=bytes_per_element)
     width, layers = model.width, model.layers
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {
@@ -105,4 +115,72 @@ def account(
         kv_bytes_per_token=sum(
             a.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=bytes_per_element) for a in each
         ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStacks:
+    """FLOPs of one sequence of an encoder-decoder by part: the sums over its tokens, forward."""
+
+    projections: float
+    core: Flops
+    mlp: float
+    head: float
+
+
+def two_stacks(
+    model: ModelConfig, attention: AttentionConfig, lengths: tuple[int, int], *, vocab_size: int
+) -> TwoStacks:
+    """lengths: tokens of source and target. Needs the config of a mechanism with `no_encoder_decoder` None.
+
+    Encoder and cross attention see all s keys of the source. With the biases of T5, the decoder's causal scores are
+    computed as a full square, half of which is masked.
+    """
+    source, target = lengths
+    width, encoder, decoder = model.width, model.encoder_blocks, model.layers
+    projections = attention.flops_per_token(width=width, seq_len=1).executed - attention.core_flops_per_token(seq_len=1)
+    keys_and_values = 2 * width * attention.kv_bytes_per_token(seq_len=1, bytes_per_element=1)
+    per_score = 4 * attention.head_dim * attention.score_maps
+    seen = visible_keys(target)
+    fixed = encoder * source * source + decoder * target * source
+    causal = decoder * target * (target if model.positions == "relative_t5" else seen)
+    return TwoStacks(
+        projections=encoder * source * projections
+        + decoder * (target * (2 * projections - keys_and_values) + source * keys_and_values),
+        core=Flops(useful=per_score * (fixed + decoder * target * seen), executed=per_score * (fixed + causal)),
+        mlp=(encoder * source + decoder * target) * model.mlp_flops,
+        head=2.0 * vocab_size * width * target,
+    )
+
+
+def _account_two(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    lengths: tuple[int, int],
+    *,
+    vocab_size: int,
+    bytes_per_element: int,
+) -> Cost:
+    encoder, decoder, width, total = model.encoder_blocks, model.layers, model.width, sum(lengths)
+    per_layer = attention.num_params(width=width)
+    biases = 2 * attention.score_maps * model.relative_buckets if model.positions == "relative_t5" else 0
+    params = {
+        "embedding": vocab_size * width,
+        "attention": (encoder + decoder) * per_layer + biases,
+        "cross attention": decoder * per_layer,
+        "mlp": (encoder + decoder) * model.mlp_params,
+        "norm": (2 * encoder + 3 * decoder + 2) * model.norm_params,
+        "head": model.head_params(vocab_size),
+    }
+    flops = two_stacks(model, attention, lengths, vocab_size=vocab_size)
+    others = flops.projections + flops.mlp + flops.head
+    per_kv_token = attention.kv_bytes_per_token(seq_len=1, bytes_per_element=bytes_per_element)
+    return Cost(
+        num_params=sum(params.values()),
+        params_by_part=params,
+        flops_per_token=Flops(
+            useful=(others + flops.core.useful) / total, executed=(others + flops.core.executed) / total
+        ),
+        attention_core_flops=Flops(useful=flops.core.useful / total, executed=flops.core.executed / total),
+        kv_bytes_per_token=decoder * per_kv_token,  # of each target token in self, of each source token in cross
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,24 @@ class KVCache:
     def numbers(self) -> int:
         """Elements of the cached tokens, over the batch. The buffers may have room for more."""
         return sum(part.numbers for part in self._parts.values())
+
+
+class SourceCache:
+    """Keys and values of one layer's cross attention: those of the encoder's output, which do not change."""
+
+    def __init__(self) -> None:
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def once(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The keys and values of the first call, which computes them by `project`."""
+        if self.held is None:
+            self.held = project()
+        return self.held
+
+    @property
+    def numbers(self) -> int:
+        """Elements of the cached tokens, over the batch."""
+        return 0 if self.held is None else sum(t.numel() for t in self.held)
 
 
 class _CachePart:

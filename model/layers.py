@@ -218,25 +218,38 @@ class Mlp(Replaceable):
         self.use(Operations())
 
 
-class SwiGLU(Mlp):
-    """w_down (silu(w_gate x) * w_up x) (Shazeer, 2020, arXiv 2002.05202).
-
-    w_gate and w_up are separate matrices. One fused matmul with 2F rows was not faster on CPU (56 against 54 ms for
-    forward and backward at T=2048, d=256, F=704), and separate matrices can be sharded without reordering rows.
-    """
+class _Gated(Mlp):
+    """w_down f(w_gate x, w_up x), with the function `function` of `Operations`."""
 
     inner = ("w_gate", "w_up")
+    function: str
     w_gate: nn.Parameter
     w_up: nn.Parameter
     b_gate: nn.Parameter | None
     b_up: nn.Parameter | None
 
     def use(self, operations: Operations) -> None:
-        self._silu_mul = operations.silu_mul
+        self._function = getattr(operations, self.function)
 
     def forward(self, x: Tensor, drop: Drop = alone) -> Tensor:
-        inner = self._silu_mul(F.linear(x, self.w_gate, self.b_gate), F.linear(x, self.w_up, self.b_up))
+        inner = self._function(F.linear(x, self.w_gate, self.b_gate), F.linear(x, self.w_up, self.b_up))
         return F.linear(drop(inner), self.w_down)
+
+
+class SwiGLU(_Gated):
+    """w_down (silu(w_gate x) * w_up x) (Shazeer, 2020, arXiv 2002.05202).
+
+    w_gate and w_up are separate matrices. One fused matmul with 2F rows was not faster on CPU (56 against 54 ms for
+    forward and backward at T=2048, d=256, F=704), and separate matrices can be sharded without reordering rows.
+    """
+
+    function = "silu_mul"
+
+
+class GeGlu(_Gated):
+    """w_down (gelu(w_gate x) * w_up x) with the tanh approximation, as in T5 v1.1 (the same source)."""
+
+    function = "gelu_tanh_mul"
 
 
 class _Plain(Mlp):
@@ -272,5 +285,5 @@ class Relu(_Plain):
     function = "relu"
 
 
-MLPS: dict[MlpType, type[Mlp]] = {"swiglu": SwiGLU, "gelu": Gelu, "gelu_tanh": GeluTanh, "relu": Relu}
+MLPS: dict[MlpType, type[Mlp]] = {"swiglu": SwiGLU, "geglu": GeGlu, "gelu": Gelu, "gelu_tanh": GeluTanh, "relu": Relu}
 """By the name in the spec (`model.mlp`)."""

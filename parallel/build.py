@@ -7,7 +7,8 @@ from typing import Any
 
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
-from headway.model.decoder import BranchScale, Decoder, Placement
+from headway.model.decoder import BranchScale, Placement
+from headway.model.seq2seq.build import build_model
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
 from headway.parallel.config import OptimizerConfig, ParallelConfig, SpeedConfig
 from headway.parallel.deepspeed_options import quiet_deepspeed
@@ -53,18 +54,18 @@ def make_engine(
         operations=operations,
     )
     if layout.pp_size == 1:
-        decoder = Decoder(model, attention, vocab_size=vocab_size, seed=seed, placement=placement, scales=scales)
+        built = build_model(model, attention, vocab_size=vocab_size, seed=seed, placement=placement, scales=scales)
         if speed.compile == "block":
             from headway.model.compiled import compile_blocks
 
-            compile_blocks(decoder)
+            compile_blocks(built)
         common: dict[str, Any] = {"parallel": parallel, "optimizer": optimizer, "layout": layout}
         common["accumulation"] = accumulation
         if single:
-            return SingleEngine(decoder, **common)
+            return SingleEngine(built, **common)
         from headway.parallel.zero_engine import ZeroEngine
 
-        return ZeroEngine(decoder, micro_batch=micro_batch, **common)
+        return ZeroEngine(built, micro_batch=micro_batch, **common)
     from headway.parallel.pipeline import PipelineEngine
 
     costs = layer_costs(

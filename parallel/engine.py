@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from headway.kernels.loss import IGNORED
 from headway.model.base import Attention, Ranks
-from headway.model.decoder import Block, ByToken, Decoder
+from headway.model.decoder import Block, ByToken
 from headway.model.dropout import Dropout
+from headway.model.seq2seq.build import Model
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer, LogicalParameter
@@ -32,7 +33,10 @@ STATE = ("param", *MOMENTS)
 
 
 class MicroBatch(Protocol):
-    """Inputs of one forward pass: tokens and labels [B, S] int64, segments [B, S] int32 or None."""
+    """Inputs of one forward pass: tokens and labels [B, S] int64, segments [B, S] int32 or None.
+
+    Of an encoder-decoder also source [B, s] int64, and source_segments [B, s] int32 or None; else both are None.
+    """
 
     @property
     def tokens(self) -> Tensor: ...
@@ -40,6 +44,10 @@ class MicroBatch(Protocol):
     def labels(self) -> Tensor: ...
     @property
     def segments(self) -> Tensor | None: ...
+    @property
+    def source(self) -> Tensor | None: ...
+    @property
+    def source_segments(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +107,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Engine(ABC):
-    """Trains and evaluates this rank's part of a decoder: what all engines share.
+    """Trains and evaluates this rank's part of a model: what all engines share.
 
-    `_engine`: the module, or DeepSpeed's engine around it; both are called with tokens, labels, segments and keys of
+    `_engine`: the module, or DeepSpeed's engine around it; both are called with what `_inputs` returns and keys of
     dropout.
     `accumulation`: forward passes per optimizer step and rank.
     """
@@ -114,8 +122,8 @@ class Engine(ABC):
     _inner: torch.optim.Optimizer  # AdamW, with this rank's fp32 state
     _dropout: Dropout | None = None
 
-    def _adopt(self, model: Decoder) -> None:
-        """Take the blocks, the parameters and the dropout of a decoder."""
+    def _adopt(self, model: Model) -> None:
+        """Take the blocks, the parameters and the dropout of a model. Of an encoder-decoder, the decoder's blocks."""
         self._dropout = model.dropout
         self.blocks = {i: b for i, b in enumerate(model.blocks) if isinstance(b, Block)}
         self._logical = [
@@ -314,17 +322,21 @@ class Engine(ABC):
         for batch in micro:
             self._transfer.begin(batch, self._host_inputs(batch))
 
-    def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences.
+    def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        """Tokens and labels of this rank's part of the sequences, and segments of the whole sequences; of an
+        encoder-decoder the source before them, and its segments before segments.
 
-        Segments stay on the host, where the decoder reads them.
+        Segments stay on the host, where the model reads them.
         """
-        tokens, labels = self._transfer.take(batch, self._host_inputs(batch))
-        return tokens, labels, batch.segments
+        inputs = self._transfer.take(batch, self._host_inputs(batch))
+        return *inputs, *([] if batch.source is None else [batch.source_segments]), batch.segments
 
     def _host_inputs(self, batch: MicroBatch) -> list[Tensor]:
         """This rank's part of a micro-batch that the device needs."""
         layout = self.layout
+        if batch.source is not None:
+            assert layout.cp_size == 1, "the spec check refuses parallel.context with an encoder-decoder"
+            return [batch.source, batch.tokens, batch.labels]
         return [t.chunk(layout.cp_size, 1)[layout.cp_rank] for t in (batch.tokens, batch.labels)]
 
     # ------------------------------------------------------------ logical tensors, for checkpoints

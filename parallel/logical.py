@@ -17,7 +17,7 @@ from headway.model.hidden import hidden
 from headway.parallel.layout import Layout
 from headway.parallel.tensors.spans import Span, whole
 
-_SHARED_LAYER = re.compile(r"\.(attn|mlp)\.")
+_SHARED_LAYER = re.compile(r"\.(attn|cross|mlp)\.")
 
 
 class LogicalParameter(NamedTuple):

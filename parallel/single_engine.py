@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from headway.model.decoder import Decoder
+from headway.model.seq2seq.build import Model
 from headway.parallel.adamw import AdamW
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import MOMENTS, STATE, Engine, parameter_groups
@@ -39,7 +39,7 @@ class SingleEngine(Engine):
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         *,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,

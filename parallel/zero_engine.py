@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headway.model.decoder import Decoder
+from headway.model.seq2seq.build import Model
 from headway.parallel.adamw import AdamW
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.deepspeed_options import deepspeed_config, quiet_deepspeed
@@ -34,7 +34,7 @@ class ZeroEngine(Engine):
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         *,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,

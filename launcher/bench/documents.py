@@ -20,6 +20,7 @@ from headway.launcher.base.errors import SpecError
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
 from headway.launcher.run.machine import git_commit, machine, versions
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.load import load_spec
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def bench_documents(
             f"--lengths: {list(lengths)} is invalid; use different lengths of at least 2 tokens, such as 256,2048"
         )
     spec = load_spec(path, overrides).spec
+    decoders_only(spec, "headway bench documents")
     os.environ.update(worker_environment(spec))
     import torch
 

@@ -24,6 +24,7 @@ from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN
 from headway.launcher.run.machine import git_commit, machine, versions
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.study.config import FULL, load_study
 from headway.launcher.study.plan import plan_study
 
@@ -202,6 +203,7 @@ def decoder_of(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
 
     from headway.model.decoder import Decoder
 
+    decoders_only(spec, "a measurement of mechanisms")
     model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed)
     model.before_step(spec.steps * spec.tokens_per_step)  # the final state of schedules, for which costs are stated
     return model.to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)

@@ -76,7 +76,7 @@ def _measure_step(spec: Spec, other: Spec | None, folder: Path, steps: int) -> d
     write_json(run.spec, spec.model_dump(mode="json"))
     with open_session(run) as session, contextlib.ExitStack() as stack:
         loops: dict[str, _HeadwayLoop | _BareLoop] = {"headway": _HeadwayLoop(session)}
-        if spec.parallel.precision == "fp32":
+        if spec.parallel.precision == "fp32" and not spec.model.is_encoder_decoder:
             loops["bare"] = _BareLoop(spec)
         if other is not None:
             second = RunDir(folder / "other")

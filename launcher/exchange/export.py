@@ -34,12 +34,14 @@ from headway.launcher.run.codec import Codec
 from headway.launcher.run.folders import find_run
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.stored_spec import stored_spec
-from headway.launcher.run.weights import find_checkpoint, load_decoder
+from headway.launcher.run.weights import find_checkpoint, load_model
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.spec import Spec
 from headway.model.convert import fold_decoder
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface import form, llama
+from headway.model.seq2seq.build import Model, probe_logits
 from headway.parallel.checkpoint import Checkpoint
 from headway.parallel.config import CheckpointError
 
@@ -52,13 +54,19 @@ SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What is written: a run, its checkpoint and the decoder with its weights."""
+    """What is written: a run, its checkpoint and the model with its weights."""
 
     run: RunDir
     spec: Spec
     codec: Codec
     found: Checkpoint
-    decoder: Decoder
+    model: Model
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, which `_write_hf` takes of a decoder only."""
+        assert isinstance(self.model, Decoder)
+        return self.model
 
     @property
     def origin(self) -> str:
@@ -116,8 +124,10 @@ def export(
     if target is not None:
         hub = Hub()
         hub.check_push(target, public=public)
+    if to == "hf":
+        decoders_only(spec, "--to hf (--to safetensors writes both types)")
     found = find_checkpoint(run, step)
-    written = Written(run=run, spec=spec, codec=codec, found=found, decoder=load_decoder(spec, found))
+    written = Written(run=run, spec=spec, codec=codec, found=found, model=load_model(spec, found))
     with new_folder(out, option="OUT") as folder:
         if to == "hf":
             architecture, result = _write_hf(folder, written, max_shard_bytes)
@@ -228,19 +238,19 @@ def said(found: dict[str, Difference]) -> str:
 
 def _write_ours(folder: Path, written: Written, max_shard_bytes: int) -> str:
     codec = written.codec
-    files = _write_tensors(folder, written.decoder.state_dict(), max_shard_bytes)
+    files = _write_tensors(folder, written.model.state_dict(), max_shard_bytes)
     if codec.file is not None:
         shutil.copyfile(codec.file, folder / hf.TOKENIZER)
         files.append(hf.TOKENIZER)
     hf.write_exported(folder, written.exported(), files)
-    _check_equal(folder, hf.load_exported(folder), written.decoder, validation_tokens(written.spec))
+    _check_equal(folder, hf.load_model(folder), written.model, validation_tokens(written.spec))
     return "the logits of the written weights equal the run's bit for bit"
 
 
-def _check_equal(folder: Path, again: Decoder, decoder: Decoder, ids: Tensor) -> None:
-    """Raise HeadwayError unless the decoder that was read back has the logits of the run on ids [B, S]."""
+def _check_equal(folder: Path, again: Model, model: Model, ids: Tensor) -> None:
+    """Raise HeadwayError unless the model that was read back has the logits of the run on ids [B, S]."""
     with torch.no_grad():
-        if not torch.equal(again.logits(ids), decoder.logits(ids)):
+        if not torch.equal(probe_logits(again, ids), probe_logits(model, ids)):
             raise HeadwayError(
                 f"{folder}: the logits of the written weights differ from the run's; the folder was removed. Please "
                 "report this with the spec"
@@ -249,6 +259,13 @@ def _check_equal(folder: Path, again: Decoder, decoder: Decoder, ids: Tensor) ->
 
 def readme(config: hf.ExportedConfig) -> str:
     """Text of README.md for a folder in Headway's own format that is not that of a run."""
+    if config.model.is_encoder_decoder:
+        source = f"{config.source[0].upper()}{config.source[1:]}"
+        return (
+            f"# Weights of a {config.attention.type} encoder-decoder\n\n{source}.\n\n"
+            "safetensors in fp32; config.json holds `model` and `attention` and the sha256 of every file.\n\n"
+            f"{USE['encoder_decoder']}"
+        )
     return (
         f"# Weights of a {config.attention.type} decoder\n\n{config.source[0].upper()}{config.source[1:]}.\n\n"
         "safetensors in fp32; config.json holds the decoder's `model` and `attention` and the sha256 of every file.\n\n"

@@ -137,6 +137,11 @@ def load_llama(folder: Path, transformers: Any, *, config: Mapping[str, Any] | N
     return _load(folder, transformers.LlamaForCausalLM, config=given)
 
 
+def load_t5(folder: Path, transformers: Any) -> Any:
+    """T5ForConditionalGeneration of `folder`, otherwise as `load_llama`."""
+    return _load(folder, transformers.T5ForConditionalGeneration)
+
+
 def load_ours(folder: Path, transformers: Any) -> Any:
     """HeadwayForCausalLM of `folder` as users get it, by `AutoModelForCausalLM`; otherwise as `load_llama`."""
     importlib.import_module("headway.model.huggingface.auto")  # registers it

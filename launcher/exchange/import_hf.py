@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import equal, no_grad
 
 from headway.data import tokenizer as tokenizers
@@ -25,14 +24,18 @@ from headway.launcher.exchange.hf_check import (
     random_tokens,
 )
 from headway.launcher.exchange.hub import Hub, is_remote, repository
+from headway.launcher.exchange.import_t5 import compare_t5, read_t5
 from headway.launcher.run.codec import token_of
 from headway.launcher.run.run_dir import flatten
 from headway.launcher.spec.merge import format_value
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
-from headway.model.huggingface import form, llama
+from headway.model.huggingface import form, llama, t5
 from headway.model.huggingface.folder import TensorFiles, WeightsError, as_fp32
 from headway.model.huggingface.llama import LlamaShape, is_derived, llama_name, older_form, read_llama_config
+from headway.model.huggingface.values import first_problem
+from headway.model.seq2seq.build import Model, probe_logits
+from headway.model.seq2seq.model import EncoderDecoder
 
 SPEC = "model.yaml"
 _PROBES = 100
@@ -42,20 +45,26 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What a folder holds: a decoder in fp32, and its config. `llama`: the shape of a Llama; None for other forms."""
+    """What a folder holds: a model in fp32, and its config. `llama`: the shape of a Llama; None for other forms."""
 
-    decoder: Decoder
+    model: Model
     exported: hf.ExportedConfig
     llama: LlamaShape | None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, if it is a decoder. Raises WeightsError."""
+        return hf.the_decoder(self.model, self.exported.source)
 
 
 def import_hf(source: Path | str, out: Path) -> int:
     """Write the weights of `source` into the new folder `out`: in fp32, with config, tokenizer and spec.
 
-    `source`: a folder with a Llama or a HeadwayForCausalLM, or hf://OWNER/NAME[@REVISION] of the Hugging Face hub,
-    which may hold Headway's own format too. Logits are compared with those of transformers if that is installed. Raises
-    NoInputError if `source` is not there, WeightsError if it has another architecture or is incomplete, SpecError if
-    `out` exists, HeadwayError if logits differ, HubError if the hub refuses. After an error `out` does not exist.
+    `source`: a folder with a Llama, a T5 or a HeadwayForCausalLM, or hf://OWNER/NAME[@REVISION] of the Hugging Face
+    hub, which may hold Headway's own format too. Logits are compared with those of transformers if that is installed.
+    Raises NoInputError if `source` is not there, WeightsError if it has another architecture or is incomplete,
+    SpecError if `out` exists, HeadwayError if logits differ, HubError if the hub refuses. After an error `out` does not
+    exist.
     """
     refuse_taken(out, option="--to")
     if is_remote(source):
@@ -76,25 +85,25 @@ def _import(source: Path, out: Path, *, name: str | None) -> int:
         if name is None:
             raise SpecError(f"{source}: these weights are already in Headway's format; use them without import")
         exported = hf.read_exported(source)
-        foreign = Foreign(decoder=hf.load_exported(source), exported=exported, llama=None)
+        foreign = Foreign(model=hf.load_model(source), exported=exported, llama=None)
         what = f"{name}: {exported.source}"
     else:
         foreign = read_foreign(source, raw)
-        kind = llama.ARCHITECTURE if foreign.llama else form.ARCHITECTURE
+        kind = llama.ARCHITECTURE if foreign.llama else t5.ARCHITECTURE if t5.is_t5(raw) else form.ARCHITECTURE
         what = f"{kind} of " + (name or f"the folder {printable(source.resolve().name)}")
-    decoder, exported = foreign.decoder, foreign.exported.model_copy(update={"source": what})
+    model, exported = foreign.model, foreign.exported.model_copy(update={"source": what})
     with new_folder(out, option="--to") as folder:
         with console.progress("write tensors", lines=False):
-            files = hf.write_tensors(folder, decoder.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
+            files = hf.write_tensors(folder, model.state_dict(), max_shard_bytes=hf.MAX_SHARD_BYTES)
         if (source / hf.TOKENIZER).exists():
             shutil.copyfile(source / hf.TOKENIZER, folder / hf.TOKENIZER)
             files.append(hf.TOKENIZER)
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
         (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
-        again = hf.load_exported(folder)
+        again = hf.load_model(folder)
         result = _compared(source, again, foreign, raw)
-    parameters = sum(p.numel() for p in decoder.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     if console.wants_json():
         console.emit({"out": str(out), "parameters": parameters, "spec": str(out / SPEC), "check": result})
         return 0
@@ -110,14 +119,18 @@ def read_raw(source: Path) -> dict[str, Any]:
 
 
 def read_foreign(source: Path, raw: Mapping[str, Any]) -> Foreign:
-    """A Llama, or a model in Headway's own form of Hugging Face's format. `raw`: contents of its config.json.
+    """A Llama, a T5, or a model in Headway's own form of Hugging Face's format. `raw`: contents of its config.json.
 
     Raises WeightsError if it has another architecture or is incomplete.
     """
     if form.is_form(raw):
         decoder, exported = form.load_form(source, raw)
         _check_tokenizer(source, exported.eos_token_id, exported.vocab_size)
-        return Foreign(decoder=decoder, exported=exported, llama=None)
+        return Foreign(model=decoder, exported=exported, llama=None)
+    if t5.is_t5(raw):
+        model, exported = read_t5(source, raw)
+        _check_tokenizer(source, exported.eos_token_id, exported.vocab_size)
+        return Foreign(model=model, exported=exported, llama=None)
     decoder, shape, bos = read_llama(source, raw)
     exported = hf.ExportedConfig(
         source=f"LlamaForCausalLM in {printable(str(source), 300)}",
@@ -130,7 +143,7 @@ def read_foreign(source: Path, raw: Mapping[str, Any]) -> Foreign:
         eos_token_id=shape.eos_token_id,
         files={},
     )
-    return Foreign(decoder=decoder, exported=exported, llama=shape)
+    return Foreign(model=decoder, exported=exported, llama=shape)
 
 
 def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShape, int | None]:
@@ -141,29 +154,32 @@ def read_llama(source: Path, raw: Mapping[str, Any]) -> tuple[Decoder, LlamaShap
     try:
         shape = read_llama_config(raw)
     except ValueError as e:
-        raise WeightsError(f"{source / hf.CONFIG}: {_first(e)}") from None
+        raise WeightsError(f"{source / hf.CONFIG}: {first_problem(e)}") from None
     tensors = TensorFiles(source)
-    decoder = hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size)
+    decoder = hf.the_decoder(hf.build_for(tensors, shape.model, shape.attention, vocab_size=shape.vocab_size), source)
     fill(decoder.eval().requires_grad_(False), tensors, shape)
     return decoder, shape, _first_token(source, shape)
 
 
-def _compared(source: Path, decoder: Decoder, foreign: Foreign, raw: Mapping[str, Any]) -> str:
+def _compared(source: Path, model: Model, foreign: Foreign, raw: Mapping[str, Any]) -> str:
     """Result of the comparison of logits with transformers, as text. Raises HeadwayError if they differ.
 
     Releases before 5 skip `rope_parameters` without a word, so they get the base in the form that they know.
     """
     exported, shape = foreign.exported, foreign.llama
     tokens = {"random": random_tokens(exported.vocab_size, exported.seq_len)}
-    if shape is None and not form.is_form(raw):
+    if raw.get("format") == hf.FORMAT:
         with no_grad():
-            if not equal(decoder.logits(tokens["random"]), foreign.decoder.logits(tokens["random"])):
+            if not equal(probe_logits(model, tokens["random"]), probe_logits(foreign.model, tokens["random"])):
                 raise HeadwayError(f"{source}: logits differ after the import; nothing was written. Please report this")
         return "the logits of the written weights equal those of the repository bit for bit"
     if not is_installed():
         return "logits not compared: transformers is not installed"
     with console.progress("compare logits with transformers", lines=False):
         library = load_library()
+        if isinstance(model, EncoderDecoder):
+            return said(compare_t5(source, model, exported, library))
+        decoder = hf.the_decoder(model, source)
         if shape is None:
             return said(differences(source, load_ours(source, library), decoder, tokens, tolerance=0))
         config = older_form(raw) if raw.get("rope_parameters") or raw.get("rope_scaling") else None
@@ -253,15 +269,9 @@ def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
         f"# The {config.source}. A spec that begins with `base: FOLDER/{SPEC}` starts from its weights.",
         f"# Add data (with this tokenizer, at most {config.seq_len} tokens per sequence), optimizer and train.",
     ]
+    if config.model.is_encoder_decoder:
+        lines.append("# data.encoder_tokens says how many tokens of a sequence the encoder reads.")
     for section, values in sections.items():
         lines += ["", f"{section}:"]
         lines += [f"  {key}: {format_value(value)}" for key, value in flatten(values).items()]
     return "\n".join(lines) + "\n"
-
-
-def _first(error: ValueError) -> str:
-    """The first problem of a validation error, in one line."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-    return str(error)

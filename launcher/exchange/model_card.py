@@ -47,8 +47,16 @@ No code of the folder is executed. `generate` uses the KV cache of the mechanism
 
 `headway generate FOLDER "prompt"` continues text. A spec with `init.weights: FOLDER` starts from them.
 """,
+    "encoder_decoder": """\
+    from headway.model.huggingface.folder import load_model
+
+    model = load_model("FOLDER")           # reads tensors and JSON; executes no code from the folder
+    logits = model.logits(source, target)  # token ids [B, s] and [B, t] int64 -> [B, t, V]
+
+A spec with `init.weights: FOLDER` starts from them.
+""",
 }
-"""How a folder is used, by the architecture in its config.json; "" for Headway's own format."""
+"""How a folder is used, by the architecture in its config.json; in Headway's own format by its type (decoder: "")."""
 
 
 def model_card(run: RunDir, spec: Spec, found: Checkpoint, *, architecture: str, checked: str) -> str:
@@ -66,7 +74,7 @@ def model_card(run: RunDir, spec: Spec, found: Checkpoint, *, architecture: str,
         f"{found.state['tokens']} tokens. Written by `headway export`; {checked}.\n",
         _table(("property", "value"), _facts(run, spec, found)),
         *_study(run),
-        f"## Use\n\n{USE[architecture]}",
+        f"## Use\n\n{USE['encoder_decoder' if spec.model.is_encoder_decoder else architecture]}",
     ]
     return "\n".join(sections)
 
@@ -74,12 +82,19 @@ def model_card(run: RunDir, spec: Spec, found: Checkpoint, *, architecture: str,
 def _facts(run: RunDir, spec: Spec, found: Checkpoint) -> Iterable[tuple[str, str]]:
     card = read_mapping(run.card)
     assert spec.model.vocab_size is not None
-    cost = account(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seq_len=spec.data.seq_len)
+    cost = account(
+        spec.model,
+        spec.attention,
+        vocab_size=spec.model.vocab_size,
+        seq_len=spec.data.seq_len,
+        encoder_tokens=spec.data.encoder_tokens,
+    )
     options = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
     words = ", ".join(f"{key} {value}" for key, value in options.items() if key != "type")
     yield "attention", f"{spec.attention.type} ({words})" if words else spec.attention.type
     model = spec.model
-    yield "shape", f"{model.layers} layers of width {model.width}, vocabulary {model.vocab_size:,}"
+    encoder = f"{model.encoder_blocks} layers of the encoder, " if model.is_encoder_decoder else ""
+    yield "shape", f"{encoder}{model.layers} layers of width {model.width}, vocabulary {model.vocab_size:,}"
     yield "parameters", f"{cost.num_params:,}"
     flops = cost.flops_per_token
     yield "forward FLOPs per token", f"{flops.useful:,.0f} useful, {flops.executed:,.0f} executed here"

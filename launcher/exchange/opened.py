@@ -96,7 +96,7 @@ def _of_weights(folder: Path) -> Opened:
 
 
 def _of_huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
-    """A Llama, or Headway's own form."""
+    """A Llama, or Headway's own form. Raises WeightsError for other models."""
     from headway.launcher.exchange.import_hf import read_foreign
     from headway.model.huggingface.folder import TOKENIZER
 

@@ -142,16 +142,19 @@ def value_at(spec: Spec, key: str) -> Any:
 def spec_cost(spec: Spec, vocab_size: int, seq_len: int | None = None) -> Cost:
     """Parameters, FLOPs and KV bytes of the spec's model in its precision, at `seq_len` (default: data.seq_len).
 
+    The encoder of an encoder-decoder reads the same share of other lengths.
     Raises ValueError if a per-layer field does not fit the number of layers.
     """
     from headway.model.cost import account
 
+    length, source = seq_len or spec.data.seq_len, spec.data.encoder_tokens
     return account(
         spec.model,
         spec.attention,
         vocab_size=vocab_size,
-        seq_len=seq_len or spec.data.seq_len,
+        seq_len=length,
         bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
+        encoder_tokens=None if source is None else max(1, source * length // spec.data.seq_len),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headway.launcher.match.search import Candidates
+from headway.launcher.spec.encoder_decoder import decoders_only
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -94,6 +95,7 @@ def decoder_pass(spec: Spec, seq_len: int) -> Pass:
     from headway.launcher.hosts.commands import worker_environment
     from headway.model.decoder import Decoder
 
+    decoders_only(spec, "match.quantity wall_clock")
     vocab_size = spec.model.vocab_size
     assert vocab_size is not None
     threads = int(worker_environment(spec)["OMP_NUM_THREADS"])

@@ -15,6 +15,7 @@ from headway.launcher.plan.micro_batch.search import Choice
 from headway.launcher.plan.precision import bf16_note
 from headway.launcher.plan.text import cost_lines, layout_figures, layout_lines, on_cpu, search_figures, search_lines
 from headway.launcher.run.resolve import resolve
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.layouts import vocabulary
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
@@ -37,6 +38,8 @@ def plan(
     chosen, between = find_gpu(gpu), find_network(network)
     loaded = load_spec(path, overrides, no_auto=None)
     spec, auto = with_vocabulary(loaded.spec), None
+    if spec.model.is_encoder_decoder:
+        return _cost_alone(spec, gpus=gpus, as_json=as_json)
     if gpus is not None and on_cpu(spec):
         raise SpecError(
             "--gpus: this spec trains on CPUs (launch.device is cpu); add launch.device=cuda behind it to search for "
@@ -68,6 +71,19 @@ def plan(
     if (note := bf16_note(spec)) is not None:
         lines += ["", note]
     console.result("\n".join(lines))
+    return 0
+
+
+def _cost_alone(spec: Spec, *, gpus: int | None, as_json: bool) -> int:
+    """Print the cost of an encoder-decoder, whose memory and speed are not planned."""
+    if gpus is not None:
+        decoders_only(spec, "--gpus")
+    cost = cost_of(spec)
+    note = "memory, communication and speed are planned for decoders only (model.type encoder_decoder)"
+    if as_json:
+        console.emit({**cost, "not_planned": note})
+        return 0
+    console.result("\n".join([*cost_lines(spec, cost), "", note]))
     return 0
 
 

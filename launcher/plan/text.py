@@ -11,6 +11,7 @@ from headway.launcher.plan.speed import assumptions_of, bubble
 from headway.launcher.plan.traffic import Flow, flows
 from headway.launcher.spec.layouts import warnings
 from headway.launcher.spec.spec import Spec
+from headway.model.cost import two_stacks
 
 MEMORY_WORDS = {
     "parameters": "parameters",
@@ -277,8 +278,13 @@ def _flops_by_part(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
     """Useful FLOPs per token by part of the model."""
     assert spec.model.vocab_size is not None
     core = cost["flops_per_token_attention_core"]
-    mlp = float(spec.model.layers * spec.model.mlp_flops)
-    head = 2.0 * spec.model.vocab_size * spec.model.width
+    if (source := spec.data.encoder_tokens) is not None:
+        length, lengths = spec.data.seq_len, (source, spec.data.seq_len - source)
+        both = two_stacks(spec.model, spec.attention, lengths, vocab_size=spec.model.vocab_size)
+        mlp, head = both.mlp / length, both.head / length
+    else:
+        mlp = float(spec.model.layers * spec.model.mlp_flops)
+        head = 2.0 * spec.model.vocab_size * spec.model.width
     projections = cost["flops_per_token_useful"] - core - mlp - head
     return {"attention projections, routers": projections, "attention core": core, "mlp": mlp, "head": head}
 

@@ -24,6 +24,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         vocab_size=spec.model.vocab_size,
         seq_len=spec.data.seq_len,
         bytes_per_element=2 if spec.parallel.precision == "bf16" else 4,
+        encoder_tokens=spec.data.encoder_tokens,
     )
     return {
         "format": 1,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.run.run_dir import RunDir
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.spec import Spec
 from headway.model.decoder import Decoder
+from headway.model.seq2seq.build import Model, build_model
 from headway.parallel import checkpoint
 
 
@@ -33,9 +35,20 @@ def find_checkpoint(run: RunDir, step: int | None = None, *, key: str = "--step"
 
 
 def load_decoder(spec: Spec, found: checkpoint.Checkpoint) -> Decoder:
-    """The whole decoder on CPU in fp32 and evaluation mode, with its schedules at the state of the checkpoint."""
+    """The whole decoder on CPU in fp32 and evaluation mode, with its schedules at the state of the checkpoint.
+
+    Raises SpecError for an encoder-decoder.
+    """
+    decoders_only(spec, "what reads the weights of a run (generate, eval)")
+    model = load_model(spec, found)
+    assert isinstance(model, Decoder)
+    return model
+
+
+def load_model(spec: Spec, found: checkpoint.Checkpoint) -> Model:
+    """As `load_decoder`, also an encoder-decoder."""
     assert spec.model.vocab_size is not None, "a run folder holds a resolved spec"
-    decoder = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
-    checkpoint.load_weights(found, decoder)
-    decoder.before_step(int(found.state["tokens"]))
-    return decoder.eval().requires_grad_(False)
+    model = build_model(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
+    checkpoint.load_weights(found, model)
+    model.before_step(int(found.state["tokens"]))
+    return model.eval().requires_grad_(False)

@@ -128,13 +128,14 @@ _MODEL = (
     _hint(
         "hidden_act activation activation_function act_fn mlp_type",
         "model.mlp",
-        "Use model.mlp: swiglu, gelu, gelu_tanh or relu.",
+        "Use model.mlp: swiglu, geglu, gelu, gelu_tanh or relu.",
     ),
     _hint("norm_type normalization use_rmsnorm layer_norm", "model.norm", "Use model.norm: rmsnorm or layernorm."),
     _hint(
         "rope_scaling use_rope position_embedding_type",
         "model.positions attention.rope_base attention.rope_fraction",
-        "Use model.positions: rope, learned, relative_xl or none; RoPE has attention.rope_base and rope_fraction.",
+        "Use model.positions: rope, learned, relative_xl, relative_t5 or none; RoPE has attention.rope_base and "
+        "rope_fraction.",
     ),
 )
 

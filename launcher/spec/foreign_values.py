@@ -25,8 +25,8 @@ _KERNEL = (
 )
 _WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that differ."
 _POSITIONS = (
-    "Positions are no mechanism: use model.positions (rope, learned, relative_xl or none), and attention.rope_base and "
-    "attention.rope_fraction for RoPE."
+    "Positions are no mechanism: use model.positions (rope, learned, relative_xl, relative_t5 or none), and "
+    "attention.rope_base and attention.rope_fraction for RoPE."
 )
 _CONTEXT = "This cuts sequences over ranks and is no mechanism: use parallel.context (Ulysses)."
 
@@ -73,9 +73,9 @@ _VALUES = {
         "Write rope.": "rotary rope_neox default",
         "Write learned, with model.max_positions.": "absolute learned_absolute embedding gpt2 trained",
         "Write relative_xl.": "relative transformer_xl xl txl",
+        "Write relative_t5, with model.type encoder_decoder; a decoder has relative_xl.": "t5 relative_bias",
         "Write none.": "nope false off",
-        "Headway has no such positions. Closest: relative_xl, or rope.": "alibi t5 relative_bias kerple "
-        "sinusoidal sandwich fire yarn",
+        "Headway has no such positions. Closest: relative_xl, or rope.": "alibi kerple sinusoidal sandwich fire yarn",
     },
     "parallel.precision": {
         "Write bf16.": "bfloat16 bf16_mixed bf16_true mixed amp torch.bfloat16",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.spec.encoder_decoder import why_not_encoder_decoder
 from headway.launcher.spec.speed import why_not_speed
 from headway.model.cost import layer_configs
 
@@ -37,7 +38,18 @@ def why_not(spec: Sections) -> str | None:
     The vocabulary is checked if the spec contains it. The check is cheap enough for a search over many layouts. Such a
     search copies a spec (`model_copy`), because a spec that violates a rule cannot be constructed.
     """
-    rules = (_stages, _zero, _tensor, _vocabulary, _sequence_parallel, _context, _world, _batch, why_not_speed)
+    rules = (
+        why_not_encoder_decoder,
+        _stages,
+        _zero,
+        _tensor,
+        _vocabulary,
+        _sequence_parallel,
+        _context,
+        _world,
+        _batch,
+        why_not_speed,
+    )
     return next((reason for rule in rules if (reason := rule(spec)) is not None), None)
 
 
@@ -68,14 +80,17 @@ def legal_tensor(spec: Sections) -> list[int]:
 
 
 def legal_pipeline(spec: Sections) -> list[int]:
-    """Legal numbers of pipeline stages: each stage has at least one layer; ZeRO-2 and ZeRO-3 allow one stage only."""
-    return [1] if spec.parallel.zero > 1 else list(range(1, min(spec.model.layers, LARGEST) + 1))
+    """Legal numbers of pipeline stages: each stage has at least one layer; one stage only for ZeRO-2, ZeRO-3 and
+    encoder-decoders.
+    """
+    alone = spec.parallel.zero > 1 or spec.model.is_encoder_decoder
+    return [1] if alone else list(range(1, min(spec.model.layers, LARGEST) + 1))
 
 
 def legal_context(spec: Sections) -> list[int]:
     """Legal context-parallel sizes with the tensor-parallel size of the spec, which must be legal."""
     tensor, seq_len = spec.parallel.tensor, spec.data.seq_len
-    if spec.model.relative:
+    if spec.model.relative or spec.model.is_encoder_decoder:
         return [1]
     heads = {n for config in _layers(spec).values() for n in config.attended_heads(tensor=tensor)}
     parts = tensor if spec.parallel.sequence_parallel else 1

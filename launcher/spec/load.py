@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 from pydantic import BaseModel
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.spec.auto import refuse, replaced
+from headway.launcher.spec.auto import MICRO_BATCH, refuse, replaced
 from headway.launcher.spec.check import validate
 from headway.launcher.spec.fields import AUTO, Shape, root_shape
 from headway.launcher.spec.merge import extra_layer, format_value, merge, override_layer, read_layers
@@ -93,6 +93,11 @@ def load_spec(
     _refuse_other_kind(tree, root)
     tree, auto = replaced(tree) if of_run else (tree, {})
     spec = validate(tree, root)
+    if auto and cast("Spec", spec).model.is_encoder_decoder:
+        raise SpecError(
+            f"{auto[MICRO_BATCH]}: {MICRO_BATCH}: auto is planned and measured for decoders only; write a number with "
+            "model.type encoder_decoder"
+        )
     if auto and no_auto is not None:
         refuse(cast("Spec", spec), auto, str(path), no_auto)
     return Loaded(spec=spec, origins=dict(_origins(spec, tree)), notes=notes, tree=tree, auto=frozenset(auto))

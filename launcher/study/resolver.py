@@ -49,10 +49,14 @@ class Resolver:
         return loaded.spec, loaded.notes
 
     def start(self, variant: str) -> dict[str, Any]:
-        """Keys that `branch_start` of the study sets; none if a file or argument sets them or weights are given."""
+        """Keys that `branch_start` of the study sets; none if a file or argument sets them or weights are given, and by
+        default none of an encoder-decoder, whose branches are not measured.
+        """
         if variant not in self.starts:
             written = load_spec(self.study.base, extra=self._layers(variant), no_auto=NO_AUTO)
             given = str(written.origins[START]) != str(DEFAULT) or written.spec.init.weights is not None
+            default = "branch_start" not in self.study.config.model_fields_set
+            given = given or (written.spec.model.is_encoder_decoder and default)
             self.starts[variant] = {} if given else {START: self.study.config.branch_start}
         return self.starts[variant]
 

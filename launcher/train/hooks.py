@@ -123,7 +123,9 @@ class HeadDiversity(Hook):
 def run_hooks(s: Session) -> tuple[Hook, ...]:
     """The hooks of a run, in the order in which they are called."""
     first = Profile()  # a trace has nothing of the other hooks' work
-    return first, RouterStatistics(s), GuardSteps(), CompareReplicas(), BranchStart(), HeadDiversity(s), Collector()
+    # Both measure a decoder's blocks: an encoder-decoder has further branches, and no figures of these kinds.
+    figures = () if s.spec.model.is_encoder_decoder else (BranchStart(), HeadDiversity(s))
+    return first, RouterStatistics(s), GuardSteps(), CompareReplicas(), *figures, Collector()
 
 
 def _parts(s: Session) -> int:

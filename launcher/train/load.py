@@ -117,7 +117,7 @@ def _engine(run: RunDir, spec: Spec, layout: Layout) -> Engine:
         layout=layout,
         micro_batch=spec.train.micro_batch,
         accumulation=spec.train.global_batch // (spec.train.micro_batch * layout.dp_size),
-        scales=start_scales(run, spec, layout, probe_batch(spec.data)),
+        scales=None if spec.model.is_encoder_decoder else start_scales(run, spec, layout, probe_batch(spec.data)),
     )
 
 

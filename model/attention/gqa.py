@@ -16,7 +16,7 @@ Equal groups without gates and windows are the published GQA.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,17 @@ class DenseConfig(GroupedConfig):
         return RelativeForm(self.groups, self.query_heads)
 
     @property
+    def no_encoder_decoder(self) -> str | None:
+        reason = super().no_encoder_decoder
+        if reason is not None or (self.windows is None and not self.window_pattern):
+            return reason
+        key = "window_pattern" if self.window_pattern else "windows"
+        return (
+            f"attention.{key}: windows count keys before a query, and the encoder and cross attention see all keys; "
+            f"leave attention.{key} out, or use model.type decoder"
+        )
+
+    @property
     def gate_rows(self) -> int:
         """Rows of W_gate."""
         return {"none": 0, "headwise": 1, "elementwise": self.head_dim}[self.gate] * self.query_heads
@@ -160,6 +171,7 @@ class GqaConfig(DenseConfig):
     """GQA: G KV heads, each shared by H/G query heads or by the number that `group_sizes` gives."""
 
     type: Literal["gqa"] = "gqa"
+    crosses: ClassVar[bool] = True
     kv_heads: int = Field(ge=1, description="G, KV heads; each serves heads/kv_heads query heads")
     group_sizes: list[Annotated[int, Field(ge=1)]] = Field(
         default=[], description="query heads of each KV head; empty: equal groups"
@@ -194,6 +206,7 @@ class MhaConfig(DenseConfig):
     """Multi-head attention: GQA with one query head per KV head."""
 
     type: Literal["mha"] = "mha"
+    crosses: ClassVar[bool] = True
 
     @property
     def groups(self) -> int:
@@ -204,6 +217,7 @@ class MqaConfig(DenseConfig):
     """Multi-query attention: GQA with a single KV head."""
 
     type: Literal["mqa"] = "mqa"
+    crosses: ClassVar[bool] = True
 
     @property
     def groups(self) -> int:
@@ -237,8 +251,11 @@ class DenseAttention(GroupedQueryAttention):
         return AttentionOutput(F.linear(o.flatten(2), self.w_o), self.diversity_loss())
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
-        k = self.k_rope(self.heads_of(x, self.w_k, self.b_k), context.rope)  # [B, S, G, D]
-        v = self.heads_of(x, self.w_v, self.b_v)
+        if context.source is not None:
+            k, v = self.keys_and_values(x, context)
+            sizes = self.sizes[: k.shape[2]]
+            return context.attend(q, share(k, sizes), share(v, sizes))
+        k, v = self.kv_heads(x, context.rope)  # [B, S, G, D]
         sizes, windows = self.sizes[: k.shape[2]], self.windows[: k.shape[2]]
         if self.even and len(set(windows)) == 1:
             k, v = context.keys_and_values(k, v, window=windows[0])

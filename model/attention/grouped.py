@@ -188,11 +188,15 @@ class GroupedQueryAttention(RoutedAttention):
         """x [B, S, d], weight [n D, d], bias [n D] -> [B, S, n, D]. They may be one rank's shards, which set n."""
         return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
 
+    def kv_heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [B, S, G, D] of x [B, S, d]."""
+        return self.k_rope(self.heads_of(x, self.w_k, self.b_k), rope), self.heads_of(x, self.w_v, self.b_v)
+
     def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [B, K, G, D] of the K tokens that x attends to (with a cache, earlier ones too)."""
-        return context.keys_and_values(
-            self.k_rope(self.heads_of(x, self.w_k, self.b_k), context.rope), self.heads_of(x, self.w_v, self.b_v)
-        )
+        if context.source is not None:
+            return context.source.keys_and_values(self.kv_heads)
+        return context.keys_and_values(*self.kv_heads(x, context.rope))
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
         """Attend with rotated queries q [B, S, H, D] to the keys and values of x [B, S, d] -> o [B, S, H, D]."""

@@ -12,7 +12,7 @@ and 8 (kv_heads 8, kept 1), extreme xSQA 4 and 4 (kv_heads 4, kept 1).
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,7 @@ class SqaConfig(DenseConfig):
     """SQA: `kept` of the dense model's H/G query heads per KV head exist."""
 
     type: Literal["sqa"] = "sqa"
+    crosses: ClassVar[bool] = True
     heads: int = Field(ge=1, le=65_536, description="H, query heads of the dense baseline")
     kv_heads: int = Field(ge=1, description="G, KV heads")
     kept: int = Field(ge=1, description="query heads per KV head in this model, at most heads/kv_heads")

@@ -15,7 +15,7 @@ per forward pass, before the projection, and `folded` gives the equivalent plain
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention
-from headway.model.base import Attention, Context, Shard
+from headway.model.base import Attention, Shard
 from headway.model.layers import parameter
 
 VECTORS = ("k_weights", "v_weights")
@@ -33,6 +33,7 @@ class WgqaConfig(GroupedConfig):
     """WGQA in training. `folded` is the equivalent GQA for inference."""
 
     type: Literal["wgqa"] = "wgqa"
+    crosses: ClassVar[bool] = True
     kv_heads: int = Field(ge=1, description="G, KV heads; each is merged from heads/kv_heads trained ones")
     weights: Literal["scalar", "column", "row"] = Field(
         default="scalar",
@@ -107,10 +108,10 @@ class WeightedGroupedQueryAttention(GroupedQueryAttention):
         self.init_stds |= dict.fromkeys(VECTORS, 1.0 if config.start == "random" else 0.0)
         self.init_means = {} if config.start == "random" else dict.fromkeys(VECTORS, 1 / config.heads_per_group)
 
-    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def kv_heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         k = self.heads_of(x, self.merged(self.w_k, self.k_weights))  # [B, S, G, D]
         v = self.heads_of(x, self.merged(self.w_v, self.v_weights))
-        return context.keys_and_values(self.k_rope(k, context.rope), v)
+        return self.k_rope(k, rope), v
 
     def merged(self, w: Tensor, weights: Tensor) -> Tensor:
         """w [H D, d] and the merge weights -> [G D, d]. The sum over the M heads is in fp32 or wider."""

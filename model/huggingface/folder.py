@@ -30,6 +30,7 @@ from headway.model.base import AttentionConfig, StrictConfig
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.decoder import Decoder
+from headway.model.seq2seq.build import Model, build_model
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 FORMAT = "headway-weights"
@@ -74,39 +75,61 @@ class ExportedConfig(StrictConfig):
 def load_exported(folder: Path | str) -> Decoder:
     """Load a folder written by `headway export --to safetensors` or `headway import`. Returns a decoder in eval mode.
 
-    The decoder is on the CPU, in the dtypes of the files (fp32). Raises WeightsError if a file is missing, was changed,
-    or does not match config.json.
+    As `load_model`. Raises WeightsError for an encoder-decoder too.
+    """
+    return the_decoder(load_model(folder), folder)
+
+
+def load_model(folder: Path | str) -> Model:
+    """Load a folder written by `headway export --to safetensors` or `headway import`: a decoder, or an encoder-decoder.
+
+    The model is in evaluation mode on the CPU, in the dtypes of the files (fp32). Raises WeightsError if a file is
+    missing, was changed, or does not match config.json.
     """
     root = Path(folder)
     config = read_exported(root)
     verify_exported(root, config)
     tensors = TensorFiles(root)
-    decoder = build_for(tensors, config.model, config.attention, vocab_size=config.vocab_size)
-    state = decoder.state_dict()
+    model = build_for(tensors, config.model, config.attention, vocab_size=config.vocab_size)
+    state = model.state_dict()
     tensors.check({name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
-    decoder.before_step(config.tokens)
-    return decoder.eval()
+    model.before_step(config.tokens)
+    return model.eval()
 
 
-def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> Decoder:
-    """Build a decoder that `tensors` fit into. Raises WeightsError if its config needs more parameters than they have.
+def the_decoder(model: Model, folder: Path | str) -> Decoder:
+    """`model`, which must be a decoder. Raises WeightsError."""
+    if not isinstance(model, Decoder):
+        raise WeightsError(
+            f"{folder}: holds an encoder_decoder, which this reads no weights of; train from it with init.weights, or "
+            "load it with headway.model.huggingface.folder.load_model"
+        )
+    return model
+
+
+def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> Model:
+    """Build a model that `tensors` fit into. Raises WeightsError if its config needs more parameters than they have.
 
     The check comes before the allocation, so that a wrong number in config.json does not exhaust the memory.
     """
     numbers = sum(math.prod(tensors.shape(name)) for name in tensors)
     try:
         # Check the number of layers first, because counting the parameters visits each of them.
-        if model.layers <= len(tensors):
-            expected = account(model, attention, vocab_size=vocab_size, seq_len=1, bytes_per_element=4).num_params
-            if expected <= numbers:
-                return Decoder(model, attention, vocab_size=vocab_size, seed=0)
+        if model.layers + model.encoder_blocks <= len(tensors):
+            source = 1 if model.is_encoder_decoder else None
+            cost = account(
+                model, attention, vocab_size=vocab_size, seq_len=2, bytes_per_element=4, encoder_tokens=source
+            )
+            if cost.num_params <= numbers:
+                return build_model(model, attention, vocab_size=vocab_size, seed=0)
     except ValueError as e:
         raise WeightsError(f"{tensors.folder / CONFIG}: {e}") from None
     raise WeightsError(
-        f"{tensors.folder}: {len(tensors)} tensors with {numbers} elements are too few for the {model.layers} layers "
+        f"{tensors.folder}: {len(tensors)} tensors with {numbers} elements are too few for the "
+        f"{model.layers + model.encoder_blocks} layers "
         f"of width {model.width} in its config.json; restore the folder, or name another"
     )
 

@@ -23,6 +23,7 @@ from headway.model.huggingface.folder import (
     as_fp32,
     build_for,
     invalid_config,
+    the_decoder,
 )
 
 MODEL_TYPE, ARCHITECTURE = "headway", "HeadwayForCausalLM"
@@ -81,7 +82,8 @@ def load_form(folder: Path, config: Mapping[str, Any]) -> tuple[Decoder, Exporte
     """
     exported = read_form(config, folder / CONFIG)
     tensors = TensorFiles(folder)
-    decoder = build_for(tensors, exported.model, exported.attention, vocab_size=exported.vocab_size)
+    found = build_for(tensors, exported.model, exported.attention, vocab_size=exported.vocab_size)
+    decoder = the_decoder(found, folder)
     state = decoder.state_dict()
     tensors.check({tensor_name(name): tuple(tensor.shape) for name, tensor in state.items()})
     with torch.no_grad():

@@ -18,6 +18,7 @@ from headway.model.attention.gqa import DenseConfig, GqaConfig, MhaConfig, MqaCo
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
+from headway.model.huggingface.values import number, truth, whole
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -202,16 +203,16 @@ def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
     decoder does not have.
     """
     _refuse_other_functions(config)
-    width, heads = (_whole(config, key) for key in ("hidden_size", "num_attention_heads"))
+    width, heads = (whole(config, key) for key in ("hidden_size", "num_attention_heads"))
     if config.get("head_dim") is None and width % heads:
         raise ValueError(
             f"head_dim: not given, and {width} channels do not divide into {heads} heads; "
             f"give head_dim, or another num_attention_heads"
         )
-    kv_heads = _whole(config, "num_key_value_heads", heads)
+    kv_heads = whole(config, "num_key_value_heads", heads)
     shape: dict[str, Any] = {
         "heads": heads,
-        "head_dim": _whole(config, "head_dim", width // heads),
+        "head_dim": whole(config, "head_dim", width // heads),
         "rope_base": _rope_base(config),
     }
     if heads % kv_heads:
@@ -225,15 +226,15 @@ def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
         attention = MqaConfig(**shape)
     else:
         attention = GqaConfig(**shape, kv_heads=kv_heads)
-    vocab_size = _whole(config, "vocab_size")
+    vocab_size = whole(config, "vocab_size")
     model = ModelConfig(
         width=width,
-        layers=_whole(config, "num_hidden_layers"),
-        ffn_width=_whole(config, "intermediate_size"),
+        layers=whole(config, "num_hidden_layers"),
+        ffn_width=whole(config, "intermediate_size"),
         vocab_size=vocab_size,
-        tied_embeddings=_truth(config, "tie_word_embeddings"),
-        norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        init_std=_number(config, "initializer_range", 0.02),
+        tied_embeddings=truth(config, "tie_word_embeddings"),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        init_std=number(config, "initializer_range", 0.02),
     )
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -241,7 +242,7 @@ def read_llama_config(config: Mapping[str, Any]) -> LlamaShape:
         model=model,
         attention=attention,
         vocab_size=vocab_size,
-        seq_len=_whole(config, "max_position_embeddings", 2048),
+        seq_len=whole(config, "max_position_embeddings", 2048),
         eos_token_id=eos if type(eos) is int and 0 <= eos < vocab_size else None,
     )
 
@@ -260,7 +261,7 @@ def _refuse_other_functions(config: Mapping[str, Any]) -> None:
             "remove auto_map if the model is a plain Llama"
         )
     for name in ("attention_bias", "mlp_bias"):
-        if _truth(config, name):
+        if truth(config, name):
             raise ValueError(
                 f"{name}: our projections have no biases; use a checkpoint with {name} false, or one without biases"
             )
@@ -282,7 +283,7 @@ def _rope_base(config: Mapping[str, Any]) -> float:
 
     Raises ValueError for any RoPE scaling, and for bases that differ: releases do not agree on which of them counts.
     """
-    bases = [] if config.get("rope_theta") is None else [_number(config, "rope_theta", 0.0)]
+    bases = [] if config.get("rope_theta") is None else [number(config, "rope_theta", 0.0)]
     for name in _ROPE_TABLES:
         table = config.get(name) or {}
         if not isinstance(table, dict):
@@ -295,7 +296,7 @@ def _rope_base(config: Mapping[str, Any]) -> float:
                 f"use a checkpoint with {name} null, or one with rope_type default"
             )
         if table.get("rope_theta") is not None:
-            bases.append(_number(table, "rope_theta", 0.0))
+            bases.append(number(table, "rope_theta", 0.0))
     if len(set(bases)) > 1:
         raise ValueError(
             f"rope_theta: config.json has several values ({', '.join(f'{base:g}' for base in bases)}) in rope_theta, "
@@ -308,28 +309,6 @@ def older_form(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json that `read_llama_config` accepts, in the form of releases that do not know `rope_parameters`."""
     plain = {key: value for key, value in config.items() if key not in _ROPE_TABLES}
     return plain | {"rope_theta": _rope_base(config)}
-
-
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise ValueError(f"{key}: {value!r} is not an integer above 0; use a complete config.json, or set {key}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}: {value!r} is not a number above 0; use a complete config.json, or set {key}")
-    return float(value)
-
-
-def _truth(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if type(value) is not bool:
-        raise ValueError(f"{key}: {value!r} is neither true nor false; use one of them")
-    return value
 
 
 def is_derived(name: str, tensor: Tensor, shape: LlamaShape) -> bool:

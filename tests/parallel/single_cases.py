@@ -70,6 +70,8 @@ class Micro(NamedTuple):
     tokens: torch.Tensor
     labels: torch.Tensor
     segments: torch.Tensor | None
+    source: torch.Tensor | None = None
+    source_segments: torch.Tensor | None = None
 
 
 class Run:

@@ -33,6 +33,8 @@ class Micro(NamedTuple):
     tokens: torch.Tensor
     labels: torch.Tensor
     segments: torch.Tensor | None
+    source: torch.Tensor | None = None
+    source_segments: torch.Tensor | None = None
 
 
 def losses(parallel: dict[str, Any], speed: dict[str, Any], layout: Any) -> list[list[float]]:

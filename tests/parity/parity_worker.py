@@ -29,7 +29,7 @@ from parity_cases import (
     STEPS,
     VOCAB,
     Case,
-    global_batch,
+    batch_of,
     micro_batches,
 )
 from parity_faults import FAULTS
@@ -69,9 +69,9 @@ def train(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         again = folder / f"{case.load}-in-{case.layout.replace('·', '-')}-z{case.zero}"
         found["moved_unchanged"] = load(engine, layout, folder / case.load, again=again)
     steps = steps_of(case, engine, layout, case.first_step, folder)
-    last = global_batch(STEPS, packed=case.packed)
+    last = batch_of(case, STEPS)
     validation = engine.evaluate(micro_batches(last, case, layout.dp_rank, layout.dp_size))
-    heads = HeadProbe(engine, layout, last).measure()
+    heads = {} if case.model.is_encoder_decoder else HeadProbe(engine, layout, last).measure()
     if case.save:
         fresh = engine_of(case, layout)
         load(fresh, layout, folder / case.save)
@@ -90,7 +90,7 @@ def steps_of(case: Case, engine: Engine, layout: Layout, first: int, folder: Pat
     monitor = RouterMonitor(engine.attention_layers, layout, every_steps=1, total_steps=STEPS, tokens_per_step=per_step)
     steps = []
     for step in range(first, STEPS):
-        batch = global_batch(step, packed=case.packed)
+        batch = batch_of(case, step)
         engine.before_step(step * per_step)
         monitor.before_step(step + 1)
         targets = int((batch.labels != -100).sum())

@@ -46,6 +46,9 @@ FAST = [
     *(Case(mechanism="dropout", layout=x) for x in ("tp2", "cp2", "pp2", "dp2")),
     Case(mechanism="dropout", micro_batch=4, recompute=True),
     Case(mechanism="dropout-xl", layout="sp2"),
+    Case(mechanism="t5-wgqa", layout="tp2"),
+    Case(mechanism="t5-dropout", layout="sp2", zero=3, recompute=True),
+    Case(mechanism="two-rope", layout="tp2"),
 ]
 MORE = [
     Case(mechanism="rgqa", layout="pp2"),
@@ -63,6 +66,11 @@ MORE = [
     Case(mechanism="dropout", micro_batch=1),
     Case(mechanism="dropout", layout="dp2", zero=3, recompute=True),
     Case(mechanism="dropout-xl", layout="pp2"),
+    Case(mechanism="t5-wgqa", layout="dp2"),
+    Case(mechanism="t5-dropout", layout="tp2", tied=False, precision="bf16"),
+    Case(mechanism="t5-dropout", layout="dp2", zero=3),
+    Case(mechanism="two-rope", layout="sp2"),
+    Case(mechanism="two-rope", layout="dp2", packed=False, recompute=True),
 ]
 """Of `make test-all`."""
 
@@ -82,7 +90,7 @@ LOADED = [case for case in move_cases() if case.load]
 FAST_LOADED = [case for case in LOADED if groups(with_references([case]))[-1][0] == case.world_size]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
-FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism == "dropout"]
+FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism in ("dropout", "t5-dropout")]
 
 
 def healthy(case: Case) -> Case:

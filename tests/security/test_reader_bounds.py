@@ -24,6 +24,7 @@ from headway.data.config import DataError
 from headway.data.fetch import unpack_shard
 from headway.data.manifest import VERIFIED_NAME, VerifiedFiles
 from headway.launcher.exchange.import_hf import read_llama, read_raw
+from headway.launcher.exchange.import_t5 import read_t5
 from headway.launcher.run.codec import token_of
 from headway.launcher.run.record_check import check_records
 from headway.launcher.run.run_dir import read_mapping
@@ -165,8 +166,8 @@ def test_a_hostile_file_costs_little_time_and_memory(name: str, readers: dict[st
 
 def other_readers(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Readers of whole folders or of files that the fuzzer leaves out: the file, and the call that reads it."""
-    run, llama = folder / "run", folder / "llama"
-    for path in (run, llama):
+    run, llama, t5 = folder / "run", folder / "llama", folder / "t5"
+    for path in (run, llama, t5):
         path.mkdir()
     (run / "summary.json").write_text('{"complete": true, "steps": 3, "final_validation_loss": 3.5}')
     return {
@@ -174,6 +175,7 @@ def other_readers(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         "records": (run / "metrics.jsonl", lambda: check_records(run)),
         "study outcomes": (folder / "outcomes.json", lambda: read_mapping(folder / "outcomes.json")),
         "config of a Llama": (llama / "config.json", lambda: read_llama(llama, read_raw(llama))),
+        "config of a T5": (t5 / "config.json", lambda: read_t5(t5, read_raw(t5))),
         "tokenizer of weights": (llama / "tokenizer.json", lambda: token_of(llama / "tokenizer.json", 0)),
     }
 
@@ -185,9 +187,17 @@ LLAMA = json.dumps(
     }
 ).encode()
 
+T5 = json.dumps(
+    {
+        **{"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 8, "vocab_size": 16},
+        **{"d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "relu", "dropout_rate": 0.1},
+    }
+).encode()
+OTHERS = {"config of a Llama": LLAMA, "config of a T5": T5}
+
 
 @pytest.mark.parametrize(
-    "name", ["hash cache", "records", "study outcomes", "config of a Llama", "tokenizer of weights"]
+    "name", ["hash cache", "records", "study outcomes", "config of a Llama", "config of a T5", "tokenizer of weights"]
 )
 def test_files_around_a_run_cost_little_time_and_memory(name: str, tmp_path: Path) -> None:
     path, read = other_readers(tmp_path)[name]
@@ -202,7 +212,7 @@ def test_files_around_a_run_cost_little_time_and_memory(name: str, tmp_path: Pat
             return "refused"
         return "read"
 
-    payloads = {**GENERAL, **(dict(inside(LLAMA)) if "Llama" in name else {})}
+    payloads = {**GENERAL, **(dict(inside(OTHERS[name])) if name in OTHERS else {})}
     for about, data in payloads.items():
         check(about, lambda data=data: outcome(data), ("read", "refused"))
 

@@ -29,6 +29,7 @@ from headway.launcher.plan.precision import FASTER, bf16_instructions, bf16_rati
 from headway.launcher.run.machine import git_commit, machine, versions
 from headway.launcher.run.resolve import resolve
 from headway.launcher.run.run_dir import RunDir, write_json
+from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 
@@ -133,6 +134,7 @@ def _prepared(path: Path, overrides: Sequence[str], rounds: int) -> Spec:
     from headway.launcher.bench.peers.child import WARM_UP
 
     spec, _ = resolve(load_spec(path, overrides).spec)
+    decoders_only(spec, "headway bench peers")
     tokens = max(spec.train.tokens, (WARM_UP + max(rounds, ALONE_ROUNDS)) * spec.tokens_per_step)
     spec = spec.model_copy(
         update={

@@ -1,0 +1,1 @@
+"""Encoder-decoders (`model.type: encoder_decoder`). Imports model, kernels."""
