@@ -59,8 +59,14 @@ SHA256 = "init.sha256"
 SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
+    "data.encoder_tokens": None,
     "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
+    "model.encoder_layers": None,
+    "model.relative_buckets": 32,
+    "model.relative_max_distance": 128,
+    "model.scaled_head": False,
+    "model.type": "decoder",
     "parallel.gradient_reduction": "fp32",
     "train.validate_first": False,
 }
