@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from headway.data.config import DataConfig, MdsSource, MixSource, datasets_of
+from headway.data.config import DataConfig, MdsSource, MixSource, PairsSource, datasets_of
 from headway.data.loader import MicroBatch, open_source, spread_batches, validation_batches, wanted_sequences
+from headway.data.manifest import read_manifest
 from headway.data.mixture import validation_shares
 
 
@@ -52,11 +54,17 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
         batches.extend(validation_batches(cfg, tokens=tokens, **ranks))
     main = range(len(batches))
     for name, path in cfg.validation.items():
-        source = MdsSource(type="mds", path=path)
-        add(name, validation_batches(with_source(cfg, source), tokens=tokens, **ranks))
+        add(name, validation_batches(with_source(cfg, source_of(path, cfg)), tokens=tokens, **ranks))
     return ValidationData(batches=batches, main=main, sets=sets)
 
 
-def with_source(cfg: DataConfig, source: MdsSource) -> DataConfig:
+def source_of(path: str, cfg: DataConfig) -> MdsSource | PairsSource:
+    """The source of a dataset of texts or of pairs. Long pairs are treated as those of `cfg`, or else cut."""
+    if read_manifest(Path(path).expanduser()).pairs is None:
+        return MdsSource(type="mds", path=path)
+    return PairsSource(type="pairs", path=path, long=cfg.source.long if isinstance(cfg.source, PairsSource) else "cut")
+
+
+def with_source(cfg: DataConfig, source: MdsSource | PairsSource) -> DataConfig:
     """The config with another dataset."""
     return cfg.model_copy(update={"source": source, "validation": {}})

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from headway.data import fetch
-from headway.data.config import DataError, MdsSource, MixSource, datasets_of
+from headway.data.config import DataError, Datasets, MdsSource, MixSource, datasets_of
 from headway.data.manifest import (
-    INDEX_NAME,
-    LENGTHS_NAME,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
@@ -29,7 +27,15 @@ from headway.data.manifest import (
     read_manifest,
     rebuild_hint,
 )
-from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, sizes_of, unigram_entropy
+from headway.data.mds import (
+    MdsSplit,
+    ShardInfo,
+    read_index,
+    read_lengths,
+    read_prompts,
+    sizes_of,
+    unigram_entropy,
+)
 from headway.data.mixture import mixed_fingerprint
 from headway.data.progress import Progress, Shown, progress_of
 from headway.data.remotes.cache import check_limit
@@ -47,8 +53,8 @@ class DatasetInfo:
     train_tokens: int
     validation_tokens: int
     tokenizer_sha256: str
-    unigram_entropy_nats: float | None  # None for a mixture
-    validation_bytes_per_token: float | None  # None if the tokenizer loses text
+    unigram_entropy_nats: float | None  # None for a mixture, and for pairs, of which only targets have a loss
+    validation_bytes_per_token: float | None  # of targets only for pairs; None if the tokenizer loses text
     lossy_documents: int
     manifest: dict[str, Any]
 
@@ -74,13 +80,18 @@ def verify(
     for split in SPLITS:
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
-        read_lengths(root, split, manifest)
+        lengths = read_lengths(root, split, manifest)
+        if manifest.pairs is not None:
+            read_prompts(root, split, manifest, lengths)
         if source.cache_bytes is not None:
             window = 1 if split == "validation" else shuffle_window or 1
             check_limit(source.cache_bytes, root, *sizes_of(shards, split, manifest), window)
     _check_tokenizer(root, manifest)
-    if seq_len is not None:
+    if seq_len is not None and manifest.pairs is None:
         _check_length(root, manifest, seq_len)
+    bytes_per_token = manifest.validation_bytes_per_token
+    if manifest.pairs is not None and bytes_per_token is not None:
+        bytes_per_token = manifest.pairs.validation_target_bytes / manifest.pairs.validation_target_tokens
     return DatasetInfo(
         path=root,
         fingerprint=manifest.fingerprint,
@@ -89,15 +100,15 @@ def verify(
         train_tokens=manifest.train.tokens,
         validation_tokens=manifest.validation.tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
-        unigram_entropy_nats=manifest.unigram_entropy_nats,
-        validation_bytes_per_token=manifest.validation_bytes_per_token,
+        unigram_entropy_nats=None if manifest.pairs is not None else manifest.unigram_entropy_nats,
+        validation_bytes_per_token=bytes_per_token,
         lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
         manifest=manifest.model_dump(mode="json"),
     )
 
 
 def verify_source(
-    source: MdsSource | MixSource,
+    source: Datasets,
     *,
     seq_len: int | None = None,
     shuffle_window: int | None = None,
@@ -111,7 +122,9 @@ def verify_source(
     found = [
         verify(part, seq_len=seq_len, shuffle_window=shuffle_window, progress=progress) for part in datasets_of(source)
     ]
-    if isinstance(source, MdsSource):
+    for info in found:
+        check_kind(info.manifest["pairs"] is not None, info.path, source)
+    if not isinstance(source, MixSource):
         return found[0], found
     for info in found[1:]:
         check_same_tokenizer(found[0], info, "data.source.sources")
@@ -129,6 +142,19 @@ def verify_source(
     ), found
 
 
+def check_kind(has_pairs: bool, path: Path, source: Datasets) -> None:
+    """Raise DataError if a dataset has pairs and the source reads texts, or the other way round."""
+    if has_pairs == (source.type == "pairs"):
+        return
+    if has_pairs:
+        way = "a mixture cannot contain it" if isinstance(source, MixSource) else "set data.source.type: pairs"
+        raise DataError(f"data.source: {path} is a dataset of pairs, of which only the targets have a loss; {way}")
+    raise DataError(
+        f"data.source.type: pairs needs a dataset that was built from pairs, and {path} has texts; use type: mds, or "
+        "build it from a corpus of `type: pairs` or `stdlib_functions`"
+    )
+
+
 def check_same_tokenizer(a: DatasetInfo, b: DatasetInfo, key: str) -> None:
     """Raise DataError, with the key of the spec, if the ids of two datasets mean different text."""
     if (a.tokenizer_sha256, a.eos_id) != (b.tokenizer_sha256, b.eos_id):
@@ -139,7 +165,7 @@ def check_same_tokenizer(a: DatasetInfo, b: DatasetInfo, key: str) -> None:
 
 
 def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: Progress) -> None:
-    metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
+    metadata = set(manifest.metadata())
     if unnamed := sorted(metadata - manifest.files.keys()):
         raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
     verified = VerifiedFiles(root)
