@@ -363,7 +363,7 @@ class PairsCorpus(_HubRows):
     def _check(self) -> Self:
         if (self.paths is None) == (self.dataset is None):
             raise ValueError("give `paths` (files) or `dataset` (of the hub), one of them")
-        if self.paths is not None and not {"subset", "revision", "split"}.isdisjoint(self.model_fields_set):
+        if self.paths is not None and (self.subset, self.revision, self.split) != (None, None, "train"):
             raise ValueError("subset, revision, split: are of a dataset of the hub; leave them out beside `paths`")
         pair = (self.prompt is not None) + (self.target is not None)
         if pair != (0 if self.article is not None else 2):

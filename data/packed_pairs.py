@@ -136,8 +136,7 @@ def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Pack items into bins of `room`: each, the largest first, into the fullest bin that has room for it.
 
     Returns the items of each bin, in order of their numbers; bins are in order of their first item. Every size is at
-    most `room`. Best fit decreasing needs at most 11/9 of the smallest number of bins, and 6/9 (Dosa, 2007, for first
-    fit decreasing; best fit has the same bound).
+    most `room`. There are at most 11/9 times the smallest number of bins, and 4 more (Johnson, 1974).
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room that is left, number of the bin), ascending

@@ -83,10 +83,10 @@ def _pairs(spec: Spec) -> dict[str, Any]:
         facts, found[split] = opened.facts, asdict(opened.facts)
         opened.close()
         lost = [f"{facts.cut:,} cut at the end of their prompt"] if facts.cut else []
-        lost += [f"{facts.left_out:,} more left out as too long (data.source.long)"] if facts.left_out else []
+        lost += [f"{facts.left_out:,} left out as too long (data.source.long, data.seq_len)"] if facts.left_out else []
         console.note(
-            f"data: {facts.pairs:,} pairs for {split} in {facts.sequences:,} sequences, "
-            f"{facts.padding:.1%} padding{''.join(f'; {part}' for part in lost)}"
+            f"data: {facts.pairs:,} of {facts.pairs + facts.left_out:,} pairs for {split} in {facts.sequences:,} "
+            f"sequences, {facts.padding:.1%} padding{''.join(f'; {part}' for part in lost)}"
         )
     return {"pairs": found, "train_tokens": found["train"]["sequences"] * spec.data.seq_len}
 
