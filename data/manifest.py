@@ -156,6 +156,14 @@ class Manifest(StrictModel):
         facts["left_out"] = {reason: count for reason, count in facts["left_out"].items() if count is not None}
         return hashlib.sha256(canonical_json(facts)).hexdigest()
 
+    def content(self) -> dict[str, Any]:
+        """The content of the file. Earlier versions refuse keys that they do not know, so texts have none of pairs."""
+        content = self.model_dump(mode="json")
+        content["left_out"] = {reason: count for reason, count in content["left_out"].items() if count is not None}
+        if self.pairs is None:
+            del content["pairs"]
+        return content
+
     def sealed(self) -> Manifest:
         """This manifest with the hashes of its content."""
         hashes = {"fingerprint": self.expected_fingerprint(), "facts_sha256": self.expected_facts()}
@@ -174,12 +182,7 @@ def rebuild_hint(root: Path) -> str:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write MANIFEST.json atomically."""
-    content = manifest.model_dump(mode="json")
-    # Earlier versions refuse keys that they do not know, so a dataset without pairs does not have theirs.
-    content["left_out"] = {reason: count for reason, count in content["left_out"].items() if count is not None}
-    if manifest.pairs is None:
-        del content["pairs"]
-    text = json.dumps(content, indent=1, sort_keys=True)
+    text = json.dumps(manifest.content(), indent=1, sort_keys=True)
     replace_bytes(root / MANIFEST_NAME, text.encode() + b"\n")
 
 

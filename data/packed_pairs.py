@@ -121,8 +121,8 @@ class PackedPairs(PackedText):
             if int(found.max()) >= self.vocab_size:
                 self._refuse(document, found)
             if removed := length - int(self._kept[document]):
-                end = prompt - self._separator  # of the prompt, without the separator
-                found = np.concatenate([found[: end - removed], found[end:]])
+                kept = shortened(found[:prompt].tolist(), self._separator, prompt - removed)
+                found = np.concatenate([np.array(kept, dtype=found.dtype), found[prompt:]])
                 prompt -= removed
             end = begin + len(found)
             tokens[begin:end] = found
@@ -130,6 +130,13 @@ class PackedPairs(PackedText):
             targets[begin + prompt - 1 : end - 1] = True
             begin = end
         return Sample(tokens, segments, targets)
+
+
+def shortened(prompt: Sequence[int], separator: int, room: int) -> list[int]:
+    """The ids of a prompt, the last `separator` of which are the separator's, without its end: at most `room` ids."""
+    removed = max(0, len(prompt) - room)
+    end = len(prompt) - separator
+    return [*prompt[: end - removed], *prompt[end:]]
 
 
 def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:

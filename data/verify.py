@@ -103,7 +103,7 @@ def verify(
         unigram_entropy_nats=None if manifest.pairs is not None else manifest.unigram_entropy_nats,
         validation_bytes_per_token=bytes_per_token,
         lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
-        manifest=manifest.model_dump(mode="json"),
+        manifest=manifest.content(),
     )
 
 
@@ -123,7 +123,7 @@ def verify_source(
         verify(part, seq_len=seq_len, shuffle_window=shuffle_window, progress=progress) for part in datasets_of(source)
     ]
     for info in found:
-        check_kind(info.manifest["pairs"] is not None, info.path, source)
+        check_kind("pairs" in info.manifest, info.path, source)
     if not isinstance(source, MixSource):
         return found[0], found
     for info in found[1:]:

@@ -7,7 +7,7 @@ import inspect
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headway.data.config import PairsCorpus, StdlibFunctionsCorpus
@@ -19,12 +19,16 @@ _SENTENCE = re.compile(r".+?[.!?](?=\s|$)", re.DOTALL)
 _IS_PARQUET = re.compile(folders.ENDINGS["parquet"], re.IGNORECASE | re.DOTALL)
 
 
-def row_pairs(corpus: PairsCorpus, files: folders.Found | None, *, say: Say = quiet) -> Iterator[Document]:
+def row_pairs(
+    corpus: PairsCorpus, files: folders.Found | None, *, say: Say = quiet, keys: Sequence[str] = ()
+) -> Iterator[Document]:
     """Yield the pair of every row, including unusable ones (with `problem` set). `files`: None for a hub dataset.
+
+    keys: What messages call the settings that name the fields, if not the keys of the corpus.
 
     Raises DataError if a file cannot be read or a field is missing.
     """
-    keys = ["corpus.article"] if corpus.article is not None else ["corpus.prompt", "corpus.target"]
+    keys = keys or (["corpus.article"] if corpus.article is not None else ["corpus.prompt", "corpus.target"])
     fields = [rows.Field(name, key) for name, key in zip(corpus.fields, keys, strict=True)]
     if files is None:
         yield from (_pair(row, corpus.separator) for row in rows.hub_rows(corpus, fields))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from headway.data.config import DataConfig, DataError, MixSource, SyntheticSource, datasets_of
 from headway.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from headway.data.packed_pairs import shortened
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio
 from headway.launcher.evaluate.scorer import Row, Scorer
@@ -32,12 +33,12 @@ class TextSource:
     path: Path
 
     @classmethod
-    def parse(cls, text: str) -> TextSource:
-        """`PATH` or `NAME=PATH`. Raises SpecError if a part is empty."""
+    def parse(cls, text: str, option: str = "--text") -> TextSource:
+        """`PATH` or `NAME=PATH`, the value of `option`. Raises SpecError if a part is empty."""
         name, given, path = text.rpartition("=")
         source = cls(name=name if given else Path(path).name.split(".")[0], path=Path(path).expanduser())
         if not source.name or not path or "/" in source.name:
-            raise SpecError(f"--text {text!r}: give PATH or NAME=PATH, such as books=texts/books.jsonl")
+            raise SpecError(f"{option} {text!r}: give PATH or NAME=PATH, such as books=texts/books.jsonl")
         return source
 
 
@@ -127,8 +128,11 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
         first = 0 if split.prompts is None else int(split.prompts[number])
         text = ids[first:-1]  # without the end of the document
         size = len(model.codec.tokenizer.decode(text).encode("utf-8", errors="surrogatepass"))
-        if split.prompts is not None:
-            yield Row(ids, first), size
+        if manifest.pairs is not None:
+            separator = len(manifest.pairs.separator_ids)
+            room = max(separator + 1, Scorer(model).limit + 1 - len(ids[first:]))
+            prompt = shortened(ids[:first], separator, room)
+            yield Row([*prompt, *ids[first:]], len(prompt)), size
         elif text:
             yield Row([begin, *text], 1), size
 

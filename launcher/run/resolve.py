@@ -104,7 +104,7 @@ def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, d
             raise SpecError(f"data.validation.{name}: is the name of a dataset of the mixture too; use another name")
         info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, progress=console.progress)
         check_same_tokenizer(datasets[0], info, f"data.validation.{name}")
-        if info.manifest["pairs"] is not None and not spec.data.document_mask:
+        if "pairs" in info.manifest and not spec.data.document_mask:
             raise DataError(f"data.validation.{name}: {path} is a dataset of pairs; it needs data.document_mask: true")
         found[name] = info
     return {
