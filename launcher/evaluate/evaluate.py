@@ -64,8 +64,8 @@ def evaluate(path: Path, asked: Asked, *, step: int | None, out: Path | None) ->
     if (path / "ladder.json").is_file():
         raise NoInputError(f"{path}: is a study with sizes; name the folder of one size, {path}/sizes/SIZE")
     if (path / "study.json").is_file():
-        if step is not None or out is not None:
-            raise SpecError("--step, --out: are of one run; leave them out for a study")
+        if step is not None or out is not None or asked.summaries.texts is not None:
+            raise SpecError("--step, --out, --texts-out: are of one run; leave them out for a study")
         return _study(path, asked)
     result = _measured(path, asked, step)
     if RunDir(path).spec.is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from headway.data.config import SEPARATOR, DataError, PairsCorpus, PairsSource
 from headway.data.manifest import MANIFEST_NAME, read_manifest
@@ -44,14 +46,17 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Summaries:
-    """What to continue and how. `fields`: those of prompt and target in files."""
+    """What to continue and how. `fields`: those of prompt and target in files. `texts`: file for what was generated."""
 
     sources: tuple[TextSource, ...]
     how: Search
     fields: tuple[str, str]
+    texts: Path | None = None
 
     def check(self) -> None:
-        """Raises SpecError if the package is missing, NoInputError without the file."""
+        """Raises SpecError if the package or pairs are missing, NoInputError without the file."""
+        if self.texts is not None and not self.sources:
+            raise SpecError("--texts-out: there is nothing to generate; name pairs with --summaries, or leave it out")
         if self.sources and importlib.util.find_spec("rouge_score") is None:
             raise SpecError(f"--summaries: needs the package rouge-score; {INSTALL}")
         for source in self.sources:
@@ -78,11 +83,14 @@ def evaluate_summaries(
             f"{asked.how.tokens} new tokens fit the {_limit(model)} positions of a training sequence"
         )
     found = search(model.decoder, prompts, asked.how, eos_id=model.codec.eos_id, done=done)
-    scores = _rouge([pair.text for pair in pairs], [model.codec.decode([*each.ids]) for each in found])
+    given, generated = [pair.text for pair in pairs], [model.codec.decode([*each.ids]) for each in found]
+    scores = rouge_scores(given, generated)
+    if asked.texts is not None:
+        _write(asked.texts, source.name, given, generated, scores)
     digest = xxhash.xxh64(repr(asked.how))
     for ids, pair in zip(prompts, pairs, strict=True):
         digest.update(repr((ids, pair.text)).encode())
-    measures = [bootstrapped(f"{source.name}/{name}", scores[name], unit="F1") for name in ROUGES]
+    measures = [bootstrapped(f"{source.name}/{name}", values, unit="F1") for name, values in scores.items()]
     measures.append(share(f"{source.name}/ended", [each.ended for each in found], chance=None))
     return [*(replace(m, digest=digest.hexdigest()) for m in measures), _loss(model, source, pairs, separator)]
 
@@ -176,9 +184,21 @@ def _loss(model: Opened, source: TextSource, pairs: Sequence[Pair], separator: i
     return replace(losses, digest=scorer.digest)
 
 
-def _rouge(given: Sequence[str], found: Sequence[str]) -> dict[str, np.ndarray]:
-    """F1 of each pair, [pairs], by name."""
+def rouge_scores(given: Sequence[str], generated: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """F1 of each pair of texts, [pairs], by name. ROUGE-Lsum, by lines, only if a given text has several."""
     package: Any = importlib.import_module("rouge_score.rouge_scorer")
-    scorer = package.RougeScorer(list(ROUGES), use_stemmer=True)
-    scores = [scorer.score(target, prediction) for target, prediction in zip(given, found, strict=True)]
-    return {name: np.array([score[name].fmeasure for score in scores], dtype=np.float64) for name in ROUGES}
+    names = [*ROUGES, *(["rougeLsum"] if any("\n" in text for text in given) else [])]
+    scorer = package.RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(target, prediction) for target, prediction in zip(given, generated, strict=True)]
+    return {name: np.array([score[name].fmeasure for score in scores], dtype=np.float64) for name in names}
+
+
+def _write(
+    file: Path, name: str, given: Sequence[str], generated: Sequence[str], scores: dict[str, NDArray[np.float64]]
+) -> None:
+    """Append a line of JSON for each pair."""
+    with file.open("a", encoding="utf-8") as stream:
+        for number, (target, text) in enumerate(zip(given, generated, strict=True)):
+            row = {"of": name, "target": target, "generated": text}
+            row |= {rouge: round(float(values[number]), 6) for rouge, values in scores.items()}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -86,6 +86,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="p: beam search ranks by log-probability / tokens^p (default: 1)",
     )
     parser.add_argument(
+        "--texts-out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="append what --summaries generates to this file, one line of JSON for each pair",
+    )
+    parser.add_argument(
         "--limit", type=whole(1, 1_000_000_000), default=None, help="first documents, questions or sequences only"
     )
     parser.add_argument(
@@ -112,6 +119,7 @@ def _eval(args: argparse.Namespace) -> int:
             sources=tuple(TextSource.parse(text, "--summaries") for text in args.summaries),
             how=Search(tokens=args.new_tokens, beams=args.beams, length_penalty=args.length_penalty),
             fields=args.fields,
+            texts=args.texts_out,
         ),
         limit=args.limit,
     )
