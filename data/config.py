@@ -94,9 +94,10 @@ class MdsSource(Fetched):
 
 
 class PairsSource(Fetched):
-    """Pairs of a prompt and a target, from a dataset built from a corpus of pairs. Only targets have a loss."""
+    """Pairs of a prompt and a target, from a dataset built from a corpus of pairs."""
 
     type: Literal["pairs"]
+    loss: Literal["targets", "all"] = Field(default="targets", description="what is predicted; all: prompts too")
     long: Literal["cut", "leave_out"] = Field(
         default="cut",
         description="pairs of more than seq_len + 1 tokens. cut: their prompt loses its end, and those whose target "

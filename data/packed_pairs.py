@@ -1,4 +1,4 @@
-"""Pairs of a prompt and a target, packed into sequences. Only the tokens of targets are predicted.
+"""Pairs of a prompt and a target, packed into sequences. Only the tokens of targets are predicted (`loss: targets`).
 
 A sequence of length S has S + 1 tokens: whole pairs, each as its own document, then padding. A pair has the tokens of
 its prompt (with the separator at its end), those of its target, and the end-of-document token. Its labels are the
@@ -45,8 +45,16 @@ class PackedPairs(PackedText):
     Raises DataError if the dataset has texts instead of pairs, or no pair of the split fits a sequence.
     """
 
-    def __init__(self, path: str, *, long: Literal["cut", "leave_out"], split: Split, **kwargs: object) -> None:
-        self._long = long
+    def __init__(
+        self,
+        path: str,
+        *,
+        long: Literal["cut", "leave_out"],
+        loss: Literal["targets", "all"],
+        split: Split,
+        **kwargs: object,
+    ) -> None:
+        self._long, self._loss = long, loss
         super().__init__(path, split=split, **kwargs)  # pyright: ignore[reportArgumentType]
 
     @classmethod
@@ -54,6 +62,7 @@ class PackedPairs(PackedText):
         return cls(
             source.path,
             long=source.long,
+            loss=source.loss,
             split=split,
             seq_len=cfg.seq_len,
             seed=cfg.seed,
@@ -127,7 +136,7 @@ class PackedPairs(PackedText):
             end = begin + len(found)
             tokens[begin:end] = found
             segments[begin:end] = segment
-            targets[begin + prompt - 1 : end - 1] = True
+            targets[begin + (prompt - 1 if self._loss == "targets" else 0) : end - 1] = True
             begin = end
         return Sample(tokens, segments, targets)
 

@@ -59,10 +59,13 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
 
 
 def source_of(path: str, cfg: DataConfig) -> MdsSource | PairsSource:
-    """The source of a dataset of texts or of pairs. Long pairs are treated as those of `cfg`, or else cut."""
+    """The source of a dataset of texts or of pairs, which have the settings of those of `cfg`, if it has pairs."""
     if read_manifest(Path(path).expanduser()).pairs is None:
         return MdsSource(type="mds", path=path)
-    return PairsSource(type="pairs", path=path, long=cfg.source.long if isinstance(cfg.source, PairsSource) else "cut")
+    own = cfg.source
+    if isinstance(own, PairsSource):
+        return PairsSource(type="pairs", path=path, long=own.long, loss=own.loss)
+    return PairsSource(type="pairs", path=path)
 
 
 def with_source(cfg: DataConfig, source: MdsSource | PairsSource) -> DataConfig:

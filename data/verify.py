@@ -10,12 +10,12 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from headway.data import fetch
-from headway.data.config import DataError, Datasets, MdsSource, MixSource, datasets_of
+from headway.data.config import DataError, Datasets, MdsSource, MixSource, PairsSource, datasets_of
 from headway.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -60,11 +60,16 @@ class DatasetInfo:
 
 
 def verify(
-    source: MdsSource, *, seq_len: int | None = None, shuffle_window: int | None = None, progress: Shown = False
+    source: MdsSource,
+    *,
+    seq_len: int | None = None,
+    shuffle_window: int | None = None,
+    loss: Literal["targets", "all"] = "targets",
+    progress: Shown = False,
 ) -> DatasetInfo:
     """Check the files of a dataset (presence, size, hash, no extra shards), its tokenizer, and that `seq_len` fits.
 
-    `shuffle_window`: shards that a limited cache (`cache_bytes`) must hold.
+    `shuffle_window`: shards that a limited cache (`cache_bytes`) must hold. `loss`: what is predicted of pairs.
 
     With `remote`, the manifest is fetched first; shards that are not fetched yet are checked when they arrive. Files
     that did not change since they were hashed are not hashed again. Raises DataError with the file and the next step.
@@ -89,8 +94,8 @@ def verify(
     _check_tokenizer(root, manifest)
     if seq_len is not None and manifest.pairs is None:
         _check_length(root, manifest, seq_len)
-    bytes_per_token = manifest.validation_bytes_per_token
-    if manifest.pairs is not None and bytes_per_token is not None:
+    bytes_per_token, only_targets = manifest.validation_bytes_per_token, loss == "targets"
+    if manifest.pairs is not None and bytes_per_token is not None and only_targets:
         bytes_per_token = manifest.pairs.validation_target_bytes / manifest.pairs.validation_target_tokens
     return DatasetInfo(
         path=root,
@@ -100,7 +105,7 @@ def verify(
         train_tokens=manifest.train.tokens,
         validation_tokens=manifest.validation.tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
-        unigram_entropy_nats=None if manifest.pairs is not None else manifest.unigram_entropy_nats,
+        unigram_entropy_nats=None if manifest.pairs is not None and only_targets else manifest.unigram_entropy_nats,
         validation_bytes_per_token=bytes_per_token,
         lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
         manifest=manifest.content(),
@@ -119,8 +124,10 @@ def verify_source(
     Of a mixture: the fingerprint of all; sums of tokens; bytes per token by the weights; no unigram entropy. Raises
     DataError if the datasets were made with different tokenizers.
     """
+    loss = source.loss if isinstance(source, PairsSource) else "targets"
     found = [
-        verify(part, seq_len=seq_len, shuffle_window=shuffle_window, progress=progress) for part in datasets_of(source)
+        verify(part, seq_len=seq_len, shuffle_window=shuffle_window, loss=loss, progress=progress)
+        for part in datasets_of(source)
     ]
     for info in found:
         check_kind("pairs" in info.manifest, info.path, source)
@@ -148,7 +155,7 @@ def check_kind(has_pairs: bool, path: Path, source: Datasets) -> None:
         return
     if has_pairs:
         way = "a mixture cannot contain it" if isinstance(source, MixSource) else "set data.source.type: pairs"
-        raise DataError(f"data.source: {path} is a dataset of pairs, of which only the targets have a loss; {way}")
+        raise DataError(f"data.source: {path} is a dataset of pairs; {way}")
     raise DataError(
         f"data.source.type: pairs needs a dataset that was built from pairs, and {path} has texts; use type: mds, or "
         "build it from a corpus of `type: pairs` or `stdlib_functions`"

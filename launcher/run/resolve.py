@@ -102,7 +102,8 @@ def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, d
     for name, path in spec.data.validation.items():
         if name in found:
             raise SpecError(f"data.validation.{name}: is the name of a dataset of the mixture too; use another name")
-        info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, progress=console.progress)
+        loss = source.loss if isinstance(source, PairsSource) else "targets"
+        info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, loss=loss, progress=console.progress)
         check_same_tokenizer(datasets[0], info, f"data.validation.{name}")
         if "pairs" in info.manifest and not spec.data.document_mask:
             raise DataError(f"data.validation.{name}: {path} is a dataset of pairs; it needs data.document_mask: true")

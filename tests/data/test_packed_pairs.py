@@ -46,8 +46,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dataset"
 
 
-def config(root: Path, *, long: Literal["cut", "leave_out"] = "cut", **changes: Any) -> DataConfig:
-    source = PairsSource(type="pairs", path=str(root), long=long)
+def config(root: Path, *, long: Any = "cut", loss: Any = "targets", **changes: Any) -> DataConfig:
+    source = PairsSource(type="pairs", path=str(root), long=long, loss=loss)
     return DataConfig(**{"source": source, "seq_len": SEQ_LEN, "workers": 0, "shuffle_window": 2, "seed": 5, **changes})
 
 
@@ -100,6 +100,20 @@ def test_an_epoch_has_every_pair_once_and_only_targets_are_predicted(long: Any, 
     assert (source.facts.pairs, source.facts.left_out) == (len(seen), total - len(seen)) and source.facts.left_out > 9
     assert source.facts.padding == pytest.approx(padding / (source.num_sequences * (SEQ_LEN + 1)), abs=1e-12)
     assert 0 < source.facts.padding < 0.15 and (source.facts.cut > 9) == (long == "cut")
+
+
+def test_with_all_tokens_only_the_first_of_a_pair_and_padding_are_not_predicted(pairs: Path) -> None:
+    plain, whole = opened(config(pairs)), opened(config(pairs, loss="all"))
+    for number in range(0, plain.num_sequences, 7):
+        of_targets, of_all = plain.sample(number), whole.sample(number)
+        np.testing.assert_array_equal(of_all.tokens, of_targets.tokens)
+        batch, count = collate([of_all], masked=True)
+        last = int(of_all.segments.max())
+        is_padding = set(of_all.tokens[of_all.segments == last]) == {of_all.tokens[-1]}
+        held = of_all.segments < (last if is_padding else last + 1)
+        same = of_all.segments[1:] == of_all.segments[:-1]
+        np.testing.assert_array_equal(batch.labels[0].numpy() != IGNORED, held[1:] & same)
+        assert of_targets.targets is not None and count > int(of_targets.targets.sum())
 
 
 def test_the_order_is_that_of_texts_over_the_sequences_of_each_shard(pairs: Path) -> None:
