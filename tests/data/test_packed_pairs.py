@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from headway.data.build import build
 from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource, PairsSource
 from headway.data.loader import IGNORED, Loader, collate, open_source
+from headway.data.manifest import PROMPTS_NAME
 from headway.data.mds import MdsSplit
 from headway.data.packed_pairs import PackedPairs, best_fit
 from headway.data.validation import validation_data
@@ -222,3 +224,15 @@ def test_best_fit_packs_every_item_once_in_few_bins(seed: int) -> None:
     assert bins == sorted(bins) and all(each == sorted(each) for each in bins)
     assert len(bins) <= 11 / 9 * max(sum(size > room / 2 for size in sizes), -(-sum(sizes) // room)) + 4
     assert best_fit([5, 5, 4, 4, 2], 10) == [[0, 1], [2, 3, 4]]
+
+
+def test_a_remote_dataset_of_pairs_is_fetched_with_its_prompts(pairs: Path, tmp_path: Path) -> None:
+    source = PairsSource(type="pairs", path=str(tmp_path / "cache"), remote=str(pairs))
+    fetched, local = opened(config(pairs).model_copy(update={"source": source})), opened(config(pairs))
+    for number in (0, local.num_sequences - 1):
+        for ours, theirs in zip(
+            asdict(fetched.sample(number)).values(), asdict(local.sample(number)).values(), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+    fetched.close()
+    assert (tmp_path / "cache/train" / PROMPTS_NAME).is_file() and fetched.facts == local.facts
