@@ -236,6 +236,10 @@ def with_paths(source: Datasets, paths: Sequence[str]) -> Datasets:
 ValidationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
+class UnreachableError(DataError):
+    """A remote did not give a file in a few attempts, but may do so later."""
+
+
 class DataConfig(StrictModel):
     """Source of the tokens, packing into sequences, and loading."""
 
@@ -268,10 +272,7 @@ class DataConfig(StrictModel):
                 f"would hide the reason; use retry_s < {self.timeout_s:g} or timeout_s > {self.retry_s:g}"
             )
         if isinstance(self.source, PairsSource) and not self.document_mask:
-            raise ValueError(
-                "document_mask: false would let a pair attend to the other pairs of its sequence; use true with "
-                "source.type pairs"
-            )
+            raise ValueError("document_mask: false lets pairs attend to each other; use true with source.type pairs")
         if isinstance(self.source, SyntheticSource) and self.source.problem_length > self.seq_len + 1:
             need = self.source.problem_length - 1
             raise ValueError(
@@ -340,9 +341,7 @@ class HuggingFaceCorpus(_HubRows):
 
 
 SEPARATOR = "\n\nSummary:\n"
-Separator = Annotated[
-    str, Field(max_length=1000, description="text between prompt and target; its tokens belong to the prompt")
-]
+Separator = Annotated[str, Field(max_length=1000, description="between prompt and target, as part of the prompt")]
 
 
 class PairsCorpus(_HubRows):

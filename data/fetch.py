@@ -17,7 +17,7 @@ from urllib.parse import quote, urlparse
 import xxhash
 from filelock import FileLock, Timeout
 
-from headway.data.config import DataError
+from headway.data.config import DataError, UnreachableError
 from headway.data.corpus import containers
 from headway.data.manifest import (
     MANIFEST_NAME,
@@ -243,7 +243,8 @@ def _download(remote: str, name: str, destination: Path, expected: FileEntry | N
             http.download(f"{prefix}/{quote(name)}", destination, limit=limit, size=size, timeout_s=_TIMEOUT_S)
             _sync(destination)
         except (http.HttpError, OSError) as error:
-            raise DataError(_unfetched(remote, name, str(error))) from error
+            kind = UnreachableError if isinstance(error, http.HttpError) and error.passing else DataError
+            raise kind(_unfetched(remote, name, str(error))) from error
         return
     downloaders = import_streaming("base.storage").CloudDownloader
     for attempt in range(1, _ATTEMPTS + 1):
@@ -258,7 +259,7 @@ def _download(remote: str, name: str, destination: Path, expected: FileEntry | N
             raise DataError(_unfetched(remote, name, f"{type(error).__name__}: {error}")) from error
         except Exception as error:  # each storage library has its own errors
             if attempt == _ATTEMPTS:
-                raise DataError(_unfetched(remote, name, f"{type(error).__name__}: {error}")) from error
+                raise UnreachableError(_unfetched(remote, name, f"{type(error).__name__}: {error}")) from error
             time.sleep(0.5 * attempt)
 
 

@@ -252,17 +252,17 @@ def validation_batches(
 
     Raises DataError if `tokens` is less than one sequence.
     """
+    ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
+    return validation_spread(cfg, tokens=tokens, **ranks).batches
+
+
+def validation_spread(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: int, dp_size: int) -> Spread:
+    """`validation_batches` with their documents."""
     source = open_source(cfg, split="validation")
     wanted = wanted_sequences(tokens, cfg.seq_len)
     sequences = wanted if source.num_sequences is None else min(wanted, source.num_sequences)
-    return spread_batches(
-        source,
-        sequences,
-        masked=cfg.document_mask,
-        micro_batch=micro_batch,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-    )
+    ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
+    return spread(source, sequences, masked=cfg.document_mask, **ranks)
 
 
 def wanted_sequences(tokens: int, seq_len: int) -> int:
@@ -275,9 +275,22 @@ def wanted_sequences(tokens: int, seq_len: int) -> int:
     return tokens // seq_len
 
 
-def spread_batches(
-    source: Source, sequences: int, *, masked: bool, micro_batch: int, dp_rank: int, dp_size: int
-) -> list[MicroBatch]:
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """This rank's part of sequences of a source.
+
+    batches: The micro-batches.
+    documents: For each micro-batch [B, S] int64, the number of the document that each label belongs to. The documents
+        of all ranks' sequences are numbered from 0 in the order of the split.
+    count: Documents of all ranks.
+    """
+
+    batches: list[MicroBatch]
+    documents: list[Tensor]
+    count: int
+
+
+def spread(source: Source, sequences: int, *, masked: bool, micro_batch: int, dp_rank: int, dp_size: int) -> Spread:
     """This rank's part of `sequences` sequences, spread evenly over a source; see `validation_batches`."""
     mine = range(sequences * dp_rank // dp_size, sequences * (dp_rank + 1) // dp_size)
     most_rows = -(-sequences // dp_size)
@@ -285,6 +298,17 @@ def spread_batches(
     blank = source.sample(0)
     blank = Sample(blank.tokens, blank.segments, np.zeros(len(blank.tokens) - 1, dtype=bool))
     available = source.num_sequences or sequences
-    rows = [source.sample(source.index(number * available // sequences)) for number in mine]
-    rows += [blank] * (passes * micro_batch - len(rows))
-    return [collate(rows[begin : begin + micro_batch], masked=masked)[0] for begin in range(0, len(rows), micro_batch)]
+    indices = [source.index(number * available // sequences) for number in range(sequences)]
+    rows = [source.sample(indices[number]) for number in mine]
+    documents = [source.documents(index) for index in indices]
+    known = np.unique(np.concatenate([np.arange(found.start, found.stop) for found in documents]))
+    numbers = np.zeros((passes * micro_batch, len(blank.tokens) - 1), dtype=np.int64)
+    for place, (number, row) in enumerate(zip(mine, rows, strict=True)):
+        numbers[place] = np.searchsorted(known, documents[number].start + row.segments[1:])
+    rows += [blank] * (len(numbers) - len(rows))
+    begins = range(0, len(rows), micro_batch)
+    return Spread(
+        batches=[collate(rows[begin : begin + micro_batch], masked=masked)[0] for begin in begins],
+        documents=list(torch.from_numpy(numbers).split(micro_batch)),
+        count=len(known),
+    )

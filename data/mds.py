@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from headway.data import fetch
-from headway.data.config import DataError
+from headway.data.config import DataError, UnreachableError
 from headway.data.manifest import (
     BASENAME,
     INDEX_NAME,
@@ -39,6 +39,7 @@ from headway.data.manifest import (
     rebuild_hint,
     state_of,
 )
+from headway.data.progress import to_stderr
 from headway.data.remotes.cache import Cache, check_limit, open_pinned, open_shared
 from headway.data.shard import OpenShard
 
@@ -46,6 +47,8 @@ Read = TypeVar("Read")
 
 _MAX_OPEN_SHARDS = 64  # each holds a file descriptor
 _REFETCH_S = 60.0
+_OUTAGE_S = 60.0
+"""Least seconds for which a shard is asked for again from a remote that does not answer."""
 _MAX_INDEX_BYTES = 256 << 20
 _is_basename = re.compile(BASENAME).fullmatch
 
@@ -247,8 +250,8 @@ class MdsSplit:
         return number, document - int(self.first_document[number])
 
     def _from(self, number: int, read: Callable[[OpenShard], Read]) -> Read:
-        """Call `read` on a shard, with retries for `retry_s` seconds."""
-        thread, pause_s, end, evicted = threading.get_ident(), 0.05, 0.0, False
+        """Call `read` on a shard, with retries for `retry_s` seconds, and for longer if its remote does not answer."""
+        thread, pause_s, end, outage_end, evicted = threading.get_ident(), 0.05, 0.0, 0.0, False
         self._busy[thread] = number
         try:
             while True:
@@ -270,6 +273,15 @@ class MdsSplit:
                             f"{self._path(number)}: shard is missing or damaged ({why}; tried for {self._retry_s:g} s, "
                             f"data.retry_s); {self._hint()}"
                         ) from error
+                except UnreachableError as error:
+                    # Its manifest was read from it, so the remote exists and may answer again.
+                    evicted = False
+                    now, patience_s = time.monotonic(), max(self._retry_s, _OUTAGE_S)
+                    if not outage_end:
+                        outage_end = now + patience_s
+                        to_stderr(f"warning: {error}; it is asked again for {patience_s:g} s")
+                    if now + pause_s > outage_end:
+                        raise
                 with self._lock:
                     self._open.pop(number, None)  # the file may have been replaced
                 if not evicted:

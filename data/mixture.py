@@ -158,8 +158,19 @@ class MixedText:
         return int(self._first[part]) + self.parts[part].index(place)
 
     def sample(self, index: int) -> Sample:
+        part, own = self._part(index)
+        return self.parts[part].sample(own)
+
+    def documents(self, index: int) -> range:
+        part, own = self._part(index)
+        found = self.parts[part].documents(own)
+        before = sum(len(earlier.document_ends) for earlier in self.parts[:part])
+        return range(before + found.start, before + found.stop)
+
+    def _part(self, index: int) -> tuple[int, int]:
+        """(dataset, index in it) of a sequence."""
         part = int(np.searchsorted(self._first, index, "right")) - 1
-        return self.parts[part].sample(index - int(self._first[part]))
+        return part, index - int(self._first[part])
 
     def trained(self, sequences: int) -> dict[str, dict[str, float]]:
         """Name of each dataset -> its tokens among the first `sequences` of the training, and passes over it."""

@@ -58,8 +58,8 @@ class PackedText:
 
     def _lay_out(self, split: Split, path: str) -> int:
         """Number of sequences. Raises DataError if there is none."""
-        self._ends = np.cumsum(self._documents.lengths)
-        tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.document_ends = np.cumsum(self._documents.lengths)
+        tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
         sequences = max(0, (tokens - 1) // self.seq_len)
         if sequences == 0:
             raise DataError(
@@ -71,7 +71,7 @@ class PackedText:
 
     def sequences_per_shard(self) -> list[int]:
         """Number of sequences per shard. A sequence belongs to the shard that contains its first token."""
-        ends = np.concatenate([[0], self._ends])[self._documents.first_document]
+        ends = np.concatenate([[0], self.document_ends])[self._documents.first_document]
         first_sequence = np.minimum(-(-ends // self.seq_len), self.num_sequences)
         return np.diff(first_sequence).tolist()
 
@@ -119,8 +119,8 @@ class PackedText:
         begin, need = index * self.seq_len, self.seq_len + 1
         tokens = np.empty(need, dtype=self._documents.dtype)
         segments = np.empty(need, dtype=np.int32)
-        document = int(np.searchsorted(self._ends, begin, "right"))
-        skip = begin - (int(self._ends[document - 1]) if document else 0)
+        document = int(np.searchsorted(self.document_ends, begin, "right"))
+        skip = begin - (int(self.document_ends[document - 1]) if document else 0)
         filled = segment = 0
         while filled < need:
             piece = self._documents.tokens(document, skip, skip + need - filled)
@@ -130,9 +130,14 @@ class PackedText:
             document, segment, skip = document + 1, segment + 1, 0
         if int(tokens.max()) >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
-            self._refuse(int(np.searchsorted(self._ends, begin + first, "right")), tokens)
+            self._refuse(int(np.searchsorted(self.document_ends, begin + first, "right")), tokens)
         return Sample(tokens, segments)
 
     def _refuse(self, document: int, tokens: np.ndarray) -> None:
         """Raise DataError: a model would read another row of a shared table, or a row of another rank, without one."""
         raise DataError(self._documents.beyond_vocabulary(document, int(tokens.max())))
+
+    def documents(self, index: int) -> range:
+        begin = index * self.seq_len
+        first, last = np.searchsorted(self.document_ends, [begin, begin + self.seq_len], "right")
+        return range(int(first), int(last) + 1)

@@ -80,9 +80,9 @@ class PackedPairs(PackedText):
                 f"data.source.type: pairs needs a dataset that was built from pairs, and {path} has texts; use type: "
                 "mds, or build it from a corpus of `type: pairs` or `stdlib_functions`"
             )
-        self._separator = len(pairs.separator_ids)
+        self.separator_tokens = len(pairs.separator_ids)
         lengths, prompts = documents.lengths, documents.prompts
-        needed = lengths - prompts + self._separator + 1  # with one token of the prompt
+        needed = lengths - prompts + self.separator_tokens + 1  # with one token of the prompt
         fits = lengths <= room if self._long == "leave_out" else needed <= room
         if not fits.any():
             shortest = int((lengths if self._long == "leave_out" else needed).min())
@@ -102,6 +102,8 @@ class PackedPairs(PackedText):
                 bins = best_fit([int(self._kept[document]) for document in block], room)
                 self._sequences += [[block[place] for place in each] for each in bins]
             self._per_shard.append(len(self._sequences) - before)
+        ends = np.cumsum([len(each) + 1 for each in self._sequences])
+        self._first_number = np.concatenate([[0], ends])
         self.facts = PairFacts(
             pairs=int(fits.sum()),
             cut=int((fits & (lengths > room)).sum()),
@@ -114,6 +116,11 @@ class PackedPairs(PackedText):
     def sequences_per_shard(self) -> list[int]:
         """Number of sequences per shard. All pairs of a sequence are in one shard."""
         return self._per_shard
+
+    def documents(self, index: int) -> range:
+        """Each pair is a document, numbered in the order of the sequences, and so is what is left of a sequence."""
+        first = int(self._first_number[index])
+        return range(first, first + len(self._sequences[index]) + 1)
 
     def sample(self, index: int) -> Sample:
         if not 0 <= index < self.num_sequences:
@@ -130,7 +137,7 @@ class PackedPairs(PackedText):
             if int(found.max()) >= self.vocab_size:
                 self._refuse(document, found)
             if removed := length - int(self._kept[document]):
-                kept = shortened(found[:prompt].tolist(), self._separator, prompt - removed)
+                kept = shortened(found[:prompt].tolist(), self.separator_tokens, prompt - removed)
                 found = np.concatenate([np.array(kept, dtype=found.dtype), found[prompt:]])
                 prompt -= removed
             end = begin + len(found)

@@ -40,6 +40,10 @@ class Source(Protocol):
 
     def sample(self, index: int) -> Sample: ...
 
+    def documents(self, index: int) -> range:
+        """Numbers, within the split, of the documents in a sequence: that of each segment of `sample`."""
+        ...
+
     def reading(self) -> list[Path]:
         """Files that threads are currently waiting for."""
         ...

@@ -59,6 +59,11 @@ class SyntheticTask:
         tokens[: problems.size] = problems.ravel()
         return Sample(tokens, self._segments, self._targets[1:])
 
+    def documents(self, index: int) -> range:
+        """Each problem is a document, and so is what is left of the sequence."""
+        count = int(self._segments[-1]) + 1
+        return range(index * count, (index + 1) * count)
+
     def reading(self) -> list[Path]:
         return []
 

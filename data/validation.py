@@ -10,23 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from headway.data.config import DataConfig, MdsSource, MixSource, PairsSource, datasets_of
-from headway.data.loader import MicroBatch, open_source, spread_batches, validation_batches, wanted_sequences
+from headway.data.loader import MicroBatch, Spread, open_source, spread, validation_spread, wanted_sequences
 from headway.data.manifest import read_manifest
 from headway.data.mixture import validation_shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationData:
-    """Micro-batches of this rank. `main`: places of those of the validation; `sets`: name -> places of a set."""
+    """Micro-batches of this rank, and the documents of all ranks, which are numbered from 0.
+
+    documents: For each micro-batch [B, S] int64, the document that each label belongs to.
+    main: Documents of the validation. sets: Name -> documents of a set.
+    """
 
     batches: Sequence[MicroBatch]
+    documents: Sequence[Tensor]
     main: range
     sets: Mapping[str, range]
 
     @property
     def parts(self) -> list[range]:
-        """The places of the validation, then of each set."""
+        """The documents of the validation, then of each set."""
         return [self.main, *self.sets.values()]
 
 
@@ -37,25 +44,31 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
     """
     ranks = {"micro_batch": micro_batch, "dp_rank": dp_rank, "dp_size": dp_size}
     batches: list[MicroBatch] = []
+    documents: list[Tensor] = []
     sets: dict[str, range] = {}
 
-    def add(name: str, more: Sequence[MicroBatch]) -> None:
-        sets[name] = range(len(batches), len(batches) + len(more))
-        batches.extend(more)
+    def add(begin: int, more: Spread) -> range:
+        batches.extend(more.batches)
+        documents.extend(numbers + begin for numbers in more.documents)
+        return range(begin, begin + more.count)
 
     if isinstance(cfg.source, MixSource):
         wanted = wanted_sequences(tokens, cfg.seq_len)
         opened = [open_source(with_source(cfg, part), split="validation") for part in datasets_of(cfg.source)]
         available = [source.num_sequences or 0 for source in opened]
         shares = validation_shares(available, cfg.source.weights, wanted=wanted)
+        end = 0
         for part, source, share in zip(cfg.source.sources, opened, shares, strict=True):
-            add(part.title(), spread_batches(source, share, masked=cfg.document_mask, **ranks))
+            sets[part.title()] = found = add(end, spread(source, share, masked=cfg.document_mask, **ranks))
+            end = found.stop
     else:
-        batches.extend(validation_batches(cfg, tokens=tokens, **ranks))
-    main = range(len(batches))
+        end = add(0, validation_spread(cfg, tokens=tokens, **ranks)).stop
+    main = range(end)
     for name, path in cfg.validation.items():
-        add(name, validation_batches(with_source(cfg, source_of(path, cfg)), tokens=tokens, **ranks))
-    return ValidationData(batches=batches, main=main, sets=sets)
+        source = source_of(path, cfg)
+        sets[name] = found = add(end, validation_spread(with_source(cfg, source), tokens=tokens, **ranks))
+        end = found.stop
+    return ValidationData(batches=batches, documents=documents, main=main, sets=sets)
 
 
 def source_of(path: str, cfg: DataConfig) -> MdsSource | PairsSource:

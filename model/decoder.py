@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headway.kernels.documents import Documents
 from headway.kernels.fp8 import Fp8Parameter, check_used, to_fp8
-from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_and_hits
+from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_by_token
 from headway.kernels.operations import POINTWISE, Operations
 from headway.kernels.relative import sinusoids
 from headway.kernels.rope import rope_tables
@@ -52,13 +52,20 @@ from headway.model.shard import cut, cut_attention
 Recompute = Literal["none", "selective", "block"]
 
 
+class ByToken(NamedTuple):
+    """Loss of each token of this rank's part of the sequences, and whether its label is the argmax of the logits."""
+
+    losses: Tensor  # [B, S] fp32, nats; 0 without a target
+    hits: Tensor  # [B, S] bool
+
+
 class ModelOutput(NamedTuple):
     """Output for a micro-batch. In training, divide `loss_sum` by the targets of the global batch, not by `targets`."""
 
     loss_sum: Tensor  # fp32 scalar: sum of the cross entropy (nats) over targets
     targets: Tensor  # int64 scalar: number of labels that are not -100
     aux_loss: Tensor  # fp32 scalar: sum over layers of auxiliary losses with coefficients; mean over sequences
-    hits: Tensor | None = None  # int64 scalar: targets that are the argmax of the logits; None if gradients are enabled
+    by_token: ByToken | None = None  # None if gradients are enabled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,8 +387,8 @@ class Decoder(nn.Module):
         return self.dropout.of_pass(keys, tokens, start=self.placement.sequence.index * tokens.shape[1])
 
     def _scored(self, hidden: Tensor, labels: Tensor, aux_loss: Tensor) -> ModelOutput:
-        loss_sum, hits = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
-        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, hits)
+        loss_sum, by_token = score(hidden, self._head_weight(), labels, self.placement, bias=self.head_bias)
+        return ModelOutput(loss_sum, (labels != IGNORED).sum(), aux_loss, by_token)
 
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head
@@ -467,8 +474,8 @@ def embed(weight: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
 
 def score(
     hidden: Tensor, weight: Tensor, labels: Tensor, placement: Placement, *, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy sum and, if gradients are disabled, hits (see `ModelOutput`), over the whole vocabulary.
+) -> tuple[Tensor, ByToken | None]:
+    """Cross-entropy sum and, if gradients are disabled, that of each token, over the whole vocabulary.
 
     hidden [B, S, d], or this rank's part of the residual stream; weight [V, d] and bias [V], or this rank's rows;
     labels [B, S].
@@ -480,4 +487,5 @@ def score(
     extra = {} if bias is None else {"bias": bias}  # only the chunked loss supports one
     if torch.is_grad_enabled():
         return placement.operations.loss(*head, part=part, **extra), None
-    return linear_cross_entropy_and_hits(*head, part=part, bias=bias)
+    losses, hits = (found.view_as(labels) for found in linear_cross_entropy_by_token(*head, part=part, bias=bias))
+    return losses.sum(), ByToken(losses, hits)

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from headway.kernels.loss import IGNORED
 from headway.model.base import Attention, Ranks
-from headway.model.decoder import Block, Decoder
+from headway.model.decoder import Block, ByToken, Decoder
 from headway.model.dropout import Dropout
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
@@ -60,29 +61,31 @@ class Evaluation:
     """Result of an evaluation over all ranks: mean loss in nats per target token, accuracy (fraction of targets that
     are the argmax of the logits), number of targets.
 
-    `standard_error`: of the loss as an estimate of that on all text of this kind, from the spread of `micro_batches`
-    micro-batches over all ranks; None with one of them.
+    `standard_error`: of the loss as an estimate of that on all text of this kind, from the spread of `groups` groups of
+    targets over all ranks; None with fewer than two. Groups are documents, or micro-batches if none are given.
     """
 
     loss: float
     accuracy: float
     targets: int
     standard_error: float | None
-    micro_batches: int
+    groups: int
 
 
 def evaluation_of(sums: Tensor) -> Evaluation:
-    """The result from sums of loss, hits and targets of each micro-batch, [N, 3] float64.
+    """The result from sums of loss, hits and targets of each group of targets, [N, 3] float64.
 
-    The standard error is that of a ratio of sums (Cochran 1977, section 2.11): micro-batches differ in their targets.
+    The standard error is that of a ratio of sums (Cochran 1977, section 2.11): groups differ in their targets. A group
+    without targets does not count.
     """
+    sums = sums[sums[:, 2] > 0]
     total, count = sums.sum(0).tolist(), len(sums)
     loss_sum, hits, targets = total
     some = max(1.0, targets)
     loss = loss_sum / some
     residual = sums[:, 0] - loss * sums[:, 2]
     error = None if count < 2 else math.sqrt(count / (count - 1) * float(residual.square().sum())) / some
-    return Evaluation(loss=loss, accuracy=hits / some, targets=int(targets), standard_error=error, micro_batches=count)
+    return Evaluation(loss=loss, accuracy=hits / some, targets=int(targets), standard_error=error, groups=count)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -263,35 +266,42 @@ class Engine(ABC):
         return [self._dropout.keys(tokens=self._tokens, first=first, count=count, device=self.layout.device)]
 
     def evaluate(self, micro: Sequence[MicroBatch]) -> Evaluation:
-        """Loss and accuracy over the micro-batches of all ranks. Collective."""
-        return self.evaluate_parts(micro, [range(len(micro))])[0]
+        """Loss and accuracy over the micro-batches of all ranks, which are the groups of targets. Collective."""
+        first = self.layout.dp_rank * len(micro)
+        groups = [torch.full_like(batch.labels, first + place) for place, batch in enumerate(micro)]
+        return self.evaluate_parts(micro, groups, [range(self.layout.dp_size * len(micro))])[0]
 
     @torch.no_grad()
-    def evaluate_parts(self, micro: Sequence[MicroBatch], parts: Sequence[range]) -> list[Evaluation]:
-        """Loss and accuracy of each part, which is a range of places in `micro`, over all ranks. Collective.
+    def evaluate_parts(
+        self, micro: Sequence[MicroBatch], groups: Sequence[Tensor], parts: Sequence[range]
+    ) -> list[Evaluation]:
+        """Loss and accuracy of each part, which is a range of groups of targets, over all ranks. Collective.
 
-        Parts may share micro-batches, which are evaluated once. The number of targets may differ between ranks. The
-        number of micro-batches must not: ZeRO-3 gathers parameters in every forward pass, so a rank with an extra
+        groups: For each micro-batch [B, S] int64, the group of each label, equal on all ranks: such as its document.
+        Parts may share groups, and each micro-batch is evaluated once. The number of targets may differ between ranks.
+        The number of micro-batches must not: ZeRO-3 gathers parameters in every forward pass, so a rank with an extra
         micro-batch would wait for the others until the timeout.
         """
-        layout, own = self.layout, self._evaluation_sums(micro)
-        # One row for each micro-batch. Ranks that share its sequences add up; tensor-parallel ranks have equal sums.
-        rows = torch.zeros(layout.dp_size, len(micro), 3, dtype=torch.float64, device=layout.device)
-        if not layout.tp_rank:
-            rows[layout.dp_rank] = own
-        rows = layout.sum(rows)
-        return [evaluation_of(rows[:, part.start : part.stop].flatten(0, 1)) for part in parts]
+        layout = self.layout
+        # Added up on the host, where the order of the additions is fixed.
+        sums = torch.zeros(max(part.stop for part in parts), 3, dtype=torch.float64)
+        for batch, of_batch, scored in zip(micro, groups, self._scored(micro), strict=True):
+            # Ranks that share sequences add up; tensor-parallel ranks have equal losses.
+            if scored is None or layout.tp_rank:
+                continue
+            own, labels = (t.chunk(layout.cp_size, 1)[layout.cp_rank].cpu() for t in (of_batch, batch.labels))
+            found = torch.stack([t.cpu().double() for t in (scored.losses, scored.hits, labels != IGNORED)], -1)
+            sums.index_add_(0, own.flatten(), found.flatten(0, 1))
+        sums = layout.sum(sums.to(layout.device)).cpu()
+        return [evaluation_of(sums[part.start : part.stop]) for part in parts]
 
-    def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
-        """Sums of loss, hits and targets of each of this rank's micro-batches, [N, 3] float64."""
+    def _scored(self, micro: Sequence[MicroBatch]) -> list[ByToken | None]:
+        """Losses and hits of this rank's part of each micro-batch; None on ranks that do not compute them."""
         module = self._engine
         module.eval()
-        sums = []
-        for batch in micro:
-            out = module(*self._inputs(batch))
-            sums.append(torch.stack([out.loss_sum.double(), out.hits.double(), out.targets.double()]))
+        found = [module(*self._inputs(batch)).by_token for batch in micro]
         module.train()
-        return torch.stack(sums)
+        return found
 
     @property
     def copies_ahead(self) -> bool:

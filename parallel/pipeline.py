@@ -24,12 +24,12 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from headway.kernels.loss import IGNORED
 from headway.model.base import AttentionConfig, Context
 from headway.model.config import ModelConfig
 from headway.model.cost import layer_configs
 from headway.model.decoder import (
     BranchScale,
+    ByToken,
     Contexts,
     Placement,
     add_positions,
@@ -69,7 +69,8 @@ class Stage:
         self._contexts = Contexts(model, attention, placement.sequence)
         self._last: tuple[Tensor, Context, Drops | None] | None = None
         self.per_target = 1.0
-        self.losses: list[Tensor] = []  # of each pass: loss sum, hits (0 in training), targets
+        self.losses: list[Tensor] = []  # loss sum of each pass
+        self.scored: list[ByToken] = []  # of each pass of an evaluation
         self.aux_losses: list[Tensor] = []
 
     def of_pass(self, inputs: Inputs, *, training: bool) -> tuple[Context, Drops | None]:
@@ -87,7 +88,7 @@ class Stage:
         return self._last[1:]
 
     def reset(self) -> None:
-        self._last, self.losses, self.aux_losses = None, [], []
+        self._last, self.losses, self.scored, self.aux_losses = None, [], [], []
 
 
 class Rows(nn.Module):
@@ -130,12 +131,12 @@ def loss(layer: Rows, inputs: Inputs) -> Tensor:
     """The micro-batch's contribution to the mean loss of the global batch. Records its sums on the stage."""
     hidden, _, labels, *_ = inputs
     stage = layer.stage
-    loss_sum, hits = score(hidden, layer.weight, labels, stage.placement, bias=layer.bias)
+    loss_sum, by_token = score(hidden, layer.weight, labels, stage.placement, bias=layer.bias)
     if torch.is_grad_enabled():
         loss_sum = passing("step:loss", loss_sum)
-    targets = (labels != IGNORED).sum()
-    found = [loss_sum.detach(), targets.new_zeros(()) if hits is None else hits, targets]
-    stage.losses.append(torch.stack([t.double() for t in found]))
+    if by_token is not None:
+        stage.scored.append(by_token)
+    stage.losses.append(loss_sum.detach().double())
     return loss_sum * stage.per_target
 
 
@@ -325,12 +326,12 @@ class PipelineEngine(ZeroEngine):
         aux = [t.double() for t in self._stage.aux_losses]
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         # Each rank's auxiliary loss is the mean over its own groups.
-        return torch.stack([self._lead_sums()[0], sum(aux, zero) / self.layout.tp_size])
+        return torch.stack([self._lead_sum(), sum(aux, zero) / self.layout.tp_size])
 
     def last_losses(self) -> list[float]:
-        return [float(found[0]) for found in self._stage.losses]
+        return [float(loss_sum) for loss_sum in self._stage.losses]
 
-    def _evaluation_sums(self, micro: Sequence[MicroBatch]) -> Tensor:
+    def _scored(self, micro: Sequence[MicroBatch]) -> list[ByToken | None]:
         self._stage.reset()
         # Stages exchange activation shapes only once, but those of an evaluation may differ from training.
         self._engine.reset_activation_shape()
@@ -339,15 +340,13 @@ class PipelineEngine(ZeroEngine):
         )
         self._engine.reset_activation_shape()
         self._engine.module.train()
-        if not self._stage.losses:
-            return torch.zeros(len(micro), 3, dtype=torch.float64, device=self.layout.device)
-        return torch.stack(self._stage.losses)
+        return [*self._stage.scored] or [None] * len(micro)
 
-    def _lead_sums(self) -> Tensor:
-        """Sums over this rank's micro-batches; zeros except on one of the ranks that compute the same loss."""
+    def _lead_sum(self) -> Tensor:
+        """Loss sum of this rank's micro-batches; zero except on one of the ranks that compute the same loss."""
         if not self._stage.losses or self.layout.tp_rank:
-            return torch.zeros(3, dtype=torch.float64, device=self.layout.device)
-        return torch.stack(self._stage.losses).sum(0)
+            return torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        return torch.stack(self._stage.losses).sum()
 
     def _iterator(self, micro: Sequence[MicroBatch]) -> Any:
         for index, batch in enumerate(micro):

@@ -122,8 +122,10 @@ class Cache:
     def _reserve(self, size: int, keep: Collection[Path]) -> _Reservation | None:
         kept = {str(path) for path in keep}
         with self._locked():
+            # Reservations first: one that ends in between leaves a shard, which then counts twice and not never.
+            taken = self._reserved()
             shards = self._shards()
-            taken = sum(shard.bytes for shard in shards) + self._reserved()
+            taken += sum(shard.bytes for shard in shards)
             for shard in sorted(shards):
                 if taken + size <= self.limit:
                     break

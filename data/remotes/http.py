@@ -31,11 +31,15 @@ _SAID = {
 
 
 class HttpError(Exception):
-    """A file cannot be fetched; the message gives the reason."""
+    """A file cannot be fetched; the message gives the reason. `passing`: later attempts may succeed."""
+
+    passing = False
 
 
 class _Passing(HttpError):
     """Another attempt may succeed."""
+
+    passing = True
 
 
 def download(url: str, path: Path, *, limit: int, size: int | None = None, timeout_s: float = 300.0) -> None:
@@ -68,7 +72,7 @@ def download(url: str, path: Path, *, limit: int, size: int | None = None, timeo
                 pause_s = 0.5 * failures
                 if failures == ATTEMPTS or time.monotonic() + pause_s >= end:
                     at = f", at {furthest:,} bytes" if furthest else ""
-                    raise HttpError(f"{error}; gave up after {attempts} attempts{at}") from error
+                    raise _Passing(f"{error}; gave up after {attempts} attempts{at}") from error
             time.sleep(pause_s)
 
 

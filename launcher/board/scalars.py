@@ -62,10 +62,15 @@ def _validation(record: Mapping[str, Any], per_layer: bool) -> Scalars:
         "val/perplexity": _perplexity(record["loss"]),
         "val/accuracy": record["accuracy"],
     }
+    if "loss_low" in record:
+        found |= {"val/loss_low": record["loss_low"], "val/loss_high": record["loss_high"]}
     if "bits_per_byte" in record:
         found["val/bits_per_byte"] = record["bits_per_byte"]
     for name, one in record.get("sets", {}).items():
         found[f"val_sets/{name}"] = one["loss"]
+        if "loss_low" in one:
+            ends = {"low": one["loss_low"], "high": one["loss_high"]}
+            found |= {f"val_sets_{end}/{name}": value for end, value in ends.items()}
         if "bits_per_byte" in one:
             found[f"val_sets_bits_per_byte/{name}"] = one["bits_per_byte"]
     return found

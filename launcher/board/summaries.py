@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from headway.launcher.board.layout import Charts
+from headway.launcher.board.layout import Charts, Margin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,11 @@ def text_value(tag: str, markdown: str) -> Any:
     return _tensor(f"{tag}/text_summary", markdown.encode(), "text", made, shape=(1,))
 
 
+def _margin(made: Any, of: Margin) -> Any:
+    series = made.MarginChartContent.Series(value=of.value, lower=of.low, upper=of.high)
+    return made.MarginChartContent(series=[series])
+
+
 def layout_value(categories: Mapping[str, Charts]) -> Any:
     """The layout of the tab Custom Scalars. The latest one of a run counts."""
     with without_s3():
@@ -63,7 +68,9 @@ def layout_value(categories: Mapping[str, Charts]) -> Any:
             made.Category(
                 title=title,
                 chart=[
-                    made.Chart(title=name, multiline=made.MultilineChartContent(tag=tags))
+                    made.Chart(title=name, margin=_margin(made, tags))
+                    if isinstance(tags, Margin)
+                    else made.Chart(title=name, multiline=made.MultilineChartContent(tag=tags))
                     for name, tags in charts.items()
                 ],
             )

@@ -53,7 +53,7 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), *_fp8(), _apex(), _liger(), _triton(), _flash_attention(), *_mechanisms()]
+    return [*facts, *_levers(), *_fp8(), _apex(), _liger(), _triton(), _flash_attention(), *_extras(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -241,6 +241,31 @@ def _flash_attention() -> Fact:
     if importable("flash_attn"):
         return Fact("flash-attn", "absent", "FlashAttention-2 alone, which PyTorch has too", instead)
     return Fact("flash-attn", "absent", "no flash-attn", instead)
+
+
+_EXTRAS = {
+    "wandb": ("wandb", "wandb", "tracking.wandb is refused"),
+    "mlflow": ("mlflow", "mlflow-skinny", "tracking.mlflow is refused"),
+    "hf": (
+        "transformers",
+        "transformers",
+        "`headway import`, `headway export --to hf` and `import headway.hf` need it",
+    ),
+    "eval": ("lm_eval", "lm-eval", "`headway eval` has its own tasks and no others"),
+}
+"""Extra -> its module, its distribution, and what is missing without it."""
+
+
+def _extras() -> list[Fact]:
+    """Packages of the extras that commands or specs may need."""
+    facts = []
+    for extra, (module, distribution, without) in _EXTRAS.items():
+        if importable(module):
+            facts.append(Fact(distribution, "ok", _version(distribution) or "version unknown"))
+        else:
+            adds = f"{without}; pip install -c constraints.txt 'headway[{extra}]' adds it"
+            facts.append(Fact(distribution, "absent", f"no {distribution}", adds))
+    return facts
 
 
 def _mechanisms() -> list[Fact]:

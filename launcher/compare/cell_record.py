@@ -36,7 +36,7 @@ SHA256 = "sha256"
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 
 _CURVE = ("step", "tokens", "loss", "train_s")
-_VALIDATION = ("accuracy", "standard_error", "micro_batches", "targets")
+_VALIDATION = ("accuracy", "standard_error", "documents", "micro_batches", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,7 @@ def record_of(run_dir: Path, *, key: str, variant: str, seed: int, budget: float
         "summary": run.summary,
         "validation": _columns(run.validation, _CURVE) | {key: _column(getattr(run, key)) for key in _VALIDATION},
         **({"sets": {name: _column(losses) for name, losses in run.sets.items()}} if run.sets else {}),
+        **({"set_noise": {name: dict(found) for name, found in run.set_noise.items()}} if run.set_noise else {}),
         **({"mix": {name: dict(found) for name, found in run.mix.items()}} if run.mix else {}),
         "train": _figures(steps),
         "batches": None if marks is None else {"first": marks.first, "at": _listed(marks)},
@@ -181,9 +182,11 @@ def _restored(path: Path, content: dict[str, Any]) -> CellRecord:
         summary=content["summary"],
         train=curve,
         validation=_curve(validation),
-        **{key: _array(validation[key], len(validation["step"])) for key in _VALIDATION},
+        # Records of earlier versions have no documents.
+        **{key: _array(validation.get(key), len(validation["step"])) for key in _VALIDATION},
         sets={name: _array(found, len(validation["step"])) for name, found in content.get("sets", {}).items()},
-        mix={name: {k: _float(v) for k, v in found.items()} for name, found in content.get("mix", {}).items()},
+        set_noise=_numbers(content.get("set_noise", {})),
+        mix=_numbers(content.get("mix", {})),
         grad_norm=floats,
         skipped=train["skipped"],
         spikes=train["spikes"],
@@ -306,6 +309,10 @@ def _column(values: Floats) -> Any:
     """A list, or for equal values the value itself. The first column of a table is always a list."""
     numbers = [_number(v) for v in values.tolist()]
     return numbers[0] if len(numbers) > 1 and all(v == numbers[0] for v in numbers) else numbers
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {name: {key: _float(value) for key, value in found.items()} for name, found in content.items()}
 
 
 def _array(column: Any, count: int) -> Floats:

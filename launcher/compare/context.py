@@ -38,11 +38,12 @@ class ValidationNoise:
     """Standard error of a validation loss from the finite number of validation tokens, mean over finished full runs.
 
     `needed_tokens`: validation tokens that make it `SMALL` of `spread`; None if no spread is known. `spread`: the
-    standard deviation of a run given its variant and seed, pooled over variants.
+    standard deviation of a run given its variant and seed, pooled over variants. `groups`: what the error is
+    over, as a number and a noun: documents, or micro-batches in runs of earlier versions.
     """
 
     tokens: int
-    micro_batches: int
+    groups: str
     standard_error: float
     spread: float | None
     needed_tokens: int | None
@@ -113,9 +114,12 @@ def _validation_noise(cells: Sequence[CellResult], spread: float | None) -> Vali
         return None
     error = float(np.mean([r.standard_error[-1] for r in last]))
     tokens = int(np.mean([r.targets[-1] for r in last]))
+    documents = min(r.documents[-1] for r in last)
+    parts = min(r.micro_batches[-1] for r in last)
+    groups = f"{parts:,.0f} micro-batches" if math.isnan(documents) else f"{documents:,.0f} documents"
     return ValidationNoise(
         tokens=tokens,
-        micro_batches=int(min(r.micro_batches[-1] for r in last)),
+        groups=groups,
         standard_error=error,
         spread=spread or None,
         needed_tokens=math.ceil(tokens * (error / (SMALL * spread)) ** 2) if spread else None,

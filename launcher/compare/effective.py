@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.equal_loss import Axis, Pool, RatioTest, Table, falls
 from headway.launcher.compare.simultaneous import Simultaneous, compare_paired, sidak
-from headway.launcher.compare.stats import CONFIDENCE
 
 Losses = Mapping[str, Mapping[float, Mapping[int, float]]]
 """Variant -> budget -> seed -> loss at the annealed end, nats per token."""

@@ -25,7 +25,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from headway.launcher.compare.stats import CONFIDENCE, estimate, t_critical, unpaired_difference
+from headway.launcher.base.intervals import CONFIDENCE, t_critical
+from headway.launcher.compare.stats import estimate, unpaired_difference
 
 _NODES = 96
 """Number of points of each of the two integrals. Doubling it changes the quantile by less than 1e-4."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from headway.launcher.base.intervals import CONFIDENCE, t_critical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,6 @@ class Estimate:
     def excludes(self, value: float) -> bool:
         """True if the interval exists and does not contain `value`."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
-
-
-def t_critical(degrees_of_freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Two-sided critical value of Student's t."""
-    from scipy import special
-
-    return float(special.stdtrit(degrees_of_freedom, 0.5 + confidence / 2))
 
 
 def sd_factor(degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float:

@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, dunnett_critical
-from headway.launcher.compare.stats import CONFIDENCE, sd_factor
+from headway.launcher.compare.stats import sd_factor
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 

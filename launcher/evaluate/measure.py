@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from headway.launcher.compare.stats import CONFIDENCE, t_critical
+from headway.launcher.base.intervals import CONFIDENCE, t_critical
 
 _RESAMPLES, _AT_ONCE, _BOOTSTRAP_SEED = 2000, 20, 1
 

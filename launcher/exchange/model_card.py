@@ -118,10 +118,12 @@ def _losses(run: RunDir, card: dict[str, Any], step: int) -> Iterable[tuple[str,
 
 
 def _loss(record: dict[str, Any], bytes_per_token: Any) -> str:
-    error = record.get("standard_error")
-    text = f"{record['loss']:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "") + " nats per token"
+    text = f"{record['loss']:.4f} nats per token"
     if isinstance(bytes_per_token, float | int) and bytes_per_token > 0:
         text += f", {bits_per_byte(record['loss'], bytes_per_token):.4f} bits per byte"
+    low, high, documents = (record.get(key) for key in ("loss_low", "loss_high", "documents"))
+    if isinstance(low, float) and isinstance(high, float) and isinstance(documents, int):
+        text += f" (95 % interval over {documents:,} documents: {low:.4f} to {high:.4f} nats per token)"
     return text
 
 

@@ -53,7 +53,7 @@ def _validation(noise: ValidationNoise | None) -> str:
         return "not recorded"
     text = (
         f"standard error {noise.standard_error:.4f} nats per token from {noise.tokens:,} validation tokens "
-        f"({noise.micro_batches} micro-batches). All runs are validated on the same tokens, so it cancels partly in "
+        f"({noise.groups}). All runs are validated on the same tokens, so it cancels partly in "
         "differences; what is left of it is the same for every seed and is in no interval"
     )
     if noise.needed_tokens is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from headway.launcher.base.intervals import t_critical
 from headway.launcher.compare.analyse import StudyResult
 from headway.launcher.compare.cells import records_of
 from headway.launcher.compare.evaluations import Compared, compared_evaluations, compared_sets
@@ -24,6 +25,7 @@ def set_blocks(result: StudyResult) -> Iterator[Block]:
         )
         known = result.card("validation_sets") or {}
         yield from _table(result, sets, {name: found.get("bytes_per_token") for name, found in known.items()})
+        yield from _over_documents(result)
     if mix := next((c.record.mix for c in result.cells if c.done and c.record.mix), None):
         yield Text("Trained of each dataset of the mixture, in every cell alike:")
         total = sum(found.get("tokens", 0) for found in mix.values()) or 1
@@ -50,6 +52,22 @@ def evaluation_blocks(result: StudyResult) -> Iterator[Block]:
     if left_out := [f"{c.name}: {cell}" for c in found for cell in c.left_out]:
         yield Text("Cells that are not in these numbers:", "warn")
         yield Items(left_out)
+
+
+def _over_documents(result: StudyResult) -> Iterator[Block]:
+    """How far the loss on all text of a set's kind may be from that on the set."""
+    noise = next((c.record.set_noise for c in result.cells if c.done and c.record.set_noise), None)
+    if noise is None:
+        return
+    rows = [("validation set", "documents", "95 % interval of a loss")]
+    for name, found in noise.items():
+        half = t_critical(found["documents"] - 1) * found["standard_error"]
+        rows.append((name, f"{found['documents']:,.0f}", f"± {half:.4f}"))
+    yield Text(
+        "How well a loss on a set tells that on all text of its kind, from the spread over its documents in one cell. "
+        "All cells are validated on the same documents, so most of it cancels in the differences above:"
+    )
+    yield Table(rows, frozenset({0}))
 
 
 def _table(

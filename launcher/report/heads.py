@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from headway.launcher.compare.analyse import StudyResult, VariantResult
+from headway.launcher.compare.findings import signed_interval
+from headway.launcher.compare.simultaneous import Simultaneous, compare_paired
 from headway.launcher.report.page import Block, Heading, Image, Table, Text
 from headway.launcher.report.plots.study import Plot
 from headway.launcher.run.records_heads import HEAD_KEYS, ROUTER_KEYS, Router, mean
@@ -23,6 +25,8 @@ def router_and_head_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> It
         yield from _routers(routed)
     if pooled:
         yield from _heads(pooled)
+        if result.pairing.status != "UNPAIRED":
+            yield from _against_baseline(pooled, result.baseline.name)
     yield from (Image(plots[name]) for name in ("heads", "routers") if name in plots)
 
 
@@ -91,6 +95,44 @@ def _heads(variants: Sequence[VariantResult]) -> Iterator[Block]:
             cells.append(" \u2192 ".join(_shown(end, places) for end in ends))
         rows.append([v.name, *cells])
     yield Table(rows, frozenset({0, 1}))
+
+
+def _against_baseline(variants: Sequence[VariantResult], baseline: str) -> Iterator[Block]:
+    """Differences of the last measures to the baseline's, for variants whose pools are of the same kind and size."""
+    kinds = {v.name: {(h.member, h.members) for h in v.heads.values()} for v in variants}
+    alike = [v for v in variants if len(kinds[v.name]) == 1 and kinds[v.name] == kinds.get(baseline)]
+    if len(alike) < 2 or baseline not in kinds:
+        return
+    found = {key: compare_paired({v.name: _last(v, key) for v in alike}, baseline).differences for key in HEAD_KEYS}
+    yield Text(
+        f"Differences to {baseline} at the end of training, with 95 % intervals over seeds that are simultaneous for "
+        "the variants, not for the measures. Heads are less alike than the baseline where the interval of C_o is below "
+        "0. A variant whose choice is random is the control: what it has too is no effect of a learned router."
+    )
+    rows = [["variant", "n", *(_TITLES[key] for key in HEAD_KEYS), "outputs of heads"]]
+    for v in alike:
+        differences = {key: found[key].get(v.name) for key in HEAD_KEYS}
+        outputs = differences["c_o"]
+        if v.name == baseline or outputs is None:
+            continue
+        cells = [signed_interval(differences[key], 2 if key == "effective_rank" else 3) for key in HEAD_KEYS]
+        rows.append([v.name, str(outputs.n), *cells, _verdict(outputs)])
+    yield Table(rows, frozenset({0, 7}))
+
+
+def _last(variant: VariantResult, key: str) -> dict[int, float]:
+    """Seed -> the last value of a measure, where it is finite."""
+    values = {seed: float(found.mean(key)[-1]) for seed, found in variant.heads.items()}
+    return {seed: value for seed, value in values.items() if math.isfinite(value)}
+
+
+_TITLES = {"c_w": "C_W", "c_q": "C_q", "c_o": "C_o", "effective_rank": "effective rank", "cka": "CKA"}
+
+
+def _verdict(outputs: Simultaneous) -> str:
+    if not outputs.excludes(0):
+        return "no difference shown"
+    return "less alike" if outputs.mean < 0 else "more alike"
 
 
 def _shown(value: float, places: str) -> str:

@@ -27,7 +27,7 @@ from headway.launcher.run.lines import Damage, Found, Lost, decode, is_step, lin
 from headway.launcher.run.records_heads import Floats, Heads, Router, read_heads, read_routers
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
-_VALIDATION = ("tokens", "loss", "train_s", "accuracy", "standard_error", "micro_batches", "targets")
+_VALIDATION = ("tokens", "loss", "train_s", "accuracy", "standard_error", "documents", "micro_batches", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,10 @@ class RunRecord:
     recorded. `start`: layer -> {"attention", "mlp"}, ratio of the rms of the branch output to the rms of the residual
     stream before the first step; empty if not recorded. `grad_norm`: of each step, before clipping. `skipped`: steps
     whose update was not applied. `spikes`: steps with a loss spike (`guard.spike`). `standard_error`: of each
-    validation loss, from the spread over `micro_batches`; nan if not recorded. `targets`: of each validation. `sets`:
-    losses of each validation set, at each validation; nan if not recorded. `mix`: tokens and epochs of each dataset
-    of a mixture, at the last validation. `step_s`, `data_s`: seconds of each step, and of its wait for data, without
+    validation loss, from the spread over `documents` (in older runs over `micro_batches`, and nan `documents`); nan if
+    not recorded. `targets`: of each validation. `sets`: losses of each validation set, at each validation; nan if not
+    recorded. `set_noise`: standard error and documents of each set, and `mix`: tokens and epochs of each dataset of a
+    mixture, at the last validation. `step_s`, `data_s`: seconds of each step, and of its wait for data, without
     steps that were profiled. `lost`: records that metrics.jsonl and all curves lack.
     """
 
@@ -73,9 +74,11 @@ class RunRecord:
     validation: Curve
     accuracy: Floats
     standard_error: Floats
+    documents: Floats
     micro_batches: Floats
     targets: Floats
     sets: Mapping[str, Floats]
+    set_noise: Mapping[str, Mapping[str, float]]
     mix: Mapping[str, Mapping[str, float]]
     grad_norm: Floats
     skipped: int
@@ -125,9 +128,11 @@ def read_run(path: Path) -> RunRecord:
         validation=_curve(validation, validated),
         accuracy=validation.column("accuracy", validated),
         standard_error=validation.column("standard_error", validated),
+        documents=validation.column("documents", validated),
         micro_batches=validation.column("micro_batches", validated),
         targets=validation.column("targets", validated),
         sets=_sets(found.sets, validation.steps(validated)),
+        set_noise=_noise(found.sets, validation.steps(validated)),
         mix=found.mix,
         grad_norm=train.column("grad_norm", kept),
         skipped=train.skipped(kept),
@@ -209,6 +214,13 @@ def _sets(by_step: Mapping[int, dict[str, Any]], steps: NDArray[np.int64]) -> di
         name: np.array([number(by_step.get(step, {}).get(name, {}).get("loss")) for step in steps.tolist()])
         for name in names
     }
+
+
+def _noise(by_step: Mapping[int, dict[str, Any]], steps: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+    """Name of a validation set -> standard error and documents at the last of `steps`, where they are recorded."""
+    last = by_step.get(int(steps[-1]), {}) if steps.size else {}
+    found = {name: {key: number(one.get(key)) for key in ("standard_error", "documents")} for name, one in last.items()}
+    return {name: noise for name, noise in found.items() if np.isfinite([*noise.values()]).all()}
 
 
 class _Placed:

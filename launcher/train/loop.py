@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from headway.data.mixture import MixedText
+from headway.launcher.base.intervals import interval
 from headway.launcher.run import heartbeat
 from headway.launcher.run.records import step_seconds
 from headway.launcher.run.run_dir import RunDir, write_json
@@ -113,22 +114,17 @@ def validate(s: Session) -> None:
     start = time.perf_counter()
     s.engine.before_step(s.tokens)  # set schedules to the current state, also if a stage just ended
     data = s.validation
-    result, *of_sets = s.engine.evaluate_parts(data.batches, data.parts)
+    result, *of_sets = s.engine.evaluate_parts(data.batches, data.documents, data.parts)
     s.validation_loss, s.validation_step = result.loss, s.step
     s.tracker.validation(
         {
             "kind": "validation",
             "step": s.step,
             "tokens": s.tokens,
-            "loss": result.loss,
-            "accuracy": result.accuracy,
-            "targets": result.targets,
-            "standard_error": result.standard_error,
-            **_bits_per_byte(s, "", result.loss),
-            "micro_batches": result.micro_batches,
+            **_result(s, "", result),
             "train_s": s.train_s,
             "seconds": time.perf_counter() - start,
-            **({"sets": {n: _set_record(s, n, e) for n, e in zip(data.sets, of_sets, strict=True)}} if of_sets else {}),
+            **({"sets": {n: _result(s, n, e) for n, e in zip(data.sets, of_sets, strict=True)}} if of_sets else {}),
             **_mixed(s),
         }
     )
@@ -136,14 +132,25 @@ def validate(s: Session) -> None:
         hook.after_validation(s)
 
 
-def _set_record(s: Session, name: str, found: Evaluation) -> dict[str, Any]:
+def _result(s: Session, name: str, found: Evaluation) -> dict[str, Any]:
+    """The entries of a record for one validation set; "" is the main one."""
     return {
         "loss": found.loss,
         "accuracy": found.accuracy,
         "targets": found.targets,
         "standard_error": found.standard_error,
+        "documents": found.groups,
+        **_interval(found),
         **_bits_per_byte(s, name, found.loss),
     }
+
+
+def _interval(found: Evaluation) -> dict[str, float]:
+    """Of the loss, over documents; none with fewer than two."""
+    if found.standard_error is None:
+        return {}
+    low, high = interval(found.loss, found.standard_error, groups=found.groups)
+    return {"loss_low": low, "loss_high": high}
 
 
 def _bits_per_byte(s: Session, name: str, loss: float) -> dict[str, float]:

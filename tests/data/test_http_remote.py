@@ -24,9 +24,9 @@ from web_server import (
     truncated,
 )
 
-from headway.data import fetch
+from headway.data import fetch, mds
 from headway.data.config import DataConfig, DataError, MdsSource
-from headway.data.loader import Loader
+from headway.data.loader import Loader, open_source
 from headway.data.manifest import FileEntry, hash_file, read_manifest
 from headway.data.remotes import http
 from headway.data.verify import verify
@@ -108,6 +108,32 @@ def test_a_transfer_that_gets_no_further_ends_after_three_attempts(web: WebServe
     web.always = truncated(1000)
     refused(web, tmp_path, r"cannot be fetched \(.*broke off; gave up after 3 attempts, at 1,000 bytes")
     assert len(web.fetched(SHARD)) == 3
+
+
+def test_reading_waits_for_a_remote_that_comes_back(
+    web: WebServer, source: MdsSource, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there = MdsSource(type="mds", path=str(tmp_path / "cache"), remote=f"{web.url}/")
+    verify(there, seq_len=32)
+    web.faults = {path.name: [status(503)] * 10 for path in web.root.glob("train/*.mds")}  # three transfers fail
+    assert digests(there) == digests(source)
+    assert ".mds: cannot be fetched (the server answers 503" in (said := capfd.readouterr().err)
+    assert 0 < said.count("it is asked again for 60 s") <= len(web.faults)
+
+
+def test_an_outage_that_lasts_ends_the_reading_and_a_refusal_does_so_at_once(
+    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mds, "_OUTAGE_S", 0.3)
+    there = MdsSource(type="mds", path=str(tmp_path / "cache"), remote=f"{web.url}/")
+    verify(there, seq_len=32)
+    for code, passing in ((503, True), (404, False)):
+        web.always, web.requests = status(code), []
+        cfg = DataConfig(source=there, seq_len=32, workers=0, retry_s=0)
+        split = open_source(cfg, split="validation")
+        with pytest.raises(DataError, match=f"cannot be fetched .*{code}"):
+            split.sample(0)
+        assert len(web.requests) > 3 if passing else len(web.requests) == 1
 
 
 @pytest.mark.parametrize("fault", [stalled, silent])

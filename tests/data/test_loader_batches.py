@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from headway.data.config import DataConfig, DataError, MdsSource, SyntheticSource
-from headway.data.loader import IGNORED, Loader, StepBatch, open_source, validation_batches
+from headway.data.loader import IGNORED, Loader, StepBatch, open_source, validation_batches, validation_spread
 from headway.data.packed import PackedText
 
 GLOBAL_BATCH, SEQ_LEN = 8, 32
@@ -228,6 +228,40 @@ def test_validation_is_the_same_tokens_for_any_ranks(kind: str, micro: int, rank
     spread = [number * available // sequences for number in range(sequences)]
     assert len(set(spread)) == sequences and (kind == "synthetic" or spread[-1] > sequences)  # not just the first ones
     assert tokens[real].tolist() == [packed.sample(index).tokens[:-1].tolist() for index in spread]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_target_of_a_validation_is_counted_for_its_document(masked: bool, ranks: int, source: MdsSource) -> None:
+    cfg = data(source).model_copy(update={"document_mask": masked})
+    packed = PackedText(source.path, split="validation", seq_len=SEQ_LEN, seed=0, shuffle_window=1)
+    owner = np.repeat(np.arange(len(packed.document_ends)), np.diff(packed.document_ends, prepend=0))
+    sequences = packed.num_sequences - 1
+    wanted = [number * packed.num_sequences // sequences for number in range(sequences)]
+    expected = np.concatenate([owner[i * SEQ_LEN + 1 : (i + 1) * SEQ_LEN + 1] for i in wanted])
+    parts = [
+        validation_spread(cfg, tokens=sequences * SEQ_LEN, micro_batch=4, dp_rank=rank, dp_size=ranks)
+        for rank in range(ranks)
+    ]
+    labels = torch.cat([batch.labels for part in parts for batch in part.batches])
+    real = (labels != IGNORED).any(dim=1)
+    found = torch.cat([numbers for part in parts for numbers in part.documents])[real].flatten().numpy()
+    known, places = np.unique(expected, return_inverse=True)
+    assert len(known) > 3 and all(part.count >= len(known) for part in parts)
+    # Numbers follow the order of the split. The document of a first token without a label may have a number too.
+    numbers = np.unique(found)
+    assert len(numbers) == len(known) and np.array_equal(numbers[places], found)
+    assert numbers[-1] < parts[0].count and len({part.count for part in parts}) == 1
+
+
+def test_each_problem_of_a_synthetic_task_is_a_document() -> None:
+    part = validation_spread(data(SYNTHETIC), tokens=5 * SEQ_LEN, micro_batch=5, dp_rank=0, dp_size=1)
+    task = open_source(data(SYNTHETIC), split="validation")
+    segments = np.stack([task.sample(index).segments[1:] for index in range(5)])
+    count = int(segments.max()) + 1
+    assert part.count == 5 * count and torch.equal(
+        part.documents[0], torch.from_numpy(segments + count * np.arange(5)[:, None])
+    )
 
 
 def test_validation_takes_at_most_what_the_split_has(source: MdsSource) -> None:

@@ -15,7 +15,7 @@ from headway.data.build import build
 from headway.data.config import CorpusConfig, DataConfig, DataError, MixSource
 from headway.data.loader import Loader, open_source
 from headway.data.mixture import BLOCK, MixedText, Mixture, validation_shares
-from headway.data.validation import validation_data
+from headway.data.validation import ValidationData, validation_data
 from headway.data.verify import verify_source
 
 from .conftest import corpus_config, make_texts, write_jsonl
@@ -113,21 +113,27 @@ def test_validation_has_a_set_for_each_dataset_and_for_each_name(folders: list[P
     cfg = config(folders, validation={"more": str(folders[1])})
     whole = validation_data(cfg, tokens=32 * 40, micro_batch=4, dp_rank=0, dp_size=1)
     assert list(whole.sets) == ["wiki", "books", "code", "more"]
-    rows = {name: [row for n in places for row in _rows(whole.batches[n])] for name, places in whole.sets.items()}
+    rows = {name: _rows_of([whole], documents) for name, documents in whole.sets.items()}
     assert whole.main == range(whole.sets["more"].start)
     assert len(rows["wiki"]) == pytest.approx(2 * len(rows["books"]), abs=1) and len(rows["code"]) >= 1
     first = " ".join(_text(folders[0], rows["wiki"][0])[:40].split())
     assert first and rows["wiki"] != rows["books"]
     parts = [validation_data(cfg, tokens=32 * 40, micro_batch=2, dp_rank=rank, dp_size=2) for rank in range(2)]
-    assert parts[0].sets == parts[1].sets  # ranks have equal numbers of micro-batches in each set
-    for name, places in parts[0].sets.items():
-        both = [row for part in parts for n in places for row in _rows(part.batches[n])]
-        assert sorted(both) == sorted(rows[name]), name
+    assert parts[0].sets == parts[1].sets == whole.sets
+    assert len(parts[0].batches) == len(parts[1].batches)
+    for name, documents in whole.sets.items():
+        assert sorted(_rows_of(parts, documents)) == sorted(rows[name]), name
 
 
-def _rows(batch: Any) -> list[list[int]]:
-    """Tokens of the rows that have targets: the others are padding."""
-    return [row.tolist() for row, labels in zip(batch.tokens, batch.labels, strict=True) if (labels >= 0).any()]
+def _rows_of(parts: list[ValidationData], documents: range) -> list[list[int]]:
+    """Tokens of the rows of these documents, over all ranks. Rows without targets are padding."""
+    return [
+        row.tolist()
+        for part in parts
+        for batch, numbers in zip(part.batches, part.documents, strict=True)
+        for row, labels, of in zip(batch.tokens, batch.labels, numbers, strict=True)
+        if (labels >= 0).any() and int(of[0]) in documents
+    ]
 
 
 def _text(folder: Path, ids: list[int]) -> str:

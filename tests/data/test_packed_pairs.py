@@ -189,9 +189,24 @@ def test_a_set_of_pairs_is_evaluated_beside_a_text_and_the_other_way_round(pairs
     of_text = DataConfig(source=MdsSource(type="mds", path=str(dataset)), seq_len=SEQ_LEN)
     mixed = validation_data(of_text.model_copy(update={"validation": {"pairs": str(pairs)}}), **ranks)
     alone = validation_data(config(pairs), **ranks)
-    ours = [mixed.batches[place] for place in mixed.sets["pairs"]]
+    ours = [*mixed.batches][-len(alone.batches) :]
     assert [b.labels.tolist() for b in ours] == [b.labels.tolist() for b in alone.batches]
+    assert list(mixed.sets) == ["pairs"] and len(mixed.sets["pairs"]) == len(alone.main)
     assert (mixed.batches[0].labels != IGNORED).float().mean() > 0.9 > (ours[0].labels != IGNORED).float().mean()
+
+
+def test_every_pair_is_a_document_of_the_validation_with_its_own_targets(pairs: Path) -> None:
+    source = opened(config(pairs), "validation")
+    numbers = [source.documents(index) for index in range(source.num_sequences)]
+    assert [a.stop for a in numbers[:-1]] == [b.start for b in numbers[1:]] and numbers[0].start == 0
+    data = validation_data(config(pairs), tokens=10**6, micro_batch=4, dp_rank=0, dp_size=1)
+    owners = torch.cat([of[b.labels != IGNORED] for of, b in zip(data.documents, data.batches, strict=True)])
+    documents = MdsSplit(pairs, "validation")
+    assert documents.prompts is not None and source.facts.left_out > 0
+    sizes = sorted(torch.bincount(owners)[torch.bincount(owners) > 0].tolist())
+    targets = documents.lengths - documents.prompts
+    fits = targets + source.separator_tokens + 1 <= SEQ_LEN + 1
+    assert sizes == sorted(targets[fits].tolist())
 
 
 def test_a_sequence_that_no_pair_fits_is_an_error(pairs: Path) -> None:
@@ -207,7 +222,7 @@ def test_a_sequence_that_no_pair_fits_is_an_error(pairs: Path) -> None:
 
 
 def test_pairs_need_the_document_mask_and_a_dataset_of_pairs(pairs: Path, dataset: Path) -> None:
-    with pytest.raises(ValueError, match="document_mask: false would let a pair attend to the other pairs"):
+    with pytest.raises(ValueError, match="document_mask: false lets pairs attend to each other"):
         config(pairs, document_mask=False)
     with pytest.raises(DataError, match="has texts; use type: mds"):
         opened(config(dataset))

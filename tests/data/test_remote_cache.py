@@ -292,6 +292,28 @@ def test_fetching_ahead_does_not_delete_the_current_window(
         assert len(kept[0]) == 2 * WINDOW
 
 
+@pytest.mark.parametrize("first", ["_shards", "_reserved"])
+def test_a_fetch_that_ends_while_sizes_are_added_up_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    cache, shard = Cache(tmp_path, 100), tmp_path / "train/shard.00000.mds"
+    shard.parent.mkdir()
+    with contextlib.ExitStack() as fetch:
+        fetch.enter_context(cache.room(60))
+        original = getattr(Cache, first)
+
+        def then_it_ends(self: Cache) -> object:
+            found = original(self)
+            shard.write_bytes(bytes(60))
+            fetch.close()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, first, then_it_ends)
+            with cache.room(60, keep=[shard], wait_s=0.0) as there_is_room:
+                assert not there_is_room
+
+
 def test_a_cache_that_gets_no_room_says_so(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headway.data.remotes.cache._WAIT_S", 0.2)
     cache, limit = tmp_path / "cache", least(dataset)

@@ -106,7 +106,7 @@ def test_validation_is_checked_too(copy: Path) -> None:
     assert str(caught.value).startswith(says)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_on_such_a_dataset_ends_with_65_in_every_layout(
     tensor: int, headway: Any, config: CorpusConfig
 ) -> None:

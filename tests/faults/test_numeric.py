@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 from run_folders import records
@@ -20,6 +21,8 @@ from headway.parallel.tensors.reader import Tensors
 COMMON = ("train.tokens=1536", "train.validate_every_tokens=256", "tracking.tensorboard=false")
 COMMON += ("schedule.warmup_tokens=1280", "schedule.decay_fraction=0.1")  # five steps
 ALONE, TWO, FOUR = "launch.processes=1", "launch.processes=2", "launch.processes=4"
+# Covered by `make test-all`: other cases with the same layout or the same precision are in `make test`.
+more = partial(pytest.param, marks=pytest.mark.slow)
 TP, PP, CP, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.precision=bf16"
 
 
@@ -50,34 +53,34 @@ def alone(headway_once):
     [
         # 8 sequences a step: passes of a rank are 2 where 2 ranks share them by data, 4 elsewhere
         ("step:loss@1#6:nan", [TWO]),
-        ("step:loss@0#6:inf", [TWO, "parallel.zero=2"]),
+        more("step:loss@0#6:inf", [TWO, "parallel.zero=2"]),
         ("step:loss@1#6:nan", [TWO, "parallel.zero=3"]),
-        ("step:loss@1#6:nan", [TWO, BF16]),
-        ("step:loss@0#5:inf", [TWO, BF16, "parallel.zero=3"]),
+        more("step:loss@1#6:nan", [TWO, BF16]),
+        more("step:loss@0#5:inf", [TWO, BF16, "parallel.zero=3"]),
         ("step:loss@1#6:inf", [TWO, BF16, "parallel.zero=2"]),
-        ("step:loss@1#10:nan", [TWO, TP]),
+        more("step:loss@1#10:nan", [TWO, TP]),
         ("step:loss@0#10:nan", [TWO, TP, BF16]),
         ("step:loss@1#10:inf", [TWO, CP, BF16]),
-        ("step:loss@0#10:nan", [TWO, CP]),
-        ("step:loss@1#10:nan", [TWO, PP]),
+        more("step:loss@0#10:nan", [TWO, CP]),
+        more("step:loss@1#10:nan", [TWO, PP]),
         ("step:loss@1#10:inf", [TWO, PP, BF16]),
         ("step:loss@3#10:nan", [FOUR, TP, PP]),
-        ("step:loss@2#6:nan", [FOUR, PP, BF16]),
+        more("step:loss@2#6:nan", [FOUR, PP, BF16]),
         # one parameter's gradient on one rank, with finite losses
         ("step:gradient@1#6:inf", [TWO]),
-        ("step:gradient@0#5:nan", [TWO, BF16]),
+        more("step:gradient@0#5:nan", [TWO, BF16]),
         ("step:gradient@1#5:inf", [TWO, "parallel.zero=2"]),
-        ("step:gradient@0#6:nan", [TWO, "parallel.zero=2", BF16]),
-        ("step:gradient@0#6:inf", [TWO, "parallel.zero=3"]),
+        more("step:gradient@0#6:nan", [TWO, "parallel.zero=2", BF16]),
+        more("step:gradient@0#6:inf", [TWO, "parallel.zero=3"]),
         ("step:gradient@0#6:nan", [TWO, "parallel.zero=3", BF16]),
-        ("step:gradient@0#10:inf", [TWO, CP, BF16]),
+        more("step:gradient@0#10:inf", [TWO, CP, BF16]),
         ("step:gradient@1#10:inf", [TWO, TP]),
-        ("step:gradient@0#10:nan", [TWO, TP, BF16]),
-        ("step:gradient@0#10:inf", [TWO, PP]),
+        more("step:gradient@0#10:nan", [TWO, TP, BF16]),
+        more("step:gradient@0#10:inf", [TWO, PP]),
         ("step:gradient@1#10:nan", [TWO, PP, BF16]),
         ("step:gradient@1#10:nan", [TWO, CP]),
         ("step:gradient@2#10:inf", [FOUR, TP, PP]),
-        ("step:gradient@1#6:inf", [FOUR, PP, BF16]),
+        more("step:gradient@1#6:inf", [FOUR, PP, BF16]),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ def kill_a_rank(run, rank):
         pytest.param(2, ["parallel.zero=2"], marks=pytest.mark.slow),  # ZeRO-3 and pipelines below cover more
         (2, ["parallel.zero=3", BF16]),
         pytest.param(2, [PP], marks=pytest.mark.slow),
-        (2, [PP, BF16]),
+        pytest.param(2, [PP, BF16], marks=pytest.mark.slow),
         pytest.param(2, [TP, "parallel.sequence_parallel=true", BF16], marks=pytest.mark.slow),
         (2, [CP]),
         (4, [TP, PP, "parallel.recompute=block"]),

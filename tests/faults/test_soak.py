@@ -13,11 +13,11 @@ import soak
 
 @pytest.mark.timeout(900)
 def test_trainings_survive_random_faults():
-    # F1: with the kills of test_resume.py and test_supervisor.py, more than 25 of single ranks; F30. `make soak` does
+    # F1: with the kills of test_resume.py and test_supervisor.py, more than 20 of single ranks; F30. `make soak` does
     # 200 kills.
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    figures = soak.soak(seconds=30, kills=10, rank_kills=3, at_most_s=600, seed=seed)
-    assert figures["kills"] >= 10 and figures["faults"]["rank"] >= 3
+    figures = soak.soak(seconds=15, kills=6, rank_kills=2, at_most_s=600, seed=seed)
+    assert figures["kills"] >= 6 and figures["faults"]["rank"] >= 2
     assert figures["compared_bitwise"] >= 1 and figures["wrong"] == figures["left_behind"] == 0
     assert 0 < figures["effective_training_share"] < 1

@@ -122,6 +122,7 @@ def test_a_signal_to_the_launcher_or_to_one_rank_saves_and_ends_with_75(headway,
     assert "same command continues" in stderr
 
 
+@pytest.mark.slow  # test_signal_storms.py has moments of its own
 def test_signals_at_random_moments_lose_no_step(headway):
     # F5. `make soak` sends many more. Steps take milliseconds, so each start ends within a few saves.
     common = ("train.tokens=102400", "launch.processes=2", "tracking.tensorboard=false", "checkpoint.every_tokens=null")

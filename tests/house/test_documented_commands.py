@@ -74,12 +74,12 @@ REDUCED = {
     "bench step": ["--steps", "2"],
     "bench data": ["--steps", "2"],
     "bench documents": ["--lengths", "32", "--rounds", "2"],
-    "bench peers": ["--sizes", "spec", "--peers", "bare", "--precision", "fp32", "--rounds", "2"],
     "bench mechanism": ["--lengths", "32", "--rounds", "2", "--tokens", "64"],
 }
 """Words behind commands that start so, which would otherwise take minutes or not end."""
 NOT_EXECUTED = {
     "chaos": "takes three minutes, and torchrun; tests/faults/test_chaos.py runs it",
+    "bench peers": "takes half a minute; tests/launcher/bench/test_bench_peers.py runs it",
     "bench gpu": "needs a GPU; tests/launcher/bench/test_bench_gpu.py runs parts of it on a CPU",
     "bench report": "needs the rows of a GPU, and --refit changes the planner; tests/launcher/bench/test_bench_gpu.py",
     "study merge": "needs trained cells; tests/launcher/study/test_merge.py",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels.loss import VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.loss import VocabularyPart, linear_cross_entropy_by_token, linear_cross_entropy_sum
 
 TOKENS, WIDTH, VOCAB = 23, 5, 11
 CUTS = {1: [0, 11], 2: [0, 4, 11], 3: [0, 4, 5, 11]}  # where each rank's rows begin; one rank has a single row
@@ -148,16 +148,16 @@ def test_hits_are_those_of_the_whole_vocabulary(cuts, chunk_tokens):
     hidden, weight, labels = problem()
     guesses = (hidden @ weight.T).argmax(-1)
     labels = torch.where((labels != -100) & (torch.arange(TOKENS) % 3 != 0), guesses, labels)
-    want_loss, want_hits = linear_cross_entropy_and_hits(hidden, weight, labels)
-    assert 0 < want_hits < (labels != -100).sum()
+    want_losses, want_hits = linear_cross_entropy_by_token(hidden, weight, labels)
+    assert 0 < want_hits.sum() < (labels != -100).sum()
     got, _ = on_ranks(
         cuts,
         weight,
-        lambda rows, part: linear_cross_entropy_and_hits(hidden, rows, labels, chunk_tokens=chunk_tokens, part=part),
+        lambda rows, part: linear_cross_entropy_by_token(hidden, rows, labels, chunk_tokens=chunk_tokens, part=part),
     )
-    for loss, hits in got:
-        torch.testing.assert_close(loss, want_loss, rtol=1e-13, atol=0)
-        assert hits.dtype == torch.int64 and torch.equal(hits, want_hits)
+    for losses, hits in got:
+        torch.testing.assert_close(losses, want_losses, rtol=1e-13, atol=1e-14)
+        assert torch.equal(hits, want_hits)
 
 
 @PARTS
@@ -171,9 +171,9 @@ def test_of_equal_logits_in_several_parts_the_first_is_the_guess(cuts, rivals):
         got, _ = on_ranks(
             cuts,
             weight,
-            lambda w, part, rows=rows: linear_cross_entropy_and_hits(hidden[rows], w, labels[rows], part=part)[1],
+            lambda w, part, rows=rows: linear_cross_entropy_by_token(hidden[rows], w, labels[rows], part=part)[1],
         )
-        assert got == [int(rivals[0] in labels[rows])] * len(got)
+        assert all(torch.equal(hits, labels[rows] == rivals[0]) for hits in got)
 
 
 @PARTS
@@ -184,11 +184,13 @@ def test_an_ignored_row_adds_nothing_whatever_it_holds(cuts):
         got, _ = on_ranks(
             cuts,
             weight,
-            lambda rows, part: linear_cross_entropy_and_hits(hidden, rows, labels, chunk_tokens=5, part=part),
+            lambda rows, part: linear_cross_entropy_by_token(hidden, rows, labels, chunk_tokens=5, part=part),
         )
         kept = labels != -100
-        want = linear_cross_entropy_and_hits(hidden[kept], weight, labels[kept])
-        assert all(torch.allclose(loss, want[0]) and torch.equal(hits, want[1]) for loss, hits in got)
+        want = linear_cross_entropy_by_token(hidden[kept], weight, labels[kept])
+        for losses, hits in got:
+            assert torch.allclose(losses[kept], want[0]) and torch.equal(hits[kept], want[1])
+            assert not losses[~kept].any() and not hits[~kept].any()
 
 
 @pytest.mark.parametrize("row", [0, 10])
@@ -209,7 +211,7 @@ def test_two_exchanges_per_chunk_with_and_without_hits():
     _, exchange = on_ranks(
         CUTS[2],
         weight,
-        lambda rows, part: linear_cross_entropy_and_hits(hidden, rows, labels, chunk_tokens=8, part=part),
+        lambda rows, part: linear_cross_entropy_by_token(hidden, rows, labels, chunk_tokens=8, part=part),
     )
     assert exchange.shapes == [call for c in chunks for call in (("amax", [c]), ("sum", [3, c]))]
 
@@ -235,7 +237,7 @@ def test_a_bias_is_shared_out_with_the_rows(cuts, chunk_tokens):
     def run(rows, part):
         mine = bias[part.start : part.start + len(rows)].clone().requires_grad_()
         loss = linear_cross_entropy_sum(hidden, rows, labels, bias=mine, part=part, chunk_tokens=chunk_tokens)
-        found = linear_cross_entropy_and_hits(hidden, rows, labels, bias=mine, part=part, chunk_tokens=chunk_tokens)
+        found = linear_cross_entropy_by_token(hidden, rows, labels, bias=mine, part=part, chunk_tokens=chunk_tokens)
         return loss.detach(), torch.autograd.grad(loss, mine)[0], found
 
     losses, grads, found = zip(*on_ranks(cuts, weight, run)[0], strict=True)
@@ -246,5 +248,5 @@ def test_a_bias_is_shared_out_with_the_rows(cuts, chunk_tokens):
     torch.testing.assert_close(torch.cat(grads), want, rtol=0, atol=1e-13)
     for loss, (other, hits) in zip(losses, found, strict=True):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
-        torch.testing.assert_close(other, expected.detach(), rtol=1e-13, atol=0)
-        assert hits == (logits.argmax(-1) == labels).sum()
+        torch.testing.assert_close(other.sum(), expected.detach(), rtol=1e-13, atol=0)
+        assert hits.sum() == (logits.argmax(-1) == labels).sum()

@@ -38,6 +38,7 @@ def test_kernels_match_float64_at_odd_sizes_forward_and_backward(name, errors):
         assert error <= tolerance, (what, error)  # false for NaN too
 
 
+@pytest.mark.slow
 def test_one_wrong_element_of_a_kernel_is_detected():
     slots, choice = "headway.kernels.triton.slots", "headway.kernels.triton.routing"
     launches = [

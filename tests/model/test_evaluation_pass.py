@@ -20,7 +20,9 @@ def test_hits_are_the_targets_whose_largest_logit_is_the_label():
         labels[:, ::2] = (labels[:, ::2] + 1) % 7
         labels[0] = -100
         out = model(tokens, labels)
-    assert out.hits is not None and (int(out.hits), int(out.targets)) == (2 * 6, 2 * 13)
+    assert out.by_token is not None
+    assert torch.equal(out.by_token.hits, (guesses == labels) & (labels != -100))
+    assert (int(out.by_token.hits.sum()), int(out.targets)) == (2 * 6, 2 * 13)
 
 
 def test_the_loss_is_that_of_training_and_only_training_counts_no_hits():
@@ -28,6 +30,7 @@ def test_the_loss_is_that_of_training_and_only_training_counts_no_hits():
     training = model(tokens[:, :-1], tokens[:, 1:])
     with torch.no_grad():
         evaluation = model(tokens[:, :-1], tokens[:, 1:])
-    assert training.hits is None and evaluation.hits is not None
+    assert training.by_token is None and evaluation.by_token is not None
+    torch.testing.assert_close(evaluation.by_token.losses.sum(), evaluation.loss_sum, rtol=1e-6, atol=0)
     # fp32 sums of 36 terms in another order
     torch.testing.assert_close(evaluation.loss_sum, training.loss_sum.detach(), rtol=1e-6, atol=0)

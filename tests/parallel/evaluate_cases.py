@@ -43,16 +43,23 @@ def main() -> None:
         micro = [cases.Micro(tokens[i : i + 2], labels[i : i + 2], None) for i in rows]
         mine = sum(int((m.labels != -100).sum()) for m in micro)
         result = engine.evaluate(micro)
+        # Each row is a document; the parts are all of them, and the last three.
+        documents = [torch.arange(i, i + 2)[:, None].expand_as(m.labels) for i, m in zip(rows, micro, strict=True)]
+        of_rows = engine.evaluate_parts(micro, documents, [range(cases.GLOBAL), range(cases.GLOBAL - 3, cases.GLOBAL)])
         if layout.is_main:
             found = {"accuracy": result.accuracy, "targets": result.targets, "loss": result.loss}
-            found |= {"standard_error": result.standard_error, "micro_batches": result.micro_batches}
+            found |= {"standard_error": result.standard_error, "groups": result.groups}
+            found["of_rows"] = [[e.loss, e.standard_error, e.groups] for e in of_rows]
             print("CASE", json.dumps({"zero": zero, "mine": mine, "expected": expected, **found}), flush=True)
         dist.barrier()
     if layout.is_main:
         out = cases.decoder()(tokens, labels)
         pairs = [cases.decoder()(tokens[i : i + 2], labels[i : i + 2]) for i in range(0, len(tokens), 2)]
         each = [[float(pair.loss_sum), int(pair.targets)] for pair in pairs]
-        print("PLAIN", json.dumps({"loss": float(out.loss_sum) / int(out.targets), "each": each}), flush=True)
+        singles = [cases.decoder()(tokens[i : i + 1], labels[i : i + 1]) for i in range(len(tokens))]
+        by_row = [[float(single.loss_sum), int(single.targets)] for single in singles]
+        plain = {"loss": float(out.loss_sum) / int(out.targets), "each": each, "rows": by_row}
+        print("PLAIN", json.dumps(plain), flush=True)
     dist.destroy_process_group()
 
 

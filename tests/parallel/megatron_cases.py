@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels.loss import VocabularyPart, linear_cross_entropy_and_hits, linear_cross_entropy_sum
+from headway.kernels.loss import VocabularyPart, linear_cross_entropy_by_token, linear_cross_entropy_sum
 
 RANKS = 2
 BATCH, SEQUENCE, WIDTH, FFN, VOCAB = 3, 7, 10, 14, 22
@@ -110,8 +110,10 @@ def our_loss(p: dict[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, T
         torch.tensor(0.3, dtype=dtype),
         {"rows": rows},
     )
-    loss, hits = linear_cross_entropy_and_hits(p["x"].to(dtype).flatten(0, 1), rows, labels, chunk_tokens=4, part=part)
-    return got | {"x": reduced(got["x"], dist.ReduceOp.SUM), "evaluated": loss, "hits": hits}
+    losses, hits = linear_cross_entropy_by_token(
+        p["x"].to(dtype).flatten(0, 1), rows, labels, chunk_tokens=4, part=part
+    )
+    return got | {"x": reduced(got["x"], dist.ReduceOp.SUM), "evaluated": losses, "hits": hits}
 
 
 def column_parallel(weight: Tensor, rank: int) -> Any:

@@ -30,13 +30,22 @@ def test_accuracy_and_loss_are_sums_over_ranks_with_different_numbers_of_targets
         assert case["accuracy"] == expected["hits"] / expected["targets"]
         assert 0 < case["accuracy"] < 1
         assert case["loss"] == pytest.approx(plain["loss"], rel=1e-6)  # fp32 sums in another order
-        # The micro-batches of both ranks count; one of them has no target.
-        losses, targets = np.array(plain["each"]).T
-        residual = losses - plain["loss"] * targets
-        count = len(targets)
-        expected_error = math.sqrt(count / (count - 1) * (residual**2).sum()) / targets.sum()
-        assert case["micro_batches"] == count == 4
-        assert case["standard_error"] == pytest.approx(expected_error, rel=1e-4)
+        # The micro-batches of both ranks count.
+        _, error, count = of_groups(plain["each"])
+        assert case["groups"] == count == 4
+        assert case["standard_error"] == pytest.approx(error, rel=1e-4)
+        # Groups may be cut in any way, here by rows. One row has no target and does not count.
+        for found, rows in zip(case["of_rows"], (plain["rows"], plain["rows"][-3:]), strict=True):
+            assert found == pytest.approx(of_groups(rows), rel=1e-4)
+        assert [count for *_, count in case["of_rows"]] == [7, 2]
+
+
+def of_groups(sums):
+    """(loss, standard error, groups) of sums of loss and targets."""
+    losses, targets = np.array([one for one in sums if one[1]]).T
+    loss, count = losses.sum() / targets.sum(), len(targets)
+    error = math.sqrt(count / (count - 1) * ((losses - loss * targets) ** 2).sum()) / targets.sum()
+    return [loss, error, count]
 
 
 def test_the_standard_error_is_the_spread_of_repeated_evaluations():

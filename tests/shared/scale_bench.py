@@ -159,7 +159,7 @@ def make_run(path: Path, steps: int) -> None:
             times = ("step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "train_s", "tokens_per_s")
             file.write(chain.line(record | {key: draw.random() for key in times}) + "\n")
             if step % 1000 == 0:
-                result = {"accuracy": draw.random(), "targets": 4096, "standard_error": 0.01, "micro_batches": 8}
+                result = {"accuracy": draw.random(), "targets": 4096, "standard_error": 0.01, "documents": 8}
                 record = {"kind": "validation", **common, **result, "train_s": draw.random(), "seconds": 1.0}
                 file.write(chain.line(record) + "\n")
             if step == steps - TAIL:

@@ -29,7 +29,7 @@ class Values(dict[str, float]):
 STEPS, TOKENS_PER_STEP, LAYERS, GROUPS = 40, 1000, 2, 2
 CLIPPED = 6
 """The first steps of a run, whose gradients are clipped."""
-NOISE = {"standard_error": 0.02, "micro_batches": 8}
+NOISE = {"standard_error": 0.02, "documents": 8}
 GAIN = Values({"gqa": 0.0, "rgqa-k1": 0.02, "rgqa-k2": -0.03, "switchhead": 0.015}, -0.05, 0.05)
 STEP_S = Values({"gqa": 0.10, "rgqa-k1": 0.08, "rgqa-k2": 0.09, "switchhead": 0.16}, 0.08, 0.18)
 FLOPS = Values({"gqa": 2.0e6, "rgqa-k1": 1.5e6, "rgqa-k2": 1.7e6, "switchhead": 2.0e6}, 1.4e6, 2.2e6)

@@ -29,11 +29,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.ladder.noise import LackOfFit, Means, critical, freedom, lack_of_fit
 from headway.launcher.compare.ladder.slope import Line
 from headway.launcher.compare.ladder.table import Refusal
-from headway.launcher.compare.stats import CONFIDENCE
 
 LOWEST, HIGHEST = 0.02, 2.0
 """Exponents that are tried. The lowest is a straight line in ln N for any ladder; the highest halves the reducible loss

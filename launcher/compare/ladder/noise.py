@@ -28,9 +28,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.ladder.table import Refusal, Size
 from headway.launcher.compare.simultaneous import dunnett_critical
-from headway.launcher.compare.stats import CONFIDENCE
 
 UPPER = 0.9
 """Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold too seldom

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.ladder.noise import LackOfFit, Means, critical, freedom, lack_of_fit
 from headway.launcher.compare.ladder.table import Refusal
-from headway.launcher.compare.stats import CONFIDENCE
 
 Direction = Literal["grows", "shrinks", "undecided"]
 LEAST_SIZES = 3

@@ -209,6 +209,8 @@ def test_every_scalar_over_layers_is_in_a_chart(events):
     heads = {"kind": "heads", "step": 7, "layers": {"layer_00": HEADS}}
     sets = {"kind": "validation", "step": 7, "loss": 2.0, "accuracy": 0.5, "sets": {"code": {"loss": 1.0}}}
     sets["bits_per_byte"] = sets["sets"]["code"]["bits_per_byte"] = 0.5
+    for one in (sets, sets["sets"]["code"]):
+        one |= {"loss_low": one["loss"] - 0.1, "loss_high": one["loss"] + 0.1}
     skipped = {"kind": "skipped", "step": 7, "total": 1}
     tags = last(events(routed(), heads, sets, skipped))
     patterns = [pattern for charts in layout_of(tags).values() for chart in charts.values() for pattern in chart]

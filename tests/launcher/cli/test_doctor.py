@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from importlib import metadata, util
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def test_json_holds_every_fact(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     names = [each["name"] for each in answer["facts"]]
     assert {"python", "cores", "memory", "disk", "gcc", "torch", "apex", "triton", "flash-attn"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_extras_are_listed_with_what_is_missing_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_modules(monkeypatch, "wandb")
+    found = {fact.name: fact for fact in module._extras()}
+    assert list(found) == ["wandb", "mlflow-skinny", "transformers", "lm-eval"]
+    assert found["wandb"].state == "ok" and found["lm-eval"].state == "absent"
+    assert found["mlflow-skinny"].use.startswith("tracking.mlflow is refused; pip install")
+    listed = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    for extra, (_, distribution, _) in module._EXTRAS.items():
+        assert any(line.startswith(distribution) for line in listed["optional-dependencies"][extra])
 
 
 def test_apex_is_nvidias_only_with_its_fused_modules(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from headway.launcher.base.intervals import t_critical
 from headway.launcher.compare.simultaneous import compare_paired, compare_unpaired, dunnett_critical, holm, sidak
-from headway.launcher.compare.stats import paired_difference, t_critical
+from headway.launcher.compare.stats import paired_difference
 
 SPREAD, SEED_SPREAD = 0.02, 0.05
 

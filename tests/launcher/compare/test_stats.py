@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headway.launcher.base.intervals import t_critical
 from headway.launcher.compare.stats import (
     estimate,
     paired_difference,
@@ -16,7 +17,6 @@ from headway.launcher.compare.stats import (
     sd_factor,
     seeds_needed,
     steady_speed,
-    t_critical,
     unpaired_difference,
 )
 

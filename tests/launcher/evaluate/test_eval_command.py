@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ def test_a_study_is_measured_and_its_report_compares_the_measures(workspace: Any
     found = load_run(out / "cells/gqa/seed-1").metrics("validation")[-1]["sets"]["held"]
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / per_byte / 0.6931471805599453, rel=1e-12)
     assert f"| held | gqa | 2 | {loss:.4f} | baseline |   | {loss / per_byte / 0.6931471805599453:.4f} |" in sets
+    (row,) = re.findall(r"\| held +\| (\d+) +\| ± ([\d.]+)", sets)
+    assert int(row[0]) == found["documents"] > 1
+    assert float(row[1]) == pytest.approx(found["loss_high"] - found["loss"], abs=6e-5)
     # records alone give the same
     (out / "cells").rename(workspace.folder / "away")
     assert workspace.run("study", "report", "studies/animals").returncode == 0

@@ -61,7 +61,7 @@ def test_the_card_has_the_facts_of_the_run(study: StudyFolder, tmp_path: Path) -
     validations = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss = [record for record in validations if record["kind"] == "validation"][-1]["loss"]
     per_byte = bits_per_byte(loss, 3.0)
-    assert found["validation loss"] == f"{loss:.4f} ± 0.0200 nats per token, {per_byte:.4f} bits per byte"
+    assert found["validation loss"] == f"{loss:.4f} nats per token, {per_byte:.4f} bits per byte"
     assert found["attention"] == "rgqa (head_dim 6, heads 8, kv_heads 2, top_k 1)"
     assert found["training tokens"].startswith("40,000 of ") and found["data"] == "synthetic, mqar"
     assert found["fingerprint of the data"] == "f" * 64 and found["trained with"] == "headway 0.1.0, torch 2"
@@ -73,7 +73,7 @@ def test_the_card_has_the_facts_of_the_run(study: StudyFolder, tmp_path: Path) -
 
 def test_an_older_validation_is_marked_and_sets_have_their_own(tmp_path: Path) -> None:
     run = untrained_run(tmp_path / "run", step=40, attention=RGQA)
-    sets = {"books": {"loss": 2.0, "standard_error": 0.1}, "code": {"loss": 1.0}}
+    sets = {"books": {"loss": 2.0, "loss_low": 1.75, "loss_high": 2.25, "documents": 1200}, "code": {"loss": 1.0}}
     lines = [
         {"kind": "validation", "step": 30, "loss": 1.5, "sets": sets},
         {"kind": "train", "step": 35, "loss": 9.0},
@@ -85,8 +85,9 @@ def test_an_older_validation_is_marked_and_sets_have_their_own(tmp_path: Path) -
     page = card(run, tmp_path / "out", "safetensors")
     found = {name: cells[0] for name, cells in rows(page).items()}
     assert found["validation loss"] == "1.5000 nats per token, at step 30"
-    books = f"2.0000 ± 0.1000 nats per token, {bits_per_byte(2.0, 4.0):.4f} bits per byte, at step 30"
-    assert found["validation loss, books"] == books
+    books = f"2.0000 nats per token, {bits_per_byte(2.0, 4.0):.4f} bits per byte"
+    interval = "(95 % interval over 1,200 documents: 1.7500 to 2.2500 nats per token)"
+    assert found["validation loss, books"] == f"{books} {interval}, at step 30"
     assert found["validation loss, code"] == "1.0000 nats per token, at step 30"
     assert "## In the study" not in page and "load_exported" in page
 

@@ -81,7 +81,7 @@ def test_validation_noise_and_the_tokens_that_make_it_small(small):
     noise = context_of(result).validation
     assert noise is not None and noise.needed_tokens == pytest.approx(needed, abs=1)
     (row,) = table(page, "Context")["noise of validation"]
-    assert "standard error 0.0200 nats per token from 5,000 validation tokens (8 micro-batches)" in row
+    assert "standard error 0.0200 nats per token from 5,000 validation tokens (8 documents)" in row
     assert f"{noise.needed_tokens:,} validation tokens would make it 10% of the spread of a run ({spread:.4f})" in row
 
 
@@ -89,7 +89,7 @@ def test_older_records_are_shown_as_not_recorded(small):
     small.write()
     for variant in small.variants:
         for seed in small.seeds:
-            change(small, variant, seed, without("grad_norm", "standard_error", "micro_batches", "skipped"))
+            change(small, variant, seed, without("grad_norm", "standard_error", "documents", "skipped"))
             file = small.run_dir(variant, seed) / "run.json"
             run = json.loads(file.read_text())
             del run["train_tokens_of_data"]

@@ -118,7 +118,7 @@ def long_run(path: Path, steps: int) -> Path:
             file.write(encode(record) + "\n")
             if step % (steps // 40) == 0:
                 validation = {"kind": "validation", **at, "loss": float(rng.random()), "accuracy": float(rng.random())}
-                validation |= {"targets": 20477, "standard_error": float(rng.random()), "micro_batches": 20}
+                validation |= {"targets": 20477, "standard_error": float(rng.random()), "documents": 20}
                 file.write(encode(validation) + "\n")
                 file.write(encode({"kind": "heads", **at, "layers": heads}) + "\n")
     change_summary(run, steps=steps, tokens=steps * TOKENS_PER_STEP, final_validation_loss=None)

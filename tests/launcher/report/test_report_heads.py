@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headway.launcher.compare.simultaneous import compare_paired
 from headway.launcher.report.heads import head_rows, router_and_head_blocks, router_rows
 from headway.launcher.report.page import Heading, Table, Text
 from headway.launcher.report.plots.heads import draw_routers
@@ -40,7 +41,9 @@ def variant(routers=(), found=None, name="a"):
 
 
 def blocks(*variants):
-    result: Any = SimpleNamespace(variants=variants)
+    result: Any = SimpleNamespace(
+        variants=variants, baseline=SimpleNamespace(name="a"), pairing=SimpleNamespace(status="PAIRED")
+    )
     return list(router_and_head_blocks(result, {}))
 
 
@@ -116,10 +119,39 @@ def test_dense_variants_stand_in_the_table_of_heads_alone():
     found = read_heads([heads(0, layer_00=0.1), heads(5, layer_00=0.4)])
     assert found is not None
     section = blocks(variant([router()], {1: found}), variant(found={1: found, 2: found}, name="dense"))
-    routers, likeness = [block for block in section if isinstance(block, Table)]
+    routers, likeness, _ = [block for block in section if isinstance(block, Table)]
     assert [row[0] for row in routers.rows] == ["variant", "a"]
     assert [row[0] for row in likeness.rows] == ["variant", "a", "dense"]
     assert likeness.rows[2][4] == "0.100 \u2192 0.400"
+
+
+def test_variants_with_pools_of_the_same_kind_are_compared_with_the_baseline_over_seeds():
+    def seeds(*ends):
+        return {seed: read_heads([heads(0, layer_00=0.9), heads(5, layer_00=end)]) for seed, end in enumerate(ends)}
+
+    other = {
+        0: read_heads([{**heads(5), "layers": {"layer_00": {"member": "value expert", "members": 4, "c_o": 0.1}}}])
+    }
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 0.02, (3, 6))
+    section = blocks(
+        variant(found=seeds(*(0.7 + noise[0]))),
+        variant(found=seeds(*(0.5 + noise[1])), name="routed"),
+        variant(found=seeds(*(0.7 + noise[2])), name="random"),
+        variant(found=other, name="experts"),
+    )
+    table = [block for block in section if isinstance(block, Table)][-1]
+    rows = {row[0]: dict(zip(table.rows[0], row, strict=True)) for row in table.rows[1:]}
+    assert list(rows) == ["routed", "random"]
+    assert rows["routed"]["outputs of heads"] == "less alike" and rows["routed"]["n"] == "6"
+    assert rows["random"]["outputs of heads"] == "no difference shown"
+    expected = compare_paired({"a": seeds_of(0.7 + noise[0]), "routed": seeds_of(0.5 + noise[1]),
+                               "random": seeds_of(0.7 + noise[2])}, "a").differences["routed"]  # fmt: skip
+    assert rows["routed"]["C_o"] == f"{expected.mean:+.3f} [{expected.low:+.3f}, {expected.high:+.3f}]"
+
+
+def seeds_of(values):
+    return dict(enumerate(values.tolist()))
 
 
 def test_tables_per_layer_are_of_finished_cells():

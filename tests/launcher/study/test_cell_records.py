@@ -34,13 +34,24 @@ def folder(tmp_path, monkeypatch):
     return made
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """Place for the records of one study, which all tests copy: they are the same wherever the study is."""
+    return tmp_path_factory.mktemp("template") / "cells"
+
+
 @pytest.fixture
-def kept(folder) -> Path:
+def kept(folder, template) -> Path:
     """The records of a study that was run, whose folder is gone."""
+    cells = folder.path / "kept" / "cells"
+    if template.exists():
+        shutil.copytree(template, cells)
+        return cells
     assert run_study(folder.study) == 0
     folder.trained()
     shutil.rmtree(folder.out)
-    return folder.path / "kept" / "cells"
+    shutil.copytree(cells, template)
+    return cells
 
 
 def states(folder: Folder, capsys) -> dict[str, tuple[str, bool, str]]:

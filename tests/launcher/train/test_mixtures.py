@@ -9,6 +9,8 @@ from random import Random
 import pytest
 from run_folders import records
 
+from headway.launcher.base.intervals import t_critical
+
 WORDS = {
     "wiki": "the of and in is born city river",
     "books": "she he said was had eyes door",
@@ -66,6 +68,10 @@ def test_each_dataset_has_its_loss_and_the_validation_is_their_mean(folder: Path
         total = sum(found["targets"] for found in record["sets"].values())
         mean = sum(found["loss"] * found["targets"] for found in record["sets"].values()) / total
         assert record["loss"] == pytest.approx(mean, rel=1e-12) and record["targets"] == total
+        assert record["documents"] == sum(found["documents"] for found in record["sets"].values()) > 6
+        for one in (record, *record["sets"].values()):
+            half = t_critical(one["documents"] - 1) * one["standard_error"]
+            assert one["loss_high"] - one["loss"] == pytest.approx(half) == pytest.approx(one["loss"] - one["loss_low"])
     losses = [found["loss"] for found in records(folder / "one", "validation")[-1]["sets"].values()]
     assert max(losses) - min(losses) > 0.01  # the texts differ
 

@@ -146,7 +146,7 @@ def test_a_study_compares_its_variants_by_rouge(workspace: Any) -> None:
     [
         (["train", "pairs.yaml", "data.source.type=mds"], 65, "set data.source.type: pairs"),
         (["train", "pairs.yaml", "data.source.path=texts"], 65, "has texts; use type: mds"),
-        (["train", "pairs.yaml", "data.document_mask=false"], 64, "document_mask: false would let a pair attend"),
+        (["train", "pairs.yaml", "data.document_mask=false"], 64, "document_mask: false lets pairs attend"),
         (["train", "pairs.yaml", "data.seq_len=3"], 65, "data.seq_len: 3 is too short for every pair"),
         (["data", "build", "corpus.yaml", "corpus.target=noise", "out=bad"], 65, "no field 'noise'; set corpus.target"),
         (["eval", "trained", "--summaries", "texts"], 65, "is a dataset of texts, without targets; use --text texts"),
