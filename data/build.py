@@ -88,8 +88,12 @@ def build(
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
             "permissions and run the same command again, or give another `out`"
         ) from error
+    pairs = manifest.pairs
+    of_targets = (
+        "" if pairs is None else f" (targets {pairs.train_target_tokens:,} and {pairs.validation_target_tokens:,})"
+    )
     say(
-        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens, "
+        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens{of_targets}, "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
     return manifest

@@ -326,3 +326,12 @@ def test_a_dataset_of_texts_has_the_manifest_that_it_had(pairs_dataset: Path, so
         "empty", "not_utf8", "binary", "too_short", "duplicate"
     }  # fmt: skip
     assert "pairs" in json.loads((pairs_dataset / MANIFEST_NAME).read_text())
+
+
+def test_an_empty_separator_leaves_prompt_and_target_side_by_side(tmp_path: Path) -> None:
+    corpus = {**FIELDS, "paths": [str(written(tmp_path / "a.jsonl", PAIRS))], "separator": ""}
+    said: list[str] = []
+    made = build(config(corpus), out=tmp_path / "out", say=said.append)
+    found = [(a, b) for part in pairs_of(tmp_path / "out").values() for a, _, b in part]
+    assert sorted(found) == sorted(PAIRS) and made.pairs is not None and made.pairs.separator_ids == []
+    assert f"(of targets: {made.pairs.train_target_tokens:,} and" in said[-1]
