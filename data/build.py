@@ -88,10 +88,9 @@ def build(
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
             "permissions and run the same command again, or give another `out`"
         ) from error
-    pairs = manifest.pairs
-    of_targets = (
-        "" if pairs is None else f" (targets {pairs.train_target_tokens:,} and {pairs.validation_target_tokens:,})"
-    )
+    of_targets = ""
+    if (pairs := manifest.pairs) is not None:
+        of_targets = f" (of targets: {pairs.train_target_tokens:,} and {pairs.validation_target_tokens:,})"
     say(
         f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens{of_targets}, "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
