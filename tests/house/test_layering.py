@@ -35,6 +35,7 @@ ROOMS = (
     "bench",
     "exchange",
     "evaluate",
+    "inspect",
     "chaos",
     "cli",
 )

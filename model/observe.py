@@ -1,0 +1,157 @@
+"""Observe the heads and routers of a decoder during a pass, and switch one of them off.
+
+Nothing here is used in training. The mechanisms are not changed: the context that a layer gets reports its calls of the
+attention core, and hooks of its routers report and edit what they choose.
+
+Legend: B batch, S sequence, H query heads in a call of the core (or slots, which hold another head at each token),
+G groups, k choices per group and token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.model.attention.gqe import GroupedQueryExperts
+from headway.model.attention.rgqa import RoutedGroupedQueryAttention
+from headway.model.base import Attention, Context
+from headway.model.decoder import Decoder
+from headway.model.router import RoutedAttention, Router, Routing
+
+
+class Off(NamedTuple):
+    """What is switched off in `layer`: a query head (`router` empty), or an expert of a group of a router.
+
+    The output of a head is 0 before gates and W_O. The gate of an expert is 0 where the router chose it: its tokens
+    lose it and get no other one.
+    """
+
+    layer: int
+    member: int
+    router: str = ""
+    group: int = 0
+
+
+@dataclass
+class Layer:
+    """What one layer did in a pass.
+
+    heads: Number of query heads; a shared head that is computed apart is the last one. Heads of unequal groups or
+        windows are numbered in the order in which the layer computes them, others group by group.
+    maps: For each call of the core its attention [B, H, S, S], rows of queries; empty if not asked for, or if positions
+        are relative.
+    rows: For each call, the query head of each row [B, S, H].
+    routings: Router -> its choice; indices [B, S, G, k] are within the group. experts: Router -> experts of a group.
+    """
+
+    heads: int = 0
+    maps: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    routings: dict[str, Routing] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observed(Context):
+    """A context whose calls of the core are reported."""
+
+    report: _Report
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+        return self.report.core(self, q, k, super().attend(q, k, v, window=window), window)
+
+
+class _Report:
+    """Collects what a layer does. `off`: a query head whose output is 0."""
+
+    def __init__(self, module: Attention, segments: Tensor | None, *, maps: bool, off: int | None) -> None:
+        self.layer, self._module = Layer(), module
+        self._segments, self._maps, self._off = segments, maps, off
+
+    def core(self, context: Context, q: Tensor, k: Tensor, o: Tensor, window: int | None) -> Tensor:
+        rows = self._rows(q)
+        self.layer.rows.append(rows)
+        if self._maps and context.relative is None:
+            self.layer.maps.append(attention_map(q, k, self._segments, window))
+        if self._off is not None:
+            o = o.masked_fill((rows == self._off).unsqueeze(-1), 0)
+        return o
+
+    def _rows(self, q: Tensor) -> Tensor:
+        """The query head of each row of a call [B, S, H]; its first call of routed heads is that of the slots."""
+        batch, length, count = q.shape[:3]
+        module, before = self._module, self.layer.heads
+        if isinstance(module, RoutedGroupedQueryAttention | GroupedQueryExperts) and not before:
+            idx, always_on = self.layer.routings["router"].idx, 0  # [B, S, G, k]
+            if isinstance(module, RoutedGroupedQueryAttention) and (always_on := module.config.always_on):
+                fixed = torch.arange(always_on, device=idx.device).expand(*idx.shape[:3], always_on)
+                idx = torch.cat([fixed, idx + always_on], -1)
+            groups = idx.shape[2]
+            assert groups * idx.shape[3] == count, "the first call of the core is that of the slots"
+            self.layer.heads = groups * module.members
+            return (idx + module.members * torch.arange(groups, device=idx.device)[:, None]).flatten(2)
+        self.layer.heads += count
+        return torch.arange(before, before + count, device=q.device).expand(batch, length, count)
+
+
+def attention_map(q: Tensor, k: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
+    """Attention of the core [B, H, S, S], fp32 or float64; q [B, S, H, D], k [B, S, G, D], segments [B, S] or None."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2).to(wide)
+    scores = torch.einsum("bshd,bthd->bhst", q.to(wide), keys) / q.shape[-1] ** 0.5
+    place = torch.arange(q.shape[1], device=q.device)
+    distance = place[:, None] - place
+    hidden = distance < 0
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    if segments is not None:
+        hidden = hidden | (segments[:, :, None] != segments[:, None, :]).to(q.device)[:, None]
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def _after(change: Callable[[Routing], Routing], module: Router, inputs: tuple[Any, ...], output: Routing) -> Routing:
+    """A forward hook."""
+    return change(output)
+
+
+@contextlib.contextmanager
+def observed(
+    decoder: Decoder, segments: Tensor | None = None, *, maps: bool = True, off: Off | None = None
+) -> Iterator[list[Layer]]:
+    """Observe the passes in this context: yields the layers, which hold what the last pass did.
+
+    segments: Those that the pass gets. maps: Whether attention is kept. off: What is switched off.
+    """
+    layers = [Layer() for _ in decoder.attention_layers()]
+
+    def begin(number: int, module: Attention, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        head = off.member if off is not None and off.layer == number and not off.router else None
+        report = _Report(module, segments, maps=maps, off=head)
+        layers[number] = report.layer
+        x, context = inputs
+        values = {f.name: getattr(context, f.name) for f in fields(Context)}
+        return (x, _Observed(**values, report=report))
+
+    def routed(number: int, name: str, router: Router, routing: Routing) -> Routing:
+        if off is not None and (off.layer, off.router) == (number, name):
+            gate = routing.gate.clone()
+            of_group = gate[:, :, off.group]
+            of_group[routing.idx[:, :, off.group] == off.member] = 0
+            routing = routing._replace(gate=gate)
+        layers[number].routings[name], layers[number].experts[name] = routing, router.experts
+        return routing
+
+    with contextlib.ExitStack() as stack:
+        for number, module in enumerate(decoder.attention_layers()):
+            stack.callback(module.register_forward_pre_hook(partial(begin, number)).remove)
+            routers: dict[str, Router] = module.routers if isinstance(module, RoutedAttention) else {}
+            for name, router in routers.items():
+                after = partial(_after, partial(routed, number, name, router))
+                stack.callback(router.register_forward_hook(after).remove)
+        yield layers
