@@ -92,8 +92,8 @@ def build(
     if (pairs := manifest.pairs) is not None:
         of_targets = f" (of targets: {pairs.train_target_tokens:,} and {pairs.validation_target_tokens:,})"
     say(
-        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens{of_targets}, "
-        f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
+        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens"
+        f"{of_targets}, vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
     return manifest
 
