@@ -18,6 +18,7 @@ LEGAL = {
     "--array-limit": (),
     "--batches": (),
     "--beams": (),
+    "--documents": (),
     "--gpus": (),
     "--jobs": (),
     "--length-penalty": ("0", "0.5"),
