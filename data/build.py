@@ -27,16 +27,17 @@ from headway.data.config import (
     CorpusConfig,
     DataError,
     MdsSource,
-    StdlibCorpus,
     TextCorpus,
     TokenizerFile,
     TrainTokenizer,
+    is_stdlib,
 )
 from headway.data.corpus import folders, read
 from headway.data.corpus.scan import Scan, scan
 from headway.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
+    PROMPTS_NAME,
     SCHEMA_VERSION,
     SPLITS,
     TOKENIZER_NAME,
@@ -44,6 +45,7 @@ from headway.data.manifest import (
     LeftOut,
     Lossy,
     Manifest,
+    PairCounts,
     Split,
     SplitCounts,
     hash_file,
@@ -86,9 +88,12 @@ def build(
             f"{error.filename or target}: {error.strerror or error}; nothing was changed. Free space or fix the "
             "permissions and run the same command again, or give another `out`"
         ) from error
+    of_targets = ""
+    if (pairs := manifest.pairs) is not None:
+        of_targets = f" (of targets: {pairs.train_target_tokens:,} and {pairs.validation_target_tokens:,})"
     say(
-        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens, "
-        f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
+        f"{target}: {manifest.train.tokens:,} training and {manifest.validation.tokens:,} validation tokens"
+        f"{of_targets}, vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:12]}"
     )
     return manifest
 
@@ -206,7 +211,7 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         name=cfg.name,
         settings=_settings(cfg),
         source_fingerprint=source,
-        python=platform.python_version() if isinstance(cfg.corpus, StdlibCorpus) else None,
+        python=platform.python_version() if is_stdlib(cfg.corpus) else None,
         train=train.counts,
         validation=validation.counts,
         left_out=LeftOut(**found.left_out),
@@ -218,6 +223,7 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
         dtype=_dtype(chosen.vocab_size),
         unigram_entropy_nats=unigram_entropy(train.token_counts, validation.token_counts),
         validation_bytes_per_token=None if lossy else validation.counts.text_bytes / validation.counts.tokens,
+        pairs=_pair_counts(cfg, chosen, train, validation),
         lossy=lossy,
         files={name: hash_file(folder / name) for name in names},
         fingerprint="0" * 64,
@@ -225,6 +231,20 @@ def _fill(cfg: CorpusConfig, folder: Path, source: str, reporter: Reporter) -> M
     manifest = manifest.sealed()
     write_manifest(folder, manifest)
     return manifest
+
+
+def _pair_counts(
+    cfg: CorpusConfig, chosen: tokenizer.CorpusTokenizer, train: _Written, validation: _Written
+) -> PairCounts | None:
+    if cfg.separator is None:
+        return None
+    return PairCounts(
+        separator=cfg.separator,
+        separator_ids=[*chosen.encode([cfg.separator])[0]],
+        train_target_tokens=train.target_tokens,
+        validation_target_tokens=validation.target_tokens,
+        validation_target_bytes=validation.target_bytes,
+    )
 
 
 def _number_of_files(files: folders.Found | None, own: folders.Found | None) -> str:
@@ -278,6 +298,8 @@ class _Written:
     lost: int  # documents that their tokens do not give back
     example: str
     spaced: int  # documents that come back with a space in front
+    target_tokens: int = 0  # of pairs
+    target_bytes: int = 0
 
 
 def _lossy(train: _Written, validation: _Written, reporter: Reporter) -> Lossy | None:
@@ -346,16 +368,16 @@ def _write_split(
     token_counts = np.zeros(chosen.vocab_size, dtype=np.int64)
     text_bytes = int(found.lengths[order].sum())
     writer = ShardWriter(folder / split, dtype=dtype, compression=cfg.compression, shard_bytes=cfg.shard_bytes)
+    prompts = None if found.prompts is None else np.empty(len(order), dtype="<u4")
     row = lost = spaced = 0
     first_lost = ""
     with writer, reporter.progress(f"encode {split}", text_bytes, "B") as bar:
         for batch in _batches(found, order):
-            texts = [found.text(text, document).decode("utf-8") for document in batch]
-            names = [found.ids[document] for document in batch]
-            encoded = chosen.encode(texts, names)
-            more_spaced, more_lost, example = _check_loss(cfg, chosen, names, texts, encoded)
+            encoded, (more_spaced, more_lost, example) = _encoded(cfg, found, text, chosen, batch)
             spaced, lost, first_lost = spaced + more_spaced, lost + more_lost, first_lost or example
-            for document, ids in zip(batch, encoded, strict=True):
+            if prompts is not None:
+                prompts[row : row + len(batch)] = [before for _, before in encoded]
+            for document, (ids, _) in zip(batch, encoded, strict=True):
                 if ids and max(ids) >= chosen.vocab_size:
                     raise DataError(
                         f"{found.ids[document]}: the tokenizer gives the token id {max(ids)}, beyond its vocabulary of "
@@ -370,8 +392,48 @@ def _write_split(
                 row += 1
             bar.update(int(found.lengths[batch].sum()))
     np.save(folder / split / LENGTHS_NAME, lengths, allow_pickle=False)
+    of_targets = {}
+    if prompts is not None and found.prompts is not None and cfg.separator is not None:
+        np.save(folder / split / PROMPTS_NAME, prompts, allow_pickle=False)
+        before = int(found.prompts[order].sum()) + len(order) * len(cfg.separator.encode())
+        of_targets["target_tokens"] = int(lengths.sum(dtype=np.int64)) - int(prompts.sum(dtype=np.int64))
+        of_targets["target_bytes"] = text_bytes - before
     counts = SplitCounts(documents=len(order), tokens=int(lengths.sum(dtype=np.int64)), text_bytes=text_bytes)
-    return _Written(counts=counts, token_counts=token_counts, lost=lost, example=first_lost, spaced=spaced)
+    found_losses = {"lost": lost, "example": first_lost, "spaced": spaced}
+    return _Written(counts=counts, token_counts=token_counts, **found_losses, **of_targets)
+
+
+def _encoded(
+    cfg: CorpusConfig, found: Scan, text: mmap.mmap, chosen: tokenizer.CorpusTokenizer, batch: np.ndarray
+) -> tuple[list[tuple[Sequence[int], int]], tuple[int, int, str]]:
+    """([(ids of a document, how many of them belong to a prompt)], what `_check_loss` says about the batch).
+
+    Prompt, separator and target of a pair are encoded apart, so that a prompt has the ids that it has without a target.
+    """
+    names = [found.ids[document] for document in batch]
+    if found.prompts is None or cfg.separator is None:
+        texts = [found.text(text, document).decode("utf-8") for document in batch]
+        encoded = chosen.encode(texts, names)
+        return [(ids, 0) for ids in encoded], _check_loss(cfg, chosen, names, texts, encoded)
+    between, (separator,) = len(cfg.separator.encode()), chosen.encode([cfg.separator])
+    whole = [(found.text(text, document), int(found.prompts[document])) for document in batch]
+    parts = [data[:end].decode() for data, end in whole], [data[end + between :].decode() for data, end in whole]
+    of_prompts, of_targets = (chosen.encode(texts, names) for texts in parts)
+    for name, prompt, target in zip(names, of_prompts, of_targets, strict=True):
+        if not len(prompt) or not len(target):
+            raise DataError(
+                f"{name}: the tokenizer gives no token for its {'target' if len(prompt) else 'prompt'}; use another "
+                "tokenizer, or remove the pair"
+            )
+    spaced, lost, examples = zip(
+        *(_check_loss(cfg, chosen, names, *part) for part in zip(parts, (of_prompts, of_targets), strict=True)),
+        strict=True,
+    )
+    ids: list[tuple[Sequence[int], int]] = [
+        ([*prompt, *separator, *target], len(prompt) + len(separator))
+        for prompt, target in zip(of_prompts, of_targets, strict=True)
+    ]
+    return ids, (max(spaced), min(len(batch), sum(lost)), examples[0] or examples[1])
 
 
 def _batches(found: Scan, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -93,6 +93,18 @@ class MdsSource(Fetched):
     type: Literal["mds"]
 
 
+class PairsSource(Fetched):
+    """Pairs of a prompt and a target, from a dataset built from a corpus of pairs."""
+
+    type: Literal["pairs"]
+    loss: Literal["targets", "all"] = Field(default="targets", description="what is predicted; all: prompts too")
+    long: Literal["cut", "leave_out"] = Field(
+        default="cut",
+        description="pairs of more than seq_len + 1 tokens. cut: their prompt loses its end, and those whose target "
+        "alone is too long are left out and counted; leave_out: all of them are left out and counted",
+    )
+
+
 _SMALLEST_SHARE = 1 / 2048
 
 
@@ -201,19 +213,21 @@ class SyntheticSource(StrictModel):
                 return self.span + 2 * self.queries
 
 
-def datasets_of(source: MdsSource | MixSource | SyntheticSource) -> tuple[MdsSource, ...]:
+Datasets = MdsSource | PairsSource | MixSource
+AnySource = Datasets | SyntheticSource
+
+
+def datasets_of(source: AnySource) -> tuple[MdsSource, ...]:
     """The datasets that a source reads; none for a synthetic one."""
-    if isinstance(source, MixSource):
-        return tuple(
-            MdsSource(type="mds", path=part.path, remote=part.remote, cache_bytes=part.cache_bytes)
-            for part in source.sources
-        )
-    return (source,) if isinstance(source, MdsSource) else ()
+    if isinstance(source, SyntheticSource):
+        return ()
+    parts = source.sources if isinstance(source, MixSource) else (source,)
+    return tuple(MdsSource(type="mds", path=p.path, remote=p.remote, cache_bytes=p.cache_bytes) for p in parts)
 
 
-def with_paths(source: MdsSource | MixSource, paths: Sequence[str]) -> MdsSource | MixSource:
+def with_paths(source: Datasets, paths: Sequence[str]) -> Datasets:
     """The source with other paths of its datasets, in their order."""
-    if isinstance(source, MdsSource):
+    if isinstance(source, MdsSource | PairsSource):
         return source.model_copy(update={"path": paths[0]})
     parts = [part.model_copy(update={"path": path}) for part, path in zip(source.sources, paths, strict=True)]
     return source.model_copy(update={"sources": tuple(parts)})
@@ -229,7 +243,7 @@ class UnreachableError(DataError):
 class DataConfig(StrictModel):
     """Source of the tokens, packing into sequences, and loading."""
 
-    source: Annotated[MdsSource | MixSource | SyntheticSource, Field(discriminator="type")]
+    source: Annotated[AnySource, Field(discriminator="type")]
     validation: dict[ValidationName, str] = Field(
         default_factory=dict,
         max_length=64,
@@ -268,6 +282,13 @@ class DataConfig(StrictModel):
                 f"encoder_tokens: {self.encoder_tokens} leave the decoder none of the {self.seq_len} tokens of a "
                 f"sequence; use at most {self.seq_len - 1}, or a larger seq_len"
             )
+        if self.encoder_tokens is not None and isinstance(self.source, PairsSource):
+            raise ValueError(
+                "encoder_tokens: cuts sequences at one place, and sequences of source.type pairs hold several pairs; use "
+                "a decoder, or source.type mds"
+            )
+        if isinstance(self.source, PairsSource) and not self.document_mask:
+            raise ValueError("document_mask: false lets pairs attend to each other; use true with source.type pairs")
         if isinstance(self.source, SyntheticSource) and self.source.problem_length > self.seq_len + 1:
             need = self.source.problem_length - 1
             raise ValueError(
@@ -319,17 +340,65 @@ class ParquetCorpus(StrictModel):
     field: str = "text"
 
 
-class HuggingFaceCorpus(StrictModel):
+class _HubRows(StrictModel):
+    """Which rows of a dataset of the Hugging Face hub (`pip install 'headway[hf]'`; a network, or a local cache)."""
+
+    subset: str | None = None
+    revision: str | None = Field(default=None, description="commit or tag; set it for reproducible builds")
+    split: str = "train"
+
+
+class HuggingFaceCorpus(_HubRows):
     """A dataset of the Hugging Face hub (needs `pip install 'headway[hf]'` and a network, or a local cache)."""
 
     type: Literal["huggingface"]
     dataset: str
-    subset: str | None = None
-    revision: str | None = Field(
-        default=None, description="commit or tag of the dataset; set it for reproducible builds"
-    )
-    split: str = "train"
     field: str = "text"
+
+
+SEPARATOR = "\n\nSummary:\n"
+Separator = Annotated[str, Field(max_length=1000, description="between prompt and target, as part of the prompt")]
+
+
+class PairsCorpus(_HubRows):
+    """Pairs of a prompt and a target, one per row of files (JSONL, Parquet) or of a dataset of the hub.
+
+    With `article`, the target is the first line of a text that is not blank, and the prompt is the rest. Articles of
+    one line are left out and counted.
+    """
+
+    type: Literal["pairs"]
+    paths: list[str] | None = Field(default=None, min_length=1, description=".jsonl (compressed or not) and .parquet")
+    dataset: str | None = Field(default=None, description="name of a dataset of the hub, instead of `paths`")
+    prompt: str | None = Field(default=None, min_length=1, description="field of the prompt")
+    target: str | None = Field(default=None, min_length=1, description="field of the target")
+    article: str | None = Field(default=None, min_length=1, description="field of articles, instead of both")
+    separator: Separator = SEPARATOR
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.paths is None) == (self.dataset is None):
+            raise ValueError("give `paths` (files) or `dataset` (of the hub), one of them")
+        if self.paths is not None and (self.subset, self.revision, self.split) != (None, None, "train"):
+            raise ValueError("subset, revision, split: are of a dataset of the hub; leave them out beside `paths`")
+        pair = (self.prompt is not None) + (self.target is not None)
+        if pair != (0 if self.article is not None else 2):
+            raise ValueError("give the fields `prompt` and `target`, or the field `article` alone")
+        if self.prompt is not None and self.prompt == self.target:
+            raise ValueError(f"target: {self.target!r} is the prompt too; name the field of the target")
+        return self
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that are read of a row: that of the article, or those of prompt and target."""
+        return tuple(field for field in (self.article, self.prompt, self.target) if field is not None)
+
+
+class StdlibFunctionsCorpus(StrictModel):
+    """Pairs that every machine has: functions of the standard library, and the first sentence of their docstring."""
+
+    type: Literal["stdlib_functions"]
+    separator: Separator = "\n\n# Summary:\n"
 
 
 class TrainTokenizer(StrictModel):
@@ -381,13 +450,25 @@ def _last_part(value: object) -> object:
     return value
 
 
+FileCorpus = StdlibCorpus | StdlibFunctionsCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | PairsCorpus
+AnyCorpus = FileCorpus | HuggingFaceCorpus
+
+
+def is_of_hub(corpus: AnyCorpus) -> bool:
+    """Whether a corpus has rows of a dataset of the hub, and no files."""
+    return isinstance(corpus, HuggingFaceCorpus) or (isinstance(corpus, PairsCorpus) and corpus.dataset is not None)
+
+
+def is_stdlib(corpus: AnyCorpus) -> bool:
+    """Whether a corpus is made from the standard library of the running Python."""
+    return isinstance(corpus, StdlibCorpus | StdlibFunctionsCorpus)
+
+
 class CorpusConfig(StrictModel):
     """Config of `headway data build`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    corpus: Annotated[
-        StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus, Field(discriminator="type")
-    ]
+    corpus: Annotated[AnyCorpus, Field(discriminator="type")]
     tokenizer: Annotated[TrainTokenizer | TokenizerFile, Field(discriminator="type")]
     out: str | None = Field(default=None, description="folder of the dataset; default datasets/NAME")
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of documents, selected by hash")
@@ -409,8 +490,8 @@ class CorpusConfig(StrictModel):
             return self
         if "validation_fraction" in self.model_fields_set:
             raise ValueError("validation_fraction: has no effect beside `validation`; remove one of them")
-        hub = isinstance(self.corpus, HuggingFaceCorpus)
-        has_files = isinstance(self.corpus, TextCorpus | JsonlCorpus | ParquetCorpus)
+        hub = is_of_hub(self.corpus)
+        has_files = not hub and not is_stdlib(self.corpus)
         if (self.validation.paths is not None and not has_files) or (self.validation.split is not None and not hub):
             raise ValueError(
                 f"validation: a corpus of type {self.corpus.type} has no such validation; use "
@@ -419,11 +500,16 @@ class CorpusConfig(StrictModel):
             )
         return self
 
-    def validation_corpus(self) -> TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus | None:
+    def validation_corpus(self) -> AnyCorpus | None:
         """The corpus of the validation documents, if they have one of their own."""
-        if self.validation is None or self.validation.last is not None or isinstance(self.corpus, StdlibCorpus):
+        if self.validation is None or self.validation.last is not None or is_stdlib(self.corpus):
             return None
         return self.corpus.model_copy(update=self.validation.model_dump(exclude_none=True))
+
+    @property
+    def separator(self) -> str | None:
+        """Text between prompt and target; None for a corpus of texts."""
+        return self.corpus.separator if isinstance(self.corpus, PairsCorpus | StdlibFunctionsCorpus) else None
 
     def out_dir(self) -> Path:
         return Path(self.out or f"datasets/{self.name}")

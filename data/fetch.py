@@ -20,11 +20,8 @@ from filelock import FileLock, Timeout
 from headway.data.config import DataError, UnreachableError
 from headway.data.corpus import containers
 from headway.data.manifest import (
-    INDEX_NAME,
-    LENGTHS_NAME,
     MANIFEST_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     FileEntry,
     Manifest,
     clear_staging,
@@ -93,7 +90,7 @@ def fetch_metadata(root: Path, remote: str) -> Manifest:
             arrived.replace(root / MANIFEST_NAME)
         finally:
             arrived.unlink(missing_ok=True)
-    for name in (TOKENIZER_NAME, *(f"{split}/{file}" for split in SPLITS for file in (INDEX_NAME, LENGTHS_NAME))):
+    for name in manifest.metadata():
         fetch_file(root, remote, name, manifest)
     return manifest
 

@@ -18,10 +18,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from headway.data.config import DataConfig, DataError, MdsSource, MixSource
+from headway.data.config import DataConfig, DataError, MdsSource, MixSource, PairsSource
 from headway.data.manifest import Split
 from headway.data.mixture import MixedText
 from headway.data.packed import PackedText
+from headway.data.packed_pairs import PackedPairs
 from headway.data.prefetch import LateError, Prefetch
 from headway.data.source import Sample, Source
 from headway.data.synthetic import SyntheticTask
@@ -61,6 +62,8 @@ class StepBatch:
 
 def open_source(cfg: DataConfig, *, split: Split) -> Source:
     """Open the source of a split. Raises DataError if the dataset is missing or shorter than one sequence."""
+    if isinstance(cfg.source, PairsSource):
+        return PackedPairs.of(cfg, cfg.source, split=split)
     if isinstance(cfg.source, MdsSource):
         return PackedText(
             cfg.source.path,

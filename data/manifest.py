@@ -1,7 +1,8 @@
 """MANIFEST.json: the description of a dataset, with hashes to detect changes.
 
 A dataset folder contains MANIFEST.json, tokenizer.json and, for each split (`train/`, `validation/`), the index.json
-and MDS shards of mosaicml-streaming, and lengths.npy (number of tokens per document).
+and MDS shards of mosaicml-streaming, and lengths.npy (number of tokens per document). A dataset of pairs has
+prompts.npy too: how many tokens of each document belong to the prompt, separator included.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from headway.data.places import looked_for
 MANIFEST_NAME = "MANIFEST.json"
 TOKENIZER_NAME = "tokenizer.json"
 LENGTHS_NAME = "lengths.npy"
+PROMPTS_NAME = "prompts.npy"
 INDEX_NAME = "index.json"
 VERIFIED_NAME = ".verified.json"
 SPLITS = ("train", "validation")
@@ -66,6 +68,9 @@ class LeftOut(StrictModel):
     empty: Count = 0
     not_utf8: Count = 0
     binary: Count = 0
+    empty_prompt: Count | None = None
+    empty_target: Count | None = None
+    one_line: Count | None = Field(default=None, description="articles without a second line; None for other corpora")
     too_short: Count = 0
     duplicate: Count = 0
     in_validation: Count | None = Field(
@@ -88,6 +93,19 @@ class Lossy(StrictModel):
     example: str
 
 
+class PairCounts(StrictModel):
+    """What tells a dataset of pairs from one of texts. A target's tokens include the end-of-document token.
+
+    separator_ids: Token ids between prompt and target, the last ones of every prompt.
+    """
+
+    separator: str
+    separator_ids: list[Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]] = Field(max_length=4096)
+    train_target_tokens: Count
+    validation_target_tokens: Count
+    validation_target_bytes: Count
+
+
 class Manifest(StrictModel):
     """The contents of MANIFEST.json. `fingerprint` covers the data that a run reads, not the source of the build."""
 
@@ -107,6 +125,7 @@ class Manifest(StrictModel):
     dtype: Literal["uint16", "uint32"]
     unigram_entropy_nats: float = Field(description="validation tokens under the add-one train unigram, nats per token")
     validation_bytes_per_token: float | None = Field(description="None if the tokenizer loses text")
+    pairs: PairCounts | None = Field(default=None, description="None for a dataset of texts")
     lossy: Lossy | None = Field(default=None, description="None if the tokens of every document give its text")
     files: dict[FileName, FileEntry] = Field(max_length=1_000_000)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -114,12 +133,18 @@ class Manifest(StrictModel):
         default=None, pattern=r"^[0-9a-f]{64}$", description="hash of what `fingerprint` leaves out; None if older"
     )
 
+    def metadata(self) -> tuple[str, ...]:
+        """Names of the files that a dataset has besides its shards."""
+        per_split = (INDEX_NAME, LENGTHS_NAME) if self.pairs is None else (INDEX_NAME, LENGTHS_NAME, PROMPTS_NAME)
+        return TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in per_split)
+
     def counts(self, split: Split) -> SplitCounts:
         return self.train if split == "train" else self.validation
 
     def expected_fingerprint(self) -> str:
         """sha256 of the data that a run reads: token counts, tokenizer, and the hash of every file."""
         keys = {"schema_version", "train", "validation", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "files"}
+        keys |= set() if self.pairs is None else {"pairs"}
         return hashlib.sha256(canonical_json(self.model_dump(mode="json", include=keys))).hexdigest()
 
     def expected_facts(self) -> str:
@@ -127,9 +152,17 @@ class Manifest(StrictModel):
         keys = {"name", "settings", "source_fingerprint", "python", "left_out", "corpus_files", "lossy"}
         keys |= {"unigram_entropy_nats", "validation_bytes_per_token"}
         facts = self.model_dump(mode="json", include=keys)
-        if self.left_out.in_validation is None:  # as in manifests without this field
-            del facts["left_out"]["in_validation"]
+        # Reasons that are None: as in manifests without these fields.
+        facts["left_out"] = {reason: count for reason, count in facts["left_out"].items() if count is not None}
         return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """The content of the file. Earlier versions refuse keys that they do not know, so texts have none of pairs."""
+        content = self.model_dump(mode="json")
+        content["left_out"] = {reason: count for reason, count in content["left_out"].items() if count is not None}
+        if self.pairs is None:
+            del content["pairs"]
+        return content
 
     def sealed(self) -> Manifest:
         """This manifest with the hashes of its content."""
@@ -149,7 +182,7 @@ def rebuild_hint(root: Path) -> str:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write MANIFEST.json atomically."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    text = json.dumps(manifest.content(), indent=1, sort_keys=True)
     replace_bytes(root / MANIFEST_NAME, text.encode() + b"\n")
 
 

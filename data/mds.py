@@ -29,6 +29,7 @@ from headway.data.manifest import (
     BASENAME,
     INDEX_NAME,
     LENGTHS_NAME,
+    PROMPTS_NAME,
     FileState,
     Manifest,
     Split,
@@ -148,6 +149,10 @@ class MdsSplit:
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = read_index(root, split, self.manifest)
         self.lengths = read_lengths(root, split, self.manifest)
+        self.prompts: np.ndarray | None = None  # [documents] tokens of each prompt, in a dataset of pairs
+        if self.manifest.pairs is not None:
+            check_file(root, f"{split}/{PROMPTS_NAME}", self.manifest, self._verified)
+            self.prompts = read_prompts(root, split, self.manifest, self.lengths)
         self.first_document = np.concatenate([[0], np.cumsum([s.samples for s in self.shards], dtype=np.int64)])
         self._retry_s = retry_s
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -357,6 +362,34 @@ def read_lengths(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
             f"{rebuild_hint(root)}"
         )
     return lengths.astype(np.int64)
+
+
+def read_prompts(root: Path, split: Split, manifest: Manifest, lengths: np.ndarray) -> np.ndarray:
+    """Tokens of the prompt of each pair, separator included, [documents] int64.
+
+    Raises DataError if they do not fit the `lengths` of the documents and the manifest.
+    """
+    path = root / split / PROMPTS_NAME
+    try:
+        prompts = np.load(path, allow_pickle=False)
+    except Exception as error:
+        raise DataError(f"{path}: missing or not an array ({error}); {rebuild_hint(root)}") from error
+    assert manifest.pairs is not None, "a dataset of texts"
+    pairs = manifest.pairs
+    targets = pairs.train_target_tokens if split == "train" else pairs.validation_target_tokens
+    if (
+        not isinstance(prompts, np.ndarray)
+        or prompts.dtype != np.dtype("<u4")
+        or prompts.shape != lengths.shape
+        or int(lengths.sum()) - int(prompts.sum(dtype=np.int64)) != targets
+        or np.any(prompts <= len(pairs.separator_ids))
+        or np.any(prompts.astype(np.int64) + 2 > lengths)
+    ):
+        raise DataError(
+            f"{path}: does not divide {len(lengths):,} documents into prompts and {targets:,} tokens of targets; "
+            f"{rebuild_hint(root)}"
+        )
+    return prompts.astype(np.int64)
 
 
 def unigram_entropy(train: np.ndarray, validation: np.ndarray) -> float:

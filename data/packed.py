@@ -45,24 +45,29 @@ class PackedText:
             Path(path).expanduser(), split, remote=remote, cache_bytes=cache_bytes, retry_s=retry_s
         )
         self._documents.check_cache(shuffle_window if split == "train" else 1)
-        self.document_ends = np.cumsum(self._documents.lengths)
-        tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
         self.seq_len = seq_len
         self.vocab_size = self._documents.manifest.vocab_size
         self.fingerprint = self._documents.manifest.fingerprint
-        self.num_sequences = max(0, (tokens - 1) // seq_len)
-        if self.num_sequences == 0:
-            raise DataError(
-                f"data.seq_len: {seq_len:,} (and the next token) is longer than the {split} split of {path}, which "
-                f"has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
-            )
-        self.dropped_tokens = tokens - 1 - self.num_sequences * seq_len
+        self.num_sequences = self._lay_out(split, path)
         self._order = None
         self._fetched_ahead: deque[tuple[int, ...]] = deque(maxlen=4)  # threads read in several windows at a time
         self._closed, self._fetch_lock = False, threading.Lock()
         self._fetching: list[threading.Thread] = []
         if split == "train":
             self._order = GlobalOrder(self.sequences_per_shard(), seed=seed, window=shuffle_window)
+
+    def _lay_out(self, split: Split, path: str) -> int:
+        """Number of sequences. Raises DataError if there is none."""
+        self.document_ends = np.cumsum(self._documents.lengths)
+        tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
+        sequences = max(0, (tokens - 1) // self.seq_len)
+        if sequences == 0:
+            raise DataError(
+                f"data.seq_len: {self.seq_len:,} (and the next token) is longer than the {split} split of {path}, "
+                f"which has {tokens:,} tokens; use seq_len <= {max(tokens - 1, 0):,}, or build a larger corpus"
+            )
+        self.dropped_tokens = tokens - 1 - sequences * self.seq_len
+        return sequences
 
     def sequences_per_shard(self) -> list[int]:
         """Number of sequences per shard. A sequence belongs to the shard that contains its first token."""
@@ -123,12 +128,14 @@ class PackedText:
             segments[filled : filled + len(piece)] = segment
             filled += len(piece)
             document, segment, skip = document + 1, segment + 1, 0
-        # A model would read another row of a shared table, or a row of another rank, without an error.
-        if (largest := int(tokens.max())) >= self.vocab_size:
+        if int(tokens.max()) >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
-            document = int(np.searchsorted(self.document_ends, begin + first, "right"))
-            raise DataError(self._documents.beyond_vocabulary(document, largest))
+            self._refuse(int(np.searchsorted(self.document_ends, begin + first, "right")), tokens)
         return Sample(tokens, segments)
+
+    def _refuse(self, document: int, tokens: np.ndarray) -> None:
+        """Raise DataError: a model would read another row of a shared table, or a row of another rank, without one."""
+        raise DataError(self._documents.beyond_vocabulary(document, int(tokens.max())))
 
     def documents(self, index: int) -> range:
         begin = index * self.seq_len

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
-from headway.data.config import DataConfig, MdsSource, MixSource, datasets_of
+from headway.data.config import DataConfig, MdsSource, MixSource, PairsSource, datasets_of
 from headway.data.loader import MicroBatch, Spread, open_source, spread, validation_spread, wanted_sequences
+from headway.data.manifest import read_manifest
 from headway.data.mixture import validation_shares
 
 
@@ -64,12 +66,22 @@ def validation_data(cfg: DataConfig, *, tokens: int, micro_batch: int, dp_rank: 
         end = add(0, validation_spread(cfg, tokens=tokens, **ranks)).stop
     main = range(end)
     for name, path in cfg.validation.items():
-        source = MdsSource(type="mds", path=path)
+        source = source_of(path, cfg)
         sets[name] = found = add(end, validation_spread(with_source(cfg, source), tokens=tokens, **ranks))
         end = found.stop
     return ValidationData(batches=batches, documents=documents, main=main, sets=sets)
 
 
-def with_source(cfg: DataConfig, source: MdsSource) -> DataConfig:
+def source_of(path: str, cfg: DataConfig) -> MdsSource | PairsSource:
+    """The source of a dataset of texts or of pairs, which have the settings of those of `cfg`, if it has pairs."""
+    if read_manifest(Path(path).expanduser()).pairs is None:
+        return MdsSource(type="mds", path=path)
+    own = cfg.source
+    if isinstance(own, PairsSource):
+        return PairsSource(type="pairs", path=path, long=own.long, loss=own.loss)
+    return PairsSource(type="pairs", path=path)
+
+
+def with_source(cfg: DataConfig, source: MdsSource | PairsSource) -> DataConfig:
     """The config with another dataset."""
     return cfg.model_copy(update={"source": source, "validation": {}})

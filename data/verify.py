@@ -10,15 +10,13 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from headway.data import fetch
-from headway.data.config import DataError, MdsSource, MixSource, datasets_of
+from headway.data.config import DataError, Datasets, MdsSource, MixSource, PairsSource, datasets_of
 from headway.data.manifest import (
-    INDEX_NAME,
-    LENGTHS_NAME,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
@@ -29,7 +27,15 @@ from headway.data.manifest import (
     read_manifest,
     rebuild_hint,
 )
-from headway.data.mds import MdsSplit, ShardInfo, read_index, read_lengths, sizes_of, unigram_entropy
+from headway.data.mds import (
+    MdsSplit,
+    ShardInfo,
+    read_index,
+    read_lengths,
+    read_prompts,
+    sizes_of,
+    unigram_entropy,
+)
 from headway.data.mixture import mixed_fingerprint
 from headway.data.progress import Progress, Shown, progress_of
 from headway.data.remotes.cache import check_limit
@@ -47,18 +53,23 @@ class DatasetInfo:
     train_tokens: int
     validation_tokens: int
     tokenizer_sha256: str
-    unigram_entropy_nats: float | None  # None for a mixture
-    validation_bytes_per_token: float | None  # None if the tokenizer loses text
+    unigram_entropy_nats: float | None  # None for a mixture, and for pairs, of which only targets have a loss
+    validation_bytes_per_token: float | None  # of targets only for pairs; None if the tokenizer loses text
     lossy_documents: int
     manifest: dict[str, Any]
 
 
 def verify(
-    source: MdsSource, *, seq_len: int | None = None, shuffle_window: int | None = None, progress: Shown = False
+    source: MdsSource,
+    *,
+    seq_len: int | None = None,
+    shuffle_window: int | None = None,
+    loss: Literal["targets", "all"] = "targets",
+    progress: Shown = False,
 ) -> DatasetInfo:
     """Check the files of a dataset (presence, size, hash, no extra shards), its tokenizer, and that `seq_len` fits.
 
-    `shuffle_window`: shards that a limited cache (`cache_bytes`) must hold.
+    `shuffle_window`: shards that a limited cache (`cache_bytes`) must hold. `loss`: what is predicted of pairs.
 
     With `remote`, the manifest is fetched first; shards that are not fetched yet are checked when they arrive. Files
     that did not change since they were hashed are not hashed again. Raises DataError with the file and the next step.
@@ -74,13 +85,18 @@ def verify(
     for split in SPLITS:
         shards = read_index(root, split, manifest)
         _check_nothing_else(root, split, manifest, shards)
-        read_lengths(root, split, manifest)
+        lengths = read_lengths(root, split, manifest)
+        if manifest.pairs is not None:
+            read_prompts(root, split, manifest, lengths)
         if source.cache_bytes is not None:
             window = 1 if split == "validation" else shuffle_window or 1
             check_limit(source.cache_bytes, root, *sizes_of(shards, split, manifest), window)
     _check_tokenizer(root, manifest)
-    if seq_len is not None:
+    if seq_len is not None and manifest.pairs is None:
         _check_length(root, manifest, seq_len)
+    bytes_per_token, only_targets = manifest.validation_bytes_per_token, loss == "targets"
+    if manifest.pairs is not None and bytes_per_token is not None and only_targets:
+        bytes_per_token = manifest.pairs.validation_target_bytes / manifest.pairs.validation_target_tokens
     return DatasetInfo(
         path=root,
         fingerprint=manifest.fingerprint,
@@ -89,15 +105,15 @@ def verify(
         train_tokens=manifest.train.tokens,
         validation_tokens=manifest.validation.tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
-        unigram_entropy_nats=manifest.unigram_entropy_nats,
-        validation_bytes_per_token=manifest.validation_bytes_per_token,
+        unigram_entropy_nats=None if manifest.pairs is not None and only_targets else manifest.unigram_entropy_nats,
+        validation_bytes_per_token=bytes_per_token,
         lossy_documents=manifest.lossy.documents if manifest.lossy else 0,
-        manifest=manifest.model_dump(mode="json"),
+        manifest=manifest.content(),
     )
 
 
 def verify_source(
-    source: MdsSource | MixSource,
+    source: Datasets,
     *,
     seq_len: int | None = None,
     shuffle_window: int | None = None,
@@ -108,10 +124,14 @@ def verify_source(
     Of a mixture: the fingerprint of all; sums of tokens; bytes per token by the weights; no unigram entropy. Raises
     DataError if the datasets were made with different tokenizers.
     """
+    loss = source.loss if isinstance(source, PairsSource) else "targets"
     found = [
-        verify(part, seq_len=seq_len, shuffle_window=shuffle_window, progress=progress) for part in datasets_of(source)
+        verify(part, seq_len=seq_len, shuffle_window=shuffle_window, loss=loss, progress=progress)
+        for part in datasets_of(source)
     ]
-    if isinstance(source, MdsSource):
+    for info in found:
+        check_kind("pairs" in info.manifest, info.path, source)
+    if not isinstance(source, MixSource):
         return found[0], found
     for info in found[1:]:
         check_same_tokenizer(found[0], info, "data.source.sources")
@@ -129,6 +149,19 @@ def verify_source(
     ), found
 
 
+def check_kind(has_pairs: bool, path: Path, source: Datasets) -> None:
+    """Raise DataError if a dataset has pairs and the source reads texts, or the other way round."""
+    if has_pairs == (source.type == "pairs"):
+        return
+    if has_pairs:
+        way = "a mixture cannot contain it" if isinstance(source, MixSource) else "set data.source.type: pairs"
+        raise DataError(f"data.source: {path} is a dataset of pairs; {way}")
+    raise DataError(
+        f"data.source.type: pairs needs a dataset that was built from pairs, and {path} has texts; use type: mds, or "
+        "build it from a corpus of `type: pairs` or `stdlib_functions`"
+    )
+
+
 def check_same_tokenizer(a: DatasetInfo, b: DatasetInfo, key: str) -> None:
     """Raise DataError, with the key of the spec, if the ids of two datasets mean different text."""
     if (a.tokenizer_sha256, a.eos_id) != (b.tokenizer_sha256, b.eos_id):
@@ -139,7 +172,7 @@ def check_same_tokenizer(a: DatasetInfo, b: DatasetInfo, key: str) -> None:
 
 
 def _check_files(root: Path, manifest: Manifest, remote: str | None, progress: Progress) -> None:
-    metadata = {TOKENIZER_NAME, *(f"{split}/{name}" for split in SPLITS for name in (INDEX_NAME, LENGTHS_NAME))}
+    metadata = set(manifest.metadata())
     if unnamed := sorted(metadata - manifest.files.keys()):
         raise DataError(f"{root}: the manifest does not name {unnamed[0]}; {rebuild_hint(root)}")
     verified = VerifiedFiles(root)

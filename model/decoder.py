@@ -229,6 +229,11 @@ class DecoderCache:
         """Elements of the cached tokens, over layers and batch."""
         return sum(layer.numbers for layer in self.layers)
 
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows of the batch, as `KVCache.select`."""
+        for layer in self.layers:
+            layer.select(rows)
+
     def repeated(self, count: int, room: int) -> DecoderCache:
         """A copy for `count` sequences that continue the one that is cached here, by `room` tokens each."""
         copy = DecoderCache(0)

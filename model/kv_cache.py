@@ -39,6 +39,11 @@ class KVCache:
         copy._parts = {name: part.repeated(count, room) for name, part in self._parts.items()}
         return copy
 
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows of the batch, [rows] int64, in this order; a row may be named several times."""
+        for part in self._parts.values():
+            part.select(rows)
+
     @property
     def numbers(self) -> int:
         """Elements of the cached tokens, over the batch. The buffers may have room for more."""
@@ -97,6 +102,15 @@ class _CachePart:
                 buffer[:, :kept] = before[:, self._first : self._end]
             copy._buffers, copy._end = (k, v), kept
         return copy
+
+    def select(self, rows: Tensor) -> None:
+        if self._buffers is None:
+            return
+        old, self._buffers = self._buffers, None
+        k, v = (t.new_empty(len(rows), *t.shape[1:]) for t in old)
+        for buffer, before in zip((k, v), old, strict=True):
+            buffer[:, self._first : self._end] = before[rows, self._first : self._end]
+        self._buffers = (k, v)
 
     def _with_room(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers, with room for the new tokens after `_end`. Old tokens move to the front of new buffers."""

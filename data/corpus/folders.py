@@ -23,8 +23,10 @@ ENDINGS = {
     "jsonl": rf".*(?:\.(?:jsonl|ndjson){_PACKED}|\.json\.(?:gz|gzip|bz2|xz|zst|zstd))",
     "parquet": r".*\.(?:parquet|parq|pq)",
 }
+ENDINGS["pairs"] = f"(?:{ENDINGS['jsonl']})|(?:{ENDINGS['parquet']})"
 """Pattern of the names that a folder stands for, by type of corpus, in any case."""
 
+_USUAL = {"text": "txt", "pairs": "jsonl"}
 _EXAMPLES = 5
 
 
@@ -87,7 +89,7 @@ def _nothing(given: str, type: str, found: Found, left_out: int) -> str:
         )
     return (
         f"corpus.paths: {given!r} matches no file; give an existing file or folder, or a pattern such as "
-        f"'folder/**/*.{'txt' if type == 'text' else type}'{looked_for(given)}"
+        f"'folder/**/*.{_USUAL.get(type, type)}'{looked_for(given)}"
     )
 
 

@@ -1,14 +1,15 @@
-"""Documents from Parquet files: one per row."""
+"""Rows of Parquet files: one document each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from headway.data.config import DataError
 from headway.data.corpus import containers
 from headway.data.corpus.document import Document, check_size
+from headway.data.corpus.rows import Field, FieldRow
 
 # Rows that are decoded at once. A dictionary repeats a value without taking space in the file, so the rows of groups
 # that may have a large dictionary are decoded a few at a time.
@@ -18,10 +19,17 @@ _FREE_BYTES = 40 << 20  # may expand more than `containers.MAX_EXPANSION` times;
 
 
 def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
-    """Yield a document per row of a Parquet file. A null counts as empty.
+    """Yield a document per row of a Parquet file. A null counts as empty. Raises DataError as `parquet_rows` does."""
+    for row in parquet_rows(path, id, [Field(field)]):
+        assert row.values is not None, "bytes are decoded later"
+        yield Document.make(row.id, row.origin, row.values[0])
 
-    Raises DataError if the file is not Parquet, does not have exactly one column `field`, or if the column is not text;
-    if a document is too large, or if the column expands more than `containers.MAX_EXPANSION` times.
+
+def parquet_rows(path: Path, id: str, fields: Sequence[Field]) -> Iterator[FieldRow]:
+    """Yield the columns `fields` of each row of a Parquet file, as bytes.
+
+    Raises DataError if the file is not Parquet, does not have exactly one column of each name, or if a column is not
+    text; if a value is too large, or if a row group expands more than `containers.MAX_EXPANSION` times.
     """
     try:
         import pyarrow as pa
@@ -32,14 +40,16 @@ def parquet_documents(path: Path, id: str, field: str) -> Iterator[Document]:
         with path.open("rb") as stream:
             containers.check_pointer(path, stream.read(1 << 10))
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as table:
-            _check_column(path, field, table.schema_arrow)
-            number = 0
+            for field in fields:
+                _check_column(path, field, table.schema_arrow)
+            number, names = 0, [field.name for field in fields]
             for group in range(table.num_row_groups):
                 rows = _rows_at_once(path, table, group)
-                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[field]):
-                    for value in _as_binary(batch.column(field)):
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+                    for values in zip(*(_as_binary(batch.column(name)) for name in names), strict=True):
                         number += 1
-                        yield _document(id, path, number, value)
+                        origin = f"{path}: row {number}"
+                        yield FieldRow(f"{id}:{number}", origin, tuple(_bytes(value, origin) for value in values))
     except DataError:
         raise
     except OSError as error:
@@ -53,25 +63,22 @@ def _unreadable(path: Path, why: str) -> DataError:
     return DataError(f"{path}: cannot be read as Parquet ({why}); fetch or write it again")
 
 
-def _check_column(path: Path, field: str, schema: Any) -> None:
+def _check_column(path: Path, field: Field, schema: Any) -> None:
     import pyarrow as pa
 
-    count = schema.names.count(field)
+    name, key = field.name, field.key
+    count = schema.names.count(name)
     if count > 1:
-        raise DataError(
-            f"{path}: {count} columns are named {field!r}; rename all but one, or set corpus.field to another"
-        )
+        raise DataError(f"{path}: {count} columns are named {name!r}; rename all but one, or set {key} to another")
     if count == 0:
         names = ", ".join(schema.names[:50]) or "none"
-        raise DataError(f"{path}: no column {field!r}; set corpus.field to one of its columns: {names}")
-    kind = schema.field(field).type
+        raise DataError(f"{path}: no column {name!r}; set {key} to one of its columns: {names}")
+    kind = schema.field(name).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
         texts = [column.name for column in schema if "string" in str(column.type)]
-        choice = (
-            f"set corpus.field to a text column ({', '.join(texts[:20])})" if texts else "none of its columns is text"
-        )
-        raise DataError(f"{path}: column {field!r} holds {kind}, not text; {choice}, or convert it to strings")
+        choice = f"set {key} to a text column ({', '.join(texts[:20])})" if texts else "none of its columns is text"
+        raise DataError(f"{path}: column {name!r} holds {kind}, not text; {choice}, or convert it to strings")
 
 
 def _rows_at_once(path: Path, table: Any, group: int) -> int:
@@ -98,9 +105,8 @@ def _as_binary(column: Any) -> Any:
     return column.cast(pa.large_binary())
 
 
-def _document(id: str, path: Path, number: int, value: Any) -> Document:
-    origin = f"{path}: row {number}"
+def _bytes(value: Any, origin: str) -> bytes | None:
     if not value.is_valid:
-        return Document.make(f"{id}:{number}", origin, None)
+        return None
     check_size(value.as_buffer().size, origin)  # before it is copied
-    return Document.make(f"{id}:{number}", origin, value.as_py())
+    return value.as_py()

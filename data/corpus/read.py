@@ -14,15 +14,21 @@ from pathlib import Path
 
 from headway.data import tokenizer
 from headway.data.config import (
+    AnyCorpus,
     CorpusConfig,
     DataError,
+    FileCorpus,
     HuggingFaceCorpus,
     JsonlCorpus,
+    PairsCorpus,
     ParquetCorpus,
     StdlibCorpus,
+    StdlibFunctionsCorpus,
     TextCorpus,
+    is_of_hub,
+    is_stdlib,
 )
-from headway.data.corpus import containers, cut, folders, parquet, rows
+from headway.data.corpus import containers, cut, folders, pairs, parquet, rows
 from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
 from headway.data.progress import Say, quiet
@@ -30,8 +36,6 @@ from headway.data.progress import Say, quiet
 # Tests are excluded because slim installations do not have them, so the corpus would differ between machines.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _READERS = 2  # raised when readers give other documents for the same files, so that datasets are built again
-
-AnyCorpus = StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
 
 
 def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say = quiet) -> Iterator[Document]:
@@ -44,8 +48,15 @@ def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say
     if isinstance(corpus, HuggingFaceCorpus):
         yield from rows.hub_documents(corpus)
         return
+    if isinstance(corpus, PairsCorpus):
+        found = None if is_of_hub(corpus) else files or find_files(corpus)
+        yield from pairs.row_pairs(corpus, found, say=say)
+        return
     taken = [(id, path) for path, id in (files or find_files(corpus)).taken.items()]
     match corpus:
+        case StdlibFunctionsCorpus():
+            for id, path in taken:
+                yield from pairs.function_pairs(corpus, id, path, _unix_lines(_read(path)))
         case StdlibCorpus():
             for id, path in taken:
                 yield Document.make(id, str(path), _unix_lines(_read(path)))
@@ -60,14 +71,15 @@ def documents(corpus: AnyCorpus, files: folders.Found | None = None, *, say: Say
                 yield from parquet.parquet_documents(path, id, corpus.field)
 
 
-def find_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> folders.Found:
+def find_files(corpus: FileCorpus) -> folders.Found:
     """Every file of a corpus, sorted within each given path, without duplicates; and those that are left out.
 
-    A folder stands for all files in it, recursively, except hidden ones (for JSONL and Parquet: those with the usual
-    endings, `folders.ENDINGS`).
+    A folder stands for all files in it, recursively, except hidden ones (for JSONL, Parquet and pairs: those with the
+    usual endings, `folders.ENDINGS`).
     """
-    if isinstance(corpus, StdlibCorpus):
+    if isinstance(corpus, StdlibCorpus | StdlibFunctionsCorpus):
         return folders.Found(taken={path: id for id, path in _stdlib_files()})
+    assert corpus.paths is not None, "a dataset of the hub has no files"
     return folders.find(corpus.paths, corpus.type)
 
 
@@ -76,9 +88,10 @@ def corpus_and_validation_files(cfg: CorpusConfig) -> tuple[folders.Found | None
 
     Raises DataError if no file is left for training.
     """
-    files = None if isinstance(cfg.corpus, HuggingFaceCorpus) else find_files(cfg.corpus)
-    corpus = cfg.validation_corpus()
-    if files is None or corpus is None or isinstance(corpus, HuggingFaceCorpus):
+    if isinstance(cfg.corpus, HuggingFaceCorpus) or is_of_hub(cfg.corpus):
+        return None, None
+    files, corpus = find_files(cfg.corpus), cfg.validation_corpus()
+    if corpus is None or isinstance(corpus, HuggingFaceCorpus):
         return files, None
     own = find_files(corpus)
     for path in [path for path in files.taken if path in own.taken]:
@@ -89,7 +102,7 @@ def corpus_and_validation_files(cfg: CorpusConfig) -> tuple[folders.Found | None
     return files, own
 
 
-def corpus_files(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[tuple[str, Path]]:
+def corpus_files(corpus: FileCorpus) -> list[tuple[str, Path]]:
     """(id, path) of every file that `find_files` takes."""
     return [(id, path) for path, id in find_files(corpus).taken.items()]
 
@@ -100,20 +113,20 @@ def source_fingerprint(cfg: CorpusConfig) -> str:
     For a hub dataset it does not change; only the settings identify it (set `revision` to pin it).
     """
     facts: list[object] = []
-    if not isinstance(cfg.corpus, HuggingFaceCorpus):
+    if not isinstance(cfg.corpus, HuggingFaceCorpus) and not is_of_hub(cfg.corpus):
         facts += _states(cfg.corpus)
         if (own := cfg.validation_corpus()) is not None and not isinstance(own, HuggingFaceCorpus):
             facts.append(["validation", *_states(own)])
         if not isinstance(cfg.corpus, StdlibCorpus):
             facts.append(f"readers {_READERS}")
-    if isinstance(cfg.corpus, StdlibCorpus):
+    if is_stdlib(cfg.corpus):
         facts.append(platform.python_version())
     if cfg.tokenizer.type == "file":
         facts.append(hashlib.sha256(tokenizer.read_file(cfg.tokenizer)).hexdigest())
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
-def _states(corpus: StdlibCorpus | TextCorpus | JsonlCorpus | ParquetCorpus) -> list[object]:
+def _states(corpus: FileCorpus) -> list[object]:
     """Path, size and modification time of every file."""
     found: list[object] = []
     for _id, path in corpus_files(corpus):

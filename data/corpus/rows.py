@@ -1,4 +1,4 @@
-"""Documents from JSON lines and from the Hugging Face hub: one per row. Parquet: `headway.data.corpus.parquet`."""
+"""Rows of JSON lines and of the Hugging Face hub: one document each. Parquet: `headway.data.corpus.parquet`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import codecs
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import DataError, HuggingFaceCorpus
+from headway.data.config import DataError, HuggingFaceCorpus, PairsCorpus
 from headway.data.corpus import containers
 from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document
 from headway.data.progress import Say, quiet
@@ -24,13 +25,45 @@ _COUNTED_BYTES = 4 << 20
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field that is read of each row, and the key of the corpus that names it, for messages."""
+
+    name: str
+    key: str = "corpus.field"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRow:
+    """A row. values: those of the fields, in their order (None: null); None if the row is not UTF-8."""
+
+    id: str
+    origin: str
+    values: tuple[str | bytes | None, ...] | None
+
+
 def jsonl_documents(path: Path, id: str, field: str, *, say: Say = quiet) -> Iterator[Document]:
     """Yield a document per line of a file of JSON lines, compressed or not. Skips blank lines.
 
-    A document whose `field` is null counts as empty. `say` is told if the format of the file is not that of its name.
-    Raises DataError with file and line if a line is too long, is not a JSON object or does not have the field.
+    A document whose `field` is null counts as empty. Raises DataError as `jsonl_rows` does.
     """
-    found, key = containers.head(path), json.dumps(field, ensure_ascii=False).encode()
+    return map(_document, jsonl_rows(path, id, [Field(field)], say=say))
+
+
+def _document(row: FieldRow) -> Document:
+    if row.values is None:
+        return Document(row.id, row.origin, b"", "not_utf8")
+    return Document.make(row.id, row.origin, row.values[0])
+
+
+def jsonl_rows(path: Path, id: str, fields: Sequence[Field], *, say: Say = quiet) -> Iterator[FieldRow]:
+    """Yield the `fields` of each line of a file of JSON lines, compressed or not. Skips blank lines.
+
+    `say` is told if the format of the file is not that of its name.
+    Raises DataError with file and line if a line is too long, is not a JSON object or does not have a field.
+    """
+    found = containers.head(path)
+    keys = {field.name: json.dumps(field.name, ensure_ascii=False).encode() for field in fields}
     if found.note:
         say(found.note)
     for number, line in enumerate(_lines(containers.chunks(path, found.format), path), start=1):
@@ -43,14 +76,14 @@ def jsonl_documents(path: Path, id: str, field: str, *, say: Say = quiet) -> Ite
             line = line.removeprefix(codecs.BOM_UTF8)
         row, broken = _row(line, origin)
         if not isinstance(row, dict):
-            raise DataError(f"{origin}: {type(row).__name__} instead of a JSON object such as {{{field!r}: ...}}")
-        if line.count(key) > 1:
-            _check_field_once(line, field, origin)
+            shown = ", ".join(f"{name!r}: ..." for name in keys)
+            raise DataError(f"{origin}: {type(row).__name__} instead of a JSON object such as {{{shown}}}")
+        for name, key in keys.items():
+            if line.count(key) > 1:
+                _check_field_once(line, name, origin)
         del line  # up to 64 MiB
-        if broken:
-            yield Document(f"{id}:{number}", origin, b"", "not_utf8")
-        else:
-            yield Document.make(f"{id}:{number}", origin, _field(row, field, origin))
+        values = None if broken else tuple(_value(row, field, origin) for field in fields)
+        yield FieldRow(f"{id}:{number}", origin, values)
 
 
 def _row(line: bytes, origin: str) -> tuple[Any, bool]:
@@ -103,17 +136,22 @@ def _separators(line: bytes, begin: int, end: int) -> int:
 
 
 def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
-    """Yield a document per row of a dataset of the Hugging Face hub: streamed, or from the local cache if offline.
+    """Yield a document per row of a dataset of the Hugging Face hub. Raises DataError as `hub_rows` does."""
+    return map(_document, hub_rows(corpus, [Field(corpus.field)]))
+
+
+def hub_rows(corpus: HuggingFaceCorpus | PairsCorpus, fields: Sequence[Field]) -> Iterator[FieldRow]:
+    """Yield the `fields` of each row of a dataset of the hub: streamed, or from the local cache if offline.
 
     Code in a dataset is never executed. Raises DataError if the `datasets` package or the network is missing, or if the
-    dataset, its split or the field does not exist.
+    dataset, its split or a field does not exist.
     """
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise DataError(
             f"corpus.dataset: {corpus.dataset!r} needs the `datasets` package; pip install 'headway[hf]', "
-            "or use a jsonl or parquet corpus"
+            "or give local files: `paths` of a jsonl, parquet or pairs corpus"
         ) from None
     # Streaming always reads over the network, even if the dataset is cached. If offline, read the cache instead.
     offline = bool(getattr(datasets.config, "HF_HUB_OFFLINE", False) or datasets.config.HF_DATASETS_OFFLINE)
@@ -123,14 +161,14 @@ def hub_documents(corpus: HuggingFaceCorpus) -> Iterator[Document]:
         )
         for number, row in enumerate(rows):
             origin = f"{corpus.dataset}[{corpus.split}] row {number}"
-            yield Document.make(f"{corpus.split}:{number}", origin, _field(row, corpus.field, origin))
+            yield FieldRow(f"{corpus.split}:{number}", origin, tuple(_value(row, field, origin) for field in fields))
     except DataError:
         raise
     except Exception as error:  # `datasets` raises errors of five HTTP and file libraries
         raise _hub_error(corpus, error, offline) from error
 
 
-def _hub_error(corpus: HuggingFaceCorpus, error: Exception, offline: bool) -> DataError:
+def _hub_error(corpus: HuggingFaceCorpus | PairsCorpus, error: Exception, offline: bool) -> DataError:
     """Distinguish "no network", by far the most frequent cause, from "no such dataset". They need different fixes."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -145,20 +183,20 @@ def _hub_error(corpus: HuggingFaceCorpus, error: Exception, offline: bool) -> Da
     if offline or (network and not missing):
         state = "HF_DATASETS_OFFLINE is set and it is not in the local cache" if offline else "the hub is not reachable"
         return DataError(
-            f"{what}: {state} ({detail}). Without a network, use `type: parquet` or `type: jsonl` with local paths; or "
+            f"{what}: {state} ({detail}). Without a network, use local paths (`type: parquet`, `jsonl` or `pairs`); or "
             "fill the cache on a machine with a network, copy it, and set HF_HOME to it and HF_DATASETS_OFFLINE=1"
         )
     return DataError(f"{what}: cannot be loaded ({detail}); check dataset, subset, split, revision and access rights")
 
 
-def _field(row: dict[str, Any], field: str, origin: str) -> str | None:
-    if field not in row:
+def _value(row: dict[str, Any], field: Field, origin: str) -> str | None:
+    if field.name not in row:
         has = ", ".join(map(repr, list(row)[:20])) or "none"
-        raise DataError(f"{origin}: no field {field!r}; set corpus.field to one of its fields: {has}")
-    value = row[field]
+        raise DataError(f"{origin}: no field {field.name!r}; set {field.key} to one of its fields: {has}")
+    value = row[field.name]
     if value is not None and not isinstance(value, str):
         raise DataError(
-            f"{origin}: field {field!r} holds {type(value).__name__}, not text; set corpus.field to a text field"
+            f"{origin}: field {field.name!r} holds {type(value).__name__}, not text; set {field.key} to a text field"
         )
     return value
 

@@ -21,27 +21,35 @@ from headway.data.progress import Bar, Progress, Say, quiet
 
 _WHAT = {
     "empty": "is empty",
+    "empty_prompt": "has an empty prompt",
+    "empty_target": "has an empty target, so there is nothing to learn",
     "not_utf8": "is not UTF-8 text",
     "binary": "is full of NUL bytes, so it is UTF-16 without a byte order mark, or no text",
 }
 _LEFT_OUT = {
     "not_utf8": "not UTF-8",
     "binary": "full of NUL bytes",
+    "empty_prompt": "with an empty prompt",
+    "empty_target": "with an empty target",
+    "one_line": "articles of one line",
     "too_short": "too short",
     "in_validation": "also in the validation files",
 }
 _NEARLY = 0.9  # of the wanted bytes of validation
-_NEARLY = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """Index of the usable documents of a corpus, whose text is in a spool file. `order`: documents of each split."""
+    """Index of the usable documents of a corpus, whose text is in a spool file. `order`: documents of each split.
+
+    prompts: Bytes of the prompt of each document, [documents] int64; None for a corpus of texts.
+    """
 
     ids: list[str]
     offsets: np.ndarray  # [documents] int64, bytes into the spool
     lengths: np.ndarray  # [documents] int64, bytes
     order: dict[Split, np.ndarray]
+    prompts: np.ndarray | None
     left_out: dict[str, int]
     first_left_out: dict[str, str]  # reason -> where the first of these documents is
 
@@ -74,10 +82,12 @@ def scan(
 
     Documents are divided by hash of the text, or as `cfg.validation` says. The order within a split is that of the
     hashes. Split and order come from separate bits of the hash, so the position of a document does not depend on the
-    others. Raises DataError for an unusable document (unless they are skipped), or if a split would be empty.
+    others. The split of a pair comes from the hash of its prompt, so that no prompt is in both splits. Raises DataError
+    for an unusable document (unless they are skipped), or if a split would be empty.
     """
     ids: list[str] = []
     lengths: list[int] = []
+    prompts: list[int] = []
     places: dict[bytes, int] = {}  # digest -> number of the document
     left_out: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -88,7 +98,7 @@ def scan(
         for part in (*parts, read.documents(cfg.corpus, files, say=say)):
             held_out = len(ids)
             for document in _usable(_counted(part, bar), cfg, left_out, first):
-                digest = _digest(document.text)
+                digest = _digest(document.text, document.prompt_bytes)
                 if digest in places:
                     reason = "in_validation" if places[digest] < held_out else "duplicate"
                     left_out[reason] += 1
@@ -97,12 +107,14 @@ def scan(
                 places[digest] = len(ids)
                 ids.append(document.id)
                 lengths.append(len(document.text))
+                if document.prompt_bytes is not None:
+                    prompts.append(document.prompt_bytes)
                 stream.write(document.text)
     if validation is not None:
         left_out.setdefault("in_validation", 0)
     digests = list(places)
     if cfg.validation is not None and cfg.validation.last is not None:
-        begin = _cut_last(spool, ids, lengths, digests, cfg.validation.last)
+        begin = _cut_last(spool, ids, lengths, digests, cfg.validation.last, whole=bool(prompts))
         is_validation = np.arange(len(ids)) >= begin
     elif validation is not None:
         is_validation = np.arange(len(ids)) < held_out
@@ -115,13 +127,17 @@ def scan(
         offsets=np.cumsum(sizes) - sizes,
         lengths=sizes,
         order=_divide(digests, is_validation),
+        prompts=np.array(prompts, dtype=np.int64) if prompts else None,
         left_out=dict(left_out),
         first_left_out=first,
     )
 
 
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=16).digest()
+def _digest(text: bytes, prompt_bytes: int | None = None) -> bytes:
+    """16 bytes. Of a pair: 8 of its prompt, which decide about the split, and 8 of all its text."""
+    if prompt_bytes is None:
+        return hashlib.blake2b(text, digest_size=16).digest()
+    return b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in (text[:prompt_bytes], text))
 
 
 def _check_splits(is_validation: np.ndarray, left_out: Counter[str]) -> None:
@@ -138,8 +154,10 @@ def _check_splits(is_validation: np.ndarray, left_out: Counter[str]) -> None:
     )
 
 
-def _cut_last(spool: Path, ids: list[str], lengths: list[int], digests: list[bytes], fraction: float) -> int:
-    """The first document of the last `fraction` of the bytes. It may be the second half of a document.
+def _cut_last(
+    spool: Path, ids: list[str], lengths: list[int], digests: list[bytes], fraction: float, *, whole: bool
+) -> int:
+    """The first document of the last `fraction` of the bytes. It may be the second half of a document unless `whole`.
 
     A document that lies across the boundary is for training, unless less than nine tenths of the wanted bytes come
     after it. Then it is cut at the next line end, or at the next character if that is far.
@@ -154,6 +172,8 @@ def _cut_last(spool: Path, ids: list[str], lengths: list[int], digests: list[byt
     begin = int(ends[number]) - lengths[number]
     if begin == boundary or total - int(ends[number]) >= _NEARLY * wanted:
         return number if begin == boundary else number + 1
+    if whole:
+        return number + (number + 1 < len(ids))
     with spool.open("rb") as stream:
         stream.seek(begin)
         text = stream.read(lengths[number])
@@ -180,7 +200,7 @@ def _usable(
 ) -> Iterable[Document]:
     for document in found:
         if document.problem is not None:
-            if cfg.bad_documents == "error":
+            if cfg.bad_documents == "error" and document.problem in _WHAT:
                 raise DataError(
                     f"{document.origin}: document {_WHAT[document.problem]}; fix or remove it, "
                     "or set bad_documents: skip to skip and count such documents"

@@ -15,6 +15,7 @@ from headway.launcher.evaluate.choices import evaluate_choices, read_questions
 from headway.launcher.evaluate.harness import evaluate_harness
 from headway.launcher.evaluate.lengths import evaluate_lengths, evaluate_recall
 from headway.launcher.evaluate.measure import Measure
+from headway.launcher.evaluate.summaries import Summaries, evaluate_summaries
 from headway.launcher.evaluate.texts import TextSource, evaluate_text, own_sources
 from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.run.machine import machine, versions
@@ -23,7 +24,9 @@ from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to measure. `texts`: None for the validation sets of the run. `limit`: documents, questions or sequences."""
+    """What to measure. `texts`: None for the validation sets of the run. `limit`: documents, pairs, questions or
+    sequences.
+    """
 
     texts: tuple[TextSource, ...] | None
     tasks: tuple[str, ...]
@@ -31,13 +34,17 @@ class Asked:
     shots: int | None
     lengths: tuple[int, ...]
     recall: tuple[int, ...]
+    summaries: Summaries
     limit: int | None
 
     def check(self) -> None:
         """Raises SpecError for tasks that exclude each other, NoInputError for files that do not exist."""
-        names = [source.name for source in self.texts or ()] + [_name(task) for task in self.tasks]
+        sources = (*(self.texts or ()), *self.summaries.sources)
+        names = [source.name for source in sources] + [_name(task) for task in self.tasks]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise SpecError(f"--text, --tasks: two are called {twice[0]}; name one of them: --text NAME=PATH")
+            options = "--text, --summaries, --tasks" if self.summaries.sources else "--text, --tasks"
+            raise SpecError(f"{options}: two are called {twice[0]}; name one of them: --text NAME=PATH")
+        self.summaries.check()
         if self.shots is not None and all(task.endswith(".jsonl") for task in self.tasks):
             raise SpecError("--shots: only tasks of lm-evaluation-harness have examples; leave it out, or name one")
         for source in self.texts or ():
@@ -57,8 +64,8 @@ def evaluate(path: Path, asked: Asked, *, step: int | None, out: Path | None) ->
     if (path / "ladder.json").is_file():
         raise NoInputError(f"{path}: is a study with sizes; name the folder of one size, {path}/sizes/SIZE")
     if (path / "study.json").is_file():
-        if step is not None or out is not None:
-            raise SpecError("--step, --out: are of one run; leave them out for a study")
+        if step is not None or out is not None or asked.summaries.texts is not None:
+            raise SpecError("--step, --out, --texts-out: are of one run; leave them out for a study")
         return _study(path, asked)
     result = _measured(path, asked, step)
     if RunDir(path).spec.is_file():
@@ -114,7 +121,7 @@ def _measured(path: Path, asked: Asked, step: int | None) -> dict[str, Any]:
 def _all(model: Opened, asked: Asked) -> Iterator[Measure]:
     """Every measure that was asked for; without any question, the losses of the run's validation sets."""
     texts = asked.texts
-    if texts is None and not (asked.tasks or asked.recall):
+    if texts is None and not (asked.tasks or asked.recall or asked.summaries.sources):
         texts = tuple(own_sources(model.data)) if model.data is not None else ()
         if not texts:
             raise SpecError(
@@ -127,6 +134,9 @@ def _all(model: Opened, asked: Asked) -> Iterator[Measure]:
                 yield from evaluate_lengths(model, source, list(asked.lengths), limit=asked.limit, done=bar.update)
             else:
                 yield from evaluate_text(model, source, limit=asked.limit, done=bar.update)
+    for source in asked.summaries.sources:
+        with console.progress(f"continue {source.name}", None, "prompts") as bar:
+            yield from evaluate_summaries(model, source, asked.summaries, limit=asked.limit, done=bar.update)
     if asked.recall:
         with console.progress("evaluate recall", None, "tokens") as bar:
             yield from evaluate_recall(model, model.data, list(asked.recall), limit=asked.limit, done=bar.update)

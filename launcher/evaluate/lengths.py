@@ -35,7 +35,7 @@ def evaluate_lengths(
     compared. Raises DataError if no document is that long.
     """
     largest = max(lengths)
-    long = (ids[: largest + 1] for ids, _ in documents_of(model, source) if len(ids) > largest)
+    long = (row.ids[: largest + 1] for row, _ in documents_of(model, source) if len(row.ids) > largest)
     documents = list(islice(long, limit))
     if not documents:
         raise DataError(f"{source.path}: has no document of {largest:,} tokens; give shorter --lengths or longer texts")

@@ -1,19 +1,21 @@
 """Losses of texts: of files, or of the validation split of a dataset, document by document.
 
 Each document is predicted from its beginning on, after the end-of-document token, with as much context as a training
-sequence has. Its own end is not predicted.
+sequence has. Its own end is not predicted. Of a pair of a prompt and a target, the target and its end are predicted, as
+in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from headway.data.config import DataConfig, DataError, MixSource, SyntheticSource, datasets_of
-from headway.data.manifest import MANIFEST_NAME, read_manifest
+from headway.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from headway.data.packed_pairs import shortened
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio
 from headway.launcher.evaluate.scorer import Row, Scorer
@@ -31,12 +33,12 @@ class TextSource:
     path: Path
 
     @classmethod
-    def parse(cls, text: str) -> TextSource:
-        """`PATH` or `NAME=PATH`. Raises SpecError if a part is empty."""
+    def parse(cls, text: str, option: str = "--text") -> TextSource:
+        """`PATH` or `NAME=PATH`, the value of `option`. Raises SpecError if a part is empty."""
         name, given, path = text.rpartition("=")
         source = cls(name=name if given else Path(path).name.split(".")[0], path=Path(path).expanduser())
         if not source.name or not path or "/" in source.name:
-            raise SpecError(f"--text {text!r}: give PATH or NAME=PATH, such as books=texts/books.jsonl")
+            raise SpecError(f"{option} {text!r}: give PATH or NAME=PATH, such as books=texts/books.jsonl")
         return source
 
 
@@ -74,8 +76,8 @@ def evaluate_text(
             tokens.append(len(predicted.log_p))
         rows.clear()
 
-    for ids, text_bytes in islice(documents_of(model, source), limit):
-        rows.append(Row(ids, 1))
+    for row, text_bytes in islice(documents_of(model, source), limit):
+        rows.append(row)
         size.append(text_bytes)
         if len(rows) == _AT_ONCE:
             flush()
@@ -88,8 +90,8 @@ def evaluate_text(
     return [replace(measure, digest=scorer.digest) for measure in measures]
 
 
-def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Sequence[int], int]]:
-    """(ids after an end-of-document token, bytes of text) of the documents that have text."""
+def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int]]:
+    """(tokens of a document and those that are predicted, bytes of their text) of the documents that have text."""
     found = _of_dataset if (source.path / MANIFEST_NAME).is_file() else _of_files
     return found(model, source.path)
 
@@ -103,25 +105,39 @@ def _begin(model: Opened, path: Path) -> int:
     return model.codec.eos_id if model.codec.bos_id is None else model.codec.bos_id
 
 
-def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Sequence[int], int]]:
+def check_tokenizer(model: Opened, root: Path, manifest: Manifest) -> None:
+    """Raise DataError if a dataset has another tokenizer than the model."""
     from headway.data import tokenizer
-    from headway.data.mds import MdsSplit
 
-    begin, manifest = _begin(model, root), read_manifest(root)
-    assert model.codec.tokenizer is not None
     if model.codec.file is None or tokenizer.sha256_of(model.codec.file) != manifest.tokenizer_sha256:
         raise DataError(
             f"{root}: was built with another tokenizer than the model's {model.codec.file}, so its token ids mean "
             "other text; name the text files themselves, or build the dataset with `tokenizer: {type: file, path: ...}`"
         )
+
+
+def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
+    from headway.data.mds import MdsSplit
+
+    begin, manifest = _begin(model, root), read_manifest(root)
+    assert model.codec.tokenizer is not None
+    check_tokenizer(model, root, manifest)
     split = MdsSplit(root, "validation")
     for number in range(len(split)):
-        ids = split.tokens(number).tolist()[:-1]  # without the end of the document
-        if ids:
-            yield [begin, *ids], len(model.codec.tokenizer.decode(ids).encode("utf-8", errors="surrogatepass"))
+        ids = split.tokens(number).tolist()
+        first = 0 if split.prompts is None else int(split.prompts[number])
+        text = ids[first:-1]  # without the end of the document
+        size = len(model.codec.tokenizer.decode(text).encode("utf-8", errors="surrogatepass"))
+        if manifest.pairs is not None:
+            separator = len(manifest.pairs.separator_ids)
+            room = max(separator + 1, Scorer(model).limit + 1 - len(ids[first:]))
+            prompt = shortened(ids[:first], separator, room)
+            yield Row([*prompt, *ids[first:]], len(prompt)), size
+        elif text:
+            yield Row([begin, *text], 1), size
 
 
-def _of_files(model: Opened, path: Path) -> Iterator[tuple[Sequence[int], int]]:
+def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int]]:
     from headway.data.config import JsonlCorpus, ParquetCorpus, TextCorpus
     from headway.data.corpus.read import documents
 
@@ -144,4 +160,4 @@ def _of_files(model: Opened, path: Path) -> Iterator[tuple[Sequence[int], int]]:
             raise DataError(f"{document.origin}: is no text ({document.problem}); remove it from {path}")
         ids = model.codec.tokenizer.encode([document.text.decode("utf-8")])[0]
         if len(ids):
-            yield [begin, *ids], len(document.text)
+            yield Row([begin, *ids], 1), len(document.text)

@@ -70,9 +70,9 @@ def _documents(model: Opened, source: TextSource, *, sequences: int, length: int
     import torch
 
     rows: list[Sequence[int]] = []
-    for ids, _ in documents_of(model, source):
-        if len(ids) > 2:
-            rows.append(ids[: length + 1])
+    for document, _ in documents_of(model, source):
+        if len(document.ids) > 2:
+            rows.append(document.ids[: length + 1])
         if len(rows) == sequences:
             break
     if not rows:

@@ -43,6 +43,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "unigram_entropy_nats": info.get("unigram_entropy_nats"),
         "validation_bytes_per_token": info.get("validation_bytes_per_token"),
         "lossy_documents": info.get("lossy_documents", 0),
+        **({"pairs": pairs} if (pairs := info.get("pairs")) else {}),
         **({"validation_sets": sets} if (sets := info.get("validation_sets")) else {}),
         "cost": {
             "num_params": cost.num_params,

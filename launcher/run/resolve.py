@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from headway.data.config import MdsSource, MixSource, SyntheticSource
+from headway.data.config import DataError, MdsSource, MixSource, PairsSource, SyntheticSource
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
@@ -43,6 +43,8 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
             "lossy_documents": found.lossy_documents,
             "validation_sets": _validation_sets(spec, datasets),
         }
+        if isinstance(source, PairsSource):
+            info |= _pairs(spec)
     size = spec.model.vocab_size
     if size is not None and size < info["vocab_size"]:
         raise SpecError(
@@ -63,6 +65,32 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
     return spec, info
 
 
+def _pairs(spec: Spec) -> dict[str, Any]:
+    """What becomes of the pairs (`pairs`), and the tokens of an epoch (`train_tokens`), padding included.
+
+    Raises DataError if no pair of a split fits a sequence.
+    """
+    from dataclasses import asdict
+
+    from headway.data.loader import open_source
+    from headway.data.manifest import SPLITS
+    from headway.data.packed_pairs import PackedPairs
+
+    found: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        opened = open_source(spec.data, split=split)
+        assert isinstance(opened, PackedPairs)
+        facts, found[split] = opened.facts, asdict(opened.facts)
+        opened.close()
+        lost = [f"{facts.cut:,} cut at the end of their prompt"] if facts.cut else []
+        lost += [f"{facts.left_out:,} left out as too long (data.source.long, data.seq_len)"] if facts.left_out else []
+        console.note(
+            f"data: {facts.pairs:,} of {facts.pairs + facts.left_out:,} pairs for {split} in {facts.sequences:,} "
+            f"sequences, {facts.padding:.1%} padding{''.join(f'; {part}' for part in lost)}"
+        )
+    return {"pairs": found, "train_tokens": found["train"]["sequences"] * spec.data.seq_len}
+
+
 def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, dict[str, Any]]:
     """Name -> facts of the dataset of each validation set: those of a mixture, and those of `data.validation`."""
     from headway.data.verify import check_same_tokenizer, verify
@@ -74,8 +102,11 @@ def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, d
     for name, path in spec.data.validation.items():
         if name in found:
             raise SpecError(f"data.validation.{name}: is the name of a dataset of the mixture too; use another name")
-        info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, progress=console.progress)
+        loss = source.loss if isinstance(source, PairsSource) else "targets"
+        info = verify(MdsSource(type="mds", path=path), seq_len=spec.data.seq_len, loss=loss, progress=console.progress)
         check_same_tokenizer(datasets[0], info, f"data.validation.{name}")
+        if "pairs" in info.manifest and not spec.data.document_mask:
+            raise DataError(f"data.validation.{name}: {path} is a dataset of pairs; it needs data.document_mask: true")
         found[name] = info
     return {
         name: {"fingerprint": info.fingerprint, "bytes_per_token": info.validation_bytes_per_token}

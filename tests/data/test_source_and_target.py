@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from headway.data.config import DataConfig
 from headway.data.loader import Loader, MicroBatch, validation_batches
@@ -47,3 +48,9 @@ def test_validation_is_cut_too():
     ranks: dict[str, Any] = {"tokens": 100, "micro_batch": 2, "dp_rank": 1, "dp_size": 2}
     for a, b in zip(validation_batches(config(5), **ranks), validation_batches(config(None), **ranks), strict=True):
         same(a, b, 5)
+
+
+def test_pairs_are_not_cut():
+    pairs = {"type": "pairs", "path": "x"}
+    with pytest.raises(ValidationError, match=r"encoder_tokens: cuts sequences at one place"):
+        DataConfig.model_validate({"seq_len": 20, "encoder_tokens": 5, "source": pairs})

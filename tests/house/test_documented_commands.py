@@ -36,6 +36,7 @@ PLACEHOLDERS = {
     "OUT": NEW,
     "DIR": NEW,
     "LLAMA": "llama",
+    "PAIRS": "datasets/functions",
     "FOLDER": "llama",
     "FOLDER...": ".",
     "VERB": "plan",
@@ -46,19 +47,29 @@ PLACEHOLDERS = {
 """What a reader would put in place of a word."""
 OF_VERB = {
     # tests/launcher/evaluate/test_harness.py has tasks of the harness
-    "eval": {"arc_easy,lambada_openai": "questions.jsonl", "arc_easy": "questions.jsonl"},
+    "eval": {
+        "arc_easy,lambada_openai": "questions.jsonl",
+        "arc_easy": "questions.jsonl",
+        "runs/summarise": "runs/quickstart",
+    },
     "generate": {"OUT": "exported"},
     "export": {"4000": "4"},  # a checkpoint of the small run
 }
 """The same for one verb alone."""
 TEXT_CORPUS = ["corpus.type=text", "corpus.paths=[corpora/text]"]
+PAIRS_CORPUS = [
+    "corpus={type: pairs, paths: [held.jsonl], prompt: article, target: highlights}",
+    "tokenizer={type: file, path: datasets/stdlib/tokenizer.json}",
+]
 REDUCED = {
+    "data build yaml/data/functions.yaml": PAIRS_CORPUS,
     "data build yaml/data/stdlib.yaml": TEXT_CORPUS,
     "data build stdlib": TEXT_CORPUS,
     "train": ["--dry-run"],
     "study run": ["--dry-run"],
     "probe run": ["--dry-run"],
     "board": ["--no-server"],
+    "eval": ["--new-tokens", "8"],
     "bench decode": ["--rounds", "2", "--new", "2"],
     "bench step": ["--steps", "2"],
     "bench data": ["--steps", "2"],
@@ -289,10 +300,13 @@ def workspace(headway_once, tmp_path_factory):
         (folder / f"corpora/text/{number}.txt").write_text(text)
     (folder / "corpora/books").mkdir()
     (folder / "questions.jsonl").write_text('{"query": "a b", "choices": [" c", " d"], "gold": 1}\n')
+    pairs = "".join(json.dumps({"article": text[:200], "highlights": text[200:220]}) + "\n" for text in texts)
+    (folder / "held.jsonl").write_text(pairs)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "corpora/books/a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     for command in (
         ["data", "build", "yaml/data/stdlib.yaml", *TEXT_CORPUS],
+        ["data", "build", "yaml/data/functions.yaml", *PAIRS_CORPUS],
         ["train", "yaml/base/quickstart.yaml", *SMALL_RUN],
         ["export", "runs/quickstart", "llama", "--to", "hf"],
         ["export", "runs/quickstart", "exported", "--to", "safetensors"],

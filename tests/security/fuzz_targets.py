@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from headway.data import tokenizer as tokenizers
 from headway.data.config import CorpusConfig, TrainTokenizer
-from headway.data.manifest import Manifest, canonical_json, read_manifest
-from headway.data.mds import read_index, read_lengths
+from headway.data.manifest import Manifest, PairCounts, canonical_json, read_manifest
+from headway.data.mds import read_index, read_lengths, read_prompts
 from headway.launcher.base.errors import exit_code
 from headway.launcher.compare.batch_hashes import compare_hashes
 from headway.launcher.compare.cell_record import CellRecord, content_hash, read_record, record_of, record_text
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = (
     *("spec", "study", "corpus spec", "overrides", "hostfile"),
-    *("data manifest", "MDS index", "document lengths", "tokenizer"),
+    *("data manifest", "MDS index", "document lengths", "prompt lengths", "tokenizer"),
     *("checkpoint manifest", "checkpoint tensors", "checkpoint spans", "exported config", "exported tensors"),
     *("metrics", "metrics record", "heartbeat", "run card", "resolved spec", "cell record", "wire"),
 )
@@ -200,6 +200,10 @@ def _data(folder: Path) -> list[Target]:
     known = Manifest.model_validate(manifest)
     lengths = io.BytesIO()
     np.save(lengths, np.arange(1, 6, dtype="<u4"))
+    sizes, prompts = np.arange(4, 9), io.BytesIO()
+    np.save(prompts, np.arange(2, 7, dtype="<u4"))
+    counts = {"train_target_tokens": 10, "validation_target_tokens": 1, "validation_target_bytes": 1}
+    of_pairs = known.model_copy(update={"pairs": PairCounts(separator="|", separator_ids=[7], **counts)})
     vocabulary = folder / "tokenizer.json"
     tokenizers.train(TrainTokenizer(type="train_bpe", vocab_size=270), ["the heat"] * 9, out=vocabulary, progress=False)
 
@@ -233,6 +237,12 @@ def _data(folder: Path) -> list[Target]:
             "document lengths",
             read("train/lengths.npy", lambda: read_lengths(root, "train", known)),
             [lengths.getvalue()],
+            text=False,
+        ),
+        Target(
+            "prompt lengths",
+            read("train/prompts.npy", lambda: read_prompts(root, "train", of_pairs, sizes)),
+            [prompts.getvalue()],
             text=False,
         ),
         Target("tokenizer", read("tokenizer.json", tokenizer), [vocabulary.read_bytes()], json.loads),

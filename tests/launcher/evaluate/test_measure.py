@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headway.launcher.evaluate.measure import Measure, ratio, share
+from headway.launcher.evaluate.measure import Measure, bootstrapped, ratio, share
 
 
 def coverage(found: list[Measure], true: float) -> float:
@@ -38,3 +38,14 @@ def test_one_document_has_no_interval_and_units_scale() -> None:
     two = ratio("x", [6.0, 5.0], [2.0, 3.0], unit="nats").scaled("y", 2.0, "half-nats")
     assert two.value == pytest.approx(4.4) and two.unit == "half-nats" and two.name == "y"
     assert two.low is not None and two.high is not None and two.low + two.high == pytest.approx(8.8)
+
+
+def test_the_bootstrap_interval_of_a_mean() -> None:
+    numbers = np.random.default_rng(3)
+    found = [bootstrapped("x", numbers.beta(0.5, 2.0, 60), unit="F1") for _ in range(200)]  # skewed, as ROUGE is
+    assert 0.9 <= coverage(found, 0.2) <= 0.98
+    again = bootstrapped("x", np.array([0.1, 0.5, 0.9]), unit="F1")
+    assert again == bootstrapped("x", np.array([0.1, 0.5, 0.9]), unit="F1") and again.value == pytest.approx(0.5)
+    assert again.low is not None and again.high is not None and 0.1 <= again.low < 0.5 < again.high <= 0.9
+    one = bootstrapped("x", np.array([0.3]), unit="F1")
+    assert (one.value, one.low, one.high, one.n) == (0.3, None, None, 1)

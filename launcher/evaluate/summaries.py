@@ -1,0 +1,204 @@
+"""Generated targets of pairs, such as summaries, compared with the given ones by ROUGE.
+
+A prompt is continued as training showed it: prompt and separator, without a token before them. One that leaves no room
+for the new tokens loses tokens at its end, as in training. ROUGE is that of the package rouge-score (extra `eval`) with
+Porter's stemmer: Lin, 2004, https://aclanthology.org/W04-1013.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from headway.data.config import SEPARATOR, DataError, PairsCorpus, PairsSource
+from headway.data.manifest import MANIFEST_NAME, read_manifest
+from headway.data.packed_pairs import shortened
+from headway.launcher.base import console
+from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.evaluate.measure import Measure, bootstrapped, ratio, share
+from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.evaluate.texts import TextSource, check_tokenizer
+from headway.launcher.exchange.opened import Opened
+from headway.launcher.exchange.search import Search, search
+
+INSTALL = "install it with `pip install -c constraints.txt rouge-score`"
+ROUGES = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """`prompt`: ids with those of the separator at their end. `target`: ids with that of the end."""
+
+    prompt: list[int]
+    target: list[int]
+    text: str  # of the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summaries:
+    """What to continue and how. `fields`: those of prompt and target in files. `texts`: file for what was generated."""
+
+    sources: tuple[TextSource, ...]
+    how: Search
+    fields: tuple[str, str]
+    texts: Path | None = None
+
+    def check(self) -> None:
+        """Raises SpecError if the package or pairs are missing, NoInputError without the file."""
+        if self.texts is not None and not self.sources:
+            raise SpecError("--texts-out: there is nothing to generate; name pairs with --summaries, or leave it out")
+        if self.sources and importlib.util.find_spec("rouge_score") is None:
+            raise SpecError(f"--summaries: needs the package rouge-score; {INSTALL}")
+        for source in self.sources:
+            if not source.path.exists():
+                raise NoInputError(
+                    f"--summaries {source.path}: no such file or folder; name a dataset of pairs or a file of them"
+                )
+
+
+def evaluate_summaries(
+    model: Opened, source: TextSource, asked: Summaries, *, limit: int | None, done: Callable[[int], None]
+) -> list[Measure]:
+    """ROUGE-1, -2 and -L (mean F1, bootstrap intervals over pairs), the share of continuations that end, and the loss
+    of the given targets, of the first `limit` pairs.
+
+    Raises SpecError if the model knows no text or the new tokens do not fit it, DataError if a dataset has texts
+    instead of pairs or another tokenizer.
+    """
+    pairs, separator = read_pairs(model, source, asked.fields, limit)
+    prompts = _prompts(model, pairs, separator, asked.how)
+    if cut := sum(len(ids) < len(pair.prompt) for ids, pair in zip(prompts, pairs, strict=True)):
+        console.note(
+            f"note: {source.name}: {cut:,} of {len(pairs):,} prompts are cut at their end, so that "
+            f"{asked.how.tokens} new tokens fit the {_limit(model)} positions of a training sequence"
+        )
+    found = search(model.decoder, prompts, asked.how, eos_id=model.codec.eos_id, done=done)
+    given, generated = [pair.text for pair in pairs], [model.codec.decode([*each.ids]) for each in found]
+    scores = rouge_scores(given, generated)
+    if asked.texts is not None:
+        _write(asked.texts, source.name, given, generated, scores)
+    digest = xxhash.xxh64(repr(asked.how))
+    for ids, pair in zip(prompts, pairs, strict=True):
+        digest.update(repr((ids, pair.text)).encode())
+    measures = [bootstrapped(f"{source.name}/{name}", values, unit="F1") for name, values in scores.items()]
+    measures.append(share(f"{source.name}/ended", [each.ended for each in found], chance=None))
+    return [*(replace(m, digest=digest.hexdigest()) for m in measures), _loss(model, source, pairs, separator)]
+
+
+def read_pairs(model: Opened, source: TextSource, fields: tuple[str, str], limit: int | None) -> tuple[list[Pair], int]:
+    """(the first `limit` pairs of a source, tokens of the separator). Raises as `evaluate_summaries` does."""
+    codec = model.codec
+    if codec.tokenizer is None or codec.eos_id is None:
+        raise SpecError(
+            f"--summaries {source.path}: this model knows token ids, not text (synthetic data, or weights without a "
+            "tokenizer); train it on text"
+        )
+    is_dataset = (source.path / MANIFEST_NAME).is_file()
+    found, separator = _of_dataset(model, source.path) if is_dataset else _of_files(model, source.path, fields)
+    pairs = [*islice(found, limit)]
+    if not pairs:
+        raise DataError(f"{source.path}: has no pair; name another file or dataset")
+    return pairs, separator
+
+
+def _of_dataset(model: Opened, root: Path) -> tuple[Iterator[Pair], int]:
+    from headway.data.mds import MdsSplit
+
+    manifest, codec = read_manifest(root), model.codec
+    if manifest.pairs is None:
+        raise DataError(
+            f"--summaries {root}: is a dataset of texts, without targets; use --text {root}, or name a dataset that "
+            "was built from pairs"
+        )
+    check_tokenizer(model, root, manifest)
+    split = MdsSplit(root, "validation")
+
+    def pairs() -> Iterator[Pair]:
+        assert split.prompts is not None
+        for number, end in enumerate(split.prompts.tolist()):
+            ids = split.tokens(number).tolist()
+            yield Pair(ids[:end], ids[end:], codec.decode(ids[end:-1]))
+
+    return pairs(), len(manifest.pairs.separator_ids)
+
+
+def _of_files(model: Opened, path: Path, fields: tuple[str, str]) -> tuple[Iterator[Pair], int]:
+    from headway.data.corpus.pairs import row_pairs
+    from headway.data.corpus.read import find_files
+
+    codec, own = model.codec, model.data
+    assert codec.tokenizer is not None and codec.eos_id is not None
+    text = SEPARATOR
+    if own is not None and isinstance(own.source, PairsSource):
+        known = read_manifest(Path(own.source.path).expanduser()).pairs
+        text = SEPARATOR if known is None else known.separator
+    corpus = PairsCorpus(type="pairs", paths=[str(path)], prompt=fields[0], target=fields[1], separator=text)
+    (separator,), encode, eos_id = codec.tokenizer.encode([text]), codec.tokenizer.encode, codec.eos_id
+
+    def pairs() -> Iterator[Pair]:
+        for row in row_pairs(corpus, find_files(corpus), keys=("--fields", "--fields")):
+            if row.problem is not None or row.prompt_bytes is None:
+                raise DataError(f"{row.origin}: is no pair ({row.problem}); remove it from {path}")
+            prompt, target = row.text[: row.prompt_bytes], row.text[row.prompt_bytes + len(text.encode()) :]
+            of_prompt, of_target = encode([prompt.decode(), target.decode()])
+            yield Pair([*of_prompt, *separator], [*of_target, eos_id], target.decode())
+
+    return pairs(), len(separator)
+
+
+def _limit(model: Opened) -> int:
+    return min(model.seq_len, model.positions or model.seq_len)
+
+
+def _prompts(model: Opened, pairs: Sequence[Pair], separator: int, how: Search) -> list[list[int]]:
+    room = _limit(model) + 1 - how.tokens  # the last new token is not read
+    if room < separator + 1:
+        most = _limit(model) - separator
+        raise SpecError(
+            f"--new-tokens {how.tokens}: leaves no room for a prompt in the {_limit(model)} positions of a training "
+            f"sequence; use at most {most}"
+        )
+    return [shortened(pair.prompt, separator, room) for pair in pairs]
+
+
+def _loss(model: Opened, source: TextSource, pairs: Sequence[Pair], separator: int) -> Measure:
+    """Nats per token of the given targets, their end included, as in training."""
+    scorer, rows = Scorer(model), []
+    for pair in pairs:
+        prompt = shortened(pair.prompt, separator, max(separator + 1, scorer.limit + 1 - len(pair.target)))
+        rows.append(Row([*prompt, *pair.target], len(prompt)))
+    predicted = scorer.score(rows)
+    losses = ratio(
+        f"{source.name}/loss", [-p.total for p in predicted], [len(p.log_p) for p in predicted], unit="nats per token"
+    )
+    return replace(losses, digest=scorer.digest)
+
+
+def rouge_scores(given: Sequence[str], generated: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """F1 of each pair of texts, [pairs], by name. ROUGE-Lsum, by lines, only if a given text has several."""
+    package: Any = importlib.import_module("rouge_score.rouge_scorer")
+    names = [*ROUGES, *(["rougeLsum"] if any("\n" in text for text in given) else [])]
+    scorer = package.RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(target, prediction) for target, prediction in zip(given, generated, strict=True)]
+    return {name: np.array([score[name].fmeasure for score in scores], dtype=np.float64) for name in names}
+
+
+def _write(
+    file: Path, name: str, given: Sequence[str], generated: Sequence[str], scores: dict[str, NDArray[np.float64]]
+) -> None:
+    """Append a line of JSON for each pair."""
+    with file.open("a", encoding="utf-8") as stream:
+        for number, (target, text) in enumerate(zip(given, generated, strict=True)):
+            row = {"of": name, "target": target, "generated": text}
+            row |= {rouge: round(float(values[number]), 6) for rouge, values in scores.items()}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
