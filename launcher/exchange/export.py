@@ -36,7 +36,7 @@ from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.spec import Spec
-from headway.model.convert import fold_decoder
+from headway.model.convert.heads import fold_decoder
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface import form, llama
