@@ -59,6 +59,7 @@ SHA256 = "init.sha256"
 SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
+    "init.convert": None,
     "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
     "parallel.gradient_reduction": "fp32",
@@ -77,6 +78,7 @@ class RunDir:
         self.card = path / "run.json"
         self.micro_batch = path / "micro_batch.json"
         self.branch_start = path / "branch_start.json"
+        self.converted = path / "converted"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"

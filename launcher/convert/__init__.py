@@ -1,0 +1,1 @@
+"""Conversion of a trained model to another attention mechanism: calibration, losses, card, and the start of a run."""
