@@ -184,8 +184,8 @@ def _dataset(folder: Path, tokenizer: Path | None, exported: hf.ExportedConfig) 
         )
     if manifest.vocab_size > exported.vocab_size:
         raise DataError(
-            f"--data: {folder} has a vocabulary of {manifest.vocab_size}, and the model of {exported.vocab_size}; build "
-            "the dataset with the tokenizer of the model"
+            f"--data: {folder} has a vocabulary of {manifest.vocab_size}, the model one of {exported.vocab_size}; "
+            "build the dataset with the tokenizer of the model"
         )
     seq_len = min(exported.seq_len, LONGEST)
     return DataConfig(seq_len=seq_len, source=MdsSource(type="mds", path=str(folder)))
@@ -228,13 +228,4 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
     from headway.launcher.spec.spec import Spec
 
     tree = override_layer(list(arguments), root_shape(Spec))
-    return _plain(tree).get("attention", {})
-
-
-def _plain(node: Any) -> Any:
-    """The values of a located tree."""
-    if node.is_mapping:
-        return {key: _plain(item) for key, item in node.value.items()}
-    if isinstance(node.value, list):
-        return [_plain(item) for item in node.value]
-    return node.value
+    return tree.plain().get("attention", {})
