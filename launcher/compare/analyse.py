@@ -63,6 +63,7 @@ class VariantResult:
 class StudyResult:
     """All numbers of the report. `tokens`: the token count at which losses are compared.
 
+    `own_ends`: whether losses are compared at the end of each cell, whose lengths differ; `tokens` is then the largest.
     `cells`: those of the full budget, which alone give every number except for `effective`. `short_cells`: those of
     smaller budgets. `short_pairing`: their pairing, by budget. `short_deviations`: their differences from the plan.
     `trend`: None for unpaired studies.
@@ -74,6 +75,7 @@ class StudyResult:
     variants: tuple[VariantResult, ...]
     tokens: int | None
     tokens_are_final: bool
+    own_ends: bool
     comparison: Comparison
     trend: Trend | None
     pairing: Pairing
@@ -90,6 +92,17 @@ class StudyResult:
     @property
     def baseline(self) -> VariantResult:
         return next(v for v in self.variants if v.name == self.record["baseline"])
+
+    @property
+    def when(self) -> str:
+        """Where losses are compared, for a sentence."""
+        return "at the end of each run" if self.own_ends else f"after {self.tokens or 0:,} training tokens"
+
+    def tokens_of(self, variant: str) -> int | None:
+        """The token count at which losses of a variant are compared."""
+        if not self.own_ends:
+            return self.tokens
+        return next((c.record.tokens for c in self.cells if c.variant == variant and c.done), None)
 
     @property
     def margin(self) -> float | None:
@@ -116,10 +129,11 @@ def analyse(out: Path) -> StudyResult:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
     base = record["baseline"]
     records = records_of(out, record)
-    every = read_cells(out, record["cells"], records)
+    own_ends = record.get("compare_at") == "ends"
+    every = read_cells(out, record["cells"], records, own_ends=own_ends)
     cells = [c for c in every if c.budget == FULL]
     short = [c for c in every if c.budget != FULL]
-    end = common_end(cells, FULL)
+    end = common_end(cells, FULL, own_ends=own_ends)
     done = {c.key: c for c in cells if c.done}
     pairing = check_pairing(_hashes(cells), base)
     paired = pairing.status != "UNPAIRED"
@@ -139,8 +153,9 @@ def analyse(out: Path) -> StudyResult:
         variants=tuple(_variants(record, list(done.values()), comparison, effective, speeds)),
         tokens=end.tokens,
         tokens_are_final=end.final,
+        own_ends=own_ends,
         comparison=comparison,
-        trend=trend_of(validations, base) if paired else None,
+        trend=trend_of(validations, base) if paired and not own_ends else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
         circumstances=tuple(run_differences({key: c.record for key, c in done.items()})),

@@ -237,12 +237,12 @@ def _listed(differences: Sequence[Difference]) -> str:
 
 
 def _equal_tokens(result: StudyResult) -> Iterator[Block]:
-    yield Heading("Loss at equal tokens")
+    yield Heading("Loss at the end of each run" if result.own_ends else "Loss at equal tokens")
     if result.tokens is None:
         yield Text("No token count at which every finished run was validated.")
         return
     per_byte, unigram = result.card("validation_bytes_per_token"), result.card("unigram_entropy_nats")
-    text = f"Validation loss in nats per token after {result.tokens:,} training tokens. Lower is better."
+    text = f"Validation loss in nats per token {result.when}. Lower is better."
     if unigram is not None:
         text += (
             f" A model that knows only token frequencies has {unigram:.4f} (unigram entropy of the validation text)."
