@@ -23,7 +23,7 @@ from headway.launcher.compare.fairness import (
     spec_differences,
 )
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
-from headway.launcher.compare.start import StartStrength, start_strengths
+from headway.launcher.compare.start import Start, StartStrength, start_strengths
 from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio
 from headway.launcher.compare.timing import Speeds, speeds_of
 from headway.launcher.compare.trend import Trend, trend_of
@@ -158,7 +158,7 @@ def analyse(out: Path) -> StudyResult:
         trend=trend_of(validations, base) if paired and not own_ends else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
-        circumstances=tuple(run_differences({key: c.record for key, c in done.items()})),
+        circumstances=tuple(run_differences({key: c.record for key, c in done.items()}, lengths=not own_ends)),
         deviations=tuple(_deviations(cells)),
         leftovers=tuple(sorted(there - {c.key for c in every})),
         short_cells=tuple(short),
@@ -246,9 +246,10 @@ def _variants(
     all_losses = _by_variant(done, lambda c: c.loss)
     all_heads, tokens_per_s = _by_variant(done, lambda c: c.record.heads), speeds.tokens_per_s
     names = [planned["name"] for planned in record["variants"]]
-    starts = start_strengths(
-        {name: [c.record.start for c in done if c.variant == name and c.record.start] for name in names}, base
-    )
+    trained = _converted(
+        record
+    )  # their attention has been trained already, so its strength at the start is no confound
+    starts = start_strengths({name: [] if name in trained else _starts(done, name) for name in names}, base)
     results = []
     for planned in record["variants"]:
         name = planned["name"]
@@ -272,6 +273,19 @@ def _variants(
     return results
 
 
+GIVEN_START = {"init", "model.branch_start"}
+"""Keys that belong to `from` of a variant: with given weights, how strongly random ones would start has no effect."""
+
+
+def _converted(record: dict[str, Any]) -> set[str]:
+    """Variants that start from converted weights."""
+    return {v["name"] for v in record["variants"] if (v.get("uptraining") or {}).get("kind") == "from"}
+
+
+def _starts(done: list[CellResult], name: str) -> list[Start]:
+    return [c.record.start for c in done if c.variant == name and c.record.start]
+
+
 def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Difference]:
     """Spec differences within the first seed that a variant shares with the baseline. Other seeds have the same."""
     by_seed = {(c.variant, c.seed): c.record.spec or c.planned for c in cells}
@@ -287,6 +301,7 @@ def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Differ
     keys = {v["name"]: set(v["keys"]) for v in record["variants"]}
     written = {v["name"]: set(v.get("written", flatten(specs.get(v["name"], {})))) for v in record["variants"]}
     free = record["match"]["free"] if record["match"] else None
+    converted = _converted(record)
     return [
         d
         for name, pair in pairs.items()
@@ -294,7 +309,7 @@ def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Differ
         for d in spec_differences(
             name,
             *pair,
-            declared=keys[name] | keys[base],
+            declared=keys[name] | keys[base] | (GIVEN_START if name in converted else set()),
             written=written[name] | written[base],
             free=free,
             named="the runs differ in it" if record.get("comparison") else "named in the study",

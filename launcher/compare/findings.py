@@ -302,7 +302,7 @@ def _load(result: StudyResult) -> str:
 
 
 def _scale(result: StudyResult) -> str | None:
-    params, tokens = result.baseline.cost["num_params"], result.tokens
+    params, tokens = result.baseline.cost["num_params"], result.tokens_of(result.baseline.name)
     if tokens is None:
         return None
     per_param = tokens / params

@@ -20,7 +20,7 @@ from headway.launcher.compare.findings import (
     verdict_rows,
 )
 from headway.launcher.compare.ladder.read import Tuning, read_tuning
-from headway.launcher.compare.questions import answer, parse_question
+from headway.launcher.compare.questions import answer, answer_spread, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
@@ -33,6 +33,7 @@ from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
+from headway.launcher.report.uptraining import uptraining_blocks
 from headway.launcher.run.record_check import UNCHECKED
 from headway.launcher.spec.merge import format_value
 
@@ -87,6 +88,7 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield Table(limits(result), frozenset({0, 1}))
     yield from _trend(result)
     yield from (Image(plots[name]) for name in ("loss", "effects", "trend") if name in plots)
+    yield from uptraining_blocks(result, plots)
     yield from _compared(result)
     yield from _equal_tokens(result)
     yield from set_blocks(result)
@@ -165,10 +167,19 @@ def _answers(result: StudyResult) -> Iterator[Block]:
     if not asks:
         return
     names = [v.name for v in result.variants]
-    rows = [("question, stated before the first run", "answer", "difference in loss [95 %, all at once]")]
+    rows = [
+        ("question, stated before the first run", "answer", "difference in loss [95 %, all at once], or ratio of sds")
+    ]
     for text in asks:
         question = parse_question(text, baseline=result.baseline.name, variants=names)
         difference = result.comparison.differences.get(question.variant)
+        if question.kind == "varies":
+            losses = [
+                next(v.losses for v in result.variants if v.name == n) for n in (question.variant, question.other)
+            ]
+            said, shown = answer_spread(*losses)
+            rows.append((text, said, shown))
+            continue
         rows.append((text, answer(question, difference), signed_interval(difference)))
     yield Table(rows, frozenset({0, 1}))
 
