@@ -246,9 +246,7 @@ def _variants(
     all_losses = _by_variant(done, lambda c: c.loss)
     all_heads, tokens_per_s = _by_variant(done, lambda c: c.record.heads), speeds.tokens_per_s
     names = [planned["name"] for planned in record["variants"]]
-    trained = _converted(
-        record
-    )  # their attention has been trained already, so its strength at the start is no confound
+    trained = _converted(record)  # the strength of trained attention at the start is no confound
     starts = start_strengths({name: [] if name in trained else _starts(done, name) for name in names}, base)
     results = []
     for planned in record["variants"]:

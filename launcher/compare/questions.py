@@ -98,7 +98,7 @@ def answer_spread(variant: Mapping[int, float], other: Mapping[int, float]) -> t
 
 
 def answer(question: Question, difference: Simultaneous | None) -> Answer:
-    """Answer a question about a difference. `difference`: the variant of the question - baseline; None without a finished run."""
+    """Answer a question about a difference: the variant of the question - baseline; None without a finished run."""
     if difference is None or difference.equivalence is None:
         return "undecided"
     if question.kind == "equal":

@@ -167,20 +167,17 @@ def _answers(result: StudyResult) -> Iterator[Block]:
     if not asks:
         return
     names = [v.name for v in result.variants]
-    rows = [
-        ("question, stated before the first run", "answer", "difference in loss [95 %, all at once], or ratio of sds")
-    ]
+    shows = "difference in loss [95 %, all at once]"
+    shows += ", or ratio of sds" if any(" varies more " in text for text in asks) else ""
+    rows = [("question, stated before the first run", "answer", shows)]
     for text in asks:
         question = parse_question(text, baseline=result.baseline.name, variants=names)
         difference = result.comparison.differences.get(question.variant)
         if question.kind == "varies":
-            losses = [
-                next(v.losses for v in result.variants if v.name == n) for n in (question.variant, question.other)
-            ]
-            said, shown = answer_spread(*losses)
-            rows.append((text, said, shown))
-            continue
-        rows.append((text, answer(question, difference), signed_interval(difference)))
+            losses = {v.name: v.losses for v in result.variants}
+            rows.append((text, *answer_spread(losses[question.variant], losses[question.other])))
+        else:
+            rows.append((text, answer(question, difference), signed_interval(difference)))
     yield Table(rows, frozenset({0, 1}))
 
 

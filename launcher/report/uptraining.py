@@ -21,8 +21,9 @@ def uptraining_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterato
         "Alpha: tokens of the uptraining over those of the teacher; at alpha 0, the converted model without training. "
         "FLOPs are those of training, over those of the teacher's whole training: of the uptraining alone, for a "
         "teacher that is there anyway, and with the teacher's. Losses: validation loss in nats per token, mean over "
-        "seeds with a 95 % interval of its own. Differences to the teacher are paired, with intervals that hold for all "
-        "rows at once. The uptraining reads the batches that the teacher read first, in the same order."
+        "seeds with a 95 % interval of its own. Differences to the teacher are paired, with intervals that hold for "
+        "all rows at once. The uptraining reads the data in the order of its seed from the beginning: a teacher of the "
+        "study has read these batches before."
     )
     yield Table(list(_curve(found)), frozenset({0, 1}))
     if "uptraining" in plots:
@@ -72,9 +73,9 @@ def _against_scratch(found: Uptraining) -> Iterator[Block]:
         )
         return
     yield Text(
-        "Both have the same training FLOPs. Teacher counted: they include the teacher's whole training, which is the "
-        "fair comparison for who has no trained model. Teacher free: the uptraining alone, for who has one. Differences "
-        "are paired; below 0, uptraining is better."
+        "Both have the same training FLOPs, to within one step. Teacher counted: they include the teacher's whole "
+        "training, for a reader who has no trained model. Teacher free: those of the uptraining alone, for a reader "
+        "who has one. Differences are paired; below 0, uptraining is better."
     )
     rows = [
         ["uptrained", "from scratch", "teacher", "tokens from scratch", "n", "difference [95 %, all at once]", "reads"]

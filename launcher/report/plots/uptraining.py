@@ -25,11 +25,17 @@ def draw_uptraining(result: StudyResult) -> Drawing | None:
             Series(variant=method.name, name="mean over seeds", x=x, y=y, mark="dot", low=low, high=high, texts=texts)
         )
     rules = [Rule(axis="y", at=loss.mean, label=f"{name}, the teacher") for name, loss in found.teachers.items()]
-    x = Axis(label="alpha: tokens of the uptraining / tokens of the teacher", low=0)
+    alphas = sorted({p.alpha for method in found.methods for p in method.points})
+    x = Axis(
+        label="alpha: tokens of the uptraining / tokens of the teacher",
+        low=-0.03 * alphas[-1],
+        high=1.03 * alphas[-1],
+        ticks=[(alpha, f"{alpha:g}") for alpha in alphas],
+    )
     panel = Panel(x=x, y=Axis(label="validation loss (nats per token)"), series=series, rules=rules)
     chart = Chart(styles=styles_of("", [method.name for method in found.methods]), panels=[panel])
     caption = (
-        "Validation loss at the end of the uptraining, mean over seeds; bars: 95 % intervals, each of its own. At alpha "
-        "0, the converted model is not trained."
+        "Validation loss at the end of the uptraining, mean over seeds; bars: 95 % intervals, each of its own. At "
+        "alpha 0, the converted model is not trained."
     )
     return Drawing(draw(chart, height_in=3.7), "Loss over alpha", caption, chart)
