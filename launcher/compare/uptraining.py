@@ -6,7 +6,7 @@ alpha 0 is that of the converted model before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,16 @@ class Versus:
 
 @dataclass(frozen=True, kw_only=True)
 class Uptraining:
-    """`teachers`: losses of the teachers that are variants of the study."""
+    """The numbers of the section on uptraining.
+
+    `teachers`: losses of the teachers that are variants of the study. `others`: (teacher outside of the study, its
+    loss in the cards of the conversions, tokens of the validation split that it was measured on).
+    """
 
     methods: tuple[Method, ...]
     versus: tuple[Versus, ...]
     teachers: dict[str, Estimate]
+    others: tuple[tuple[str, float, int], ...]
 
 
 def uptraining_of(result: StudyResult) -> Uptraining | None:
@@ -104,7 +109,17 @@ def uptraining_of(result: StudyResult) -> Uptraining | None:
             for name in dict.fromkeys(o["teacher"] for o in origins.values())
             if name is not None and losses.get(name)
         },
+        others=tuple(_others(result, origins)),
     )
+
+
+def _others(result: StudyResult, origins: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
+    for run in dict.fromkeys(o["run"] for o in origins.values() if o["teacher"] is None):
+        names = [name for name, o in origins.items() if o["run"] == run]
+        cards = [c.record.run.get("conversion") for c in result.cells if c.variant in names and c.done]
+        found = next((card["loss"] for card in cards if isinstance(card, dict) and card.get("loss")), None)
+        if found is not None:
+            yield run, float(found["before"]), int(found["tokens"])
 
 
 _Found = tuple[str, float, int, dict[int, float]]

@@ -26,6 +26,11 @@ def uptraining_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterato
         "study has read these batches before."
     )
     yield Table(list(_curve(found)), frozenset({0, 1}))
+    for name, loss, tokens in found.others:
+        yield Text(
+            f"Teacher {name}: loss {loss:.4f} before the conversion, on {tokens:,} tokens of the validation split "
+            "(card of the conversion)."
+        )
     if "uptraining" in plots:
         yield Image(plots["uptraining"])
     yield from _against_scratch(found)

@@ -82,6 +82,9 @@ NOT_EXECUTED = {
     "probe report": "needs trained cells; tests/launcher/study/test_probe.py",
     "export RUN OUT --to hf --push": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
     "import hf://OWNER/NAME": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
+    "convert imported": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
+    "data build corpus.yaml": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
+    "export studies/uptraining/cells/gqa-align-a0.01/seed-1": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
 }
 SPEC = """
 name: spec

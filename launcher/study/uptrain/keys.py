@@ -14,6 +14,7 @@ from headway.launcher.run.run_dir import RunDir, flatten
 from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.study.budgets import cell_key
 from headway.launcher.study.uptrain.origins import Compute, Origin, compute_of, method_of, origin_of
+from headway.model.huggingface import folder as hf
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -30,14 +31,20 @@ TRAINING = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What a variant with `from` is converted from. `path`: folder of a run outside of the study; else None."""
+    """What a variant with `from` is converted from.
+
+    `spec`: of the run; for imported weights, the base spec with their model and attention. `tokens`: it was trained on.
+    `path`: folder of a run or of weights outside of the study; else None. `is_run`: whether it has a schedule.
+    """
 
     spec: Spec
+    tokens: int
     path: Path | None
+    is_run: bool = True
 
-    @property
-    def tokens(self) -> int:
-        return self.spec.steps * self.spec.tokens_per_step
+    @classmethod
+    def of_run(cls, spec: Spec, path: Path | None) -> Teacher:
+        return cls(spec=spec, tokens=spec.steps * spec.tokens_per_step, path=path)
 
 
 class Specs(Protocol):
@@ -103,7 +110,7 @@ class Uptraining:
             "teacher_tokens": teacher.tokens,
             "teacher_flops_per_token": self._flops(teacher.spec),
             "alpha": origin.alpha,
-            "schedule": origin.schedule,
+            "schedule": self._schedule(variant, origin, teacher),
             **origin.convert.model_dump(mode="json"),
         }
 
@@ -123,25 +130,57 @@ class Uptraining:
             "train.tokens": tokens,
             "train.validate_first": True,
         }
-        return keys | (_scaled(teacher.spec, tokens / teacher.tokens) if origin.schedule == "teacher" else {})
+        scaled = self._schedule(variant, origin, teacher) == "teacher"
+        return keys | (_scaled(teacher.spec, tokens / teacher.tokens) if scaled else {})
+
+    def _schedule(self, variant: str, origin: Origin, teacher: Teacher) -> str:
+        if origin.schedule == "teacher" and not teacher.is_run:
+            raise SpecError(
+                f"{self._where(variant)}.schedule: the weights in {teacher.path} have no schedule; use schedule: own"
+            )
+        return origin.schedule or ("teacher" if teacher.is_run else "own")
+
+    def _where(self, variant: str) -> str:
+        return f"{self._study.path}: variants.{variant}.from"
 
     def _teacher(self, variant: str, origin: Origin) -> Teacher:
+        path = None if self._is_named(origin) else self._folder(origin.run)
+        is_run = path is None or not (path / hf.CONFIG).is_file()
+        if is_run and origin.teacher_tokens is not None:
+            raise SpecError(
+                f"{self._where(variant)}.teacher_tokens: {origin.run} is a run, whose spec has its tokens; leave "
+                "teacher_tokens out"
+            )
         if origin.run not in self._teachers:
-            if self._is_named(origin):
-                found = Teacher(spec=self._resolver.load(origin.run)[0], path=None)
+            if path is None:
+                found = Teacher.of_run(self._resolver.load(origin.run)[0], None)
+            elif is_run:
+                found = Teacher.of_run(self._finished(variant, path), path)
             else:
-                path = self._folder(origin.run)
-                found = Teacher(spec=self._finished(variant, path), path=path)
+                found = self._weights_of(variant, origin, path)
             self._teachers[origin.run] = found
         return self._teachers[origin.run]
 
+    def _weights_of(self, variant: str, origin: Origin, path: Path) -> Teacher:
+        config = hf.read_exported(path)
+        tokens = origin.teacher_tokens or config.tokens
+        if not tokens:
+            raise SpecError(
+                f"{self._where(variant)}: {path} does not say on how many tokens its weights were trained, and alpha "
+                "is a share of them; add teacher_tokens"
+            )
+        base = self._resolver.base()
+        model = config.model.model_copy(update={"vocab_size": config.vocab_size})
+        spec = base.model_copy(update={"model": model, "attention": config.attention})
+        return Teacher(spec=spec, tokens=tokens, path=path, is_run=False)
+
     def _finished(self, variant: str, path: Path) -> Spec:
-        where = f"{self._study.path}: variants.{variant}.from.run"
+        where = f"{self._where(variant)}.run"
         run = RunDir(path)
         if not run.spec.is_file():
             raise NoInputError(
                 f"{where}: {not_a_run(path)}; name a variant of the study ({', '.join(self._study.config.variants)}), "
-                "or the folder of a run"
+                "or the folder of a run or of imported weights"
             )
         spec = stored_spec(run)
         if not run.is_complete():
@@ -173,7 +212,7 @@ class Uptraining:
 
         if not isinstance(source, DenseConfig):
             raise SpecError(
-                f"{self._study.path}: variants.{variant}.from: the teacher {origin.run} has attention of type "
+                f"{self._where(variant)}: the teacher {origin.run} has attention of type "
                 f"{source.type}, and only mha, gqa, mqa can be converted; name another teacher"
             )
         fields = target_fields(source, origin.convert.to, origin.convert.kv_heads, origin.convert.how)
@@ -186,7 +225,7 @@ class Uptraining:
         try:
             check_conversion(teacher.spec.model, teacher.spec.attention, spec.attention, origin.convert.how)
         except ValueError as e:
-            raise SpecError(f"{self._study.path}: variants.{variant}.from.convert: {e}") from None
+            raise SpecError(f"{self._where(variant)}.convert: {e}") from None
 
     # ------------------------------------------------------------ compute
 

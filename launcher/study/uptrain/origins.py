@@ -38,12 +38,18 @@ class ConvertTo(StrictModel):
 class Origin(StrictModel):
     """What an uptrained variant starts from."""
 
-    run: str = Field(min_length=1, description="a variant of the study, or the folder of a finished run")
+    run: str = Field(
+        min_length=1, description="a variant of the study, or the folder of a finished run or of imported weights"
+    )
     convert: ConvertTo
     alpha: float = Field(description="share of the teacher's tokens that the converted model is trained on")
-    schedule: Literal["teacher", "own"] = Field(
-        default="teacher",
-        description="teacher: the teacher's schedule with all its lengths times alpha; own: that of the spec",
+    schedule: Literal["teacher", "own"] | None = Field(
+        default=None,
+        description="teacher: the teacher's schedule with all its lengths times alpha (default of runs); own: that of "
+        "the spec (default of imported weights)",
+    )
+    teacher_tokens: int | None = Field(
+        default=None, ge=1, description="of imported weights: the tokens that they were trained on"
     )
 
     @field_validator("alpha")
