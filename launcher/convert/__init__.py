@@ -1,1 +1,1 @@
-"""Conversion of a trained model to another attention mechanism: calibration, losses, card, and the start of a run."""
+"""Weights of one attention mechanism in the form of another: calibration, losses, card. Imports run and below."""

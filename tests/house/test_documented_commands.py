@@ -67,6 +67,7 @@ REDUCED = {
     "bench mechanism": ["--lengths", "32", "--rounds", "2", "--tokens", "64"],
 }
 """Words behind commands that start so, which would otherwise take minutes or not end."""
+OF_A_PAGE = "needs the files of its page, in order; tests/house/test_uptraining_page.py"
 NOT_EXECUTED = {
     "chaos": "takes three minutes, and torchrun; tests/faults/test_chaos.py runs it",
     "bench gpu": "needs a GPU; tests/launcher/bench/test_bench_gpu.py runs parts of it on a CPU",
@@ -82,9 +83,9 @@ NOT_EXECUTED = {
     "probe report": "needs trained cells; tests/launcher/study/test_probe.py",
     "export RUN OUT --to hf --push": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
     "import hf://OWNER/NAME": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
-    "convert imported": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
-    "data build corpus.yaml": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
-    "export studies/uptraining/cells/gqa-align-a0.01/seed-1": "needs the files of its page, in order; tests/house/test_uptraining_page.py",
+    "convert imported": OF_A_PAGE,
+    "data build corpus.yaml": OF_A_PAGE,
+    "export studies/uptraining/cells/gqa-align-a0.01/seed-1": OF_A_PAGE,
 }
 SPEC = """
 name: spec
