@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 from run_folders import records
+from untrained_runs import untrained_run
 
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.compare.analyse import analyse
 from headway.launcher.compare.questions import answer_spread
 from headway.launcher.compare.uptraining import uptraining_of
+from headway.launcher.exchange.export import export
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.study.branches import changes
+from headway.launcher.study.cluster.elements import elements_of
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study
 from headway.launcher.study.queue import Queue, unfinished
@@ -110,6 +113,42 @@ def test_a_teacher_comes_before_the_cells_that_convert_it(here):
     task, way = take()
     assert task.label == "gqa-a0.2/seed-1"
     assert way.waits == "its teacher mha/seed-1 is not complete, so there are no weights to convert"
+
+
+def test_a_cluster_gets_a_cell_when_its_teacher_is_complete(here):
+    """The last job of a chain submits what could not start before."""
+    plan = plan_study(load_study(write(here)))
+
+    def elements():
+        return {e.parts[0].key for e in elements_of(unfinished([plan]), [plan], elsewhere=set())}
+
+    assert elements() == {"mha/seed-1", "mha/seed-2", "scratch/seed-1", "scratch/seed-2"}
+    teacher = here / "studies" / "up" / "cells" / "mha" / "seed-1"
+    (teacher / "checkpoints" / "step-0000000010").mkdir(parents=True)
+    (teacher / "summary.json").write_text('{"complete": true}')
+    assert {f"{name}/seed-1" for name in ("gqa-a0.2", "gqa-a0.4", "mqa")} <= elements()
+    assert "gqa-a0.2/seed-2" not in elements()
+
+
+def test_imported_weights_are_a_teacher_of_so_many_tokens(here):
+    run = untrained_run(here / "run", attention={"type": "mha", "heads": 4, "head_dim": 6}, model={"width": 32})
+    export(run, here / "weights", to="safetensors")
+    config = here / "weights" / "config.json"
+    variants = {"gqa": {"from": {**ORIGIN, "run": "weights", "alpha": 0.5}, "schedule.warmup_tokens": 5}}
+    plan = plan_study(load_study(write(here, variants, baseline="gqa")))
+    spec = plan.cells[0].spec
+    assert spec.train.tokens == 256  # of the 384 tokens that the export tells
+    assert (spec.attention.head_dim, spec.schedule.warmup_tokens, plan.cells[0].after) == (6, 5, None)
+    config.write_text(config.read_text().replace('"tokens": 384', '"tokens": 0'))
+    with pytest.raises(SpecError, match=r"variants.gqa.from: weights does not say .*; add teacher_tokens"):
+        plan_study(load_study(write(here, variants, baseline="gqa")))
+    for changes_, message in (
+        ({"schedule": "teacher"}, r"from.schedule: the weights in weights have no schedule; use schedule: own"),
+        ({"run": "mha"}, r"from.teacher_tokens: mha is a run, whose spec has its tokens; leave teacher_tokens out"),
+    ):
+        origin = {**ORIGIN, "run": "weights", "teacher_tokens": 5120, **changes_}
+        with pytest.raises(SpecError, match=message):
+            plan_study(load_study(write(here, {**VARIANTS, "gqa": {"from": origin}, "scratch": {}})))
 
 
 ORIGIN = {"run": "mha", "convert": CONVERT, "alpha": 0.1}
