@@ -1,6 +1,7 @@
 """A converted decoder is the pooled one, and every target starts with exactly the function of its GQA decoder."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, Toke
 
 HEADS, D = 6, 10
 MODEL = ModelConfig(width=20, layers=2, ffn_width=28, init_std=0.3)  # the decoder of tests/model/conftest.py
-SHAPE = {"heads": HEADS, "head_dim": D, "rope_fraction": 0.6}
+SHAPE: dict[str, Any] = {"heads": HEADS, "head_dim": D, "rope_fraction": 0.6}
 ONE = {"rtol": 0, "atol": 1e-11}
 
 
@@ -215,7 +216,7 @@ def test_the_router_of_a_converted_decoder_learns(decoder, tokens):
     _, found = converted(decoder, mha(), RgqaConfig(**SHAPE, kv_heads=2, top_k=3))
     found.decoder.requires_grad_(True)
     found.decoder(tokens[:, :-1], tokens[:, 1:]).loss_sum.backward()
-    router = found.decoder.attention_layers()[0].routers["router"].w
+    router = found.decoder.get_parameter("blocks.0.attn.router.w")
     assert not router.any() and router.grad is not None and router.grad.abs().min() > 0
 
 
@@ -228,7 +229,7 @@ def test_random_heads_are_those_of_an_untrained_decoder(decoder, tokens):
     assert not convert_decoder(source, MODEL, gqa(HEADS), how="random").same_function
 
 
-ROUTED = {"kv_heads": 2, "top_k": 3}
+ROUTED: dict[str, Any] = {"kv_heads": 2, "top_k": 3}
 
 
 @pytest.mark.parametrize(
