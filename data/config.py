@@ -284,8 +284,8 @@ class DataConfig(StrictModel):
             )
         if self.encoder_tokens is not None and isinstance(self.source, PairsSource):
             raise ValueError(
-                "encoder_tokens: cuts sequences at one place, and sequences of source.type pairs hold several pairs; use "
-                "a decoder, or source.type mds"
+                "encoder_tokens: cuts sequences at one place, and sequences of source.type pairs hold several pairs; "
+                "use a decoder, or source.type mds"
             )
         if isinstance(self.source, PairsSource) and not self.document_mask:
             raise ValueError("document_mask: false lets pairs attend to each other; use true with source.type pairs")

@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if takes_overrides:
         # argparse does not collect key=value arguments after an option. They are also overrides.
         args.overrides = [plain(word) for word in (*args.overrides, *rest, *dotted)]
-        if wrong := misplaced_file(args.spec, args.overrides):
+        if "spec" in args and (wrong := misplaced_file(args.spec, args.overrides)):
             args.parser.error(wrong)
     return args
 

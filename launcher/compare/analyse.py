@@ -23,7 +23,7 @@ from headway.launcher.compare.fairness import (
     spec_differences,
 )
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
-from headway.launcher.compare.start import StartStrength, start_strengths
+from headway.launcher.compare.start import Start, StartStrength, start_strengths
 from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio
 from headway.launcher.compare.timing import Speeds, speeds_of
 from headway.launcher.compare.trend import Trend, trend_of
@@ -63,6 +63,7 @@ class VariantResult:
 class StudyResult:
     """All numbers of the report. `tokens`: the token count at which losses are compared.
 
+    `own_ends`: whether losses are compared at the end of each cell, whose lengths differ; `tokens` is then the largest.
     `cells`: those of the full budget, which alone give every number except for `effective`. `short_cells`: those of
     smaller budgets. `short_pairing`: their pairing, by budget. `short_deviations`: their differences from the plan.
     `trend`: None for unpaired studies.
@@ -74,6 +75,7 @@ class StudyResult:
     variants: tuple[VariantResult, ...]
     tokens: int | None
     tokens_are_final: bool
+    own_ends: bool
     comparison: Comparison
     trend: Trend | None
     pairing: Pairing
@@ -90,6 +92,17 @@ class StudyResult:
     @property
     def baseline(self) -> VariantResult:
         return next(v for v in self.variants if v.name == self.record["baseline"])
+
+    @property
+    def when(self) -> str:
+        """Where losses are compared, for a sentence."""
+        return "at the end of each run" if self.own_ends else f"after {self.tokens or 0:,} training tokens"
+
+    def tokens_of(self, variant: str) -> int | None:
+        """The token count at which losses of a variant are compared."""
+        if not self.own_ends:
+            return self.tokens
+        return next((c.record.tokens for c in self.cells if c.variant == variant and c.done), None)
 
     @property
     def margin(self) -> float | None:
@@ -116,10 +129,11 @@ def analyse(out: Path) -> StudyResult:
         raise SpecError(f"{out}: has no readable study.json; run the study, or name the folder it was run in")
     base = record["baseline"]
     records = records_of(out, record)
-    every = read_cells(out, record["cells"], records)
+    own_ends = record.get("compare_at") == "ends"
+    every = read_cells(out, record["cells"], records, own_ends=own_ends)
     cells = [c for c in every if c.budget == FULL]
     short = [c for c in every if c.budget != FULL]
-    end = common_end(cells, FULL)
+    end = common_end(cells, FULL, own_ends=own_ends)
     done = {c.key: c for c in cells if c.done}
     pairing = check_pairing(_hashes(cells), base)
     paired = pairing.status != "UNPAIRED"
@@ -139,11 +153,12 @@ def analyse(out: Path) -> StudyResult:
         variants=tuple(_variants(record, list(done.values()), comparison, effective, speeds)),
         tokens=end.tokens,
         tokens_are_final=end.final,
+        own_ends=own_ends,
         comparison=comparison,
-        trend=trend_of(validations, base) if paired else None,
+        trend=trend_of(validations, base) if paired and not own_ends else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
-        circumstances=tuple(run_differences({key: c.record for key, c in done.items()})),
+        circumstances=tuple(run_differences({key: c.record for key, c in done.items()}, lengths=not own_ends)),
         deviations=tuple(_deviations(cells)),
         leftovers=tuple(sorted(there - {c.key for c in every})),
         short_cells=tuple(short),
@@ -231,9 +246,8 @@ def _variants(
     all_losses = _by_variant(done, lambda c: c.loss)
     all_heads, tokens_per_s = _by_variant(done, lambda c: c.record.heads), speeds.tokens_per_s
     names = [planned["name"] for planned in record["variants"]]
-    starts = start_strengths(
-        {name: [c.record.start for c in done if c.variant == name and c.record.start] for name in names}, base
-    )
+    trained = _converted(record)  # the strength of trained attention at the start is no confound
+    starts = start_strengths({name: [] if name in trained else _starts(done, name) for name in names}, base)
     results = []
     for planned in record["variants"]:
         name = planned["name"]
@@ -257,6 +271,19 @@ def _variants(
     return results
 
 
+GIVEN_START = {"init", "model.branch_start"}
+"""Keys that belong to `from` of a variant: with given weights, how strongly random ones would start has no effect."""
+
+
+def _converted(record: dict[str, Any]) -> set[str]:
+    """Variants that start from converted weights."""
+    return {v["name"] for v in record["variants"] if (v.get("uptraining") or {}).get("kind") == "from"}
+
+
+def _starts(done: list[CellResult], name: str) -> list[Start]:
+    return [c.record.start for c in done if c.variant == name and c.record.start]
+
+
 def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Difference]:
     """Spec differences within the first seed that a variant shares with the baseline. Other seeds have the same."""
     by_seed = {(c.variant, c.seed): c.record.spec or c.planned for c in cells}
@@ -272,6 +299,7 @@ def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Differ
     keys = {v["name"]: set(v["keys"]) for v in record["variants"]}
     written = {v["name"]: set(v.get("written", flatten(specs.get(v["name"], {})))) for v in record["variants"]}
     free = record["match"]["free"] if record["match"] else None
+    converted = _converted(record)
     return [
         d
         for name, pair in pairs.items()
@@ -279,7 +307,7 @@ def _differences(record: dict[str, Any], cells: list[CellResult]) -> list[Differ
         for d in spec_differences(
             name,
             *pair,
-            declared=keys[name] | keys[base],
+            declared=keys[name] | keys[base] | (GIVEN_START if name in converted else set()),
             written=written[name] | written[base],
             free=free,
             named="the runs differ in it" if record.get("comparison") else "named in the study",

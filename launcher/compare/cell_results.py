@@ -65,19 +65,30 @@ class Ends:
     final: bool
 
 
-def read_cells(out: Path, planned: Sequence[dict[str, Any]], records: Path | None = None) -> list[CellResult]:
+def read_cells(
+    out: Path, planned: Sequence[dict[str, Any]], records: Path | None = None, *, own_ends: bool = False
+) -> list[CellResult]:
     """Read the cells of study.json in the folder `out`. Their losses are those where all cells of a budget ended.
 
-    `records`: folder of the records of finished cells.
+    `records`: folder of the records of finished cells. `own_ends`: the loss of each cell is that at its own end, as
+    runs of different lengths are compared.
     """
     outcomes = read_mapping(out / OUTCOMES)
     cells = [_read_cell(out, cell, outcomes, records) for cell in planned]
+    if own_ends:
+        return [_with_loss(c, c.record.tokens) for c in cells]
     ends = {budget: common_end(cells, budget) for budget in {c.budget for c in cells}}
     return [_with_loss(c, ends[c.budget].tokens) for c in cells]
 
 
-def common_end(cells: Iterable[CellResult], budget: float) -> Ends:
-    """The token count at which the finished cells of a budget are compared. Cells without a validation do not count."""
+def common_end(cells: Iterable[CellResult], budget: float, *, own_ends: bool = False) -> Ends:
+    """The token count at which the finished cells of a budget are compared. Cells without a validation do not count.
+
+    `own_ends`: that of the longest cell, since each is compared at its own end.
+    """
+    if own_ends:
+        lengths = [c.record.tokens for c in cells if c.done and c.budget == budget and c.loss is not None]
+        return Ends(tokens=max(lengths, default=None), final=True)
     done = [c.record for c in cells if c.done and c.budget == budget and len(c.record.validation)]
     if not done:
         return Ends(tokens=None, final=False)

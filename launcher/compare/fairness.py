@@ -86,17 +86,18 @@ def deviation(planned: dict[str, Any], trained: dict[str, Any]) -> list[tuple[st
     return changed(planned, trained) if trained else []
 
 
-def run_differences(runs: Mapping[str, RunRecord]) -> list[str]:
+def run_differences(runs: Mapping[str, RunRecord], *, lengths: bool = True) -> list[str]:
     """One line for each property of the environment (data, code, versions, machine) that differs between runs.
 
-    Keys of `runs` are cell names.
+    Keys of `runs` are cell names. `lengths`: whether their numbers of tokens count.
     """
     facts: dict[str, dict[str, list[str]]] = {}
     for cell, record in runs.items():
         run = record.run
         values = {key: run.get(key) for key in ("data_fingerprint", "vocab_size", "git_commit", "code_version")}
         values |= flatten({key: run.get(key) or {} for key in ("versions", "machine", "speed")})
-        values |= {"tokens": record.summary.get("tokens"), "tokens_per_step": run.get("tokens_per_step")}
+        values |= {"tokens": record.summary.get("tokens")} if lengths else {}
+        values |= {"tokens_per_step": run.get("tokens_per_step")}
         for key, value in values.items():
             facts.setdefault(key, {}).setdefault(str(value), []).append(cell)
     lines = []

@@ -142,7 +142,7 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 def _setting(result: StudyResult) -> str:
     seeds = sorted({c.seed for c in result.cells if c.done})
     return (
-        f"After {result.tokens:,} training tokens, {matched_words(result)}, over {len(seeds)} "
+        f"{result.when[0].upper()}{result.when[1:]}, {matched_words(result)}, over {len(seeds)} "
         f"{'seed' if len(seeds) == 1 else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
     )
 
@@ -247,6 +247,12 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
             f"the runs do not all end at {result.tokens:,} tokens, where losses are compared: some are still in the "
             "middle of their learning-rate schedule there",
         )
+    if result.own_ends:
+        yield (
+            "length of runs",
+            "the variants are trained on different numbers of tokens, by the design of the study: see the section on "
+            "uptraining for what each of them costs",
+        )
     if reasons := why_not_measured(result):
         yield "effective speed-up", f"not measured: {'; '.join(reasons)}"
 
@@ -296,7 +302,7 @@ def _load(result: StudyResult) -> str:
 
 
 def _scale(result: StudyResult) -> str | None:
-    params, tokens = result.baseline.cost["num_params"], result.tokens
+    params, tokens = result.baseline.cost["num_params"], result.tokens_of(result.baseline.name)
     if tokens is None:
         return None
     per_param = tokens / params

@@ -37,7 +37,7 @@ from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint, load_model
 from headway.launcher.spec.encoder_decoder import decoders_only
 from headway.launcher.spec.spec import Spec
-from headway.model.convert import fold_decoder
+from headway.model.convert.heads import fold_decoder
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 from headway.model.huggingface import form, llama

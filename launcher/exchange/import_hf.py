@@ -100,7 +100,7 @@ def _import(source: Path, out: Path, *, name: str | None) -> int:
             files.append(hf.TOKENIZER)
         hf.write_exported(folder, exported, files)
         (folder / "README.md").write_text(readme(exported), encoding="utf-8")
-        (folder / SPEC).write_text(_spec_text(exported, out, folder), encoding="utf-8")
+        (folder / SPEC).write_text(spec_text(exported, out, folder), encoding="utf-8")
         again = hf.load_model(folder)
         result = _compared(source, again, foreign, raw)
     parameters = sum(p.numel() for p in model.parameters())
@@ -255,8 +255,11 @@ def _first_token(source: Path, shape: LlamaShape) -> int | None:
     )
 
 
-def _spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
-    """Text of a spec with model, attention and init. The user adds the other sections."""
+def spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
+    """Text of a spec with model, attention and init, for the folder `out`. The user adds the other sections.
+
+    `folder`: where the weights lie now, with their config.json.
+    """
     model = config.model.model_dump(mode="json")
     attention = config.attention.model_dump(mode="json", exclude_defaults=True)
     sections = {

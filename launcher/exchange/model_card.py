@@ -195,7 +195,7 @@ def _study(run: RunDir) -> Iterable[str]:
             )
         )
     margin = "" if result.margin is None else f", with a margin of {result.margin} nats"
-    tokens = "no finished cells" if result.tokens is None else f"after {result.tokens:,} tokens"
+    tokens = "no finished cells" if result.tokens is None else result.when
     yield (
         f"## In the study {result.record['study']}\n\n"
         f"Variant {cell.variant}, seed {cell.seed}. Losses are validation losses in nats per token, {tokens}; "

@@ -118,7 +118,7 @@ def _ready(model: Decoder, shape: ModelConfig, *, cpu: bool = False) -> Decoder:
     import torch
 
     from headway.model.attention.wgqa import WgqaConfig
-    from headway.model.convert import fold_decoder
+    from headway.model.convert.heads import fold_decoder
 
     if isinstance(model.attention, WgqaConfig):  # so that the heads' keys and values are not merged again per token
         model = fold_decoder(model, shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from headway.launcher.base.numbers import SEEDS, real, whole
 from headway.launcher.base.verbs import Verb, output_arguments
+from headway.model.convert.methods import HOWS, TARGETS
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +97,53 @@ def _import(args: argparse.Namespace) -> int:
     return import_hf(args.folder, args.to)
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="folder of a run, of exported or imported weights, or of a Llama")
+    parser.add_argument("overrides", nargs="*", metavar="attention.KEY=value", help="options of the new attention")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the new mechanism")
+    parser.add_argument(
+        "--kv-heads", type=whole(1, 65_536), default=None, metavar="G", help="its KV heads (default: as the source)"
+    )
+    parser.add_argument(
+        "--how",
+        choices=HOWS,
+        default="mean",
+        help="how KV heads of a group become one; align, cluster: by the vectors of calibration tokens (default mean)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole(1, 1_000_000_000),
+        default=16_384,
+        metavar="N",
+        help="tokens for calibration, and for the losses before and after (default 16384)",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=None, metavar="DATASET", help="dataset of these tokens (default: that of the run)"
+    )
+    parser.add_argument(
+        "--step", type=whole(0), default=None, metavar="N", help="checkpoint of a run (default: newest)"
+    )
+    parser.add_argument("--seed", type=whole(0, SEEDS), default=1, help="seed of random values (default 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder to write")
+    output_arguments(parser)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from headway.launcher.exchange.convert import Asked, convert_folder
+
+    asked = Asked(
+        to=args.to,
+        kv_heads=args.kv_heads,
+        how=args.how,
+        overrides=tuple(args.overrides),
+        tokens=args.tokens,
+        data=args.data,
+        step=args.step,
+        seed=args.seed,
+    )
+    return convert_folder(args.source, args.out, asked)
+
+
 VERBS = (
     Verb(
         name="generate",
@@ -115,6 +163,18 @@ VERBS = (
         arguments=_export_arguments,
         run=_export,
         order=80,
+    ),
+    Verb(
+        name="convert",
+        help="convert a trained model to another attention mechanism, to train it further",
+        examples=(
+            "headway convert runs/mha --to gqa --kv-heads 2 --how align --out converted",
+            "headway convert llama-folder --to mqa --data datasets/stdlib --out converted",
+            "headway convert runs/mha --to rgqa --kv-heads 2 attention.gate=sigmoid2 --out converted",
+        ),
+        arguments=_convert_arguments,
+        run=_convert,
+        order=82,
     ),
     Verb(
         name="import",

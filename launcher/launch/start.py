@@ -17,6 +17,7 @@ from headway.data.manifest import read_manifest
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.board.trackers.opening import check_installed
+from headway.launcher.convert.start import prepare_start
 from headway.launcher.hosts.commands import (
     LOOPBACK,
     check_caches,
@@ -192,6 +193,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         if newest == begin:
             check_no_history(run, begin=begin)
         before = read_mapping(run.card)
+        info["conversion"] = prepare_start(run, spec)
         if info.get("branch") and not before:
             before = {"attempts": inherited_attempts(info["branch"])}
         card = with_attempts(run_card(spec, info), before, spec, from_step=newest)

@@ -16,7 +16,7 @@ from headway.launcher.report.page import Block, Heading, Items, Table, Text
 def set_blocks(result: StudyResult) -> Iterator[Block]:
     """Losses of the validation sets and what was seen of a mixture; no blocks for a study without them."""
     baseline = result.baseline.name
-    sets = [] if result.tokens is None else compared_sets(result.cells, baseline, result.tokens)
+    sets = [] if result.tokens is None or result.own_ends else compared_sets(result.cells, baseline, result.tokens)
     if sets:
         yield Heading("Loss by validation set")
         yield Text(

@@ -20,7 +20,7 @@ from headway.launcher.compare.findings import (
     verdict_rows,
 )
 from headway.launcher.compare.ladder.read import Tuning, read_tuning
-from headway.launcher.compare.questions import answer, parse_question
+from headway.launcher.compare.questions import answer, answer_spread, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
@@ -33,6 +33,7 @@ from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
 from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
+from headway.launcher.report.uptraining import uptraining_blocks
 from headway.launcher.run.record_check import UNCHECKED
 from headway.launcher.spec.merge import format_value
 
@@ -87,6 +88,7 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield Table(limits(result), frozenset({0, 1}))
     yield from _trend(result)
     yield from (Image(plots[name]) for name in ("loss", "effects", "trend") if name in plots)
+    yield from uptraining_blocks(result, plots)
     yield from _compared(result)
     yield from _equal_tokens(result)
     yield from set_blocks(result)
@@ -165,11 +167,17 @@ def _answers(result: StudyResult) -> Iterator[Block]:
     if not asks:
         return
     names = [v.name for v in result.variants]
-    rows = [("question, stated before the first run", "answer", "difference in loss [95 %, all at once]")]
+    shows = "difference in loss [95 %, all at once]"
+    shows += ", or ratio of sds" if any(" varies more " in text for text in asks) else ""
+    rows = [("question, stated before the first run", "answer", shows)]
     for text in asks:
         question = parse_question(text, baseline=result.baseline.name, variants=names)
         difference = result.comparison.differences.get(question.variant)
-        rows.append((text, answer(question, difference), signed_interval(difference)))
+        if question.kind == "varies":
+            losses = {v.name: v.losses for v in result.variants}
+            rows.append((text, *answer_spread(losses[question.variant], losses[question.other])))
+        else:
+            rows.append((text, answer(question, difference), signed_interval(difference)))
     yield Table(rows, frozenset({0, 1}))
 
 
@@ -237,12 +245,12 @@ def _listed(differences: Sequence[Difference]) -> str:
 
 
 def _equal_tokens(result: StudyResult) -> Iterator[Block]:
-    yield Heading("Loss at equal tokens")
+    yield Heading("Loss at the end of each run" if result.own_ends else "Loss at equal tokens")
     if result.tokens is None:
         yield Text("No token count at which every finished run was validated.")
         return
     per_byte, unigram = result.card("validation_bytes_per_token"), result.card("unigram_entropy_nats")
-    text = f"Validation loss in nats per token after {result.tokens:,} training tokens. Lower is better."
+    text = f"Validation loss in nats per token {result.when}. Lower is better."
     if unigram is not None:
         text += (
             f" A model that knows only token frequencies has {unigram:.4f} (unigram entropy of the validation text)."

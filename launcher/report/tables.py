@@ -26,7 +26,9 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
             "detail": c.detail,
             "tokens": c.record.tokens,
             "steps": c.steps.count,
-            "compared_tokens": (result.tokens if c.budget == FULL else result.effective.tokens.get(c.budget))
+            "compared_tokens": (
+                result.tokens_of(c.variant) if c.budget == FULL else result.effective.tokens.get(c.budget)
+            )
             if c.done
             else None,
             "validation_loss_nats": c.loss,

@@ -80,13 +80,13 @@ def with_attempts(card: dict[str, Any], before: dict[str, Any], spec: Spec, *, f
     }
     attempts = [*earlier, this]
     # A run that continues does not read its parent or its initial weights again.
-    begin = {"branch": spec.init.run, "weights": spec.init.weights}
+    begin = {"branch": spec.init.run, "weights": spec.init.weights, "conversion": spec.init.convert}
     card = {**{key: before[key] for key in _BEGIN if begin[key] is not None and key in before}, **card}
     return {**card, "attempts": attempts[:1] + attempts[1:][-199:]}
 
 
-_BEGIN = ("branch", "weights")
-"""Keys of a card about what a run began from, if not from random weights."""
+_BEGIN = ("branch", "weights", "conversion")
+"""Keys of a card about what a run began from, if not from random weights: with init.convert, what was converted."""
 
 _OF_A_START = ("started_at", "git_commit", "versions", "machine")
 """Keys of a card that may differ between the starts of one run."""
@@ -126,7 +126,8 @@ def _branch(spec: Spec, branch: dict[str, Any]) -> list[str]:
 
 def _weights(weights: dict[str, Any]) -> str:
     step = f" after step {weights['step']:,} (run {weights['run']})" if "run" in weights else ""
-    return f"weights    of {weights['path']}{step}, sha256 {weights['sha256'][:16]}"
+    how = f", converted by {weights['convert']}" if "convert" in weights else ""
+    return f"weights    of {weights['path']}{step}, sha256 {weights['sha256'][:16]}{how}"
 
 
 def _mechanism(spec: Spec) -> dict[str, Any]:

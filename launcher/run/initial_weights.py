@@ -21,6 +21,7 @@ from headway.launcher.run.stored_spec import stored_spec
 from headway.launcher.run.weights import find_checkpoint
 from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.spec import Spec
+from headway.model.convert.decoder import check_conversion
 from headway.model.huggingface import folder as hf
 from headway.parallel.config import CheckpointError
 from headway.parallel.manifest import Checkpoint, read_manifest, steps_on_disk
@@ -118,7 +119,7 @@ def _of_a_run(spec: Spec, place: Named) -> tuple[Spec, dict[str, Any]]:
             "on with it, and another run_dir=... starts a new run from its weights"
         )
     before = stored_spec(run)
-    _refuse_another_model(spec, before.model, before.attention, before.model.vocab_size, place.path)
+    _refuse_another(spec, before.model, before.attention, before.model.vocab_size, place.path)
     _refuse_another_tokenizer_of_a_run(spec, before, run)
     found = find_checkpoint(run, place.step, key="init.weights")
     _refuse_another_hash(spec, found, run)
@@ -131,6 +132,7 @@ def _of_a_run(spec: Spec, place: Named) -> tuple[Spec, dict[str, Any]]:
         "sha256": sha256,
         "git_commit": found.manifest.about.get("git_commit"),
         "lineage": lineage(run, before, found.step),
+        **_converted(spec),
     }
     return _pinned(spec, Named(place.path, found.step), sha256), facts
 
@@ -210,9 +212,9 @@ def _of_a_folder(spec: Spec, folder: Path) -> tuple[Spec, dict[str, Any] | None]
             f"folder, or give init.sha256={found} with another run_dir"
         )
     hf.verify_exported(folder, config)
-    _refuse_another_model(spec, config.model, config.attention, config.vocab_size, folder)
+    _refuse_another(spec, config.model, config.attention, config.vocab_size, folder)
     _refuse_another_tokenizer(spec, config, folder)
-    facts = {"path": str(folder), "sha256": found, "tokens": config.tokens, "source": config.source}
+    facts = {"path": str(folder), "sha256": found, "tokens": config.tokens, "source": config.source, **_converted(spec)}
     return spec.model_copy(update={"init": spec.init.model_copy(update={"sha256": found})}), facts
 
 
@@ -235,6 +237,23 @@ def _continues(run: RunDir) -> bool:
     return bool(steps_on_disk(run.checkpoints)) or run.is_complete()
 
 
+def _converted(spec: Spec) -> dict[str, Any]:
+    """What the facts say of a conversion."""
+    return {} if spec.init.convert is None else {"convert": spec.init.convert.how}
+
+
+def _refuse_another(spec: Spec, model: Any, attention: Any, vocab_size: int | None, where: Path) -> None:
+    """Raise SpecError if the weights are not those of the spec, or cannot be converted to it."""
+    if spec.init.convert is None:
+        _refuse_another_model(spec, model, attention, vocab_size, where)
+        return
+    _refuse_another_model(spec, model, spec.attention, vocab_size, where)
+    try:
+        check_conversion(model, attention, spec.attention, spec.init.convert.how)
+    except ValueError as e:
+        raise SpecError(f"init.convert: the weights of {where} cannot become those of the spec: {e}") from None
+
+
 def _refuse_another_model(spec: Spec, model: Any, attention: Any, vocab_size: int | None, where: Path) -> None:
     def shape(model: Any, attention: Any) -> dict[str, Any]:
         return flatten({"model": model.model_dump(mode="json"), "attention": attention.model_dump(mode="json")})
@@ -251,7 +270,7 @@ def _refuse_another_model(spec: Spec, model: Any, attention: Any, vocab_size: in
         raise SpecError(
             "\n".join([f"init.weights: {where} holds another model:", *wrong])
             + "\nuse the values that are there (an imported folder has them in model.yaml, a run in spec.json), or "
-            "leave init.weights out"
+            "leave init.weights out; init.convert.how=mean converts mha or gqa to the attention of the spec"
         )
 
 

@@ -60,6 +60,7 @@ SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
     "data.encoder_tokens": None,
+    "init.convert": None,
     "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
     "model.encoder_layers": None,
@@ -83,6 +84,7 @@ class RunDir:
         self.card = path / "run.json"
         self.micro_batch = path / "micro_batch.json"
         self.branch_start = path / "branch_start.json"
+        self.converted = path / "converted"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"

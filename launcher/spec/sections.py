@@ -12,6 +12,7 @@ from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.tracking import TrackingConfig
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
+from headway.model.convert.methods import How
 from headway.parallel.config import (
     CheckpointConfig,
     GuardConfig,
@@ -23,6 +24,19 @@ from headway.parallel.config import (
 from headway.parallel.schedule import AnySchedule, WsdSchedule
 
 
+class ConvertConfig(StrictModel):
+    """Conversion of given weights to the attention of the spec (docs/uptraining.md)."""
+
+    how: How = Field(
+        description="how KV heads of a group become one: mean, first, random, align, cluster, cluster_align"
+    )
+    tokens: int = Field(
+        default=16_384,
+        ge=1,
+        description="tokens of the training split for calibration, and of the validation split for the losses",
+    )
+
+
 class InitConfig(StrictModel):
     """Initial state, if it is not random: given weights, or another run that this one is a branch of."""
 
@@ -30,6 +44,9 @@ class InitConfig(StrictModel):
         default=None,
         min_length=1,
         description="folder of exported or imported weights, or of a run: PATH (its newest checkpoint) or PATH@STEP",
+    )
+    convert: ConvertConfig | None = Field(
+        default=None, description="convert `weights`, of a model with attention of type mha, gqa or mqa, at the start"
     )
     run: str | None = Field(
         default=None, min_length=1, description="PATH@STEP: continue the run in PATH from its checkpoint of STEP"
@@ -63,6 +80,10 @@ class InitConfig(StrictModel):
                 "optimizer: only a branch (init.run) has an optimizer to continue, and every other start has a fresh "
                 "one; leave init.optimizer out, or use init.run"
             )
+        if self.convert is not None and self.weights is None:
+            raise ValueError(
+                "convert: there are no weights to convert; use init.weights too, or leave init.convert out"
+            )
         if self.sha256 is not None and self.weights is None and self.run is None:
             raise ValueError(
                 "sha256: there are no weights that it could be the hash of; use init.weights or init.run too, or leave "
@@ -77,8 +98,8 @@ class InitConfig(StrictModel):
         return 0 if parts is None else parts[1]
 
     def without_run(self) -> InitConfig:
-        """The same start without a parent, for measurements that do not depend on the weights."""
-        return self if self.run is None else InitConfig()
+        """The same start without a parent and a conversion, for measurements that do not depend on the weights."""
+        return self if self.run is None and self.convert is None else InitConfig()
 
 
 class TrainConfig(StrictModel):

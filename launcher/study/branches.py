@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from headway.launcher.compare.cell_record import record_file
 from headway.launcher.run.run_dir import SHA256, RunDir, changed, read_mapping
 from headway.launcher.study.config import FULL
 from headway.launcher.study.keeping import stored_record
@@ -21,15 +22,20 @@ from headway.parallel.manifest import step_of, steps_on_disk
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How to train a cell. `note`: why it is not trained as planned. `waits`: its full run must be trained first."""
+    """How to train a cell. `note`: why it is not trained as planned.
+
+    `waits`: what must be trained first, and what is missing of it; empty for nothing.
+    """
 
     cell: Cell
     note: str = ""
-    waits: bool = False
+    waits: str = ""
 
 
 def way_of(cell: Cell) -> Way:
     """The way for `cell` with the files that exist now. A cell that was begun continues as it was begun."""
+    if cell.after is not None:
+        return Way(cell=cell, waits=_why_no_teacher(cell))
     if cell.whole is None or cell.parent is None:
         return Way(cell=cell)
     start = start_of(
@@ -40,7 +46,7 @@ def way_of(cell: Cell) -> Way:
         branch_step=cell.branch_step,
     )
     if start != "whole":
-        return Way(cell=cell, waits=start == "waits")
+        return Way(cell=cell, waits=no_full_run(cell.branch_step) if start == "waits" else "")
     if isinstance(_begun(cell).get("init"), dict):
         return Way(cell=cell.whole)
     note = (
@@ -69,6 +75,30 @@ def start_of(
     return "waits" if not complete and max(saved, default=0) < branch_step else "whole"
 
 
+def no_full_run(branch_step: int) -> str:
+    """Why a cell cannot continue its full run."""
+    return f"its full run failed, so there is no checkpoint of step {branch_step:,} to continue"
+
+
+def _why_no_teacher(cell: Cell) -> str:
+    """Why the teacher of a cell cannot be converted; empty if it can, or if the cell does not need it any more."""
+    own = RunDir(cell.run_dir)
+    if own.is_complete() or steps_on_disk(own.checkpoints) or (own.converted / "config.json").is_file():
+        return ""
+    teacher = RunDir(Path(str(cell.spec.init.weights)))
+    if not teacher.is_complete():
+        kept = stored_record(cell.record and record_file(cell.record.parents[1], str(cell.after)))
+        if kept is not None:
+            return (
+                f"only the record of its teacher {cell.after} is here, and not the weights in {teacher.path}; copy "
+                "that folder here, or delete the record to train the teacher again"
+            )
+        return f"its teacher {cell.after} is not complete, so there are no weights to convert"
+    if not steps_on_disk(teacher.checkpoints):
+        return f"its teacher {cell.after} has no checkpoint in {teacher.checkpoints}; restore it from a copy"
+    return ""
+
+
 def _begun(cell: Cell) -> dict[str, Any]:
     """The spec with which a cell was begun, from its run folder or else its record; empty for a new cell."""
     record = stored_record(cell.record, cell.key)
@@ -82,18 +112,15 @@ def as_it_stands(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
     return replace(plan, cells=tuple(way.cell for way in ways)), notes
 
 
-def not_run(branch_step: int, full_run: Mapping[str, Any], log: Path) -> dict[str, Any]:
-    """Outcome record of a cell that waits for its full run in vain. `full_run`: the outcome of the full run."""
-    reason = (
-        f"error: its full run failed, so there is no checkpoint of step {branch_step:,} to continue; the same "
-        "command tries both again"
-    )
+def not_run(why: str, before: Mapping[str, Any], log: Path) -> dict[str, Any]:
+    """Outcome record of a cell that waits in vain. `why`: `Way.waits`. `before`: the outcome of what it waits for."""
+    reason = f"error: {why}; the same command tries both again"
     return {
-        "exit_code": full_run.get("exit_code") or 1,
+        "exit_code": before.get("exit_code") or 1,
         "wall_s": 0.0,
         "ended_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "last_lines": [reason],
-        "log": str(full_run.get("log") or log),
+        "log": str(before.get("log") or log),
     }
 
 

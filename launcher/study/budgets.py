@@ -45,6 +45,11 @@ def budget_text(fraction: float) -> str:
     return repr(float(fraction))
 
 
+def cell_key(variant: str, seed: int, budget: float = FULL) -> str:
+    """Name of a cell and of its folder in `cells/`."""
+    return f"{variant}/seed-{seed}" + ("" if budget == FULL else f".budget-{budget_text(budget)}")
+
+
 def plan_budgets(
     study: Study, variant: str, full: Spec, load: Callable[[Mapping[str, Any], str], Spec]
 ) -> list[Budget]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import Node
 from headway.launcher.study.sizes import SizeConfig, TuneConfig, check_sizes, check_tune, flat_keys, written_keys
+from headway.launcher.study.uptrain.origins import OWN, check_origins, expanded
 from headway.model.config import BranchStart
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -41,6 +43,9 @@ def _flat_changes(value: Any) -> Any:
 
 Changes = Annotated[dict[str, dict[str, Any]], BeforeValidator(_flat_changes)]
 """Name -> changes to the base spec by dotted key. The file may nest the keys."""
+
+Variants = Annotated[dict[str, dict[str, Any]], BeforeValidator(lambda value: expanded(_flat_changes(value)))]
+"""`Changes`, with `from` and `compute` (`headway.launcher.study.uptrain.origins`)."""
 
 
 def check_changes(section: str, changes: Changes) -> None:
@@ -101,8 +106,10 @@ class StudyConfig(StrictModel):
     extrapolate: float | None = Field(
         default=None, ge=1, description="parameters of a larger model whose losses the report of a ladder predicts"
     )
-    variants: Changes = Field(
-        min_length=1, description="name -> what differs from the base, as spec keys: {attention.type: rgqa}"
+    variants: Variants = Field(
+        min_length=1,
+        description="name -> what differs from the base, as spec keys: {attention.type: rgqa}; `from` and `compute`: "
+        "start from a converted run, and get its compute (docs/uptraining.md)",
     )
 
     @field_validator("seeds")
@@ -130,6 +137,16 @@ class StudyConfig(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
         check_changes("variants", self.variants)
+        check_origins(
+            self.variants,
+            elsewhere={
+                "match": self.match is not None,
+                "budgets": len(self.budgets) > 1,
+                "sizes": bool(self.sizes),
+                "tune": bool(self.tune),
+                "tokens_per_param": self.tokens_per_param is not None,
+            },
+        )
         for name, keys in self.variants.items():
             if self.match and name != self.baseline_name and self.match.free in keys:
                 raise ValueError(
@@ -212,10 +229,21 @@ def load_study(path: Path, root: type[StudyConfig] = StudyConfig) -> Study:
         out=Path(config.out or f"studies/{config.study}"),
         tree=loaded.tree,
         records=None if config.records is None else path.parent / config.records,
-        variants={
-            name: written[name] if written[name].is_mapping else _empty(written[name]) for name in config.variants
-        },
+        variants={name: _without_own(_written(written, name)) for name in config.variants},
     )
+
+
+def _written(written: Mapping[str, Node], name: str) -> Node:
+    """The node of a variant; one of a list of alphas has that of the list."""
+    return written[name] if name in written else written[name.rpartition("-a")[0]]
+
+
+def _without_own(node: Node) -> Node:
+    """The keys of a variant that are those of a spec."""
+    if not node.is_mapping:
+        return _empty(node)
+    kept = {key: item for key, item in node.value.items() if key.partition(".")[0] not in OWN}
+    return Node(kept, node.place, node.key_place)
 
 
 def _empty(node: Node) -> Node:

@@ -22,7 +22,7 @@ from headway.launcher.match.matching import (
 )
 from headway.launcher.match.measured import Measurements, spread_note
 from headway.launcher.run.run_dir import flatten
-from headway.launcher.study.budgets import Budget, budget_text, plan_budgets
+from headway.launcher.study.budgets import Budget, cell_key, plan_budgets
 from headway.launcher.study.config import FULL, SET_BY_STUDY, Study
 from headway.launcher.study.resolver import START, Facts, Resolver
 
@@ -38,7 +38,7 @@ class VariantPlan:
     """A variant with its size. `matched`: None for the baseline, and for all variants of a study without matching.
 
     `free_value`: the value of `match.free`, solved or as written; None in a study without matching. `budgets`: those
-    below 1.
+    below 1. `uptraining`: for a variant with `from` or `compute`, what the report needs of it.
     """
 
     name: str
@@ -49,12 +49,14 @@ class VariantPlan:
     free_value: Any
     notes: tuple[str, ...]
     budgets: tuple[Budget, ...]
+    uptraining: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run of the study. `overrides`: arguments of `headway train` that change the base spec into `spec`.
 
+    `after`: key of the cell that must be complete before this one starts: the teacher whose weights it converts.
     `parent`: folder of the full run that the cell continues after `branch_step`; None for a cell that is trained from
     its start. `whole`: the same cell trained from its start, if `parent` is not None. `record`, `parent_record`: the
     files of their records, which exist once a cell is finished; None in a study without records.
@@ -68,6 +70,7 @@ class Cell:
     vocab_size: int
     data_fingerprint: str | None
     budget: float = FULL
+    after: str | None = None
     parent: Path | None = None
     branch_step: int = 0
     whole: Cell | None = None
@@ -96,11 +99,6 @@ class StudyPlan:
     arguments: tuple[str, ...]
     variants: tuple[VariantPlan, ...]
     cells: tuple[Cell, ...]
-
-
-def cell_key(variant: str, seed: int, budget: float = FULL) -> str:
-    """Name of a cell and of its folder in `cells/`."""
-    return f"{variant}/seed-{seed}" + ("" if budget == FULL else f".budget-{budget_text(budget)}")
 
 
 def plan_study(
@@ -167,6 +165,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "branch_start": config.branch_start,
         "margin_nats": config.margin_nats,
         "asks": list(config.asks),
+        **({"compare_at": "ends"} if any(v.uptraining for v in plan.variants) else {}),
         **_records(plan.study),
         "variants": [_variant_record(v) for v in plan.variants],
         "cells": [
@@ -192,6 +191,7 @@ def _variant_record(v: VariantPlan) -> dict[str, Any]:
     return {
         "name": v.name,
         "keys": v.keys,
+        **({} if v.uptraining is None else {"uptraining": v.uptraining}),
         "written": sorted(flatten(v.spec.model_dump(mode="json", exclude_unset=True))),
         "matched": v.matched and asdict(v.matched),
         "free_value": v.free_value,
@@ -224,13 +224,14 @@ def _plan_variant(
     budgets = plan_budgets(study, name, spec, lambda keys, why: resolver.load(name, *solved, (dict(keys), why))[0])
     return VariantPlan(
         name=name,
-        keys=study.config.variants[name],
+        keys=resolver.keys(name),
         spec=spec,
         cost=resolver.cost(spec),
         matched=matched,
         free_value=value_at(spec, match.free) if match is not None else None,
         notes=tuple(notes),
         budgets=tuple(budgets),
+        uptraining=resolver.uptraining.record(name, spec),
     )
 
 
@@ -283,6 +284,7 @@ def _cell(
         "seed": seed,
         "data.seed": seed,
         **variant.spec.tracking.grouped(study.config.study),
+        **resolver.uptraining.of_seed(variant.name, seed),
         **more,
     }
     solved = [_solved(variant.matched)] if variant.matched else []
@@ -293,6 +295,7 @@ def _cell(
         variant=variant.name,
         seed=seed,
         budget=budget,
+        after=resolver.uptraining.after(variant.name, seed),
         run_dir=run_dir,
         overrides=resolver.overrides(spec, keys),
         spec=spec,

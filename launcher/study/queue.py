@@ -41,6 +41,13 @@ class Task:
         """Plan and key of the full run of the same variant and seed."""
         return self.number, cell_key(self.cell.variant, self.cell.seed)
 
+    @property
+    def before(self) -> tuple[int, str] | None:
+        """Plan and key of the cell that must end before this one starts: its full run, or its teacher."""
+        if self.cell.after is not None:
+            return self.number, self.cell.after
+        return self.full_run if self.cell.budget != FULL else None
+
 
 def unfinished(
     plans: Sequence[StudyPlan], current: Sequence[StudyPlan] | None = None, *, in_order: bool = False
@@ -80,12 +87,12 @@ class Queue:
     def take(self, *, patient: bool = True) -> tuple[Task, Way] | None:
         """Remove and return the first task that can start, with its way; None if none can.
 
-        The cell of a smaller budget waits until its full run has ended. If that failed before the checkpoint, the way
-        says that the cell waits, in vain. A cell whose folder another process holds is left out while `patient`: after
-        kill -9 of a study, its cells take a moment to save.
+        The cell of a smaller budget waits until its full run has ended, and a cell that converts a teacher of the study
+        until the teacher has. If that failed, the way says that the cell waits, in vain. A cell whose folder another
+        process holds is left out while `patient`: after kill -9 of a study, its cells take a moment to save.
         """
         for task in self.waiting:
-            if task.cell.budget != FULL and task.full_run in self._open:
+            if task.before in self._open:
                 continue
             if patient and held_by_live_process(task.cell.run_dir):
                 continue

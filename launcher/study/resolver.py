@@ -14,6 +14,8 @@ from headway.launcher.spec.load import DEFAULT, load_spec
 from headway.launcher.spec.merge import format_value, override_layer
 from headway.launcher.spec.yamlio import Node
 from headway.launcher.study.config import Study
+from headway.launcher.study.uptrain.keys import Uptraining
+from headway.launcher.study.uptrain.origins import spec_keys
 
 if TYPE_CHECKING:
     from headway.data.config import DataConfig
@@ -39,6 +41,7 @@ class Resolver:
         self.layer = override_layer(self.arguments, root_shape(Spec))
         self.starts: dict[str, dict[str, Any]] = {}
         self.facts: Facts = {} if facts is None else facts
+        self.uptraining = Uptraining(self)
 
     def load(self, variant: str, *more: tuple[dict[str, Any], str]) -> tuple[Spec, list[str]]:
         """(spec, notes) of a variant. `more`: further layers, lowest first, as (keys, origin)."""
@@ -62,7 +65,18 @@ class Resolver:
 
     def _layers(self, variant: str) -> list[tuple[dict[str, Any] | Node, str]]:
         """The arguments and the keys of the variant, above the base file."""
-        return [(self.layer, "arguments"), (self.study.variants[variant], f"variant {variant}")]
+        own = (self.study.variants[variant], f"variant {variant}")
+        if given := self.uptraining.keys(variant):
+            return [(self.layer, "arguments"), (given, f"`from` or `compute` of variant {variant}"), own]
+        return [(self.layer, "arguments"), own]
+
+    def keys(self, variant: str) -> dict[str, Any]:
+        """The keys that a variant sets: written ones, and those of `from` and `compute`."""
+        return {**self.uptraining.keys(variant), **spec_keys(self.study.config.variants[variant])}
+
+    def base(self) -> Spec:
+        """The base spec with the arguments."""
+        return load_spec(self.study.base, extra=[(self.layer, "arguments")], no_auto=NO_AUTO).spec
 
     def overrides(self, spec: Spec, cell_keys: dict[str, Any]) -> tuple[str, ...]:
         """Arguments that give the same spec from the base file alone, where they form one layer and none is dropped."""

@@ -198,9 +198,8 @@ class _Training:
         book, cell = self._books[task.number], way.cell
         book.take(way)
         if way.waits:
-            self._end(
-                task, cell, not_run(cell.branch_step, book.outcome(cell_key(cell.variant, cell.seed)), book.log(cell))
-            )
+            before = cell.after or cell_key(cell.variant, cell.seed)
+            self._end(task, cell, not_run(way.waits, book.outcome(before), book.log(cell)))
             return
         self._started += 1
         resumed = cell_state(cell.run_dir, None).tokens > 0

@@ -12,8 +12,9 @@ from torch import Tensor
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.run.branching import Parent, find_parent
 from headway.launcher.run.initial_weights import given_checkpoint, with_initial_hash
+from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.spec import Spec
-from headway.model.huggingface.folder import TensorFiles
+from headway.model.huggingface import folder as hf
 from headway.parallel import checkpoint
 from headway.parallel.config import CheckpointError
 from headway.parallel.logical import own_part
@@ -27,13 +28,23 @@ if TYPE_CHECKING:
 def load_initial(spec: Spec, engine: Engine, layout: Layout) -> None:
     """Load the parameters and buffers of this rank from `init.weights`, with optimizer moments of 0. Collective.
 
-    Raises WeightsError, CheckpointError or SpecError if they have changed since the launcher checked them.
+    With `init.convert`, they are what the launcher converted into the folder of the run. Raises WeightsError,
+    CheckpointError or SpecError if they have changed since the launcher checked them.
     """
+    if spec.init.convert is not None:
+        folder = RunDir.of(spec).converted
+        hf.verify_exported(folder, hf.read_exported(folder))
+        _load_folder(folder, engine, layout)
+        return
     if (given := _found(lambda: given_checkpoint(spec), layout)) is not None:
         checkpoint.load(given, engine, layout, fresh_optimizer=True)
         return
     spec = with_initial_hash(spec)
-    files = TensorFiles(Path(str(spec.init.weights)).expanduser())
+    _load_folder(Path(str(spec.init.weights)).expanduser(), engine, layout)
+
+
+def _load_folder(folder: Path, engine: Engine, layout: Layout) -> None:
+    files = hf.TensorFiles(folder)
     engine.write_logical(_Start(files), applied_steps=0)
     with torch.no_grad():
         for name, (buffer, dim) in engine.buffers().items():
@@ -83,7 +94,7 @@ def _found(find: Callable[[], Found], layout: Layout) -> Found:
 class _Start(Mapping[str, Tensor]):
     """State for the engine: parameters from the files, and the moments of Adam before the first step."""
 
-    def __init__(self, files: TensorFiles) -> None:
+    def __init__(self, files: hf.TensorFiles) -> None:
         self._files = files
 
     def __getitem__(self, key: str) -> Tensor:

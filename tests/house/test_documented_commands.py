@@ -77,6 +77,7 @@ REDUCED = {
     "bench mechanism": ["--lengths", "32", "--rounds", "2", "--tokens", "64"],
 }
 """Words behind commands that start so, which would otherwise take minutes or not end."""
+OF_A_PAGE = "needs the files of its page, in order; tests/house/test_uptraining_page.py"
 NOT_EXECUTED = {
     "chaos": "takes three minutes, and torchrun; tests/faults/test_chaos.py runs it",
     "bench peers": "takes half a minute; tests/launcher/bench/test_bench_peers.py runs it",
@@ -93,6 +94,9 @@ NOT_EXECUTED = {
     "probe report": "needs trained cells; tests/launcher/study/test_probe.py",
     "export RUN OUT --to hf --push": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
     "import hf://OWNER/NAME": "needs the Hugging Face hub; tests/launcher/exchange/test_hub.py",
+    "convert imported": OF_A_PAGE,
+    "data build corpus.yaml": OF_A_PAGE,
+    "export studies/uptraining/cells/gqa-align-a0.01/seed-1": OF_A_PAGE,
 }
 SPEC = """
 name: spec

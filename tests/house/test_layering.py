@@ -23,6 +23,7 @@ ROOMS = (
     "base",
     "spec",
     "run",
+    "convert",
     "board",
     "train",
     "hosts",

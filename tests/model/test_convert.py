@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headway.model.attention.gqa import GqaConfig, MhaConfig
-from headway.model.convert import align, group_heads, mean_pool, permute_heads, similarity
+from headway.model.convert.heads import align, group_heads, mean_pool, permute_heads, similarity
 
 HEADS, D, WIDTH = 6, 10, 20
 

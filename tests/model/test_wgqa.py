@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.config import ModelConfig
-from headway.model.convert import fold_decoder, mean_pool
+from headway.model.convert.heads import fold_decoder, mean_pool
 from headway.model.cost import account
 
 WIDTH, HEADS, D = 20, 8, 6

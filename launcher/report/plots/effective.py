@@ -45,7 +45,7 @@ def points_of(result: StudyResult) -> dict[str, list[Point]]:
     for v in result.variants:
         for budget in sorted({c.budget for c in cells}):
             mine = [c for c in cells if c.variant == v.name and c.budget == budget]
-            tokens = result.tokens if budget == FULL else result.effective.tokens.get(budget)
+            tokens = result.tokens_of(v.name) if budget == FULL else result.effective.tokens.get(budget)
             if mine and tokens is not None:
                 flops = 3.0 * v.cost["flops_per_token_useful"] * tokens
                 seconds = _seconds(result, v.name, mine, tokens)

@@ -19,6 +19,7 @@ from headway.launcher.report.plots.effective import draw_pareto, draw_trend
 from headway.launcher.report.plots.heads import draw_heads, draw_routers, seed_series
 from headway.launcher.report.plots.style import STYLE, styles
 from headway.launcher.report.plots.tuning import draw_tuning
+from headway.launcher.report.plots.uptraining import draw_uptraining
 from headway.launcher.run.records import Curve
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def draw_all(result: StudyResult, tuning: Tuning) -> list[Plot]:
         "pareto": draw_pareto,
         "heads": draw_heads,
         "routers": draw_routers,
+        "uptraining": draw_uptraining,
     }
     with plt.rc_context({**STYLE, "svg.hashsalt": str(result.record["study"])}):
         for name, draw_one in functions.items():

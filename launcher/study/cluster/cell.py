@@ -10,7 +10,7 @@ from headway.launcher.base.command import COMMAND
 from headway.launcher.base.errors import PREEMPTED
 from headway.launcher.compare.cells import OUTCOMES, failure
 from headway.launcher.run.run_dir import read_mapping
-from headway.launcher.study.branches import not_run, start_of
+from headway.launcher.study.branches import no_full_run, not_run, start_of
 from headway.launcher.study.cluster.elements import Part, read_element
 from headway.launcher.study.config import FULL
 from headway.launcher.study.keeping import conclude, keep, needs_no_training, stored_record
@@ -81,7 +81,7 @@ def _train(cell: Part, words: Sequence[str]) -> int:
 
 def _not_run(cell: Part) -> int:
     full_run = read_mapping(cell.out / OUTCOMES).get(cell_key(cell.variant, cell.seed, FULL)) or {}
-    outcome = not_run(cell.branch_step, full_run, log_file(cell.out, cell.key))
+    outcome = not_run(no_full_run(cell.branch_step), full_run, log_file(cell.out, cell.key))
     conclude(cell.out, cell.key, outcome)
     print(f"[{cell.key}] FAILED: {failure(outcome)}", flush=True)
     return outcome["exit_code"]

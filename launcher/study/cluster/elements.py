@@ -66,7 +66,7 @@ class Element:
 def elements_of(tasks: Sequence[Task], plans: Sequence[StudyPlan], *, elsewhere: set[Name]) -> list[Element]:
     """The elements for unfinished cells, in the order of `tasks`. `elsewhere`: cells that other jobs train.
 
-    A cell whose full run trains elsewhere, or failed, has no element: it cannot start yet.
+    A cell whose full run or teacher trains elsewhere, or failed, has no element: it cannot start yet.
     """
     planned = [{cell.key: cell for cell in plan.cells} for plan in plans]
     firsts: dict[tuple[int, str], list[Part]] = {}
@@ -79,6 +79,8 @@ def elements_of(tasks: Sequence[Task], plans: Sequence[StudyPlan], *, elsewhere:
             firsts[task.number, full].append(_part(plan, cell))
             continue
         way = way_of(cell)
+        if cell.after is not None and way.waits:
+            continue  # the follow-up submits it when its teacher is complete
         if cell.budget != FULL and ((str(plan.study.out), full) in elsewhere or way.waits):
             continue
         firsts[own] = [_part(plan, cell)]

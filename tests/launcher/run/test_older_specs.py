@@ -1,4 +1,4 @@
-"""Specs of published records keep their identity: new keys have defaults that earlier versions had without naming them."""
+"""Specs of published records keep their identity: new keys have the values that earlier versions had unnamed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ section 2.1). Alignment and grouping by similarity follow arXiv 2412.20677, with
 `fold_decoder` converts a whole decoder from weighted GQA to plain GQA.
 
 Legend: N calibration tokens, d width, H query heads, K KV heads of the given layer (K=H for MHA), M=H/K, G groups to
-pool into, P=K/G KV heads per group, D head size, R rotated channels.
+pool into, P=K/G KV heads per group, D head size, R rotated channels. Where `groups` may be a list, it gives the number
+of consecutive KV heads of each group.
 """
 
 from __future__ import annotations
@@ -82,25 +83,29 @@ def permute_heads(weights: Mapping[str, Tensor], order: Sequence[int], *, head_d
 
 
 def mean_pool(
-    weights: Mapping[str, Tensor], groups: int, *, head_dim: int, how: Literal["mean", "first"] = "mean"
+    weights: Mapping[str, Tensor],
+    groups: int | Sequence[int],
+    *,
+    head_dim: int,
+    how: Literal["mean", "first"] = "mean",
 ) -> dict[str, Tensor]:
-    """Reduce the layer to `groups` KV heads: each is the mean (or the first) of K/G consecutive ones.
+    """Reduce the layer to `groups` KV heads: each is the mean (or the first) of consecutive ones.
 
     w_q and w_o are unchanged. Pooling is compatible with RoPE because RoPE is the same in all heads. Raises ValueError
-    unless `groups` divides K.
+    unless `groups` divides K, or adds up to K.
     """
     heads = _cut(weights, head_dim)
-    check_equal_groups(len(heads.k), groups)
-    k, v = (part.unflatten(0, (groups, -1)) for part in (heads.k, heads.v))  # [G, P, D, d]
-    pooled = (k.mean(1), v.mean(1)) if how == "mean" else (k[:, 0], v[:, 0])
-    return Heads(heads.q, *pooled, heads.o).joined(weights)
+    sizes = sizes_of(len(heads.k), groups)
+    parts = [[each.mean(0) if how == "mean" else each[0] for each in p.split(sizes)] for p in (heads.k, heads.v)]
+    k, v = (torch.stack(part) for part in parts)  # [G, D, d]
+    return Heads(heads.q, k, v, heads.o).joined(weights)
 
 
 def align(
     weights: Mapping[str, Tensor],
     x: Tensor,
     *,
-    groups: int,
+    groups: int | Sequence[int],
     head_dim: int,
     rotated: int,
     criterion: Criterion = "cosine",
@@ -108,7 +113,7 @@ def align(
     """Rotate keys and values so that the KV heads of each group are as close to each other as possible.
 
     The layer computes the same function for any x. x [..., d]: normed inputs of the layer for N calibration tokens; the
-    result is unique for N >= D. Groups are K/G consecutive KV heads. Values are multiplied by an orthogonal matrix, and
+    result is unique for N >= D. Groups are consecutive KV heads. Values are multiplied by an orthogonal matrix, and
     its inverse is applied to w_o. Keys are multiplied by an orthogonal matrix that commutes with RoPE, and its inverse
     is applied to w_q: a rotation in each plane (channels i and i + R/2 of the first R = `rotated`), and any orthogonal
     matrix on the remaining channels.
@@ -117,9 +122,9 @@ def align(
     """
     _refuse_qk_norm(weights, "use pooling without alignment, or a model trained with qk_norm false")
     heads = _cut(weights, head_dim)
-    check_equal_groups(len(heads.k), groups)
-    turn_k = _generalised_procrustes(_products(heads.k, x, criterion), groups, _check_rotated(rotated, head_dim))
-    turn_v = _generalised_procrustes(_products(heads.v, x, criterion), groups, 0)
+    sizes = sizes_of(len(heads.k), groups)
+    turn_k = _generalised_procrustes(_products(heads.k, x, criterion), sizes, _check_rotated(rotated, head_dim))
+    turn_v = _generalised_procrustes(_products(heads.v, x, criterion), sizes, 0)
     return Heads(
         torch.einsum("kcd,kmcx->kmdx", turn_k, heads.q),
         torch.einsum("kcd,kcx->kdx", turn_k, heads.k),
@@ -136,25 +141,28 @@ def similarity(
     rotated: int,
     of: Literal["value", "key"] = "value",
     criterion: Criterion = "cosine",
+    aligned: bool = True,
 ) -> Tensor:
-    """Similarity of the values (or keys) of every two KV heads after optimal alignment: [K, K], float64, symmetric.
+    """Similarity of the values (or keys) of every two KV heads: [K, K], float64, symmetric.
 
     x [..., d]: normed inputs of the layer. The similarity is the mean over tokens of the cosine of the two heads'
-    vectors, or of minus their squared distance. Raises ValueError for keys of a layer with QK-norm, which `align` does
-    not support.
+    vectors, or of minus their squared distance. `aligned`: after the best alignment of the two; else of the vectors as
+    they are. Raises ValueError for aligned keys of a layer with QK-norm, which `align` does not support.
     """
-    if of == "key":
+    if of == "key" and aligned:
         _refuse_qk_norm(weights, "use the similarity of values, or a model trained with qk_norm false")
     heads = _cut(weights, head_dim)
     planes = _check_rotated(rotated, head_dim) if of == "key" else 0
     products = _products(heads.k if of == "key" else heads.v, x, criterion)
-    turns = _best_turn(products, planes)
-    aligned = (turns * products).sum((-2, -1))
-    aligned = (aligned + aligned.T) / 2  # equal but for rounding
+    if aligned:
+        inner = (_best_turn(products, planes) * products).sum((-2, -1))
+    else:
+        inner = products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    inner = (inner + inner.T) / 2  # equal but for rounding
     if criterion == "cosine":
-        return aligned
+        return inner
     squares = products.diagonal(dim1=0, dim2=1).diagonal().sum(-1)  # [K]: mean squared length
-    return 2 * aligned - squares[:, None] - squares[None, :]
+    return 2 * inner - squares[:, None] - squares[None, :]
 
 
 def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int = 200, swaps: int = 3000) -> list[int]:
@@ -221,6 +229,17 @@ def check_equal_groups(kv_heads: int, groups: int) -> None:
         raise ValueError(f"groups: {kv_heads} KV heads do not divide into {groups} equal groups; use {use}")
 
 
+def sizes_of(kv_heads: int, groups: int | Sequence[int]) -> list[int]:
+    """KV heads of each group. Raises ValueError unless `groups` divides the KV heads, or adds up to them."""
+    if isinstance(groups, int):
+        check_equal_groups(kv_heads, groups)
+        return [kv_heads // groups] * groups
+    sizes = list(groups)
+    if min(sizes, default=0) < 1 or sum(sizes) != kv_heads:
+        raise ValueError(f"groups: sizes {sizes} do not add up to {kv_heads} KV heads; use sizes that do")
+    return sizes
+
+
 def _products(matrices: Tensor, x: Tensor, criterion: Criterion) -> Tensor:
     """matrices [K, D, d], x [..., d] -> mean over tokens of y_i y_j^T for all pairs of heads, [K, K, D, D]; y = W x."""
     tokens = x.detach().double().flatten(0, -2)
@@ -249,16 +268,16 @@ def _best_turn(product: Tensor, rotated: int) -> Tensor:
     return turn
 
 
-def _generalised_procrustes(products: Tensor, groups: int, rotated: int) -> Tensor:
+def _generalised_procrustes(products: Tensor, sizes: Sequence[int], rotated: int) -> Tensor:
     """Generalized Procrustes: products [K, K, D, D] of all pairs -> each head's rotation [K, D, D] to its group's mean.
 
     Heads are first aligned to the group's first head, then repeatedly to the mean of the rotated heads until the gain
     falls below `MIN_GAIN` (relative).
     """
-    size = len(products) // groups
-    turns = []
-    for group in range(groups):
-        span = slice(group * size, (group + 1) * size)
+    turns, begin = [], 0
+    for size in sizes:
+        span = slice(begin, begin + size)
+        begin += size
         within = products[span, span]  # [P, P, D, D]
         turn = _best_turn(within[:, 0], rotated)
         # The sum of squared distances to the mean is constant minus the mean's squared length times P.

@@ -1,0 +1,122 @@
+"""Convert a decoder, and say what was done: the card of a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headway.data.config import DataConfig, DataError, datasets_of
+from headway.launcher.base import console
+from headway.launcher.base.errors import SpecError
+from headway.launcher.convert.measure import calibration, judgement, mean_loss
+from headway.model.base import AttentionConfig
+from headway.model.config import ModelConfig
+from headway.model.convert.decoder import attention_inputs, convert_decoder
+from headway.model.convert.methods import CALIBRATED, How
+from headway.model.decoder import Decoder
+
+CARD = "conversion.json"
+FORMAT = 1
+
+
+class Change(NamedTuple):
+    """A converted decoder and its card (`conversion.json`)."""
+
+    decoder: Decoder
+    card: dict[str, Any]
+
+
+def convert(
+    decoder: Decoder,
+    model: ModelConfig,
+    target: AttentionConfig,
+    *,
+    how: How,
+    tokens: int,
+    data: DataConfig | None,
+    seed: int,
+    source: str,
+    why_no_data: str = "no dataset was named",
+) -> Change:
+    """Convert `decoder`, which was built with `model`, to attention `target`.
+
+    tokens: of the training split for calibration, and of the validation split for the losses. data: None: losses are
+    not measured (`why_no_data`). source: what is converted, for people. Raises SpecError for what cannot be converted,
+    and if a method needs data.
+    """
+    inputs, calibrated, judged = None, None, None
+    if data is not None:
+        try:
+            calibrated, judged = calibration(data, tokens), judgement(data, tokens)
+        except DataError as e:
+            if how in CALIBRATED:
+                raise
+            why_no_data = str(e)
+    elif how in CALIBRATED:
+        raise SpecError(
+            f"--how {how}: needs calibration tokens, and {why_no_data}; name a dataset with --data, or use --how mean"
+        )
+    if calibrated is not None:
+        with console.progress("read calibration tokens", lines=False):
+            inputs = attention_inputs(decoder, [(b.tokens, b.segments) for b in calibrated.micro])
+    before = None if judged is None else mean_loss(decoder, judged, "loss before")
+    try:
+        with console.progress("convert", lines=False):
+            found = convert_decoder(decoder, model, target, how=how, inputs=inputs, seed=seed)
+    except ValueError as e:
+        raise SpecError(f"convert: {e}") from None
+    after = None if judged is None else mean_loss(found.decoder, judged, "loss after")
+    old = decoder.attention
+    card = {
+        "format": FORMAT,
+        "source": source,
+        "how": how,
+        "from": old.model_dump(mode="json"),
+        "to": target.model_dump(mode="json"),
+        "kv_heads": [_kv_heads(old), _kv_heads(target)],
+        "same_function": found.same_function,
+        "seed": seed,
+        "data": None if data is None else [str(Path(part.path)) for part in datasets_of(data.source)] or ["synthetic"],
+        "calibration": None if calibrated is None else {"split": calibrated.split, "tokens": calibrated.tokens},
+        "loss": None
+        if judged is None
+        else {"split": judged.split, "tokens": judged.tokens, "before": before, "after": after},
+        "loss_not_measured": why_no_data if judged is None else None,
+        "layers": [asdict(layer) for layer in found.layers],
+    }
+    return Change(found.decoder, card)
+
+
+def _kv_heads(attention: AttentionConfig) -> int:
+    return int(getattr(attention, "groups", getattr(attention, "kv_heads", 1)))
+
+
+def card_lines(card: dict[str, Any]) -> list[str]:
+    """The card as text for the console: one line of facts each, then one line a layer."""
+    old, new = card["kv_heads"]
+    what = f"{card['from']['type']} with {old} KV heads to {card['to']['type']} with {new}, by {card['how']}"
+    lines = [f"converted  {card['source']}: {what}"]
+    if card["same_function"]:
+        lines.append("function   nothing was pooled: the result computes the function of the source")
+    used = card["calibration"]
+    if used is None:
+        lines.append("tokens     no calibration tokens")
+    else:
+        lines.append(f"tokens     {used['tokens']:,} of the {used['split']} split for calibration")
+    loss = card["loss"]
+    if loss is None:
+        lines.append(f"loss       not measured: {card['loss_not_measured']}")
+    else:
+        lines.append(
+            f"loss       {loss['before']:.4f} before, {loss['after']:.4f} after, in nats per token, on "
+            f"{loss['tokens']:,} tokens of the {loss['split']} split"
+        )
+    for layer in card["layers"]:
+        groups = " ".join("+".join(map(str, group)) for group in layer["groups"])
+        alike = [
+            f"{name} {layer[name][0]:.3f} -> {layer[name][1]:.3f}" for name in ("keys", "values") if layer.get(name)
+        ]
+        shown = f"; cosine within groups: {', '.join(alike)}" if alike else ""
+        lines.append(f"layer {layer['layer']:<4} KV heads {groups}{shown}")
+    return lines

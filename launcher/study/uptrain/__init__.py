@@ -1,0 +1,1 @@
+"""Variants that continue a trained model with another mechanism, and variants from scratch at the same compute."""

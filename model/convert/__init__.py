@@ -1,0 +1,1 @@
+"""Conversion of trained attention: the heads of one layer, and whole decoders to another mechanism."""

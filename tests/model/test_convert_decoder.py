@@ -1,0 +1,287 @@
+"""A converted decoder is the pooled one, and every target starts with exactly the function of its GQA decoder."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from headway.model.attention.gqa import GqaConfig, MhaConfig, MqaConfig
+from headway.model.attention.moh import MohConfig
+from headway.model.attention.rgqa import KStage, RgqaConfig
+from headway.model.attention.sqa import SqaConfig
+from headway.model.attention.switchhead import SwitchHeadConfig
+from headway.model.attention.wgqa import WgqaConfig
+from headway.model.balance import BalanceConfig
+from headway.model.config import ModelConfig
+from headway.model.convert.decoder import attention_inputs, check_conversion, convert_decoder, target_fields
+from headway.model.convert.heads import mean_pool
+from headway.model.decoder import Decoder
+from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, TokenHashRouterConfig, TwoLayerRouterConfig
+
+HEADS, D = 6, 10
+MODEL = ModelConfig(width=20, layers=2, ffn_width=28, init_std=0.3)  # the decoder of tests/model/conftest.py
+SHAPE: dict[str, Any] = {"heads": HEADS, "head_dim": D, "rope_fraction": 0.6}
+ONE = {"rtol": 0, "atol": 1e-11}
+
+
+def mha(**fields):
+    return MhaConfig(**SHAPE, **fields)
+
+
+def gqa(groups, **fields):
+    return GqaConfig(**SHAPE, kv_heads=groups, **fields)
+
+
+def converted(decoder, config, target, **options):
+    source = decoder(config).eval()
+    with torch.no_grad():  # biases and gates that are not their start
+        for tensor in source.parameters():
+            tensor += 0.1 * torch.randn_like(tensor)
+    return source, convert_decoder(source, MODEL, target, **options)
+
+
+def same(a, b, tokens):
+    with torch.no_grad():
+        torch.testing.assert_close(a.logits(tokens), b.logits(tokens), **ONE)
+
+
+def differ(a, b, tokens):
+    with torch.no_grad():
+        assert (a.logits(tokens) - b.logits(tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["mean", "first"])
+def test_a_pooled_decoder_has_the_pooled_heads_and_all_else_of_the_source(decoder, tokens, how):
+    source, found = converted(decoder, mha(), gqa(2), how=how)
+    state, old = found.decoder.state_dict(), source.state_dict()
+    for i in range(MODEL.layers):
+        weights = {name: old[f"blocks.{i}.attn.{name}"] for name in ("w_q", "w_k", "w_v", "w_o")}
+        for name, tensor in mean_pool(weights, 2, head_dim=D, how=how).items():
+            torch.testing.assert_close(state[f"blocks.{i}.attn.{name}"], tensor)
+    assert all(torch.equal(state[name], old[name]) for name in old if ".attn." not in name)
+    assert [layer.groups for layer in found.layers] == [((0, 1, 2), (3, 4, 5))] * 2
+    assert not found.same_function
+    differ(source, found.decoder, tokens)
+
+
+def test_gqa_is_pooled_further_to_mqa(decoder, tokens):
+    source, found = converted(decoder, gqa(3), MqaConfig(**SHAPE))
+    k = source.state_dict()["blocks.1.attn.w_k"]
+    torch.testing.assert_close(found.decoder.state_dict()["blocks.1.attn.w_k"], k.unflatten(0, (3, D)).mean(0))
+    assert found.layers[0].groups == ((0, 1, 2),)
+
+
+def test_groups_of_different_sizes(decoder, tokens):
+    source, found = converted(decoder, mha(), gqa(2, group_sizes=[1, 5]))
+    k = source.state_dict()["blocks.0.attn.w_k"].unflatten(0, (HEADS, D))
+    expected = torch.cat([k[0], k[1:].mean(0)])
+    torch.testing.assert_close(found.decoder.state_dict()["blocks.0.attn.w_k"], expected)
+    assert found.layers[0].groups == ((0,), (1, 2, 3, 4, 5))
+
+
+OPTIONS = [{}, {"biases": True}, {"gate": "headwise"}, {"gate": "elementwise"}, {"qk_norm": True}, {"windows": 4}]
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+def test_as_many_kv_heads_as_before_are_the_same_function(decoder, tokens, fields):
+    source, found = converted(decoder, mha(**fields), gqa(HEADS, **fields))
+    assert found.same_function
+    same(source, found.decoder, tokens)
+
+
+def copies(source, groups, biases):
+    """Make the KV heads of each group rotated copies of one, in an order that mixes the groups."""
+    half, rotated = 3, 6
+    for layer in source.attention_layers():
+        for name, planes in (("w_k", rotated), ("w_v", 0)):
+            heads = getattr(layer, name).data.unflatten(0, (HEADS, D))
+            bias = getattr(layer, name.replace("w", "b")).data.unflatten(0, (HEADS, D)) if biases else None
+            for h in range(HEADS):
+                turn = torch.zeros(D, D, dtype=torch.float64)
+                angle = torch.rand(half, dtype=torch.float64) * 6
+                i, j = torch.arange(planes // 2), torch.arange(planes // 2, planes)
+                turn[i, i] = turn[j, j] = angle[: planes // 2].cos()
+                turn[j, i], turn[i, j] = angle[: planes // 2].sin(), -angle[: planes // 2].sin()
+                turn[planes:, planes:] = torch.linalg.qr(torch.randn(D - planes, D - planes, dtype=torch.float64)).Q
+                heads[h] = turn @ heads[h % groups]
+                if bias is not None:
+                    bias[h] = turn @ bias[h % groups]
+    return source
+
+
+@pytest.mark.parametrize("fields", [{}, {"biases": True}, {"gate": "headwise"}], ids=str)
+def test_rotated_copies_are_found_and_pooled_without_loss(decoder, tokens, fields):
+    source = decoder(mha(**fields)).eval()
+    with torch.no_grad():
+        for tensor in source.parameters():
+            tensor += 0.1 * torch.randn_like(tensor)
+        copies(source, 2, biases="biases" in fields)
+    inputs = attention_inputs(source, [(tokens, None)])
+    assert inputs[0].shape == (tokens.numel(), MODEL.width)
+    found = convert_decoder(source, MODEL, gqa(2, **fields), how="cluster_align", inputs=inputs)
+    same(source, found.decoder, tokens)
+    for layer in found.layers:
+        assert set(layer.groups) == {(0, 2, 4), (1, 3, 5)}
+        assert layer.keys is not None and layer.values is not None
+        assert layer.keys[1] == pytest.approx(1) and layer.values[1] == pytest.approx(1)
+        assert layer.keys[0] < 0.9 and layer.values[0] < 0.9
+    differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how="align", inputs=inputs).decoder, tokens)
+    differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how="cluster", inputs=inputs).decoder, tokens)
+
+
+def test_alignment_of_consecutive_copies_is_without_loss_also_in_unequal_groups(decoder, tokens):
+    source = copies(decoder(mha()).eval(), 1, biases=False)
+    inputs = attention_inputs(source, [(tokens, None)])
+    found = convert_decoder(source, MODEL, gqa(2, group_sizes=[2, 4]), how="align", inputs=inputs)
+    same(source, found.decoder, tokens)
+
+
+@pytest.mark.parametrize("weights", ["scalar", "column", "row"])
+@pytest.mark.parametrize(("how", "groups"), [("mean", 2), ("first", 3), ("cluster_align", 2)])
+def test_weighted_gqa_starts_as_the_pooled_gqa(decoder, tokens, weights, how, groups):
+    source = decoder(mha()).eval()
+    inputs = attention_inputs(source, [(tokens, None)])
+    plain = convert_decoder(source, MODEL, gqa(groups), how=how, inputs=inputs)
+    weighted = WgqaConfig(**SHAPE, kv_heads=groups, weights=weights)
+    same(plain.decoder, convert_decoder(source, MODEL, weighted, how=how, inputs=inputs).decoder, tokens)
+
+
+def test_weighted_gqa_of_gqa_starts_as_the_pooled_gqa(decoder, tokens):
+    source, plain = converted(decoder, gqa(3), gqa(1))
+    same(plain.decoder, convert_decoder(source, MODEL, WgqaConfig(**SHAPE, kv_heads=1)).decoder, tokens)
+
+
+GATES = ["sigmoid2", "sigmoid", "softmax", "softmax_n", "detached_renorm", "straight_through", "renorm", "hard"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_routed_gqa_with_all_heads_starts_as_gqa(decoder, tokens, gate):
+    source, plain = converted(decoder, mha(), gqa(2))
+    routed = RgqaConfig(**SHAPE, kv_heads=2, top_k=3, gate=gate)
+    same(plain.decoder, convert_decoder(source, MODEL, routed).decoder, tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2, "always_on": 1},
+        {"top_k": 2, "always_on": 1, "always_on_gate": "sigmoid2", "gate": "softmax"},
+        {"top_k": 3, "router": TwoLayerRouterConfig(hidden=4)},
+        {"top_k": 3, "gate": "hard", "router": RandomRouterConfig()},
+        {"top_k": 3, "gate": "straight_through", "router": QueryNormRouterConfig()},
+        {"top_k": 1, "k_schedule": [KStage(until_tokens=100, top_k=3), KStage(until_tokens=200, top_k=2)]},
+        {"top_k": 3, "balance": BalanceConfig(loss_free_rate=1e-3)},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_routed_gqa_with_its_options_starts_as_gqa(decoder, tokens, fields):
+    source, plain = converted(decoder, mha(), gqa(2))
+    found = convert_decoder(source, MODEL, RgqaConfig(**SHAPE, kv_heads=2, **fields)).decoder
+    same(plain.decoder, found, tokens)
+    if "k_schedule" in fields:
+        found.before_step(200)
+        differ(plain.decoder, found, tokens)
+
+
+@pytest.mark.parametrize(("form", "shared"), product(["paper", "code", "straight_through"], [0, 1, 2]))
+def test_mixture_of_heads_with_all_heads_starts_as_gqa(decoder, tokens, form, shared):
+    source, plain = converted(decoder, mha(), gqa(2))
+    routed = MohConfig(**SHAPE, kv_heads=2, shared_heads=shared, top_k=HEADS - shared, form=form)
+    same(plain.decoder, convert_decoder(source, MODEL, routed).decoder, tokens)
+
+
+@pytest.mark.parametrize("groups", [2, HEADS])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"experts": 2, "top_k": 2},
+        {"experts": 3, "top_k": 3, "gate": "renorm"},
+        {"experts": 4, "top_k": 4, "shared_selection": True},
+        {"experts": 1, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_switchhead_with_all_experts_starts_as_the_source(decoder, tokens, groups, fields):
+    target = SwitchHeadConfig(kv_heads=HEADS, head_dim=D, rope_fraction=0.6, **fields)
+    source, found = converted(decoder, gqa(groups), target)
+    assert found.same_function
+    same(source, found.decoder, tokens)
+    if fields["experts"] > 1:  # else they would have equal gradients, and remain equal
+        experts = found.decoder.state_dict()["blocks.0.attn.w_v"].unflatten(0, (HEADS, fields["experts"], D))
+        assert not torch.equal(experts[:, 0], experts[:, 1])
+
+
+def test_the_router_of_a_converted_decoder_learns(decoder, tokens):
+    _, found = converted(decoder, mha(), RgqaConfig(**SHAPE, kv_heads=2, top_k=3))
+    found.decoder.requires_grad_(True)
+    found.decoder(tokens[:, :-1], tokens[:, 1:]).loss_sum.backward()
+    router = found.decoder.get_parameter("blocks.0.attn.router.w")
+    assert not router.any() and router.grad is not None and router.grad.abs().min() > 0
+
+
+def test_random_heads_are_those_of_an_untrained_decoder(decoder, tokens):
+    source, found = converted(decoder, mha(), gqa(2), how="random", seed=5)
+    new = Decoder(MODEL, gqa(2), vocab_size=37, seed=5).double().state_dict()
+    state, old = found.decoder.state_dict(), source.state_dict()
+    assert torch.equal(state["blocks.0.attn.w_v"], new["blocks.0.attn.w_v"])
+    assert torch.equal(state["blocks.0.attn.w_q"], old["blocks.0.attn.w_q"])
+    assert not convert_decoder(source, MODEL, gqa(HEADS), how="random").same_function
+
+
+ROUTED: dict[str, Any] = {"kv_heads": 2, "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "how", "message"),
+    [
+        (SqaConfig(heads=12, kv_heads=2, kept=3, head_dim=6), gqa(1), "mean", r"type sqa, and only mha, gqa, mqa"),
+        (WgqaConfig(**SHAPE, kv_heads=2), gqa(1), "mean", r"type wgqa.*an export to hf folds"),
+        (mha(), mha(), "mean", r"mha is no target.*use one of gqa"),
+        (gqa(3), gqa(2), "mean", r"kv_heads: .*use kv_heads that divides 3"),
+        (gqa(2), gqa(3), "mean", r"has 2 KV heads, fewer than 3; use 2"),
+        (mha(qk_norm=True), gqa(2, qk_norm=True), "align", r"^align: .*QK-norm.*use mean or cluster"),
+        (mha(gate="elementwise"), gqa(2, gate="elementwise"), "cluster_align", r"elementwise.*use mean or cluster"),
+        (mha(), gqa(2, group_sizes=[1, 5]), "cluster", r"equal groups"),
+        (gqa(2, group_sizes=[1, 5]), gqa(1), "mean", r"group_sizes"),
+        (mha(windows=[4] * 6), gqa(2, windows=[4] * 2), "mean", r"attention.windows: "),
+        (mha(gate="headwise"), gqa(2), "mean", r"attention.gate: none in the target and headwise in the source"),
+        (mha(biases=True), RgqaConfig(**SHAPE, **ROUTED), "mean", r"attention.biases: .*convert to gqa or mqa"),
+        (mha(), SwitchHeadConfig(kv_heads=2, head_dim=D, rope_fraction=0.6, experts=2, top_k=2), "mean", r"score maps"),
+        (mha(), WgqaConfig(**SHAPE, kv_heads=2, start="random"), "mean", r"attention.start: random with mean"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_what_to_do(source, target, how, message):
+    with pytest.raises(ValueError, match=message):
+        check_conversion(MODEL, source, target, how)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (RgqaConfig(**SHAPE, kv_heads=2, top_k=2), r"attention.top_k: .*heads/kv_heads - always_on, or a first stage"),
+        (MohConfig(**SHAPE, kv_heads=2, shared_heads=1, top_k=2), r"use top_k = heads - shared_heads$"),
+        (
+            SwitchHeadConfig(kv_heads=HEADS, head_dim=D, rope_fraction=0.6, experts=3, top_k=2),
+            r"attention.top_k: .*use top_k = experts$",
+        ),
+        (RgqaConfig(**SHAPE, **ROUTED, router=TokenHashRouterConfig()), r"attention.router: .*token_hash cannot be 0"),
+    ],
+)
+def test_a_routed_target_without_an_exact_start_is_refused(decoder, target, message):
+    with pytest.raises(ValueError, match=message):
+        convert_decoder(decoder(mha()).eval(), MODEL, target)
+
+
+def test_alignment_needs_calibration_tokens(decoder):
+    with pytest.raises(ValueError, match=r"^align: needs calibration tokens"):
+        convert_decoder(decoder(mha()), MODEL, gqa(2), how="align")
+
+
+@pytest.mark.parametrize("to", ["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead"])
+def test_fields_of_a_target_convert(decoder, tokens, to):
+    from headway.model.attention.registry import MECHANISMS
+
+    fields = target_fields(mha(), to, None if to in ("mqa", "switchhead") else 3, "mean")
+    target = MECHANISMS[to].model_validate(fields)
+    assert converted(decoder, mha(), target)[1].decoder.attention == target
