@@ -23,16 +23,9 @@ from typing import Any
 import numpy as np
 
 from headway.data import tokenizer
-from headway.data.config import (
-    CorpusConfig,
-    DataError,
-    MdsSource,
-    TextCorpus,
-    TokenizerFile,
-    TrainTokenizer,
-    is_stdlib,
-)
+from headway.data.config import DataError, MdsSource
 from headway.data.corpus import folders, read
+from headway.data.corpus.config import CorpusConfig, TextCorpus, TokenizerFile, TrainTokenizer, is_stdlib
 from headway.data.corpus.scan import Scan, scan
 from headway.data.manifest import (
     LENGTHS_NAME,

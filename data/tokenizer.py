@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import MAX_VOCABULARY, DataError, TokenizerFile, TrainTokenizer
+from headway.data.config import MAX_VOCABULARY, DataError
+from headway.data.corpus.config import TokenizerFile, TrainTokenizer
 from headway.data.corpus.containers import check_pointer
 from headway.data.places import looked_for
 from headway.data.progress import Bar, Shown, progress_of

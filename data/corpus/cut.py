@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator
 
-from headway.data.config import BytePieces
+from headway.data.corpus.config import BytePieces
 from headway.data.corpus.document import Document, check_size
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from headway.data.config import PairsCorpus, StdlibFunctionsCorpus
 from headway.data.corpus import folders, parquet, rows
+from headway.data.corpus.config import PairsCorpus, StdlibFunctionsCorpus
 from headway.data.corpus.document import Document
 from headway.data.progress import Say, quiet
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from headway.data import tokenizer
-from headway.data.config import (
+from headway.data.config import DataError
+from headway.data.corpus import containers, cut, folders, pairs, parquet, rows
+from headway.data.corpus.config import (
     AnyCorpus,
     CorpusConfig,
-    DataError,
     FileCorpus,
     HuggingFaceCorpus,
     JsonlCorpus,
@@ -28,7 +29,6 @@ from headway.data.config import (
     is_of_hub,
     is_stdlib,
 )
-from headway.data.corpus import containers, cut, folders, pairs, parquet, rows
 from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document, check_size
 from headway.data.manifest import canonical_json
 from headway.data.progress import Say, quiet

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.data.config import DataError, HuggingFaceCorpus, PairsCorpus
+from headway.data.config import DataError
 from headway.data.corpus import containers
+from headway.data.corpus.config import HuggingFaceCorpus, PairsCorpus
 from headway.data.corpus.document import MAX_DOCUMENT_BYTES, Document
 from headway.data.progress import Say, quiet
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from headway.data.config import CorpusConfig, DataError
+from headway.data.config import DataError
 from headway.data.corpus import read
+from headway.data.corpus.config import CorpusConfig
 from headway.data.corpus.cut import character_start
 from headway.data.corpus.document import Document
 from headway.data.corpus.folders import Found

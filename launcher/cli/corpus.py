@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from headway.data.config import CorpusConfig, MdsSource
+from headway.data.config import MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.base import console
 from headway.launcher.spec.load import load_spec
 

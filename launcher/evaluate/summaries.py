@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from headway.data.config import SEPARATOR, DataError, PairsCorpus, PairsSource
+from headway.data.config import DataError, PairsSource
+from headway.data.corpus.config import SEPARATOR, PairsCorpus
 from headway.data.manifest import MANIFEST_NAME, read_manifest
 from headway.data.packed_pairs import shortened
 from headway.launcher.base import console

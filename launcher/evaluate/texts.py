@@ -138,7 +138,7 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
 
 
 def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int]]:
-    from headway.data.config import JsonlCorpus, ParquetCorpus, TextCorpus
+    from headway.data.corpus.config import JsonlCorpus, ParquetCorpus, TextCorpus
     from headway.data.corpus.read import documents
 
     begin = _begin(model, path)

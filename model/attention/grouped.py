@@ -97,9 +97,10 @@ def check_groups(heads: int, kv_heads: int) -> None:
             max((g for g in legal if g < kv_heads), default=1),
             min((g for g in legal if g > kv_heads), default=heads),
         )
+        use = f"{below} or {above}" if below != above else f"{below}"
         raise ValueError(
             f"kv_heads: {heads} query heads do not divide into {kv_heads} equal groups; "
-            f"use kv_heads {below} or {above}, or heads {-(-heads // kv_heads) * kv_heads}"
+            f"use kv_heads {use}, or heads {-(-heads // kv_heads) * kv_heads}"
         )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, MdsSource
+from headway.data.config import MdsSource
+from headway.data.corpus.config import CorpusConfig
 
 WORDS = ["the", "of", "and", "a", "to", "in", "is", "was", "that", "for", "with", "they", "from", "word", "heat"]
 

@@ -15,7 +15,8 @@ from filelock import FileLock
 
 from headway.data import build as build_module
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataError, MdsSource
+from headway.data.config import DataError, MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.manifest import MANIFEST_NAME, SPLITS, read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.streaming_import import import_streaming

@@ -18,8 +18,9 @@ import pytest
 import zstandard
 
 from headway.data.build import build
-from headway.data.config import DataError, JsonlCorpus, TextCorpus
+from headway.data.config import DataError
 from headway.data.corpus import containers
+from headway.data.corpus.config import JsonlCorpus, TextCorpus
 from headway.data.corpus.read import documents
 
 from .conftest import corpus_config

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import zstandard
 
-from headway.data.config import (
+from headway.data.config import DataError
+from headway.data.corpus.config import (
     CorpusConfig,
-    DataError,
     HuggingFaceCorpus,
     JsonlCorpus,
     ParquetCorpus,

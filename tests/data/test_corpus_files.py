@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from headway.data.build import build
-from headway.data.config import DataError, JsonlCorpus, ParquetCorpus, TextCorpus
+from headway.data.config import DataError
+from headway.data.corpus.config import JsonlCorpus, ParquetCorpus, TextCorpus
 from headway.data.corpus.folders import summary
 from headway.data.corpus.read import corpus_files, documents, find_files
 from headway.data.manifest import read_manifest

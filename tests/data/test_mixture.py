@@ -12,7 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MixSource
+from headway.data.config import DataConfig, DataError, MixSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader, open_source
 from headway.data.mixture import BLOCK, MixedText, Mixture, validation_shares
 from headway.data.validation import ValidationData, validation_data

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from headway.data.build import build
-from headway.data.config import BytePieces, CorpusConfig, DataError
+from headway.data.config import DataError
+from headway.data.corpus.config import BytePieces, CorpusConfig
 from headway.data.corpus.cut import cut
 from headway.data.manifest import Manifest, read_manifest
 from headway.data.mds import MdsSplit

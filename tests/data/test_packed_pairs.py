@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource, PairsSource
+from headway.data.config import DataConfig, DataError, MdsSource, PairsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import IGNORED, Loader, collate, open_source
 from headway.data.manifest import PROMPTS_NAME
 from headway.data.mds import MdsSplit

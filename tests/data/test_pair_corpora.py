@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from headway.data import tokenizer
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataError, MdsSource, PairsCorpus, StdlibFunctionsCorpus
+from headway.data.config import DataError, MdsSource
+from headway.data.corpus.config import CorpusConfig, PairsCorpus, StdlibFunctionsCorpus
 from headway.data.corpus.pairs import first_sentence, function_pairs
 from headway.data.corpus.read import documents
 from headway.data.manifest import MANIFEST_NAME, PROMPTS_NAME, SPLITS, hash_file, read_manifest, write_manifest

@@ -18,7 +18,8 @@ LIMIT_BYTES, LIMIT_S = 200 << 20, 2.0
 
 READ = """
 import json, resource, sys, time
-from headway.data.config import CorpusConfig, DataError
+from headway.data.config import DataError
+from headway.data.corpus.config import CorpusConfig
 from headway.data.corpus.read import documents
 import pyarrow.parquet, zstandard
 corpus = CorpusConfig.model_validate({

@@ -21,7 +21,8 @@ from web_server import PROXIES, WebServer, serving
 
 from headway.data import fetch
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource, MixSource, datasets_of
+from headway.data.config import DataConfig, DataError, MdsSource, MixSource, datasets_of
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader
 from headway.data.manifest import FileEntry, read_manifest
 from headway.data.mds import MdsSplit, read_index, sizes_of

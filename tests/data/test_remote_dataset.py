@@ -10,7 +10,8 @@ import pytest
 
 from headway.data import fetch
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
+from headway.data.config import DataConfig, DataError, MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader
 from headway.data.manifest import Manifest
 from headway.data.verify import verify

@@ -13,7 +13,8 @@ import pytest
 import xxhash
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
+from headway.data.config import DataConfig, DataError, MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader, validation_batches
 from headway.data.manifest import Split, canonical_json, hash_file, read_manifest
 from headway.data.mds import MdsSplit

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from headway.data.build import build
-from headway.data.config import DataError, TrainTokenizer
+from headway.data.config import DataError
+from headway.data.corpus.config import TrainTokenizer
 from headway.data.manifest import read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.tokenizer import EOS_TOKEN, load, train, vocab_size_of

@@ -26,7 +26,8 @@ import torch
 
 from headway.data import shard
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataConfig, DataError, MdsSource
+from headway.data.config import DataConfig, DataError, MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader
 from headway.data.manifest import canonical_json, hash_file
 from headway.data.prefetch import Prefetch

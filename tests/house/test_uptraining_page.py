@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from headway.data import tokenizer
-from headway.data.config import TrainTokenizer
+from headway.data.corpus.config import TrainTokenizer
 from headway.model.attention.gqa import MhaConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder

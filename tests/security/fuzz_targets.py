@@ -18,7 +18,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from headway.data import tokenizer as tokenizers
-from headway.data.config import CorpusConfig, TrainTokenizer
+from headway.data.corpus.config import CorpusConfig, TrainTokenizer
 from headway.data.manifest import Manifest, PairCounts, canonical_json, read_manifest
 from headway.data.mds import read_index, read_lengths, read_prompts
 from headway.launcher.base.errors import exit_code

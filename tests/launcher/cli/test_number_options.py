@@ -21,6 +21,7 @@ LEGAL = {
     "--documents": (),
     "--gpus": (),
     "--jobs": (),
+    "--kv-heads": (),
     "--length-penalty": ("0", "0.5"),
     "--lengths": (),
     "--limit": (),

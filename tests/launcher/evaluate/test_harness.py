@@ -60,7 +60,7 @@ metric_list:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """An untrained decoder with a real tokenizer: its answers are arbitrary, and the same in both ways."""
     from headway.data.build import build
-    from headway.data.config import CorpusConfig
+    from headway.data.corpus.config import CorpusConfig
     from headway.model.attention.rgqa import RgqaConfig
     from headway.model.config import ModelConfig
     from headway.model.decoder import Decoder

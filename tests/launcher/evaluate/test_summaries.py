@@ -11,7 +11,8 @@ import pytest
 from untrained_runs import untrained_run
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataError
+from headway.data.config import DataError
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.base.errors import SpecError
 from headway.launcher.evaluate import summaries
 from headway.launcher.evaluate.summaries import Summaries, evaluate_summaries, read_pairs, rouge_scores

@@ -10,7 +10,7 @@ from llamas import logits, some_tokens, transformers
 from safetensors.torch import load_file, save_file
 
 from headway.data import tokenizer
-from headway.data.config import TrainTokenizer
+from headway.data.corpus.config import TrainTokenizer
 from headway.launcher.base.errors import HeadwayError
 from headway.launcher.cli.main import main
 from headway.launcher.exchange import import_hf as import_module

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, MdsSource
+from headway.data.config import MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.run.codec import Codec
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.run.stored_spec import stored_spec

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from headway.data.config import CorpusConfig
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.spec.load import format_config, load_spec
 from headway.launcher.spec.merge import format_value

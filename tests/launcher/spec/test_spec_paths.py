@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, DataError
+from headway.data.config import DataError
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.base.errors import NoInputError
 from headway.launcher.cli.main import main
 from headway.launcher.run.initial_weights import with_initial_hash

@@ -9,7 +9,7 @@ from run_folders import records
 from web_server import serving
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig
+from headway.data.corpus.config import CorpusConfig
 
 
 @pytest.fixture(scope="module")

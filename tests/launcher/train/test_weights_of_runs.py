@@ -10,7 +10,8 @@ import pytest
 from run_folders import records, steps_done, trajectory
 
 from headway.data.build import build
-from headway.data.config import CorpusConfig, MdsSource
+from headway.data.config import MdsSource
+from headway.data.corpus.config import CorpusConfig
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.run.branching import hash_of, lineage
