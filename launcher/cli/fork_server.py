@@ -34,6 +34,7 @@ _MODULES = (
     "deepspeed.runtime.pipe.engine",
     "safetensors.torch",
     "torch._dynamo",  # imported by ranks that recompute activations or compile
+    "scipy.special",  # by every rank at its first validation
     "torch.optim.adamw",
 )
 

@@ -17,7 +17,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 KINDS = {
     "spec": ("headway.launcher.spec.spec", "Spec"),
-    "corpus": ("headway.data.config", "CorpusConfig"),
+    "corpus": ("headway.data.corpus.config", "CorpusConfig"),
     "study": ("headway.launcher.study.config", "StudyConfig"),
     "probe": ("headway.launcher.study.probe_config", "ProbeConfig"),
 }
