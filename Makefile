@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Prevents Python from importing the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all test-gpu results mechanisms probes plans parity soak chaos checkpoint-cost lint types format clean
+.PHONY: help study test test-all test-gpu results mechanisms uptrain wgqa probes plans parity soak chaos checkpoint-cost lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -50,6 +50,21 @@ mechanisms: $(VENV)/.installed
 	mkdir -p $(RESULTS)/all-mechanisms
 	cp $(addprefix studies/all-mechanisms/,$(REPORT) pareto.png) $(RESULTS)/all-mechanisms/
 	$(BENCH) mechanism yaml/studies/all-mechanisms.yaml launch.threads=1 --rounds 11 --out $(RESULTS)/bench/mechanisms.json
+
+# Converts multi-head models to grouped ones, uptrains them, and compares with training from scratch (half an hour).
+uptrain: $(VENV)/.installed
+	$(BIN)/headway data build yaml/data/stdlib.yaml
+	$(BIN)/headway study run yaml/studies/uptrain.yaml
+
+# Fine-tunes learned merges of heads from a multi-head model at two sizes, and judges summaries (an hour).
+WGQA := summarise:wgqa-summaries summarise-base:wgqa-summaries-base
+wgqa: $(VENV)/.installed
+	$(BIN)/headway data build yaml/data/functions.yaml
+	for pair in $(WGQA); do \
+	  $(BIN)/headway train yaml/base/$${pair%:*}-teacher.yaml; \
+	  $(BIN)/headway study run yaml/studies/$${pair#*:}.yaml; \
+	  $(BIN)/headway eval studies/$${pair#*:} --summaries datasets/functions --new-tokens 32; \
+	done
 
 probes: $(VENV)/.installed
 	$(BIN)/headway probe run yaml/probes.yaml
