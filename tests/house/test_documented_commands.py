@@ -53,6 +53,7 @@ OF_VERB = {
         "runs/summarise": "runs/quickstart",
     },
     "generate": {"OUT": "exported"},
+    "inspect": {"runs/first": "runs/quickstart", "heldout.txt": "corpora/text/0.txt"},
     "export": {"4000": "4"},  # a checkpoint of the small run
 }
 """The same for one verb alone."""
