@@ -21,6 +21,8 @@ from headway.launcher.train.session import Session
 
 HERE = Path(__file__).parent
 
+A_DECODER = SimpleNamespace(spec=SimpleNamespace(model=SimpleNamespace(is_encoder_decoder=False)))
+
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
@@ -104,7 +106,7 @@ def test_a_collector_that_was_off_stays_off():
 def test_it_is_the_last_hook_of_a_run(monkeypatch):
     for hook in (RouterStatistics, HeadDiversity):
         monkeypatch.setattr(hook, "__init__", lambda self, s: None)
-    assert isinstance(run_hooks(cast(Any, None))[-1], Collector)
+    assert isinstance(run_hooks(cast(Any, A_DECODER))[-1], Collector)
 
 
 def test_it_is_active_in_a_run(headway):

@@ -18,6 +18,8 @@ STATS = StepStats(
     loss=2.0, aux_loss=0.0, grad_norm=1.0, targets=8, forward_s=0.1, backward_s=0.1, optimizer_s=0.1, skipped=False
 )
 
+A_DECODER = SimpleNamespace(spec=SimpleNamespace(model=SimpleNamespace(is_encoder_decoder=False)))
+
 
 def session(**values: Any) -> Any:
     guard = SimpleNamespace(replicas_every_steps=2)
@@ -76,7 +78,7 @@ def test_what_was_saved_before_a_skipped_step_is_committed_before_the_guard_may_
 def test_a_guard_that_ends_the_run_comes_before_replicas_are_compared(monkeypatch):
     for hook in (RouterStatistics, HeadDiversity):
         monkeypatch.setattr(hook, "__init__", lambda self, s: None)
-    kinds = [type(hook) for hook in run_hooks(cast(Any, None))]
+    kinds = [type(hook) for hook in run_hooks(cast(Any, A_DECODER))]
     assert kinds.index(GuardSteps) < kinds.index(CompareReplicas)
 
 
