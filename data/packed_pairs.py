@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,10 +52,10 @@ class PackedPairs(PackedText):
         long: Literal["cut", "leave_out"],
         loss: Literal["targets", "all"],
         split: Split,
-        **kwargs: object,
+        **options: Any,
     ) -> None:
         self._long, self._loss = long, loss
-        super().__init__(path, split=split, **kwargs)  # pyright: ignore[reportArgumentType]
+        super().__init__(path, split=split, **options)
 
     @classmethod
     def of(cls, cfg: DataConfig, source: PairsSource, *, split: Split) -> PackedPairs:

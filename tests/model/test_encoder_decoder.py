@@ -37,7 +37,7 @@ DENSE: dict[str, AttentionConfig] = {
 
 def built(attention: AttentionConfig, positions: str = "relative_t5", **model: Any) -> EncoderDecoder:
     shape: dict[str, Any] = {"width": 20, "layers": 2, "encoder_layers": 3, "ffn_width": 24, "init_std": 0.4}
-    config = ModelConfig(type="encoder_decoder", positions=positions, **shape | model)  # pyright: ignore[reportArgumentType]
+    config = ModelConfig.model_validate({"type": "encoder_decoder", "positions": positions, **shape, **model})
     return EncoderDecoder(config, attention, vocab_size=VOCAB, seed=1).double().eval()
 
 
@@ -339,7 +339,8 @@ def test_routed_mechanisms_and_windows_are_refused():
             EncoderDecoder(config, attention, vocab_size=VOCAB, seed=0)
     for key, value in (("windows", 4), ("window_pattern", [4, None])):
         with pytest.raises(ValueError, match=rf"^attention\.{key}: "):
-            EncoderDecoder(config, MhaConfig(heads=2, head_dim=4, **{key: value}), vocab_size=VOCAB, seed=0)  # pyright: ignore[reportArgumentType]
+            attention = MhaConfig.model_validate({"heads": 2, "head_dim": 4, key: value})
+            EncoderDecoder(config, attention, vocab_size=VOCAB, seed=0)
 
 
 def test_the_mechanisms_with_a_form_are_these():

@@ -21,6 +21,7 @@ from headway.launcher.study.cluster.elements import elements_of
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study
 from headway.launcher.study.queue import Queue, unfinished
+from headway.model.attention.gqa import GqaConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = """
@@ -73,7 +74,7 @@ def test_cells_start_from_the_teacher_of_their_seed(here):
     assert short.spec.init.convert is not None and short.spec.init.convert.how == "mean"
     assert short.spec.train.tokens == 512 and short.spec.train.validate_first
     assert short.spec.schedule.warmup_tokens == 102  # the teacher's, by the share of its tokens
-    assert (short.spec.attention.type, short.spec.attention.groups) == ("gqa", 2)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(short.spec.attention, GqaConfig) and short.spec.attention.groups == 2
     # 1,024 tokens of gqa and 2,560 of its teacher, which is a little dearer per token
     flops = {v.name: v.cost.flops_per_token.useful for v in plan.variants}
     exact = (1024 * flops["gqa-a0.4"] + 2560 * flops["mha"]) / flops["scratch"]
