@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,9 @@ from headway.launcher.exchange.generate import Sampling, continuation
 from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.exchange.search import Search
 
-needs_rouge = pytest.mark.skipif(
-    importlib.util.find_spec("rouge_score") is None, reason="rouge-score is not installed (extra `eval`)"
-)
 FIELDS = ("prompt", "target")
 
 
-@needs_rouge
 def test_scores_are_those_of_the_definition() -> None:
     # 3 of 4 and of 5 words; pairs of words: "the cat" of 3 and 4; longest common subsequence: the cat sleeps.
     scores = rouge_scores(["The cat sleeps today."], ["the cat never sleeps long"])
@@ -81,7 +76,6 @@ def test_a_file_gives_the_pairs_of_the_dataset(place: Path, model: Opened) -> No
     assert model.codec.decode(of_dataset[0].prompt).endswith(" ->")
 
 
-@needs_rouge
 def test_the_measures_are_those_of_prompts_continued_one_by_one(
     place: Path, model: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,7 +103,6 @@ def test_the_measures_are_those_of_prompts_continued_one_by_one(
     assert measures["pairs/loss"].digest != measures["pairs/rouge1"].digest
 
 
-@needs_rouge
 def test_the_hash_tells_other_questions_apart(place: Path, model: Opened) -> None:
     def digests(**changes: Any) -> tuple[str, str]:
         wanted = asked(place, **changes)

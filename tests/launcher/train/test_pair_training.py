@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from random import Random
 from typing import Any
@@ -34,9 +33,6 @@ LAYOUTS = {
     "one": ["train.micro_batch=4"],
     "two": ["launch.processes=2", "train.micro_batch=2"],
 }
-needs_rouge = pytest.mark.skipif(
-    importlib.util.find_spec("rouge_score") is None, reason="rouge-score is not installed (extra `eval`)"
-)
 
 
 def scenes(count: int, seed: int) -> list[dict[str, str]]:
@@ -98,7 +94,6 @@ def test_the_card_counts_the_pairs(workspace: Any) -> None:
     assert card["validation_bytes_per_token"] == pytest.approx(per_token, rel=1e-12)
 
 
-@needs_rouge
 def test_a_tuned_model_writes_the_targets_and_its_start_does_not(workspace: Any) -> None:
     start = evaluated(workspace, "one", "--summaries", "pairs", "--new-tokens", "16")
     end = evaluated(workspace, "trained", "--summaries", "pairs", "--new-tokens", "16")
@@ -111,7 +106,6 @@ def test_a_tuned_model_writes_the_targets_and_its_start_does_not(workspace: Any)
     assert end["pairs/loss"]["value"] == evaluated(workspace, "trained")["validation/loss"]["value"]
 
 
-@needs_rouge
 def test_files_and_beams_and_exported_weights_are_measured_alike(workspace: Any) -> None:
     words = ["--summaries", "held=held.jsonl", "--fields", "scene,sound", "--new-tokens", "16"]
     greedy = evaluated(workspace, "trained", *words)
@@ -125,7 +119,6 @@ def test_files_and_beams_and_exported_weights_are_measured_alike(workspace: Any)
     )
 
 
-@needs_rouge
 def test_a_study_compares_its_variants_by_rouge(workspace: Any) -> None:
     study = "study: sounds\nbase: pairs.yaml\nseeds: [1, 2]\nbaseline: gqa\nvariants:\n"
     study += "  gqa: {attention.type: gqa}\n  mqa: {attention.type: mqa}\n"
@@ -158,8 +151,6 @@ def test_a_study_compares_its_variants_by_rouge(workspace: Any) -> None:
     ],
 )
 def test_errors_say_what_to_do(workspace: Any, words: list[str], status: int, said: str) -> None:
-    if words[0] == "eval" and importlib.util.find_spec("rouge_score") is None:
-        pytest.skip("rouge-score is not installed (extra `eval`)")
     extra = ["run_dir=bad"] if words[0] == "train" else []
     done = workspace.run(*words, *extra)
     assert done.returncode == status, done.stderr
