@@ -159,3 +159,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Skip the interpreter's teardown: on a loaded machine a thread of gloo has aborted a rank there, after all results.
+    sys.stdout.flush()
+    os._exit(0)

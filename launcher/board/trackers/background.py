@@ -19,8 +19,9 @@ MOST_AT_ONCE = 200
 PAUSE_S = 2.0
 """From one call to the next, so that many records are written together."""
 
-CLOSE_S = 30.0
-"""How long the end of a process waits for the records that are not written yet."""
+CLOSE_S = 120.0
+"""How long the end of a process waits for records that are not written yet. The first connection of MLflow to a new
+database took above 30 s on a loaded machine of two cores."""
 
 LONGEST_WAIT_S = 60.0
 """The longest time from a failure to the next attempt. It begins with a second and doubles."""
