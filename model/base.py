@@ -358,6 +358,18 @@ class AttentionConfig(StrictConfig):
         """The config with rules that depend on the size of the whole model resolved to numbers."""
         return self
 
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        """(training tokens from which it applies, config) of each stage of training, in order; the first begins at 0.
+
+        The configs give the costs of their stages; the last one has those of the config itself. The config must be that
+        of one layer (`layer`).
+        """
+        return [(0, self)]
+
+    def heaviest(self) -> Self:
+        """The config of the most expensive stage of training, whose activations need the most memory."""
+        return max((config for _, config in self.stages()), key=lambda c: c.flops_per_token(width=1, seq_len=1).useful)
+
     def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
         """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
 

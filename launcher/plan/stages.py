@@ -30,6 +30,11 @@ class Stage:
     last: bool
 
     @property
+    def heaviest(self) -> tuple[AttentionConfig, ...]:
+        """The blocks in the stage of their schedules that needs the most memory."""
+        return tuple(block.heaviest() for block in self.blocks)
+
+    @property
     def num_params(self) -> int:
         return sum(self.parameters.values())
 

@@ -12,7 +12,7 @@ from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.tracking import TrackingConfig
 from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
-from headway.model.convert.methods import How
+from headway.model.convert.methods import By, How
 from headway.parallel.config import (
     CheckpointConfig,
     GuardConfig,
@@ -29,6 +29,9 @@ class ConvertConfig(StrictModel):
 
     how: How = Field(
         description="how KV heads of a group become one: mean, first, random, align, cluster, cluster_align"
+    )
+    by: By = Field(
+        default="activations", description="what align, cluster and cluster_align compare: keys and values, or weights"
     )
     tokens: int = Field(
         default=16_384,
