@@ -152,6 +152,23 @@ def test_rotated_copies_are_found_and_pooled_without_loss(decoder, tokens, field
         differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how=how, by=by, inputs=inputs).decoder, tokens)
 
 
+@pytest.mark.parametrize("how", ["align", "cluster", "cluster_align"])
+def test_weights_are_compared_without_regard_to_the_tokens(decoder, tokens, how):
+    source = decoder(mha()).eval()
+    options = {"how": how, "inputs": attention_inputs(source, [(tokens, None)])}
+    given = convert_decoder(source, MODEL, gqa(2), by="weights", **options)
+    without = convert_decoder(source, MODEL, gqa(2), how=how, by="weights")
+    same(given.decoder, without.decoder, tokens)
+    assert [layer.dispersion for layer in given.layers] == [layer.dispersion for layer in without.layers]
+    other = convert_decoder(source, MODEL, gqa(2), by="activations", **options)
+    if how == "align":
+        differ(given.decoder, other.decoder, tokens)
+    else:
+        for ours, theirs in zip(given.layers, other.layers, strict=True):
+            assert ours.dispersion is not None and theirs.dispersion is not None
+            assert abs(ours.dispersion[1] - theirs.dispersion[1]) > 1e-3
+
+
 @pytest.mark.parametrize("by", ["activations", "weights"])
 @pytest.mark.parametrize("how", ["cluster", "cluster_align"])
 def test_unequal_groups_of_copies_are_chosen_and_pooled_without_loss(decoder, tokens, how, by):

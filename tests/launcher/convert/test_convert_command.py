@@ -194,18 +194,27 @@ def teacher(headway_once):
     return headway_once
 
 
-def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher):
-    words = ["run_dir=runs/up", *START, "init.weights=runs/teacher", "train.tokens=2560", "train.validate_first=true"]
+ANNEALED = [
+    *["attention.type=moh", "attention.kv_heads=2", "attention.shared_heads=0", "attention.form=code"],
+    *["attention.top_k=2", "attention.k_schedule={start: 4, until_tokens: 2048}", "attention.balance.loss_free_rate=0"],
+    *["init.convert.how=cluster", "init.convert.by=weights", "init.convert.tokens=512"],
+]
+
+
+@pytest.mark.parametrize("start", [START, ANNEALED], ids=["gqa", "moh"])
+def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher, start):
+    """The annealed run is resumed at 1,280 tokens, where it has neither the first k nor the last."""
+    up = teacher.folder / "runs" / f"up-{len(start)}"
+    words = [f"run_dir={up}", *start, "init.weights=runs/teacher", "train.tokens=2560", "train.validate_first=true"]
     done = teacher.train(*words)
     assert done.returncode == 0, done.stderr
-    up = teacher.folder / "runs" / "up"
     card = read_mapping(up / "converted" / "conversion.json")
     first = records(up, "validation")[0]
     assert (first["step"], first["loss"]) == (0, pytest.approx(card["loss"]["after"], abs=1e-5))
     last = records(teacher.folder / "runs" / "teacher", "validation")[-1]
     assert last["loss"] == pytest.approx(card["loss"]["before"], abs=1e-5)
     assert read_mapping(up / "run.json")["conversion"] == card
-    assert "converted by mean" in done.stdout
+    assert f"converted by {card['how']}" in done.stdout and card["by"] == ("weights" if start is ANNEALED else None)
     before = trajectory(up)
     for step in sorted((up / "checkpoints").iterdir())[1:]:
         shutil.rmtree(step)

@@ -82,6 +82,13 @@ def test_cells_start_from_the_teacher_of_their_seed(here):
     assert cells["scratch/seed-1"].spec.train.tokens == round(exact / 256) * 256 == 3840
 
 
+def test_heads_may_be_compared_by_weights(here):
+    origin = {"run": "mha", "convert": {**CONVERT, "how": "cluster", "by": "weights"}, "alpha": 0.2}
+    plan = plan_study(load_study(write(here, {"mha": VARIANTS["mha"], "gqa": {"from": origin}})))
+    convert = next(cell.spec.init.convert for cell in plan.cells if cell.variant == "gqa")
+    assert convert is not None and (convert.how, convert.by) == ("cluster", "weights")
+
+
 def test_the_compute_of_an_annealed_variant_counts_its_stages(here):
     anneal = {"attention.top_k": 2, "attention.k_schedule": {"start": 4, "until_tokens": 512}}
     variants = {
