@@ -25,6 +25,7 @@ from headway.model.base import (
     Attention,
     AttentionConfig,
     AttentionOutput,
+    AttentionSection,
     Context,
     Ranks,
     SequenceRanks,
@@ -254,7 +255,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        attention: AttentionConfig,
+        attention: AttentionSection,
         *,
         vocab_size: int,
         seed: int,
@@ -366,12 +367,11 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, self.placement, start=start)
         x = drop(drops, x, "embedding", self.placement)
-        context = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
+        contexts = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
-            if cache is not None:
-                context = replace(context, cache=cache.layers[i])
-            x, aux = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
+            dropped = None if drops is None else drops.at(i)
+            x, aux = run_block(block, x, contexts.at(i, cache), self.placement, dropped)
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:
@@ -394,24 +394,42 @@ class Decoder(nn.Module):
         return self.embedding if self.head is None else self.head
 
 
-class Contexts:
-    """Builds the `Context` of each forward pass. Tables of positions are cached between passes."""
+RopeForm = tuple[int, float]
+"""Rotated channels of a head, and the base of their frequencies."""
 
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, sequence: SequenceRanks) -> None:
-        self._model, self._attention, self._sequence = model, attention, sequence
-        self._rotated = rotated(model, attention)
+
+class LayerContexts(NamedTuple):
+    """The `Context` of each layer in one forward pass. Layers whose positions are encoded alike share one object."""
+
+    each: list[Context]
+
+    def at(self, index: int, cache: DecoderCache | None = None) -> Context:
+        """That of layer `index`, with its part of the cache."""
+        context = self.each[index]
+        return context if cache is None else replace(context, cache=cache.layers[index])
+
+
+class Contexts:
+    """Builds the `Context` of each layer for a forward pass. Tables of positions are cached between passes."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionSection, sequence: SequenceRanks) -> None:
+        self._model, self._sequence = model, sequence
+        each = [attention.layer(i, model.layers) for i in range(model.layers)]
+        self._forms = [(rotated(model, mechanism), mechanism.rope_base) for mechanism in each]
         self._distances: Tensor | None = None
         # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: dict[RopeForm, tuple[Tensor, Tensor]] = {}
 
-    def of(self, tokens: Tensor, segments: Tensor | None, *, dtype: torch.dtype, start: int = 0) -> Context:
+    def of(self, tokens: Tensor, segments: Tensor | None, *, dtype: torch.dtype, start: int = 0) -> LayerContexts:
         """tokens [B, S]; the first one is at position `start` of the sequence (or of this rank's part of it). segments
         cover the whole sequence; on the host they are read without waiting for the device. dtype: the model's.
         """
         documents = None if segments is None else Documents.of(segments)
-        rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
+        first = start + self._sequence.index * tokens.shape[1]
         distances = self._distance_vectors(tokens, start, dtype) if self._model.relative else None
-        return Context(rope=rope, documents=documents, tokens=tokens, sequence=self._sequence, distances=distances)
+        own = partial(Context, documents=documents, tokens=tokens, sequence=self._sequence, distances=distances)
+        contexts = {form: own(rope=self._rope_tables(form, tokens, first)) for form in dict.fromkeys(self._forms)}
+        return LayerContexts([contexts[form] for form in self._forms])
 
     def _distance_vectors(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """The vectors [start + S, d] of all distances in the sequence; the table grows as that of RoPE does."""
@@ -421,14 +439,15 @@ class Contexts:
                 self._distances = sinusoids(end if start == 0 else 2 * end, self._model.width, tokens.device)
         return self._distances[:end].to(dtype)
 
-    def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _rope_tables(self, form: RopeForm, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Rows start .. start + S - 1 of the RoPE tables, which grow to the longest sequence seen."""
         end = start + tokens.shape[1]
-        if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
+        found = self._rope.get(form)
+        if found is None or len(found[0]) < end or found[0].device != tokens.device:
             length = end if start == 0 else 2 * end  # double the table, as decoding adds one position at a time
             with torch.inference_mode(False):  # as in `_distance_vectors`
-                self._rope = rope_tables(length, self._rotated, self._attention.rope_base, tokens.device)
-        return self._rope[0][start:end], self._rope[1][start:end]
+                found = self._rope[form] = rope_tables(length, *form, tokens.device)
+        return found[0][start:end], found[1][start:end]
 
 
 def rotated(model: ModelConfig, attention: AttentionConfig) -> int:

@@ -24,6 +24,7 @@ _KERNEL = (
     "mechanism, such as mha or gqa."
 )
 _WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that differ."
+_MIXED = "Use mixed, with the mechanisms in attention.kinds and the kind of each layer in attention.pattern."
 _POSITIONS = (
     "Positions are no mechanism: use model.positions (rope, learned, relative_xl, relative_t5 or none), and "
     "attention.rope_base and attention.rope_fraction for RoPE."
@@ -39,6 +40,7 @@ _MECHANISMS = {
     _LATENT: "mla latent multi_head_latent gla_latent mfa tpa tensor_product mtla gta linformer",
     _WINDOWS: "sliding sliding_window swa local local_global window windowed longformer interleaved alternating "
     "chunked",
+    _MIXED: "layers layerwise layer_wise per_layer layer_pattern mixture_of_layers several heterogeneous nope_global",
     _KERNEL.format(values="flash"): "flash flash_attn flash_attention fa2 flash2 flash_attn_2 flash_attention_2",
     _KERNEL.format(values="fa3"): "fa3 flash3 flash_attn_3 flash_attention_3",
     _KERNEL.format(values="auto, cudnn, flash, fa3 or math"): "sdpa eager math cudnn xformers memory_efficient flex "
@@ -124,6 +126,8 @@ def _table() -> dict[str, dict[str, str]]:
 
 def value_hint(key: str, value: Any) -> str:
     """Advice on what to write at a dotted key instead of `value`; empty if the table has no entry for it."""
+    if key == "attention" and isinstance(value, list):
+        return _MIXED
     names = _table().get(key, {})
     text = fold(str(value))
     return names.get(text) or names.get(text.removesuffix("attention"), "")
