@@ -18,7 +18,7 @@ _RECURRENT = (
     "Headway compares softmax attention; it has no linear attention and no state-space or recurrent layers. "
     "Closest: gqa with attention.windows, whose cost per token is bounded too."
 )
-_LATENT = "Headway has no low-rank keys and values. Closest: gqa, or mqa, which have a smaller KV cache than mha too."
+_LATENT = "Headway has no such factors of keys and values. Closest: mla, which computes them from a cached latent."
 _KERNEL = (
     "This is a kernel, not a mechanism: the choice is speed.attention ({values}); attention.type names the "
     "mechanism, such as mha or gqa."
@@ -37,7 +37,9 @@ _MECHANISMS = {
     _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
     "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
     "performer hyena xlstm ttt titans griffin rglru",
-    _LATENT: "mla latent multi_head_latent gla_latent mfa tpa tensor_product mtla gta linformer",
+    "Use mla.": "latent multi_head_latent latent_attention multi_head_latent_attention deepseek deepseek_v2 deepseek_v3",
+    "Use mla with attention.latents.": "gla_latent grouped_latent grouped_latent_attention",
+    _LATENT: "mfa tpa tensor_product mtla gta linformer",
     _WINDOWS: "sliding sliding_window swa local local_global window windowed longformer interleaved alternating "
     "chunked",
     _MIXED: "layers layerwise layer_wise per_layer layer_pattern mixture_of_layers several heterogeneous nope_global",

@@ -12,6 +12,7 @@ from headway.data.loader import MicroBatch, split
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.moh import MohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
@@ -41,7 +42,7 @@ TABLE: dict[str, AttentionConfig] = {
 TWO_STACKS = ("t5-wgqa", "t5-dropout", "two-rope")
 ENCODER_TOKENS = 8
 
-DENSE = {"gqa", "wgqa", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
+DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS: dict[str, AttentionSection] = TABLE | {
@@ -59,6 +60,8 @@ MECHANISMS: dict[str, AttentionSection] = TABLE | {
     "t5-dropout": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "two-rope": GqaConfig(heads=8, kv_heads=4, head_dim=8, qk_norm=True),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
+    "mla": MlaConfig(heads=4, head_dim=8, latent=12, query_latent=10, rope_dim=4),
+    "gla": MlaConfig(heads=8, head_dim=8, latent=12, latents=4, rope_dim=4),
     "mixed": MixedConfig(
         kinds={
             "local": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=7),
