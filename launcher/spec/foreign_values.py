@@ -37,7 +37,8 @@ _MECHANISMS = {
     _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
     "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
     "performer hyena xlstm ttt titans griffin rglru",
-    "Use mla.": "latent multi_head_latent latent_attention multi_head_latent_attention deepseek deepseek_v2 deepseek_v3",
+    "Use mla.": "latent multi_head_latent latent_attention multi_head_latent_attention deepseek deepseek_v2 "
+    "deepseek_v3",
     "Use mla with attention.latents.": "gla_latent grouped_latent grouped_latent_attention",
     _LATENT: "mfa tpa tensor_product mtla gta linformer",
     _WINDOWS: "sliding sliding_window swa local local_global window windowed longformer interleaved alternating "

@@ -40,10 +40,10 @@ def _built_in() -> dict[str, type[AttentionConfig]]:
 MECHANISMS = _built_in()
 """The built-in mechanisms. `EXTERNALS` has those of other packages."""
 
-SECTIONS = ("mixed",)
+OTHER_TYPES = ("mixed",)
 """Other values of `attention.type`, which packages cannot register either."""
 
-EXTERNALS = Externals([*MECHANISMS, *SECTIONS])
+EXTERNALS = Externals([*MECHANISMS, *OTHER_TYPES])
 
 
 class RegisteredTypes:
@@ -102,4 +102,4 @@ if TYPE_CHECKING:
 else:
     AnyMechanism = Annotated[Union[tuple(MECHANISMS.values())], Field(discriminator="type"), RegisteredTypes()]  # noqa: UP007
 
-__all__ = ["EXTERNALS", "GROUP", "MECHANISMS", "SECTIONS", "AnyMechanism", "MechanismError", "RegisteredTypes"]
+__all__ = ["EXTERNALS", "GROUP", "MECHANISMS", "OTHER_TYPES", "AnyMechanism", "MechanismError", "RegisteredTypes"]

@@ -188,7 +188,7 @@ def convert_decoder(
     """
     source = decoder.attention
     check_conversion(model, source, target, how)
-    assert isinstance(source, DenseConfig)
+    assert isinstance(source, DenseConfig) and isinstance(target, AttentionConfig)
     if how in CALIBRATED and inputs is None:
         raise ValueError(f"{how}: needs calibration tokens; name data to draw them from, or use mean")
     new = Decoder(model, target, vocab_size=vocab_size or len(decoder.embedding), seed=seed).to(decoder.embedding)

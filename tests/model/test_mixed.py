@@ -157,7 +157,7 @@ def test_what_is_wrong_is_refused_with_what_to_do(change: dict[str, Any], messag
 def test_errors_of_a_layer_name_the_keys_of_its_kind() -> None:
     with pytest.raises(ValueError, match=r"attention\.pattern: 4 entries for 3 layers; use 3 entries at most"):
         MIXED.layer(0, 3)
-    kinds = {"far": GqaConfig(heads=2, kv_heads=1, head_dim=4, windows=99)}
+    kinds: dict[str, AttentionConfig] = {"far": GqaConfig(heads=2, kv_heads=1, head_dim=4, windows=99)}
     with pytest.raises(ValueError, match=r"^attention\.kinds\.far\.windows: a window of 99 tokens is longer"):
         MixedConfig(kinds=kinds, pattern=["far"]).check_run(seq_len=64, tokens=640, tokens_per_step=64)
     short = RgqaConfig(heads=4, kv_heads=2, head_dim=4, top_k=[1, 2])

@@ -45,7 +45,8 @@ ENCODER_TOKENS = 8
 DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
-MECHANISMS: dict[str, AttentionSection] = TABLE | {
+MECHANISMS: dict[str, AttentionSection] = {
+    **TABLE,
     "moh": MohConfig(heads=8, kv_heads=4, head_dim=8, shared_heads=2, top_k=3),
     "hash": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, router=TokenHashRouterConfig()),
     "cv2": RgqaConfig(heads=16, kv_heads=4, head_dim=8, top_k=2, gate="renorm", balance=BalanceConfig(cv2=0.05)),
