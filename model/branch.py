@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from headway.model.base import AttentionSection, Ranks, SequenceRanks
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts
 from headway.model.cost import layer_configs
 from headway.model.decoder import (
     Block,
     BranchScale,
-    Contexts,
     Placement,
     add_positions,
     embed,

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts, LayerContexts
 from headway.model.cost import layer_configs
 from headway.model.decoder import (
     BranchScale,
     ByToken,
-    Contexts,
-    LayerContexts,
     Placement,
     add_positions,
     drop,

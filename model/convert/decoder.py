@@ -34,9 +34,10 @@ from headway.model.attention.switchhead import SwitchHeadAttention, SwitchHeadCo
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.base import Attention, AttentionConfig, AttentionSection, Context
 from headway.model.config import ModelConfig
+from headway.model.contexts import rotated
 from headway.model.convert import heads
 from headway.model.convert.methods import CALIBRATED, SOURCES, TARGETS, How
-from headway.model.decoder import Decoder, rotated
+from headway.model.decoder import Decoder
 
 _PROBES = 5
 """Random tokens whose gates are compared to see whether they are constants."""

@@ -25,9 +25,9 @@ from headway.kernels.loss import IGNORED
 from headway.kernels.visible import Visible, same_document, visible_core
 from headway.model.base import Attention, AttentionConfig, Context, Shard, Source
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts
 from headway.model.decoder import (
     Block,
-    Contexts,
     ModelOutput,
     Placement,
     drop,
