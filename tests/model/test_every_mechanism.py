@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.registry import MECHANISMS
 from headway.model.config import ModelConfig
 from headway.model.cost import account
