@@ -11,7 +11,7 @@ from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.convert.measure import calibration, judgement, mean_loss
 from headway.model.attention.gqa import GqaConfig
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.convert.decoder import attention_inputs, convert_decoder, with_unequal_groups
 from headway.model.convert.methods import COMPARED, By, How, is_calibrated
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 def convert(
     decoder: Decoder,
     model: ModelConfig,
-    target: AttentionConfig,
+    target: AttentionSection,
     *,
     how: How,
     by: By = "activations",
@@ -96,7 +96,7 @@ def convert(
     return Change(found.decoder, card)
 
 
-def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionConfig, **options: Any) -> GqaConfig:
+def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionSection, **options: Any) -> GqaConfig:
     if not isinstance(target, GqaConfig):
         raise ValueError(f"--unequal: {target.type} has groups of equal size; use --to gqa, or leave --unequal out")
     if target.group_sizes:
@@ -104,7 +104,7 @@ def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionConfig, **op
     return with_unequal_groups(decoder, model, target, **options)
 
 
-def _kv_heads(attention: AttentionConfig) -> int:
+def _kv_heads(attention: AttentionSection) -> int:
     return int(getattr(attention, "groups", getattr(attention, "kv_heads", 1)))
 
 

@@ -12,7 +12,7 @@ from headway.model.attention.moh import MohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.config import ModelConfig
-from headway.model.cost import account
+from headway.model.cost import account, heaviest
 from headway.model.k_schedule import KStage, LinearK, k_after, stages_of
 
 MODEL = ModelConfig(width=20, layers=2, ffn_width=28)
@@ -100,7 +100,7 @@ def test_costs_of_training_count_the_stages(routed: tuple[Any, dict[str, Any], i
         assert getattr(found.trained(150), part) == pytest.approx(100 * of[0] + 50 * of[1])
     assert first.flops_per_token.useful > second.flops_per_token.useful > plain.flops_per_token.useful
     assert plain.trained(1000).useful == 1000 * plain.flops_per_token.useful
-    assert kind(**fields, k_schedule=stages).heaviest().top_k == most
+    assert heaviest(kind(**fields, k_schedule=stages)) == kind(**{**fields, "top_k": most})
 
 
 def test_layers_with_another_top_k_have_stages_of_their_own(decoder: Any) -> None:
