@@ -7,7 +7,7 @@ k slots (query heads active per group and token), D head size, E experts, F FFN 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -279,10 +279,45 @@ class RelativeForm(NamedTuple):
     biased_heads: int
 
 
-class AttentionConfig(StrictConfig):
+class AttentionSection(StrictConfig):
+    """Interface of the section `attention` of a spec: one mechanism, or several (`headway.model.mixed`)."""
+
+    type: Any  # a Literal with its name
+
+    @property
+    @abstractmethod
+    def no_encoder_decoder(self) -> str | None:
+        """Why there is no form of it in `model.type: encoder_decoder`; None if there is one."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def layer(self, index: int, layers: int) -> AttentionConfig:
+        """The config of layer `index` of `layers`, with per-layer fields resolved.
+
+        Raises ValueError if a per-layer field does not have `layers` entries.
+        """
+        raise NotImplementedError
+
+    def at_size(self, num_params: int) -> Self:
+        """The config with rules that depend on the size of the whole model resolved to numbers."""
+        return self
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
+
+        `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
+        """
+        return None
+
+    @abstractmethod
+    def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
+        """The config of each mechanism in it, with the prefix of its keys below `attention.`."""
+        raise NotImplementedError
+
+
+class AttentionConfig(AttentionSection):
     """Interface of a mechanism's config. `type` is its name in the registry."""
 
-    type: Any  # in each mechanism, a Literal with its name
     crosses: ClassVar[bool] = False
     """Whether the module takes keys and values of `Context.source` where there is one, and attends by `Context.attend`
     in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
@@ -333,7 +368,6 @@ class AttentionConfig(StrictConfig):
 
     @property
     def no_encoder_decoder(self) -> str | None:
-        """Why the mechanism has no form in `model.type: encoder_decoder`; None if it has one."""
         if vars(type(self)).get("crosses", False):
             return None
         return (
@@ -348,22 +382,10 @@ class AttentionConfig(StrictConfig):
         return int(self.head_dim * self.rope_fraction)
 
     def layer(self, index: int, layers: int) -> Self:
-        """The config of layer `index` of `layers`, with per-layer fields resolved.
-
-        Raises ValueError if a per-layer field does not have `layers` entries.
-        """
         return self
 
-    def at_size(self, num_params: int) -> Self:
-        """The config with rules that depend on the size of the whole model resolved to numbers."""
-        return self
-
-    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
-        """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
-
-        `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
-        """
-        return None
+    def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
+        yield "", self
 
     @property
     @abstractmethod
