@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
+from headway.kernels.segments import Past, Segments, cached_core, packed_core
 from headway.model.kv_cache import KVCache, SourceCache
 
 
@@ -259,6 +260,21 @@ class Context:
             return relative_core(q, k, v, self.relative, self.documents)
         return self.sequence.attend(q, k, v, self.documents, window=window)
 
+    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None = None) -> Tensor:
+        """Causal attention of heads that see different tokens: packed q, k, v [P, D] -> [P, D].
+
+        past: In incremental decoding, the cached keys and values (`HeadCache.extend`).
+        """
+        assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
+        if not segments.lengths:  # no token chose a head of this tensor-parallel rank: all gradients are 0, not missing
+            return q + k + v
+        if past is not None:
+            return cached_core(q, k, v, past, segments.lengths)
+        if q.device.type == "cpu":
+            return packed_core(q, k, v, segments.lengths)
+        q, k, v = (t[None, :, None] for t in (q, k, v))
+        return self.sequence.attend(q, k, v, segments.documents())[0, :, 0]
+
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -341,6 +357,16 @@ class AttentionConfig(StrictConfig):
             "tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, sqa or wgqa, or "
             "model.type decoder"
         )
+
+    @property
+    def no_context_parallel(self) -> str | None:
+        """Why the mechanism cannot share sequences over context-parallel ranks; None if it can (`attended_heads`)."""
+        return None
+
+    @property
+    def reads_routing(self) -> bool:
+        """Whether the host reads which experts were selected, as shapes follow them: a block is then not one graph."""
+        return getattr(self, "projections", "dense") == "grouped"
 
     @property
     def rotated(self) -> int:

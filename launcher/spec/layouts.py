@@ -90,7 +90,7 @@ def legal_pipeline(spec: Sections) -> list[int]:
 def legal_context(spec: Sections) -> list[int]:
     """Legal context-parallel sizes with the tensor-parallel size of the spec, which must be legal."""
     tensor, seq_len = spec.parallel.tensor, spec.data.seq_len
-    if spec.model.relative or spec.model.is_encoder_decoder:
+    if spec.model.relative or spec.model.is_encoder_decoder or spec.attention.no_context_parallel:
         return [1]
     heads = {n for config in _layers(spec).values() for n in config.attended_heads(tensor=tensor)}
     parts = tensor if spec.parallel.sequence_parallel else 1
@@ -225,6 +225,11 @@ def _context(spec: Sections) -> str | None:
         return (
             f"parallel.context: {ranks} ranks share heads out, and model.positions relative_xl has position keys per "
             "head, which are not shared out with them; use parallel.context 1, or model.positions rope"
+        )
+    if (why := spec.attention.no_context_parallel) is not None:
+        return (
+            f"parallel.context: {why}; use parallel.context 1, or parallel.tensor or parallel.pipeline for the {ranks} "
+            "ranks"
         )
     choices = f"use parallel.context {listed(legal_context(spec))}"
     if seq_len % ranks:

@@ -80,17 +80,21 @@ def _why_not_block(spec: Sections) -> str | None:
             f"{other}, or model.positions rope"
         )
     if _reads_counts(spec):
+        always = spec.attention.model_copy(update={"projections": "dense"}).reads_routing
+        what, instead = "attention.projections grouped", "attention.projections dense"
+        if always:
+            what, instead = f"attention.type {spec.attention.type}", "another attention.type"
         return (
-            "speed.compile: block takes no shapes that follow the routing, which attention.projections grouped reads "
-            f"on the host; {other}, or attention.projections dense"
+            f"speed.compile: block takes no shapes that follow the routing, which {what} reads on the host; "
+            f"{other}, or {instead}"
         )
     return None
 
 
 def _reads_counts(spec: Sections) -> bool:
-    """Whether any layer multiplies the tokens of each expert alone."""
+    """Whether shapes in any layer follow the routing, as where the tokens of each expert are multiplied alone."""
     layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return any(getattr(config, "projections", "dense") == "grouped" for config in layers)
+    return any(config.reads_routing for config in layers)
 
 
 def _windows(spec: Sections) -> bool:
