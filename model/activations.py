@@ -27,7 +27,8 @@ from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.model.base import AttentionConfig, Context, Ranks, RoutingMemory, SequenceRanks
 from headway.model.config import ModelConfig
-from headway.model.decoder import Block, Placement, rotated
+from headway.model.contexts import rotated
+from headway.model.decoder import Block, Placement
 from headway.model.dropout import Dropout
 from headway.model.selective import SelectiveRecompute
 

@@ -7,7 +7,7 @@ k slots (query heads active per group and token), D head size, E experts, F FFN 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
-from headway.kernels.segments import Past, Segments, cached_core, packed_core
 from headway.model.kv_cache import KVCache, SourceCache
+from headway.model.segments import Past, Segments, segments_core
 
 
 class StrictConfig(BaseModel):
@@ -33,8 +33,7 @@ class Flops:
     """Forward FLOPs per token (2 per multiply-accumulate); training costs three times as much.
 
     `useful` counts the FLOPs that the definition of the layer needs (selected heads only, causal half of the scores).
-    `executed` counts those of this implementation, for example a dense projection of all heads. Norms, RoPE, softmax
-    and top-k are not counted.
+    `executed` counts those of this implementation, such as dense projections. Norms, RoPE and softmax are not counted.
     """
 
     useful: float
@@ -260,20 +259,10 @@ class Context:
             return relative_core(q, k, v, self.relative, self.documents)
         return self.sequence.attend(q, k, v, self.documents, window=window)
 
-    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None = None) -> Tensor:
-        """Causal attention of heads that see different tokens: packed q, k, v [P, D] -> [P, D].
-
-        past: In incremental decoding, the cached keys and values (`HeadCache.extend`).
-        """
+    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None) -> Tensor:
+        """Causal attention of heads that see different tokens: `headway.model.segments.segments_core`."""
         assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
-        if not segments.lengths:  # no token chose a head of this tensor-parallel rank: all gradients are 0, not missing
-            return q + k + v
-        if past is not None:
-            return cached_core(q, k, v, past, segments.lengths)
-        if q.device.type == "cpu":
-            return packed_core(q, k, v, segments.lengths)
-        q, k, v = (t[None, :, None] for t in (q, k, v))
-        return self.sequence.attend(q, k, v, segments.documents())[0, :, 0]
+        return segments_core(q, k, v, segments, past, attend=self.sequence.attend)
 
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
@@ -295,14 +284,50 @@ class RelativeForm(NamedTuple):
     biased_heads: int
 
 
-class AttentionConfig(StrictConfig):
+class AttentionSection(StrictConfig):
+    """Interface of the section `attention` of a spec: one mechanism, or several (`headway.model.mixed`)."""
+
+    type: Any  # a Literal with its name
+
+    @property
+    @abstractmethod
+    def no_encoder_decoder(self) -> str | None:
+        """Why there is no form of it in `model.type: encoder_decoder`; None if there is one."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def layer(self, index: int, layers: int) -> AttentionConfig:
+        """The config of layer `index` of `layers`, with per-layer fields resolved.
+
+        Raises ValueError if a per-layer field does not have `layers` entries.
+        """
+        raise NotImplementedError
+
+    def at_size(self, num_params: int) -> Self:
+        """The config with rules that depend on the size of the whole model resolved to numbers."""
+        return self
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
+
+        `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
+        """
+        return None
+
+    @abstractmethod
+    def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
+        """The config of each mechanism in it, with the prefix of its keys below `attention.`."""
+        raise NotImplementedError
+
+
+class AttentionConfig(AttentionSection):
     """Interface of a mechanism's config. `type` is its name in the registry."""
 
-    type: Any  # in each mechanism, a Literal with its name
     crosses: ClassVar[bool] = False
     """Whether the module takes keys and values of `Context.source` where there is one, and attends by `Context.attend`
     in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
     """
+    no_context_parallel: ClassVar[str | None] = None  # why ranks cannot share a layer's sequences; None if they can
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
@@ -349,7 +374,6 @@ class AttentionConfig(StrictConfig):
 
     @property
     def no_encoder_decoder(self) -> str | None:
-        """Why the mechanism has no form in `model.type: encoder_decoder`; None if it has one."""
         if vars(type(self)).get("crosses", False):
             return None
         return (
@@ -357,11 +381,6 @@ class AttentionConfig(StrictConfig):
             "tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, sqa or wgqa, or "
             "model.type decoder"
         )
-
-    @property
-    def no_context_parallel(self) -> str | None:
-        """Why the mechanism cannot share sequences over context-parallel ranks; None if it can (`attended_heads`)."""
-        return None
 
     @property
     def reads_routing(self) -> bool:
@@ -374,22 +393,10 @@ class AttentionConfig(StrictConfig):
         return int(self.head_dim * self.rope_fraction)
 
     def layer(self, index: int, layers: int) -> Self:
-        """The config of layer `index` of `layers`, with per-layer fields resolved.
-
-        Raises ValueError if a per-layer field does not have `layers` entries.
-        """
         return self
 
-    def at_size(self, num_params: int) -> Self:
-        """The config with rules that depend on the size of the whole model resolved to numbers."""
-        return self
-
-    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
-        """Raise ValueError, which names the key of the spec, if the config is not compatible with a run.
-
-        `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
-        """
-        return None
+    def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
+        yield "", self
 
     @property
     @abstractmethod
@@ -450,8 +457,8 @@ class Attention(nn.Module):
 
     `init_stds` gives the initial standard deviation of each matrix (and fixed random buffer) that belongs to the module
     itself, `init_means` the mean where it is not 0. Vectors in neither start at 1 (see `headway.model.init`). `ranks`
-    is set where tensor parallelism shards the layer. `output_matrices` names the
-    parameters on which y depends linearly: scaling all of them by a factor scales y by it.
+    is set where tensor parallelism shards the layer. `output_matrices` names the parameters on which y depends
+    linearly: scaling all of them by a factor scales y by it.
     """
 
     output_matrices: tuple[str, ...] = ("w_o",)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.model.base import AttentionConfig, Ranks, SequenceRanks
+from headway.model.base import AttentionSection, Ranks, SequenceRanks
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts
 from headway.model.cost import layer_configs
 from headway.model.decoder import (
     Block,
     BranchScale,
-    Contexts,
     Placement,
     add_positions,
     embed,
@@ -45,7 +45,7 @@ initial matrix changes their exponent alone."""
 @torch.no_grad()
 def branch_scales(
     model: ModelConfig,
-    attention: AttentionConfig,
+    attention: AttentionSection,
     *,
     vocab_size: int,
     seed: int,
@@ -64,7 +64,7 @@ def branch_scales(
         return [BranchScale(attention=0.0, mlp=0.0)] * len(mechanisms)
     shape = torch.Size((vocab_size, model.width))
     x = embed(draw("embedding", shape, std=model.init_std, seed=seed), tokens, Ranks())
-    context = Contexts(model, attention, SequenceRanks()).of(tokens, segments, dtype=x.dtype)
+    contexts = Contexts(model, attention, SequenceRanks()).of(tokens, segments, dtype=x.dtype)
     if (positions := make_positions(model)) is not None:
         initialise(positions, seed=seed, prefix="positions.")
         x = add_positions(positions, x, tokens, Placement())
@@ -73,7 +73,7 @@ def branch_scales(
         block = Block(model, mechanism).eval()
         initialise(block, seed=seed, prefix=f"blocks.{index}.")
         block.attn.before_step(0)
-        y = block.attn(block.attn_norm(x), block.with_positions(context)).y
+        y = block.attn(block.attn_norm(x), block.with_positions(contexts.at(index))).y
         ratio = rms(y) / rms(x)
         if not math.isfinite(ratio) or ratio == 0:
             raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway.model.base import AttentionConfig, Flops, RelativeForm, visible_keys
+from headway.model.base import AttentionConfig, AttentionSection, Flops, RelativeForm, visible_keys
 from headway.model.config import ModelConfig
 
 
@@ -58,7 +58,7 @@ def block_flops(model: ModelConfig, attention: AttentionConfig, *, seq_len: int)
     return flops + Flops(useful=extra, executed=extra)
 
 
-def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> list[AttentionConfig]:
+def layer_configs(model: ModelConfig, attention: AttentionSection, *, vocab_size: int) -> list[AttentionConfig]:
     """The attention config of each layer, with rules that depend on the layer or on the model's size resolved.
 
     Raises ValueError if a per-layer field does not have one entry per layer.
@@ -66,16 +66,15 @@ def layer_configs(model: ModelConfig, attention: AttentionConfig, *, vocab_size:
     width, layers = model.width, model.layers
     others = vocab_size * width + model.head_params(vocab_size)
     others += model.learned_positions * width + model.norm_params
-    per_layer = (
-        attention.num_params(width=width) + relative_params(model, attention) + model.mlp_params + 2 * model.norm_params
-    )
-    sized = attention.at_size(others + layers * per_layer)
+    each = [attention.layer(i, layers) for i in range(layers)]
+    total = sum(a.num_params(width=width) + relative_params(model, a) for a in each)
+    sized = attention.at_size(others + total + layers * (model.mlp_params + 2 * model.norm_params))
     return [sized.layer(i, layers) for i in range(layers)]
 
 
 def account(
     model: ModelConfig,
-    attention: AttentionConfig,
+    attention: AttentionSection,
     *,
     vocab_size: int,
     seq_len: int,
@@ -91,7 +90,8 @@ def account(
     if model.is_encoder_decoder:
         assert encoder_tokens is not None, "the spec check demands data.encoder_tokens"
         lengths = (encoder_tokens, seq_len - encoder_tokens)
-        return _account_two(model, attention, lengths, vocab_size=vocab_size, bytes_per_element=bytes_per_element)
+        one = attention.layer(0, model.layers)
+        return _account_two(model, one, lengths, vocab_size=vocab_size, bytes_per_element=bytes_per_element)
     width, layers = model.width, model.layers
     each = layer_configs(model, attention, vocab_size=vocab_size)
     params = {

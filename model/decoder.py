@@ -15,22 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.documents import Documents
 from headway.kernels.fp8 import Fp8Parameter, check_used, to_fp8
 from headway.kernels.loss import IGNORED, VocabularyPart, linear_cross_entropy_by_token
 from headway.kernels.operations import POINTWISE, Operations
-from headway.kernels.relative import sinusoids
-from headway.kernels.rope import rope_tables
 from headway.model.base import (
     Attention,
     AttentionConfig,
     AttentionOutput,
+    AttentionSection,
     Context,
     Ranks,
     SequenceRanks,
     Shard,
 )
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts
 from headway.model.cost import layer_configs, relative_form
 from headway.model.dropout import Dropout, DropPlace, Drops
 from headway.model.init import initialise
@@ -254,7 +253,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        attention: AttentionConfig,
+        attention: AttentionSection,
         *,
         vocab_size: int,
         seed: int,
@@ -366,12 +365,13 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, self.placement, start=start)
         x = drop(drops, x, "embedding", self.placement)
-        context = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
+        contexts = self._contexts.of(tokens, segments, dtype=x.dtype, start=start)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
-            if cache is not None:
-                context = replace(context, cache=cache.layers[i])
-            x, aux = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
+            dropped = None if drops is None else drops.at(i)
+            x, aux = run_block(
+                block, x, contexts.at(i, None if cache is None else cache.layers[i]), self.placement, dropped
+            )
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:
@@ -392,48 +392,6 @@ class Decoder(nn.Module):
 
     def _head_weight(self) -> Tensor:
         return self.embedding if self.head is None else self.head
-
-
-class Contexts:
-    """Builds the `Context` of each forward pass. Tables of positions are cached between passes."""
-
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, sequence: SequenceRanks) -> None:
-        self._model, self._attention, self._sequence = model, attention, sequence
-        self._rotated = rotated(model, attention)
-        self._distances: Tensor | None = None
-        # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
-        self._rope: tuple[Tensor, Tensor] | None = None
-
-    def of(self, tokens: Tensor, segments: Tensor | None, *, dtype: torch.dtype, start: int = 0) -> Context:
-        """tokens [B, S]; the first one is at position `start` of the sequence (or of this rank's part of it). segments
-        cover the whole sequence; on the host they are read without waiting for the device. dtype: the model's.
-        """
-        documents = None if segments is None else Documents.of(segments)
-        rope = self._rope_tables(tokens, start + self._sequence.index * tokens.shape[1])
-        distances = self._distance_vectors(tokens, start, dtype) if self._model.relative else None
-        return Context(rope=rope, documents=documents, tokens=tokens, sequence=self._sequence, distances=distances)
-
-    def _distance_vectors(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-        """The vectors [start + S, d] of all distances in the sequence; the table grows as that of RoPE does."""
-        end = start + tokens.shape[1]
-        if self._distances is None or len(self._distances) < end or self._distances.device != tokens.device:
-            with torch.inference_mode(False):  # the table outlives this pass, and training may read it later
-                self._distances = sinusoids(end if start == 0 else 2 * end, self._model.width, tokens.device)
-        return self._distances[:end].to(dtype)
-
-    def _rope_tables(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Rows start .. start + S - 1 of the RoPE tables, which grow to the longest sequence seen."""
-        end = start + tokens.shape[1]
-        if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != tokens.device:
-            length = end if start == 0 else 2 * end  # double the table, as decoding adds one position at a time
-            with torch.inference_mode(False):  # as in `_distance_vectors`
-                self._rope = rope_tables(length, self._rotated, self._attention.rope_base, tokens.device)
-        return self._rope[0][start:end], self._rope[1][start:end]
-
-
-def rotated(model: ModelConfig, attention: AttentionConfig) -> int:
-    """Channels of a head that RoPE rotates: none unless `model.positions` is rope."""
-    return attention.rotated if model.positions == "rope" else 0
 
 
 def make_positions(model: ModelConfig) -> Positions | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.kernels.segments import Past, Segments
+from headway.model.segments import Past, Segments
 
 
 class HeadCache:

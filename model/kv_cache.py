@@ -36,6 +36,8 @@ class KVCache:
     def extend(self, k: Tensor, v: Tensor, *, part: str, window: int | None) -> tuple[Tensor, Tensor]:
         """Append k, v [B, S, G, D] of the new tokens. Returns those of the cached and the new tokens, in this order.
 
+        They may differ in G and D: latent attention keeps latents and a rotated key.
+
         With a `window` of w tokens, which includes the query itself, only the last w - 1 tokens stay cached. The
         returned tensors may be views of the cache: they are valid until the next call. Gradients reach the new tokens
         only.
@@ -93,7 +95,7 @@ class _CachePart:
 
     @property
     def numbers(self) -> int:
-        return 0 if self._buffers is None else 2 * self._buffers[0][:, self._first : self._end].numel()
+        return sum(buffer[:, self._first : self._end].numel() for buffer in self._buffers or ())
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         buffers = self._with_room(k.detach(), v.detach())

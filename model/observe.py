@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headway.kernels.segments import Past, Segments
 from headway.model.attention.gqe import GroupedQueryExperts
 from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.base import Attention, Context
 from headway.model.decoder import Decoder
 from headway.model.router import RoutedAttention, Router, Routing
+from headway.model.segments import Past, Segments
 
 
 class Off(NamedTuple):
@@ -67,7 +67,7 @@ class _Observed(Context):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
         return self.report.core(self, q, k, super().attend(q, k, v, window=window), window)
 
-    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None = None) -> Tensor:
+    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None) -> Tensor:
         return self.report.packed(q, k, super().attend_segments(q, k, v, segments, past), segments)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.decoder import BranchScale, Placement
 from headway.model.seq2seq.build import build_model
@@ -21,7 +21,7 @@ from headway.parallel.single_engine import SingleEngine
 
 def make_engine(
     model: ModelConfig,
-    attention: AttentionConfig,
+    attention: AttentionSection,
     *,
     vocab_size: int,
     seed: int,

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.cost import block_flops, layer_configs
 
 
 def layer_costs(
     model: ModelConfig,
-    attention: AttentionConfig,
+    attention: AttentionSection,
     *,
     vocab_size: int,
     seq_len: int,

@@ -24,13 +24,13 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from headway.model.base import AttentionConfig, Context
+from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts, LayerContexts
 from headway.model.cost import layer_configs
 from headway.model.decoder import (
     BranchScale,
     ByToken,
-    Contexts,
     Placement,
     add_positions,
     drop,
@@ -62,19 +62,19 @@ class Stage:
     """State shared by the layers of this process: the context of the current pass, and the losses of the step."""
 
     def __init__(
-        self, model: ModelConfig, attention: AttentionConfig, placement: Placement, *, seed: int, aux_scale: float
+        self, model: ModelConfig, attention: AttentionSection, placement: Placement, *, seed: int, aux_scale: float
     ) -> None:
         self.placement, self.aux_scale = placement, aux_scale
         self.dropout = Dropout.of(model, seed=seed)
         self._contexts = Contexts(model, attention, placement.sequence)
-        self._last: tuple[Tensor, Context, Drops | None] | None = None
+        self._last: tuple[Tensor, LayerContexts, Drops | None] | None = None
         self.per_target = 1.0
         self.losses: list[Tensor] = []  # loss sum of each pass
         self.scored: list[ByToken] = []  # of each pass of an evaluation
         self.aux_losses: list[Tensor] = []
 
-    def of_pass(self, inputs: Inputs, *, training: bool) -> tuple[Context, Drops | None]:
-        """The context and dropout, built once per pass. A pass is identified by its tokens, which all layers share."""
+    def of_pass(self, inputs: Inputs, *, training: bool) -> tuple[LayerContexts, Drops | None]:
+        """The contexts and dropout, built once per pass. A pass is identified by its tokens, which all layers share."""
         x, tokens, _, *others = inputs
         if self._last is None or self._last[0] is not tokens:
             drops = None
@@ -83,8 +83,8 @@ class Stage:
                 if training:
                     start = self.placement.sequence.index * tokens.shape[1]
                     drops = self.dropout.of_pass(keys, tokens, start=start)
-            context = self._contexts.of(tokens, others[0] if others else None, dtype=x.dtype)
-            self._last = (tokens, context, drops)
+            contexts = self._contexts.of(tokens, others[0] if others else None, dtype=x.dtype)
+            self._last = (tokens, contexts, drops)
         return self._last[1:]
 
     def reset(self) -> None:
@@ -167,11 +167,11 @@ class BlockLayer(nn.Module):
         stage = self.stage
         if self.positions is not None:
             x = add_positions(self.positions, x, tokens, stage.placement)
-        context, drops = stage.of_pass(inputs, training=self.training)
+        contexts, drops = stage.of_pass(inputs, training=self.training)
         if self.index == 0:
             x = drop(drops, x, "embedding", stage.placement)
         own = None if drops is None else drops.at(self.index)
-        x, aux_loss = run_block(self.block, x, context, stage.placement, own)
+        x, aux_loss = run_block(self.block, x, contexts.at(self.index), stage.placement, own)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
             x = _WithLoss.apply(x, aux_loss, stage.aux_scale)
@@ -227,7 +227,7 @@ class PipelineEngine(ZeroEngine):
     def __init__(
         self,
         model: ModelConfig,
-        attention: AttentionConfig,
+        attention: AttentionSection,
         *,
         vocab_size: int,
         seed: int,
@@ -259,7 +259,7 @@ class PipelineEngine(ZeroEngine):
     def _layers(
         self,
         model: ModelConfig,
-        attention: AttentionConfig,
+        attention: AttentionSection,
         scales: Sequence[BranchScale] | None,
         *,
         vocab_size: int,

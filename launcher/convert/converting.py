@@ -10,7 +10,7 @@ from headway.data.config import DataConfig, DataError, datasets_of
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.convert.measure import calibration, judgement, mean_loss
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.convert.decoder import attention_inputs, convert_decoder
 from headway.model.convert.methods import CALIBRATED, How
@@ -30,7 +30,7 @@ class Change(NamedTuple):
 def convert(
     decoder: Decoder,
     model: ModelConfig,
-    target: AttentionConfig,
+    target: AttentionSection,
     *,
     how: How,
     tokens: int,
@@ -88,7 +88,7 @@ def convert(
     return Change(found.decoder, card)
 
 
-def _kv_heads(attention: AttentionConfig) -> int:
+def _kv_heads(attention: AttentionSection) -> int:
     return int(getattr(attention, "groups", getattr(attention, "kv_heads", 1)))
 
 

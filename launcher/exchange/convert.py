@@ -28,7 +28,7 @@ from headway.launcher.spec.fields import root_shape
 from headway.launcher.spec.merge import override_layer
 from headway.model.attention.gqa import DenseConfig
 from headway.model.attention.registry import MECHANISMS
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.convert.decoder import target_fields
 from headway.model.convert.methods import SOURCES, How
 from headway.model.decoder import Decoder
@@ -163,7 +163,7 @@ def _of_run(path: Path, asked: Asked) -> Source:
     return Source(decoder=load_decoder(spec, found), exported=exported, tokenizer=codec.file, data=data, note=note)
 
 
-def _refuse_type(path: Path, attention: AttentionConfig) -> None:
+def _refuse_type(path: Path, attention: AttentionSection) -> None:
     if attention.type not in SOURCES or not isinstance(attention, DenseConfig):
         folds = "; an export with --to hf folds wgqa to gqa" if attention.type == "wgqa" else ""
         raise SpecError(
@@ -194,7 +194,7 @@ def _dataset(folder: Path, tokenizer: Path | None, exported: hf.ExportedConfig) 
 # ---------------------------------------------------------------- the target
 
 
-def _target(source: AttentionConfig, asked: Asked) -> AttentionConfig:
+def _target(source: AttentionSection, asked: Asked) -> AttentionConfig:
     """The attention to convert to. Raises SpecError for options that it does not have, or that do not fit."""
     assert isinstance(source, DenseConfig)
     kv_heads = asked.kv_heads

@@ -86,7 +86,8 @@ def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: flo
 
 def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
     """Low and high assumptions for the spec's shape."""
-    return assumptions(gpu, width=spec.model.width, head_dim=spec.attention.head_dim, seq_len=spec.data.seq_len)
+    head_dim = min(mechanism.head_dim for _, mechanism in spec.attention.mechanisms())
+    return assumptions(gpu, width=spec.model.width, head_dim=head_dim, seq_len=spec.data.seq_len)
 
 
 def matrix_rate(grid: Grid, gpu: Gpu) -> float:

@@ -280,7 +280,8 @@ def _flops_by_part(spec: Spec, cost: dict[str, Any]) -> dict[str, float]:
     core = cost["flops_per_token_attention_core"]
     if (source := spec.data.encoder_tokens) is not None:
         length, lengths = spec.data.seq_len, (source, spec.data.seq_len - source)
-        both = two_stacks(spec.model, spec.attention, lengths, vocab_size=spec.model.vocab_size)
+        one = spec.attention.layer(0, spec.model.layers)
+        both = two_stacks(spec.model, one, lengths, vocab_size=spec.model.vocab_size)
         mlp, head = both.mlp / length, both.head / length
     else:
         mlp = float(spec.model.layers * spec.model.mlp_flops)

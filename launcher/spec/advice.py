@@ -114,7 +114,9 @@ def wrong_value(
     if kind.endswith(("_type", "_parsing", "_from_float")) or (shape.places and kind in ("too_long", "too_short")):
         wanted = expected(shape, info)
         if wanted:
-            return f"expected {wanted}; got {describe(value)}" + type_advice(node, shape)
+            return (
+                f"expected {wanted}; got {describe(value)}" + type_advice(node, shape) + (f". {hint}" if hint else "")
+            )
     text = printable(message, 200)
     return f"{text[:1].lower()}{text[1:]}; got {describe(value)}"
 

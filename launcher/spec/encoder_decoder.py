@@ -36,7 +36,7 @@ def why_not_encoder_decoder(spec: Sections) -> str | None:
             "data.encoder_tokens: missing, and model.type encoder_decoder needs it: the encoder reads the first tokens "
             f"of each sequence, and the decoder predicts the others; use for example data.encoder_tokens {seq_len // 2}"
         )
-    if spec.model.positions == "relative_t5" and spec.attention.qk_norm:
+    if spec.model.positions == "relative_t5" and any(one.qk_norm for _, one in spec.attention.mechanisms()):
         return (
             "attention.qk_norm: true, but scores of model.positions relative_t5 are not divided by sqrt(head_dim), so "
             "normed queries and keys would make them large; use attention.qk_norm false, or model.positions rope"

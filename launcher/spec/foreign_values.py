@@ -18,12 +18,13 @@ _RECURRENT = (
     "Headway compares softmax attention; it has no linear attention and no state-space or recurrent layers. "
     "Closest: gqa with attention.windows, whose cost per token is bounded too."
 )
-_LATENT = "Headway has no low-rank keys and values. Closest: gqa, or mqa, which have a smaller KV cache than mha too."
+_LATENT = "Headway has no such factors of keys and values. Closest: mla, which computes them from a cached latent."
 _KERNEL = (
     "This is a kernel, not a mechanism: the choice is speed.attention ({values}); attention.type names the "
     "mechanism, such as mha or gqa."
 )
 _WINDOWS = "Use gqa with attention.windows: 128, or attention.window_pattern: [128, 128, null] for layers that differ."
+_MIXED = "Use mixed, with the mechanisms in attention.kinds and the kind of each layer in attention.pattern."
 _POSITIONS = (
     "Positions are no mechanism: use model.positions (rope, learned, relative_xl, relative_t5 or none), and "
     "attention.rope_base and attention.rope_fraction for RoPE."
@@ -36,9 +37,13 @@ _MECHANISMS = {
     _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
     "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
     "performer hyena xlstm ttt titans griffin rglru",
-    _LATENT: "mla latent multi_head_latent gla_latent mfa tpa tensor_product mtla gta linformer",
+    "Use mla.": "latent multi_head_latent latent_attention multi_head_latent_attention deepseek deepseek_v2 "
+    "deepseek_v3",
+    "Use mla with attention.latents.": "gla_latent grouped_latent grouped_latent_attention",
+    _LATENT: "mfa tpa tensor_product mtla gta linformer",
     _WINDOWS: "sliding sliding_window swa local local_global window windowed longformer interleaved alternating "
     "chunked",
+    _MIXED: "layers layerwise layer_wise per_layer layer_pattern mixture_of_layers several heterogeneous nope_global",
     _KERNEL.format(values="flash"): "flash flash_attn flash_attention fa2 flash2 flash_attn_2 flash_attention_2",
     _KERNEL.format(values="fa3"): "fa3 flash3 flash_attn_3 flash_attention_3",
     _KERNEL.format(values="auto, cudnn, flash, fa3 or math"): "sdpa eager math cudnn xformers memory_efficient flex "
@@ -124,6 +129,8 @@ def _table() -> dict[str, dict[str, str]]:
 
 def value_hint(key: str, value: Any) -> str:
     """Advice on what to write at a dotted key instead of `value`; empty if the table has no entry for it."""
+    if key == "attention" and isinstance(value, list):
+        return _MIXED
     names = _table().get(key, {})
     text = fold(str(value))
     return names.get(text) or names.get(text.removesuffix("attention"), "")

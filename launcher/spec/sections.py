@@ -10,9 +10,9 @@ from headway.data.config import DataConfig, StrictModel
 from headway.launcher.spec.fields import AUTO, Word
 from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.tracking import TrackingConfig
-from headway.model.attention.registry import AnyAttention
 from headway.model.config import ModelConfig
 from headway.model.convert.methods import How
+from headway.model.mixed import AnyAttention
 from headway.parallel.config import (
     CheckpointConfig,
     GuardConfig,

@@ -47,12 +47,13 @@ class Spec(Sections):
                 relative_form(model, self.attention.layer(i, model.layers))
         except ValueError as error:
             return str(error)
-        for name in ("rope_base", "rope_fraction"):
-            if name == "rope_fraction" and self.attention.rope_fraction == 0:
-                continue  # states that nothing is rotated, which an odd head_dim must
-            if getattr(self.attention, name) != type(self.attention).model_fields[name].default:
-                return (
-                    f"attention.{name}: has no effect with model.positions {model.positions}; leave it out, or use "
-                    "model.positions rope"
-                )
+        for prefix, mechanism in self.attention.mechanisms():
+            for name in ("rope_base", "rope_fraction"):
+                if name == "rope_fraction" and mechanism.rope_fraction == 0:
+                    continue  # states that nothing is rotated, which an odd head_dim must
+                if getattr(mechanism, name) != type(mechanism).model_fields[name].default:
+                    return (
+                        f"attention.{prefix}{name}: has no effect with model.positions {model.positions}; leave it "
+                        "out, or use model.positions rope"
+                    )
         return None

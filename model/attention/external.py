@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionConfig, AttentionSection
 
 GROUP = "headway.mechanisms"
 
@@ -89,12 +89,20 @@ class Externals:
         return found
 
 
-def provenance(config: AttentionConfig) -> dict[str, str]:
+def provenance(section: AttentionSection) -> dict[str, str]:
     """Of an external mechanism: name, package with its version, hash of the package's sources. Built in: empty.
+
+    Of several in one model, those that are external: their texts are joined by ", ".
 
     `sources` is a sha256 (16 hex digits) over the .py files of the top-level package (or module) of the class, and of
     those of its base classes and nested configs that are not Headway's: hosts with different ones compute differently.
     """
+    found = [one for _, config in section.mechanisms() if (one := _provenance(config))]
+    unique = [one for i, one in enumerate(found) if one not in found[:i]]
+    return {key: ", ".join(one[key] for one in unique) for key in (unique[0] if unique else ())}
+
+
+def _provenance(config: AttentionConfig) -> dict[str, str]:
     modules = sorted({_top(cls) for cls in _classes(type(config))} - _OTHERS)
     if not modules:
         return {}

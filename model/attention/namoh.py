@@ -22,7 +22,7 @@ this project: shared heads have no gate and are added to the pool; their positio
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,12 @@ from headway.kernels.norm import rms_norm
 from headway.kernels.operations import Operations
 from headway.kernels.rope import rope_tables
 from headway.kernels.routing import GateName
-from headway.kernels.segments import Segments, rotate_rows
 from headway.model.attention.grouped import QkNorm
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionConfig, AttentionOutput, Context, Flops, Shard, visible_keys
 from headway.model.layers import RMSNorm, parameter
 from headway.model.router import AnyRouter, LinearRouterConfig, RoutedAttention, RoutingConfig, check_router, of_layer
+from headway.model.segments import Segments, rotate_rows
 
 ROUTER = "router"
 
@@ -47,6 +47,10 @@ class NamohConfig(AttentionConfig):
     """NAMOH: `heads` heads with keys and values of their own tokens, of which a token is routed to `top_k`."""
 
     type: Literal["namoh"] = "namoh"
+    no_context_parallel: ClassVar[str | None] = (
+        "attention.type namoh attends within the tokens of each head, which lie in unequal numbers on the ranks that "
+        "share a sequence"
+    )
     heads: int = Field(ge=2, le=65_536, description="H, heads that tokens are routed to")
     top_k: int | list[int] = Field(description="heads a token is routed to; a list: one number per layer")
     shared_heads: int = Field(default=0, ge=0, description="additional heads that every token uses, without a gate")
@@ -113,13 +117,6 @@ class NamohConfig(AttentionConfig):
     @property
     def score_maps(self) -> int:
         return self.k + self.shared_heads
-
-    @property
-    def no_context_parallel(self) -> str | None:
-        return (
-            "attention.type namoh attends within the tokens of each head, which lie in unequal numbers on the ranks "
-            "that share a sequence"
-        )
 
     @property
     def reads_routing(self) -> bool:

@@ -1,8 +1,8 @@
 """Registry of the attention mechanisms by name: the files in this folder, and other installed packages.
 
 A built-in mechanism is a file in this folder with a config class whose `type` has its name for a default; nothing else
-names it in code. Other packages register theirs by entry points (`headway.model.attention.external`). A config section
-of type `AnyAttention` accepts both under their names.
+names it in code. Other packages register theirs by entry points (`headway.model.attention.external`). A config of type
+`AnyMechanism` accepts both under their names; `headway.model.mixed.AnyAttention` also accepts several in one model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def _built_in() -> dict[str, type[AttentionConfig]]:
 MECHANISMS = _built_in()
 """The built-in mechanisms. `EXTERNALS` has those of other packages."""
 
-EXTERNALS = Externals(MECHANISMS)
+OTHER_TYPES = ("mixed",)
+"""Other values of `attention.type`, which packages cannot register either."""
+
+EXTERNALS = Externals([*MECHANISMS, *OTHER_TYPES])
 
 
 class RegisteredTypes:
@@ -95,8 +98,8 @@ def _validator(name: str) -> SchemaValidator:
 
 
 if TYPE_CHECKING:
-    AnyAttention = Annotated[AttentionConfig, Field(discriminator="type")]
+    AnyMechanism = Annotated[AttentionConfig, Field(discriminator="type")]
 else:
-    AnyAttention = Annotated[Union[tuple(MECHANISMS.values())], Field(discriminator="type"), RegisteredTypes()]  # noqa: UP007
+    AnyMechanism = Annotated[Union[tuple(MECHANISMS.values())], Field(discriminator="type"), RegisteredTypes()]  # noqa: UP007
 
-__all__ = ["EXTERNALS", "GROUP", "MECHANISMS", "AnyAttention", "MechanismError", "RegisteredTypes"]
+__all__ = ["EXTERNALS", "GROUP", "MECHANISMS", "OTHER_TYPES", "AnyMechanism", "MechanismError", "RegisteredTypes"]

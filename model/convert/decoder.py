@@ -32,11 +32,12 @@ from headway.model.attention.moh import MixtureOfHeads
 from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.attention.switchhead import SwitchHeadAttention, SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
-from headway.model.base import Attention, AttentionConfig, Context
+from headway.model.base import Attention, AttentionConfig, AttentionSection, Context
 from headway.model.config import ModelConfig
+from headway.model.contexts import rotated
 from headway.model.convert import heads
 from headway.model.convert.methods import CALIBRATED, SOURCES, TARGETS, How
-from headway.model.decoder import Decoder, rotated
+from headway.model.decoder import Decoder
 
 _PROBES = 5
 """Random tokens whose gates are compared to see whether they are constants."""
@@ -67,14 +68,14 @@ class Converted(NamedTuple):
 # ---------------------------------------------------------------- what can be converted
 
 
-def check_conversion(model: ModelConfig, source: AttentionConfig, target: AttentionConfig, how: How) -> None:
+def check_conversion(model: ModelConfig, source: AttentionSection, target: AttentionSection, how: How) -> None:
     """Raise ValueError, with what to do instead, if `source` cannot be converted to `target`."""
     if source.type not in SOURCES or not isinstance(source, DenseConfig):
         raise ValueError(
             f"the source has attention of type {source.type}, and only {', '.join(SOURCES)} can be converted; use a "
             "source of one of these types" + (" (an export to hf folds wgqa to gqa)" if source.type == "wgqa" else "")
         )
-    if target.type not in _FILL:
+    if target.type not in _FILL or not isinstance(target, AttentionConfig):
         raise ValueError(f"{target.type} is no target of a conversion; use one of {', '.join(TARGETS)}")
     if model.relative:
         raise ValueError(
@@ -172,7 +173,7 @@ def _pooled_sizes(source: DenseConfig, target: AttentionConfig) -> list[int]:
 def convert_decoder(
     decoder: Decoder,
     model: ModelConfig,
-    target: AttentionConfig,
+    target: AttentionSection,
     *,
     how: How = "mean",
     inputs: Sequence[Tensor] | None = None,
@@ -188,7 +189,7 @@ def convert_decoder(
     """
     source = decoder.attention
     check_conversion(model, source, target, how)
-    assert isinstance(source, DenseConfig)
+    assert isinstance(source, DenseConfig) and isinstance(target, AttentionConfig)
     if how in CALIBRATED and inputs is None:
         raise ValueError(f"{how}: needs calibration tokens; name data to draw them from, or use mean")
     new = Decoder(model, target, vocab_size=vocab_size or len(decoder.embedding), seed=seed).to(decoder.embedding)

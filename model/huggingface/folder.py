@@ -25,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headway.model.attention.registry import AnyAttention, RegisteredTypes
-from headway.model.base import AttentionConfig, StrictConfig
+from headway.model.attention.registry import RegisteredTypes
+from headway.model.base import AttentionSection, StrictConfig
 from headway.model.config import ModelConfig
 from headway.model.cost import account
 from headway.model.decoder import Decoder
+from headway.model.mixed import AnyAttention
 from headway.model.seq2seq.build import Model, build_model
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
@@ -110,7 +111,7 @@ def the_decoder(model: Model, folder: Path | str) -> Decoder:
     return model
 
 
-def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionConfig, *, vocab_size: int) -> Model:
+def build_for(tensors: TensorFiles, model: ModelConfig, attention: AttentionSection, *, vocab_size: int) -> Model:
     """Build a model that `tensors` fit into. Raises WeightsError if its config needs more parameters than they have.
 
     The check comes before the allocation, so that a wrong number in config.json does not exhaust the memory.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.model.attention.gqa import DenseConfig, GqaConfig, MhaConfig, MqaConfig
 from headway.model.attention.wgqa import WgqaConfig
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.huggingface.values import number, truth, whole
 
@@ -89,13 +89,13 @@ def llama_name(name: str) -> str:
     return TOP[name] if match is None else f"model.layers.{match[1]}.{BLOCK[match[2]]}"
 
 
-def folded(attention: AttentionConfig) -> AttentionConfig:
+def folded(attention: AttentionSection) -> AttentionSection:
     """Plain GQA for weighted GQA; other configs unchanged."""
     return attention.folded if isinstance(attention, WgqaConfig) else attention
 
 
 def llama_config(
-    model: ModelConfig, attention: AttentionConfig, *, vocab_size: int, seq_len: int, eos_token_id: int | None
+    model: ModelConfig, attention: AttentionSection, *, vocab_size: int, seq_len: int, eos_token_id: int | None
 ) -> dict[str, Any]:
     """config.json of the equivalent Llama. `attention` may be weighted GQA, for its folded form.
 
@@ -149,7 +149,7 @@ def _check_model(model: ModelConfig) -> None:
             )
 
 
-def _checked(attention: AttentionConfig, layers: int) -> DenseConfig:
+def _checked(attention: AttentionSection, layers: int) -> DenseConfig:
     """Raise ValueError for features that a Llama does not have."""
     ways = "use the format safetensors, which supports it, or a run"
     if not isinstance(attention, DenseConfig):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.decoder import BranchScale, Decoder, Placement
 from headway.model.seq2seq.model import EncoderDecoder
@@ -16,7 +16,7 @@ Model = Decoder | EncoderDecoder
 
 def build_model(
     model: ModelConfig,
-    attention: AttentionConfig,
+    attention: AttentionSection,
     *,
     vocab_size: int,
     seed: int,
@@ -28,7 +28,7 @@ def build_model(
     if not model.is_encoder_decoder:
         return Decoder(model, attention, **common, scales=scales)
     assert scales is None, "`ModelConfig` refuses branch_start of an encoder-decoder"
-    return EncoderDecoder(model, attention, **common)
+    return EncoderDecoder(model, attention.layer(0, model.layers), **common)
 
 
 def probe_logits(model: Model, tokens: Tensor) -> Tensor:

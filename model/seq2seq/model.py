@@ -25,9 +25,9 @@ from headway.kernels.loss import IGNORED
 from headway.kernels.visible import Visible, same_document, visible_core
 from headway.model.base import Attention, AttentionConfig, Context, Shard, Source
 from headway.model.config import ModelConfig
+from headway.model.contexts import Contexts
 from headway.model.decoder import (
     Block,
-    Contexts,
     ModelOutput,
     Placement,
     drop,
@@ -198,7 +198,7 @@ class EncoderDecoder(nn.Module):
     def _encoded(self, source: Tensor, segments: Tensor | None, drops: Drops | None) -> tuple[Tensor, Tensor]:
         """The encoder's output, or this rank's part of it, and the auxiliary loss of its layers."""
         x = drop(drops, embed(self.embedding, source, self.placement.ranks), "embedding", self.placement)
-        context = self._contexts.of(source, None, dtype=x.dtype)
+        context = self._contexts.of(source, None, dtype=x.dtype).at(0)
         size = source.shape[1]
         seen = same_document(segments, segments, shape=(len(source), size, size))
         bias = None if self.encoder_buckets is None else self.encoder_buckets(size, size)
@@ -243,8 +243,8 @@ class EncoderDecoder(nn.Module):
     def _own_context(self, tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, start: int) -> Context:
         """Of the decoder's self-attention: causal, within documents."""
         if self.decoder_buckets is None:
-            return self._contexts.of(tokens, segments, dtype=dtype, start=start)
-        context = self._contexts.of(tokens, None, dtype=dtype, start=start)
+            return self._contexts.of(tokens, segments, dtype=dtype, start=start).at(0)
+        context = self._contexts.of(tokens, None, dtype=dtype, start=start).at(0)
         end = start + tokens.shape[1]
         place = torch.arange(end, device=None if segments is None else segments.device)
         seen = (place <= place[start:, None]).unsqueeze(0)  # [1, t, K]

@@ -110,7 +110,8 @@ def of_study(covered: Collection[str]) -> dict[str, AttentionConfig]:
     study, found = load_study(ROOT / "yaml" / "studies" / "all-mechanisms.yaml"), dict[str, AttentionConfig]()
     for name, keys in study.config.variants.items():
         if (kind := keys["attention.type"]) not in covered:
-            found.setdefault(f"study: {kind}", variant_spec(study, (), name).attention)
+            (_, mechanism), *_ = variant_spec(study, (), name).attention.mechanisms()
+            found.setdefault(f"study: {kind}", mechanism)
     return found
 
 

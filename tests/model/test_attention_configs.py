@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from headway.model.attention.registry import MECHANISMS, AnyAttention
+from headway.model.attention.registry import MECHANISMS, AnyMechanism
 
-ADAPTER = TypeAdapter(AnyAttention)
+ADAPTER = TypeAdapter(AnyMechanism)
 GQA = {"type": "gqa", "heads": 8, "kv_heads": 2, "head_dim": 16}
 RGQA = {**GQA, "type": "rgqa", "top_k": 1}
 SWITCHHEAD = {"type": "switchhead", "kv_heads": 2, "head_dim": 16, "experts": 4, "top_k": 2}

@@ -225,7 +225,7 @@ def test_the_context_of_the_caller_is_not_changed(traced):
     """All layers share one context, and validation between steps reads its documents."""
     blocks = decoder(GQA, blocks=True)
     tokens, segments = micro_batch(0)
-    context = blocks._contexts.of(tokens, segments, dtype=torch.float32)
+    context = blocks._contexts.of(tokens, segments, dtype=torch.float32).at(0)
     documents = replace(context).documents
     blocks.blocks[0](torch.zeros(B, S, 20, requires_grad=True), context)
     assert context.documents is documents and isinstance(documents, Documents)

@@ -60,7 +60,7 @@ def test_rotary_tables_stay_fp32_when_the_model_is_cast(decoder, tokens):
     model = decoder(GQA).bfloat16()
     model.logits(tokens)
     model.bfloat16()
-    cos, _ = model._contexts.of(tokens, None, dtype=torch.bfloat16).rope
+    cos, _ = model._contexts.of(tokens, None, dtype=torch.bfloat16).at(0).rope
     assert cos.dtype == torch.float32
     assert not any("rope" in name for name in model.state_dict())
 

@@ -10,16 +10,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from headway.model.attention import external
 from headway.model.attention.external import MechanismError, provenance
-from headway.model.attention.registry import EXTERNALS, MECHANISMS, AnyAttention
+from headway.model.attention.registry import EXTERNALS, MECHANISMS, AnyMechanism
 
-ADAPTER = TypeAdapter(AnyAttention)
+ADAPTER = TypeAdapter(AnyMechanism)
 SHAPE = {"heads": 8, "kv_heads": 2, "head_dim": 16}
 GQA = {"type": "gqa", **SHAPE}
 OURS = {"type": "ours", **SHAPE}
 
 
 class Holder(BaseModel):
-    attention: AnyAttention
+    attention: AnyMechanism
 
 
 def refusal(fields):

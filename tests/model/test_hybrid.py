@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from headway.kernels.documents import Documents
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.hybrid import HybridConfig
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyMechanism
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.balance import BalanceConfig
@@ -342,7 +342,7 @@ QUERY_NORM = {"type": "query_norm"}
 )
 def test_impossible_configs_are_refused_with_the_field_the_reason_and_two_ways_out(fields, words):
     with pytest.raises(ValidationError) as refusal:
-        TypeAdapter(AnyAttention).validate_python({**HYBRID, **fields})
+        TypeAdapter(AnyMechanism).validate_python({**HYBRID, **fields})
     (error,) = refusal.value.errors()
     message = error["msg"].removeprefix("Value error, ")
     assert message.startswith(words[0])

@@ -4,7 +4,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from headway.model.attention.grouped import GroupedConfig
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyMechanism
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
 from headway.model.huggingface.llama import llama_config, llama_name, read_llama_config
@@ -13,7 +13,7 @@ MODEL = ModelConfig(width=32, layers=2, ffn_width=48, tied_embeddings=False, nor
 
 
 def attention(**values):
-    return TypeAdapter(AnyAttention).validate_python({"heads": 4, "head_dim": 8, **values})
+    return TypeAdapter(AnyMechanism).validate_python({"heads": 4, "head_dim": 8, **values})
 
 
 def config_of(**values):

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from headway.model.attention.gqa import MqaConfig
 from headway.model.attention.moa import MoaConfig
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyMechanism
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
 
@@ -124,7 +124,7 @@ def test_a_single_group_is_not_sharded():
 )
 def test_impossible_experts_are_refused_with_the_reason_and_two_ways_out(fields, words):
     with pytest.raises(ValidationError) as refusal:
-        TypeAdapter(AnyAttention).validate_python({"type": "moa", **SHAPE, **fields})
+        TypeAdapter(AnyMechanism).validate_python({"type": "moa", **SHAPE, **fields})
     (error,) = refusal.value.errors()
     message = error["msg"].removeprefix("Value error, ")
     assert message.startswith(words[0])

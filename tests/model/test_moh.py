@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.moh import MohConfig
-from headway.model.attention.registry import AnyAttention
+from headway.model.attention.registry import AnyMechanism
 from headway.model.balance import BalanceConfig
 from headway.model.config import ModelConfig
 from headway.model.cost import account
@@ -278,7 +278,7 @@ def test_cost_is_that_of_the_formulas():
 )
 def test_impossible_heads_are_refused_with_the_field_the_reason_and_two_ways_out(fields, words):
     with pytest.raises(ValidationError) as refusal:
-        TypeAdapter(AnyAttention).validate_python({"type": "moh", **SHAPE, "shared_heads": 2, "top_k": 2, **fields})
+        TypeAdapter(AnyMechanism).validate_python({"type": "moh", **SHAPE, "shared_heads": 2, "top_k": 2, **fields})
     (error,) = refusal.value.errors()
     message = error["msg"].removeprefix("Value error, ")
     assert message.startswith(words[0])

@@ -10,18 +10,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from headway.kernels import segments as kernels
 from headway.kernels.documents import Documents
 from headway.kernels.rope import apply_rope, rope_tables
-from headway.kernels.segments import Segments
+from headway.model import segments as kernels
 from headway.model.attention.gqa import MhaConfig
 from headway.model.attention.namoh import NamohConfig
-from headway.model.attention.registry import AnyAttention
 from headway.model.balance import BalanceConfig
 from headway.model.head_cache import HeadCache
 from headway.model.kv_cache import KVCache
+from headway.model.mixed import AnyAttention
 from headway.model.observe import observed
 from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, TokenHashRouterConfig
+from headway.model.segments import Segments
 
 SHAPE: dict[str, Any] = {"heads": 5, "head_dim": 6}
 SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
@@ -460,11 +460,13 @@ def test_observed_maps_are_the_attention_of_the_packed_pairs(decoder, tokens, pa
     model, calls = decoder(NamohConfig(**SHAPE, top_k=2)).eval(), []
     segments = SEGMENTS.expand(3, 11) if packed else None
 
+    plain = kernels.packed_core
+
     def spy(q, k, v, lengths):
-        calls.append((v, kernels.packed_core(q, k, v, lengths)))
+        calls.append((v, plain(q, k, v, lengths)))
         return calls[-1][1]
 
-    monkeypatch.setattr("headway.model.base.packed_core", spy)
+    monkeypatch.setattr(kernels, "packed_core", spy)
     with observed(model, segments) as layers:
         model.logits(tokens, segments)
     for layer, (v, o) in zip(layers, calls, strict=True):

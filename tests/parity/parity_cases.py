@@ -12,14 +12,16 @@ from headway.data.loader import MicroBatch, split
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.moh import MohConfig
 from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.config import ModelConfig
+from headway.model.mixed import MixedConfig
 from headway.model.router import TokenHashRouterConfig
 from headway.parallel.config import OptimizerConfig, ParallelConfig
 
@@ -41,10 +43,11 @@ TABLE: dict[str, AttentionConfig] = {
 TWO_STACKS = ("t5-wgqa", "t5-dropout", "two-rope")
 ENCODER_TOKENS = 8
 
-DENSE = {"gqa", "wgqa", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
+DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
-MECHANISMS = TABLE | {
+MECHANISMS: dict[str, AttentionSection] = {
+    **TABLE,
     "moh": MohConfig(heads=8, kv_heads=4, head_dim=8, shared_heads=2, top_k=3),
     "namoh": NamohConfig(heads=8, head_dim=8, top_k=3, shared_heads=4, window=7, qk_norm=True, balance=LOSS_FREE),
     "hash": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, router=TokenHashRouterConfig()),
@@ -60,6 +63,16 @@ MECHANISMS = TABLE | {
     "t5-dropout": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "two-rope": GqaConfig(heads=8, kv_heads=4, head_dim=8, qk_norm=True),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
+    "mla": MlaConfig(heads=4, head_dim=8, latent=12, query_latent=10, rope_dim=4),
+    "gla": MlaConfig(heads=8, head_dim=8, latent=12, latents=4, rope_dim=4),
+    "mixed": MixedConfig(
+        kinds={
+            "local": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=7),
+            "routed": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, rope_base=500.0, balance=LOSS_FREE),
+            "values": SwitchHeadConfig(kv_heads=4, head_dim=6, experts=3, top_k=2, rope_fraction=0.0),
+        },
+        pattern=["local", "routed", "values", "routed"],
+    ),
 }
 
 DROPOUT: dict[str, Any] = {"dropout": 0.05, "dropout_places": ("embedding", "branches", "hidden", "head")}

@@ -38,6 +38,9 @@ FAST = [
     Case(mechanism="switchhead", layout="cp2"),
     Case(mechanism="moh", layout="tp2"),
     *(Case(mechanism="namoh", layout=x, zero=z) for x, z in (("tp2", 1), ("sp2", 3))),
+    *(Case(mechanism="mla", layout=x) for x in ("tp2", "sp2")),
+    Case(mechanism="gla", layout="tp2"),
+    *(Case(mechanism="mixed", layout=x) for x in ("sp2", "cp2", "pp2")),
     Case(mechanism="rgqa", layout="dp2", zero=3, overlap=True),
     Case(mechanism="rgqa", layout="dp2", zero=2, precision="bf16", overlap=True),
     *(Case(mechanism="gpt2-block", layout=x) for x in ("sp2", "pp2")),
@@ -52,6 +55,11 @@ FAST = [
     Case(mechanism="two-rope", layout="tp2"),
 ]
 MORE = [
+    Case(mechanism="mla", layout="cp2"),
+    Case(mechanism="mla", layout="pp2", precision="bf16"),
+    Case(mechanism="gla", layout="tp2·pp2"),
+    Case(mechanism="mixed", layout="tp2·pp2", recompute=True),
+    Case(mechanism="mixed", layout="dp2", zero=3),
     Case(mechanism="rgqa", layout="pp2"),
     Case(mechanism="gqe", layout="sp2", zero=2),
     Case(mechanism="switchhead", layout="tp2", precision="bf16"),

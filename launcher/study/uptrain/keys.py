@@ -19,7 +19,7 @@ from headway.model.huggingface import folder as hf
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
     from headway.launcher.study.config import Study
-    from headway.model.base import AttentionConfig
+    from headway.model.base import AttentionSection
     from headway.model.cost import Cost
 
 _START = ("vocab_size", "init_std", "branch_start")
@@ -204,7 +204,7 @@ class Uptraining:
             return str(self._study.out / "cells" / cell_key(origin.run, seed))
         return str(self._folder(origin.run))
 
-    def _attention_keys(self, variant: str, source: AttentionConfig, origin: Origin) -> dict[str, Any]:
+    def _attention_keys(self, variant: str, source: AttentionSection, origin: Origin) -> dict[str, Any]:
         """The fields of the new attention, without those that are defaults of its mechanism."""
         from headway.model.attention.gqa import DenseConfig
         from headway.model.attention.registry import MECHANISMS

@@ -19,7 +19,7 @@ from headway.launcher.cli.main import main
 from headway.launcher.cli.parser import all_verbs, make_parser
 from headway.launcher.spec.fields import paths, root_shape
 from headway.launcher.spec.spec import Spec
-from headway.model.attention.registry import MECHANISMS
+from headway.model.attention.registry import MECHANISMS, OTHER_TYPES
 
 PARSER = make_parser()
 
@@ -86,7 +86,9 @@ def test_dotted_keys_follow_the_file_and_values_follow_the_sign() -> None:
     assert words("headway train x.yaml optimizer.l") == ["optimizer.lr="]
     assert words("headway train x.yaml --dry-run schedule.w") == ["schedule.warmup_tokens="]
     assert "optimizer.lr=" not in words("headway plan x.yaml optimizer.lr=1e-3 optimizer.")
-    assert words("headway train x.yaml attention.type=") == [f"attention.type={name}" for name in MECHANISMS]
+    assert words("headway train x.yaml attention.type=") == [
+        f"attention.type={name}" for name in [*MECHANISMS, *OTHER_TYPES]
+    ]
     assert words("headway train x.yaml parallel.precision=b") == ["parallel.precision=bf16"]
     assert words("headway train x.yaml tracking.tensorboard=") == [
         "tracking.tensorboard=true",
@@ -100,7 +102,7 @@ def test_every_key_that_takes_a_value_is_offered_and_no_other() -> None:
     legal = set(paths(root_shape(Spec), {}))
     offered = {word.removesuffix("=") for word in words("headway train x.yaml ")}
     sections = {key.rpartition(".")[0] for key in legal}
-    assert offered <= legal and legal - offered <= sections | {"launch.env", "data.validation"}
+    assert offered <= legal and legal - offered <= sections | {"launch.env", "data.validation", "attention.kinds"}
 
 
 def test_an_open_quote_does_no_harm() -> None:

@@ -81,7 +81,7 @@ def test_a_base_in_the_form_of_newer_releases_is_read_and_compared(tmp_path, tab
     assert import_hf(tmp_path / "hf", tmp_path / "ours") == 0
     assert "largest difference from the logits of transformers" in capsys.readouterr().out
     ours, tokens = load_exported(tmp_path / "ours"), some_tokens(90)
-    assert ours.attention.rope_base == 500.0
+    assert ours.attention.layer(0, 2).rope_base == 500.0
     assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5 < logits(ours, tokens).std()
     monkeypatch.setattr(import_module, "older_form", lambda config: older_form(config) | {"rope_theta": 600.0})
     with pytest.raises(HeadwayError, match="logits of random tokens differ"):

@@ -106,6 +106,6 @@ def test_the_published_transformer_xl_models_are_specs(
     scores = memory(grid, grid.stages[0]).backward
     rope = spec.model_copy(update={"model": spec.model.model_copy(update={"positions": "none"})})
     plain = grid_of(rope)
-    heads = spec.attention.score_maps
+    heads = spec.attention.layer(0, spec.model.layers).score_maps
     # 8 sequences, blocks of 128 query rows over 256 keys, eight fp32 values each, and half of what the layer keeps more
     assert scores - memory(plain, plain.stages[0]).backward >= 8 * heads * 128 * 256 * 32

@@ -68,4 +68,5 @@ def test_what_has_no_form_is_refused(overrides, message):
 
 
 def test_qk_norm_is_legal_with_rotary_positions():
-    assert loaded("model.positions=rope", "attention.qk_norm=true").attention.qk_norm
+    spec = loaded("model.positions=rope", "attention.qk_norm=true")
+    assert spec.attention.layer(0, spec.model.layers).qk_norm

@@ -250,6 +250,7 @@ LEGAL: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None]] 
         [1, 2, 4],
         [1, 2],
     ),
+    "mla": ({"heads": 4, "latent": 6, "rope_dim": 2}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "moa": ({"heads": 8, "top_k": 2}, [1], [1, 2, 4, 8, 16, 32], None),
     "moh": ({"heads": 8, "kv_heads": 4, "shared_heads": 2, "top_k": 2}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "namoh": ({"heads": 8, "top_k": 4, "shared_heads": 4, "window": 8}, [1, 2, 4], [1], [1]),
@@ -304,8 +305,9 @@ def test_a_mechanism_that_is_not_listed_is_taken_from_the_study(monkeypatch):
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_ranks_that_are_legal_get_equal_parts_of_every_parameter_that_is_cut(name):
     base = with_mechanism(name)
-    layer = base.attention.build(width=base.model.width, layers=2, init_std=0.02, norm_eps=1e-5)
-    sizes = {k: layer.get_parameter(k).shape[shard.dim] for k, shard in base.attention.shards().items()}
+    mechanism = base.attention.layer(0, base.model.layers)
+    layer = mechanism.build(width=base.model.width, layers=2, init_std=0.02, norm_eps=1e-5)
+    sizes = {k: layer.get_parameter(k).shape[shard.dim] for k, shard in mechanism.shards().items()}
     legal = [ranks for ranks in range(1, 9) if why_not_cuttable(base, ranks) is None]
     assert legal == legal_tensor(base)
     assert all(size % ranks == 0 for size in sizes.values() for ranks in legal)

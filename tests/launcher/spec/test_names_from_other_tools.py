@@ -15,7 +15,7 @@ from headway.launcher.spec.foreign_values import KEYS_OF_VALUES, value_hint
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 from headway.launcher.study.config import StudyConfig
-from headway.model.attention.registry import MECHANISMS
+from headway.model.attention.registry import MECHANISMS, OTHER_TYPES
 
 SPEC = """
 model: {width: 32, layers: 1, ffn_width: 64}
@@ -156,7 +156,8 @@ def test_files_of_other_kinds_are_not_told_about_keys_of_a_run(spec: Path) -> No
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mla", "no low-rank keys and values. Closest: gqa, or mqa"),
+        ("latent", "Use mla."),
+        ("tpa", "no such factors of keys and values. Closest: mla"),
         ("nsa", "no learned choice of keys or blocks"),
         ("MoBA", "no learned choice of keys or blocks"),
         ("mamba2", "no linear attention and no state-space or recurrent layers"),
@@ -174,7 +175,7 @@ def test_files_of_other_kinds_are_not_told_about_keys_of_a_run(spec: Path) -> No
 def test_a_known_mechanism_that_headway_lacks_has_an_honest_answer(spec: Path, name: str, says: str) -> None:
     message = refusal(f"attention.type={name}")
     assert says in message and "Did you mean" not in message
-    assert f"Legal: {', '.join(MECHANISMS)};" in message
+    assert f"Legal: {', '.join([*MECHANISMS, *OTHER_TYPES])};" in message
 
 
 def test_a_misspelt_mechanism_is_still_led_to_the_nearest(spec: Path) -> None:

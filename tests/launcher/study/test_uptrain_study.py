@@ -93,7 +93,7 @@ def test_the_teachers_own_keys_go_with_its_weights(here):
     variants = {**VARIANTS, "mha": {"attention.type": "mha", "attention.qk_norm": True, "model.ffn_width": 40}}
     plan = plan_study(load_study(write(here, variants)))
     spec = next(cell.spec for cell in plan.cells if cell.variant == "mqa")
-    assert spec.attention.qk_norm and spec.model.ffn_width == 40
+    assert spec.attention.layer(0, 1).qk_norm and spec.model.ffn_width == 40
 
 
 def test_a_teacher_comes_before_the_cells_that_convert_it(here):
@@ -139,7 +139,7 @@ def test_imported_weights_are_a_teacher_of_so_many_tokens(here):
     plan = plan_study(load_study(write(here, variants, baseline="gqa")))
     spec = plan.cells[0].spec
     assert spec.train.tokens == 256  # of the 384 tokens that the export tells
-    assert (spec.attention.head_dim, spec.schedule.warmup_tokens, plan.cells[0].after) == (6, 5, None)
+    assert (spec.attention.layer(0, 1).head_dim, spec.schedule.warmup_tokens, plan.cells[0].after) == (6, 5, None)
     config.write_text(config.read_text().replace('"tokens": 384', '"tokens": 0'))
     with pytest.raises(SpecError, match=r"variants.gqa.from: weights does not say .*; add teacher_tokens"):
         plan_study(load_study(write(here, variants, baseline="gqa")))

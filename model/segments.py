@@ -14,7 +14,7 @@ are on this rank), D head size, R rotated channels, L tokens of the longest segm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -112,6 +112,23 @@ class Segments:
     def documents(self) -> Documents:
         """The segments as documents of one sequence of P tokens."""
         return Documents((self.lengths,))
+
+
+def segments_core(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None, *, attend: Callable[..., Tensor]
+) -> Tensor:
+    """Causal attention within segments, scale 1/sqrt(D): packed q, k, v [P, D] -> [P, D].
+
+    past: In incremental decoding, the cached keys and values. attend: `headway.kernels.attention.core` or an equal.
+    """
+    if not segments.lengths:  # no token chose a head of this tensor-parallel rank: gradients are 0, not missing
+        return q + k + v
+    if past is not None:
+        return cached_core(q, k, v, past, segments.lengths)
+    if q.device.type == "cpu":
+        return packed_core(q, k, v, segments.lengths)
+    q, k, v = (t[None, :, None] for t in (q, k, v))
+    return attend(q, k, v, segments.documents())[0, :, 0]
 
 
 # ---------------------------------------------------------------- rotation

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from headway.kernels import segments as module
 from headway.kernels.attention import core
 from headway.kernels.rope import apply_rope, rope_tables
-from headway.kernels.segments import Segments, packed_core, rotate_rows
+from headway.model import segments as module
+from headway.model.segments import Segments, packed_core, rotate_rows
 
 LENGTHS = [(1,), (1, 1, 1), (7, 3, 12, 1, 5), (600, 30, 37, 38, 480), (4, 5) * 20]
 

@@ -1,0 +1,105 @@
+"""Several mechanisms in one model: each layer has one of them, by a pattern that is repeated over the layers.
+
+    attention:
+      type: mixed
+      kinds:
+        local: {type: gqa, heads: 8, kv_heads: 2, head_dim: 32, windows: 128}
+        global: {type: gqa, heads: 8, kv_heads: 2, head_dim: 32, rope_fraction: 0.0}
+      pattern: [local, local, local, global]
+
+Layer i has the kind `pattern[i % len(pattern)]`. Each kind is the config of a mechanism with all its options, its own
+RoPE included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
+
+from pydantic import Field, field_validator, model_validator
+
+from headway.model.attention.registry import MECHANISMS, AnyMechanism, RegisteredTypes
+from headway.model.base import AttentionConfig, AttentionSection
+
+
+class MixedConfig(AttentionSection):
+    """The mechanism of each layer of a model whose layers differ."""
+
+    type: Literal["mixed"] = "mixed"
+    kinds: dict[str, AnyMechanism] = Field(min_length=1, description="mechanisms by names of your own")
+    pattern: list[str] = Field(min_length=1, description="names of kinds, first layer to last; repeated over layers")
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _not_nested(cls, kinds: Any) -> Any:
+        for name, kind in kinds.items() if isinstance(kinds, dict) else ():
+            if isinstance(kind, dict) and kind.get("type") == "mixed":
+                raise ValueError(
+                    f"{str(name)[:60]} is of type mixed, and kinds are single mechanisms; name its kinds here, and put "
+                    "its pattern into `pattern`"
+                )
+        return kinds
+
+    @model_validator(mode="after")
+    def _pattern_and_kinds_agree(self) -> Self:
+        names = ", ".join(self.kinds)
+        for name in self.kinds:
+            if not name.isidentifier():
+                raise ValueError(f"kinds: {name[:60]!r} is no name; use letters, digits and _, such as `local`")
+        for name in self.pattern:
+            if name not in self.kinds:
+                raise ValueError(f"pattern: {name[:60]!r} is not one of the kinds; use {names}, or add it to `kinds`")
+        if unused := [name for name in self.kinds if name not in self.pattern]:
+            raise ValueError(
+                f"pattern: has no layer of kind {', '.join(unused)}; add it to the pattern, or leave it out of `kinds`"
+            )
+        return self
+
+    @property
+    def no_encoder_decoder(self) -> str | None:
+        return (
+            "attention.type: mixed has no encoder-decoder form: a pattern would have to say which layers of encoder, "
+            "decoder and cross attention it covers; use one mechanism, or model.type decoder"
+        )
+
+    def layer(self, index: int, layers: int) -> AttentionConfig:
+        if len(self.pattern) > layers:
+            raise ValueError(
+                f"attention.pattern: {len(self.pattern)} entries for {layers} layers; use {layers} entries at most, or "
+                f"model.layers {len(self.pattern)}"
+            )
+        name = self.pattern[index % len(self.pattern)]
+        try:
+            return self.kinds[name].layer(index, layers)
+        except ValueError as error:
+            raise ValueError(_of_kind(name, error)) from error
+
+    def at_size(self, num_params: int) -> Self:
+        return self.model_copy(update={"kinds": {name: kind.at_size(num_params) for name, kind in self.kinds.items()}})
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        for name, kind in self.kinds.items():
+            try:
+                kind.check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
+            except ValueError as error:
+                raise ValueError(_of_kind(name, error)) from error
+
+    def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
+        for name, kind in self.kinds.items():
+            yield f"kinds.{name}.", kind
+
+
+def _of_kind(name: str, error: ValueError) -> str:
+    """The message with the keys of a kind instead of those of the section."""
+    return re.sub(r"(?<![\w.])attention\.", f"attention.kinds.{name}.", str(error))
+
+
+if TYPE_CHECKING:
+    AnyAttention = Annotated[AttentionSection, Field(discriminator="type")]
+else:
+    AnyAttention = Annotated[
+        Union[*MECHANISMS.values(), MixedConfig],
+        Field(discriminator="type"),
+        RegisteredTypes(),
+    ]
