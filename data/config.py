@@ -99,8 +99,9 @@ class PairsSource(Fetched):
     loss: Literal["targets", "all"] = Field(default="targets", description="what is predicted; all: prompts too")
     long: Literal["cut", "leave_out"] = Field(
         default="cut",
-        description="pairs of more than seq_len + 1 tokens. cut: their prompt loses its end, and those whose target "
-        "alone is too long are left out and counted; leave_out: all of them are left out and counted",
+        description="pairs of more than seq_len + 1 tokens, or for an encoder_decoder prompts of more than "
+        "encoder_tokens. cut: their prompt loses its end, and those whose target alone is too long are left out and "
+        "counted; leave_out: all of them are left out and counted",
     )
 
 
@@ -252,8 +253,8 @@ class DataConfig(StrictModel):
     encoder_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="model.type encoder_decoder: first tokens of each sequence, which the encoder reads; the decoder "
-        "reads and predicts the others",
+        description="model.type encoder_decoder: first tokens of each sequence, which the encoder reads (of pairs: "
+        "their prompts); the decoder reads and predicts the others",
     )
     document_mask: bool = Field(default=True, description="a token never attends to or predicts into another document")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of the data order only")
@@ -281,10 +282,10 @@ class DataConfig(StrictModel):
                 f"encoder_tokens: {self.encoder_tokens} leave the decoder none of the {self.seq_len} tokens of a "
                 f"sequence; use at most {self.seq_len - 1}, or a larger seq_len"
             )
-        if self.encoder_tokens is not None and isinstance(self.source, PairsSource):
+        if self.encoder_tokens is not None and isinstance(self.source, PairsSource) and self.source.loss == "all":
             raise ValueError(
-                "encoder_tokens: cuts sequences at one place, and sequences of source.type pairs hold several pairs; "
-                "use a decoder, or source.type mds"
+                "source.loss: all predicts prompts too, which the encoder of encoder_tokens reads; use targets, or a "
+                "decoder"
             )
         if isinstance(self.source, PairsSource) and not self.document_mask:
             raise ValueError("document_mask: false lets pairs attend to each other; use true with source.type pairs")

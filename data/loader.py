@@ -25,6 +25,7 @@ from headway.data.packed import PackedText
 from headway.data.packed_pairs import PackedPairs
 from headway.data.prefetch import LateError, Prefetch
 from headway.data.source import Sample, Source
+from headway.data.split_pairs import SplitPairs
 from headway.data.synthetic import SyntheticTask
 
 IGNORED = -100  # label of positions without a loss; torch's default `ignore_index`
@@ -62,6 +63,8 @@ class StepBatch:
 
 def open_source(cfg: DataConfig, *, split: Split) -> Source:
     """Open the source of a split. Raises DataError if the dataset is missing or shorter than one sequence."""
+    if isinstance(cfg.source, PairsSource) and cfg.encoder_tokens is not None:
+        return SplitPairs.of(cfg, cfg.source, split=split, encoder_tokens=cfg.encoder_tokens)
     if isinstance(cfg.source, PairsSource):
         return PackedPairs.of(cfg, cfg.source, split=split)
     if isinstance(cfg.source, MdsSource):

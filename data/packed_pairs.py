@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class PackedPairs(PackedText):
         super().__init__(path, split=split, **options)
 
     @classmethod
-    def of(cls, cfg: DataConfig, source: PairsSource, *, split: Split) -> PackedPairs:
+    def of(cls, cfg: DataConfig, source: PairsSource, *, split: Split, **more: Any) -> Self:
         return cls(
             source.path,
             long=source.long,
@@ -70,10 +70,11 @@ class PackedPairs(PackedText):
             remote=source.remote,
             cache_bytes=source.cache_bytes,
             retry_s=cfg.retry_s,
+            **more,
         )
 
     def _lay_out(self, split: Split, path: str) -> int:
-        documents, room = self._documents, self.seq_len + 1
+        documents = self._documents
         pairs = documents.manifest.pairs
         if documents.prompts is None or pairs is None:
             raise DataError(
@@ -81,7 +82,34 @@ class PackedPairs(PackedText):
                 "mds, or build it from a corpus of `type: pairs` or `stdlib_functions`"
             )
         self.separator_tokens = len(pairs.separator_ids)
-        lengths, prompts = documents.lengths, documents.prompts
+        fits, cut = self._measure(documents.lengths, documents.prompts, split, path)
+        self._sequences: list[list[int]] = []  # documents of each
+        self._per_shard: list[int] = []
+        for first, last in zip(documents.first_document, documents.first_document[1:], strict=False):
+            before = len(self._sequences)
+            chosen = np.flatnonzero(fits[first:last]) + first
+            for begin in range(0, len(chosen), BLOCK):
+                block = chosen[begin : begin + BLOCK].tolist()
+                self._sequences += [[block[place] for place in each] for each in self._pack(block)]
+            self._per_shard.append(len(self._sequences) - before)
+        ends = np.cumsum([len(each) + 1 for each in self._sequences])
+        self._first_number = np.concatenate([[0], ends])
+        self.facts = PairFacts(
+            pairs=int(fits.sum()),
+            cut=int((fits & cut).sum()),
+            left_out=int((~fits).sum()),
+            sequences=len(self._sequences),
+            padding=1 - float(self._kept[fits].sum()) / (len(self._sequences) * (self.seq_len + 1)),
+        )
+        return len(self._sequences)
+
+    def _measure(
+        self, lengths: np.ndarray, prompts: np.ndarray, split: Split, path: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(the pairs that fit a sequence, those whose prompt loses tokens), bool [pairs], of the tokens of each pair
+        and of its prompt. Raises DataError if none fits.
+        """
+        room = self.seq_len + 1
         needed = lengths - prompts + self.separator_tokens + 1  # with one token of the prompt
         fits = lengths <= room if self._long == "leave_out" else needed <= room
         if not fits.any():
@@ -92,26 +120,11 @@ class PackedPairs(PackedText):
                 + (", or data.source.long: cut" if self._long == "leave_out" else ", or shorter targets")
             )
         self._kept = np.minimum(lengths, room)  # tokens of each pair that fits
-        self._sequences: list[list[int]] = []  # documents of each
-        self._per_shard: list[int] = []
-        for first, last in zip(documents.first_document, documents.first_document[1:], strict=False):
-            before = len(self._sequences)
-            chosen = np.flatnonzero(fits[first:last]) + first
-            for begin in range(0, len(chosen), BLOCK):
-                block = chosen[begin : begin + BLOCK].tolist()
-                bins = best_fit([int(self._kept[document]) for document in block], room)
-                self._sequences += [[block[place] for place in each] for each in bins]
-            self._per_shard.append(len(self._sequences) - before)
-        ends = np.cumsum([len(each) + 1 for each in self._sequences])
-        self._first_number = np.concatenate([[0], ends])
-        self.facts = PairFacts(
-            pairs=int(fits.sum()),
-            cut=int((fits & (lengths > room)).sum()),
-            left_out=int((~fits).sum()),
-            sequences=len(self._sequences),
-            padding=1 - float(self._kept[fits].sum()) / (len(self._sequences) * room),
-        )
-        return len(self._sequences)
+        return fits, lengths > room
+
+    def _pack(self, block: list[int]) -> list[list[int]]:
+        """The sequences of a block of pairs, each as places in the block."""
+        return best_fit([int(self._kept[document]) for document in block], self.seq_len + 1)
 
     def sequences_per_shard(self) -> list[int]:
         """Number of sequences per shard. All pairs of a sequence are in one shard."""

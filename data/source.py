@@ -14,7 +14,7 @@ class Sample:
     """One training sequence and its next token."""
 
     tokens: np.ndarray  # [S+1] integers
-    segments: np.ndarray  # [S+1] int32, index of the document within the sequence, from 0
+    segments: np.ndarray  # [S+1] int32, index of the document within the sequence, from 0; -1: padding of an encoder
     targets: np.ndarray | None = None  # [S] bool, positions whose next token has a loss; None: all
 
 

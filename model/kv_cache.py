@@ -79,6 +79,11 @@ class SourceCache:
             self.held = project()
         return self.held
 
+    def select(self, rows: Tensor) -> None:
+        """As `KVCache.select`."""
+        if self.held is not None:
+            self.held = (self.held[0][rows], self.held[1][rows])
+
     @property
     def numbers(self) -> int:
         """Elements of the cached tokens, over the batch."""

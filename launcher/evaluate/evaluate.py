@@ -120,6 +120,9 @@ def _measured(path: Path, asked: Asked, step: int | None) -> dict[str, Any]:
 
 def _all(model: Opened, asked: Asked) -> Iterator[Measure]:
     """Every measure that was asked for; without any question, the losses of the run's validation sets."""
+    for given, option in ((asked.tasks, "--tasks"), (asked.lengths, "--lengths"), (asked.recall, "--recall")):
+        if given:
+            model.decoder_for(f"headway eval {option}")
     texts = asked.texts
     if texts is None and not (asked.tasks or asked.recall or asked.summaries.sources):
         texts = tuple(own_sources(model.data)) if model.data is not None else ()

@@ -1,8 +1,9 @@
-"""Log-probabilities of given tokens under a decoder, in batches.
+"""Log-probabilities of given tokens under a model, in batches.
 
 A row is a sequence of token ids, of which those from `first` on are predicted. Rows longer than the model's limit are
 cut into windows: every token is predicted once, and the last window has as much context as fits. Shorter rows are
-padded at their end, which changes nothing for a causal model.
+padded at their end, which changes nothing for a causal model. An encoder-decoder reads the source of a row too, whose
+padding it does not see.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from headway.launcher.exchange.steps import padded
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +33,19 @@ _SHARED = 32
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids, at least two; those from `first` on, at least 1, are predicted."""
+    """Token ids, at least two; those from `first` on, at least 1, are predicted.
+
+    source: What the encoder of an encoder-decoder reads, at least one id; empty for a decoder.
+    """
 
     ids: Sequence[int]
     first: int
+    source: Sequence[int] = ()
+
+    @property
+    def inputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the model reads: the source, and all tokens except for the last one."""
+        return tuple(self.source), tuple(self.ids[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +72,16 @@ def windows(length: int, first: int, limit: int) -> Iterator[tuple[int, int, int
 
 
 class Scorer:
-    """Scores rows with a model. `limit`: the most input tokens of a pass; by default those of a training sequence."""
+    """Scores rows with a model. `limit`: the most input tokens of a pass (of an encoder-decoder: of its decoder); by
+    default those of a training sequence.
+    """
 
     def __init__(self, model: Opened, *, limit: int | None = None, batch_tokens: int = BATCH_TOKENS) -> None:
-        self._decoder = model.decoder
-        self.limit = min(limit or model.seq_len, model.positions or (limit or model.seq_len))
+        self._model = model.model
+        most = limit or model.target_limit
+        self.limit = min(most, model.positions or most)
         self._batch_tokens = batch_tokens
-        self._device = next(model.decoder.parameters()).device
+        self._device = next(model.model.parameters()).device
         self._digest = xxhash.xxh64(f"limit {self.limit}")
 
     @property
@@ -80,8 +95,10 @@ class Scorer:
         owners: list[int] = []
         for number, row in enumerate(rows):
             self._digest.update(np.array([row.first, *row.ids], dtype="<i8").tobytes())
+            if row.source:
+                self._digest.update(np.array([-1, *row.source], dtype="<i8").tobytes())
             for begin, first, end in windows(len(row.ids), row.first, self.limit):
-                parts.append(Row(row.ids[begin:end], first - begin))
+                parts.append(Row(row.ids[begin:end], first - begin, row.source))
                 owners.append(number)
         found: list[Predicted | None] = [None] * len(parts)
         alone, groups = self._grouped(parts)
@@ -101,7 +118,9 @@ class Scorer:
 
     def _grouped(self, parts: list[Row]) -> tuple[list[int], list[list[int]]]:
         """Rows to be computed whole, and groups that share a context of some length, which is computed once."""
-        if self._device.type != "cpu":
+        from headway.model.decoder import Decoder
+
+        if self._device.type != "cpu" or not isinstance(self._model, Decoder):
             return [*range(len(parts))], []
         by_context: dict[tuple[int, ...], list[int]] = {}
         for number, part in enumerate(parts):
@@ -118,17 +137,19 @@ class Scorer:
 
     def _batches(self, parts: list[Row], numbers: list[int]) -> Iterator[list[int]]:
         """Rows of similar length; rows with the same inputs are in one batch."""
-        order = sorted(numbers, key=lambda i: (-len(parts[i].ids), tuple(parts[i].ids[:-1])))
+        order = sorted(numbers, key=lambda i: (-len(parts[i].source), -len(parts[i].ids), parts[i].inputs))
         batch: list[int] = []
-        inputs: set[tuple[int, ...]] = set()
+        inputs: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        longest = 0  # input of the batch
         for number in order:
-            own = tuple(parts[number].ids[:-1])
-            longest = len(parts[batch[0]].ids) - 1 if batch else len(own)
-            if batch and own not in inputs and (len(inputs) + 1) * longest > self._batch_tokens:
+            own = parts[number].inputs
+            widest = len(parts[batch[0] if batch else number].source) + max(longest, len(own[1]))
+            if batch and own not in inputs and (len(inputs) + 1) * widest > self._batch_tokens:
                 yield batch
-                batch, inputs = [], set()
+                batch, inputs, longest = [], set(), 0
             batch.append(number)
             inputs.add(own)
+            longest = max(longest, len(own[1]))
         if batch:
             yield batch
 
@@ -136,33 +157,45 @@ class Scorer:
         """Rows of a batch. Those that differ in their last token only share a pass."""
         import torch
 
-        places: dict[tuple[int, ...], int] = {}
+        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         for row in rows:
-            places.setdefault(tuple(row.ids[:-1]), len(places))
-        length = max(map(len, places))
+            places.setdefault(row.inputs, len(places))
+        length = max(len(inputs) for _, inputs in places)
         tokens = torch.zeros(len(places), length, dtype=torch.int64)
-        for inputs, place in places.items():
+        for (_, inputs), place in places.items():
             tokens[place, : len(inputs)] = torch.tensor(inputs)
         with torch.inference_mode():
-            hidden = self._decoder.hidden(tokens.to(self._device))
-            chosen = [hidden[places[tuple(row.ids[:-1])], row.first - 1 : len(row.ids) - 1] for row in rows]
+            hidden = self._hidden(tokens.to(self._device), [source for source, _ in places])
+            chosen = [hidden[places[row.inputs], row.first - 1 : len(row.ids) - 1] for row in rows]
             return self._predicted(torch.cat(chosen), rows)
+
+    def _hidden(self, tokens: torch.Tensor, sources: Sequence[Sequence[int]]) -> torch.Tensor:
+        """What the head projects, [rows, S, d], of tokens [rows, S]; `sources` of an encoder-decoder."""
+        from headway.model.decoder import Decoder
+
+        if isinstance(self._model, Decoder):
+            return self._model.hidden(tokens)
+        ids, segments = padded(sources)
+        return self._model.hidden(ids.to(self._device), tokens, segments)
 
     def _after_one_context(self, rows: list[Row]) -> list[Predicted]:
         """Rows that share their first tokens: the context is computed once, then all continuations in one pass."""
         import torch
 
-        first = rows[0].first
+        from headway.model.decoder import Decoder
+
+        assert isinstance(self._model, Decoder), "`_grouped` makes no groups for an encoder-decoder"
+        decoder, first = self._model, rows[0].first
         longest = max(len(row.ids) - 1 - first for row in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
         for place, row in enumerate(rows):
             own = torch.tensor(row.ids[first:-1], dtype=torch.int64)
             tokens[place, : len(own)] = own
         with torch.inference_mode():
-            cache = self._decoder.new_cache(first)
+            cache = decoder.new_cache(first)
             context = torch.tensor([list(rows[0].ids[:first])], device=self._device)
-            last = self._decoder.hidden(context, cache=cache)[:, -1:]
-            hidden = self._decoder.hidden(tokens.to(self._device), cache=cache.repeated(len(rows), longest))
+            last = decoder.hidden(context, cache=cache)[:, -1:]
+            hidden = decoder.hidden(tokens.to(self._device), cache=cache.repeated(len(rows), longest))
             hidden = torch.cat([last.expand(len(rows), -1, -1), hidden], 1)
             return self._predicted(torch.cat([hidden[i, : len(r.ids) - first] for i, r in enumerate(rows)]), rows)
 
@@ -174,7 +207,7 @@ class Scorer:
         log_p: list[torch.Tensor] = []
         best: list[torch.Tensor] = []
         for states, wanted in zip(hidden.split(_HEAD_ROWS), labels.split(_HEAD_ROWS), strict=True):
-            logits = self._decoder.project(states).float()
+            logits = self._model.project(states).float()
             of_label = logits.gather(1, wanted[:, None])[:, 0]
             log_p.append((of_label - logits.logsumexp(-1)).double())
             best.append(of_label >= logits.amax(-1))

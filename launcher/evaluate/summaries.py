@@ -1,7 +1,8 @@
 """Generated targets of pairs, such as summaries, compared with the given ones by ROUGE.
 
 A prompt is continued as training showed it: prompt and separator, without a token before them. One that leaves no room
-for the new tokens loses tokens at its end, as in training. ROUGE is that of the package rouge-score (extra `eval`) with
+for the new tokens loses tokens at its end, as in training. Of an encoder-decoder, the encoder reads the prompt, and the
+decoder continues the tokens that start a target. ROUGE is that of the package rouge-score (extra `eval`) with
 Porter's stemmer: Lin, 2004, https://aclanthology.org/W04-1013.
 """
 
@@ -27,8 +28,8 @@ from headway.data.packed_pairs import shortened
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, bootstrapped, ratio, share
-from headway.launcher.evaluate.scorer import Row, Scorer
-from headway.launcher.evaluate.texts import TextSource, check_tokenizer
+from headway.launcher.evaluate.scorer import Scorer
+from headway.launcher.evaluate.texts import TextSource, check_tokenizer, pair_row, start_and_source
 from headway.launcher.exchange.opened import Opened
 from headway.launcher.exchange.search import Search, search
 
@@ -77,20 +78,23 @@ def evaluate_summaries(
     instead of pairs or another tokenizer.
     """
     pairs, separator = read_pairs(model, source, asked.fields, limit)
-    prompts = _prompts(model, pairs, separator, asked.how)
-    if cut := sum(len(ids) < len(pair.prompt) for ids, pair in zip(prompts, pairs, strict=True)):
-        console.note(
-            f"note: {source.name}: {cut:,} of {len(pairs):,} prompts are cut at their end, so that "
-            f"{asked.how.tokens} new tokens fit the {_limit(model)} positions of a training sequence"
-        )
-    found = search(model.decoder, prompts, asked.how, eos_id=model.codec.eos_id, done=done)
+    prompts, sources = _prompts(model, pairs, separator, asked.how)
+    room = (
+        f"the encoder reads at most {model.source_limit} tokens, as in training"
+        if sources is not None
+        else f"{asked.how.tokens} new tokens fit the {_limit(model)} positions of a training sequence"
+    )
+    kept = [len(ids) for ids in prompts] if sources is None else [len(ids) + separator for ids in sources]
+    if cut := sum(size < len(pair.prompt) for size, pair in zip(kept, pairs, strict=True)):
+        console.note(f"note: {source.name}: {cut:,} of {len(pairs):,} prompts are cut at their end, so that {room}")
+    found = search(model.model, prompts, asked.how, eos_id=model.codec.eos_id, sources=sources, done=done)
     given, generated = [pair.text for pair in pairs], [model.codec.decode([*each.ids]) for each in found]
     scores = rouge_scores(given, generated)
     if asked.texts is not None:
         _write(asked.texts, source.name, given, generated, scores)
     digest = xxhash.xxh64(repr(asked.how))
-    for ids, pair in zip(prompts, pairs, strict=True):
-        digest.update(repr((ids, pair.text)).encode())
+    for number, (ids, pair) in enumerate(zip(prompts, pairs, strict=True)):
+        digest.update(repr((ids, pair.text) if sources is None else (sources[number], ids, pair.text)).encode())
     measures = [bootstrapped(f"{source.name}/{name}", values, unit="F1") for name, values in scores.items()]
     measures.append(share(f"{source.name}/ended", [each.ended for each in found], chance=None))
     return [*(replace(m, digest=digest.hexdigest()) for m in measures), _loss(model, source, pairs, separator)]
@@ -158,10 +162,22 @@ def _of_files(model: Opened, path: Path, fields: tuple[str, str]) -> tuple[Itera
 
 
 def _limit(model: Opened) -> int:
-    return min(model.seq_len, model.positions or model.seq_len)
+    return min(model.target_limit, model.positions or model.target_limit)
 
 
-def _prompts(model: Opened, pairs: Sequence[Pair], separator: int, how: Search) -> list[list[int]]:
+def _prompts(
+    model: Opened, pairs: Sequence[Pair], separator: int, how: Search
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """(what the decoder continues, what the encoder of an encoder-decoder reads)."""
+    if model.is_encoder_decoder:
+        both = [start_and_source(model, pair.prompt, separator) for pair in pairs]
+        longest = max(len(start) for start, _ in both)
+        if longest + how.tokens - 1 > _limit(model):  # the last new token is not read
+            raise SpecError(
+                f"--new-tokens {how.tokens}: are more than the {_limit(model)} tokens of the decoder in a training "
+                f"sequence, of which {longest} start a target; use at most {_limit(model) + 1 - longest}"
+            )
+        return [start for start, _ in both], [source for _, source in both]
     room = _limit(model) + 1 - how.tokens  # the last new token is not read
     if room < separator + 1:
         most = _limit(model) - separator
@@ -169,16 +185,13 @@ def _prompts(model: Opened, pairs: Sequence[Pair], separator: int, how: Search) 
             f"--new-tokens {how.tokens}: leaves no room for a prompt in the {_limit(model)} positions of a training "
             f"sequence; use at most {most}"
         )
-    return [shortened(pair.prompt, separator, room) for pair in pairs]
+    return [shortened(pair.prompt, separator, room) for pair in pairs], None
 
 
 def _loss(model: Opened, source: TextSource, pairs: Sequence[Pair], separator: int) -> Measure:
     """Nats per token of the given targets, their end included, as in training."""
-    scorer, rows = Scorer(model), []
-    for pair in pairs:
-        prompt = shortened(pair.prompt, separator, max(separator + 1, scorer.limit + 1 - len(pair.target)))
-        rows.append(Row([*prompt, *pair.target], len(prompt)))
-    predicted = scorer.score(rows)
+    scorer = Scorer(model)
+    predicted = scorer.score([pair_row(model, pair.prompt, pair.target, separator, scorer.limit) for pair in pairs])
     losses = ratio(
         f"{source.name}/loss", [-p.total for p in predicted], [len(p.log_p) for p in predicted], unit="nats per token"
     )

@@ -8,7 +8,7 @@ in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -96,6 +96,32 @@ def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int]]
     return found(model, source.path)
 
 
+def pair_row(model: Opened, prompt: Sequence[int], target: Sequence[int], separator: int, limit: int) -> Row:
+    """The tokens of a pair, of which those of the target are predicted, as in training.
+
+    prompt: With the `separator` tokens at its end; it loses tokens before them, so that a pass of `limit` tokens reads
+    the pair. Of an encoder-decoder, it loses tokens so that the encoder reads it in a sequence of its training.
+    """
+    if not model.is_encoder_decoder:
+        kept = shortened(prompt, separator, max(separator + 1, limit + 1 - len(target)))
+        return Row([*kept, *target], len(kept))
+    start, source = start_and_source(model, prompt, separator)
+    return Row([*start, *target], len(start), source)
+
+
+def start_and_source(model: Opened, prompt: Sequence[int], separator: int) -> tuple[list[int], list[int]]:
+    """(ids that start a target, ids that the encoder reads) of a prompt with the `separator` tokens at its end.
+
+    A model that was not trained on pairs starts as one that was trained on these. Raises SpecError for weights that do
+    not say how they start.
+    """
+    end = len(prompt) - separator
+    eos_id = model.codec.eos_id
+    assert eos_id is not None, "the model knows text"
+    start = model.start_ids or (*prompt[end:],) or (eos_id,)
+    return [*start], [*prompt[: min(end, model.source_limit)]]
+
+
 def _begin(model: Opened, path: Path) -> int:
     if model.codec.tokenizer is None or model.codec.eos_id is None:
         raise SpecError(
@@ -122,6 +148,8 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
     begin, manifest = _begin(model, root), read_manifest(root)
     assert model.codec.tokenizer is not None
     check_tokenizer(model, root, manifest)
+    if manifest.pairs is None:
+        model.decoder_for(f"the loss of a text, such as {root},")
     split = MdsSplit(root, "validation")
     for number in range(len(split)):
         ids = split.tokens(number).tolist()
@@ -129,10 +157,8 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
         text = ids[first:-1]  # without the end of the document
         size = len(model.codec.tokenizer.decode(text).encode("utf-8", errors="surrogatepass"))
         if manifest.pairs is not None:
-            separator = len(manifest.pairs.separator_ids)
-            room = max(separator + 1, Scorer(model).limit + 1 - len(ids[first:]))
-            prompt = shortened(ids[:first], separator, room)
-            yield Row([*prompt, *ids[first:]], len(prompt)), size
+            separator, limit = len(manifest.pairs.separator_ids), Scorer(model).limit
+            yield pair_row(model, ids[:first], ids[first:], separator, limit), size
         elif text:
             yield Row([begin, *text], 1), size
 
@@ -143,6 +169,7 @@ def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int]]:
 
     begin = _begin(model, path)
     assert model.codec.tokenizer is not None
+    model.decoder_for(f"the loss of a text, such as {path},")
     if not path.exists():
         raise NoInputError(f"{path}: no such file or folder; name a text, a .jsonl or .parquet file, or a dataset")
     files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

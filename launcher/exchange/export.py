@@ -76,6 +76,16 @@ class Written:
         run = f"run {spec.name}{branch}, attention {spec.attention.type}"
         return f"{run}, step {self.found.step}, {self.found.state['tokens']} tokens"
 
+    def _of_pairs(self) -> dict[str, Any]:
+        """What the config of an encoder-decoder has too."""
+        if not self.spec.model.is_encoder_decoder:
+            return {}
+        start = self.codec.start_ids
+        return {
+            "encoder_tokens": self.spec.data.encoder_tokens,
+            "target_start_ids": None if start is None else list(start),
+        }
+
     def exported(self) -> hf.ExportedConfig:
         """The config of the folder, without its files."""
         assert self.spec.model.vocab_size is not None
@@ -88,6 +98,7 @@ class Written:
             tokens=int(self.found.state["tokens"]),
             bos_token_id=None,  # training puts no token before a text
             eos_token_id=self.codec.eos_id,
+            **self._of_pairs(),
             files={},
         )
 

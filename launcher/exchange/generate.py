@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
-from headway.launcher.exchange.opened import open_model
+from headway.launcher.exchange.opened import Opened, open_model
+from headway.launcher.exchange.steps import Steps
 from headway.launcher.run.codec import Codec
 
 if TYPE_CHECKING:
     import torch
 
-    from headway.model.decoder import Decoder
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward pass. It limits the memory for a long prompt and does not change the result."""
+    from headway.model.seq2seq.build import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,8 @@ class Sampling:
 
 
 def generate(path: Path, prompt: str, sampling: Sampling) -> int:
-    """Print the prompt and its continuation to stdout, and times and cache size to stderr.
+    """Print the prompt and its continuation to stdout, and times and cache size to stderr. Of an encoder-decoder that
+    was trained on pairs, the target alone is printed.
 
     `path`: a run, a folder of exported or imported weights, also in Hugging Face's format. For a model of
     synthetic data, prompt and output are token ids. Raises NoInputError if `path` is none of these, CheckpointError if
@@ -58,8 +57,10 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
     """
     sampling.check()
     opened = open_model(path)
-    model, codec, seq_len = opened.decoder, opened.codec, opened.seq_len
+    codec, seq_len = opened.codec, opened.seq_len
     ids = codec.encode(prompt)
+    if opened.is_encoder_decoder:
+        return _of_encoder_decoder(opened, ids, sampling)
     known = opened.positions
     if known is not None and len(ids) + sampling.tokens - 1 > known:  # the last new token is not fed back
         raise SpecError(
@@ -73,53 +74,96 @@ def generate(path: Path, prompt: str, sampling: Sampling) -> int:
             "sequence of the training; the text may degrade beyond that length"
         )
     console.note(f"{opened.title}, {len(ids)} prompt tokens")
-    printer = _Printer(codec)
-    printer.put(ids)
+    _print(opened, ids, None, sampling, shown=ids, read=f"prefill {len(ids)} tokens")
+    return 0
+
+
+def _of_encoder_decoder(opened: Opened, ids: list[int], sampling: Sampling) -> int:
+    """The encoder reads the prompt, and the decoder writes a target. Raises SpecError if no token starts one.
+
+    A model that was not trained on pairs reads the prompt as it reads sequences in training: the encoder the first
+    tokens, the decoder the others, at least the last one.
+    """
+    start, shown = opened.start_ids, []
+    if start is None:
+        if len(ids) < 2:
+            raise SpecError("prompt: an encoder_decoder needs at least 2 tokens, one for each part; give a longer one")
+        shown, cut = ids, min(opened.source_limit, len(ids) - 1)
+        ids, start = ids[:cut], tuple(ids[cut:])
+    for tokens, limit, what in (
+        (len(ids), opened.source_limit, "tokens of the encoder"),
+        (len(start) + sampling.tokens - 1, opened.target_limit, "tokens of the decoder"),
+    ):
+        if tokens > limit:
+            console.note(
+                f"note: {tokens} {what} are more than the {limit} of a training sequence; the text may degrade beyond "
+                "that length"
+            )
+    console.note(f"{opened.title}, {len(ids)} tokens for the encoder, {len(start)} start the target")
+    _print(opened, [*start], [ids], sampling, shown=shown, read=f"encoding {len(ids)} tokens and prefill {len(start)}")
+    return 0
+
+
+def _print(
+    opened: Opened,
+    ids: list[int],
+    sources: list[list[int]] | None,
+    sampling: Sampling,
+    *,
+    shown: list[int],
+    read: str,
+) -> None:
+    """Print the tokens `shown` and the continuation, with its costs. `read`: what is timed before the first token."""
+    printer = _Printer(opened.codec)
+    printer.put(shown)
     stats: dict[str, Any] = {}
-    for token in continuation(model, ids, sampling, eos_id=codec.eos_id, stats=stats):
+    eos_id = opened.codec.eos_id
+    for token in continuation(opened.model, ids, sampling, eos_id=eos_id, stats=stats, sources=sources):
         printer.put([token])
     printer.close()
     new = stats["new_tokens"]
     decode_s = stats["decode_s"]
     console.note(
-        f"prefill {len(ids)} tokens in {1e3 * stats['prefill_s']:.0f} ms; {new} new tokens"
+        f"{read} in {1e3 * stats['prefill_s']:.0f} ms; {new} new tokens"
         + (f", {(new - 1) / decode_s:,.0f} per second" if new > 1 and decode_s > 0 else "")
         + f"; KV cache {stats['cache_bytes'] / 1024:,.1f} KiB for {stats['cached_tokens']} tokens"
     )
-    return 0
 
 
 def continuation(
-    model: Decoder, ids: list[int], sampling: Sampling, *, eos_id: int | None, stats: dict[str, Any]
+    model: Model,
+    ids: list[int],
+    sampling: Sampling,
+    *,
+    eos_id: int | None,
+    stats: dict[str, Any],
+    sources: list[list[int]] | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids until `sampling.tokens` or the end of the document. Updates `stats` with times and sizes."""
+    """Yield new token ids until `sampling.tokens` or the end of the document. Updates `stats` with times and sizes.
+
+    sources: Of an encoder-decoder, one list with the ids that its encoder reads; its decoder continues `ids`.
+    """
     import torch
 
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    cache = model.new_cache(len(ids) + sampling.tokens - 1)  # the last new token is not fed back
-
-    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():  # not around `yield`: the caller's code would run in it too
-            return model.logits(tokens, cache=cache, last=True)[0, -1]
-
     t0 = time.perf_counter()
-    logits = None
-    for chunk in torch.tensor([ids], device=device).split(PREFILL_CHUNK, 1):
-        logits = logits_of(chunk)
-    assert logits is not None
+    with torch.inference_mode():  # not around `yield`: the caller's code would run in it too
+        steps = Steps(model, sources, tokens=len(ids) + sampling.tokens - 1)  # the last new token is not fed back
+        logits = steps.read([ids])[0]
+    generator = torch.Generator(device=steps.device).manual_seed(sampling.seed)
     stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
     element = next(model.parameters()).element_size()
+    cached = 0 if sources is None else len(sources[0])  # by cross attention
     t0 = time.perf_counter()
     for i in range(sampling.tokens):
         token = _choose(logits, sampling, generator)
         stats |= {"new_tokens": i + 1, "decode_s": time.perf_counter() - t0}
-        stats |= {"cache_bytes": cache.numbers * element, "cached_tokens": cache.tokens}
+        stats |= {"cache_bytes": steps.numbers * element, "cached_tokens": cached + steps.tokens}
         if token == eos_id:
             return
         yield token
         if i + 1 < sampling.tokens:
-            logits = logits_of(torch.tensor([[token]], device=device))
+            with torch.inference_mode():
+                logits = steps.read([[token]])[0]
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -53,7 +53,8 @@ No code of the folder is executed. `generate` uses the KV cache of the mechanism
     model = load_model("FOLDER")           # reads tensors and JSON; executes no code from the folder
     logits = model.logits(source, target)  # token ids [B, s] and [B, t] int64 -> [B, t, V]
 
-A spec with `init.weights: FOLDER` starts from them.
+`headway generate FOLDER "prompt"` writes a target, if the model was trained on pairs. A spec with `init.weights:
+FOLDER` starts from them.
 """,
 }
 """How a folder is used, by the architecture in its config.json; in Headway's own format by its type (decoder: "")."""

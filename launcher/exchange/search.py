@@ -1,9 +1,10 @@
-"""Greedy and beam search for many prompts at once, with a KV cache.
+"""Greedy and beam search for many prompts at once, with a KV cache, with decoders and encoder-decoders.
 
 The rows of a batch are always at the same position, whatever the lengths of their prompts: all read the tokens of the
 shortest prompt in one pass; then a row whose prompt is longer reads its next token where the others read the token that
 they have generated. So no padding is read, no mask is needed, and a row computes what it computes alone, with every
-mechanism that has a cache. Prompts of similar length share a batch.
+mechanism that has a cache. Prompts of similar length share a batch. Of an encoder-decoder, the prompt is what starts a
+target; the encoder reads the sources of a batch once, and padding of the shorter ones is seen by no token.
 
 Beam search with K beams continues, in each step, every live hypothesis by every token, and ranks the continuations by
 their log-probability. Those of the best K that end the document have ended; the best K others live on. A prompt is done
@@ -22,17 +23,18 @@ from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING
 
-from headway.launcher.exchange.generate import PREFILL_CHUNK
+from headway.launcher.exchange.steps import Steps
 
 if TYPE_CHECKING:
     import torch
 
-    from headway.model.decoder import Decoder
+    from headway.model.seq2seq.build import Model
 
 BATCH_ROWS = 32
 """Rows (prompts times beams) of a batch."""
 _SPREAD = 64
-"""Tokens that the longest prompt of a batch has more than its shortest, at most: they are read one by one."""
+"""Tokens that the longest prompt or source of a batch has more than the shortest, at most: those of prompts are read
+one by one, and those of sources are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +56,48 @@ class Found:
 
 
 def search(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     how: Search,
     *,
     eos_id: int | None,
+    sources: Sequence[Sequence[int]] | None = None,
     batch_rows: int = BATCH_ROWS,
     done: Callable[[int], None] = lambda prompts: None,
 ) -> list[Found]:
     """Continue each prompt (at least one token). `done` is told how many prompts were finished.
 
+    sources: Of an encoder-decoder, what its encoder reads with each prompt (at least one token).
+
     The result of a prompt does not depend on the other prompts, except for rounding.
     """
     found: list[Found | None] = [None] * len(prompts)
-    for batch in _batches(prompts, max(1, batch_rows // how.beams)):
-        for number, result in zip(batch, _together(model, [prompts[i] for i in batch], how, eos_id), strict=True):
+    for batch in _batches(prompts, sources, max(1, batch_rows // how.beams)):
+        beams = [_Beams(prompts[number], how) for number in batch]
+        own = None if sources is None else [sources[number] for number in batch]
+        for number, result in zip(batch, _together(model, beams, own, how, eos_id), strict=True):
             found[number] = result
         done(len(batch))
     return [result for result in found if result is not None]
 
 
-def _batches(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+def _batches(
+    prompts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None, most: int
+) -> Iterator[list[int]]:
+    sizes = [(0 if sources is None else len(sources[i]), len(prompts[i])) for i in range(len(prompts))]
     batch: list[int] = []
-    for number in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and (len(batch) == most or len(prompts[number]) - len(prompts[batch[0]]) > _SPREAD):
+    for number in sorted(range(len(prompts)), key=lambda i: sizes[i]):
+        if batch and (len(batch) == most or _spread([sizes[i] for i in (*batch, number)]) > _SPREAD):
             yield batch
             batch = []
         batch.append(number)
     if batch:
         yield batch
+
+
+def _spread(sizes: Sequence[tuple[int, int]]) -> int:
+    """The larger difference between the largest and the smallest: of sources, or of prompts."""
+    return max(max(each) - min(each) for each in zip(*sizes, strict=True))
 
 
 class _Beams:
@@ -126,29 +141,25 @@ class _Beams:
         return max(self._candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _together(model: Decoder, prompts: list[Sequence[int]], how: Search, eos_id: int | None) -> list[Found]:
+def _together(
+    model: Model, beams: list[_Beams], sources: list[Sequence[int]] | None, how: Search, eos_id: int | None
+) -> list[Found]:
     """Search for the prompts of one batch."""
     import torch
 
-    device = next(model.parameters()).device
-    beams = [_Beams(prompt, how) for prompt in prompts]
-    shortest = min(map(len, prompts))
-    cache = model.new_cache(max(map(len, prompts)) + how.tokens - 1)
+    lengths = [len(each.prompt) for each in beams]
     with torch.inference_mode():
-        logits: torch.Tensor | None = None
-        first = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
-        for chunk in first.split(PREFILL_CHUNK, 1):
-            logits = model.logits(chunk, cache=cache, last=True)[:, -1]
-        assert logits is not None, "a prompt has at least one token"
+        steps = Steps(model, sources, tokens=max(lengths) + how.tokens - 1)
+        logits = steps.read([each.prompt[: min(lengths)] for each in beams])
         active = [*beams]
         while True:
-            rows, tokens = _next_rows(active, logits, cache.tokens, eos_id)
+            rows, tokens = _next_rows(active, logits, steps.tokens, eos_id)
             active = [each for each in active if not each.is_done]
             if not active:
                 return [each.best() for each in beams]
             if rows != list(range(len(logits))):
-                cache.select(torch.tensor(rows, device=device))
-            logits = model.logits(torch.tensor(tokens, device=device)[:, None], cache=cache)[:, -1]
+                steps.select(rows)
+            logits = steps.read([[token] for token in tokens])
 
 
 def _next_rows(

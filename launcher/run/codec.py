@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headway.data import tokenizer as tokenizers
-from headway.data.config import DataError, SyntheticSource, datasets_of
+from headway.data.config import DataError, PairsSource, SyntheticSource, datasets_of
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.spec.spec import Spec
@@ -20,7 +21,8 @@ class Codec:
     """Convert between text and token ids. For synthetic data or without a tokenizer, the text is a list of ids.
 
     `tokenizer`: the loaded tokenizer, or None; `file`: its tokenizer.json; `eos_id` and `eos_token` end a document;
-    `bos_id` begins every prompt.
+    `bos_id` begins every prompt. `start_ids` start a target of the pairs that an encoder-decoder was trained on; None
+    for other data.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class Codec:
         eos_id: int | None = None,
         eos_token: str | None = None,
         bos_id: int | None = None,
+        start_ids: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer, self._vocab_size = tokenizer, vocab_size
         self.file, self.eos_id, self.eos_token, self.bos_id = file, eos_id, eos_token, bos_id
+        self.start_ids = None if start_ids is None else tuple(start_ids)
 
     @classmethod
     def of(cls, spec: Spec, run: RunDir) -> Codec:
@@ -46,6 +50,7 @@ class Codec:
         from headway.data import tokenizer
         from headway.data.manifest import TOKENIZER_NAME, read_manifest
         from headway.data.mixture import mixed_fingerprint
+        from headway.data.split_pairs import start_ids
 
         roots = [Path(part.path).expanduser() for part in datasets_of(source)]
         manifests = [read_manifest(root) for root in roots]
@@ -60,7 +65,9 @@ class Codec:
         file = root / TOKENIZER_NAME
         if tokenizer.sha256_of(file) != manifest.tokenizer_sha256:
             raise DataError(f"{file}: not the tokenizer of the dataset; restore it, or build the dataset anew")
-        return cls._of_file(file, spec.model.vocab_size, eos_id=manifest.eos_id, bos_id=None)
+        started = start_ids(manifest) if isinstance(source, PairsSource) else None
+        size = spec.model.vocab_size
+        return cls._of_file(file, size, eos_id=manifest.eos_id, bos_id=None, start_ids=started)
 
     @classmethod
     def of_exported(cls, folder: Path, config: ExportedConfig) -> Codec:
@@ -68,22 +75,34 @@ class Codec:
         from headway.model.huggingface.folder import TOKENIZER
 
         file = folder / TOKENIZER if TOKENIZER in config.files else None
-        return cls.of_weights(file, config.vocab_size, eos_id=config.eos_token_id, bos_id=config.bos_token_id)
+        ends = {"eos_id": config.eos_token_id, "bos_id": config.bos_token_id}
+        return cls.of_weights(file, config.vocab_size, **ends, start_ids=config.target_start_ids)
 
     @classmethod
-    def of_weights(cls, file: Path | None, vocab_size: int, *, eos_id: int | None, bos_id: int | None) -> Codec:
+    def of_weights(
+        cls,
+        file: Path | None,
+        vocab_size: int,
+        *,
+        eos_id: int | None,
+        bos_id: int | None,
+        start_ids: Sequence[int] | None = None,
+    ) -> Codec:
         """The codec of weights with the tokenizer.json `file`. Without it, or without an end token, texts are ids."""
         if file is None or eos_id is None:
-            return cls(None, vocab_size, eos_id=eos_id, bos_id=bos_id)
-        return cls._of_file(file, vocab_size, eos_id=eos_id, bos_id=bos_id)
+            return cls(None, vocab_size, eos_id=eos_id, bos_id=bos_id, start_ids=start_ids)
+        return cls._of_file(file, vocab_size, eos_id=eos_id, bos_id=bos_id, start_ids=start_ids)
 
     @classmethod
-    def _of_file(cls, file: Path, vocab_size: int, *, eos_id: int, bos_id: int | None) -> Codec:
+    def _of_file(
+        cls, file: Path, vocab_size: int, *, eos_id: int, bos_id: int | None, start_ids: Sequence[int] | None
+    ) -> Codec:
         from headway.data import tokenizer
 
         eos_token = token_of(file, eos_id)
         loaded = tokenizer.load(file, eos_token=eos_token)
-        return cls(loaded, vocab_size, file=file, eos_id=eos_id, eos_token=eos_token, bos_id=bos_id)
+        ends = {"eos_id": eos_id, "eos_token": eos_token, "bos_id": bos_id}
+        return cls(loaded, vocab_size, file=file, **ends, start_ids=start_ids)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at least one. An empty text prompt begins a document."""

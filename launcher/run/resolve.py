@@ -83,7 +83,8 @@ def _pairs(spec: Spec) -> dict[str, Any]:
         facts, found[split] = opened.facts, asdict(opened.facts)
         opened.close()
         lost = [f"{facts.cut:,} cut at the end of their prompt"] if facts.cut else []
-        lost += [f"{facts.left_out:,} left out as too long (data.source.long, data.seq_len)"] if facts.left_out else []
+        keys = "data.source.long, data.seq_len" + (", data.encoder_tokens" if spec.data.encoder_tokens else "")
+        lost += [f"{facts.left_out:,} left out as too long ({keys})"] if facts.left_out else []
         console.note(
             f"data: {facts.pairs:,} of {facts.pairs + facts.left_out:,} pairs for {split} in {facts.sequences:,} "
             f"sequences, {facts.padding:.1%} padding{''.join(f'; {part}' for part in lost)}"

@@ -39,7 +39,7 @@ def load_decoder(spec: Spec, found: checkpoint.Checkpoint) -> Decoder:
 
     Raises SpecError for an encoder-decoder.
     """
-    decoders_only(spec, "what reads the weights of a run (generate, eval)")
+    decoders_only(spec, "what reads the weights as those of a decoder (convert, Run.model)")
     model = load_model(spec, found)
     assert isinstance(model, Decoder)
     return model

@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 def decoders_only(spec: Sections, what: str) -> None:
     """Raise SpecError if the model is an encoder-decoder. `what`: the command or key that has no form for one."""
     if spec.model.is_encoder_decoder:
-        raise SpecError(
-            f"model.type: {what} works on decoders only, and this model is an encoder_decoder; use model.type decoder, "
-            "or leave this out (docs/encoder-decoder.md lists what an encoder_decoder can do)"
-        )
+        raise no_form(what)
+
+
+def no_form(what: str) -> SpecError:
+    """The error for `what` has no form for an encoder-decoder."""
+    return SpecError(
+        f"model.type: {what} works on decoders only, and this model is an encoder_decoder; use model.type decoder, "
+        "or leave this out (docs/encoder-decoder.md lists what an encoder_decoder can do)"
+    )
 
 
 def why_not_encoder_decoder(spec: Sections) -> str | None:

@@ -35,6 +35,8 @@ from headway.model.seq2seq.build import Model, build_model
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 FORMAT = "headway-weights"
+OF_PAIRS = ("encoder_tokens", "target_start_ids")
+"""Keys of config.json that only encoder-decoders have."""
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_JSON_BYTES = 64 << 20
 _MAX_VALUES = 20_000  # in a config.json; pydantic makes an error of a kilobyte for each that is wrong
@@ -70,6 +72,10 @@ class ExportedConfig(StrictConfig):
     tokens: int = Field(ge=0, description="training tokens so far; they set the schedules of the mechanism")
     bos_token_id: int | None = Field(description="prepended to every prompt; null: nothing is prepended")
     eos_token_id: int | None = Field(description="ends a document")
+    encoder_tokens: int | None = Field(default=None, ge=1, description="of a training sequence, those of the encoder")
+    target_start_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, min_length=1, max_length=4096, description="ids that start a target of an encoder-decoder"
+    )
     files: dict[Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")], FileEntry]
 
 
@@ -360,7 +366,8 @@ def write_exported(folder: Path, config: ExportedConfig, files: list[str]) -> No
     entries = {
         name: FileEntry(bytes=regular_size(folder / name), sha256=sha256_of(folder / name)) for name in sorted(files)
     }
-    write_json(folder / CONFIG, config.model_copy(update={"files": entries}).model_dump(mode="json"))
+    absent = {name for name in OF_PAIRS if getattr(config, name) is None}  # earlier versions refuse unknown keys
+    write_json(folder / CONFIG, config.model_copy(update={"files": entries}).model_dump(mode="json", exclude=absent))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from headway.model.decoder import Decoder
 from headway.model.huggingface.folder import (
     CONFIG,
+    OF_PAIRS,
     ExportedConfig,
     TensorFiles,
     WeightsError,
@@ -32,7 +33,7 @@ PREFIX = "decoder."
 
 _KEYS = {"seq_len": "max_position_embeddings"}
 """Names of fields of `ExportedConfig` that transformers knows under other names."""
-_ABSENT = ("format", "version", "files")
+_ABSENT = ("format", "version", "files", *OF_PAIRS)
 
 
 def tensor_name(name: str) -> str:

@@ -55,11 +55,29 @@ class SequenceCache:
         self.layers = [KVCache(tokens) for _ in range(layers)]
         self.across = [SourceCache() for _ in range(layers)]
         self.tokens = 0
+        self._sources = torch.arange(len(states))  # number of the source of each row
 
     @property
     def numbers(self) -> int:
         """Elements of the cached keys and values, over layers and batch."""
         return sum(layer.numbers for layer in (*self.layers, *self.across))
+
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows of the batch, as `KVCache.select`.
+
+        Nothing of the sources is copied if each row keeps its source, as when the hypotheses of a beam search change
+        places.
+        """
+        for layer in self.layers:
+            layer.select(rows)
+        before, self._sources = self._sources, self._sources[rows.cpu()]
+        if self._sources.equal(before):
+            return
+        self.states = self.states[rows]
+        if self.segments is not None:
+            self.segments = self.segments[rows.to(self.segments.device)]
+        for layer in self.across:
+            layer.select(rows)
 
 
 class EncoderDecoder(nn.Module):
@@ -166,8 +184,17 @@ class EncoderDecoder(nn.Module):
         segments: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, t, V] of the target tokens; arguments as in `forward`."""
-        hidden, _ = self._decoded(self.encode(source, source_segments), tokens, source_segments, segments)
-        return self.project(hidden)
+        return self.project(self.hidden(source, tokens, source_segments, segments))
+
+    def hidden(
+        self,
+        source: Tensor,
+        tokens: Tensor,
+        source_segments: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """What the head projects, [B, t, d], without dropout; arguments as in `forward`."""
+        return self._decoded(self.encode(source, source_segments), tokens, source_segments, segments)[0]
 
     def new_cache(self, source: Tensor, source_segments: Tensor | None = None, *, tokens: int = 0) -> SequenceCache:
         """Encode the sources [B, s] and return a cache for targets of `tokens` tokens at most, if that is known."""

@@ -50,7 +50,7 @@ def test_validation_is_cut_too():
         same(a, b, 5)
 
 
-def test_pairs_are_not_cut():
-    pairs = {"type": "pairs", "path": "x"}
-    with pytest.raises(ValidationError, match=r"encoder_tokens: cuts sequences at one place"):
+def test_prompts_of_pairs_are_not_predicted():
+    pairs = {"type": "pairs", "path": "x", "loss": "all"}
+    with pytest.raises(ValidationError, match=r"source.loss: all predicts prompts too, .* use targets, or a decoder"):
         DataConfig.model_validate({"seq_len": 20, "encoder_tokens": 5, "source": pairs})

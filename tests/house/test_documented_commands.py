@@ -51,8 +51,9 @@ OF_VERB = {
         "arc_easy,lambada_openai": "questions.jsonl",
         "arc_easy": "questions.jsonl",
         "runs/summarise": "runs/quickstart",
+        "runs/summarise-encoder-decoder": "runs/quickstart",
     },
-    "generate": {"OUT": "exported"},
+    "generate": {"OUT": "exported", "runs/summarise-encoder-decoder": "runs/quickstart"},
     "inspect": {"runs/first": "runs/quickstart", "heldout.txt": "corpora/text/0.txt"},
     "export": {"4000": "4"},  # a checkpoint of the small run
 }

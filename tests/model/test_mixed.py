@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from headway.kernels.documents import Documents
 from headway.kernels.rope import rope_tables
-from headway.model.attention.gqa import GqaConfig
-from headway.model.attention.rgqa import RgqaConfig
+from headway.model.attention.gqa import GqaConfig, MhaConfig
+from headway.model.attention.rgqa import RgqaConfig, SizeRule
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
@@ -121,6 +121,21 @@ def test_fields_by_layer_and_by_size_are_resolved_inside_of_kinds() -> None:
     mixed = MixedConfig(kinds={"routed": ladder, "local": LOCAL}, pattern=["routed", "local"])
     each = layer_configs(MODEL, mixed, vocab_size=VOCAB)
     assert [getattr(one, "top_k", None) for one in each] == [1, None, 3, None, 2]
+
+
+def test_a_rule_by_size_counts_the_parameters_of_all_layers() -> None:
+    """The kinds differ much in size: a model of either kind alone would be on the other side of the step."""
+    wide = MhaConfig(heads=30, head_dim=8)
+
+    def mixed(at_params: float) -> MixedConfig:
+        rule = SizeRule(ratio=0.25, slope=0.25, at_params=at_params)
+        routed = RgqaConfig(heads=8, kv_heads=2, head_dim=6, top_k=rule)
+        return MixedConfig(kinds={"routed": routed, "wide": wide}, pattern=["routed", "wide"])
+
+    total = account(MODEL, mixed(1e4), vocab_size=VOCAB, seq_len=8).num_params
+    assert total == sum(p.numel() for p in decoder(mixed(1e4)).parameters())
+    chosen = [layer_configs(MODEL, mixed(at), vocab_size=VOCAB)[0] for at in (total + 1, total - 1)]
+    assert [one.model_dump()["top_k"] for one in chosen] == [1, 2]
 
 
 def test_schedules_and_router_statistics_are_those_of_the_layers() -> None:

@@ -105,15 +105,21 @@ def test_the_absorbed_form_is_the_same_function(config: MlaConfig, monkeypatch: 
 
 
 @each_form
-def test_decoding_reads_the_cache_and_gives_the_whole_pass(config: MlaConfig) -> None:
+def test_decoding_reads_the_cache_and_gives_the_whole_pass(config: MlaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(width=WIDTH, layers=2, ffn_width=16, init_std=0.4)
     decoder = Decoder(model, config, vocab_size=30, seed=2).double().eval()
     tokens = torch.randint(0, 30, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
+    absorbed: list[int] = []  # queries of each absorbed pass of a layer
+    plain = LatentAttention.attend_absorbed
+    monkeypatch.setattr(
+        LatentAttention, "attend_absorbed", lambda *given: absorbed.append(given[1].shape[1]) or plain(*given)
+    )
     with torch.no_grad():
         cache = decoder.new_cache(SEQ)
         parts = [decoder.logits(tokens[:, :3], cache=cache)]
         parts += [decoder.logits(tokens[:, i : i + 1], cache=cache) for i in range(3, SEQ)]
         assert torch.allclose(torch.cat(parts, 1), decoder.logits(tokens), atol=1e-12)
+    assert absorbed.count(1) >= 2 * (SEQ - 5)  # in two layers; with few keys the other form is cheaper
     assert cache.numbers == BATCH * SEQ * 2 * config.cached
     cost = account(model, config, vocab_size=30, seq_len=SEQ, bytes_per_element=8)
     assert cost.kv_bytes_per_token == 2 * 8 * (config.latents * config.latent + config.rope_dim)

@@ -16,6 +16,7 @@ from headway.launcher.run.weights import find_checkpoint, load_decoder
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.spec import Spec
 from headway.model.decoder import Decoder
+from headway.model.seq2seq.build import Model, build_model
 from headway.parallel import checkpoint
 from headway.parallel.layout import Layout
 from headway.parallel.logical import LogicalBuffer
@@ -38,16 +39,16 @@ SPEC: dict[str, Any] = {
 
 
 class _Saved:
-    """What a checkpoint saves of a decoder that no optimizer has changed."""
+    """What a checkpoint saves of a model that no optimizer has changed."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, model: Model) -> None:
+        self._model = model
 
     def buffers(self) -> Mapping[str, LogicalBuffer]:
-        return {name: LogicalBuffer(buffer, None) for name, buffer in checkpoint.persistent_buffers(self._decoder)}
+        return {name: LogicalBuffer(buffer, None) for name, buffer in checkpoint.persistent_buffers(self._model)}
 
     def read_spans(self) -> Iterator[tuple[str, Span, Tensor]]:
-        for name, value in self._decoder.named_parameters():
+        for name, value in self._model.named_parameters():
             span = whole(tuple(value.shape))
             yield f"param/{name}", span, value.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -65,15 +66,15 @@ def untrained_run(folder: Path, *, step: int = 1, tokens: int = 384, **sections:
     spec, _ = resolve(load_spec(file).spec)
     file.unlink()
     assert spec.model.vocab_size is not None
-    decoder = Decoder(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
+    model = build_model(spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed)
     with torch.no_grad():
-        for name, buffer in decoder.named_buffers():  # as if balancing had acted
+        for name, buffer in model.named_buffers():  # as if balancing had acted
             if name.endswith("router.bias"):
                 buffer += torch.linspace(-0.2, 0.2, buffer.numel()).view_as(buffer)
     run = RunDir(folder)
     write_json(run.spec, spec.model_dump(mode="json"))
     state = {"tokens": tokens, "applied_steps": 0}
-    assert checkpoint.save(run.checkpoints, _Saved(decoder), ALONE, step=step, state=state, keep=1) is None
+    assert checkpoint.save(run.checkpoints, _Saved(model), ALONE, step=step, state=state, keep=1) is None
     return folder
 
 

@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     shape = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.3)
     attention = RgqaConfig(heads=4, kv_heads=2, head_dim=8, top_k=1)
     decoder = Decoder(shape, attention, vocab_size=vocab, seed=3).eval()
-    return Opened(decoder=decoder, codec=codec, seq_len=24, title="made", data=None, identity={})
+    return Opened(model=decoder, codec=codec, seq_len=24, title="made", data=None, identity={})
 
 
 @pytest.fixture

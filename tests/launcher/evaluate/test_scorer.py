@@ -26,7 +26,7 @@ def model_of(attention: object, *, seq_len: int = 48) -> Opened:
     shape = ModelConfig(width=32, layers=2, ffn_width=48, init_std=0.2)
     decoder = Decoder(shape, attention, vocab_size=VOCAB, seed=3).double().eval()  # pyright: ignore[reportArgumentType]
     return Opened(
-        decoder=decoder,
+        model=decoder,
         codec=Codec(None, VOCAB),
         seq_len=seq_len,
         title="made",

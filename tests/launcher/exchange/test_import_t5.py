@@ -12,9 +12,10 @@ import torch
 from llamas import transformers
 from safetensors.torch import load_file, save_file
 
-from headway.launcher.base.errors import HeadwayError
+from headway.launcher.base.errors import HeadwayError, SpecError
 from headway.launcher.cli.main import main
 from headway.launcher.exchange import import_t5
+from headway.launcher.exchange.generate import Sampling, generate
 from headway.launcher.exchange.import_hf import import_hf
 from headway.launcher.exchange.opened import open_model
 from headway.model.huggingface.folder import WeightsError, load_exported, load_model
@@ -124,8 +125,12 @@ def test_other_models_are_refused(folder, tmp_path, changes, message):
 
 def test_what_reads_decoders_refuses_it(folder, tmp_path):
     assert import_hf(folder, tmp_path / "ours") == 0
-    for place in (folder, tmp_path / "ours"):
-        with pytest.raises(WeightsError, match="holds an encoder_decoder"):
-            open_model(place)
+    with pytest.raises(WeightsError, match="holds an encoder_decoder"):
+        open_model(folder)
+    with pytest.raises(SpecError, match="works on decoders only"):
+        _ = open_model(tmp_path / "ours").decoder
+    greedy = Sampling(tokens=2, temperature=0.0, top_p=1.0, seed=1)
+    with pytest.raises(SpecError, match="do not say which tokens start a target"):
+        generate(tmp_path / "ours", "1 2 3", greedy)
     with pytest.raises(WeightsError, match="holds an encoder_decoder"):
         load_exported(tmp_path / "ours")

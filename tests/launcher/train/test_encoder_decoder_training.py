@@ -95,8 +95,7 @@ def test_training_starts_from_imported_weights(headway, tmp_path):
     "words",
     [
         ("export", "RUN", "out", "--to", "hf"),
-        ("generate", "RUN", "1 2 3"),
-        ("eval", "RUN"),
+        ("eval", "RUN", "--recall", "8"),
         ("inspect", "RUN"),
         ("plan", "SPEC", *COMMON, "--gpus", "8"),
         ("bench", "documents", "SPEC", *COMMON),
