@@ -395,6 +395,14 @@ class AttentionConfig(AttentionSection):
     def layer(self, index: int, layers: int) -> Self:
         return self
 
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        """(training tokens from which it applies, config) of each stage of training, in order; the first begins at 0.
+
+        The configs give the costs of their stages; the last one has those of the config itself. The config must be that
+        of one layer (`layer`).
+        """
+        return [(0, self)]
+
     def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
         yield "", self
 
