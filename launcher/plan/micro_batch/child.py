@@ -86,9 +86,10 @@ def model_of(spec: Spec, device: torch.device) -> Decoder:
         spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed, placement=placement
     ).to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
     layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size)
-    # The stage of schedules that needs the most memory; without stages, the final state.
-    begins = [begin for layer in layers[:1] for begin, config in layer.stages() if config == heaviest(layer)]
-    model.before_step(begins[0] if len(layers[0].stages()) > 1 else spec.train.tokens)
+    # Each layer in the stage of its schedule that needs the most memory; without stages, in its final state.
+    for module, layer in zip(model.attention_layers(), layers, strict=True):
+        begin = next(begin for begin, config in layer.stages() if config == heaviest(layer))
+        module.before_step(begin if len(layer.stages()) > 1 else spec.train.tokens)
     for parameter in model.parameters():  # allocate gradients now, so that they do not count as memory of the passes
         parameter.grad = torch.zeros_like(parameter)
     return model.train()

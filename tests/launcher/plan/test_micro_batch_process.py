@@ -14,7 +14,9 @@ from headway.launcher.plan.micro_batch.plan import memory_of
 from headway.launcher.plan.micro_batch.rank import Rank
 from headway.launcher.plan.micro_batch.search import search
 from headway.launcher.spec.load import load_spec
+from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.decoder import Block
+from headway.model.mixed import MixedConfig
 
 
 def spec_of(path, *overrides):
@@ -97,6 +99,19 @@ def test_the_measured_model_follows_the_spec(auto_spec, recompute, precision, dt
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     assert {block.placement.recompute for block in blocks} == {recompute} and len(blocks) == 2
     assert all(p.dtype == dtype and p.grad is not None for p in model.parameters())
+
+
+def test_each_layer_is_measured_in_its_most_expensive_stage(auto_spec):
+    """Schedules of layers that differ: k falls in one kind and has no stages in the other."""
+    routed = {"type": "rgqa", "heads": 8, "kv_heads": 2, "head_dim": 8, "top_k": 1}
+    stages = {"k_schedule": [{"until_tokens": 64, "top_k": 2}, {"until_tokens": 128, "top_k": 4}]}
+    spec = spec_of(auto_spec)
+    kinds = {"plain": routed, "falls": routed | stages}
+    mixed = MixedConfig.model_validate({"kinds": kinds, "pattern": ["plain", "falls"]})
+    model = micro_batch_child.model_of(spec.model_copy(update={"attention": mixed}), torch.device("cpu"))
+    layers = model.attention_layers()
+    assert all(isinstance(layer, RoutedGroupedQueryAttention) for layer in layers)
+    assert [getattr(layer, "top_k", None) for layer in layers] == [1, 4]
 
 
 def test_out_of_memory_is_distinguished_from_other_errors():
