@@ -19,6 +19,7 @@ from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
 from headway.model.kv_cache import KVCache, SourceCache
+from headway.model.segments import Past, Segments, segments_core
 
 
 class StrictConfig(BaseModel):
@@ -32,8 +33,7 @@ class Flops:
     """Forward FLOPs per token (2 per multiply-accumulate); training costs three times as much.
 
     `useful` counts the FLOPs that the definition of the layer needs (selected heads only, causal half of the scores).
-    `executed` counts those of this implementation, for example a dense projection of all heads. Norms, RoPE, softmax
-    and top-k are not counted.
+    `executed` counts those of this implementation, such as dense projections. Norms, RoPE and softmax are not counted.
     """
 
     useful: float
@@ -259,6 +259,11 @@ class Context:
             return relative_core(q, k, v, self.relative, self.documents)
         return self.sequence.attend(q, k, v, self.documents, window=window)
 
+    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None) -> Tensor:
+        """Causal attention of heads that see different tokens: `headway.model.segments.segments_core`."""
+        assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
+        return segments_core(q, k, v, segments, past, attend=self.sequence.attend)
+
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -322,6 +327,7 @@ class AttentionConfig(AttentionSection):
     """Whether the module takes keys and values of `Context.source` where there is one, and attends by `Context.attend`
     in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
     """
+    no_context_parallel: ClassVar[str | None] = None  # why ranks cannot share a layer's sequences; None if they can
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
@@ -377,12 +383,25 @@ class AttentionConfig(AttentionSection):
         )
 
     @property
+    def reads_routing(self) -> bool:
+        """Whether the host reads which experts were selected, as shapes follow them: a block is then not one graph."""
+        return getattr(self, "projections", "dense") == "grouped"
+
+    @property
     def rotated(self) -> int:
         """Number of channels of a head that RoPE rotates (even)."""
         return int(self.head_dim * self.rope_fraction)
 
     def layer(self, index: int, layers: int) -> Self:
         return self
+
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        """(training tokens from which it applies, config) of each stage of training, in order; the first begins at 0.
+
+        The configs give the costs of their stages; the last one has those of the config itself. The config must be that
+        of one layer (`layer`).
+        """
+        return [(0, self)]
 
     def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
         yield "", self
@@ -446,8 +465,8 @@ class Attention(nn.Module):
 
     `init_stds` gives the initial standard deviation of each matrix (and fixed random buffer) that belongs to the module
     itself, `init_means` the mean where it is not 0. Vectors in neither start at 1 (see `headway.model.init`). `ranks`
-    is set where tensor parallelism shards the layer. `output_matrices` names the
-    parameters on which y depends linearly: scaling all of them by a factor scales y by it.
+    is set where tensor parallelism shards the layer. `output_matrices` names the parameters on which y depends
+    linearly: scaling all of them by a factor scales y by it.
     """
 
     output_matrices: tuple[str, ...] = ("w_o",)

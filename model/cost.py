@@ -20,6 +20,14 @@ class Cost:
     flops_per_token: Flops  # all layers and the head
     attention_core_flops: Flops  # all layers: Q K^T and P V, causal; included in flops_per_token
     kv_bytes_per_token: float  # all layers: cache size after seq_len tokens, divided by seq_len
+    stages: tuple[tuple[int, Flops], ...] = ()  # (training tokens, flops_per_token from there on); () if they are equal
+
+    def trained(self, tokens: int) -> Flops:
+        """Forward FLOPs of `tokens` training tokens from the start on; schedules of the mechanism count."""
+        stages = self.stages or ((0, self.flops_per_token),)
+        ends = [*(begin for begin, _ in stages[1:]), tokens]
+        parts = [(max(0, min(end, tokens) - begin), f) for (begin, f), end in zip(stages, ends, strict=True)]
+        return Flops(useful=sum(n * f.useful for n, f in parts), executed=sum(n * f.executed for n, f in parts))
 
 
 def relative_form(model: ModelConfig, attention: AttentionConfig) -> RelativeForm | None:
@@ -56,6 +64,11 @@ def block_flops(model: ModelConfig, attention: AttentionConfig, *, seq_len: int)
     if (form := relative_form(model, attention)) is not None:
         extra += 2 * model.width * form.groups * attention.head_dim
     return flops + Flops(useful=extra, executed=extra)
+
+
+def heaviest(attention: AttentionConfig) -> AttentionConfig:
+    """The config of the most expensive stage of training of one layer, whose activations need the most memory."""
+    return max((config for _, config in attention.stages()), key=lambda c: c.flops_per_token(width=1, seq_len=1).useful)
 
 
 def layer_configs(model: ModelConfig, attention: AttentionSection, *, vocab_size: int) -> list[AttentionConfig]:
@@ -102,7 +115,8 @@ def account(
         "head": model.head_params(vocab_size),
     }
     head = 2 * vocab_size * width
-    flops = sum((block_flops(model, a, seq_len=seq_len) for a in each), Flops(useful=head, executed=head))
+    rest = Flops(useful=head, executed=head)
+    flops = sum((block_flops(model, a, seq_len=seq_len) for a in each), rest)
     distances = sum(relative_core_flops(model, a, seq_len=seq_len) for a in each)
     return Cost(
         num_params=sum(params.values()),
@@ -115,7 +129,23 @@ def account(
         kv_bytes_per_token=sum(
             a.kv_bytes_per_token(seq_len=seq_len, bytes_per_element=bytes_per_element) for a in each
         ),
+        stages=_stages(model, each, rest, seq_len=seq_len),
     )
+
+
+def _stages(
+    model: ModelConfig, each: list[AttentionConfig], rest: Flops, *, seq_len: int
+) -> tuple[tuple[int, Flops], ...]:
+    """FLOPs per token of each stage of training: those of `rest` and of all blocks."""
+    staged = [config.stages() for config in each]
+    begins = sorted({begin for stages in staged for begin, _ in stages})
+    if len(begins) == 1:
+        return ()
+    found = []
+    for begin in begins:
+        now = [[config for first, config in stages if first <= begin][-1] for stages in staged]
+        found.append((begin, sum((block_flops(model, config, seq_len=seq_len) for config in now), rest)))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

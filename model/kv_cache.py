@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from headway.model.head_cache import HeadCache
+
 
 class KVCache:
     """Rotated keys and values of one layer, for incremental decoding.
 
-    The cache has one part for each set of groups with a different window (or with keys of its own).
+    The cache has one part for each set of groups with a different window (or with keys of its own), and one for heads
+    that hold different tokens (`of_heads`).
 
     The buffers grow by doubling, so that a token is copied once more on average.
 
@@ -21,6 +24,14 @@ class KVCache:
     def __init__(self, tokens: int = 0) -> None:
         self._tokens = tokens
         self._parts: dict[str, _CachePart] = {}
+        self._of_heads: HeadCache | None = None
+
+    @property
+    def of_heads(self) -> HeadCache:
+        """The part of heads that hold different tokens."""
+        if self._of_heads is None:
+            self._of_heads = HeadCache(self._tokens)
+        return self._of_heads
 
     def extend(self, k: Tensor, v: Tensor, *, part: str, window: int | None) -> tuple[Tensor, Tensor]:
         """Append k, v [B, S, G, D] of the new tokens. Returns those of the cached and the new tokens, in this order.
@@ -39,17 +50,21 @@ class KVCache:
         """A copy for `count` sequences that continue the one that is cached here, by `room` tokens each."""
         copy = KVCache(self._tokens)
         copy._parts = {name: part.repeated(count, room) for name, part in self._parts.items()}
+        copy._of_heads = None if self._of_heads is None else self._of_heads.repeated(count, room)
         return copy
 
     def select(self, rows: Tensor) -> None:
         """Continue with these rows of the batch, [rows] int64, in this order; a row may be named several times."""
         for part in self._parts.values():
             part.select(rows)
+        if self._of_heads is not None:
+            self._of_heads.select(rows)
 
     @property
     def numbers(self) -> int:
         """Elements of the cached tokens, over the batch. The buffers may have room for more."""
-        return sum(part.numbers for part in self._parts.values())
+        of_heads = 0 if self._of_heads is None else self._of_heads.numbers
+        return of_heads + sum(part.numbers for part in self._parts.values())
 
 
 class SourceCache:

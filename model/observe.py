@@ -23,6 +23,7 @@ from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.base import Attention, Context
 from headway.model.decoder import Decoder
 from headway.model.router import RoutedAttention, Router, Routing
+from headway.model.segments import Past, Segments
 
 
 class Off(NamedTuple):
@@ -66,6 +67,9 @@ class _Observed(Context):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
         return self.report.core(self, q, k, super().attend(q, k, v, window=window), window)
 
+    def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None) -> Tensor:
+        return self.report.packed(q, k, super().attend_segments(q, k, v, segments, past), segments)
+
 
 class _Report:
     """Collects what a layer does. `off`: a query head whose output is 0."""
@@ -81,6 +85,17 @@ class _Report:
             self.layer.maps.append(attention_map(q, k, self._segments, window))
         if self._off is not None:
             o = o.masked_fill((rows == self._off).unsqueeze(-1), 0)
+        return o
+
+    def packed(self, q: Tensor, k: Tensor, o: Tensor, segments: Segments) -> Tensor:
+        """Heads that see their own tokens alone: packed q, k, o [P, D]. Each slot of a token holds another head."""
+        rows = self.layer.routings["router"].idx.squeeze(2)  # [B, S, k]
+        self.layer.heads = segments.heads
+        self.layer.rows.append(rows)
+        if self._maps:
+            self.layer.maps.append(segment_map(q, k, segments, rows, self._segments))
+        if self._off is not None:
+            o = o.masked_fill((segments.head == self._off).unsqueeze(1), 0)
         return o
 
     def _rows(self, q: Tensor) -> Tensor:
@@ -113,6 +128,24 @@ def attention_map(q: Tensor, k: Tensor, segments: Tensor | None, window: int | N
     if segments is not None:
         hidden = hidden | (segments[:, :, None] != segments[:, None, :]).to(q.device)[:, None]
     return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def segment_map(q: Tensor, k: Tensor, segments: Segments, rows: Tensor, documents: Tensor | None) -> Tensor:
+    """Attention of each slot [B, k, S, S] within the tokens of its head, 0 elsewhere.
+
+    q, k: packed [P, D]. rows [B, S, k]: heads of the slots. documents [B, S]: numbers, or None.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries, keys = (segments.expand(t.to(wide)) for t in (q, k))  # [B, S, H, D]
+    scores = torch.einsum("bshd,bthd->bsht", queries, keys) / q.shape[-1] ** 0.5
+    routed = torch.zeros(keys.shape[:3], dtype=torch.bool, device=q.device).scatter(2, rows, True)
+    place = torch.arange(rows.shape[1], device=q.device)
+    seen = (place[:, None] >= place)[:, None] & routed.transpose(1, 2).unsqueeze(1)  # [B, S, H, S]
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :]).to(q.device).unsqueeze(2)
+    index = rows.unsqueeze(-1).expand(*rows.shape, rows.shape[1])
+    of_slots = scores.masked_fill(~seen, float("-inf")).gather(2, index)  # [B, S, k, S]: each query sees itself
+    return of_slots.softmax(-1).transpose(1, 2)
 
 
 def _after(change: Callable[[Routing], Routing], module: Router, inputs: tuple[Any, ...], output: Routing) -> Routing:

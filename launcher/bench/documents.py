@@ -48,6 +48,12 @@ def bench_documents(
         )
     spec = load_spec(path, overrides).spec
     decoders_only(spec, "headway bench documents")
+    layer = spec.attention.layer(0, spec.model.layers)
+    if layer.no_context_parallel is not None:
+        raise SpecError(
+            f"attention.type: headway bench documents times a core over whole sequences, and {layer.type} has none; "
+            "use type gqa"
+        )
     os.environ.update(worker_environment(spec))
     import torch
 

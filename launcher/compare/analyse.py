@@ -26,6 +26,7 @@ from headway.launcher.compare.simultaneous import Comparison, Simultaneous, comp
 from headway.launcher.compare.start import Start, StartStrength, start_strengths
 from headway.launcher.compare.stats import Estimate, Speed, estimate, paired_ratio
 from headway.launcher.compare.timing import Speeds, speeds_of
+from headway.launcher.compare.training_flops import per_token
 from headway.launcher.compare.trend import Trend, trend_of
 from headway.launcher.compare.verdicts import Verdict, verdict
 from headway.launcher.run.records_heads import Heads, Router, mean_routers
@@ -232,7 +233,7 @@ def _effective(
         losses,
         {b: end.tokens for b, end in ends.items() if end.tokens is not None},
         record["baseline"],
-        flops={planned["name"]: planned["cost"]["flops_per_token_useful"] for planned in record["variants"]},
+        flops={p["name"]: per_token(p["cost"], ends[budgets[-1]].tokens) for p in record["variants"]},
         speeds=speeds.tokens_per_s,
         own_spread=comparison.own_spread,
         paired=paired,

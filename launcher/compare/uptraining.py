@@ -14,6 +14,8 @@ from headway.launcher.compare.analyse import StudyResult
 from headway.launcher.compare.cell_results import CellResult
 from headway.launcher.compare.simultaneous import sidak
 from headway.launcher.compare.stats import Estimate, estimate, paired_difference
+from headway.launcher.compare.training_flops import TRAINING, training_flops
+from headway.model.convert.methods import COMPARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +81,15 @@ def uptraining_of(result: StudyResult) -> Uptraining | None:
     if not origins:
         return None
     losses = {v.name: v.losses for v in result.variants}
-    flops = {v.name: v.cost["flops_per_token_useful"] for v in result.variants}
+    costs = {v.name: v.cost for v in result.variants}
     points = [p for name, about in origins.items() for p in _losses(result, name, about, origins)]
     confidence = sidak(max(1, len(points)))
     methods: dict[str, list[Point]] = {}
     for name, alpha, tokens, by_seed in points:
         about = origins[name]
         teacher = losses.get(about["teacher"] or "", {})
-        share = flops[name] * tokens / (about["teacher_flops_per_token"] * about["teacher_tokens"])
+        taught = TRAINING * about["teacher_flops_per_token"] * about["teacher_tokens"]
+        share = float(training_flops(costs[name], tokens)) / taught
         methods.setdefault(about["method"], []).append(
             Point(
                 variant=name if alpha else None,
@@ -149,10 +152,11 @@ def _before_training(cells: list[CellResult]) -> dict[int, float]:
 
 def _method(name: str, points: list[Point], about: Mapping[str, Any]) -> Method:
     heads = "" if about["kv_heads"] is None or about["to"] == "mqa" else f", {about['kv_heads']} KV heads"
+    compared = " of weights" if about.get("by") == "weights" and about["how"] in COMPARED else ""
     return Method(
         name=name,
         teacher=about["teacher"] or about["run"],
-        what=f"{about['teacher_type']} to {about['to']}{heads}, by {about['how']}",
+        what=f"{about['teacher_type']} to {about['to']}{heads}, by {about['how']}{compared}",
         points=tuple(sorted(points, key=lambda p: p.alpha)),
     )
 

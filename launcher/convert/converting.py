@@ -10,10 +10,11 @@ from headway.data.config import DataConfig, DataError, datasets_of
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.convert.measure import calibration, judgement, mean_loss
+from headway.model.attention.gqa import GqaConfig
 from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
-from headway.model.convert.decoder import attention_inputs, convert_decoder
-from headway.model.convert.methods import CALIBRATED, How
+from headway.model.convert.decoder import attention_inputs, convert_decoder, with_unequal_groups
+from headway.model.convert.methods import COMPARED, By, How, is_calibrated
 from headway.model.decoder import Decoder
 
 CARD = "conversion.json"
@@ -33,6 +34,8 @@ def convert(
     target: AttentionSection,
     *,
     how: How,
+    by: By = "activations",
+    unequal: bool = False,
     tokens: int,
     data: DataConfig | None,
     seed: int,
@@ -41,6 +44,7 @@ def convert(
 ) -> Change:
     """Convert `decoder`, which was built with `model`, to attention `target`.
 
+    by: what heads are compared by. unequal: choose the sizes of the groups (`with_unequal_groups`).
     tokens: of the training split for calibration, and of the validation split for the losses. data: None: losses are
     not measured (`why_no_data`). source: what is converted, for people. Raises SpecError for what cannot be converted,
     and if a method needs data.
@@ -50,12 +54,13 @@ def convert(
         try:
             calibrated, judged = calibration(data, tokens), judgement(data, tokens)
         except DataError as e:
-            if how in CALIBRATED:
+            if is_calibrated(how, by):
                 raise
             why_no_data = str(e)
-    elif how in CALIBRATED:
+    elif is_calibrated(how, by):
         raise SpecError(
-            f"--how {how}: needs calibration tokens, and {why_no_data}; name a dataset with --data, or use --how mean"
+            f"--how {how}: needs calibration tokens, and {why_no_data}; name a dataset with --data, compare weights "
+            "with --by weights, or use --how mean"
         )
     if calibrated is not None:
         with console.progress("read calibration tokens", lines=False):
@@ -63,7 +68,9 @@ def convert(
     before = None if judged is None else mean_loss(decoder, judged, "loss before")
     try:
         with console.progress("convert", lines=False):
-            found = convert_decoder(decoder, model, target, how=how, inputs=inputs, seed=seed)
+            if unequal:
+                target = _unequal(decoder, model, target, how=how, by=by, inputs=inputs, seed=seed)
+            found = convert_decoder(decoder, model, target, how=how, by=by, inputs=inputs, seed=seed)
     except ValueError as e:
         raise SpecError(f"convert: {e}") from None
     after = None if judged is None else mean_loss(found.decoder, judged, "loss after")
@@ -72,6 +79,7 @@ def convert(
         "format": FORMAT,
         "source": source,
         "how": how,
+        "by": by if how in COMPARED else None,
         "from": old.model_dump(mode="json"),
         "to": target.model_dump(mode="json"),
         "kv_heads": [_kv_heads(old), _kv_heads(target)],
@@ -88,6 +96,14 @@ def convert(
     return Change(found.decoder, card)
 
 
+def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionSection, **options: Any) -> GqaConfig:
+    if not isinstance(target, GqaConfig):
+        raise ValueError(f"--unequal: {target.type} has groups of equal size; use --to gqa, or leave --unequal out")
+    if target.group_sizes:
+        raise ValueError("--unequal: attention.group_sizes states the sizes already; leave one of them out")
+    return with_unequal_groups(decoder, model, target, **options)
+
+
 def _kv_heads(attention: AttentionSection) -> int:
     return int(getattr(attention, "groups", getattr(attention, "kv_heads", 1)))
 
@@ -96,6 +112,7 @@ def card_lines(card: dict[str, Any]) -> list[str]:
     """The card as text for the console: one line of facts each, then one line a layer."""
     old, new = card["kv_heads"]
     what = f"{card['from']['type']} with {old} KV heads to {card['to']['type']} with {new}, by {card['how']}"
+    what += f" of {card['by']}" if card["by"] else ""
     lines = [f"converted  {card['source']}: {what}"]
     if card["same_function"]:
         lines.append("function   nothing was pooled: the result computes the function of the source")
@@ -114,9 +131,11 @@ def card_lines(card: dict[str, Any]) -> list[str]:
         )
     for layer in card["layers"]:
         groups = " ".join("+".join(map(str, group)) for group in layer["groups"])
+        chosen = layer["dispersion"]
+        found = "" if chosen is None else f"; dispersion {chosen[0]:.3f} -> {chosen[1]:.3f}"
         alike = [
             f"{name} {layer[name][0]:.3f} -> {layer[name][1]:.3f}" for name in ("keys", "values") if layer.get(name)
         ]
         shown = f"; cosine within groups: {', '.join(alike)}" if alike else ""
-        lines.append(f"layer {layer['layer']:<4} KV heads {groups}{shown}")
+        lines.append(f"layer {layer['layer']:<4} KV heads {groups}{found}{shown}")
     return lines

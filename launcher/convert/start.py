@@ -37,6 +37,7 @@ def prepare_start(run: RunDir, spec: Spec) -> dict[str, Any] | None:
             model,
             spec.attention,
             how=options.how,
+            by=options.by,
             tokens=options.tokens,
             data=spec.data,
             seed=spec.seed,

@@ -30,7 +30,7 @@ from headway.model.attention.gqa import DenseConfig
 from headway.model.attention.registry import MECHANISMS
 from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.convert.decoder import target_fields
-from headway.model.convert.methods import SOURCES, How
+from headway.model.convert.methods import SOURCES, By, How
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
 
@@ -45,6 +45,8 @@ class Asked:
     to: str
     kv_heads: int | None
     how: How
+    by: By = "activations"
+    unequal: bool = False
     overrides: tuple[str, ...] = ()
     tokens: int = 16_384
     data: Path | None = None
@@ -83,6 +85,8 @@ def convert_folder(path: Path, out: Path, asked: Asked) -> int:
         source.exported.model,
         target,
         how=asked.how,
+        by=asked.by,
+        unequal=asked.unequal,
         tokens=asked.tokens,
         data=source.data,
         seed=asked.seed,
@@ -91,7 +95,7 @@ def convert_folder(path: Path, out: Path, asked: Asked) -> int:
     )
     exported = source.exported.model_copy(
         update={
-            "attention": target,
+            "attention": change.decoder.attention,
             "tokens": 0,
             "source": f"{source.exported.source}, converted to {target.type} by {asked.how}",
         }
@@ -205,8 +209,12 @@ def _target(source: AttentionSection, asked: Asked) -> AttentionConfig:
             f"--kv-heads: {kv_heads}, and the source has {source.groups}; use {source.groups} or a divisor of it"
         )
     fields = {**target_fields(source, asked.to, kv_heads, asked.how), **_overrides(asked.overrides)}
+    chooses = asked.unequal and asked.to == "gqa" and "group_sizes" not in fields
+    if chooses and 1 <= fields["kv_heads"] <= source.heads:  # any sizes, which `convert` chooses
+        fields["group_sizes"] = [1] * (fields["kv_heads"] - 1) + [source.heads - fields["kv_heads"] + 1]
     try:
-        return MECHANISMS[asked.to].model_validate(fields)
+        found = MECHANISMS[asked.to].model_validate(fields)
+        return found.model_copy(update={"group_sizes": []}) if chooses else found
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headway.launcher.base.numbers import SEEDS, real, whole
 from headway.launcher.base.verbs import Verb, output_arguments
-from headway.model.convert.methods import HOWS, TARGETS
+from headway.model.convert.methods import BYS, HOWS, TARGETS
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,18 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--how",
         choices=HOWS,
         default="mean",
-        help="how KV heads of a group become one; align, cluster: by the vectors of calibration tokens (default mean)",
+        help="how KV heads of a group become one (default mean)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=BYS,
+        default="activations",
+        help="what align and cluster compare: keys and values of calibration tokens, or W_K and W_V",
+    )
+    parser.add_argument(
+        "--unequal",
+        action="store_true",
+        help="with cluster: groups of different sizes, the same in all layers, that are closest to their means",
     )
     parser.add_argument(
         "--tokens",
@@ -135,6 +146,8 @@ def _convert(args: argparse.Namespace) -> int:
         to=args.to,
         kv_heads=args.kv_heads,
         how=args.how,
+        by=args.by,
+        unequal=args.unequal,
         overrides=tuple(args.overrides),
         tokens=args.tokens,
         data=args.data,

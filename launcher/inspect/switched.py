@@ -61,6 +61,7 @@ def switches(model: Opened, sample: Sample) -> list[Off]:
 
     from headway.model.attention.gqe import GroupedQueryExperts
     from headway.model.attention.moh import MixtureOfHeads
+    from headway.model.attention.namoh import Namoh
     from headway.model.attention.rgqa import RoutedGroupedQueryAttention
     from headway.model.observe import Off, observed
 
@@ -70,7 +71,7 @@ def switches(model: Opened, sample: Sample) -> list[Off]:
     found = []
     for number, (layer, module) in enumerate(zip(layers, decoder.attention_layers(), strict=True)):
         found += [Off(number, head) for head in range(layer.heads)]
-        of_heads = isinstance(module, RoutedGroupedQueryAttention | GroupedQueryExperts | MixtureOfHeads)
+        of_heads = isinstance(module, RoutedGroupedQueryAttention | GroupedQueryExperts | MixtureOfHeads | Namoh)
         for name, routing in layer.routings.items():
             if of_heads and name == "router":
                 continue  # its experts are the query heads

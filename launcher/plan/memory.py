@@ -147,7 +147,7 @@ def memory(grid: Grid, stage: Stage) -> Memory:
     """Memory of a rank of one stage."""
     spec, held = grid.spec, states(grid, stage)
     row = grid.element_bytes * spec.model.width  # bytes of one token's residual stream
-    prints = [grid.footprint(block) for block in stage.blocks]
+    prints = [grid.footprint(block) for block in stage.heaviest]
     kept = [footprint.kept(grid.tokens) for footprint in prints]
     between = grid.residual_tokens * row
     routing = largest = 0.0
@@ -155,7 +155,7 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         blocks, largest = between * len(prints), max(kept)
         routing = grid.in_flight(stage) * grid.tokens * sum(footprint.routing_per_token for footprint in prints)
     else:
-        blocks, largest = sum(kept), max(grid.dropped(block) for block in stage.blocks)
+        blocks, largest = sum(kept), max(grid.dropped(block) for block in stage.heaviest)
     if spec.parallel.pipeline > 1:
         blocks += between  # the tensor sent to the next stage is kept until its gradient arrives
     activations = grid.in_flight(stage) * blocks
@@ -189,7 +189,7 @@ def _scores(grid: Grid) -> float:
 
     Without relative positions, the kernels of the attention core keep scores to themselves.
     """
-    spec, heads = grid.spec, max(block.score_maps for stage in grid.stages for block in stage.blocks)
+    spec, heads = grid.spec, max(block.score_maps for stage in grid.stages for block in stage.heaviest)
     if not spec.model.relative:
         return 0.0
     length = spec.data.seq_len

@@ -119,5 +119,6 @@ def cost_of(spec: Spec) -> dict[str, Any]:
         "flops_per_token_attention_core": cost.attention_core_flops.useful,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
         "training_tokens": tokens,
-        "training_flops_useful": 3 * cost.flops_per_token.useful * tokens,
+        "training_flops_useful": 3 * cost.trained(tokens).useful,
+        "flops_per_token_stages": [[at, flops.useful] for at, flops in cost.stages],
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from headway.launcher.spec.layouts import accumulation, vocabulary
 from headway.model.activations import BlockParameters, Footprint, Sharing, block_parameters, footprint
 from headway.model.base import AttentionConfig
-from headway.model.cost import layer_configs
+from headway.model.cost import heaviest, layer_configs
 from headway.parallel.partition import layer_costs, stage_bounds
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class Stage:
     replicated: int  # attention and MLP parameters that every tensor parallel rank holds in full
     first: bool
     last: bool
+
+    @property
+    def heaviest(self) -> tuple[AttentionConfig, ...]:
+        """The blocks in the stage of their schedules that needs the most memory."""
+        return tuple(heaviest(block) for block in self.blocks)
 
     @property
     def num_params(self) -> int:

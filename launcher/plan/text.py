@@ -49,6 +49,7 @@ def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
             ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
             ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
             *_own_part(spec),
+            *((f"  from token {at:,} on", f"{flops:,.0f} a token") for at, flops in cost["flops_per_token_stages"]),
             ("training FLOPs, useful", f"{cost['training_flops_useful']:.3e}"),
         ]
     )

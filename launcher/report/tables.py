@@ -10,6 +10,7 @@ from typing import Any
 from headway.launcher.compare.analyse import CellResult, StudyResult, VariantResult
 from headway.launcher.compare.cell_results import FULL
 from headway.launcher.compare.findings import bits_per_byte
+from headway.launcher.compare.training_flops import training_flops
 
 
 def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
@@ -77,7 +78,7 @@ def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
 
     Cells that are read from their records have rows of kind `train-mean` instead: the running mean of the loss.
     """
-    flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
+    costs = {v.name: v.cost for v in result.variants}
     for c in (*result.cells, *result.short_cells):
         train = "train-mean" if c.from_record else "train"
         for kind, curve in () if c.damaged else ((train, c.record.train), ("validation", c.record.validation)):
@@ -89,7 +90,7 @@ def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
                     "kind": kind,
                     "step": int(step),
                     "tokens": int(tokens),
-                    "train_flops_useful": tokens * flops[c.variant],
+                    "train_flops_useful": float(training_flops(costs[c.variant], tokens)),
                     "train_s": seconds,
                     "loss_nats": loss,
                 }

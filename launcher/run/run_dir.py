@@ -59,8 +59,10 @@ SHA256 = "init.sha256"
 SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
+    "attention.k_schedule": [],
     "data.encoder_tokens": None,
     "init.convert": None,
+    "init.convert.by": "activations",
     "init.optimizer": "continue",
     "model.branch_start": "as_drawn",
     "model.encoder_layers": None,

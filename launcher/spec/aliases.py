@@ -99,8 +99,8 @@ _MODEL = (
         "num_experts num_local_experts n_experts moe num_experts_per_tok experts_per_token n_routed_experts "
         "expert_parallel_degree expert_parallel_size ep",
         "attention.type",
-        "There are no experts in the MLP and no expert parallelism; attention.type rgqa, gqe, moa, moh and "
-        "switchhead route within attention.",
+        "There are no experts in the MLP and no expert parallelism; attention.type rgqa, gqe, moa, moh, "
+        "namoh and switchhead route within attention.",
     ),
     _hint(
         "dropout dropout_p dropout_rate hidden_dropout resid_dropout resid_pdrop embd_pdrop embd_dropout "

@@ -90,7 +90,7 @@ def legal_pipeline(spec: Sections) -> list[int]:
 def legal_context(spec: Sections) -> list[int]:
     """Legal context-parallel sizes with the tensor-parallel size of the spec, which must be legal."""
     tensor, seq_len = spec.parallel.tensor, spec.data.seq_len
-    if spec.model.relative or spec.model.is_encoder_decoder:
+    if spec.model.relative or spec.model.is_encoder_decoder or _not_shared(spec):
         return [1]
     heads = {n for config in _layers(spec).values() for n in config.attended_heads(tensor=tensor)}
     parts = tensor if spec.parallel.sequence_parallel else 1
@@ -226,6 +226,11 @@ def _context(spec: Sections) -> str | None:
             f"parallel.context: {ranks} ranks share heads out, and model.positions relative_xl has position keys per "
             "head, which are not shared out with them; use parallel.context 1, or model.positions rope"
         )
+    if (why := _not_shared(spec)) is not None:
+        return (
+            f"parallel.context: {why}; use parallel.context 1, or parallel.tensor or parallel.pipeline for the {ranks} "
+            "ranks"
+        )
     choices = f"use parallel.context {listed(legal_context(spec))}"
     if seq_len % ranks:
         near = _multiples_near(seq_len, ranks)
@@ -287,6 +292,12 @@ def _layers(spec: Sections) -> dict[int, AttentionConfig]:
     for index, config in enumerate(each):
         first.setdefault(id(config), index)
     return {index: each[index] for index in first.values()}
+
+
+def _not_shared(spec: Sections) -> str | None:
+    """Why context-parallel ranks cannot share sequences in some layer, whatever their number; None if they can."""
+    reasons = (config.no_context_parallel for config in _layers(spec).values())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _can_be_dealt(heads: int, ranks: int) -> bool:

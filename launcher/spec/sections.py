@@ -11,7 +11,7 @@ from headway.launcher.spec.fields import AUTO, Word
 from headway.launcher.spec.paths import split_step
 from headway.launcher.spec.tracking import TrackingConfig
 from headway.model.config import ModelConfig
-from headway.model.convert.methods import How
+from headway.model.convert.methods import By, How
 from headway.model.mixed import AnyAttention
 from headway.parallel.config import (
     CheckpointConfig,
@@ -29,6 +29,9 @@ class ConvertConfig(StrictModel):
 
     how: How = Field(
         description="how KV heads of a group become one: mean, first, random, align, cluster, cluster_align"
+    )
+    by: By = Field(
+        default="activations", description="what align, cluster and cluster_align compare: keys and values, or weights"
     )
     tokens: int = Field(
         default=16_384,

@@ -8,6 +8,7 @@ from headway.model.cost import layer_configs
 
 if TYPE_CHECKING:
     from headway.launcher.spec.sections import Sections
+    from headway.model.base import AttentionConfig
 
 
 def why_not_speed(spec: Sections) -> str | None:
@@ -79,18 +80,21 @@ def _why_not_block(spec: Sections) -> str | None:
             "speed.compile: block has no form of relative scores, which model.positions relative_xl adds; "
             f"{other}, or model.positions rope"
         )
-    if _reads_counts(spec):
+    if (config := _reads_routing(spec)) is not None:
+        what, instead = "attention.projections grouped", "attention.projections dense"
+        if config.model_copy(update={"projections": "dense"}).reads_routing:
+            what, instead = f"attention.type {config.type}", "another attention.type"
         return (
-            "speed.compile: block takes no shapes that follow the routing, which attention.projections grouped reads "
-            f"on the host; {other}, or attention.projections dense"
+            f"speed.compile: block takes no shapes that follow the routing, which {what} reads on the host; "
+            f"{other}, or {instead}"
         )
     return None
 
 
-def _reads_counts(spec: Sections) -> bool:
-    """Whether any layer multiplies the tokens of each expert alone."""
+def _reads_routing(spec: Sections) -> AttentionConfig | None:
+    """The first layer in which shapes follow the routing, as where the tokens of each expert are multiplied alone."""
     layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return any(getattr(config, "projections", "dense") == "grouped" for config in layers)
+    return next((config for config in layers if config.reads_routing), None)
 
 
 def _windows(spec: Sections) -> bool:

@@ -202,6 +202,7 @@ def _variant_record(v: VariantPlan) -> dict[str, Any]:
             "flops_per_token_useful": v.cost.flops_per_token.useful,
             "flops_per_token_executed": v.cost.flops_per_token.executed,
             "kv_bytes_per_token": v.cost.kv_bytes_per_token,
+            **({"flops_per_token_stages": [[at, f.useful] for at, f in v.cost.stages]} if v.cost.stages else {}),
         },
     }
 

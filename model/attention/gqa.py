@@ -10,7 +10,7 @@ gate: none, or sigmoid(W_gate x) with one number per head (headwise) or per head
 scaled, so it is about 1/2 at the start of training (Qiu et al., 2025, arXiv 2505.06708).
 windows: w_g keys, including the token's own; none: all earlier tokens.
 group_sizes: m_g, given for each group (AsymGQA, Chen et al., 2024, arXiv 2406.14963). The paper does not describe its
-search for the sizes; headway.model.convert.heads proposes groupings.
+search for the sizes; headway.model.convert.grouping proposes sizes and groupings.
 Equal groups without gates and windows are the published GQA.
 """
 

@@ -22,6 +22,7 @@ not selected are multiplied by 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -33,6 +34,7 @@ from headway.kernels.routing import GateName, router_logits
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard
+from headway.model.k_schedule import KSchedule, all_k, check_k_schedule, check_k_schedule_of_run, k_after, staged
 from headway.model.layers import parameter
 from headway.model.router import AnyRouter, LinearRouterConfig, RoutingConfig, check_router, of_layer, summed
 
@@ -53,6 +55,11 @@ class MohConfig(GroupedConfig):
     kv_heads: int = Field(ge=1, description="G, KV heads; equal to heads in the source's own models")
     shared_heads: int = Field(ge=0, description="s, the first heads, which every token uses")
     top_k: int | list[int] = Field(description="routed heads a token uses; a list: one number per layer")
+    k_schedule: KSchedule = Field(
+        default=[],
+        description="more heads early in training: stages with their top_k, or a linear decrease from `start`; costs "
+        "per token are those of the final top_k, costs of training count the stages",
+    )
     form: Literal["paper", "code", "straight_through"] = Field(default="paper", description="factors on the heads")
     router: AnyRouter = Field(default=LinearRouterConfig(), description="computes the logits of the routed heads")
     balance: BalanceConfig = Field(
@@ -69,8 +76,9 @@ class MohConfig(GroupedConfig):
                 f"shared_heads: {self.shared_heads} of {self.heads} heads leave {max(self.routed, 0)} to route, and "
                 f"routing needs at least 2; use {fewer}, or heads {enough}"
             )
-        for k in self.top_k if isinstance(self.top_k, list) else [self.top_k]:
+        for k in all_k(self.k_schedule, self.top_k):
             self._check_k(k)
+        check_k_schedule(self.k_schedule, self.top_k)
         check_router(self.router, self.balance, gate="softmax", choice=True)
         return self
 
@@ -92,6 +100,13 @@ class MohConfig(GroupedConfig):
         if not isinstance(self.top_k, list):
             return self
         return self.model_copy(update={"top_k": of_layer(self.top_k, index, layers)})
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
+        check_k_schedule_of_run(self.k_schedule, tokens=tokens, tokens_per_step=tokens_per_step)
+
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        return staged(self, self.k_schedule, self.k)
 
     @property
     def groups(self) -> int:
@@ -167,7 +182,7 @@ class MixtureOfHeads(GroupedQueryAttention):
 
     def __init__(self, config: MohConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
-        self.config = config
+        self.config, self.top_k = config, config.k
         routing = RoutingConfig(gate=GATES[config.form], balance=config.balance, router=config.router)
         self.router = config.router.build(routing, width=width, groups=1, experts=config.routed)
         if config.shared_rows:
@@ -190,10 +205,10 @@ class MixtureOfHeads(GroupedQueryAttention):
     def factors(self, x: Tensor, context: Context, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, S, d], q [B, S, H, D] before RoPE -> factors g [B, S, H], fp32 or wider, and the router's loss."""
         config = self.config
-        routing = self.router(x, context, k=config.k, queries=q[:, :, None, config.shared_heads :])
+        routing = self.router(x, context, k=self.top_k, queries=q[:, :, None, config.shared_heads :])
         idx, gate = routing.idx.squeeze(2), routing.gate.squeeze(2)  # [B, S, k]
         if config.form == "code":
-            gate = config.k * gate
+            gate = self.top_k * gate
         shared = gate.new_ones(*gate.shape[:2], config.shared_heads)
         if config.shared_rows:
             shared = torch.softmax(router_logits(x, self.w_shared, 1).squeeze(2), -1)
@@ -206,3 +221,7 @@ class MixtureOfHeads(GroupedQueryAttention):
             shared, gate = shared * stages[..., 0], gate * stages[..., 1]
         routed = gate.new_zeros(*gate.shape[:2], config.routed).scatter(-1, idx, gate)
         return torch.cat([shared, routed], -1), routing.aux_loss
+
+    def before_step(self, tokens: int) -> None:
+        """Set k to that of the current stage of `k_schedule`."""
+        self.top_k = k_after(self.config.k_schedule, self.config.k, tokens)

@@ -21,6 +21,7 @@ always_on + k query heads per group. The mask, the KV cache and the kernels are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -33,17 +34,19 @@ from headway.kernels.routing import GateName
 from headway.model.attention.grouped import GroupedConfig, GroupedQueryAttention, check_groups
 from headway.model.balance import BalanceConfig
 from headway.model.base import Attention, AttentionOutput, Context, Flops, Shard, StrictConfig
+from headway.model.k_schedule import (
+    KSchedule,
+    LinearK,
+    all_k,
+    check_k_schedule,
+    check_k_schedule_of_run,
+    k_after,
+    staged,
+)
 from headway.model.layers import parameter
 from headway.model.router import AnyRouter, LinearRouterConfig, Routing, RoutingConfig, check_router, of_layer, summed
 
 ROUTER = "router"
-
-
-class KStage(StrictConfig):
-    """One stage of `k_schedule`: `top_k` applies until `until_tokens` training tokens are processed."""
-
-    until_tokens: int = Field(ge=1)
-    top_k: int = Field(ge=1)
 
 
 class SizeRule(StrictConfig):
@@ -72,8 +75,10 @@ class RoutedGroupedConfig(GroupedConfig):
     top_k: int | list[int] | SizeRule = Field(
         description="query heads a token selects in each group; a list: one number per layer; a rule: by model size"
     )
-    k_schedule: list[KStage] = Field(
-        default=[], description="stages with a different top_k early in training; costs are stated for the final top_k"
+    k_schedule: KSchedule = Field(
+        default=[],
+        description="more heads early in training: stages with their top_k, or a linear decrease from `start`; costs "
+        "per token are those of the final top_k, costs of training count the stages",
     )
     gate: GateName = Field(default="sigmoid2", description="factor on the output of a selected head")
     always_on: int = Field(default=0, ge=0, description="heads per group that every token uses; they are not routed")
@@ -113,11 +118,15 @@ class RoutedGroupedConfig(GroupedConfig):
                 "gate: renorm needs at least two selected heads, and a size rule may resolve to one; "
                 "use gate sigmoid2 or detached_renorm, or top_k as a number"
             )
-        ends = [stage.until_tokens for stage in self.k_schedule]
-        if ends != sorted(set(ends)):
-            raise ValueError(
-                f"k_schedule: until_tokens {ends} must increase from stage to stage; sort the stages, or use one stage"
-            )
+        if isinstance(self.top_k, SizeRule):
+            if isinstance(self.k_schedule, LinearK):
+                raise ValueError(
+                    "k_schedule: a linear decrease needs the number that it ends at, and a size rule gives it later; "
+                    "use top_k as a number, or a list of stages"
+                )
+            check_k_schedule(self.k_schedule, 1)
+        else:
+            check_k_schedule(self.k_schedule, self.top_k)
         if self.output == "slot" and (self.k_schedule or not isinstance(self.top_k, int)):
             raise ValueError(
                 "output: slot has one slice of W_O per slot, so k must be the same in all layers and throughout "
@@ -126,8 +135,7 @@ class RoutedGroupedConfig(GroupedConfig):
         return self
 
     def _all_k(self) -> list[int]:
-        stated = self.top_k if isinstance(self.top_k, list) else [self.top_k]
-        return [k for k in stated if isinstance(k, int)] + [stage.top_k for stage in self.k_schedule]
+        return all_k(self.k_schedule, [] if isinstance(self.top_k, SizeRule) else self.top_k)
 
     def _check_k(self, k: int) -> None:
         if k < 1 or k > self.routed:
@@ -150,13 +158,10 @@ class RoutedGroupedConfig(GroupedConfig):
 
     def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
         super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
-        late = [stage.until_tokens for stage in self.k_schedule if stage.until_tokens > tokens - tokens_per_step]
-        if late:
-            raise ValueError(
-                f"attention.k_schedule: a stage lasts until {late[0]} tokens and the last step begins at "
-                f"{tokens - tokens_per_step}, so the final top_k, for which costs are stated, would never be trained; "
-                f"use until_tokens {tokens // 2}, or train.tokens {2 * late[0]}"
-            )
+        check_k_schedule_of_run(self.k_schedule, tokens=tokens, tokens_per_step=tokens_per_step)
+
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        return staged(self, self.k_schedule, self.k)
 
     def at_size(self, num_params: int) -> Self:
         if not isinstance(self.top_k, SizeRule):
@@ -318,5 +323,4 @@ class RoutedGroupedQueryAttention(GroupedQueryAttention):
 
     def before_step(self, tokens: int) -> None:
         """Set k to that of the current stage of `k_schedule`."""
-        stages = [stage.top_k for stage in self.config.k_schedule if tokens < stage.until_tokens]
-        self.top_k = stages[0] if stages else self.config.k
+        self.top_k = k_after(self.config.k_schedule, self.config.k, tokens)

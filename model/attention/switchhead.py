@@ -16,6 +16,7 @@ E = 1 is the authors' gate-only layer: values and outputs are dense, and one sig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -36,6 +37,7 @@ from headway.model.base import (
     RelativeForm,
     Shard,
 )
+from headway.model.k_schedule import KSchedule, all_k, check_k_schedule, check_k_schedule_of_run, k_after, staged
 from headway.model.layers import parameter
 from headway.model.router import AnyRouter, LinearRouterConfig, RoutedAttention, Routing, RoutingConfig, summed
 
@@ -54,6 +56,11 @@ class SwitchHeadConfig(AttentionConfig):
     )
     experts: int = Field(ge=1, description="E, value and output experts per head; 1: only a gate per head")
     top_k: int = Field(ge=1, description="value experts and output experts a token uses per head")
+    k_schedule: KSchedule = Field(
+        default=[],
+        description="more experts early in training: stages with their top_k, or a linear decrease from `start`; costs "
+        "per token are those of the final top_k, costs of training count the stages",
+    )
     gate: Literal["sigmoid", "sigmoid2", "renorm"] = Field(
         default="sigmoid", description="factor on a selected expert; published: sigmoid, and renorm as an option"
     )
@@ -72,13 +79,15 @@ class SwitchHeadConfig(AttentionConfig):
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
-        if self.top_k > self.experts:
+        check_k_schedule(self.k_schedule, self.top_k)
+        every = all_k(self.k_schedule, self.top_k)
+        if max(every) > self.experts:
             legal = "1" if self.experts == 1 else f"1 to {self.experts}"
             raise ValueError(
-                f"top_k: {self.top_k} experts selected of {self.experts} per head; "
-                f"use top_k {legal}, or experts {self.top_k}"
+                f"top_k: {max(every)} experts selected of {self.experts} per head; "
+                f"use top_k {legal}, or experts {max(every)}"
             )
-        if self.gate == "renorm" and self.top_k == 1:
+        if self.gate == "renorm" and min(every) == 1:
             raise ValueError(
                 "gate: renorm at top_k 1 is the constant 1, so the routers would get no gradient; "
                 "use gate sigmoid, or top_k 2"
@@ -94,6 +103,13 @@ class SwitchHeadConfig(AttentionConfig):
                 "use router.type linear or two_layer"
             )
         return self
+
+    def check_run(self, *, seq_len: int, tokens: int, tokens_per_step: int) -> None:
+        super().check_run(seq_len=seq_len, tokens=tokens, tokens_per_step=tokens_per_step)
+        check_k_schedule_of_run(self.k_schedule, tokens=tokens, tokens_per_step=tokens_per_step)
+
+    def stages(self) -> Sequence[tuple[int, Self]]:
+        return staged(self, self.k_schedule, self.top_k)
 
     @property
     def router_names(self) -> tuple[str, ...]:
@@ -150,7 +166,7 @@ class SwitchHeadAttention(RoutedAttention):
 
     def __init__(self, config: SwitchHeadConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.top_k = config, config.top_k
         heads, experts, head_dim = config.kv_heads, config.experts, config.head_dim
         self.w_q = parameter(heads * head_dim, width)
         self.w_k = parameter(heads * head_dim, width)
@@ -194,7 +210,7 @@ class SwitchHeadAttention(RoutedAttention):
 
     def route(self, x: Tensor, context: Context) -> tuple[Routing | None, Routing]:
         """x [B, S, d] -> value routing (None if values are dense) and output routing, [B, S, n, k] each."""
-        routings = {name: router(x, context, k=self.config.top_k) for name, router in self.routers.items()}
+        routings = {name: router(x, context, k=self.top_k) for name, router in self.routers.items()}
         destination = routings["destination"]
         if self.config.shared_selection:
             return destination, destination
@@ -211,6 +227,10 @@ class SwitchHeadAttention(RoutedAttention):
         o = context.attend(q, k, v.flatten(2, 3)).unflatten(2, (-1, experts))
         weights = self.w_v.unflatten(0, (-1, experts, self.config.head_dim)).flatten(2)
         return HeadPool("value expert", weights, v, o)
+
+    def before_step(self, tokens: int) -> None:
+        """Set k to that of the current stage of `k_schedule`."""
+        self.top_k = k_after(self.config.k_schedule, self.config.top_k, tokens)
 
     def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys [B, S, n, D]."""

@@ -10,7 +10,8 @@ of the source if nothing is pooled. It then becomes a layer of the target with e
     gqa, mqa      the same layer
     wgqa          all KV heads are kept; the weights of their sums are those of pooling, so that folding gives the GQA
                   layer (random: standard normal weights)
-    rgqa, moh     all heads are selected and the router is 0; W_O is divided by the gates, which are then constants
+    rgqa, moh     all heads are selected (k_schedule may anneal it) and the router is 0; W_O is divided by the gates,
+                  which are then constants
     switchhead    nothing may be pooled; each expert has a part of the channels of the values and outputs of its head,
                   divided by its gate, so that the experts add up to the head
 
@@ -20,13 +21,12 @@ Legend: d width, H query heads, K KV heads of the source, G of the target, D hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from headway.model.attention.gqa import DenseConfig
+from headway.model.attention.gqa import DenseConfig, GqaConfig
 from headway.model.attention.grouped import GroupedConfig
 from headway.model.attention.moh import MixtureOfHeads
 from headway.model.attention.rgqa import RoutedGroupedQueryAttention
@@ -35,26 +35,20 @@ from headway.model.attention.wgqa import WgqaConfig
 from headway.model.base import Attention, AttentionConfig, AttentionSection, Context
 from headway.model.config import ModelConfig
 from headway.model.contexts import rotated
-from headway.model.convert import heads
-from headway.model.convert.methods import CALIBRATED, SOURCES, TARGETS, How
+from headway.model.convert import grouping, heads
+from headway.model.convert.methods import ALIGNED, CHOSEN, SOURCES, TARGETS, By, How, is_calibrated
+from headway.model.convert.regroup import (
+    Form,
+    LayerChange,
+    alike_heads,
+    regrouped,
+    with_bias_column,
+    without_bias_column,
+)
 from headway.model.decoder import Decoder
 
 _PROBES = 5
 """Random tokens whose gates are compared to see whether they are constants."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerChange:
-    """What was done to a layer. `groups`: the KV heads of the source that each KV head of the target is made of.
-
-    `keys`, `values`: mean cosine of two heads of a group over the calibration tokens, in consecutive groups of the
-    source, and in `groups` after alignment; None without calibration tokens, or if no group has two heads.
-    """
-
-    layer: int
-    groups: tuple[tuple[int, ...], ...]
-    keys: tuple[float, float] | None = None
-    values: tuple[float, float] | None = None
 
 
 class Converted(NamedTuple):
@@ -96,18 +90,16 @@ def check_conversion(model: ModelConfig, source: AttentionSection, target: Atten
             f"{source.heads}, so no start computes the function of the source; use kv_heads {source.heads}, or rgqa, "
             "which keeps the score maps"
         )
-    if source.qk_norm and how in ("align", "cluster_align") and max(sizes) > 1:
+    if source.qk_norm and how in ALIGNED and max(sizes) > 1:
         raise ValueError(
             f"{how}: the source has QK-norm (attention.qk_norm), whose gains do not commute with rotations of the "
             "channels; use mean or cluster"
         )
-    if source.gate == "elementwise" and how in ("align", "cluster_align"):
+    if source.gate == "elementwise" and how in ALIGNED:
         raise ValueError(
             f"{how}: attention.gate elementwise acts on single channels of the values, which alignment rotates; use "
             "mean or cluster"
         )
-    if how in ("cluster", "cluster_align") and len(set(sizes)) > 1:
-        raise ValueError(f"{how}: makes equal groups; leave attention.group_sizes out, or use mean or align")
 
 
 def _check_fields(source: DenseConfig, target: AttentionConfig) -> None:
@@ -163,7 +155,7 @@ def _pooled_sizes(source: DenseConfig, target: AttentionConfig) -> list[int]:
             f"kv_heads: groups of {query_heads} query heads separate heads that share one of the {source.groups} KV "
             f"heads of the source; use kv_heads that divides {source.groups}"
         )
-    return heads.sizes_of(source.groups, [size // members for size in query_heads])
+    return grouping.sizes_of(source.groups, [size // members for size in query_heads])
 
 
 # ---------------------------------------------------------------- the conversion
@@ -176,22 +168,24 @@ def convert_decoder(
     target: AttentionSection,
     *,
     how: How = "mean",
+    by: By = "activations",
     inputs: Sequence[Tensor] | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Converted:
     """Convert `decoder`, which was built with `model`, to attention `target`.
 
-    inputs: for each layer its normed input of the calibration tokens [N, d] (`attention_inputs`); None: similarities
-    are not computed, and no method of `CALIBRATED` is possible. seed: of random values and of the search for groups.
+    by: what heads are compared by. inputs: for each layer its normed input of the calibration tokens [N, d]
+    (`attention_inputs`); None: similarities of keys and values are not computed, and no method that `is_calibrated` is
+    possible. seed: of random values and of the search for groups.
     Computes in float64; the result has dtype and device of `decoder` and shares no memory with it. Raises ValueError as
     `check_conversion`, and for gates that are no constants.
     """
     source = decoder.attention
     check_conversion(model, source, target, how)
     assert isinstance(source, DenseConfig) and isinstance(target, AttentionConfig)
-    if how in CALIBRATED and inputs is None:
-        raise ValueError(f"{how}: needs calibration tokens; name data to draw them from, or use mean")
+    if is_calibrated(how, by) and inputs is None:
+        raise ValueError(_no_tokens(how))
     new = Decoder(model, target, vocab_size=vocab_size or len(decoder.embedding), seed=seed).to(decoder.embedding)
     new.eval()
     sizes, state, changes = _pooled_sizes(source, target), decoder.state_dict(), []
@@ -200,8 +194,8 @@ def convert_decoder(
     for i, (old_layer, new_layer) in enumerate(layers):
         new_layer.before_step(0)
         x = None if inputs is None else inputs[i]
-        form = _Form(source, sizes, how, rotated(model, source), seed)
-        weights, change = _regrouped(i, old_layer.state_dict(), form, x)
+        form = Form(source, sizes, how, by, rotated(model, source), seed)
+        weights, change = regrouped(i, old_layer.state_dict(), form, x)
         filled = _FILL[target.type](new_layer, weights, source, sizes, how)
         prefix = f"blocks.{i}.attn."
         fresh |= {prefix + name: tensor for name, tensor in filled.items()}
@@ -211,6 +205,45 @@ def convert_decoder(
     new.load_state_dict(fresh)
     same = max(sizes) == 1 and (how != "random" or isinstance(target, SwitchHeadConfig))
     return Converted(new, tuple(changes), same)
+
+
+@torch.no_grad()
+def with_unequal_groups(
+    decoder: Decoder,
+    model: ModelConfig,
+    target: GqaConfig,
+    *,
+    how: How,
+    by: By = "activations",
+    inputs: Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> GqaConfig:
+    """`target` with the `group_sizes` of `headway.model.convert.grouping.best_sizes`, the same in all layers.
+
+    The G groups may have any size. Arguments as of `convert_decoder`. Raises ValueError if `how` does not choose
+    groups, and as `check_conversion`.
+    """
+    source = decoder.attention
+    if how not in CHOSEN:
+        raise ValueError(f"{how}: makes groups of consecutive heads, without a choice of their sizes; use cluster")
+    assert isinstance(source, DenseConfig)
+    members, groups = source.heads // source.groups, target.kv_heads
+    if groups > source.groups:
+        raise ValueError(f"kv_heads: the source has {source.groups} KV heads, fewer than {groups}; use fewer")
+    least = [members] * (groups - 1) + [source.heads - members * (groups - 1)]
+    check_conversion(model, source, target.model_copy(update={"group_sizes": least}), how)
+    if is_calibrated(how, by) and inputs is None:
+        raise ValueError(_no_tokens(how))
+    form = Form(source, [source.groups], how, by, rotated(model, source), seed)
+    states = [layer.state_dict() for layer in decoder.attention_layers()]
+    given = [None] * len(states) if inputs is None else inputs
+    alike = [alike_heads(state, x, form) for state, x in zip(states, given, strict=True)]
+    sizes = [members * size for size in grouping.best_sizes(alike, groups, seed=seed)]
+    return target.model_copy(update={"group_sizes": [] if len(set(sizes)) == 1 else sizes})
+
+
+def _no_tokens(how: How) -> str:
+    return f"{how}: needs calibration tokens; name data to draw them from, compare by weights, or use mean"
 
 
 @torch.no_grad()
@@ -231,94 +264,6 @@ def attention_inputs(decoder: Decoder, batches: Sequence[tuple[Tensor, Tensor | 
     return [torch.cat(parts) for parts in found]
 
 
-class _Form(NamedTuple):
-    """What a conversion does in each layer. `sizes`: KV heads of each group. `rotated`: channels that RoPE rotates."""
-
-    source: DenseConfig
-    sizes: Sequence[int]
-    how: How
-    rotated: int
-    seed: int
-
-
-def _regrouped(
-    layer: int, state: Mapping[str, Tensor], form: _Form, x: Tensor | None
-) -> tuple[dict[str, Tensor], LayerChange]:
-    """The weights of the source with heads of a group in consecutive places, and aligned. Not pooled yet."""
-    source, sizes, how, rotated, seed = form
-    own: dict[str, Any] = {"head_dim": source.head_dim}
-    weights, gate = _with_bias_column(state)
-    x = None if x is None else _with_ones(x.to(weights["w_k"].device), weights, state)
-    order = list(range(source.groups))
-    pooled = max(sizes) > 1
-    before = _likeness(weights, x, form) if pooled else None
-    if how in ("cluster", "cluster_align") and pooled and len(sizes) > 1:
-        assert x is not None
-        parts = {"rotated": rotated, "aligned": how == "cluster_align", **own}
-        alike = sum(heads.similarity(weights, x, of=of, **parts) for of in ("key", "value"))
-        assert isinstance(alike, Tensor)
-        order = heads.group_heads(alike, len(sizes), seed=seed)
-        members = source.heads // source.groups
-        query_order = [kv * members + m for kv in order for m in range(members)]
-        weights = heads.permute_heads(weights, query_order, **own)
-        if gate is not None:
-            gate = gate.unflatten(0, (source.heads, -1))[query_order].flatten(0, 1)
-    if how in ("align", "cluster_align") and pooled:
-        assert x is not None
-        weights = heads.align(weights, x, groups=sizes, rotated=rotated, **own)
-    after = _likeness(weights, x, form) if pooled else None
-    likeness = {}
-    if before is not None and after is not None:
-        likeness = {"keys": (before[0], after[0]), "values": (before[1], after[1])}
-    groups, begin = [], 0
-    for size in sizes:
-        groups.append(tuple(order[begin : begin + size]))
-        begin += size
-    weights = _without_bias_column(weights, state)
-    weights |= {} if gate is None else {"w_gate": gate}
-    return weights, LayerChange(layer=layer, groups=tuple(groups), **likeness)
-
-
-def _likeness(weights: Mapping[str, Tensor], x: Tensor | None, form: _Form) -> tuple[float, float] | None:
-    """Mean cosine of two heads of one group, of keys and of values, as the vectors are."""
-    if x is None:
-        return None
-    sizes = torch.tensor(form.sizes)
-    group_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    pair = (group_of[:, None] == group_of) & ~torch.eye(len(group_of), dtype=torch.bool)
-    own: dict[str, Any] = {"head_dim": form.source.head_dim, "rotated": form.rotated, "aligned": False}
-    key, value = (heads.similarity(weights, x, of=of, **own).cpu()[pair].mean() for of in ("key", "value"))
-    return float(key), float(value)
-
-
-_BIASES = {"w_q": "b_q", "w_k": "b_k", "w_v": "b_v"}
-
-
-def _with_bias_column(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """(weights in which a bias is one more input column of its matrix, w_gate or None), in float64.
-
-    W x + b = [W b] [x; 1], so that biases are permuted, rotated and pooled with their matrices.
-    """
-    weights = {name: tensor.double() for name, tensor in state.items() if name not in ("w_gate", *_BIASES.values())}
-    for name, bias in _BIASES.items():
-        if bias in state:
-            weights[name] = torch.cat([weights[name], state[bias].double()[:, None]], 1)
-    gate = state.get("w_gate")
-    return weights, None if gate is None else gate.double()
-
-
-def _with_ones(x: Tensor, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([x, torch.ones_like(x[:, :1])], 1) if weights["w_k"].shape != state["w_k"].shape else x
-
-
-def _without_bias_column(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(weights)
-    for name, bias in _BIASES.items():
-        if bias in state:
-            found[name], found[bias] = weights[name][:, :-1].contiguous(), weights[name][:, -1].clone()
-    return found
-
-
 # ---------------------------------------------------------------- layers of the targets
 
 
@@ -330,9 +275,9 @@ def _pool(
         new = {name: tensor for name, tensor in layer.state_dict().items() if name in ("w_k", "w_v", "b_k", "b_v")}
         return {**weights, **new}
     plain = {name: tensor for name, tensor in weights.items() if name != "w_gate"}
-    joined, _ = _with_bias_column(plain)
+    joined, _ = with_bias_column(plain)
     pooled = heads.mean_pool(joined, sizes, head_dim=source.head_dim, how="first" if how == "first" else "mean")
-    return {**weights, **_without_bias_column(pooled, plain)}
+    return {**weights, **without_bias_column(pooled, plain)}
 
 
 def _weighted(
@@ -448,10 +393,9 @@ def _constant(gates: Tensor, layer: Attention) -> Tensor:
     kind = getattr(config, "type", "")
     if bool((gates == 0).any()):
         every = {"rgqa": "heads/kv_heads - always_on", "moh": "heads - shared_heads", "switchhead": "experts"}[kind]
-        ease = ", or a first stage of attention.k_schedule with it, which then anneals" if kind == "rgqa" else ""
         raise ValueError(
             f"attention.top_k: {kind} that leaves experts out at its start cannot compute the function of the source; "
-            f"use top_k = {every}{ease}"
+            f"use top_k = {every}, or a first stage of attention.k_schedule with it, which then anneals"
         )
     if not torch.allclose(gates.double(), first.expand_as(gates), rtol=1e-6, atol=0):
         raise ValueError(

@@ -2,9 +2,10 @@
 
 The functions take the `state_dict` of a `headway.model.attention.grouped.GroupedQueryAttention`. They compute in
 float64 and return new tensors in the dtypes of the inputs. Mean pooling follows Ainslie et al. (2023, arXiv 2305.13245,
-section 2.1). Alignment and grouping by similarity follow arXiv 2412.20677, without its pruning:
+section 2.1). Alignment and grouping by similarity of activations follow arXiv 2412.20677, without its pruning. Without
+activations (x None), the matrices of the heads are compared themselves:
 
-    order   = group_heads(similarity(weights, x, ...), groups, seed=0)
+    order   = group_heads(similarity(weights, x, ...), groups, seed=0)     headway.model.convert.grouping
     weights = permute_heads(weights, order, ...)         computes the same function
     weights = align(weights, x, groups=groups, ...)      computes the same function
     weights = mean_pool(weights, groups, ...)            exact if a group's heads are rotated copies of each other
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from headway.model.attention.wgqa import WeightedGroupedQueryAttention, WgqaConfig
 from headway.model.config import ModelConfig
+from headway.model.convert.grouping import sizes_of
 from headway.model.decoder import Decoder
 
 Criterion = Literal["cosine", "distance"]
@@ -103,7 +105,7 @@ def mean_pool(
 
 def align(
     weights: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tensor | None,
     *,
     groups: int | Sequence[int],
     head_dim: int,
@@ -113,10 +115,10 @@ def align(
     """Rotate keys and values so that the KV heads of each group are as close to each other as possible.
 
     The layer computes the same function for any x. x [..., d]: normed inputs of the layer for N calibration tokens; the
-    result is unique for N >= D. Groups are consecutive KV heads. Values are multiplied by an orthogonal matrix, and
-    its inverse is applied to w_o. Keys are multiplied by an orthogonal matrix that commutes with RoPE, and its inverse
-    is applied to w_q: a rotation in each plane (channels i and i + R/2 of the first R = `rotated`), and any orthogonal
-    matrix on the remaining channels.
+    result is unique for N >= D. None: the matrices themselves are aligned. Groups are consecutive KV heads. Values are
+    multiplied by an orthogonal matrix, and its inverse is applied to w_o. Keys are multiplied by an orthogonal matrix
+    that commutes with RoPE, and its inverse is applied to w_q: a rotation in each plane (channels i and i + R/2 of the
+    first R = `rotated`), and any orthogonal matrix on the remaining channels.
 
     Raises ValueError if the layer has QK-norm, whose gains do not commute with rotations.
     """
@@ -135,7 +137,7 @@ def align(
 
 def similarity(
     weights: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tensor | None,
     *,
     head_dim: int,
     rotated: int,
@@ -146,8 +148,13 @@ def similarity(
     """Similarity of the values (or keys) of every two KV heads: [K, K], float64, symmetric.
 
     x [..., d]: normed inputs of the layer. The similarity is the mean over tokens of the cosine of the two heads'
-    vectors, or of minus their squared distance. `aligned`: after the best alignment of the two; else of the vectors as
-    they are. Raises ValueError for aligned keys of a layer with QK-norm, which `align` does not support.
+    vectors, or of minus their squared distance. None: of the matrices [D, d] of the two heads, as vectors of D d
+    numbers:
+
+        s_ij = max over Q of <Q W_i, W_j> / (|W_i| |W_j|)       <A, B> = tr(A^T B), |A| = Frobenius norm
+
+    `aligned`: after the best alignment of the two; else of the vectors as they are (Q = 1). Raises ValueError for
+    aligned keys of a layer with QK-norm, which `align` does not support.
     """
     if of == "key" and aligned:
         _refuse_qk_norm(weights, "use the similarity of values, or a model trained with qk_norm false")
@@ -163,39 +170,6 @@ def similarity(
         return inner
     squares = products.diagonal(dim1=0, dim2=1).diagonal().sum(-1)  # [K]: mean squared length
     return 2 * inner - squares[:, None] - squares[None, :]
-
-
-def group_heads(similarity: Tensor, groups: int, *, seed: int = 0, restarts: int = 200, swaps: int = 3000) -> list[int]:
-    """Group K heads by similarity: returns their order, as consecutive groups of K/G heads.
-
-    similarity [K, K] is symmetric. Its sum over pairs within groups is maximized by greedy hill climbing: starting from
-    each of `restarts` random groupings, `swaps` random swaps of two heads of different groups are tried and kept if the
-    sum increases. Heads are sorted within their group, and groups by their first head, so equal groupings have equal
-    orders. Raises ValueError unless `groups` divides K.
-    """
-    count = len(similarity)
-    check_equal_groups(count, groups)
-    if groups in (1, count):
-        return list(range(count))
-    size = count // groups
-    pairs = similarity.double().clone().fill_diagonal_(0.0)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(count, generator=generator) for _ in range(restarts)])  # [restarts, K]
-    rows = torch.arange(restarts)
-    for _ in range(swaps):
-        a = torch.randint(count, (restarts,), generator=generator)
-        step = size - a % size + torch.randint(count - size, (restarts,), generator=generator)
-        b = (a + step) % count  # a random position in another group
-        head_a, head_b = order[rows, a], order[rows, b]
-        difference = (pairs[head_a] - pairs[head_b]).gather(1, order).unflatten(1, (groups, size)).sum(2)
-        gain = difference[rows, b // size] - difference[rows, a // size] - 2 * pairs[head_a, head_b]
-        better = gain > 0
-        order[rows, a] = torch.where(better, head_b, head_a)
-        order[rows, b] = torch.where(better, head_a, head_b)
-    grouped = order.unflatten(1, (groups, size))
-    totals = pairs[grouped[..., :, None], grouped[..., None, :]].sum((1, 2, 3))
-    best = sorted(sorted(group) for group in grouped[int(totals.argmax())].tolist())
-    return [head for group in best for head in group]
 
 
 def fold_decoder(decoder: Decoder, model: ModelConfig) -> Decoder:
@@ -219,29 +193,17 @@ def fold_decoder(decoder: Decoder, model: ModelConfig) -> Decoder:
     return folded.train(decoder.training)
 
 
-def check_equal_groups(kv_heads: int, groups: int) -> None:
-    """Raise ValueError unless the KV heads divide into `groups` equal groups."""
-    if groups < 1 or kv_heads % groups:
-        legal = [g for g in range(1, kv_heads + 1) if kv_heads % g == 0]
-        below = max((g for g in legal if g < groups), default=1)
-        above = min((g for g in legal if g > groups), default=kv_heads)
-        use = f"{below} or {above}" if below != above else f"{below}, or a layer with {groups} KV heads"
-        raise ValueError(f"groups: {kv_heads} KV heads do not divide into {groups} equal groups; use {use}")
+def _products(matrices: Tensor, x: Tensor | None, criterion: Criterion) -> Tensor:
+    """matrices [K, D, d], x [..., d] -> mean over tokens of y_i y_j^T for all pairs of heads, [K, K, D, D]; y = W x.
 
-
-def sizes_of(kv_heads: int, groups: int | Sequence[int]) -> list[int]:
-    """KV heads of each group. Raises ValueError unless `groups` divides the KV heads, or adds up to them."""
-    if isinstance(groups, int):
-        check_equal_groups(kv_heads, groups)
-        return [kv_heads // groups] * groups
-    sizes = list(groups)
-    if min(sizes, default=0) < 1 or sum(sizes) != kv_heads:
-        raise ValueError(f"groups: sizes {sizes} do not add up to {kv_heads} KV heads; use sizes that do")
-    return sizes
-
-
-def _products(matrices: Tensor, x: Tensor, criterion: Criterion) -> Tensor:
-    """matrices [K, D, d], x [..., d] -> mean over tokens of y_i y_j^T for all pairs of heads, [K, K, D, D]; y = W x."""
+    Without x, W_i W_j^T: with "distance" the mean over inputs whose second moments are the identity; with "cosine",
+    matrices have norm 1.
+    """
+    if x is None:
+        if criterion == "cosine":
+            norms = torch.linalg.matrix_norm(matrices, keepdim=True)
+            matrices = matrices / norms.clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.einsum("icx,jdx->ijcd", matrices, matrices)
     tokens = x.detach().double().flatten(0, -2)
     y = torch.einsum("kdx,nx->nkd", matrices, tokens)
     if criterion == "cosine":

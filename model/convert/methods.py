@@ -13,11 +13,28 @@ random         random keys and values, a control
 align          rotated towards each other, then their mean
 cluster        grouped by the similarity of their keys and values, then their mean
 cluster_align  grouped by their similarity after alignment, rotated towards each other, then their mean
+
+The last three compare the heads by their activations, or by their weights (`By`).
 """
 
 HOWS: tuple[How, ...] = get_args(How)
-CALIBRATED: tuple[How, ...] = ("align", "cluster", "cluster_align")
-"""Those that need calibration tokens."""
+COMPARED: tuple[How, ...] = ("align", "cluster", "cluster_align")
+"""Those that compare heads, by their activations or by their weights."""
+
+ALIGNED: tuple[How, ...] = ("align", "cluster_align")
+CHOSEN: tuple[How, ...] = ("cluster", "cluster_align")
+"""Those that choose the heads of each group."""
+
+By = Literal["activations", "weights"]
+"""What heads are compared by: their keys and values of calibration tokens, or the matrices W_K and W_V."""
+
+BYS: tuple[By, ...] = get_args(By)
+
+
+def is_calibrated(how: How, by: By) -> bool:
+    """Whether the method needs calibration tokens."""
+    return how in COMPARED and by == "activations"
+
 
 TARGETS = ("gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead")
 SOURCES = ("mha", "gqa", "mqa")

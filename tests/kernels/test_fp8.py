@@ -17,6 +17,7 @@ from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
@@ -36,6 +37,7 @@ TAKEN = {
     "hybrid": HybridConfig(**POOL, top_k=1, value_experts=4, value_top_k=2),
     "moa": MoaConfig(heads=4, head_dim=16, top_k=2),
     "moh": MohConfig(**POOL, shared_heads=2, top_k=2),
+    "namoh": NamohConfig(heads=8, head_dim=16, top_k=2, shared_heads=2),
 }
 
 

@@ -25,6 +25,7 @@ from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.sqa import SqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
@@ -51,6 +52,13 @@ MECHANISMS: dict[str, AttentionConfig] = {
         top_k=2,
         form="straight_through",
         router=QueryNormRouterConfig(),
+    ),
+    "namoh": NamohConfig(heads=4, head_dim=6, top_k=3, qk_norm=True),
+    "namoh-shared": NamohConfig(
+        heads=6, head_dim=6, top_k=2, shared_heads=2, window=9, balance=BalanceConfig(f_p=0.01, loss_free_rate=1e-3)
+    ),
+    "namoh-grouped": NamohConfig(
+        heads=4, head_dim=6, top_k=3, projections="grouped", rank_positions=False, rope_fraction=2 / 3
     ),
     "sqa": SqaConfig(heads=12, kv_heads=2, kept=3, head_dim=6, rope_fraction=1 / 3),
     "dynamic-gqa": DynamicGqaConfig(heads=7, kv_heads=3, head_dim=6, qk_norm=True, freeze_after_tokens=0),
@@ -144,6 +152,17 @@ def whole_mechanisms() -> set[str]:
 
 @pytest.fixture(params=[name for name in MECHANISMS if name not in WHOLE])
 def cut_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
+    return MECHANISMS[request.param]
+
+
+@pytest.fixture(params=[name for name, config in MECHANISMS.items() if config.no_context_parallel is None])
+def shared_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
+    """One whose sequences context-parallel ranks can share."""
+    return MECHANISMS[request.param]
+
+
+@pytest.fixture(params=[n for n, config in MECHANISMS.items() if n not in WHOLE and config.no_context_parallel is None])
+def cut_shared_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
     return MECHANISMS[request.param]
 
 

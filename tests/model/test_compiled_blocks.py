@@ -26,9 +26,6 @@ V, B, S, LAYERS = 64, 2, 24, 3
 PLACED = Placement(operations=Operations(core=core_of_blocks), sequence=SequenceRanks(attend=core_of_blocks))
 GQA = GqaConfig(heads=4, kv_heads=2, head_dim=6)
 
-BROKEN = ("grouped",)
-"""What attention.projections must not be: sizes are read on the host, which breaks the graph."""
-
 
 @pytest.fixture(autouse=True)
 def forgotten():
@@ -132,7 +129,7 @@ def test_every_mechanism_is_one_graph_and_is_not_compiled_again(mechanism, trace
     Layers with windows or sizes of their own have graphs of their own.
     """
     plain, blocks = pairs(mechanism)
-    if getattr(mechanism, "projections", "dense") in BROKEN:
+    if mechanism.reads_routing:  # sizes are read on the host, which breaks the graph
         with pytest.raises(LeverError, match=r"speed\.compile: block does not compile a block of .*; use speed"):
             trained(blocks, 0)
         return

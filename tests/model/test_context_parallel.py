@@ -35,8 +35,9 @@ def mean_loss(outputs):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_parts_of_sequences_together_are_the_layer_and_its_gradients(
-    mechanism, layer, context, share_sequences, x, packed
+    shared_mechanism, layer, context, share_sequences, x, packed
 ):
+    mechanism = shared_mechanism
     module, x = layer(mechanism), x[:, :10].requires_grad_()
     documents = Documents.of(SEGMENTS.expand(3, 10)) if packed else None
     whole, wrt, weight = context(mechanism, 10, documents), [x, *module.parameters()], torch.randn_like(x)
@@ -48,7 +49,8 @@ def test_parts_of_sequences_together_are_the_layer_and_its_gradients(
         torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-10)
 
 
-def test_parts_of_the_pool_are_those_of_the_whole(mechanism, layer, context, share_sequences, x):
+def test_parts_of_the_pool_are_those_of_the_whole(shared_mechanism, layer, context, share_sequences, x):
+    mechanism = shared_mechanism
     module, x = layer(mechanism).eval(), x[:, :10]
     whole = context(mechanism, 10)
     parts = share_sequences(2, x, whole, lambda rank, part, own: module.pool(part, own))
@@ -88,8 +90,9 @@ def test_each_loss_takes_its_means_over_whole_sequences(config, layer, context, 
         torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-14)
 
 
-def test_statistics_of_the_parts_add_up(mechanism, layer, context, share_sequences, x):
+def test_statistics_of_the_parts_add_up(shared_mechanism, layer, context, share_sequences, x):
     """But for the pairs of tokens that two ranks hold one of each."""
+    mechanism = shared_mechanism
     module, x = layer(mechanism), x[:, :10]
     modules, whole = copies(module, 2), context(mechanism, 10)
     share_sequences(2, x, whole, lambda rank, part, own: modules[rank](part, own))
@@ -119,8 +122,8 @@ def attended(module, x, context):
     return tuple(calls)
 
 
-def test_kv_heads_of_each_call_of_the_core_are_those_that_the_config_says(mechanism, layer, context, x):
-    assert attended(layer(mechanism), x, context(mechanism)) == mechanism.attended_heads()
+def test_kv_heads_of_each_call_of_the_core_are_those_that_the_config_says(shared_mechanism, layer, context, x):
+    assert attended(layer(shared_mechanism), x, context(shared_mechanism)) == shared_mechanism.attended_heads()
 
 
 @pytest.mark.parametrize(
@@ -137,11 +140,11 @@ def test_tensor_parallel_ranks_share_the_heads_but_not_a_shared_head(config, hea
     assert (config.attended_heads(), config.attended_heads(tensor=2)) == (heads, halves)
 
 
-def test_a_rank_of_two_attends_to_the_heads_that_the_config_says(cut_mechanism, layer, context, lockstep, x):
+def test_a_rank_of_two_attends_to_the_heads_that_the_config_says(cut_shared_mechanism, layer, context, lockstep, x):
     parts = []
     for _ in range(2):
-        part = layer(cut_mechanism)
-        for name, shard in cut_mechanism.shards().items():
+        part = layer(cut_shared_mechanism)
+        for name, shard in cut_shared_mechanism.shards().items():
             owner, _, own_name = name.rpartition(".")
             half = torch.nn.Parameter(part.get_parameter(name).detach().chunk(2, shard.dim)[0])
             part.get_submodule(owner).register_parameter(own_name, half)
@@ -149,5 +152,5 @@ def test_a_rank_of_two_attends_to_the_heads_that_the_config_says(cut_mechanism, 
             owner, _, own_name = name.rpartition(".")
             part.get_submodule(owner).register_buffer(own_name, buffer.chunk(2)[0])
         parts.append(part)
-    calls = lockstep(parts, lambda part: attended(part, x, context(cut_mechanism)))
-    assert calls == [cut_mechanism.attended_heads(tensor=2)] * 2
+    calls = lockstep(parts, lambda part: attended(part, x, context(cut_shared_mechanism)))
+    assert calls == [cut_shared_mechanism.attended_heads(tensor=2)] * 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from headway.model.attention.gqa import GqaConfig, MhaConfig
-from headway.model.convert.heads import align, group_heads, mean_pool, permute_heads, similarity
+from headway.model.convert.grouping import best_sizes, cohesion, dispersion, group_heads, split, tree_sizes
+from headway.model.convert.heads import align, mean_pool, permute_heads, similarity
 
 HEADS, D, WIDTH = 6, 10, 20
 
@@ -139,9 +140,10 @@ def test_rotating_channels_across_rope_planes_changes_the_function(layer, output
     assert (output(mha(0.6), aligned) - output(mha(0.6), weights)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("by", ["activations", "weights"])
 @pytest.mark.parametrize("criterion", ["cosine", "distance"])
 @pytest.mark.parametrize("rotated", [0, 6, 10])
-def test_pooling_rotated_copies_is_exact_after_grouping_and_alignment(layer, output, x, rotated, criterion):
+def test_pooling_rotated_copies_is_exact_after_grouping_and_alignment(layer, output, x, rotated, criterion, by):
     config, pooled_config = mha(rotated / D), gqa(2, rope_fraction=rotated / D)
     given = permute_heads(turned_copies(layer, rotated), SHUFFLED, head_dim=D)
     before = output(config, given)
@@ -149,6 +151,7 @@ def test_pooling_rotated_copies_is_exact_after_grouping_and_alignment(layer, out
     def pooled(weights):
         return output(pooled_config, mean_pool(weights, 2, head_dim=D))
 
+    x = x if by == "activations" else None
     for of in ("value", "key"):
         scores = similarity(given, x, head_dim=D, rotated=rotated, of=of, criterion=criterion)
         order = group_heads(scores, 2, restarts=5, swaps=50)
@@ -211,6 +214,86 @@ def test_similarity_is_that_of_the_best_rotation(layer, x, of, turns):
     best = torch.nn.functional.cosine_similarity(turned, y[2], dim=-1).mean(1).max()
     nearest = (turned - y[2]).square().sum(-1).mean(1).min()
     assert best < cosine[0, 2] and -nearest < distance[0, 2]
+
+
+@pytest.mark.parametrize(("of", "turns"), [("value", orthogonal), ("key", plane_rotations)])
+def test_similarity_of_weights_is_the_cosine_of_the_best_rotation(layer, of, turns):
+    """For values the largest inner product is the sum of the singular values of W_i W_j^T (orthogonal Procrustes)."""
+    weights = weights_of(layer(mha()))
+    name = {"value": "w_v", "key": "w_k"}[of]
+    heads = weights[name].unflatten(0, (HEADS, D))
+    heads[1] = 3 * turns(1, 6 if of == "key" else D)[0] @ heads[0]
+    own = {"head_dim": D, "rotated": 6, "of": of}
+    cosine, plain = similarity(weights, None, **own), similarity(weights, None, aligned=False, **own)
+    flat = torch.nn.functional.normalize(heads.flatten(1), dim=1)
+    torch.testing.assert_close(plain, flat @ flat.T, rtol=0, atol=1e-12)
+    assert float(cosine[0, 1]) == pytest.approx(1.0) and float(plain[0, 1]) < 0.99
+    turned = (turns(2000, 6 if of == "key" else D) @ heads[0]).flatten(1)
+    best = torch.nn.functional.cosine_similarity(turned, heads[2].flatten(), dim=1).max()
+    assert best < cosine[0, 2] < 1
+    if of == "value":
+        nuclear = torch.linalg.matrix_norm(heads[0] @ heads[2].T, ord="nuc")
+        assert float(cosine[0, 2]) == pytest.approx(float(nuclear / heads[0].norm() / heads[2].norm()))
+
+
+def vectors(groups, *, noise=0.0):
+    """Unit vectors [K, 12] of heads that are equal within each of the groups of the given sizes, in a mixed order."""
+    centre = torch.repeat_interleave(torch.randn(len(groups), 12, dtype=torch.float64), torch.tensor(groups), 0)
+    mixed = torch.randperm(len(centre))
+    found = centre[mixed] + noise * torch.randn(len(centre), 12, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))[mixed]
+    planted = {frozenset(torch.nonzero(owner == g)[:, 0].tolist()) for g in range(len(groups))}
+    return torch.nn.functional.normalize(found, dim=1), planted
+
+
+def test_the_dispersion_is_the_mean_squared_distance_to_the_mean_of_the_own_group():
+    unit, _ = vectors([1, 1, 1, 1, 1, 1, 1])
+    groups = [[3, 0, 5], [1], [6, 2, 4]]
+    apart = sum(float((unit[group] - unit[group].mean(0)).square().sum()) for group in groups)
+    assert dispersion(unit @ unit.T, groups) == pytest.approx(apart / 7, abs=1e-12)
+    assert cohesion(unit @ unit.T, groups) == pytest.approx(7 - 3 - apart, abs=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 2, 5], [4, 1, 1, 3]])
+def test_planted_groups_of_any_sizes_are_recovered(sizes):
+    unit, planted = vectors(sizes, noise=0.1)
+    alike = unit @ unit.T
+    order = group_heads(alike, sizes, restarts=30, swaps=200)
+    assert {frozenset(group) for group in split(order, sizes)} == planted
+    assert tree_sizes(alike, len(sizes)) == sorted(sizes) == best_sizes([alike, alike], len(sizes))
+    exact, _ = vectors(sizes)
+    order = group_heads(exact @ exact.T, sizes, restarts=30, swaps=200)
+    assert dispersion(exact @ exact.T, split(order, sizes)) == pytest.approx(0, abs=1e-12)
+
+
+def test_sizes_are_those_of_the_least_dispersion_over_all_layers():
+    """Two layers whose own best sizes differ: the choice has the smaller sum, which is compared by hand."""
+    one, two = (vectors(sizes, noise=noise)[0] for sizes, noise in (([1, 5], 0.02), ([3, 3], 0.6)))
+    layers = [one @ one.T, two @ two.T]
+    assert tree_sizes(layers[0], 2) == [1, 5]
+
+    def total(sizes):
+        return sum(dispersion(a, split(group_heads(a, sizes, restarts=30, swaps=200), sizes)) for a in layers)
+
+    candidates = {tuple(tree_sizes(alike, 2)) for alike in layers} | {(3, 3)}
+    assert len(candidates) > 1
+    assert best_sizes(layers, 2) == list(min(candidates, key=total))
+    assert best_sizes([torch.ones(6, 6)], 3) == [2, 2, 2]  # of equal sums, the equal sizes
+    with pytest.raises(ValueError, match=r"^groups: 6 KV heads do not make 7 groups; use 1 to 6"):
+        best_sizes(layers, 7)
+
+
+def test_grouping_finds_the_best_of_all_groupings_with_given_sizes():
+    scores = torch.randn(7, 7)
+    scores = scores + scores.T
+    found = [
+        [[one], [a, b], [h for h in range(7) if h not in (one, a, b)]]
+        for one in range(7)
+        for a, b in combinations([h for h in range(7) if h != one], 2)
+    ]
+    best = max(found, key=lambda grouping: cohesion(scores, grouping))
+    order = group_heads(scores, [1, 2, 4], seed=3, restarts=30, swaps=200)
+    assert split(order, [1, 2, 4]) == best
 
 
 @pytest.mark.parametrize("groups", [2, 4])

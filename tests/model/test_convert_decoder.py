@@ -8,15 +8,22 @@ import torch
 
 from headway.model.attention.gqa import GqaConfig, MhaConfig, MqaConfig
 from headway.model.attention.moh import MohConfig
-from headway.model.attention.rgqa import KStage, RgqaConfig
+from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.sqa import SqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
 from headway.model.config import ModelConfig
-from headway.model.convert.decoder import attention_inputs, check_conversion, convert_decoder, target_fields
+from headway.model.convert.decoder import (
+    attention_inputs,
+    check_conversion,
+    convert_decoder,
+    target_fields,
+    with_unequal_groups,
+)
 from headway.model.convert.heads import mean_pool
 from headway.model.decoder import Decoder
+from headway.model.k_schedule import KStage, LinearK
 from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, TokenHashRouterConfig, TwoLayerRouterConfig
 
 HEADS, D = 6, 10
@@ -90,28 +97,37 @@ def test_as_many_kv_heads_as_before_are_the_same_function(decoder, tokens, field
     same(source, found.decoder, tokens)
 
 
-def copies(source, groups, biases):
-    """Make the KV heads of each group rotated copies of one, in an order that mixes the groups."""
+def copies(source, groups, biases, *, turns=True):
+    """Make the KV heads of each group rotated (or equal) copies of one, in an order that mixes the groups.
+
+    groups: how many, of equal size; or the group of each head.
+    """
+    owner = [h % groups for h in range(HEADS)] if isinstance(groups, int) else groups
+    first = [owner.index(g) for g in owner]
     half, rotated = 3, 6
     for layer in source.attention_layers():
         for name, planes in (("w_k", rotated), ("w_v", 0)):
             heads = getattr(layer, name).data.unflatten(0, (HEADS, D))
             bias = getattr(layer, name.replace("w", "b")).data.unflatten(0, (HEADS, D)) if biases else None
             for h in range(HEADS):
+                if not turns:
+                    heads[h] = heads[first[h]]
+                    continue
                 turn = torch.zeros(D, D, dtype=torch.float64)
                 angle = torch.rand(half, dtype=torch.float64) * 6
                 i, j = torch.arange(planes // 2), torch.arange(planes // 2, planes)
                 turn[i, i] = turn[j, j] = angle[: planes // 2].cos()
                 turn[j, i], turn[i, j] = angle[: planes // 2].sin(), -angle[: planes // 2].sin()
                 turn[planes:, planes:] = torch.linalg.qr(torch.randn(D - planes, D - planes, dtype=torch.float64)).Q
-                heads[h] = turn @ heads[h % groups]
+                heads[h] = turn @ heads[first[h]]
                 if bias is not None:
-                    bias[h] = turn @ bias[h % groups]
+                    bias[h] = turn @ bias[first[h]]
     return source
 
 
+@pytest.mark.parametrize("by", ["activations", "weights"])
 @pytest.mark.parametrize("fields", [{}, {"biases": True}, {"gate": "headwise"}], ids=str)
-def test_rotated_copies_are_found_and_pooled_without_loss(decoder, tokens, fields):
+def test_rotated_copies_are_found_and_pooled_without_loss(decoder, tokens, fields, by):
     source = decoder(mha(**fields)).eval()
     with torch.no_grad():
         for tensor in source.parameters():
@@ -119,15 +135,71 @@ def test_rotated_copies_are_found_and_pooled_without_loss(decoder, tokens, field
         copies(source, 2, biases="biases" in fields)
     inputs = attention_inputs(source, [(tokens, None)])
     assert inputs[0].shape == (tokens.numel(), MODEL.width)
-    found = convert_decoder(source, MODEL, gqa(2, **fields), how="cluster_align", inputs=inputs)
+    found = convert_decoder(source, MODEL, gqa(2, **fields), how="cluster_align", by=by, inputs=inputs)
     same(source, found.decoder, tokens)
     for layer in found.layers:
         assert set(layer.groups) == {(0, 2, 4), (1, 3, 5)}
         assert layer.keys is not None and layer.values is not None
         assert layer.keys[1] == pytest.approx(1) and layer.values[1] == pytest.approx(1)
         assert layer.keys[0] < 0.9 and layer.values[0] < 0.9
-    differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how="align", inputs=inputs).decoder, tokens)
-    differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how="cluster", inputs=inputs).decoder, tokens)
+        assert layer.dispersion is not None and layer.dispersion[0] > 0.05
+        assert layer.dispersion[1] == pytest.approx(0, abs=1e-9)
+    if by == "weights":  # without any tokens
+        again = convert_decoder(source, MODEL, gqa(2, **fields), how="cluster_align", by=by)
+        assert again.layers[0].keys is None and again.layers[0].groups == found.layers[0].groups
+        same(source, again.decoder, tokens)
+    for how in ("align", "cluster"):
+        differ(source, convert_decoder(source, MODEL, gqa(2, **fields), how=how, by=by, inputs=inputs).decoder, tokens)
+
+
+@pytest.mark.parametrize("how", ["align", "cluster", "cluster_align"])
+def test_weights_are_compared_without_regard_to_the_tokens(decoder, tokens, how):
+    source = decoder(mha()).eval()
+    options = {"how": how, "inputs": attention_inputs(source, [(tokens, None)])}
+    given = convert_decoder(source, MODEL, gqa(2), by="weights", **options)
+    without = convert_decoder(source, MODEL, gqa(2), how=how, by="weights")
+    same(given.decoder, without.decoder, tokens)
+    assert [layer.dispersion for layer in given.layers] == [layer.dispersion for layer in without.layers]
+    other = convert_decoder(source, MODEL, gqa(2), by="activations", **options)
+    if how == "align":
+        differ(given.decoder, other.decoder, tokens)
+    else:
+        for ours, theirs in zip(given.layers, other.layers, strict=True):
+            assert ours.dispersion is not None and theirs.dispersion is not None
+            assert abs(ours.dispersion[1] - theirs.dispersion[1]) > 1e-3
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+@pytest.mark.parametrize("how", ["cluster", "cluster_align"])
+def test_unequal_groups_of_copies_are_chosen_and_pooled_without_loss(decoder, tokens, how, by):
+    source = copies(decoder(mha()).eval(), [1, 2, 1, 0, 2, 1], biases=False, turns=how == "cluster_align")
+    options = {"how": how, "by": by, "inputs": attention_inputs(source, [(tokens, None)])}
+    target = with_unequal_groups(source, MODEL, gqa(3), **options)
+    assert target.group_sizes == [1, 2, 3]
+    found = convert_decoder(source, MODEL, target, **options)
+    same(source, found.decoder, tokens)
+    assert found.layers[1].groups == ((3,), (1, 4), (0, 2, 5)) and not found.same_function
+    assert found.layers[1].dispersion is not None and found.layers[1].dispersion[1] == pytest.approx(0, abs=1e-9)
+    differ(source, convert_decoder(source, MODEL, gqa(3), **options).decoder, tokens)  # groups of two
+
+
+def test_unequal_groups_are_of_whole_groups_of_the_source(decoder, tokens):
+    source = decoder(gqa(3)).eval()
+    for layer in source.attention_layers():
+        for matrix in (layer.w_k.data, layer.w_v.data):
+            matrix[2 * D :] = matrix[:D]
+    target = with_unequal_groups(source, MODEL, gqa(2), how="cluster", by="weights")
+    assert target.group_sizes == [2, 4]
+    found = convert_decoder(source, MODEL, target, how="cluster", by="weights")
+    assert found.layers[0].groups == ((1,), (0, 2))
+    same(source, found.decoder, tokens)
+
+
+def test_equal_heads_keep_equal_groups(decoder, tokens):
+    source = copies(decoder(mha()).eval(), 1, biases=False, turns=False)
+    target = with_unequal_groups(source, MODEL, gqa(2), how="cluster", by="weights")
+    assert target == gqa(2)
+    same(source, convert_decoder(source, MODEL, target, how="cluster", by="weights").decoder, tokens)
 
 
 def test_alignment_of_consecutive_copies_is_without_loss_also_in_unequal_groups(decoder, tokens):
@@ -212,6 +284,43 @@ def test_switchhead_with_all_experts_starts_as_the_source(decoder, tokens, group
         assert not torch.equal(experts[:, 0], experts[:, 1])
 
 
+@pytest.mark.parametrize("gate", ["sigmoid", "sigmoid2", "renorm"])
+def test_switchhead_anneals_from_the_source_to_the_plain_mechanism(decoder, tokens, gate):
+    fields: dict[str, Any] = {"kv_heads": HEADS, "head_dim": D, "rope_fraction": 0.6, "experts": 4, "gate": gate}
+    target = SwitchHeadConfig(**fields, top_k=2, k_schedule=LinearK(start=4, until_tokens=200))
+    source, found = converted(decoder, mha(), target)
+    anneals(source, found.decoder, SwitchHeadConfig(**fields, top_k=2), tokens)
+
+
+@pytest.mark.parametrize(("form", "shared"), product(["paper", "code", "straight_through"], [0, 2]))
+def test_mixture_of_heads_anneals_from_gqa_to_the_plain_mechanism(decoder, tokens, form, shared):
+    fields: dict[str, Any] = {"kv_heads": 2, "shared_heads": shared, "form": form}
+    target = MohConfig(**SHAPE, **fields, top_k=2, k_schedule=LinearK(start=HEADS - shared, until_tokens=200))
+    source, plain = converted(decoder, mha(), gqa(2))
+    found = convert_decoder(source, MODEL, target).decoder
+    anneals(plain.decoder, found, MohConfig(**SHAPE, **fields, top_k=2), tokens)
+
+
+def anneals(start, found, plain, tokens):
+    """`found` computes `start` at token 0, and what a decoder of config `plain` computes from token 200 on."""
+    same(start, found, tokens)
+    with torch.no_grad():  # a router that has learned
+        for name, tensor in found.named_parameters():
+            if ".router.w" in name or ".source.w" in name or ".destination.w" in name:
+                tensor += torch.randn_like(tensor)
+    end = decoder_like(found, plain)
+    differ(end, found, tokens)
+    found.before_step(200)
+    same(end, found, tokens)
+    differ(start, found, tokens)
+
+
+def decoder_like(found, config):
+    other = Decoder(MODEL, config, vocab_size=37, seed=0).double().eval()
+    other.load_state_dict(found.state_dict())
+    return other
+
+
 def test_the_router_of_a_converted_decoder_learns(decoder, tokens):
     _, found = converted(decoder, mha(), RgqaConfig(**SHAPE, kv_heads=2, top_k=3))
     found.decoder.requires_grad_(True)
@@ -242,7 +351,6 @@ ROUTED: dict[str, Any] = {"kv_heads": 2, "top_k": 3}
         (gqa(2), gqa(3), "mean", r"has 2 KV heads, fewer than 3; use 2"),
         (mha(qk_norm=True), gqa(2, qk_norm=True), "align", r"^align: .*QK-norm.*use mean or cluster"),
         (mha(gate="elementwise"), gqa(2, gate="elementwise"), "cluster_align", r"elementwise.*use mean or cluster"),
-        (mha(), gqa(2, group_sizes=[1, 5]), "cluster", r"equal groups"),
         (gqa(2, group_sizes=[1, 5]), gqa(1), "mean", r"group_sizes"),
         (mha(windows=[4] * 6), gqa(2, windows=[4] * 2), "mean", r"attention.windows: "),
         (mha(gate="headwise"), gqa(2), "mean", r"attention.gate: none in the target and headwise in the source"),
@@ -260,10 +368,13 @@ def test_what_cannot_be_converted_is_refused_with_what_to_do(source, target, how
     ("target", "message"),
     [
         (RgqaConfig(**SHAPE, kv_heads=2, top_k=2), r"attention.top_k: .*heads/kv_heads - always_on, or a first stage"),
-        (MohConfig(**SHAPE, kv_heads=2, shared_heads=1, top_k=2), r"use top_k = heads - shared_heads$"),
+        (
+            MohConfig(**SHAPE, kv_heads=2, shared_heads=1, top_k=2),
+            r"use top_k = heads - shared_heads, or a first",
+        ),
         (
             SwitchHeadConfig(kv_heads=HEADS, head_dim=D, rope_fraction=0.6, experts=3, top_k=2),
-            r"attention.top_k: .*use top_k = experts$",
+            r"attention.top_k: .*use top_k = experts, or a first stage",
         ),
         (RgqaConfig(**SHAPE, **ROUTED, router=TokenHashRouterConfig()), r"attention.router: .*token_hash cannot be 0"),
     ],
@@ -274,8 +385,14 @@ def test_a_routed_target_without_an_exact_start_is_refused(decoder, target, mess
 
 
 def test_alignment_needs_calibration_tokens(decoder):
-    with pytest.raises(ValueError, match=r"^align: needs calibration tokens"):
+    with pytest.raises(ValueError, match=r"^align: needs calibration tokens.*compare by weights, or use mean"):
         convert_decoder(decoder(mha()), MODEL, gqa(2), how="align")
+    with pytest.raises(ValueError, match=r"^cluster: needs calibration tokens"):
+        with_unequal_groups(decoder(mha()), MODEL, gqa(2), how="cluster")
+    with pytest.raises(ValueError, match=r"^align: makes groups of consecutive heads.*use cluster"):
+        with_unequal_groups(decoder(mha()), MODEL, gqa(2), how="align", by="weights")
+    with pytest.raises(ValueError, match=r"^kv_heads: the source has 2 KV heads, fewer than 3"):
+        with_unequal_groups(decoder(gqa(2)), MODEL, gqa(3), how="cluster", by="weights")
 
 
 @pytest.mark.parametrize("to", ["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead"])

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from headway.kernels.documents import BLOCK
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.config import ModelConfig
@@ -35,6 +36,7 @@ ATTENTIONS = {
     "rgqa": RgqaConfig(heads=4, kv_heads=2, head_dim=4, top_k=1),
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=4, experts=2, top_k=1),
     "gqe": GqeConfig(heads=4, kv_heads=2, head_dim=4, top_k=1),
+    "namoh": NamohConfig(heads=4, head_dim=4, top_k=2, shared_heads=1, window=200),
 }
 
 

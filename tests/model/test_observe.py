@@ -12,8 +12,8 @@ SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
 
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_maps_are_the_attention_of_the_core_and_the_pass_is_the_same(mechanism, decoder, tokens, packed):
-    model, calls = decoder(mechanism).eval(), []
+def test_maps_are_the_attention_of_the_core_and_the_pass_is_the_same(shared_mechanism, decoder, tokens, packed):
+    model, calls = decoder(shared_mechanism).eval(), []
     segments = SEGMENTS.expand(3, 11) if packed else None
     plain = model.logits(tokens, segments)
 
@@ -55,6 +55,8 @@ CASES = {
     "rgqa-always-on": (Off(0, 3), "w_o", None, slice(18, 24)),  # the always-on head of the second group
     "moa": (Off(0, 2), "w_o", None, slice(12, 18)),
     "moh": (Off(0, 4), "w_o", None, slice(24, 30)),
+    "namoh": (Off(0, 2), "w_o", None, slice(12, 18)),
+    "namoh-shared": (Off(0, 7), "w_o_shared", None, slice(6, 12)),
     "hybrid": (Off(0, 1, "value_router", 1), "w_v", slice(24, 30), None),
     "switchhead": (Off(0, 2, "source", 1), "w_v", slice(50, 60), None),
     "switchhead-grouped": (Off(0, 0, "destination", 1), "w_o", None, slice(18, 24)),

@@ -11,11 +11,12 @@ from headway.kernels.rope import rope_tables
 from headway.kernels.routing import GateName
 from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.grouped import orthogonality_loss
-from headway.model.attention.rgqa import KStage, RgqaConfig, SizeRule
+from headway.model.attention.rgqa import RgqaConfig, SizeRule
 from headway.model.balance import BalanceConfig
 from headway.model.base import Context
 from headway.model.config import ModelConfig
 from headway.model.cost import account
+from headway.model.k_schedule import KStage
 from headway.model.router import Routing
 
 GATES = get_args(GateName)

@@ -66,7 +66,11 @@ def main() -> None:
         case = cases.Case(mechanism="gqa", layout=layout_name)
         layout = arrange(case.parallel, local_rank=base.local_rank, device=base.device)
         sequence_parallel = case.parallel.sequence_parallel
-        found[layout_name] = {name: exchanges(name, layout, sequence_parallel=sequence_parallel) for name in MECHANISMS}
+        found[layout_name] = {
+            name: exchanges(name, layout, sequence_parallel=sequence_parallel)
+            for name, section in MECHANISMS.items()
+            if layout.cp_size == 1 or all(kind.no_context_parallel is None for _, kind in section.mechanisms())
+        }
     if base.is_main:
         print("COUNTS", json.dumps(found), flush=True)
     dist.barrier()

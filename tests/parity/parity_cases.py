@@ -14,6 +14,7 @@ from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
 from headway.model.attention.mla import MlaConfig
 from headway.model.attention.moh import MohConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
@@ -48,6 +49,7 @@ DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "drop
 MECHANISMS: dict[str, AttentionSection] = {
     **TABLE,
     "moh": MohConfig(heads=8, kv_heads=4, head_dim=8, shared_heads=2, top_k=3),
+    "namoh": NamohConfig(heads=8, head_dim=8, top_k=3, shared_heads=4, window=7, qk_norm=True, balance=LOSS_FREE),
     "hash": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, router=TokenHashRouterConfig()),
     "cv2": RgqaConfig(heads=16, kv_heads=4, head_dim=8, top_k=2, gate="renorm", balance=BalanceConfig(cv2=0.05)),
     "windows": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=[None, 7, None, 7]),
@@ -287,6 +289,8 @@ def other_cases() -> list[Case]:
     cases += [replace(rgqa, layout="tp2·pp2", tied=False, precision="bf16")]
     cases += [replace(rgqa, layout=x, packed=False) for x in ("tp2", "pp2", "cp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="moh", layout=x, zero=z) for x, z in (("tp2", 1), ("cp2", 2), ("pp2", 1), ("sp2", 3))]
+    cases += [Case(mechanism="namoh", layout=x) for x in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
+    cases += [Case(mechanism="namoh", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]

@@ -12,6 +12,7 @@ from headway.launcher.base.errors import SpecError
 from headway.launcher.compare.analyse import StudyResult, analyse
 from headway.launcher.compare.ladder.result import LadderResult, ladder_result
 from headway.launcher.compare.ladder.table import Size
+from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.run.run_dir import read_mapping
 
 LADDER, TUNING = "ladder.json", "tuning.json"
@@ -142,7 +143,7 @@ def _losses(name: str, study: StudyResult) -> Size:
         name=name,
         losses={v.name: v.losses for v in study.variants},
         params={v.name: float(v.cost["num_params"]) for v in study.variants},
-        flops={v.name: 3.0 * v.cost["flops_per_token_useful"] * study.tokens for v in study.variants},
+        flops={v.name: float(training_flops(v.cost, study.tokens)) for v in study.variants},
     )
 
 

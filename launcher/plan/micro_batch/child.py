@@ -22,6 +22,7 @@ import torch
 from headway.launcher.plan.micro_batch.search import ROUNDS, WARM_UP
 from headway.launcher.spec.spec import Spec
 from headway.model.base import SequenceRanks
+from headway.model.cost import heaviest, layer_configs
 from headway.model.decoder import Decoder, Placement
 from headway.parallel.operations import operations_of
 
@@ -84,7 +85,10 @@ def model_of(spec: Spec, device: torch.device) -> Decoder:
     model = Decoder(
         spec.model, spec.attention, vocab_size=spec.model.vocab_size, seed=spec.seed, placement=placement
     ).to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
-    model.before_step(spec.train.tokens)  # the final state of schedules
+    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size)
+    # The stage of schedules that needs the most memory; without stages, the final state.
+    begins = [begin for layer in layers[:1] for begin, config in layer.stages() if config == heaviest(layer)]
+    model.before_step(begins[0] if len(layers[0].stages()) > 1 else spec.train.tokens)
     for parameter in model.parameters():  # allocate gradients now, so that they do not count as memory of the passes
         parameter.grad = torch.zeros_like(parameter)
     return model.train()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.analyse import CellResult, StudyResult
 from headway.launcher.compare.cell_results import FULL
+from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.style import WIDTH_IN, engineering, styles, variant_gid
@@ -47,7 +48,7 @@ def points_of(result: StudyResult) -> dict[str, list[Point]]:
             mine = [c for c in cells if c.variant == v.name and c.budget == budget]
             tokens = result.tokens_of(v.name) if budget == FULL else result.effective.tokens.get(budget)
             if mine and tokens is not None:
-                flops = 3.0 * v.cost["flops_per_token_useful"] * tokens
+                flops = float(training_flops(v.cost, tokens))
                 seconds = _seconds(result, v.name, mine, tokens)
                 loss = mean(c.loss for c in mine if c.loss is not None)
                 found.setdefault(v.name, []).append(

@@ -13,6 +13,7 @@ import numpy as np
 
 from headway.launcher.compare.analyse import StudyResult, VariantResult
 from headway.launcher.compare.ladder.read import Tuning
+from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.effective import draw_pareto, draw_trend
@@ -123,10 +124,10 @@ def _loss(result: StudyResult) -> Drawing | None:
     what, by_variant = curves(result)
     if not any(len(c) > 1 for found in by_variant.values() for c in found):
         return None
-    train_flops = {v.name: 3 * v.cost["flops_per_token_useful"] for v in result.variants}
+    of_variant = {v.name: v.cost for v in result.variants}
     panels: list[tuple[str, Callable[[str, Curve], Any]]] = [
         ("training tokens", lambda _, c: c.tokens),
-        ("useful training FLOPs", lambda name, c: c.tokens * train_flops[name]),
+        ("useful training FLOPs", lambda name, c: training_flops(of_variant[name], c.tokens)),
     ]
     if (seconds_of := _seconds_of(result)) is not None:
         panels.append(("training seconds", seconds_of))

@@ -108,7 +108,7 @@ class Uptraining:
             "run": str(self._weights(origin, self._study.config.seeds[0])),
             "teacher_type": teacher.spec.attention.type,
             "teacher_tokens": teacher.tokens,
-            "teacher_flops_per_token": self._flops(teacher.spec),
+            "teacher_flops_per_token": self._flops(teacher.spec, teacher.tokens) / teacher.tokens,
             "alpha": origin.alpha,
             "schedule": self._schedule(variant, origin, teacher),
             **origin.convert.model_dump(mode="json"),
@@ -126,6 +126,7 @@ class Uptraining:
             **self._attention_keys(variant, teacher.spec.attention, origin),
             "init.weights": self._weights(origin, self._study.config.seeds[0]),
             "init.convert.how": origin.convert.how,
+            **({} if origin.convert.by == "activations" else {"init.convert.by": origin.convert.by}),
             "init.convert.tokens": origin.convert.tokens,
             "train.tokens": tokens,
             "train.validate_first": True,
@@ -233,18 +234,24 @@ class Uptraining:
         origin = self._origin(compute.of)
         assert origin is not None, "the study file is checked"
         teacher, other = self._teacher(compute.of, origin), self._resolver.load(compute.of)[0]
-        flops = self._flops(other) * other.steps * other.tokens_per_step
+        flops = self._flops(other, other.steps * other.tokens_per_step)
         if compute.teacher == "counted":
-            flops += self._flops(teacher.spec) * teacher.tokens
+            flops += self._flops(teacher.spec, teacher.tokens)
         self._keys[variant] = {}  # the spec without `compute`, for its FLOPs
         own = self._resolver.load(variant)[0]
-        steps = max(1, round(flops / self._flops(own) / own.tokens_per_step))
+        steps = max(1, round(self._tokens_of(own, flops) / own.tokens_per_step))
         tokens = steps * own.tokens_per_step
         return {"train.tokens": tokens, **_scaled(own, tokens / (own.steps * own.tokens_per_step))}
 
-    def _flops(self, spec: Spec) -> float:
-        """Useful forward FLOPs per token."""
-        return float(self._resolver.cost(spec).flops_per_token.useful)
+    def _flops(self, spec: Spec, tokens: int) -> float:
+        """Useful forward FLOPs of the first `tokens` training tokens."""
+        return float(self._resolver.cost(spec).trained(tokens).useful)
+
+    def _tokens_of(self, spec: Spec, flops: float) -> float:
+        """Training tokens whose useful forward FLOPs are `flops`."""
+        cost = self._resolver.cost(spec)
+        last = cost.stages[-1][0] if cost.stages else 0  # the final stage, which `check_run` demands
+        return last + (flops - cost.trained(last).useful) / cost.flops_per_token.useful
 
     def _origin(self, variant: str) -> Origin | None:
         return origin_of(variant, self._study.config.variants[variant])

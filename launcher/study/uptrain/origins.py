@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from headway.data.config import StrictModel
 from headway.launcher.study.sizes import overlap
-from headway.model.convert.methods import How
+from headway.model.convert.methods import By, How
 
 FROM, COMPUTE = "from", "compute"
 OWN = (FROM, COMPUTE)
@@ -32,6 +32,7 @@ class ConvertTo(StrictModel):
     to: Literal["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead"] = Field(description="the new mechanism")
     kv_heads: int | None = Field(default=None, ge=1, description="its KV heads; default: as many as the teacher has")
     how: How = Field(default="mean", description="how KV heads of a group become one")
+    by: By = Field(default="activations", description="what align, cluster and cluster_align compare")
     tokens: int = Field(default=16_384, ge=1, description="tokens for calibration and for the losses of the card")
 
 

@@ -22,3 +22,9 @@ def test_invalid_lengths_and_a_single_round_are_refused(headway):
     for words, message in ((["--lengths", "32,32"], "--lengths: "), (["--rounds", "1"], "--rounds: 1 is out of range")):
         done = headway.run("bench", "documents", str(headway.spec), *words)
         assert done.returncode == 64 and message in done.stderr
+
+
+def test_heads_with_tokens_of_their_own_have_no_core_over_whole_sequences(headway):
+    namoh = "attention={type: namoh, heads: 4, head_dim: 8, top_k: 2}"
+    done = headway.run("bench", "documents", str(headway.spec), namoh, "--lengths", "32,64")
+    assert done.returncode == 64 and "namoh has none; use type gqa" in done.stderr, done.stderr

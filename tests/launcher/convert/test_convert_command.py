@@ -17,6 +17,7 @@ from headway.launcher.exchange.opened import open_model
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.run.stored_spec import RunDir, stored_spec
 from headway.launcher.spec.load import load_spec
+from headway.model.attention.gqa import GqaConfig
 from headway.model.decoder import Decoder
 from headway.model.huggingface.folder import WeightsError, load_exported
 
@@ -68,6 +69,24 @@ def test_the_card_has_the_losses_of_both_decoders(run, tmp_path, capsys):
     assert "layer 1    KV heads 0+1 2+3; cosine within groups: keys " in said
 
 
+def test_heads_are_compared_by_weights_without_any_tokens(run, tmp_path, capsys):
+    export(run, tmp_path / "weights", to="safetensors")
+    words = ["--to", "gqa", "--kv-heads", 3, "--how", "cluster_align", "--by", "weights", "--unequal"]
+    convert(tmp_path / "weights", *words, "--out", tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert (card["how"], card["by"], card["calibration"]) == ("cluster_align", "weights", None)
+    assert card["to"]["group_sizes"] == [1, 1, 2]
+    attention = load_exported(tmp_path / "out").attention
+    assert isinstance(attention, GqaConfig) and attention.group_sizes == [1, 1, 2]
+    said = capsys.readouterr().out
+    for layer in card["layers"]:
+        before, after = layer["dispersion"]
+        assert after <= before and sorted(head for group in layer["groups"] for head in group) == [0, 1, 2, 3]
+        groups = " ".join("+".join(map(str, group)) for group in layer["groups"])
+        assert f"layer {layer['layer']}    KV heads {groups}; dispersion {before:.3f} -> {after:.3f}" in said
+    assert "to gqa with 3, by cluster_align of weights" in said
+
+
 def test_as_json_it_is_one_document(run, tmp_path, capsys):
     convert(run, "--to", "mqa", "--tokens", 48, "--out", tmp_path / "out", "--json")
     card = json.loads(capsys.readouterr().out)
@@ -89,7 +108,7 @@ def test_weights_of_a_run_of_an_export_and_of_a_llama_convert_alike(run, tmp_pat
 
 ROUTED = {
     "rgqa": ["--kv-heads", "2", "attention.top_k=1", "attention.k_schedule=[{until_tokens: 100, top_k: 2}]"],
-    "moh": ["--kv-heads", "2"],
+    "moh": ["--kv-heads", "2", "attention.top_k=2", "attention.k_schedule={start: 4, until_tokens: 100}"],
     "wgqa": ["--kv-heads", "2", "attention.weights=column"],
 }
 
@@ -102,8 +121,9 @@ def test_other_targets_start_as_gqa_and_open(run, tmp_path, to):
     same(opened.decoder.cpu(), load_exported(tmp_path / "b"))
 
 
-def test_switchhead_starts_as_the_source(run, tmp_path, capsys):
-    convert(run, "--to", "switchhead", "--tokens", 48, "--out", tmp_path / "a")
+@pytest.mark.parametrize("more", [[], ["attention.top_k=1", "attention.k_schedule={start: 2, until_tokens: 100}"]])
+def test_switchhead_starts_as_the_source(run, tmp_path, capsys, more):
+    convert(run, "--to", "switchhead", *more, "--tokens", 48, "--out", tmp_path / "a")
     same(load_exported(tmp_path / "a"), decoder_of(run))
     assert "nothing was pooled: the result computes the function of the source" in capsys.readouterr().out
 
@@ -123,6 +143,8 @@ BAD = [
     (["--to", "mqa", "--kv-heads", "2"], 64, r"^--kv-heads: 2 with --to mqa, which has one KV head"),
     (["--to", "switchhead", "--kv-heads", "2"], 64, r"2 score maps, and the source has 4.*use kv_heads 4"),
     (["--to", "rgqa", "--kv-heads", "2", "attention.top_k=1"], 64, r"attention.top_k: .*use top_k = "),
+    (["--to", "wgqa", "--kv-heads", "2", "--how", "cluster", "--unequal"], 64, r"--unequal: wgqa has groups of equal"),
+    (["--to", "gqa", "--kv-heads", "2", "--unequal"], 64, r"mean: makes groups of consecutive heads.*use cluster"),
     (["--to", "gqa", "attention.top_k=1"], 64, r"^attention.top_k: gqa has no such key; use one of head_dim, "),
     (["--to", "gqa", "optimizer.lr=1"], 64, r"only attention.KEY=value can be set here"),
     (["--to", "gqa", "attention.type=moa"], 64, r"^attention.type: --to names the mechanism"),
@@ -148,7 +170,7 @@ def test_sources_that_are_none_are_refused(run, tmp_path, refused):
     words = ["--to", "gqa", "--kv-heads", 2, "--how", "align", "--tokens", 48]
     refused(normed, *words, *out, code=64, message=r"align: the source has QK-norm.*use mean or cluster")
     export(run, tmp_path / "weights", to="safetensors")
-    message = r"^--how align: needs calibration tokens, .*--data, or use --how mean"
+    message = r"^--how align: needs calibration tokens, .*--data, compare weights with --by weights, or use --how mean"
     refused(tmp_path / "weights", "--to", "gqa", "--how", "align", *out, code=64, message=message)
     words = ["--to", "gqa", "--step", 1]
     refused(tmp_path / "weights", *words, *out, code=66, message=r"^--step: .* is not the folder of a run")
@@ -172,18 +194,27 @@ def teacher(headway_once):
     return headway_once
 
 
-def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher):
-    words = ["run_dir=runs/up", *START, "init.weights=runs/teacher", "train.tokens=2560", "train.validate_first=true"]
+ANNEALED = [
+    *["attention.type=moh", "attention.kv_heads=2", "attention.shared_heads=0", "attention.form=code"],
+    *["attention.top_k=2", "attention.k_schedule={start: 4, until_tokens: 2048}", "attention.balance.loss_free_rate=0"],
+    *["init.convert.how=cluster", "init.convert.by=weights", "init.convert.tokens=512"],
+]
+
+
+@pytest.mark.parametrize("start", [START, ANNEALED], ids=["gqa", "moh"])
+def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher, start):
+    """The annealed run is resumed at 1,280 tokens, where it has neither the first k nor the last."""
+    up = teacher.folder / "runs" / f"up-{len(start)}"
+    words = [f"run_dir={up}", *start, "init.weights=runs/teacher", "train.tokens=2560", "train.validate_first=true"]
     done = teacher.train(*words)
     assert done.returncode == 0, done.stderr
-    up = teacher.folder / "runs" / "up"
     card = read_mapping(up / "converted" / "conversion.json")
     first = records(up, "validation")[0]
     assert (first["step"], first["loss"]) == (0, pytest.approx(card["loss"]["after"], abs=1e-5))
     last = records(teacher.folder / "runs" / "teacher", "validation")[-1]
     assert last["loss"] == pytest.approx(card["loss"]["before"], abs=1e-5)
     assert read_mapping(up / "run.json")["conversion"] == card
-    assert "converted by mean" in done.stdout
+    assert f"converted by {card['how']}" in done.stdout and card["by"] == ("weights" if start is ANNEALED else None)
     before = trajectory(up)
     for step in sorted((up / "checkpoints").iterdir())[1:]:
         shutil.rmtree(step)

@@ -33,6 +33,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "mha": {"heads": 3, "head_dim": 6, "qk_norm": True},
     "moa": {"heads": 5, "head_dim": 6, "top_k": 2},
     "moh": {"heads": 6, "kv_heads": 2, "head_dim": 6, "shared_heads": 2, "top_k": 2},
+    "namoh": {"heads": 5, "head_dim": 6, "top_k": 2, "shared_heads": 1, "window": 5},
     "mqa": {"heads": 4, "head_dim": 6, "gate": "elementwise"},
     "rgqa": RGQA | {"balance": {"f_p": 0.1, "loss_free_rate": 1e-3}},
     "sqa": {"heads": 12, "kv_heads": 2, "kept": 3, "head_dim": 6, "qk_norm": True},

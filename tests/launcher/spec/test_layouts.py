@@ -253,6 +253,7 @@ LEGAL: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None]] 
     "mla": ({"heads": 4, "latent": 6, "rope_dim": 2}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "moa": ({"heads": 8, "top_k": 2}, [1], [1, 2, 4, 8, 16, 32], None),
     "moh": ({"heads": 8, "kv_heads": 4, "shared_heads": 2, "top_k": 2}, [1, 2, 4], [1, 2, 4], [1, 2]),
+    "namoh": ({"heads": 8, "top_k": 4, "shared_heads": 4, "window": 8}, [1, 2, 4], [1], [1]),
     "rgqa": ({"heads": 8, "kv_heads": 4, "top_k": 1}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "switchhead": ({"kv_heads": 4, "experts": 3, "top_k": 2}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "wgqa": ({"heads": 8, "kv_heads": 4}, [1, 2, 4], [1, 2, 4], [1, 2]),

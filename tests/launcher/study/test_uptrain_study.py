@@ -13,13 +13,14 @@ from untrained_runs import untrained_run
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.compare.analyse import analyse
 from headway.launcher.compare.questions import answer_spread
+from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.compare.uptraining import uptraining_of
 from headway.launcher.exchange.export import export
 from headway.launcher.run.run_dir import read_mapping
 from headway.launcher.study.branches import changes
 from headway.launcher.study.cluster.elements import elements_of
 from headway.launcher.study.config import load_study
-from headway.launcher.study.plan import plan_study
+from headway.launcher.study.plan import plan_study, study_record
 from headway.launcher.study.queue import Queue, unfinished
 from headway.model.attention.gqa import GqaConfig
 
@@ -79,6 +80,36 @@ def test_cells_start_from_the_teacher_of_their_seed(here):
     flops = {v.name: v.cost.flops_per_token.useful for v in plan.variants}
     exact = (1024 * flops["gqa-a0.4"] + 2560 * flops["mha"]) / flops["scratch"]
     assert cells["scratch/seed-1"].spec.train.tokens == round(exact / 256) * 256 == 3840
+
+
+def test_heads_may_be_compared_by_weights(here):
+    origin = {"run": "mha", "convert": {**CONVERT, "how": "cluster", "by": "weights"}, "alpha": 0.2}
+    plan = plan_study(load_study(write(here, {"mha": VARIANTS["mha"], "gqa": {"from": origin}})))
+    convert = next(cell.spec.init.convert for cell in plan.cells if cell.variant == "gqa")
+    assert convert is not None and (convert.how, convert.by) == ("cluster", "weights")
+
+
+def test_the_compute_of_an_annealed_variant_counts_its_stages(here):
+    anneal = {"attention.top_k": 2, "attention.k_schedule": {"start": 4, "until_tokens": 512}}
+    variants = {
+        "mha": VARIANTS["mha"],
+        "moh": {"from": {"run": "mha", "convert": {"to": "moh", "kv_heads": 2}, "alpha": 0.4}, **anneal},
+        "plain": {"attention.type": "moh", "attention.kv_heads": 2, "attention.shared_heads": 0, "attention.top_k": 2},
+        "scratch": {"attention.type": "gqa", "attention.kv_heads": 2, "compute": {"of": "moh", "teacher": "free"}},
+    }
+    plan = plan_study(load_study(write(here, variants)))
+    costs = {v.name: v.cost for v in plan.variants}
+    stages = costs["moh"].stages
+    assert [at for at, _ in stages] == [0, 256, 512] and stages[-1][1] == costs["moh"].flops_per_token
+    assert stages[0][1].useful > stages[1][1].useful > costs["moh"].flops_per_token.useful
+    exact = 256 * stages[0][1].useful + 256 * stages[1][1].useful + 512 * stages[2][1].useful  # of 1,024 tokens
+    assert costs["moh"].trained(1024).useful == pytest.approx(exact)
+    scratch = next(cell.spec for cell in plan.cells if cell.variant == "scratch")
+    assert scratch.train.tokens == round(exact / costs["scratch"].flops_per_token.useful / 256) * 256
+    recorded = {v["name"]: v["cost"] for v in study_record(plan)["variants"]}
+    assert recorded["moh"]["flops_per_token_stages"] == [[at, flops.useful] for at, flops in stages]
+    assert float(training_flops(recorded["moh"], 1024)) == pytest.approx(3 * exact)
+    assert "flops_per_token_stages" not in recorded["plain"]
 
 
 def test_own_schedule_and_keys_of_the_variant_are_kept(here):
