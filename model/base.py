@@ -59,8 +59,9 @@ class RouterDetail:
     """Statistics of a router in training, as sums over tokens. Sums of micro-batches, steps and ranks can be added.
 
     Top-1 margin: best logit minus second-best, without bias and noise; 0 with a single expert.
-    `headway.model.router_meter` computes the figures from the sums. Under context parallelism, a rank does not see the
-    token before the first one of its part. `switches` and `followers` both omit that pair, so their ratio is unbiased.
+    `headway.model.measure.router_meter` computes the figures from the sums. Under context parallelism, a rank does not
+    see the token before the first one of its part. `switches` and `followers` both omit that pair, so their ratio is
+    unbiased.
     """
 
     tokens: Tensor  # []: tokens measured

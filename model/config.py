@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from headway.model.base import StrictConfig
 
 BranchStart = Literal["as_drawn", "zero"] | Annotated[float, Field(gt=0, le=10)]
-"""See `headway.model.branch`."""
+"""See `headway.model.measure.branch`."""
 
 MlpType = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"]
 """See `headway.model.layers`."""

@@ -20,13 +20,13 @@ ROUTER_MEANS = {
     "mutual_information": "mutual_information",
     "information_share": "mutual_information_share",
 }
-"""Key of `headway.model.router_meter.RouterFigures` -> name of its mean over groups."""
+"""Key of `headway.model.measure.router_meter.RouterFigures` -> name of its mean over groups."""
 
 _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {"dead": sum, "peak": max}
 """Figures of routers of which all layers have no mean but a sum, or the largest value."""
 
 HEAD_MEASURES = ("c_w", "c_q", "c_o", "effective_rank", "cka")
-"""Measures of `headway.model.diversity.HeadDiversity`."""
+"""Measures of `headway.model.measure.diversity.HeadDiversity`."""
 
 
 def scalars_of(record: Mapping[str, Any], *, per_layer: bool) -> Scalars:

@@ -53,7 +53,7 @@ def inspect_model(model: Opened, sample: Sample) -> Inspection:
 def _likeness(model: Opened, sample: Sample) -> dict[int, dict[str, Any]]:
     import torch
 
-    from headway.model.diversity import measured
+    from headway.model.measure.diversity import measured
 
     part, decoder = sample.passes()[0], model.decoder
     with torch.no_grad(), measured(dict(enumerate(decoder.attention_layers()))) as found:

@@ -73,7 +73,7 @@ def head_scores(model: Opened, tokens: Tensor) -> list[HeadScores | None]:
     """
     import torch
 
-    from headway.model.observe import observed
+    from headway.model.measure.observe import observed
 
     decoder, device = model.decoder, model.decoder.embedding.device
     with torch.no_grad(), observed(decoder) as layers:

@@ -42,7 +42,7 @@ def experts_of(model: Opened, sample: Sample) -> list[Expert]:
     """All experts of all routers; none for dense models."""
     import torch
 
-    from headway.model.observe import observed
+    from headway.model.measure.observe import observed
 
     decoder, device = model.decoder, model.decoder.embedding.device
     seen: dict[tuple[int, str, int], list[tuple[Tensor, Tensor]]] = {}

@@ -18,7 +18,7 @@ from headway.launcher.inspect.sample import Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headway.model.observe import Off
+    from headway.model.measure.observe import Off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def switches(model: Opened, sample: Sample) -> list[Off]:
     from headway.model.attention.moh import MixtureOfHeads
     from headway.model.attention.namoh import Namoh
     from headway.model.attention.rgqa import RoutedGroupedQueryAttention
-    from headway.model.observe import Off, observed
+    from headway.model.measure.observe import Off, observed
 
     decoder, segments = model.decoder, None if sample.segments is None else sample.segments[:1]
     with torch.no_grad(), observed(decoder, segments, maps=False) as layers:
@@ -84,7 +84,7 @@ def _losses(model: Opened, sample: Sample, off: Off | None) -> Tensor:
     """Sum of the losses of each sequence [N], float64."""
     import torch
 
-    from headway.model.observe import observed
+    from headway.model.measure.observe import observed
 
     decoder, device = model.decoder, model.decoder.embedding.device
     sums = []

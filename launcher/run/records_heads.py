@@ -25,10 +25,10 @@ ROUTER_KEYS = (
     "information_bias",
     "information_share",
 )
-"""Recorded figures of a router (`headway.model.router_meter.RouterFigures`) with one value per group."""
+"""Recorded figures of a router (`headway.model.measure.router_meter.RouterFigures`) with one value per group."""
 
 HEAD_KEYS = ("c_w", "c_q", "c_o", "effective_rank", "cka")
-"""Recorded measures of the heads of a layer (`headway.model.diversity.HeadDiversity`)."""
+"""Recorded measures of the heads of a layer (`headway.model.measure.diversity.HeadDiversity`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from headway.data.loader import MicroBatch
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec.spec import Spec
-from headway.model.branch import branch_ratios, branch_scales, measured_branches
 from headway.model.decoder import BranchScale
+from headway.model.measure.branch import branch_ratios, branch_scales, measured_branches
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from headway.data.config import DataConfig
 from headway.data.loader import MicroBatch, validation_batches
-from headway.model.diversity import measured
+from headway.model.measure.diversity import measured
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 
@@ -36,7 +36,7 @@ class HeadProbe:
         self._engine, self._layout, self._batch, self._empty = engine, layout, batch, False
 
     def measure(self) -> dict[str, Any]:
-        """Return {"layer_00": `headway.model.diversity.HeadDiversity` as a dict}. All ranks must call it.
+        """Return {"layer_00": `headway.model.measure.diversity.HeadDiversity` as a dict}. All ranks must call it.
 
         Ranks that share a layer measure equal parts of its groups. Each figure is the mean over these parts.
         """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headway.model.base import Attention, RouterDetail
-from headway.model.router_meter import figures
+from headway.model.measure.router_meter import figures
 from headway.parallel.layout import Layout
 
 _Figures = tuple[bool, dict[str, Any]]  # whether the groups are only on this tensor-parallel rank; name -> figure
@@ -52,7 +52,8 @@ class RouterMonitor:
     def after_step(self, step: int, *, applied: bool = True) -> dict[str, Any]:
         """Update router biases if the step was `applied`. Returns {"layer_00": {"router": figures}} if a record is due.
 
-        Figures: `headway.model.router_meter.RouterFigures` as a dict, rounded, None for NaN. All ranks must call it.
+        Figures: `headway.model.measure.router_meter.RouterFigures` as a dict, rounded, None for NaN. All ranks must call
+        it.
         """
         stats = [(i, name, s) for i, layer in self._layers.items() for name, s in layer.router_stats().items()]
         details = {(i, name): s.detail for i, name, s in stats if s.detail is not None}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from headway.model.attention.gqa import GqaConfig
-from headway.model.branch import branch_ratios, branch_scales, measured_branches, rms
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, BranchScale, Decoder
+from headway.model.measure.branch import branch_ratios, branch_scales, measured_branches, rms
 
 VOCAB, TARGET = 37, 0.3
 MODEL = ModelConfig(width=20, layers=3, ffn_width=28, init_std=0.05)
@@ -73,8 +73,8 @@ def test_a_power_of_two_in_the_drawn_output_matrix_changes_nothing(monkeypatch, 
     config = GqaConfig(heads=4, kv_heads=2, head_dim=6)
     drawn = scales(config, tokens)
     expected = Decoder(MODEL, config, vocab_size=VOCAB, seed=1, scales=drawn)
-    import headway.model.branch as branch
     import headway.model.decoder as module
+    import headway.model.measure.branch as branch
 
     original = module.initialise
 
@@ -112,7 +112,7 @@ def test_zero_makes_the_model_its_embedding(mechanism, tokens):
 
 def test_a_branch_that_adds_nothing_is_refused(monkeypatch, tokens):
     config = GqaConfig(heads=4, kv_heads=2, head_dim=6)
-    import headway.model.branch as branch
+    import headway.model.measure.branch as branch
 
     original = branch.initialise
 

@@ -9,7 +9,14 @@ from headway.model.attention.gqa import GqaConfig, MhaConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.base import HeadPool
-from headway.model.diversity import effective_rank, head_diversity, linear_cka, measured, token_cosine, weight_cosine
+from headway.model.measure.diversity import (
+    effective_rank,
+    head_diversity,
+    linear_cka,
+    measured,
+    token_cosine,
+    weight_cosine,
+)
 
 G, M, D = 2, 3, 5
 

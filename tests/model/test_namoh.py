@@ -18,8 +18,8 @@ from headway.model.attention.namoh import NamohConfig
 from headway.model.balance import BalanceConfig
 from headway.model.head_cache import HeadCache
 from headway.model.kv_cache import KVCache
+from headway.model.measure.observe import observed
 from headway.model.mixed import AnyAttention
-from headway.model.observe import observed
 from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, TokenHashRouterConfig
 from headway.model.segments import Segments
 

@@ -5,7 +5,7 @@ import torch
 
 from headway.kernels.attention import core
 from headway.model.base import SequenceRanks
-from headway.model.observe import Off, observed
+from headway.model.measure.observe import Off, observed
 
 SEGMENTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
 

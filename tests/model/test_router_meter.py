@@ -10,8 +10,8 @@ from headway.kernels.rope import rope_tables
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.balance import BalanceConfig
 from headway.model.base import Context
+from headway.model.measure.router_meter import TOKEN_BUCKETS, RouterMeter, figures, token_information
 from headway.model.router import LinearRouterConfig
-from headway.model.router_meter import TOKEN_BUCKETS, RouterMeter, figures, token_information
 
 SHAPE: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 6}
 

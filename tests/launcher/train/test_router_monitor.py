@@ -9,7 +9,7 @@ import torch
 from headway.launcher.train import router as monitor_module
 from headway.launcher.train.router import RouterMonitor
 from headway.model.base import Attention, RouterStats
-from headway.model.router_meter import RouterMeter
+from headway.model.measure.router_meter import RouterMeter
 from headway.parallel.layout import Layout
 
 
