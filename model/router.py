@@ -18,9 +18,10 @@ from torch import Tensor
 from headway.kernels.device import fused
 from headway.kernels.routing import GateName, balance_sums, gates, router_logits, top_k
 from headway.model.balance import BalanceConfig
-from headway.model.base import Attention, Context, Ranks, RouterStats, StrictConfig
+from headway.model.base import Attention, Context, Ranks, StrictConfig
 from headway.model.layers import FixedBuffers, parameter
 from headway.model.measure.router_meter import RouterMeter
+from headway.model.router_stats import RouterStats
 
 HASH_BUCKETS = 4093
 """Rows of a token-hash router's table. A prime, so that ids that differ by a round number get different rows."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.model.base import Attention, RouterDetail
+from headway.model.base import Attention
 from headway.model.measure.router_meter import figures
+from headway.model.router_stats import RouterDetail
 from headway.parallel.layout import Layout
 
 _Figures = tuple[bool, dict[str, Any]]  # whether the groups are only on this tensor-parallel rank; name -> figure
@@ -52,8 +53,8 @@ class RouterMonitor:
     def after_step(self, step: int, *, applied: bool = True) -> dict[str, Any]:
         """Update router biases if the step was `applied`. Returns {"layer_00": {"router": figures}} if a record is due.
 
-        Figures: `headway.model.measure.router_meter.RouterFigures` as a dict, rounded, None for NaN. All ranks must call
-        it.
+        Figures: `headway.model.measure.router_meter.RouterFigures` as a dict, rounded, None for NaN. All ranks must
+        call it.
         """
         stats = [(i, name, s) for i, layer in self._layers.items() for name, s in layer.router_stats().items()]
         details = {(i, name): s.detail for i, name, s in stats if s.detail is not None}

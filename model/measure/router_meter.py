@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headway.model.base import RouterDetail, RouterStats
+from headway.model.router_stats import RouterDetail, RouterStats
 
 TOKEN_BUCKETS = 1024
 """Token ids are counted modulo this. Vocabularies are sorted by frequency, so the most frequent ids do not collide."""

@@ -8,8 +8,9 @@ import torch
 
 from headway.launcher.train import router as monitor_module
 from headway.launcher.train.router import RouterMonitor
-from headway.model.base import Attention, RouterStats
+from headway.model.base import Attention
 from headway.model.measure.router_meter import RouterMeter
+from headway.model.router_stats import RouterStats
 from headway.parallel.layout import Layout
 
 
