@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FieldSerializationInfo, field_serializer, field_validator, model_validator
 
 from headway.model.attention.registry import MECHANISMS, AnyMechanism, RegisteredTypes
 from headway.model.base import AttentionConfig, AttentionSection
@@ -55,6 +55,13 @@ class MixedConfig(AttentionSection):
                 f"pattern: has no layer of kind {', '.join(unused)}; add it to the pattern, or leave it out of `kinds`"
             )
         return self
+
+    @field_serializer("kinds")
+    def _with_types(self, kinds: dict[str, AttentionConfig], info: FieldSerializationInfo) -> dict[str, Any]:
+        """Each kind with its `type`, also where defaults are left out: a mapping without it is of no mechanism."""
+        options: dict[str, Any] = {"mode": info.mode, "exclude_defaults": info.exclude_defaults}
+        options["exclude_unset"] = info.exclude_unset
+        return {name: {"type": kind.type, **kind.model_dump(**options)} for name, kind in kinds.items()}
 
     @property
     def no_encoder_decoder(self) -> str | None:

@@ -13,7 +13,12 @@ from headway.launcher.convert.measure import calibration, judgement, mean_loss
 from headway.model.attention.gqa import GqaConfig
 from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
-from headway.model.convert.decoder import attention_inputs, convert_decoder, with_unequal_groups
+from headway.model.convert.decoder import (
+    attention_inputs,
+    convert_decoder,
+    with_numbers_by_layer,
+    with_unequal_groups,
+)
 from headway.model.convert.methods import COMPARED, By, How, is_calibrated
 from headway.model.decoder import Decoder
 
@@ -36,6 +41,7 @@ def convert(
     how: How,
     by: By = "activations",
     unequal: bool = False,
+    by_layer: bool = False,
     tokens: int,
     data: DataConfig | None,
     seed: int,
@@ -45,6 +51,7 @@ def convert(
     """Convert `decoder`, which was built with `model`, to attention `target`.
 
     by: what heads are compared by. unequal: choose the sizes of the groups (`with_unequal_groups`).
+    by_layer: choose the number of KV heads of each layer (`with_numbers_by_layer`).
     tokens: of the training split for calibration, and of the validation split for the losses. data: None: losses are
     not measured (`why_no_data`). source: what is converted, for people. Raises SpecError for what cannot be converted,
     and if a method needs data.
@@ -68,8 +75,9 @@ def convert(
     before = None if judged is None else mean_loss(decoder, judged, "loss before")
     try:
         with console.progress("convert", lines=False):
-            if unequal:
-                target = _unequal(decoder, model, target, how=how, by=by, inputs=inputs, seed=seed)
+            if unequal or by_layer:
+                choose = _unequal if unequal else _by_layer
+                target = choose(decoder, model, target, how=how, by=by, inputs=inputs, seed=seed)
             found = convert_decoder(decoder, model, target, how=how, by=by, inputs=inputs, seed=seed)
     except ValueError as e:
         raise SpecError(f"convert: {e}") from None
@@ -82,7 +90,7 @@ def convert(
         "by": by if how in COMPARED else None,
         "from": old.model_dump(mode="json"),
         "to": target.model_dump(mode="json"),
-        "kv_heads": [_kv_heads(old), _kv_heads(target)],
+        "kv_heads": [_kv_heads(old, model.layers), _kv_heads(target, model.layers)],
         "same_function": found.same_function,
         "seed": seed,
         "data": None if data is None else [str(Path(part.path)) for part in datasets_of(data.source)] or ["synthetic"],
@@ -104,14 +112,26 @@ def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionSection, **o
     return with_unequal_groups(decoder, model, target, **options)
 
 
-def _kv_heads(attention: AttentionSection) -> int:
-    return int(getattr(attention, "groups", getattr(attention, "kv_heads", 1)))
+def _by_layer(decoder: Decoder, model: ModelConfig, target: AttentionSection, **options: Any) -> AttentionSection:
+    if not isinstance(target, GqaConfig):
+        raise ValueError(f"--by-layer: is not possible for {target.type}; use --to gqa, or leave --by-layer out")
+    if target.group_sizes:
+        raise ValueError("--by-layer: attention.group_sizes states the groups of all layers; leave one of them out")
+    return with_numbers_by_layer(decoder, model, target, **options)
+
+
+def _kv_heads(attention: AttentionSection, layers: int) -> int | list[int]:
+    """KV heads; of layers that differ, those of each layer."""
+    each = [attention.layer(i, layers) for i in range(layers)]
+    numbers = [int(getattr(one, "groups", getattr(one, "kv_heads", 1))) for one in each]
+    return numbers if len(set(numbers)) > 1 else numbers[0]
 
 
 def card_lines(card: dict[str, Any]) -> list[str]:
     """The card as text for the console: one line of facts each, then one line a layer."""
-    old, new = card["kv_heads"]
-    what = f"{card['from']['type']} with {old} KV heads to {card['to']['type']} with {new}, by {card['how']}"
+    old, new = (sum(n) / len(n) if isinstance(n, list) else n for n in card["kv_heads"])
+    each = " on average" if isinstance(card["kv_heads"][1], list) else ""
+    what = f"{card['from']['type']} with {old} KV heads to {card['to']['type']} with {new:g}{each}, by {card['how']}"
     what += f" of {card['by']}" if card["by"] else ""
     lines = [f"converted  {card['source']}: {what}"]
     if card["same_function"]:

@@ -47,6 +47,7 @@ class Asked:
     how: How
     by: By = "activations"
     unequal: bool = False
+    by_layer: bool = False
     overrides: tuple[str, ...] = ()
     tokens: int = 16_384
     data: Path | None = None
@@ -87,6 +88,7 @@ def convert_folder(path: Path, out: Path, asked: Asked) -> int:
         how=asked.how,
         by=asked.by,
         unequal=asked.unequal,
+        by_layer=asked.by_layer,
         tokens=asked.tokens,
         data=source.data,
         seed=asked.seed,
@@ -209,7 +211,9 @@ def _target(source: AttentionSection, asked: Asked) -> AttentionConfig:
             f"--kv-heads: {kv_heads}, and the source has {source.groups}; use {source.groups} or a divisor of it"
         )
     fields = {**target_fields(source, asked.to, kv_heads, asked.how), **_overrides(asked.overrides)}
-    chooses = asked.unequal and asked.to == "gqa" and "group_sizes" not in fields
+    if asked.unequal and asked.by_layer:
+        raise SpecError("--by-layer: chooses equal groups in each layer, and --unequal sizes for all; use one of them")
+    chooses = (asked.unequal or asked.by_layer) and asked.to == "gqa" and "group_sizes" not in fields
     if chooses and 1 <= fields["kv_heads"] <= source.heads:  # any sizes, which `convert` chooses
         fields["group_sizes"] = [1] * (fields["kv_heads"] - 1) + [source.heads - fields["kv_heads"] + 1]
     try:

@@ -122,6 +122,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="with cluster: groups of different sizes, the same in all layers, that are closest to their means",
     )
     parser.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="with cluster: choose the number of KV heads of each layer; --kv-heads is the largest average",
+    )
+    parser.add_argument(
         "--tokens",
         type=whole(1, 1_000_000_000),
         default=16_384,
@@ -148,6 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
         how=args.how,
         by=args.by,
         unequal=args.unequal,
+        by_layer=args.by_layer,
         overrides=tuple(args.overrides),
         tokens=args.tokens,
         data=args.data,

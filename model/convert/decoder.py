@@ -46,6 +46,7 @@ from headway.model.convert.regroup import (
     without_bias_column,
 )
 from headway.model.decoder import Decoder
+from headway.model.mixed import MixedConfig
 
 _PROBES = 5
 """Random tokens whose gates are compared to see whether they are constants."""
@@ -69,6 +70,13 @@ def check_conversion(model: ModelConfig, source: AttentionSection, target: Atten
             f"the source has attention of type {source.type}, and only {', '.join(SOURCES)} can be converted; use a "
             "source of one of these types" + (" (an export to hf folds wgqa to gqa)" if source.type == "wgqa" else "")
         )
+    if isinstance(target, MixedConfig):
+        for prefix, kind in target.mechanisms():
+            try:
+                check_conversion(model, source, kind, how)
+            except ValueError as error:
+                raise ValueError(f"attention.{prefix.removesuffix('.')}: {error}") from None
+        return
     if target.type not in _FILL or not isinstance(target, AttentionConfig):
         raise ValueError(f"{target.type} is no target of a conversion; use one of {', '.join(TARGETS)}")
     if model.relative:
@@ -183,27 +191,28 @@ def convert_decoder(
     """
     source = decoder.attention
     check_conversion(model, source, target, how)
-    assert isinstance(source, DenseConfig) and isinstance(target, AttentionConfig)
+    assert isinstance(source, DenseConfig)
     if is_calibrated(how, by) and inputs is None:
         raise ValueError(_no_tokens(how))
     new = Decoder(model, target, vocab_size=vocab_size or len(decoder.embedding), seed=seed).to(decoder.embedding)
     new.eval()
-    sizes, state, changes = _pooled_sizes(source, target), decoder.state_dict(), []
+    state, changes, same = decoder.state_dict(), [], True
     fresh = new.state_dict()
     layers = zip(decoder.attention_layers(), new.attention_layers(), strict=True)
     for i, (old_layer, new_layer) in enumerate(layers):
         new_layer.before_step(0)
-        x = None if inputs is None else inputs[i]
+        own, x = target.layer(i, model.layers), None if inputs is None else inputs[i]
+        sizes = _pooled_sizes(source, own)
+        same &= max(sizes) == 1 and (how != "random" or isinstance(own, SwitchHeadConfig))
         form = Form(source, sizes, how, by, rotated(model, source), seed)
         weights, change = regrouped(i, old_layer.state_dict(), form, x)
-        filled = _FILL[target.type](new_layer, weights, source, sizes, how)
+        filled = _FILL[own.type](new_layer, weights, source, sizes, how)
         prefix = f"blocks.{i}.attn."
         fresh |= {prefix + name: tensor for name, tensor in filled.items()}
         changes.append(change)
     attention = {name for name in fresh if name.startswith("blocks.") and name.split(".")[2] == "attn"}
     fresh |= {name: state[name] for name in fresh if name not in attention}
     new.load_state_dict(fresh)
-    same = max(sizes) == 1 and (how != "random" or isinstance(target, SwitchHeadConfig))
     return Converted(new, tuple(changes), same)
 
 
@@ -234,12 +243,54 @@ def with_unequal_groups(
     check_conversion(model, source, target.model_copy(update={"group_sizes": least}), how)
     if is_calibrated(how, by) and inputs is None:
         raise ValueError(_no_tokens(how))
-    form = Form(source, [source.groups], how, by, rotated(model, source), seed)
-    states = [layer.state_dict() for layer in decoder.attention_layers()]
-    given = [None] * len(states) if inputs is None else inputs
-    alike = [alike_heads(state, x, form) for state, x in zip(states, given, strict=True)]
+    alike = _alike_of_layers(
+        decoder, model, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs
+    )
     sizes = [members * size for size in grouping.best_sizes(alike, groups, seed=seed)]
     return target.model_copy(update={"group_sizes": [] if len(set(sizes)) == 1 else sizes})
+
+
+@torch.no_grad()
+def with_numbers_by_layer(
+    decoder: Decoder,
+    model: ModelConfig,
+    target: GqaConfig,
+    *,
+    how: How,
+    by: By = "activations",
+    inputs: Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> AttentionSection:
+    """`target` with a number of KV heads for each layer: a divisor of the source's, kv_heads on average at most.
+
+    The numbers are those of `headway.model.convert.grouping.best_numbers`. Arguments as of `convert_decoder`. Raises
+    ValueError if `how` does not choose groups, and as `check_conversion`.
+    """
+    source = decoder.attention
+    if how not in CHOSEN:
+        raise ValueError(f"{how}: makes groups of consecutive heads, which are not chosen; use cluster")
+    assert isinstance(source, DenseConfig)
+    if target.kv_heads > source.groups:
+        raise ValueError(f"kv_heads: the source has {source.groups} KV heads, fewer than {target.kv_heads}; use fewer")
+    check_conversion(model, source, target.model_copy(update={"kv_heads": 1}), how)
+    if is_calibrated(how, by) and inputs is None:
+        raise ValueError(_no_tokens(how))
+    alike = _alike_of_layers(
+        decoder, model, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs
+    )
+    numbers = grouping.best_numbers(alike, target.kv_heads * model.layers, seed=seed)
+    kinds = {g: target.model_copy(update={"kv_heads": g}) for g in sorted(set(numbers))}
+    if len(kinds) == 1:
+        return kinds[numbers[0]]
+    named: dict[str, AttentionConfig] = {f"kv_{g}": kind for g, kind in kinds.items()}
+    return MixedConfig(kinds=named, pattern=[f"kv_{g}" for g in numbers])
+
+
+def _alike_of_layers(decoder: Decoder, model: ModelConfig, form: Form, inputs: Sequence[Tensor] | None) -> list[Tensor]:
+    """`alike_heads` of each layer."""
+    states = [layer.state_dict() for layer in decoder.attention_layers()]
+    given = [None] * len(states) if inputs is None else inputs
+    return [alike_heads(state, x, form) for state, x in zip(states, given, strict=True)]
 
 
 def _no_tokens(how: How) -> str:

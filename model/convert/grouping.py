@@ -131,6 +131,32 @@ def best_sizes(similarities: Sequence[Tensor], groups: int, *, seed: int = 0) ->
     return list(max(sorted(found, key=lambda s: (max(s), s)), key=lambda sizes: round(total(sizes), 9)))
 
 
+def best_numbers(similarities: Sequence[Tensor], total: int, *, seed: int = 0) -> list[int]:
+    """Number of equal groups of each layer, `total` over all layers at most, with the least sum of `dispersion`.
+
+    similarities: [K, K] of cosines, of each layer. Each layer is searched with `group_heads` for every divisor of K;
+    the sum is then minimized exactly over all choices. Of equal sums, the more equal numbers are taken. Raises
+    ValueError unless total is the number of layers or more.
+    """
+    count = len(similarities[0])
+    if total < len(similarities):
+        raise ValueError(f"groups: {total} in {len(similarities)} layers leave a layer without one; use more")
+    legal = [g for g in range(1, count + 1) if count % g == 0]
+    # Groups used so far -> (sum of dispersions, sum of squared numbers, the numbers), the best of each.
+    best: dict[int, tuple[float, int, list[int]]] = {0: (0.0, 0, [])}
+    for each in similarities:
+        losses = {g: dispersion(each, split(group_heads(each, g, seed=seed), sizes_of(count, g))) for g in legal}
+        found: dict[int, tuple[float, int, list[int]]] = {}
+        for used, (loss, squares, numbers) in best.items():
+            for g in legal:
+                # Rounded, so that equal sums are equal.
+                option = (round(loss + losses[g], 9), squares + g * g, [*numbers, g])
+                if used + g <= total and (used + g not in found or option < found[used + g]):
+                    found[used + g] = option
+        best = found
+    return min(best.values())[2]
+
+
 def check_equal_groups(kv_heads: int, groups: int) -> None:
     """Raise ValueError unless the KV heads divide into `groups` equal groups."""
     if groups < 1 or kv_heads % groups:

@@ -1,12 +1,20 @@
 """Reordering and aligning heads do not change the function, and alignment lowers the error of pooling."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from headway.model.attention.gqa import GqaConfig, MhaConfig
-from headway.model.convert.grouping import best_sizes, cohesion, dispersion, group_heads, split, tree_sizes
+from headway.model.convert.grouping import (
+    best_numbers,
+    best_sizes,
+    cohesion,
+    dispersion,
+    group_heads,
+    split,
+    tree_sizes,
+)
 from headway.model.convert.heads import align, mean_pool, permute_heads, similarity
 
 HEADS, D, WIDTH = 6, 10, 20
@@ -281,6 +289,30 @@ def test_sizes_are_those_of_the_least_dispersion_over_all_layers():
     assert best_sizes([torch.ones(6, 6)], 3) == [2, 2, 2]  # of equal sums, the equal sizes
     with pytest.raises(ValueError, match=r"^groups: 6 KV heads do not make 7 groups; use 1 to 6"):
         best_sizes(layers, 7)
+
+
+def test_numbers_of_layers_are_those_of_the_least_dispersion_of_all_choices():
+    """Compared with every choice of a divisor for each of three layers, at every total."""
+    layers = [v @ v.T for v in (vectors(s, noise=n)[0] for s, n in (([6], 0.1), ([3, 3], 0.3), ([2, 2, 2], 0.5)))]
+    legal = (1, 2, 3, 6)
+
+    def loss(alike, groups):
+        sizes = [6 // groups] * groups
+        return dispersion(alike, split(group_heads(alike, groups), sizes))
+
+    losses = [{g: loss(alike, g) for g in legal} for alike in layers]
+    seen = set()
+    for total in range(3, 19):
+        choices = [numbers for numbers in product(legal, repeat=3) if sum(numbers) <= total]
+        least = min(sum(losses[i][g] for i, g in enumerate(numbers)) for numbers in choices)
+        found = best_numbers(layers, total)
+        assert sum(found) <= total
+        assert sum(losses[i][g] for i, g in enumerate(found)) == pytest.approx(least, abs=1e-8)
+        seen.add(tuple(found))
+    assert len(seen) > 5 and any(len(set(numbers)) > 1 for numbers in seen)
+    assert best_numbers([torch.ones(6, 6)] * 2, 6) == [1, 1]  # equal heads: no more groups than needed
+    with pytest.raises(ValueError, match=r"^groups: 2 in 3 layers leave a layer without one; use more"):
+        best_numbers(layers, 2)
 
 
 def test_grouping_finds_the_best_of_all_groupings_with_given_sizes():

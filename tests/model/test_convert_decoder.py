@@ -1,29 +1,34 @@
 """A converted decoder is the pooled one, and every target starts with exactly the function of its GQA decoder."""
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from headway.model.attention.gqa import GqaConfig, MhaConfig, MqaConfig
+from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.sqa import SqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
+from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
 from headway.model.convert.decoder import (
     attention_inputs,
     check_conversion,
     convert_decoder,
     target_fields,
+    with_numbers_by_layer,
     with_unequal_groups,
 )
 from headway.model.convert.heads import mean_pool
 from headway.model.decoder import Decoder
 from headway.model.k_schedule import KStage, LinearK
+from headway.model.mixed import MixedConfig
 from headway.model.router import QueryNormRouterConfig, RandomRouterConfig, TokenHashRouterConfig, TwoLayerRouterConfig
 
 HEADS, D = 6, 10
@@ -193,6 +198,37 @@ def test_unequal_groups_are_of_whole_groups_of_the_source(decoder, tokens):
     found = convert_decoder(source, MODEL, target, how="cluster", by="weights")
     assert found.layers[0].groups == ((1,), (0, 2))
     same(source, found.decoder, tokens)
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+@pytest.mark.parametrize("how", ["cluster", "cluster_align"])
+def test_each_layer_gets_the_number_of_heads_that_it_needs(decoder, tokens, how, by):
+    """The first layer has one head in six copies, the second three in two: four in all are without loss."""
+    source = decoder(mha()).eval()
+    for layer, groups in zip(source.attention_layers(), (1, 3), strict=True):
+        turned = copies(SimpleNamespace(attention_layers=lambda layer=layer: [layer]), groups, False, turns=False)
+        assert turned is not None
+    options = {"how": how, "by": by, "inputs": attention_inputs(source, [(tokens, None)])}
+    target = with_numbers_by_layer(source, MODEL, gqa(2), **options)
+    assert isinstance(target, MixedConfig) and target.pattern == ["kv_1", "kv_3"]
+    found = convert_decoder(source, MODEL, target, **options)
+    same(source, found.decoder, tokens)
+    assert [len(layer.groups) for layer in found.layers] == [1, 3] and not found.same_function
+    differ(source, convert_decoder(source, MODEL, gqa(2), **options).decoder, tokens)
+    assert with_numbers_by_layer(source, MODEL, gqa(6), **options) == target  # more heads would not be used
+    one = with_numbers_by_layer(source, MODEL, gqa(1), **options)
+    assert isinstance(one, GqaConfig) and one.kv_heads == 1
+
+
+def test_a_target_by_layer_is_checked_kind_by_kind(decoder):
+    wrong: dict[str, AttentionConfig] = {"one": gqa(1), "two": GqaConfig(heads=4, kv_heads=2, head_dim=D)}
+    with pytest.raises(ValueError, match=r"^attention\.kinds\.two: attention\."):
+        check_conversion(MODEL, mha(), MixedConfig(kinds=wrong, pattern=["one", "two"]), "mean")
+    routed: dict[str, AttentionConfig] = {"moa": MoaConfig(heads=6, head_dim=D, top_k=1)}
+    with pytest.raises(ValueError, match=r"^attention\.kinds\.moa: moa is no target of a conversion"):
+        check_conversion(MODEL, mha(), MixedConfig(kinds=routed, pattern=["moa"]), "mean")
+    with pytest.raises(ValueError, match=r"^mean: makes groups of consecutive heads, which are not chosen"):
+        with_numbers_by_layer(decoder(mha()), MODEL, gqa(2), how="mean")
 
 
 def test_equal_heads_keep_equal_groups(decoder, tokens):

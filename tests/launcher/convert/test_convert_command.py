@@ -20,6 +20,7 @@ from headway.launcher.spec.load import load_spec
 from headway.model.attention.gqa import GqaConfig
 from headway.model.decoder import Decoder
 from headway.model.huggingface.folder import WeightsError, load_exported
+from headway.model.mixed import MixedConfig
 
 MHA = {"type": "mha", "heads": 4, "head_dim": 6}
 
@@ -87,6 +88,23 @@ def test_heads_are_compared_by_weights_without_any_tokens(run, tmp_path, capsys)
     assert "to gqa with 3, by cluster_align of weights" in said
 
 
+def test_each_layer_gets_a_number_of_heads_and_the_spec_states_them(run, tmp_path, capsys, monkeypatch):
+    """The choice itself is tested on decoders; here the numbers are given."""
+    export(run, tmp_path / "weights", to="safetensors")
+    words = ["--to", "gqa", "--kv-heads", 3, "--how", "cluster", "--by", "weights", "--by-layer"]
+    monkeypatch.setattr("headway.model.convert.grouping.best_numbers", lambda alike, total, seed: [2, total - 2])
+    convert(tmp_path / "weights", *words, "--out", tmp_path / "out")
+    assert "to gqa with 3 on average, by cluster of weights" in capsys.readouterr().out.replace("mixed", "gqa")
+    card = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert card["kv_heads"] == [4, [2, 4]] and [len(layer["groups"]) for layer in card["layers"]] == [2, 4]
+    loaded = load_exported(tmp_path / "out")
+    assert isinstance(loaded.attention, MixedConfig) and loaded.attention.pattern == ["kv_2", "kv_4"]
+    spec = stored_spec(RunDir(run)).model_dump(mode="json", exclude={"model", "attention", "init"})
+    (tmp_path / "spec.json").write_text(json.dumps({"base": "out/model.yaml", **spec}))
+    attention = load_spec(tmp_path / "spec.json").spec.attention
+    assert attention == loaded.attention
+
+
 def test_as_json_it_is_one_document(run, tmp_path, capsys):
     convert(run, "--to", "mqa", "--tokens", 48, "--out", tmp_path / "out", "--json")
     card = json.loads(capsys.readouterr().out)
@@ -145,6 +163,9 @@ BAD = [
     (["--to", "rgqa", "--kv-heads", "2", "attention.top_k=1"], 64, r"attention.top_k: .*use top_k = "),
     (["--to", "wgqa", "--kv-heads", "2", "--how", "cluster", "--unequal"], 64, r"--unequal: wgqa has groups of equal"),
     (["--to", "gqa", "--kv-heads", "2", "--unequal"], 64, r"mean: makes groups of consecutive heads.*use cluster"),
+    (["--to", "gqa", "--kv-heads", "2", "--by-layer"], 64, r"mean: makes groups of consecutive heads.*use cluster"),
+    (["--to", "moh", "--how", "cluster", "--by-layer"], 64, r"--by-layer: is not possible for moh; use --to gqa"),
+    (["--to", "gqa", "--unequal", "--by-layer"], 64, r"^--by-layer: chooses equal groups.*use one of them"),
     (["--to", "gqa", "attention.top_k=1"], 64, r"^attention.top_k: gqa has no such key; use one of head_dim, "),
     (["--to", "gqa", "optimizer.lr=1"], 64, r"only attention.KEY=value can be set here"),
     (["--to", "gqa", "attention.type=moa"], 64, r"^attention.type: --to names the mechanism"),
