@@ -227,6 +227,7 @@ def _unknown_key(spot: _Spot, tree: Node, root: Shape) -> str:
     entries = list(_foreign(spot, tree, root)) if "train.tokens" in paths(root, {}) else []
     if owners:
         text = f"is no key of {prefix}{spot.parent_shape.discriminator} {tag}, only of: {', '.join(owners)}."
+        text += f" Did you mean {prefix}{near[0]}?" if (near := advice.closest(name, legal, 0.9)) else ""
     elif entries:
         return " ".join(["unknown key.", *entries])
     elif not advice.closest(name, legal) and (near := advice.closest(name, spot.parent_shape.keys(), 0.8)):

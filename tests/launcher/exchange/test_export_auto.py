@@ -31,6 +31,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "gqe": {"heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2},
     "hybrid": {"heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2, "value_experts": 3, "value_top_k": 2},
     "mha": {"heads": 3, "head_dim": 6, "qk_norm": True},
+    "mla": {"heads": 4, "head_dim": 6, "latent": 7, "query_latent": 5, "rope_dim": 4},
     "moa": {"heads": 5, "head_dim": 6, "top_k": 2},
     "moh": {"heads": 6, "kv_heads": 2, "head_dim": 6, "shared_heads": 2, "top_k": 2},
     "namoh": {"heads": 5, "head_dim": 6, "top_k": 2, "shared_heads": 1, "window": 5},

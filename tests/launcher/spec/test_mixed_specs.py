@@ -44,7 +44,8 @@ def test_kinds_are_reached_by_name_and_keys_of_the_base_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("change", "where", "message"),
     [
-        ("attention.kinds.local.window=9", "argument", "attention.kinds.local.window: unknown key. Did you mean"),
+        ("attention.kinds.local.windws=9", "argument", "attention.kinds.local.windws: unknown key. Did you mean"),
+        ("attention.kinds.local.window=9", "argument", "only of: namoh. Did you mean attention.kinds.local.windows?"),
         ("attention.kinds.routed.top_k=9", "argument", "attention.kinds.routed.top_k: 9 heads selected of 4"),
         ("attention.kinds.local.windows=99", "", "attention.kinds.local.windows: a window of 99 tokens"),
         ("attention.kinds.local.type=gqaa", "argument", "attention.kinds.local.type: 'gqaa' is not a known type"),
