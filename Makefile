@@ -56,7 +56,7 @@ uptrain: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/studies/uptrain.yaml
 
-# Fine-tunes learned merges of heads from a multi-head model at two sizes, and judges summaries (an hour).
+# Fine-tunes learned merges of heads from a multi-head model at two sizes, and judges summaries (about an hour, estimated).
 WGQA := summarise:wgqa-summaries summarise-base:wgqa-summaries-base
 wgqa: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/functions.yaml

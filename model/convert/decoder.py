@@ -241,11 +241,7 @@ def with_unequal_groups(
         raise ValueError(f"kv_heads: the source has {source.groups} KV heads, fewer than {groups}; use fewer")
     least = [members] * (groups - 1) + [source.heads - members * (groups - 1)]
     check_conversion(model, source, target.model_copy(update={"group_sizes": least}), how)
-    if is_calibrated(how, by) and inputs is None:
-        raise ValueError(_no_tokens(how))
-    alike = _alike_of_layers(
-        decoder, model, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs
-    )
+    alike = _alike_of_layers(decoder, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs)
     sizes = [members * size for size in grouping.best_sizes(alike, groups, seed=seed)]
     return target.model_copy(update={"group_sizes": [] if len(set(sizes)) == 1 else sizes})
 
@@ -273,11 +269,7 @@ def with_numbers_by_layer(
     if target.kv_heads > source.groups:
         raise ValueError(f"kv_heads: the source has {source.groups} KV heads, fewer than {target.kv_heads}; use fewer")
     check_conversion(model, source, target.model_copy(update={"kv_heads": 1}), how)
-    if is_calibrated(how, by) and inputs is None:
-        raise ValueError(_no_tokens(how))
-    alike = _alike_of_layers(
-        decoder, model, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs
-    )
+    alike = _alike_of_layers(decoder, Form(source, [source.groups], how, by, rotated(model, source), seed), inputs)
     numbers = grouping.best_numbers(alike, target.kv_heads * model.layers, seed=seed)
     kinds = {g: target.model_copy(update={"kv_heads": g}) for g in sorted(set(numbers))}
     if len(kinds) == 1:
@@ -286,8 +278,10 @@ def with_numbers_by_layer(
     return MixedConfig(kinds=named, pattern=[f"kv_{g}" for g in numbers])
 
 
-def _alike_of_layers(decoder: Decoder, model: ModelConfig, form: Form, inputs: Sequence[Tensor] | None) -> list[Tensor]:
-    """`alike_heads` of each layer."""
+def _alike_of_layers(decoder: Decoder, form: Form, inputs: Sequence[Tensor] | None) -> list[Tensor]:
+    """`alike_heads` of each layer, [K, K]. Raises ValueError if they need calibration tokens and there are none."""
+    if is_calibrated(form.how, form.by) and inputs is None:
+        raise ValueError(_no_tokens(form.how))
     states = [layer.state_dict() for layer in decoder.attention_layers()]
     given = [None] * len(states) if inputs is None else inputs
     return [alike_heads(state, x, form) for state, x in zip(states, given, strict=True)]

@@ -220,6 +220,15 @@ def test_each_layer_gets_the_number_of_heads_that_it_needs(decoder, tokens, how,
     assert isinstance(one, GqaConfig) and one.kv_heads == 1
 
 
+@pytest.mark.parametrize(("pattern", "kept"), [(["few", "all"], False), (["all", "few"], False), (["all"], True)])
+def test_the_function_is_kept_if_no_layer_pools(decoder, tokens, pattern, kept):
+    kinds: dict[str, AttentionConfig] = {name: {"few": gqa(3), "all": gqa(6)}[name] for name in pattern}
+    source = decoder(mha()).eval()
+    found = convert_decoder(source, MODEL, MixedConfig(kinds=kinds, pattern=pattern))
+    assert found.same_function is kept
+    (same if kept else differ)(source, found.decoder, tokens)
+
+
 def test_a_target_by_layer_is_checked_kind_by_kind(decoder):
     wrong: dict[str, AttentionConfig] = {"one": gqa(1), "two": GqaConfig(heads=4, kv_heads=2, head_dim=D)}
     with pytest.raises(ValueError, match=r"^attention\.kinds\.two: attention\."):
