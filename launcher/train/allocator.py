@@ -2,6 +2,10 @@
 
 By default glibc serves large requests with mmap and returns their pages when they are freed, and it trims the end of
 the heap. Activations are freed and allocated in every step, so the kernel then maps and clears the same pages again.
+
+PyTorch asks for aligned memory. Before glibc 2.38 such a request is not served from a freed block of exactly its size
+if small objects occupy both neighbours, so a single freed buffer is not always used again. The buffers of a training
+step have many sizes; docs/results/bench/rows.md has the page faults of real steps.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_wandb_continues_one_run_offline_and_has_every_step(headway_alone):
 def test_mlflow_continues_one_run_and_has_every_step_once(headway_alone):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     uri = f"sqlite:///{headway_alone.folder}/mlflow.db"
+    mlflow.MlflowClient(tracking_uri=uri).search_experiments()  # makes the tables, which a kill would leave half made
     run = killed_and_resumed(
         headway_alone, f"tracking.mlflow={{uri: '{uri}', experiment: e, group: g}}", MLFLOW_TRACKING_PASSWORD=PASSWORD
     )

@@ -15,11 +15,18 @@ from headway.launcher.train.allocator import keep_buffers
 if sys.argv[1] == "keep":
     assert keep_buffers({})
 SIZE = 1 << 24  # 64 MiB, above the largest size that glibc would learn to keep by itself
-for _ in range(10):
-    torch.ones(SIZE)
+LESS = 1 << 18
+kept = []
+def buffer(number):
+    # Each is 1 MiB smaller than the last one: before glibc 2.38 a freed block does not serve an aligned request of
+    # its own size, only a smaller one, unless its neighbours are free too.
+    torch.ones(SIZE + (15 - number) * LESS)
+    kept.append(torch.ones(16))  # occupies a place beside the block
+for number in range(10):
+    buffer(number)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(SIZE)
+for number in range(10, 15):
+    buffer(number)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
