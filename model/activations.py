@@ -68,6 +68,7 @@ class Footprint:
     routing_per_token: float  # router selections, which activation recomputation keeps
     sums_per_token: float  # all-reduced over tensor-parallel ranks within the layer, forward
     dealt_per_token: float  # exchanged by context-parallel ranks around the attention core, forward
+    handed_per_token: float = 0.0  # heads that it hands on to later blocks, which keep them under recomputation too
 
     def kept(self, tokens: float) -> float:
         """Bytes of activations for `tokens` tokens."""
@@ -97,10 +98,24 @@ _PARTS = {
 }
 
 
+class _Key:
+    """A config of a layer as a key. Layers are equal that differ only in the layer that they take heads from."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config = config
+        self._compared = (type(config), config.model_dump_json(), config.takes_from is None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+
 @lru_cache(maxsize=256)
-def _block_parameters(model: str, attention: str, kind: type[AttentionConfig], tensor: int) -> BlockParameters:
+def _block_parameters(model: str, attention: _Key, tensor: int) -> BlockParameters:
     with torch.device("meta"):
-        block = Block(ModelConfig.model_validate_json(model), kind.model_validate_json(attention))
+        block = Block(ModelConfig.model_validate_json(model), attention.config)
     parts, replicated = {"attention": 0, "mlp": 0, "norm": 0}, 0
     for name, parameter in block.named_parameters():
         cut = name in block.shards
@@ -112,17 +127,17 @@ def _block_parameters(model: str, attention: str, kind: type[AttentionConfig], t
 
 def block_parameters(model: ModelConfig, attention: AttentionConfig, *, tensor: int) -> BlockParameters:
     """Parameters of a block, given the config of its layer, sharded over `tensor` ranks. Allocates no memory."""
-    return _block_parameters(model.model_dump_json(), attention.model_dump_json(), type(attention), tensor)
+    return _block_parameters(model.model_dump_json(), _Key(attention), tensor)
 
 
 def footprint(model: ModelConfig, attention: AttentionConfig, sharing: Sharing) -> Footprint:
     """Memory and communication of a block, given the config of its layer. About 1 s for 100 million parameters."""
-    return _footprint(model.model_dump_json(), attention.model_dump_json(), type(attention), sharing)
+    return _footprint(model.model_dump_json(), _Key(attention), sharing)
 
 
 @lru_cache(maxsize=256)
-def _footprint(model: str, attention: str, kind: type[AttentionConfig], sharing: Sharing) -> Footprint:
-    probe = _Probe(ModelConfig.model_validate_json(model), kind.model_validate_json(attention), sharing)
+def _footprint(model: str, attention: _Key, sharing: Sharing) -> Footprint:
+    probe = _Probe(ModelConfig.model_validate_json(model), attention.config, sharing)
     small, large = (probe.run(tokens) for tokens in (8 * sharing.tensor, 16 * sharing.tensor))
     tokens = large.tokens - small.tokens
     slope = (large.kept - small.kept) / tokens
@@ -132,6 +147,7 @@ def _footprint(model: str, attention: str, kind: type[AttentionConfig], sharing:
         routing_per_token=large.routing / large.tokens,
         sums_per_token=large.sums / large.tokens,
         dealt_per_token=large.dealt / large.tokens,
+        handed_per_token=large.handed / large.tokens,
     )
 
 
@@ -142,6 +158,7 @@ class _Run:
     routing: float
     sums: float
     dealt: float
+    handed: float
 
 
 class _Probe:
@@ -185,17 +202,29 @@ class _Probe:
         numbers = torch.zeros(1, tokens, dtype=torch.int64)
         distances = torch.zeros(tokens, self.model.width, dtype=self.dtype) if self.model.relative else None
         attend = SequenceRanks(attend=self._attend)
-        context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances)
+        taken = self._taken(tokens)
+        context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances, handed=taken)
         dropout = Dropout.of(self.model, seed=0)
         drops = None if dropout is None else dropout.of_pass(torch.zeros_like(numbers[:, 0]), numbers, start=0)
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
         known += [] if distances is None else [distances]  # one for all layers
+        known += taken  # kept by the block that hands them on
         with saved_storages(besides=known, selective=self.block.selective) as saved:
-            self.block(x, context, drops)
+            handed = self.block(x, context, drops).handed
+        of_handed = {heads.untyped_storage().data_ptr(): heads.untyped_storage().nbytes() for heads in handed}
         with torch.no_grad():
             self.block(x, replace(context, memory=memory))
         routing = sum(choice.numel() * choice.element_size() for choice in memory.choices)
-        return _Run(tokens, sum(saved.values()), routing, self.summed_bytes, self.dealt_bytes)
+        kept = sum((saved | of_handed).values())
+        return _Run(tokens, kept, routing, self.summed_bytes, self.dealt_bytes, sum(of_handed.values()))
+
+    def _taken(self, tokens: int) -> tuple[Tensor, ...]:
+        """What an earlier block hands on to this one."""
+        if self.attention.takes_from is None:
+            return ()
+        heads = self.attention.handed_heads(tensor=self.sharing.tensor)
+        shapes = [(1, tokens, count, self.attention.head_dim) for count in heads]
+        return tuple(torch.zeros(shape, dtype=self.dtype, requires_grad=True) for shape in shapes)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -227,7 +256,7 @@ class _Probe:
         elif sharing.context > 1 and groups == 1:
             others += [k.new_zeros(batch, tokens * sharing.context, *k.shape[2:]) for _ in range(2)]
         else:
-            others += [k, v]
+            others += [k, v] if sharing.context == 1 else [torch.zeros_like(k), torch.zeros_like(v)]
         several = rows_per_call(sharing.seq_len, window) < sharing.seq_len
         several = calls and (several or (sharing.masked and sharing.seq_len > BLOCK))
         copies = int(several) + int(sharing.context > 1 and groups > 1)

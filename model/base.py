@@ -58,6 +58,7 @@ class Shard(NamedTuple):
 class AttentionOutput(NamedTuple):
     y: Tensor  # [B, S, d]
     aux_loss: Tensor | None  # scalar fp32, including its coefficient; mean over the sequences of the batch
+    handed: tuple[Tensor, ...] = ()  # heads [B, K, n, D] for later layers that take them (`takes_from`)
 
 
 class HeadPool(NamedTuple):
@@ -188,6 +189,7 @@ class Context:
     core: In encoder-decoders, attention of q [B, S, H, D] to k, v [B, K, G, D] that is not causal, or has a bias.
     source: In cross attention, the output of the encoder, of which keys and values are taken instead of x.
     across: In the decoder of an encoder-decoder, the context of the layer's cross attention.
+    handed: What the layer `AttentionConfig.takes_from` handed on in this pass.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -201,6 +203,7 @@ class Context:
     core: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     source: Source | None = None
     across: Context | None = None
+    handed: tuple[Tensor, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -343,6 +346,15 @@ class AttentionConfig(AttentionSection):
             "tokens, and cross attention takes keys and values of others; use type mha, mqa, gqa, sqa or wgqa, or "
             "model.type decoder"
         )
+
+    @property
+    def takes_from(self) -> int | None:
+        """The earlier layer whose values, or keys and values, it uses (`Context.handed`); None: its own alone."""
+        return None
+
+    def handed_heads(self, *, tensor: int = 1) -> tuple[int, ...]:
+        """Heads of each tensor that a layer hands on, or takes, on each of `tensor` ranks; () if layers do not."""
+        return ()
 
     @property
     def reads_routing(self) -> bool:

@@ -5,9 +5,9 @@ Legend: B batch, S sequence, K distances, d width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +23,31 @@ RopeForm = tuple[int, float]
 """Rotated channels of a head, and the base of their frequencies."""
 
 
-class LayerContexts(NamedTuple):
-    """The `Context` of each layer in one forward pass. Layers whose positions are encoded alike share one object."""
+class LayerContexts:
+    """The `Context` of each layer in one forward pass, and what layers hand on to later ones in this pass.
 
-    each: list[Context]
+    Layers whose positions are encoded alike share one object.
+    """
+
+    def __init__(self, each: Sequence[Context], sources: Sequence[int | None]) -> None:
+        self._each, self._sources = each, sources
+        self._last = {source: taker for taker, source in enumerate(sources) if source is not None}
+        self._handed: dict[int, tuple[Tensor, ...]] = {}
 
     def at(self, index: int, cache: KVCache | None = None) -> Context:
         """That of layer `index`, with the KV cache of the layer in incremental decoding."""
-        context = self.each[index]
+        context, source = self._each[index], self._sources[index]
+        if source is not None:
+            context = replace(context, handed=self._handed[source])
         return context if cache is None else replace(context, cache=cache)
+
+    def hand_on(self, index: int, heads: tuple[Tensor, ...]) -> None:
+        """Keep what layer `index` has handed on, up to the last layer that takes it. Call it after each layer."""
+        if index in self._last:
+            self._handed[index] = heads
+        source = self._sources[index]
+        if source is not None and self._last[source] == index:
+            del self._handed[source]
 
 
 class Contexts:
@@ -41,6 +57,7 @@ class Contexts:
         self._model, self._sequence = model, sequence
         each = [attention.layer(i, model.layers) for i in range(model.layers)]
         self._forms = [(rotated(model, mechanism), mechanism.rope_base) for mechanism in each]
+        self._sources = [mechanism.takes_from for mechanism in each]
         self._distances: Tensor | None = None
         # A plain attribute: a buffer would be cast to bf16 with the module and lose precision at late positions.
         self._rope: dict[RopeForm, tuple[Tensor, Tensor]] = {}
@@ -54,7 +71,7 @@ class Contexts:
         distances = self._distance_vectors(tokens, start, dtype) if self._model.relative else None
         own = partial(Context, documents=documents, tokens=tokens, sequence=self._sequence, distances=distances)
         contexts = {form: own(rope=self._rope_tables(form, tokens, first)) for form in dict.fromkeys(self._forms)}
-        return LayerContexts([contexts[form] for form in self._forms])
+        return LayerContexts([contexts[form] for form in self._forms], self._sources)
 
     def _distance_vectors(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """The vectors [start + S, d] of all distances in the sequence; the table grows as that of RoPE does."""

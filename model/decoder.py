@@ -179,14 +179,14 @@ class Block(nn.Module):
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
             context = self.with_positions(context)
-            y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
+            y, aux_loss, handed = self.attn(enter(self.attn_norm(x)), context)
             y = leave(y)
             y = y if self.attn_out is None else self.attn_out(y)
             x, normed = self.mlp_norm(x, drop(drops, y, "attention", self.placement))
             hidden = partial(drop, drops, place="hidden", placement=self.placement)
             z = leave(self.mlp(enter(normed), hidden))
             z = z if self.mlp_out is None else self.mlp_out(z)
-            return AttentionOutput(x + drop(drops, z, "mlp", self.placement), aux_loss)
+            return AttentionOutput(x + drop(drops, z, "mlp", self.placement), aux_loss, handed)
 
 
 def make_block(
@@ -369,9 +369,9 @@ class Decoder(nn.Module):
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.blocks):
             dropped = None if drops is None else drops.at(i)
-            x, aux = run_block(
-                block, x, contexts.at(i, None if cache is None else cache.layers[i]), self.placement, dropped
-            )
+            context = contexts.at(i, None if cache is None else cache.layers[i])
+            x, aux, handed = run_block(block, x, context, self.placement, dropped)
+            contexts.hand_on(i, handed)
             if aux is not None:
                 aux_loss = aux_loss + aux
         if cache is not None:

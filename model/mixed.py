@@ -13,12 +13,14 @@ RoPE included.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import Field, FieldSerializationInfo, field_serializer, field_validator, model_validator
 
+from headway.model.attention.across import AcrossConfig
 from headway.model.attention.registry import MECHANISMS, AnyMechanism, RegisteredTypes
 from headway.model.base import AttentionConfig, AttentionSection
 
@@ -78,7 +80,11 @@ class MixedConfig(AttentionSection):
             )
         name = self.pattern[index % len(self.pattern)]
         try:
-            return self.kinds[name].layer(index, layers)
+            found = self.kinds[name].layer(index, layers)
+            if isinstance(found, AcrossConfig) and found.across is not None:
+                names = itertools.islice(itertools.cycle(self.pattern), layers)
+                found = found.among(index, [i for i, other in enumerate(names) if other == name])
+            return found
         except ValueError as error:
             raise ValueError(_of_kind(name, error)) from error
 

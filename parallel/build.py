@@ -7,6 +7,7 @@ from typing import Any
 
 from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
+from headway.model.cost import layer_configs
 from headway.model.decoder import BranchScale, Placement
 from headway.model.seq2seq.build import build_model
 from headway.parallel.collectives import sequence_ranks, tensor_ranks
@@ -15,7 +16,7 @@ from headway.parallel.deepspeed_options import quiet_deepspeed
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout
 from headway.parallel.operations import operations_of
-from headway.parallel.partition import layer_costs, stage_bounds
+from headway.parallel.partition import layer_costs, stage_bounds, stage_pieces
 from headway.parallel.single_engine import SingleEngine
 
 
@@ -77,7 +78,9 @@ def make_engine(
         vocab_size=vocab_size,
         seed=seed,
         placement=placement,
-        bounds=stage_bounds(costs, layout.pp_size),
+        bounds=stage_bounds(
+            costs, layout.pp_size, stage_pieces(layer_configs(model, attention, vocab_size=vocab_size))
+        ),
         parallel=parallel,
         optimizer=optimizer,
         layout=layout,

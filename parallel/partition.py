@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from headway.model.base import AttentionSection
+from headway.model.base import AttentionConfig, AttentionSection
 from headway.model.config import ModelConfig
 from headway.model.cost import block_flops, layer_configs
 
@@ -37,17 +37,32 @@ def layer_costs(
     return [0.0, *(float(passes * block) for block in blocks), 0.0, float(3 * 2 * width * vocab_size)]
 
 
-def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
+def stage_pieces(layers: Sequence[AttentionConfig]) -> list[int]:
+    """Numbers of consecutive blocks that lie in one stage, in order: a layer and all that take heads from it."""
+    last = {config.takes_from: taker for taker, config in enumerate(layers)}
+    ends: list[int] = []  # last block of each piece
+    for index in range(len(layers)):
+        end = last.get(index, index)
+        if ends and index <= ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            ends.append(end)
+    return [end - before for before, end in pairwise([-1, *ends])]
+
+
+def stage_bounds(costs: Sequence[float], stages: int, together: Sequence[int] | None = None) -> list[int]:
     """`balanced` for the layers of `layer_costs`: stage p has layers bounds[p] to bounds[p + 1] - 1.
 
     Each stage has at least one block: the embedding stays with the first block, norm and head with the last.
-    Raises ValueError if there are more stages than blocks.
+    together: `stage_pieces`, which are not cut; None: every block alone.
+    Raises ValueError if there are more stages than blocks or pieces.
     """
     embedding, *blocks, norm, head = costs
     blocks[0] += embedding
     blocks[-1] += norm + head
-    inner = balanced(blocks, stages)[1:-1]
-    return [0, *(bound + 1 for bound in inner), len(costs)]
+    starts = [0, *accumulate(together or [1] * len(blocks))]
+    inner = balanced([sum(blocks[first:end]) for first, end in pairwise(starts)], stages)[1:-1]
+    return [0, *(starts[bound] + 1 for bound in inner), len(costs)]
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:

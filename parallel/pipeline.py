@@ -7,6 +7,9 @@ layer.
 Outside of the module, its gradients for the head's rows would be lost, because DeepSpeed clears the gradients of a bf16
 stage when the backward pass reaches the module's outputs.
 
+Layers that use values, or keys and values, of earlier layers lie in one stage with them
+(`headway.parallel.partition.stage_pieces`), so these are not sent: the contexts of the pass hold them.
+
 Legend: B batch, S sequence, d width, V vocabulary.
 """
 
@@ -171,7 +174,8 @@ class BlockLayer(nn.Module):
         if self.index == 0:
             x = drop(drops, x, "embedding", stage.placement)
         own = None if drops is None else drops.at(self.index)
-        x, aux_loss = run_block(self.block, x, contexts.at(self.index), stage.placement, own)
+        x, aux_loss, handed = run_block(self.block, x, contexts.at(self.index), stage.placement, own)
+        contexts.hand_on(self.index, handed)
         if aux_loss is not None and torch.is_grad_enabled():
             stage.aux_losses.append(aux_loss.detach())
             x = _WithLoss.apply(x, aux_loss, stage.aux_scale)

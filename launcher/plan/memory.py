@@ -152,7 +152,8 @@ def memory(grid: Grid, stage: Stage) -> Memory:
     between = grid.residual_tokens * row
     routing = largest = 0.0
     if spec.parallel.recompute == "block":
-        blocks, largest = between * len(prints), max(kept)
+        handed = grid.tokens * sum(footprint.handed_per_token for footprint in prints)
+        blocks, largest = between * len(prints) + handed, max(kept)
         routing = grid.in_flight(stage) * grid.tokens * sum(footprint.routing_per_token for footprint in prints)
     else:
         blocks, largest = sum(kept), max(grid.dropped(block) for block in stage.heaviest)

@@ -12,7 +12,7 @@ from headway.launcher.spec.layouts import accumulation, vocabulary
 from headway.model.activations import BlockParameters, Footprint, Sharing, block_parameters, footprint
 from headway.model.base import AttentionConfig
 from headway.model.cost import heaviest, layer_configs
-from headway.parallel.partition import layer_costs, stage_bounds
+from headway.parallel.partition import layer_costs, stage_bounds, stage_pieces
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
@@ -134,7 +134,7 @@ def grid_of(spec: Spec) -> Grid:
     held = [block_parameters(model, config, tensor=parallel.tensor) for config in each]
     bounds = [0, len(each) + 3]
     if parallel.pipeline > 1:
-        bounds = stage_bounds(layer_costs_of(spec, vocab_size), parallel.pipeline)
+        bounds = stage_bounds(layer_costs_of(spec, vocab_size), parallel.pipeline, stage_pieces(each))
     rows = vocab_size // parallel.tensor * model.width
     stages = []
     for p in range(parallel.pipeline):

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -60,6 +61,8 @@ SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
     "attention.k_schedule": [],
+    "attention.share_kv": 1,
+    "attention.value_residual": "none",
     "data.encoder_tokens": None,
     "init.convert": None,
     "init.convert.by": "activations",
@@ -74,6 +77,9 @@ ADDED_KEYS = {
     "train.validate_first": False,
 }
 """Keys that run folders of earlier versions lack -> the value that corresponds to those versions."""
+
+_OF_KIND = re.compile(r"^attention\.kinds\.[^.]+\.")
+_NONE = object()  # no value of a key
 
 
 class RunDir:
@@ -227,8 +233,11 @@ def _flock(fd: int, wait_s: float) -> None:
 
 
 def identity(spec: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys and values of a resolved spec that affect its result; `ADDED_KEYS` only if they change it."""
-    flat = {k: v for k, v in flatten(spec).items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
+    """Dotted keys and values of a resolved spec that affect its result; `ADDED_KEYS` only if they change it.
+
+    Keys of the kinds of `attention.type: mixed` count as those of `attention`.
+    """
+    flat = {k: v for k, v in flatten(spec).items() if v != ADDED_KEYS.get(_OF_KIND.sub("attention.", k), _NONE)}
     if isinstance(sources := flat.get("data.source.sources"), list):
         flat["data.source.sources"] = [{"weight": part.get("weight")} for part in sources if isinstance(part, dict)]
     return {k: v for k, v in flat.items() if not is_free(k)}

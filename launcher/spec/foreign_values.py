@@ -54,6 +54,8 @@ _MECHANISMS = {
     "diff_attention "
     "diff_transformer",
     "Use gqa with attention.gate headwise or elementwise.": "gated gated_attention gated_gqa gated_softmax",
+    "Use gqa with attention.share_kv.": "cla cross_layer cross_layer_attention shared_kv kv_sharing",
+    "Use gqa with attention.value_residual.": "resformer value_residual value_residual_learning",
     "Use gqa with attention.group_sizes, such as [1, 5].": "asymgqa asym_gqa unequal uneven_gqa",
     "Use mha.": "full softmax vanilla standard dense multihead multi_head self self_attention causal default "
     "multi_head_attention",

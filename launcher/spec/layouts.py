@@ -16,6 +16,7 @@ from headway.launcher.base.errors import SpecError
 from headway.launcher.spec.encoder_decoder import why_not_encoder_decoder
 from headway.launcher.spec.speed import why_not_speed
 from headway.model.cost import layer_configs
+from headway.parallel.partition import stage_pieces
 
 if TYPE_CHECKING:
     from headway.launcher.spec.sections import Sections
@@ -80,11 +81,11 @@ def legal_tensor(spec: Sections) -> list[int]:
 
 
 def legal_pipeline(spec: Sections) -> list[int]:
-    """Legal numbers of pipeline stages: each stage has at least one layer; one stage only for ZeRO-2, ZeRO-3 and
-    encoder-decoders.
+    """Legal numbers of pipeline stages: each stage has at least one layer, with all that take heads from it; one stage
+    only for ZeRO-2, ZeRO-3 and encoder-decoders.
     """
     alone = spec.parallel.zero > 1 or spec.model.is_encoder_decoder
-    return [1] if alone else list(range(1, min(spec.model.layers, LARGEST) + 1))
+    return [1] if alone else list(range(1, min(len(_pieces(spec)), LARGEST) + 1))
 
 
 def legal_context(spec: Sections) -> list[int]:
@@ -158,8 +159,18 @@ def listed(values: Iterable[int]) -> str:
 
 def _stages(spec: Sections) -> str | None:
     stages, layers = spec.parallel.pipeline, spec.model.layers
-    if stages <= layers:
+    if stages == 1:
         return None
+    if stages <= layers:
+        together = _pieces(spec)
+        if stages <= len(together):
+            return None
+        keys = dict.fromkeys(key for config in _each(spec) if (key := getattr(config, "across", None)) is not None)
+        return (
+            f"parallel.pipeline: {stages} stages for {len(together)} pieces of the model: layers that use values, or "
+            f"keys and values, of an earlier layer ({', '.join(keys)}) lie in one stage with it; use parallel.pipeline "
+            f"{listed(legal_pipeline(spec))}, or attention without {' and '.join(keys)}"
+        )
     return (
         f"parallel.pipeline: {stages} stages for {layers} layers, and each needs one at least; "
         f"use parallel.pipeline {listed(legal_pipeline(spec))}, or model.layers {stages}"
@@ -284,10 +295,18 @@ def _batch(spec: Sections) -> str | None:
 # ---------------------------------------------------------------- helpers of the rules
 
 
+def _each(spec: Sections) -> list[AttentionConfig]:
+    # A rule based on the model size sets the number of experts per token, but neither pieces nor KV heads.
+    return layer_configs(spec.model, spec.attention, vocab_size=vocabulary(spec) or 1)
+
+
+def _pieces(spec: Sections) -> list[int]:
+    return stage_pieces(_each(spec))
+
+
 def _layers(spec: Sections) -> dict[int, AttentionConfig]:
     """Layer -> its mechanism, for layers whose mechanism differs from all earlier layers."""
-    # A rule based on the model size sets the number of experts per token, but neither pieces nor KV heads.
-    each = layer_configs(spec.model, spec.attention, vocab_size=vocabulary(spec) or 1)
+    each = _each(spec)
     first: dict[int, int] = {}
     for index, config in enumerate(each):
         first.setdefault(id(config), index)

@@ -25,6 +25,7 @@ class SqaConfig(DenseConfig):
 
     type: Literal["sqa"] = "sqa"
     crosses: ClassVar[bool] = True
+    reads_layers: ClassVar[bool] = True
     heads: int = Field(ge=1, le=65_536, description="H, query heads of the dense baseline")
     kv_heads: int = Field(ge=1, description="G, KV heads")
     kept: int = Field(ge=1, description="query heads per KV head in this model, at most heads/kv_heads")

@@ -90,6 +90,12 @@ def check_conversion(model: ModelConfig, source: AttentionSection, target: Atten
         raise ValueError(
             f"attention.start: {target.start} with {how}; use start random with random, and start mean otherwise"
         )
+    for name, config in (("source", source), ("target", target)):
+        if isinstance(config, DenseConfig) and config.across is not None:
+            raise ValueError(
+                f"attention.{config.across}: the {name} uses values, or keys and values, of earlier layers, and layers "
+                f"are converted one by one; use a {name} without {config.across}"
+            )
     _check_fields(source, target)
     sizes = _pooled_sizes(source, target)
     if isinstance(target, SwitchHeadConfig) and target.kv_heads != source.heads:

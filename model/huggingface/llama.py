@@ -163,6 +163,16 @@ def _checked(attention: AttentionSection, layers: int) -> DenseConfig:
         "qk_norm": (attention.qk_norm, "a Llama does not norm queries and keys", "qk_norm false"),
         "gate": (attention.gate != "none", "a Llama does not gate its heads", "gate none"),
         "biases": (attention.biases, "biases of a Llama's attention are not supported here", "biases false"),
+        "value_residual": (
+            attention.value_residual != "none",
+            "the values of a Llama's layer are its own, and no class of transformers mixes in those of the first layer",
+            "value_residual none",
+        ),
+        "share_kv": (
+            attention.share_kv > 1,
+            "each layer of a Llama has its own keys and values, and no class of transformers shares them by layers",
+            "share_kv 1",
+        ),
         "window_pattern" if attention.window_pattern else "windows": (
             windows is not None,
             f"a Llama attends to all tokens, so the window of {windows} tokens would be lost",

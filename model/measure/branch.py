@@ -73,7 +73,8 @@ def branch_scales(
         block = Block(model, mechanism).eval()
         initialise(block, seed=seed, prefix=f"blocks.{index}.")
         block.attn.before_step(0)
-        y = block.attn(block.attn_norm(x), block.with_positions(contexts.at(index))).y
+        y, _, handed = block.attn(block.attn_norm(x), block.with_positions(contexts.at(index)))
+        contexts.hand_on(index, handed)
         ratio = rms(y) / rms(x)
         if not math.isfinite(ratio) or ratio == 0:
             raise ValueError(

@@ -48,11 +48,11 @@ class CrossBlock(Block):
         assert context.across is not None, "`EncoderDecoder` gives a block the context of its cross attention"
         enter, leave = self.placement.ranks.enter, self.placement.ranks.leave
         with self.selective or nullcontext():
-            y, aux_loss = self.attn(enter(self.attn_norm(x)), context)
+            y, aux_loss, _ = self.attn(enter(self.attn_norm(x)), context)
             y = leave(y)
             y = y if self.attn_out is None else self.attn_out(y)
             x, normed = self.cross_norm(x, drop(drops, y, "attention", self.placement))
-            y, cross_loss = self.cross(enter(normed), context.across)
+            y, cross_loss, _ = self.cross(enter(normed), context.across)
             y = leave(y)
             y = y if self.cross_out is None else self.cross_out(y)
             second = None if drops is None else drops.at(drops.layer + 1)

@@ -233,7 +233,7 @@ class EncoderDecoder(nn.Module):
         context = replace(context, core=partial(visible_core, visible=visible))
         aux_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i, block in enumerate(self.encoder):
-            x, aux = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
+            x, aux, _ = run_block(block, x, context, self.placement, None if drops is None else drops.at(i))
             aux_loss = aux_loss if aux is None else aux_loss + aux
         return drop(drops, self.encoder_norm(x), "head", self.placement), aux_loss
 
@@ -260,7 +260,7 @@ class EncoderDecoder(nn.Module):
                 own = replace(across, source=replace(across.source, cache=cache.across[i]))
                 context = replace(context, cache=cache.layers[i], across=own)
             place = None if drops is None else drops.at(len(self.encoder) + 2 * i)
-            x, aux = run_block(block, x, context, self.placement, place)
+            x, aux, _ = run_block(block, x, context, self.placement, place)
             aux_loss = aux_loss if aux is None else aux_loss + aux
         if cache is not None:
             cache.tokens += tokens.shape[1]

@@ -149,6 +149,14 @@ def test_layers_share_one_graph(traced):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("option", [{"value_residual": "learned"}, {"value_residual": "fixed"}, {"share_kv": 2}])
+def test_what_layers_hand_on_crosses_their_graphs(option, traced):
+    """One graph of layers that hand on, one of those that take; gradients of both are those of the plain blocks."""
+    plain, blocks = pairs(GQA.model_copy(update=option))
+    assert_alike(plain, blocks, steps=3)
+    assert graphs() == 2
+
+
 def test_routers_count_what_they_count_without_a_compiler(traced):
     plain, blocks = pairs(RgqaConfig(heads=6, kv_heads=2, head_dim=6, top_k=2))
     for step in range(3):

@@ -43,7 +43,7 @@ def test_parts_of_sequences_together_are_the_layer_and_its_gradients(
     whole, wrt, weight = context(mechanism, 10, documents), [x, *module.parameters()], torch.randn_like(x)
     modules = copies(module, 2)
     parts = share_sequences(2, x, whole, lambda rank, part, own: modules[rank](part, own))
-    y, aux_loss = module(x, whole)
+    y, aux_loss, _ = module(x, whole)
     mine = results(torch.cat([out.y for out in parts], 1), mean_loss(parts), weight, wrt)
     for shared, alone in zip(mine, results(y, aux_loss, weight, wrt), strict=True):
         torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-10)

@@ -24,7 +24,7 @@ def plain(module, x, context):
 
 def trained(run, module, x, context):
     """y, auxiliary loss and gradients of a loss that weighs every output differently."""
-    y, aux_loss = run(module, x, context)
+    y, aux_loss, _ = run(module, x, context)
     weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
     loss = (y * weight).sum() + (0 if aux_loss is None else aux_loss)
     return [y, loss, *torch.autograd.grad(loss, [x, *module.parameters()])]
@@ -105,7 +105,7 @@ def test_without_memory_a_recomputed_router_selects_differently(routed_mechanism
 def test_every_backward_pass_repeats_the_first_pass(layer, context, x):
     config = RgqaConfig(**SHAPE, top_k=1)
     module = layer(config)
-    y, _ = recomputed(module, x.requires_grad_(), context(config))
+    y, *_ = recomputed(module, x.requires_grad_(), context(config))
     first, second = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 

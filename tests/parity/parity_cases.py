@@ -44,6 +44,7 @@ TWO_STACKS = ("t5-wgqa", "t5-dropout", "two-rope")
 ENCODER_TOKENS = 8
 
 DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
+DENSE |= {"value-residual", "shared-kv"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
 MECHANISMS: dict[str, AttentionSection] = {
@@ -53,6 +54,8 @@ MECHANISMS: dict[str, AttentionSection] = {
     "hash": RgqaConfig(heads=8, kv_heads=4, head_dim=8, top_k=1, router=TokenHashRouterConfig()),
     "cv2": RgqaConfig(heads=16, kv_heads=4, head_dim=8, top_k=2, gate="renorm", balance=BalanceConfig(cv2=0.05)),
     "windows": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=[None, 7, None, 7]),
+    "value-residual": GqaConfig(heads=8, kv_heads=4, head_dim=8, value_residual="learned"),
+    "shared-kv": GqaConfig(heads=8, kv_heads=4, head_dim=8, share_kv=2, qk_norm=True),
     "gpt2-block": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "relu-block": SwitchHeadConfig(kv_heads=4, head_dim=8, experts=3, top_k=2),
     "xl-block": GqaConfig(heads=8, kv_heads=4, head_dim=8),
@@ -265,6 +268,8 @@ def move_cases() -> list[Case]:
     savers, loaders = {}, []
     for layout in ("dp2", "pp2"):
         savers[f"dropout-{layout}"] = Case(mechanism="dropout", layout=layout, save=f"dropout-{layout}")
+    savers["value-residual"] = Case(mechanism="value-residual", layout="tp2", save="value-residual")
+    loaders.append(Case(mechanism="value-residual", layout="dp2", zero=3, load="value-residual"))
     savers["t5-tp2"] = Case(mechanism="t5-dropout", layout="tp2", save="t5-tp2")
     loaders.append(Case(mechanism="t5-dropout", layout="dp2", zero=3, load="t5-tp2"))
     for (layout, zero), (to, to_zero) in MOVES:
@@ -294,6 +299,12 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]
+    within = ("tp2", "tp4", "dp2", "sp2", "cp2", "tp2·cp2")  # layers of one stage
+    cases += [Case(mechanism="value-residual", layout=x) for x in within]
+    cases += [Case(mechanism="shared-kv", layout=x) for x in (*within, "pp2", "tp2·pp2", "sp2·cp2·pp2")]
+    for mechanism in ("value-residual", "shared-kv"):
+        cases += [Case(mechanism=mechanism, layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2", "cp2")]
+        cases += [Case(mechanism=mechanism, layout=x, precision="bf16") for x in ("tp2", "dp2")]
     cases += [Case(mechanism="gqe-first", layout=x) for x in ("tp2", "sp2", "cp2", "tp2·pp2")]
     layouts = ("tp2", "sp2", "cp2", "pp2", "dp2", "sp2·cp2·pp2")
     forms = [Case(mechanism=x, layout=y) for x, y in itertools.product(FORMS, layouts)]

@@ -83,7 +83,9 @@ def test_sequence_parallel_gathers_and_scatters_where_tensor_parallel_sums(count
     assert backward == {GATHER: borders, SCATTER: borders, SUM: 2 * LAYERS + 1}
 
 
-@pytest.mark.parametrize("mechanism", ["gqa", "gqa-qk-norm", "wgqa", "rgqa-no-loss", "gqe-alone"])
+@pytest.mark.parametrize(
+    "mechanism", ["gqa", "gqa-qk-norm", "wgqa", "rgqa-no-loss", "gqe-alone", "value-residual", "shared-kv"]
+)
 def test_context_parallel_exchanges_queries_keys_values_and_outputs_once_per_layer(counts, mechanism):
     assert counts["cp2"][mechanism] == ({EXCHANGE: 4 * LAYERS}, {EXCHANGE: 4 * LAYERS})
 

@@ -41,6 +41,9 @@ FAST = [
     *(Case(mechanism="mla", layout=x) for x in ("tp2", "sp2")),
     Case(mechanism="gla", layout="tp2"),
     *(Case(mechanism="mixed", layout=x) for x in ("sp2", "cp2", "pp2")),
+    *(Case(mechanism="value-residual", layout=x) for x in ("tp2", "sp2", "cp2")),
+    *(Case(mechanism="shared-kv", layout=x) for x in ("tp2", "cp2", "pp2")),
+    *(Case(mechanism=x, layout="dp2", zero=3, recompute=True) for x in ("value-residual", "shared-kv")),
     Case(mechanism="rgqa", layout="dp2", zero=3, overlap=True),
     Case(mechanism="rgqa", layout="dp2", zero=2, precision="bf16", overlap=True),
     *(Case(mechanism="gpt2-block", layout=x) for x in ("sp2", "pp2")),
@@ -58,6 +61,9 @@ MORE = [
     Case(mechanism="mla", layout="cp2"),
     Case(mechanism="mla", layout="pp2", precision="bf16"),
     Case(mechanism="gla", layout="tp2·pp2"),
+    Case(mechanism="value-residual", layout="tp2", zero=2, recompute=True),
+    Case(mechanism="shared-kv", layout="tp2·pp2", recompute=True),
+    Case(mechanism="shared-kv", layout="sp2", precision="bf16"),
     Case(mechanism="mixed", layout="tp2·pp2", recompute=True),
     Case(mechanism="mixed", layout="dp2", zero=3),
     Case(mechanism="rgqa", layout="pp2"),
@@ -86,6 +92,7 @@ MORE = [
 
 SABOTAGED = [
     Case(mechanism="rgqa", layout="tp2", sabotage="partial_gradients"),
+    Case(mechanism="value-residual", layout="tp2", sabotage="partial_gradients"),
     Case(mechanism="gqa", layout="tp2", sabotage="unmarked_parameters"),
     Case(mechanism="gqa", layout="pp2", sabotage="stages_apart"),
     Case(mechanism="rgqa", layout="pp2", precision="bf16", sabotage="stages_apart"),
@@ -100,7 +107,9 @@ LOADED = [case for case in move_cases() if case.load]
 FAST_LOADED = [case for case in LOADED if groups(with_references([case]))[-1][0] == case.world_size]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
-FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism in ("dropout", "t5-dropout")]
+FAST_SAVED += [
+    case for case in move_cases() if case.save and case.mechanism in ("dropout", "t5-dropout", "value-residual")
+]
 
 
 def healthy(case: Case) -> Case:

@@ -44,6 +44,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 """One form of each mechanism that no Llama has."""
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"attention": {"type": name, **keys}} for name, keys in OF_TYPE.items()},
+    "value residuals": {"attention": {"type": "mha", "heads": 3, "head_dim": 6, "value_residual": "learned"}},
+    "shared keys and values": {"attention": {"type": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6, "share_kv": 2}},
     "rgqa, token hash": {"attention": RGQA | {"router": {"type": "token_hash"}}},
     "rgqa, in a stage of k": {"attention": RGQA | {"k_schedule": [{"until_tokens": 1000, "top_k": 3}]}},
     "learned positions, biases": {
