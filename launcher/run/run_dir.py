@@ -60,7 +60,10 @@ SHA256 = "init.sha256"
 SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
+    "attention.head_dim": None,
+    "attention.heads": None,
     "attention.k_schedule": [],
+    "attention.kv_heads": None,
     "attention.share_kv": 1,
     "attention.value_residual": "none",
     "data.encoder_tokens": None,
