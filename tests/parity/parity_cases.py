@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from headway.data.loader import MicroBatch, split
-from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -64,7 +63,6 @@ MECHANISMS: dict[str, AttentionSection] = {
     "t5-dropout": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "two-rope": GqaConfig(heads=8, kv_heads=4, head_dim=8, qk_norm=True),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
-    "blocks": BlockSparseConfig(heads=8, kv_heads=4, head_dim=8, block=4, blocks=1),
     "mla": MlaConfig(heads=4, head_dim=8, latent=12, query_latent=10, rope_dim=4),
     "gla": MlaConfig(heads=8, head_dim=8, latent=12, latents=4, rope_dim=4),
     "mixed": MixedConfig(
@@ -293,8 +291,6 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="moh", layout=x, zero=z) for x, z in (("tp2", 1), ("cp2", 2), ("pp2", 1), ("sp2", 3))]
     cases += [Case(mechanism="namoh", layout=x) for x in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="namoh", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
-    cases += [Case(mechanism="blocks", layout=x) for x in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
-    cases += [Case(mechanism="blocks", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]

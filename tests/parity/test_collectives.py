@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 LAYERS = 4
 SUM, GATHER, SCATTER, EXCHANGE = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
 
-CUT_AS_DENSE = ["rgqa", "rgqa-no-loss", "switchhead", "wgqa", "hybrid", "hash", "cv2", "windows", "blocks"]
+CUT_AS_DENSE = ["rgqa", "rgqa-no-loss", "switchhead", "wgqa", "hybrid", "hash", "cv2", "windows"]
 
 SUMS_OF_GQE = {
     # in a layer's forward pass: sums of chosen p; K and V of the shared head. Backward: theirs; W_O of the mix; W_Q of
