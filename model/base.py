@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import core
 from headway.kernels.documents import Documents
 from headway.kernels.relative import Relative, relative_core
+from headway.model.blocks import Blocks, blocks_core
 from headway.model.kv_cache import KVCache, SourceCache
 from headway.model.router_stats import RouterStats
 from headway.model.segments import Past, Segments, segments_core
@@ -229,6 +230,11 @@ class Context:
         assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
         return segments_core(q, k, v, segments, past, attend=self.sequence.attend)
 
+    def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, blocks: Blocks) -> Tensor:
+        """Causal attention to chosen blocks of keys: `headway.model.blocks.blocks_core`."""
+        assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
+        return blocks_core(q, k, v, chosen, blocks)
+
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -293,6 +299,7 @@ class AttentionConfig(AttentionSection):
     in one call. Not inherited: a mechanism that changes another one's layer must say so itself.
     """
     no_context_parallel: ClassVar[str | None] = None  # why ranks cannot share a layer's sequences; None if they can
+    own_core: ClassVar[bool] = False  # whether it attends by a core of its own, which `speed.attention` cannot replace
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")

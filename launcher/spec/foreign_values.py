@@ -11,8 +11,8 @@ from typing import Any
 from headway.launcher.spec.aliases import fold
 
 _SPARSE = (
-    "Headway has no learned choice of keys or blocks. Closest: gqa with attention.windows, where a query sees the "
-    "last keys alone, or a mechanism that routes heads (rgqa, moh, moa, switchhead)."
+    "Headway has no such choice of keys. Closest: block_sparse, where queries choose earlier blocks by the means of "
+    "their keys, or gqa with attention.windows, where a query sees the last keys alone."
 )
 _RECURRENT = (
     "Headway compares softmax attention; it has no linear attention and no state-space or recurrent layers. "
@@ -32,8 +32,9 @@ _POSITIONS = (
 _CONTEXT = "This cuts sequences over ranks and is no mechanism: use parallel.context (Ulysses)."
 
 _MECHANISMS = {
-    _SPARSE: "nsa native_sparse dsa deepseek_sparse moba infllm seer sparse block_sparse bigbird longformer_global "
-    "routing reformer quest h2o mixture_of_block top_k_attention csa hca",
+    "Use block_sparse.": "moba mixture_of_block mixture_of_block_attention sparse block_sparse_attention",
+    _SPARSE: "nsa native_sparse dsa deepseek_sparse infllm seer bigbird longformer_global routing reformer quest h2o "
+    "top_k_attention csa hca",
     _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
     "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
     "performer hyena xlstm ttt titans griffin rglru",

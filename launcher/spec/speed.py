@@ -46,6 +46,11 @@ def why_not_speed(spec: Sections) -> str | None:
             f"speed.attention: {speed.attention} takes no scores of distances, which model.positions relative_xl adds; "
             "use speed.attention auto, or model.positions rope"
         )
+    if speed.attention != "auto" and (own := [config.type for config in _layers(spec) if config.own_core]):
+        return (
+            f"speed.attention: {speed.attention} does not reach attention.type {own[0]}, whose core has one form; use "
+            "speed.attention auto, or another attention.type"
+        )
     if speed.attention == "flash" and not spec.data.document_mask and _windows(spec):
         return (
             "speed.attention: flash is given no windows without documents; use speed.attention auto or cudnn, "
@@ -93,11 +98,13 @@ def _why_not_block(spec: Sections) -> str | None:
 
 def _reads_routing(spec: Sections) -> AttentionConfig | None:
     """The first layer in which shapes follow the routing, as where the tokens of each expert are multiplied alone."""
-    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return next((config for config in layers if config.reads_routing), None)
+    return next((config for config in _layers(spec) if config.reads_routing), None)
 
 
 def _windows(spec: Sections) -> bool:
     """Whether any layer sets an attention window."""
-    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return any(getattr(config, "windows", None) is not None for config in layers)
+    return any(getattr(config, "windows", None) is not None for config in _layers(spec))
+
+
+def _layers(spec: Sections) -> list[AttentionConfig]:
+    return layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)

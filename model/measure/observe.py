@@ -21,6 +21,7 @@ from torch import Tensor
 from headway.model.attention.gqe import GroupedQueryExperts
 from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.base import Attention, Context
+from headway.model.blocks import Blocks
 from headway.model.decoder import Decoder
 from headway.model.router import RoutedAttention, Router, Routing
 from headway.model.segments import Past, Segments
@@ -70,19 +71,25 @@ class _Observed(Context):
     def attend_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, past: Past | None) -> Tensor:
         return self.report.packed(q, k, super().attend_segments(q, k, v, segments, past), segments)
 
+    def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, blocks: Blocks) -> Tensor:
+        seen = blocks.seen(chosen) if self.report.maps else None
+        return self.report.core(self, q, k, super().attend_blocks(q, k, v, chosen, blocks), None, seen)
+
 
 class _Report:
     """Collects what a layer does. `off`: a query head whose output is 0."""
 
     def __init__(self, module: Attention, segments: Tensor | None, *, maps: bool, off: int | None) -> None:
         self.layer, self._module = Layer(), module
-        self._segments, self._maps, self._off = segments, maps, off
+        self._segments, self.maps, self._off = segments, maps, off
 
-    def core(self, context: Context, q: Tensor, k: Tensor, o: Tensor, window: int | None) -> Tensor:
+    def core(
+        self, context: Context, q: Tensor, k: Tensor, o: Tensor, window: int | None, seen: Tensor | None = None
+    ) -> Tensor:
         rows = self._rows(q)
         self.layer.rows.append(rows)
-        if self._maps and context.relative is None:
-            self.layer.maps.append(attention_map(q, k, self._segments, window))
+        if self.maps and context.relative is None:
+            self.layer.maps.append(attention_map(q, k, self._segments, window, seen))
         if self._off is not None:
             o = o.masked_fill((rows == self._off).unsqueeze(-1), 0)
         return o
@@ -92,7 +99,7 @@ class _Report:
         rows = self.layer.routings["router"].idx.squeeze(2)  # [B, S, k]
         self.layer.heads = segments.heads
         self.layer.rows.append(rows)
-        if self._maps:
+        if self.maps:
             self.layer.maps.append(segment_map(q, k, segments, rows, self._segments))
         if self._off is not None:
             o = o.masked_fill((segments.head == self._off).unsqueeze(1), 0)
@@ -115,8 +122,13 @@ class _Report:
         return torch.arange(before, before + count, device=q.device).expand(batch, length, count)
 
 
-def attention_map(q: Tensor, k: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
-    """Attention of the core [B, H, S, S], fp32 or float64; q [B, S, H, D], k [B, S, G, D], segments [B, S] or None."""
+def attention_map(
+    q: Tensor, k: Tensor, segments: Tensor | None, window: int | None, seen: Tensor | None = None
+) -> Tensor:
+    """Attention of the core [B, H, S, S], fp32 or float64; q [B, S, H, D], k [B, S, G, D], segments [B, S] or None.
+
+    seen: bool [B, C, S, S], keys that the queries of each H/C heads attend to; None: all within window and document.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2).to(wide)
     scores = torch.einsum("bshd,bthd->bhst", q.to(wide), keys) / q.shape[-1] ** 0.5
@@ -127,6 +139,8 @@ def attention_map(q: Tensor, k: Tensor, segments: Tensor | None, window: int | N
         hidden = hidden | (distance >= window)
     if segments is not None:
         hidden = hidden | (segments[:, :, None] != segments[:, None, :]).to(q.device)[:, None]
+    if seen is not None:
+        hidden = hidden | ~seen.repeat_interleave(q.shape[2] // seen.shape[1], 1)
     return scores.masked_fill(hidden, float("-inf")).softmax(-1)
 
 

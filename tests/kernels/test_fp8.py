@@ -12,6 +12,7 @@ from headway.kernels import operations as operations_module
 from headway.kernels.fp8 import E4M3, E5M2, check_fp8, emulated_product, fp8_linear, quantised
 from headway.kernels.levers import LeverError
 from headway.kernels.operations import Operations, make_operations
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -38,6 +39,7 @@ TAKEN = {
     "moa": MoaConfig(heads=4, head_dim=16, top_k=2),
     "moh": MohConfig(**POOL, shared_heads=2, top_k=2),
     "namoh": NamohConfig(heads=8, head_dim=16, top_k=2, shared_heads=2),
+    "block-sparse": BlockSparseConfig(**POOL, block=8, blocks=1),
 }
 
 

@@ -19,6 +19,7 @@ from headway.kernels.documents import Documents
 from headway.kernels.rope import rope_tables
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import variant_spec
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.dynamic import DynamicGqaConfig
 from headway.model.attention.gqa import GqaConfig, MqaConfig
 from headway.model.attention.gqe import GqeConfig
@@ -59,6 +60,10 @@ MECHANISMS: dict[str, AttentionConfig] = {
     ),
     "namoh-grouped": NamohConfig(
         heads=4, head_dim=6, top_k=3, projections="grouped", rank_positions=False, rope_fraction=2 / 3
+    ),
+    "block-sparse": BlockSparseConfig(heads=6, kv_heads=2, head_dim=6, block=3, blocks=2, qk_norm=True),
+    "block-sparse-head": BlockSparseConfig(
+        heads=4, kv_heads=2, head_dim=6, block=3, blocks=2, chosen_by="head", rope_fraction=2 / 3
     ),
     "sqa": SqaConfig(heads=12, kv_heads=2, kept=3, head_dim=6, rope_fraction=1 / 3),
     "dynamic-gqa": DynamicGqaConfig(heads=7, kv_heads=3, head_dim=6, qk_norm=True, freeze_after_tokens=0),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from headway.data.loader import MicroBatch, split
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -66,6 +67,7 @@ MECHANISMS: dict[str, AttentionSection] = {
     "t5-dropout": GqaConfig(heads=8, kv_heads=4, head_dim=8, biases=True),
     "two-rope": GqaConfig(heads=8, kv_heads=4, head_dim=8, qk_norm=True),
     "gqe-first": GqeConfig(heads=8, kv_heads=4, head_dim=8, top_k=2, shared_head="group0", qk_norm=True),
+    "blocks": BlockSparseConfig(heads=8, kv_heads=4, head_dim=8, block=4, blocks=1),
     "mla": MlaConfig(heads=4, head_dim=8, latent=12, query_latent=10, rope_dim=4),
     "gla": MlaConfig(heads=8, head_dim=8, latent=12, latents=4, rope_dim=4),
     "mixed": MixedConfig(

@@ -26,6 +26,7 @@ from headway.model.huggingface.folder import WeightsError, load_exported
 
 RGQA: dict[str, Any] = {"type": "rgqa", "heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2}
 OF_TYPE: dict[str, dict[str, Any]] = {
+    "block_sparse": {"heads": 4, "kv_heads": 2, "head_dim": 6, "block": 4, "blocks": 2},
     "dynamic_gqa": {"heads": 7, "kv_heads": 3, "head_dim": 6, "freeze_after_tokens": 0},
     "gqa": {"heads": 4, "kv_heads": 2, "head_dim": 6, "windows": [None, 5], "gate": "headwise"},
     "gqe": {"heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2},

@@ -240,6 +240,7 @@ def test_a_refused_layout_is_a_mistake_in_the_spec():
 LEGAL: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None]] = {
     "mha": ({"heads": 8}, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4]),
     "mqa": ({"heads": 8}, [1], [1, 2, 4, 8, 16, 32], None),
+    "block_sparse": ({"heads": 8, "kv_heads": 4, "block": 8, "blocks": 2}, [1, 2, 4], [1], [1]),
     "gqa": ({"heads": 8, "kv_heads": 4}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "sqa": ({"heads": 8, "kv_heads": 4, "kept": 1}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "dynamic_gqa": ({"heads": 8, "kv_heads": 4, "freeze_after_tokens": 0}, [1], [1, 2, 4, 8], None),

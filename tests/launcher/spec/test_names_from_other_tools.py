@@ -158,8 +158,8 @@ def test_files_of_other_kinds_are_not_told_about_keys_of_a_run(spec: Path) -> No
     [
         ("latent", "Use mla."),
         ("tpa", "no such factors of keys and values. Closest: mla"),
-        ("nsa", "no learned choice of keys or blocks"),
-        ("MoBA", "no learned choice of keys or blocks"),
+        ("nsa", "no such choice of keys. Closest: block_sparse"),
+        ("MoBA", "Use block_sparse."),
         ("mamba2", "no linear attention and no state-space or recurrent layers"),
         ("gated_deltanet", "no linear attention"),
         ("linear_attention", "no linear attention"),

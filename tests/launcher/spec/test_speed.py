@@ -81,6 +81,7 @@ def test_a_run_may_go_on_with_other_levers():
 
 
 ROUTED = {"type": "rgqa", "heads": 4, "kv_heads": 2, "head_dim": 8, "top_k": 1}
+SPARSE = {"type": "block_sparse", "heads": 4, "kv_heads": 2, "head_dim": 8, "block": 4, "blocks": 1}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ ROUTED = {"type": "rgqa", "heads": 4, "kv_heads": 2, "head_dim": 8, "top_k": 1}
         ({"parallel": {"zero": 3}}, "parallel.zero 1 or 2"),
         ({"model": {"positions": "relative_xl"}}, "model.positions rope"),
         ({"attention": {**ROUTED, "projections": "grouped"}}, "attention.projections dense"),
+        ({"attention": SPARSE}, "another attention.type"),
     ],
 )
 def test_compiled_blocks_are_refused_where_a_block_is_no_graph_of_its_own(sections, use):
@@ -106,3 +108,10 @@ def test_compiled_blocks_are_refused_where_a_block_is_no_graph_of_its_own(sectio
 def test_compiled_blocks_take_routed_layers_and_data_parallel_ranks():
     found = spec({"compile": "block"}, attention=ROUTED, launch={"processes": 2}, parallel={"zero": 2})
     assert found.speed.compile == "block"
+
+
+@pytest.mark.parametrize("chosen", ["math", "flash", "cudnn", "fa3"])
+def test_a_core_of_its_own_is_not_replaced(chosen):
+    assert spec({"attention": "auto"}, attention=SPARSE).speed.attention == "auto"
+    with pytest.raises(ValueError, match=r"does not reach attention\.type block_sparse.*use speed\.attention auto"):
+        spec({"attention": chosen}, attention=SPARSE)
