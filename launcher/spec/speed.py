@@ -80,6 +80,9 @@ def _why_not_block(spec: Sections) -> str | None:
             "speed.compile: block has no form of relative scores, which model.positions relative_xl adds; "
             f"{other}, or model.positions rope"
         )
+    reasons = (config.no_compiled_blocks for config in _layers(spec))
+    if (reason := next((reason for reason in reasons if reason is not None), None)) is not None:
+        return f"speed.compile: block has no form of {reason}; {other}, or another attention.type"
     if (config := _reads_routing(spec)) is not None:
         what, instead = "attention.projections grouped", "attention.projections dense"
         if config.model_copy(update={"projections": "dense"}).reads_routing:
@@ -93,11 +96,13 @@ def _why_not_block(spec: Sections) -> str | None:
 
 def _reads_routing(spec: Sections) -> AttentionConfig | None:
     """The first layer in which shapes follow the routing, as where the tokens of each expert are multiplied alone."""
-    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return next((config for config in layers if config.reads_routing), None)
+    return next((config for config in _layers(spec) if config.reads_routing), None)
 
 
 def _windows(spec: Sections) -> bool:
     """Whether any layer sets an attention window."""
-    layers = layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)
-    return any(getattr(config, "windows", None) is not None for config in layers)
+    return any(getattr(config, "windows", None) is not None for config in _layers(spec))
+
+
+def _layers(spec: Sections) -> list[AttentionConfig]:
+    return layer_configs(spec.model, spec.attention, vocab_size=spec.model.vocab_size or 1)

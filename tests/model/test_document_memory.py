@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from headway.kernels.documents import BLOCK
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.namoh import NamohConfig
@@ -37,6 +38,7 @@ ATTENTIONS = {
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=4, experts=2, top_k=1),
     "gqe": GqeConfig(heads=4, kv_heads=2, head_dim=4, top_k=1),
     "namoh": NamohConfig(heads=4, head_dim=4, top_k=2, shared_heads=1, window=200),
+    "gated-delta": GatedDeltaConfig(heads=2, head_dim=4),
 }
 
 
