@@ -83,17 +83,17 @@ class Library:
         if sizes not in self._compared:
             self._compare(*sizes, v.device)
             self._compared.add(sizes)
-        return self._call(q, k, v, log_decay, beta, documents, state)
+        return self._call(documents, state, q, k, v, log_decay, beta)
 
     def _call(
         self,
+        documents: Documents | None,
+        state: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         log_decay: Tensor,
         beta: Tensor,
-        documents: Documents | None,
-        state: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         scale, (batch, length), repeats = q.shape[3] ** -0.5, v.shape[:2], v.shape[2] // q.shape[2]
         if repeats > 1:
@@ -129,7 +129,7 @@ class Library:
                 if dtype == torch.float32:
                     o, _ = chunked_delta(*inputs, documents=documents)
                 else:
-                    o, _ = self._call(*inputs, documents, None)
+                    o, _ = self._call(documents, None, *inputs)
                 found.append([o.detach(), *torch.autograd.grad(o, inputs, upstream.to(o.dtype))])
         for name, ours, theirs in zip(("o", "q", "k", "v", "decay", "beta"), *found, strict=True):
             difference = float((theirs.float() - ours.float()).norm() / ours.float().norm())

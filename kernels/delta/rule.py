@@ -105,7 +105,7 @@ def _zeros(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _advance(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, numbers: Tensor | None
+    state: Tensor, numbers: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One chunk: outputs [B, L, V, E], and the state [B, V, D, E] after it.
 
@@ -164,7 +164,7 @@ class _Chunked(torch.autograd.Function):
         for begin in range(0, q.shape[1], chunk):
             end = min(begin + chunk, q.shape[1])
             parts = [t[:, begin:end] for t in inputs]
-            o, memory = _advance(*parts, memory, _part(numbers, begin, end))
+            o, memory = _advance(memory, _part(numbers, begin, end), *parts)
             outs.append(o.to(v.dtype))
         ctx.save_for_backward(*inputs, state, numbers)
         ctx.chunk = chunk
@@ -178,13 +178,14 @@ class _Chunked(torch.autograd.Function):
         bounds = [(begin, min(begin + ctx.chunk, length)) for begin in range(0, length, ctx.chunk)]
         before = [memory]
         for begin, end in bounds[:-1]:
-            before.append(_advance(*(t[:, begin:end] for t in inputs), before[-1], _part(numbers, begin, end))[1])
+            parts = [t[:, begin:end] for t in inputs]
+            before.append(_advance(before[-1], _part(numbers, begin, end), *parts)[1])
         grads = [torch.empty_like(t) for t in inputs]
         while bounds:
             begin, end = bounds.pop()
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in (*(t[:, begin:end] for t in inputs), before.pop())]
-                o, after = _advance(*leaves[:5], leaves[5], _part(numbers, begin, end))
+                o, after = _advance(leaves[5], _part(numbers, begin, end), *leaves[:5])
             found = torch.autograd.grad((o, after), leaves, (grad_o[:, begin:end].to(o.dtype), grad_memory))
             for grad, part in zip(grads, found[:5], strict=True):
                 grad[:, begin:end] = part

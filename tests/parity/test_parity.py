@@ -60,7 +60,6 @@ MORE = [
     Case(mechanism="mla", layout="cp2"),
     Case(mechanism="mla", layout="pp2", precision="bf16"),
     Case(mechanism="gla", layout="tp2·pp2"),
-    Case(mechanism="gated", layout="pp2", precision="bf16"),
     Case(mechanism="gated-mixed", layout="tp2", recompute=True),
     Case(mechanism="mixed", layout="tp2·pp2", recompute=True),
     Case(mechanism="mixed", layout="dp2", zero=3),
