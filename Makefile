@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Prevents Python from importing the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all test-gpu results mechanisms uptrain wgqa probes plans parity soak chaos checkpoint-cost lint types format clean
+.PHONY: help study test test-all test-gpu results mechanisms uptrain wgqa-small wgqa-base probes plans parity soak chaos checkpoint-cost lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -56,15 +56,16 @@ uptrain: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/studies/uptrain.yaml
 
-# Fine-tunes learned merges of heads from a multi-head model at two sizes, and judges summaries (about an hour, estimated).
-WGQA := summarise:wgqa-summaries summarise-base:wgqa-summaries-base
-wgqa: $(VENV)/.installed
+# Fine-tunes learned merges of heads from a multi-head model, and judges summaries; one command for each of two sizes.
+wgqa-small: SPEC = summarise
+wgqa-small: STUDY = wgqa-summaries
+wgqa-base: SPEC = summarise-base
+wgqa-base: STUDY = wgqa-summaries-base
+wgqa-small wgqa-base: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/functions.yaml
-	for pair in $(WGQA); do \
-	  $(BIN)/headway train yaml/base/$${pair%:*}-teacher.yaml; \
-	  $(BIN)/headway study run yaml/studies/$${pair#*:}.yaml; \
-	  $(BIN)/headway eval studies/$${pair#*:} --summaries datasets/functions --new-tokens 32; \
-	done
+	$(BIN)/headway train yaml/base/$(SPEC)-teacher.yaml
+	$(BIN)/headway study run yaml/studies/$(STUDY).yaml
+	$(BIN)/headway eval studies/$(STUDY) --summaries datasets/functions --new-tokens 32
 
 probes: $(VENV)/.installed
 	$(BIN)/headway probe run yaml/probes.yaml

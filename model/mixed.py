@@ -8,7 +8,7 @@
       pattern: [local, local, local, global]
 
 Layer i has the kind `pattern[i % len(pattern)]`. Each kind is the config of a mechanism with all its options, its own
-RoPE included.
+RoPE included. A kind without `heads`, `kv_heads` or `head_dim` has those beside `kinds`, if its mechanism has the key.
 """
 
 from __future__ import annotations
@@ -19,16 +19,31 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import Field, FieldSerializationInfo, field_serializer, field_validator, model_validator
 
-from headway.model.attention.registry import MECHANISMS, AnyMechanism, RegisteredTypes
+from headway.model.attention.registry import EXTERNALS, MECHANISMS, AnyMechanism, RegisteredTypes
 from headway.model.base import AttentionConfig, AttentionSection
+
+SHARED = ("heads", "kv_heads", "head_dim")
+"""Keys of kinds that can be given once, beside `kinds`."""
 
 
 class MixedConfig(AttentionSection):
     """The mechanism of each layer of a model whose layers differ."""
 
     type: Literal["mixed"] = "mixed"
+    heads: int | None = Field(default=None, ge=1, description="heads of kinds that do not set their own")
+    kv_heads: int | None = Field(default=None, ge=1, description="kv_heads of kinds that do not set their own")
+    head_dim: int | None = Field(default=None, ge=1, description="head_dim of kinds that do not set their own")
     kinds: dict[str, AnyMechanism] = Field(min_length=1, description="mechanisms by names of your own")
     pattern: list[str] = Field(min_length=1, description="names of kinds, first layer to last; repeated over layers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared_keys(cls, data: Any) -> Any:
+        kinds = data.get("kinds") if isinstance(data, dict) else None
+        if not isinstance(kinds, dict):
+            return data
+        shared = {key: data[key] for key in SHARED if data.get(key) is not None}
+        return {**data, "kinds": {name: _with_shared(kind, shared) for name, kind in kinds.items()}}
 
     @field_validator("kinds", mode="before")
     @classmethod
@@ -58,10 +73,18 @@ class MixedConfig(AttentionSection):
 
     @field_serializer("kinds")
     def _with_types(self, kinds: dict[str, AttentionConfig], info: FieldSerializationInfo) -> dict[str, Any]:
-        """Each kind with its `type`, also where defaults are left out: a mapping without it is of no mechanism."""
+        """Each kind with its `type`, also where defaults are left out: a mapping without it is of no mechanism.
+
+        Shared values are left out, so that a change of the shared key changes them.
+        """
         options: dict[str, Any] = {"mode": info.mode, "exclude_defaults": info.exclude_defaults}
         options["exclude_unset"] = info.exclude_unset
-        return {name: {"type": kind.type, **kind.model_dump(**options)} for name, kind in kinds.items()}
+        shared = {key: value for key in SHARED if (value := getattr(self, key)) is not None}
+        written = {name: {"type": kind.type, **kind.model_dump(**options)} for name, kind in kinds.items()}
+        return {
+            name: {key: value for key, value in kind.items() if key not in shared or shared[key] != value}
+            for name, kind in written.items()
+        }
 
     @property
     def no_encoder_decoder(self) -> str | None:
@@ -95,6 +118,15 @@ class MixedConfig(AttentionSection):
     def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
         for name, kind in self.kinds.items():
             yield f"kinds.{name}.", kind
+
+
+def _with_shared(kind: Any, shared: dict[str, Any]) -> Any:
+    """A kind as written, with the shared keys that its mechanism has and that it does not set."""
+    if not isinstance(kind, dict) or not isinstance(name := kind.get("type"), str):
+        return kind
+    mechanism = MECHANISMS.get(name) or EXTERNALS.find(name)
+    known = {} if mechanism is None else mechanism.model_fields
+    return {**{key: value for key, value in shared.items() if key in known}, **kind}
 
 
 def _of_kind(name: str, error: ValueError) -> str:

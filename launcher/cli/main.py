@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         from headway.launcher.run.folders import kind_of, refuse_folder
         from headway.launcher.spec.shipped import find_spec
 
-        if not ("takes_folder" in args and kind_of(args.spec) == args.spec_kind):
+        if kind_of(args.spec) not in getattr(args, "folder_kinds", ()):
             refuse_folder(args.spec, args.spec_kind)
             args.spec = find_spec(args.spec, args.spec_kind)
     # `headway chaos --json` takes a file name, so compare with True.

@@ -12,7 +12,9 @@ from headway.launcher.run.run_dir import changed, flatten
 
 Kind = Literal["intervention", "matching", "CONFOUND"]
 
-NOT_COMPARED = ("name", "run_dir")
+NOT_COMPARED = ("name", "run_dir", "tracking", "checkpoint")
+"""Keys and sections that change neither losses nor the timed part of a step."""
+
 ABSENT = "(absent)"
 
 
@@ -59,7 +61,7 @@ def spec_differences(
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = theirs.get(key, ABSENT), ours.get(key, ABSENT)
-        if a == b or key in NOT_COMPARED:
+        if a == b or key.partition(".")[0] in NOT_COMPARED:
             continue
         with_type = next((t for t in sorted(types) if t and key.startswith(t)), None)
         default = ours.get(f"{with_type}type") != theirs.get(f"{with_type}type") and key not in written

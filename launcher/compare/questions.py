@@ -6,7 +6,9 @@
     VARIANT varies more over seeds than OTHER
 
 X is in nats per token. The answer is yes if a test at 5 % (simultaneous for all variants) shows the statement, no if a
-test shows the opposite, and undecided otherwise. For the spread over seeds, the test is the two-sided F test of the
+test shows the opposite, and undecided otherwise. "Better" is a question about a difference, and its test is that of the
+verdicts: two-sided, by the interval that the report shows. A margin is tested on one side, as equivalence is. For the
+spread over seeds, the test is the two-sided F test of the
 ratio of variances, of one question alone; it assumes normal losses, and needs many seeds.
 """
 
@@ -107,5 +109,8 @@ def answer(question: Question, difference: Simultaneous | None) -> Answer:
         low, high = difference.low, difference.high
         outside = low is not None and high is not None and (low > question.margin or high < -question.margin)
         return "no" if outside else "undecided"
+    if question.kind == "better":
+        named: dict[str, Answer] = {"better": "yes", "worse": "no"}
+        return named.get(verdict(difference), "undecided")
     found = not_worse_by(difference, question.margin)
     return "undecided" if found is None else ("yes" if found else "no")

@@ -18,6 +18,7 @@ from headway.launcher.compare.ladder.slope import Line, Lines
 from headway.launcher.compare.ladder.table import Refusal
 from headway.launcher.compare.simultaneous import Simultaneous
 from headway.launcher.compare.stats import sd_factor
+from headway.launcher.report.bounds import bound_blocks
 from headway.launcher.report.page import Block, Heading, Image, Items, Links, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.ladder import draw_ladder
 from headway.launcher.report.plots.study import Plot
@@ -72,6 +73,7 @@ def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterato
     yield from speed_up_blocks(study)
     yield from law_blocks(study)
     yield from prediction_blocks(study)
+    yield from bound_blocks(study.record)
     yield from tuning_blocks(study.tuning, plots)
     yield from _sizes(study, page)
     yield from _provenance(study)

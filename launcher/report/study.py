@@ -24,6 +24,7 @@ from headway.launcher.compare.questions import answer, answer_spread, parse_ques
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
+from headway.launcher.report.bounds import bound_blocks
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.evaluations import evaluation_blocks, set_blocks
@@ -95,6 +96,7 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield from evaluation_blocks(result)
     yield from _speed(result)
     yield from effective_blocks(result, plots)
+    yield from bound_blocks(result.record)
     yield from tuning_blocks(tuning, plots)
     yield from router_and_head_blocks(result, plots)
     yield from context_blocks(result)

@@ -59,7 +59,10 @@ SHA256 = "init.sha256"
 SEEDS = ("seed", "data.seed")
 
 ADDED_KEYS = {
+    "attention.head_dim": None,
+    "attention.heads": None,
     "attention.k_schedule": [],
+    "attention.kv_heads": None,
     "data.encoder_tokens": None,
     "init.convert": None,
     "init.convert.by": "activations",

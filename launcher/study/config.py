@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from headway.data.config import StrictModel
 from headway.launcher.compare.questions import parse_question
+from headway.launcher.match.bounds import BoundsConfig
 from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import Node
@@ -106,6 +107,11 @@ class StudyConfig(StrictModel):
     extrapolate: float | None = Field(
         default=None, ge=1, description="parameters of a larger model whose losses the report of a ladder predicts"
     )
+    bounds: BoundsConfig | None = Field(
+        default=None,
+        description="a larger model and lengths of sequences at which the report counts how much faster FLOPs let each "
+        "variant be: {spec: ../models/940m.yaml, seq_len: [8192, 32768]}",
+    )
     variants: Variants = Field(
         min_length=1,
         description="name -> what differs from the base, as spec keys: {attention.type: rgqa}; `from` and `compute`: "
@@ -145,6 +151,7 @@ class StudyConfig(StrictModel):
                 "sizes": bool(self.sizes),
                 "tune": bool(self.tune),
                 "tokens_per_param": self.tokens_per_param is not None,
+                "bounds": self.bounds is not None,
             },
         )
         for name, keys in self.variants.items():
@@ -179,6 +186,9 @@ class StudyConfig(StrictModel):
         elsewhere |= {"train.tokens": "`tokens_per_param`"} if self.tokens_per_param is not None else {}
         elsewhere |= {self.match.free: "`match`"} if self.match else {}
         check_tune(self.tune, sizes=self.sizes, seeds=self.seeds, set_elsewhere=elsewhere)
+
+        if self.bounds is not None and self.match is not None and self.match.quantity == "wall_clock":
+            raise ValueError("bounds: sizes of a larger model cannot be matched by time here; match params or flops")
 
     @property
     def is_ladder(self) -> bool:

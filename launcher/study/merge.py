@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ class LeftOut:
         return f"{self.key} of {self.source}: {self.state}" + (f": {self.detail}" if self.detail else "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """Sources of one study, joined. `found`: all finished cells; `chosen`: one for each key."""
+
+    design: dict[str, Any]
+    found: list[Finished]
+    chosen: dict[str, Finished]
+    left_out: list[LeftOut]
+
+
 def merge_studies(paths: Sequence[Path], to: Path) -> int:
     """Join the finished cells of the sources into the folder `to`, from which a report can be written. Returns 0.
 
@@ -78,7 +89,31 @@ def merge_studies(paths: Sequence[Path], to: Path) -> int:
     and left out. Raises NoInputError for a path that is none of these; SpecError if the sources have no finished cell,
     if they differ, or if `to` is not empty. Nothing is written then.
     """
-    _refuse_full(to)
+    refuse_full(to)
+    joint = join(paths)
+    if not joint.chosen:
+        raise nothing_finished(paths, joint.left_out)
+    check_alike(joint.found)
+    with made_whole(to) as making:
+        fill(making, joint, command=merge_command(paths, to), records=making / "records")
+    _say(to, joint)
+    return 0
+
+
+def merge_command(paths: Sequence[Path], to: Path) -> str:
+    return shlex.join(["headway", "study", "merge", *map(str, paths), "--to", str(to)])
+
+
+def nothing_finished(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> SpecError:
+    names = ", ".join(printable(str(path), 300) for path in paths)
+    return SpecError("\n".join([f"{names}: no finished cell to merge", *(f"  {one}" for one in left_out[:10])]))
+
+
+def join(paths: Sequence[Path]) -> Joint:
+    """The finished cells of the sources and their design; `check_alike` must follow.
+
+    Raises as `merge_studies`, but not if there is no finished cell.
+    """
     sources = [_source(path) for path in paths]
     design = _joint_design(sources)
     planned = {cell_key_of(cell): cell for cell in design["cells"]}
@@ -90,17 +125,16 @@ def merge_studies(paths: Sequence[Path], to: Path) -> int:
                 found.append(made)
             else:
                 left_out.append(made)
-    if not found:
-        names = ", ".join(str(path) for path in paths)
-        raise SpecError("\n".join([f"{names}: no finished cell to merge", *(f"  {one}" for one in left_out[:10])]))
-    wrong = [*cell_differences(found), *data_differences(found), *version_differences(found)]
-    if wrong:
-        raise _refusal(wrong)
+    if wrong := list(cell_differences(found)):
+        raise refusal(wrong)
     chosen = _chosen(found)
-    command = shlex.join(["headway", "study", "merge", *map(str, paths), "--to", str(to)])
-    _write(to, {**design, "command": command}, chosen)
-    _say(to, design, chosen, [one for one in left_out if one.key not in chosen])
-    return 0
+    return Joint(design=design, found=found, chosen=chosen, left_out=[one for one in left_out if one.key not in chosen])
+
+
+def check_alike(found: Sequence[Finished]) -> None:
+    """Raise SpecError for finished cells of other data, or of versions that decide about results."""
+    if found and (wrong := [*data_differences(found), *version_differences(found)]):
+        raise refusal(wrong)
 
 
 def cell_key_of(cell: dict[str, Any]) -> str:
@@ -174,7 +208,7 @@ def _joint_design(sources: Sequence[Source]) -> dict[str, Any]:
                 if key != SHA256
             ]
     if wrong:
-        raise _refusal(wrong)
+        raise refusal(wrong)
     seeds, budgets = (_union(design.get(key, [FULL]) for _, design in designs) for key in ("seeds", "budgets"))
     order = list(variants)
     return {
@@ -198,7 +232,7 @@ def _union(lists: Iterator[list[Any]]) -> list[Any]:
     return list(dict.fromkeys(value for values in lists for value in values))
 
 
-def _refusal(wrong: Sequence[str]) -> SpecError:
+def refusal(wrong: Sequence[str]) -> SpecError:
     more = [f"  ... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
     return SpecError(
         "\n".join(["the cells are not those of one study:", *(f"  {line}" for line in wrong[:10]), *more])
@@ -246,48 +280,49 @@ def _chosen(found: Sequence[Finished]) -> dict[str, Finished]:
 # ---------------------------------------------------------------- the joint folder
 
 
-def _refuse_full(to: Path) -> None:
+def refuse_full(to: Path) -> None:
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
         raise SpecError(f"--to: {to} exists and is not an empty folder; name a new one, since nothing is overwritten")
 
 
-def _write(to: Path, design: dict[str, Any], chosen: dict[str, Finished]) -> None:
-    """Make the folder under another name, and rename it when it is whole."""
+@contextmanager
+def made_whole(to: Path) -> Iterator[Path]:
+    """A new folder under another name, which gets the name `to` once it is whole."""
     to.parent.mkdir(parents=True, exist_ok=True)
     making = to.with_name(f".{to.name}.merging-{os.getpid()}")
     try:
-        records = any(cell.is_record for cell in chosen.values())
         making.mkdir()
-        (making / "cells").mkdir()
-        # How many cells trained beside a cell decides whether its speed counts. A record has this itself.
-        outcomes = {
-            key: outcome
-            for key, cell in chosen.items()
-            if not cell.is_record and (outcome := read_mapping(cell.path.parents[2] / OUTCOMES).get(key))
-        }
-        write_json(making / OUTCOMES, outcomes)
-        for key, cell in chosen.items():
-            if cell.is_record:
-                target = record_file(making / "records", key)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(cell.path, target)
-                continue
-            target = making / "cells" / key
-            target.mkdir(parents=True)
-            for name in (*RUN_FILES, RunDir(target).summary.name):
-                if (cell.path / name).is_file():
-                    shutil.copyfile(cell.path / name, target / name)
-        for name in MEASURED:
-            there = [cell.folder / name for cell in chosen.values() if (cell.folder / name).is_file()]
-            if there:
-                shutil.copyfile(there[0], making / name)
-        write_json(making / OUTCOMES, {key: _outcome(cell) for key, cell in chosen.items() if not cell.is_record})
-        write_json(making / STUDY, {**design, **({"records": "records"} if records else {})})
+        yield making
         if to.is_dir():
             to.rmdir()
         making.rename(to)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def fill(folder: Path, joint: Joint, *, command: str, records: Path) -> None:
+    """Write a joint study into a folder that has none. `records`: folder for cells of which there is a record only."""
+    chosen = joint.chosen
+    (folder / "cells").mkdir(parents=True)
+    for key, cell in chosen.items():
+        if cell.is_record:
+            target = record_file(records, key)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(cell.path, target)
+            continue
+        target = folder / "cells" / key
+        target.mkdir(parents=True)
+        for name in (*RUN_FILES, RunDir(target).summary.name):
+            if (cell.path / name).is_file():
+                shutil.copyfile(cell.path / name, target / name)
+    for name in MEASURED:
+        there = [cell.folder / name for cell in chosen.values() if (cell.folder / name).is_file()]
+        if there:
+            shutil.copyfile(there[0], folder / name)
+    # How many cells trained beside a cell decides whether its speed counts. A record has this itself.
+    write_json(folder / OUTCOMES, {key: _outcome(cell) for key, cell in chosen.items() if not cell.is_record})
+    of_records = {"records": os.path.relpath(records, folder)} if records.exists() else {}
+    write_json(folder / STUDY, {**joint.design, "command": command, **of_records})
 
 
 def _outcome(cell: Finished) -> dict[str, Any]:
@@ -297,21 +332,28 @@ def _outcome(cell: Finished) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if key not in ("last_lines", "log")}
 
 
-def _say(to: Path, design: dict[str, Any], chosen: dict[str, Finished], left_out: Sequence[LeftOut]) -> None:
-    for one in left_out:
-        console.alert(f"left out: {one}", "yellow")
-    for source in dict.fromkeys(cell.source for cell in chosen.values()):
-        console.say(f"{sum(cell.source == source for cell in chosen.values())} cells from {source}")
+def _say(to: Path, joint: Joint) -> None:
+    say_cells(joint)
     if console.wants_json():
-        console.emit(
-            {
-                "out": str(to),
-                "cells": [{"cell": c.key, "from": c.source, "record": c.is_record} for c in chosen.values()],
-                "left_out": [vars(one) for one in left_out],
-            }
-        )
+        console.emit({"out": str(to), **as_record(joint)})
     else:
         console.result(
-            f"{len(chosen)} of {len(design['cells'])} cells merged into {to}; their report: "
+            f"{len(joint.chosen)} of {len(joint.design['cells'])} cells merged into {to}; their report: "
             f"headway study report {shlex.quote(str(to))}"
         )
+
+
+def say_cells(joint: Joint) -> None:
+    """Name what was left out, and print how many cells came from each source."""
+    for one in joint.left_out:
+        console.alert(f"left out: {one}", "yellow")
+    for source in dict.fromkeys(cell.source for cell in joint.chosen.values()):
+        console.say(f"{sum(cell.source == source for cell in joint.chosen.values())} cells from {source}")
+
+
+def as_record(joint: Joint) -> dict[str, Any]:
+    """The cells and what was left out, for `--json`."""
+    return {
+        "cells": [{"cell": c.key, "from": c.source, "record": c.is_record} for c in joint.chosen.values()],
+        "left_out": [vars(one) for one in joint.left_out],
+    }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.compare.cell_record import record_file
+from headway.launcher.match.bounds import count_bounds
 from headway.launcher.match.matching import (
     MatchConfig,
     Matched,
@@ -99,6 +100,19 @@ class StudyPlan:
     arguments: tuple[str, ...]
     variants: tuple[VariantPlan, ...]
     cells: tuple[Cell, ...]
+    bounds: dict[str, Any] | None = None
+
+
+def study_bounds(study: Study) -> dict[str, Any] | None:
+    """What FLOPs allow at the larger model of `bounds`; None without it. Raises SpecError as `count_bounds`."""
+    config = study.config
+    if config.bounds is None:
+        return None
+    path = study.path.parent / config.bounds.spec
+    try:
+        return count_bounds(config.bounds, path, study.variants, baseline=config.baseline_name, match=config.match)
+    except SpecError as e:
+        raise SpecError(f"{study.place('bounds')}: {e}") from e
 
 
 def plan_study(
@@ -123,7 +137,9 @@ def plan_study(
         plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]), measurements)
     variants = tuple(plans[name] for name in study.config.variants)
     cells = tuple(c for seed in study.config.seeds for v in variants for c in _cells(study, resolver, v, seed))
-    return StudyPlan(study=study, arguments=tuple(arguments), variants=variants, cells=cells)
+    return StudyPlan(
+        study=study, arguments=tuple(arguments), variants=variants, cells=cells, bounds=study_bounds(study)
+    )
 
 
 def variant_spec(study: Study, arguments: Sequence[str], variant: str) -> Spec:
@@ -165,6 +181,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "branch_start": config.branch_start,
         "margin_nats": config.margin_nats,
         "asks": list(config.asks),
+        **({} if plan.bounds is None else {"bounds": plan.bounds}),
         **({"compare_at": "ends"} if any(v.uptraining for v in plan.variants) else {}),
         **_records(plan.study),
         "variants": [_variant_record(v) for v in plan.variants],

@@ -15,6 +15,7 @@ from headway.launcher.base import console
 from headway.launcher.base.command import COMMAND
 from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.hosts.device import check_device
+from headway.launcher.match.bounds import bound_rows
 from headway.launcher.match.measured import Measurements
 from headway.launcher.match.table import matching_rows
 from headway.launcher.run.run_dir import RunDir, write_json
@@ -268,7 +269,10 @@ def print_design(plan: StudyPlan, *, commands: bool) -> None:
     if len(config.budgets) > 1:
         factors.append(f"{len(config.budgets)} budgets")
     say(f"study {config.study}: {' x '.join(factors)} = {len(plan.cells)} cells in {plan.study.out}")
-    say(table(matching_rows(study_record(plan))))
+    record = study_record(plan)
+    say(table(matching_rows(record)))
+    if plan.bounds is not None:
+        say(table(bound_rows(plan.bounds, record["match"])))
     for variant in plan.variants:
         for note in variant.notes:
             say(f"note: {variant.name}: {note}")

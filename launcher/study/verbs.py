@@ -136,14 +136,14 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge_study(args: argparse.Namespace) -> int:
-    from headway.launcher.study.merge import merge_studies
+    from headway.launcher.study.ladder.merge import merge_folders
 
-    return merge_studies(args.sources, args.to)
+    return merge_folders(args.sources, args.to)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
-    parser.set_defaults(takes_folder=True)
+    parser.set_defaults(folder_kinds=("study", "ladder"))
 
 
 def _run_probe(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def kill_a_rank(run, rank):
         pytest.param(2, [PP], marks=pytest.mark.slow),
         pytest.param(2, [PP, BF16], marks=pytest.mark.slow),
         pytest.param(2, [TP, "parallel.sequence_parallel=true", BF16], marks=pytest.mark.slow),
-        (2, [CP]),
+        pytest.param(2, [CP], marks=pytest.mark.slow),  # context ranks save as data ranks do
         (4, [TP, PP, "parallel.recompute=block"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent))
 import soak
 
 
+@pytest.mark.slow  # the faults are tested one by one in test_resume.py, test_supervisor.py and test_saves.py
 @pytest.mark.timeout(900)
 def test_trainings_survive_random_faults():
     # F1: with the kills of test_resume.py and test_supervisor.py, more than 20 of single ranks; F30. `make soak` does

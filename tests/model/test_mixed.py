@@ -178,3 +178,34 @@ def test_errors_of_a_layer_name_the_keys_of_its_kind() -> None:
     short = RgqaConfig(heads=4, kv_heads=2, head_dim=4, top_k=[1, 2])
     with pytest.raises(ValueError, match=r"^attention\.kinds\.routed\.top_k: "):
         MixedConfig(kinds={"routed": short}, pattern=["routed"]).layer(0, 3)
+
+
+def test_kinds_share_the_keys_beside_them_and_a_change_of_these_reaches_them() -> None:
+    adapter = TypeAdapter[AttentionSection](AnyAttention)
+    value: dict[str, Any] = {
+        "type": "mixed",
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "kinds": {"a": {"type": "gqa"}, "b": {"type": "mqa", "head_dim": 4}, "c": {"type": "mha", "heads": 3}},
+        "pattern": ["a", "b", "c"],
+    }
+    found = adapter.validate_python(value)
+    assert isinstance(found, MixedConfig)
+    own = {
+        "a": {"type": "gqa", "heads": 8, "kv_heads": 2, "head_dim": 6},
+        "b": {"type": "mqa", "heads": 8, "head_dim": 4},
+        "c": {"type": "mha", "heads": 3, "head_dim": 6},
+    }
+    alone = adapter.validate_python({"type": "mixed", "kinds": own, "pattern": ["a", "b", "c"]})
+    assert isinstance(alone, MixedConfig) and found.kinds == alone.kinds
+    dumps = [found.model_dump(), found.model_dump(exclude_unset=True), found.model_dump(exclude_defaults=True)]
+    for dumped in ({"type": "mixed", **each} for each in [*dumps, found.model_dump(mode="json")]):
+        assert "heads" not in dumped["kinds"]["a"] and dumped["kinds"]["c"]["heads"] == 3
+        assert adapter.validate_python(dumped) == found
+        wider = adapter.validate_python(dumped | {"head_dim": 10})
+        assert isinstance(wider, MixedConfig)
+        assert [kind.head_dim for kind in wider.kinds.values()] == [10, 4, 10]
+    assert value["kinds"]["a"] == {"type": "gqa"}  # what was given is not changed
+    with pytest.raises(ValidationError, match=r"kinds\.a\.gqa\.head_dim\n"):
+        adapter.validate_python({key: item for key, item in value.items() if key != "head_dim"})

@@ -44,7 +44,7 @@ FP32_STATE = Tolerance(
     figures=1e-4,
 )
 """Of layers with a state (`gated_delta`). Measured in one process: the same training in fp32 differs from float64 by up
-to 1.0e-5 in loss and 1.2e-3 in norm after step 1 (1.2e-7 and 2e-7 in step 1), with chunks of 1, 7 or 24 tokens alike; in
+to 1.0e-5 in loss and 1.2e-3 in norm after step 1 (1.2e-7 and 2e-7 in step 1), with chunks of 1, 7 or 24 alike; in
 float64, chunks of 7 and 24 agree to 3e-12. Step 1 is not loosened: a wrong gradient differs there.
 """
 

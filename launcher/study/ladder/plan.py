@@ -18,7 +18,7 @@ from headway.launcher.match.matching import value_at
 from headway.launcher.spec.merge import format_value
 from headway.launcher.spec.yamlio import Node, Place, value_node
 from headway.launcher.study.config import FULL, Study, StudyConfig
-from headway.launcher.study.plan import check_arguments
+from headway.launcher.study.plan import check_arguments, study_bounds
 from headway.launcher.study.resolver import Facts, Resolver
 from headway.launcher.study.sizes import SizeConfig, overlap
 
@@ -54,12 +54,16 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """A study file with its sizes, smallest list position first. `facts`: of the data, read once for all studies."""
+    """A study file with its sizes, smallest list position first. `facts`: of the data, read once for all studies.
+
+    `bounds`: as in `StudyPlan`, of a study with sizes.
+    """
 
     study: Study
     arguments: tuple[str, ...]
     sizes: tuple[Size, ...]
     facts: Facts = field(default_factory=dict)
+    bounds: dict[str, Any] | None = None
 
     @property
     def config(self) -> StudyConfig:
@@ -129,7 +133,13 @@ def plan_ladder(study: Study, arguments: Sequence[str] = ()) -> Ladder:
     for name, size in (config.sizes or {PLAIN: SizeConfig()}).items():
         out = study.out / "sizes" / name if name else study.out
         sizes.append(_size(study, arguments, name, size, out, sizes[0] if sizes else None, facts))
-    return Ladder(study=study, arguments=tuple(arguments), sizes=tuple(sizes), facts=facts)
+    return Ladder(
+        study=study,
+        arguments=tuple(arguments),
+        sizes=tuple(sizes),
+        facts=facts,
+        bounds=study_bounds(study) if config.sizes else None,
+    )
 
 
 def size_names(study: Study) -> dict[str, Path]:
@@ -264,6 +274,7 @@ def _study_of(
         asks=[] if trial is not None else [text for text in config.asks if _about(text, config, names)],
         seeds=list(seeds or size.seeds or config.seeds),
         budgets=[FULL] if trial is not None else config.budgets,
+        bounds=None if name or trial is not None else config.bounds,
         variants=changes,
     )
     records = records_below(study, out)

@@ -13,6 +13,7 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED, SpecError
+from headway.launcher.match.bounds import bound_rows
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.study.cluster.submit import Arrays, Cluster, QueuedError, say_queued, with_method
@@ -210,6 +211,8 @@ def _record(ladder: Ladder) -> dict[str, Any]:
         "tokens_per_param": config.tokens_per_param,
         "scale": dict(config.scale),
         "extrapolate": config.extrapolate,
+        **({} if ladder.bounds is None else {"bounds": ladder.bounds}),
+        "match": None if config.match is None else config.match.model_dump(),
         "sizes": [
             {
                 "name": size.name,
@@ -237,7 +240,7 @@ def _design(ladder: Ladder, plans: Sequence[StudyPlan]) -> dict[str, Any]:
 
 
 def _print_ladder(ladder: Ladder, plans: Sequence[StudyPlan], held: Values, *, commands: bool) -> None:
-    say = console.result if commands else console.say
+    say, match = console.result if commands else console.say, ladder.config.match
     trials = trial_plans(ladder)
     for size, key, grid, count in trials:
         shown = ", ".join(f"{value:g}" for value in grid)
@@ -249,6 +252,8 @@ def _print_ladder(ladder: Ladder, plans: Sequence[StudyPlan], held: Values, *, c
         name = f"size {size.name}: " if size.name else ""
         say(f"{name}{size.params:,} parameters, {size.tokens:,} tokens ({size.tokens / size.params:.3g} a parameter)")
         print_design(plan, commands=commands and tuned[size.name])
+    if ladder.bounds is not None:
+        say(table(bound_rows(ladder.bounds, match and match.model_dump())))
 
 
 def _tuned_keys(held: Values, size: Size) -> set[str]:

@@ -30,6 +30,9 @@ def with_(**sections: dict) -> dict:
 
 def test_equal_specs_do_not_differ_and_names_do_not_count():
     assert classed({**BASE, "name": "b", "run_dir": "runs/b"}, declared=set()) == {}
+    kept = {"checkpoint": {"keep": 2}, "tracking": {"tensorboard": False}}
+    assert classed({**BASE, **kept}, declared=set()) == {}
+    assert classed({**BASE, "checkpoints": {"keep": 2}}, declared=set()) == {"checkpoints.keep": "CONFOUND"}
 
 
 def test_what_the_study_names_is_the_intervention():

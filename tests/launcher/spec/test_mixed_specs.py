@@ -34,11 +34,14 @@ def refused(folder: Path, text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_kinds_are_reached_by_name_and_keys_of_the_base_are_dropped(tmp_path):
+def test_kinds_are_reached_by_name_and_keys_of_the_base_are_shared_or_dropped(tmp_path):
     spec = spec_of(tmp_path, MIXED, "attention.kinds.routed.top_k=2", "attention.kinds.local.windows=9")
     assert [spec.attention.layer(i, 2).model_dump().get("top_k") for i in range(2)] == [None, 2]
     assert spec.attention.layer(0, 2).model_dump()["windows"] == 9
-    assert set(spec.model_dump()["attention"]) == {"type", "kinds", "pattern"}
+    assert set(spec.model_dump()["attention"]) == {"type", "heads", "kv_heads", "head_dim", "kinds", "pattern"}
+    short = "attention: {type: mixed, kinds: {a: {type: gqa}, b: {type: rgqa, top_k: 1}}, pattern: [a, b]}\n"
+    spec = spec_of(tmp_path, short, "attention.head_dim=10")
+    assert [spec.attention.layer(i, 2).head_dim for i in range(2)] == [10, 10]
 
 
 @pytest.mark.parametrize(
