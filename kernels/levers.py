@@ -8,6 +8,7 @@ APEX_MODULES = ("amp_C", "fused_layer_norm_cuda")
 """Compiled modules that identify NVIDIA apex. The package `apex` on PyPI is a different project."""
 
 FA3_MODULE = "flash_attn_interface"
+FLA_MODULE = "fla"
 LIGER_MODULE = "liger_kernel"
 
 

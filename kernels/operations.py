@@ -14,6 +14,8 @@ from torch import Tensor
 
 from headway.kernels.attention import core, core_of_blocks
 from headway.kernels.backends import Backend, attention_core
+from headway.kernels.delta.library import Delta, delta_of
+from headway.kernels.delta.rule import chunked_delta
 from headway.kernels.dropout import Rate, dropout
 from headway.kernels.elementwise import (
     add_layer_norm,
@@ -58,6 +60,7 @@ class Operations:
     dropout: Callable[..., Tensor] = dropout
     rope: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = apply_rope
     core: Callable[..., Tensor] = core
+    delta: Callable[..., tuple[Tensor, Tensor | None]] = chunked_delta
     loss: Callable[..., Tensor] = linear_cross_entropy_sum
     fp8: Product | None = None  # of the matrices of a block; None: in the precision of the model
 
@@ -81,6 +84,7 @@ def make_operations(
     norm: Norm = "torch",
     loss: Loss = "chunked",
     matmul: Matmul = "none",
+    delta: Delta = "auto",
 ) -> Operations:
     """The operations that a spec selects, on `device`. Compiled ones have been run once, with gradients.
 
@@ -89,6 +93,7 @@ def make_operations(
     operations = Operations(
         core=attention_core(attention, device_type=device.type, dtype=dtype),
         loss=loss_of(loss, device_type=device.type, dtype=dtype),
+        delta=delta_of(delta, device_type=device.type, dtype=dtype),
     )
     if matmul == "fp8":
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -235,6 +235,10 @@ class Context:
         assert self.core is None and self.relative is None and self.sequence.count == 1, "the spec check refuses them"
         return blocks_core(q, k, v, chosen, blocks)
 
+    def head_outputs(self, o: Tensor) -> Tensor:
+        """o [B, S, H, E]: outputs of heads that no call of an attention core gives. Observers see and change them."""
+        return o
+
     def keys_and_values(
         self, k: Tensor, v: Tensor, *, part: str = "", window: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -300,6 +304,7 @@ class AttentionConfig(AttentionSection):
     """
     no_context_parallel: ClassVar[str | None] = None  # why ranks cannot share a layer's sequences; None if they can
     own_core: ClassVar[bool] = False  # whether it attends by a core of its own, which `speed.attention` cannot replace
+    no_compiled_blocks: ClassVar[str | None] = None  # why `speed.compile: block` is refused; None if it depends on keys
     head_dim: int = Field(ge=1, description="D, channels per head")
     rope_base: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(default=1.0, ge=0, le=1, description="fraction of head_dim that is rotated")
@@ -390,7 +395,7 @@ class AttentionConfig(AttentionSection):
     @property
     @abstractmethod
     def score_maps(self) -> int:
-        """Softmax rows per token: the number of query heads (or slots) in the attention core."""
+        """Softmax rows per token: the number of query heads (or slots) in the attention core; 0 without a softmax."""
         raise NotImplementedError
 
     @abstractmethod
@@ -411,6 +416,10 @@ class AttentionConfig(AttentionSection):
         """The same, for the useful score maps only (see `Flops`)."""
         return self.core_flops_per_token(seq_len=seq_len)
 
+    def recomputed_core_bytes(self, *, seq_len: int) -> float:
+        """Bytes of one sequence that the backward pass of one layer's core computes again and holds while it runs."""
+        return 0.0
+
     @abstractmethod
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         """Build the module of one layer. `layers` scales the init of the output projection: std / sqrt(2 layers)."""
@@ -427,12 +436,12 @@ class AttentionConfig(AttentionSection):
         raise NotImplementedError
 
     def gating_flops_per_token(self) -> int:
-        """The part of `flops_per_token` spent on gating (vectors times gates, and their sums), not in matmuls."""
+        """The part of `flops_per_token` not in matmuls: gating (vectors times gates, and their sums), convolutions."""
         return 0
 
     @abstractmethod
     def kv_bytes_per_token(self, *, seq_len: int, bytes_per_element: int) -> float:
-        """Bytes of one layer's KV cache after `seq_len` tokens, divided by `seq_len`."""
+        """Bytes of one layer's KV cache after `seq_len` tokens, divided by `seq_len`; a state counts as one."""
         raise NotImplementedError
 
     @abstractmethod

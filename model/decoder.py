@@ -228,6 +228,11 @@ class DecoderCache:
         """Elements of the cached tokens, over layers and batch."""
         return sum(layer.numbers for layer in self.layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached tokens, over layers and batch."""
+        return sum(layer.nbytes for layer in self.layers)
+
     def select(self, rows: Tensor) -> None:
         """Continue with these rows of the batch, as `KVCache.select`."""
         for layer in self.layers:

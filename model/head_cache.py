@@ -34,6 +34,10 @@ class HeadCache:
             return 0
         return 2 * self._buffers[0].shape[-1] * int(self.counts.sum())
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffers is None else self.numbers * self._buffers[0].element_size()
+
     def places(self, segments: Segments) -> Tensor:
         """Position of each new pair among the tokens of its head [P]. Segments must be of one document per sequence."""
         if self.counts is None:

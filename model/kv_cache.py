@@ -1,4 +1,7 @@
-"""Keys and values of earlier tokens, for incremental decoding. Legend: B batch, S tokens, G KV heads, D head size."""
+"""Keys and values of earlier tokens, or a state, for incremental decoding.
+
+Legend: B batch, S tokens, G KV heads, D head size.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from headway.model.head_cache import HeadCache
 class KVCache:
     """Rotated keys and values of one layer, for incremental decoding.
 
-    The cache has one part for each set of groups with a different window (or with keys of its own), and one for heads
-    that hold different tokens (`of_heads`).
+    The cache has one part for each set of groups with a different window (or with keys of its own), one for heads
+    that hold different tokens (`of_heads`), and tensors of a size that does not depend on the tokens (`state`).
 
     The buffers grow by doubling, so that a token is copied once more on average.
 
@@ -25,6 +28,7 @@ class KVCache:
         self._tokens = tokens
         self._parts: dict[str, _CachePart] = {}
         self._of_heads: HeadCache | None = None
+        self.state = StateCache()
 
     @property
     def of_heads(self) -> HeadCache:
@@ -51,6 +55,7 @@ class KVCache:
         copy = KVCache(self._tokens)
         copy._parts = {name: part.repeated(count, room) for name, part in self._parts.items()}
         copy._of_heads = None if self._of_heads is None else self._of_heads.repeated(count, room)
+        copy.state.held = {name: t.expand(count, *t.shape[1:]) for name, t in self.state.held.items()}
         return copy
 
     def select(self, rows: Tensor) -> None:
@@ -59,12 +64,39 @@ class KVCache:
             part.select(rows)
         if self._of_heads is not None:
             self._of_heads.select(rows)
+        self.state.held = {name: t[rows] for name, t in self.state.held.items()}
 
     @property
     def numbers(self) -> int:
-        """Elements of the cached tokens, over the batch. The buffers may have room for more."""
-        of_heads = 0 if self._of_heads is None else self._of_heads.numbers
-        return of_heads + sum(part.numbers for part in self._parts.values())
+        """Elements of the cached tokens and of the state, over the batch. The buffers may have room for more."""
+        return sum(part.numbers for part in self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these elements. A state is in fp32 or wider, whatever the dtype of the model."""
+        return sum(part.nbytes for part in self._kept)
+
+    @property
+    def _kept(self) -> list[_CachePart | HeadCache | StateCache]:
+        return [*self._parts.values(), *([] if self._of_heads is None else [self._of_heads]), self.state]
+
+
+class StateCache:
+    """What a recurrent layer keeps of all earlier tokens: `held`, tensors [B, ...] by name; empty before the first one.
+
+    Each pass replaces the tensors, and none is written in place.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    @property
+    def numbers(self) -> int:
+        return sum(t.numel() for t in self.held.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.held.values())
 
 
 class SourceCache:
@@ -89,6 +121,10 @@ class SourceCache:
         """Elements of the cached tokens, over the batch."""
         return 0 if self.held is None else sum(t.numel() for t in self.held)
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.held is None else sum(t.numel() * t.element_size() for t in self.held)
+
 
 class _CachePart:
     """Keys and values of the last `keep` tokens (None: all) in two buffers, from token `_first` to `_end`."""
@@ -101,6 +137,10 @@ class _CachePart:
     @property
     def numbers(self) -> int:
         return sum(buffer[:, self._first : self._end].numel() for buffer in self._buffers or ())
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffers is None else self.numbers * self._buffers[0].element_size()
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         buffers = self._with_room(k.detach(), v.detach())

@@ -126,6 +126,11 @@ class SpeedConfig(StrictModel):
         description="fp8: products of the MLP and of attention's projections in 8 bits, on GPUs from compute "
         "capability 8.9; none: in parallel.precision",
     )
+    delta: Literal["auto", "torch", "fla"] = Field(
+        default="auto",
+        description="state of attention.type gated_delta; fla: flash-linear-attention's kernel; torch: Headway's own "
+        "form; auto: fla on a GPU in bf16 where it is installed",
+    )
 
 
 class OptimizerConfig(StrictModel):

@@ -6,13 +6,20 @@ from typing import Any
 
 import torch
 
+from headway.kernels.delta.library import delta_on
 from headway.kernels.operations import Operations, compile_on, make_operations
 from headway.parallel.config import ParallelConfig, SpeedConfig
 
 
-def settled(speed: SpeedConfig, device_type: str) -> dict[str, Any]:
-    """The options with the value that `auto` of `compile` has on this device, for records of a run."""
-    return speed.model_dump(mode="json") | {"compile": compile_on(device_type, speed.compile)}
+def settled(speed: SpeedConfig, parallel: ParallelConfig, device_type: str) -> dict[str, Any]:
+    """The options with the values that `auto` of `compile` and `delta` have on this device, for records of a run."""
+    found = {"compile": compile_on(device_type, speed.compile)}
+    found["delta"] = delta_on(device_type, speed.delta, _dtype(parallel))
+    return speed.model_dump(mode="json") | found
+
+
+def _dtype(parallel: ParallelConfig) -> torch.dtype:
+    return torch.bfloat16 if parallel.precision == "bf16" else torch.float32
 
 
 def operations_of(speed: SpeedConfig, parallel: ParallelConfig, device: torch.device) -> Operations:
@@ -23,6 +30,7 @@ def operations_of(speed: SpeedConfig, parallel: ParallelConfig, device: torch.de
         norm=speed.norm,
         loss=speed.loss,
         matmul=speed.matmul,
+        delta=speed.delta,
         device=device,
-        dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+        dtype=_dtype(parallel),
     )

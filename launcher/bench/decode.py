@@ -98,7 +98,7 @@ class _Decoding:
         with torch.inference_mode():
             self._cache = self._model.new_cache(self._prompt.shape[1] + self._new)
             self._model.logits(self._prompt, cache=self._cache, last=True)
-        self.held = self._cache.numbers * next(self._model.parameters()).element_size()
+        self.held = self._cache.nbytes
 
     def tokens(self) -> None:
         import torch

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from headway.kernels.levers import APEX_MODULES, FA3_MODULE, LIGER_MODULE, importable
+from headway.kernels.levers import APEX_MODULES, FA3_MODULE, FLA_MODULE, LIGER_MODULE, importable
 from headway.launcher.base import console
 from headway.launcher.plan.precision import bf16_on_cpu
 
@@ -53,7 +53,8 @@ def inspect_machine() -> list[Fact]:
     facts = [_python(), _cores(), _memory(), _disk(), _compiler()]
     facts += _requirements()
     facts += _torch_and_devices()
-    return [*facts, *_levers(), *_fp8(), _apex(), _liger(), _triton(), _flash_attention(), *_extras(), *_mechanisms()]
+    libraries = (_apex(), _liger(), _triton(), _flash_attention(), _linear_attention())
+    return [*facts, *_levers(), *_fp8(), *libraries, *_extras(), *_mechanisms()]
 
 
 def _python() -> Fact:
@@ -213,6 +214,13 @@ def _liger() -> Fact:
     if importable(LIGER_MODULE):
         return Fact("liger", "ok", f"{_version('liger-kernel') or 'version unknown'}, for speed.norm and speed.loss")
     return Fact("liger", "absent", "no liger-kernel", "PyTorch's norm and the chunked loss are used")
+
+
+def _linear_attention() -> Fact:
+    if importable(FLA_MODULE):
+        version = _version("flash-linear-attention") or "version unknown"
+        return Fact("fla", "ok", f"{version}, for speed.delta on a GPU in bf16, if it agrees with Headway's own form")
+    return Fact("fla", "absent", "no flash-linear-attention", "Headway's own form of the gated delta rule is used")
 
 
 def _apex() -> Fact:

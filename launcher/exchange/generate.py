@@ -151,13 +151,12 @@ def continuation(
         logits = steps.read([ids])[0]
     generator = torch.Generator(device=steps.device).manual_seed(sampling.seed)
     stats |= {"prefill_s": time.perf_counter() - t0, "new_tokens": 0, "decode_s": 0.0}
-    element = next(model.parameters()).element_size()
     cached = 0 if sources is None else len(sources[0])  # by cross attention
     t0 = time.perf_counter()
     for i in range(sampling.tokens):
         token = _choose(logits, sampling, generator)
         stats |= {"new_tokens": i + 1, "decode_s": time.perf_counter() - t0}
-        stats |= {"cache_bytes": steps.numbers * element, "cached_tokens": cached + steps.tokens}
+        stats |= {"cache_bytes": steps.nbytes, "cached_tokens": cached + steps.tokens}
         if token == eos_id:
             return
         yield token

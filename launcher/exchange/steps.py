@@ -51,9 +51,9 @@ class Steps:
         return self._cache.tokens
 
     @property
-    def numbers(self) -> int:
-        """Elements of the cached keys and values, over layers and rows."""
-        return self._cache.numbers
+    def nbytes(self) -> int:
+        """Bytes of the cached keys, values and states, over layers and rows."""
+        return self._cache.nbytes
 
     def read(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits [R, V] after the next tokens of each row, ids [R, n]."""

@@ -63,7 +63,7 @@ def _lead(found: Inspection) -> str:
     names = Counter(row.name(head) for row in found.heads if row is not None for head in range(len(row.share)))
     total = sum(names.values())
     if not total:
-        classes = "What heads attend to is not known, because positions are relative."
+        classes = "What heads attend to is not known: positions are relative, or heads keep a state."
     else:
         counts = ", ".join(f"{names[kind]} {kind}" for kind in (*CLASSES, "mixed", "unused") if names[kind])
         classes = f"Of {total} heads: {counts}."

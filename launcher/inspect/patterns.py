@@ -67,7 +67,7 @@ def places(length: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def head_scores(model: Opened, tokens: Tensor) -> list[HeadScores | None]:
-    """Scores of all heads of each layer; None for layers whose attention is not known (relative positions).
+    """Scores of all heads of each layer; None for layers without known attention (relative positions, states).
 
     tokens [N, S]: see `headway.launcher.inspect.sample.repeated`.
     """

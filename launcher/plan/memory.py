@@ -179,7 +179,11 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         # Each kept tensor's gradient is computed once, and at most half of them exist at the same time. Under sequence
         # parallelism, gathered tensors are in the order of the ranks and are copied into the order of the tokens.
         backward=max(
-            max(kept) / 2 + 2 * grid.tokens * row * spec.parallel.sequence_parallel + _scores(grid), _numbers(grid)
+            max(kept) / 2
+            + 2 * grid.tokens * row * spec.parallel.sequence_parallel
+            + _scores(grid)
+            + _states(grid, stage),
+            _numbers(grid),
         ),
         exchange=held.exchange,
     )
@@ -195,6 +199,13 @@ def _scores(grid: Grid) -> float:
         return 0.0
     length = spec.data.seq_len
     return 32.0 * spec.train.micro_batch * heads / spec.parallel.tensor * min(ROWS, length) * length
+
+
+def _states(grid: Grid, stage: Stage) -> float:
+    """States of chunks in a layer that keeps a state, not keys and values. Tensor-parallel ranks share its heads."""
+    spec = grid.spec
+    largest = max(block.recomputed_core_bytes(seq_len=spec.data.seq_len) for block in stage.heaviest)
+    return spec.train.micro_batch * largest / spec.parallel.tensor
 
 
 def _masks_of_dropout(grid: Grid, stage: Stage) -> float:

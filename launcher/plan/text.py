@@ -46,7 +46,10 @@ def cost_lines(spec: Spec, cost: dict[str, Any]) -> list[str]:
             ("forward FLOPs/token, useful", f"{cost['flops_per_token_useful']:,.0f} at {spec.data.seq_len} tokens"),
             *((f"  {part}", f"{n:,.0f}") for part, n in _flops_by_part(spec, cost).items()),
             ("forward FLOPs/token, executed", f"{cost['flops_per_token_executed']:,.0f}"),
-            ("KV cache bytes/token", f"{cost['kv_bytes_per_token']:,.0f} ({spec.parallel.precision})"),
+            (
+                "KV cache bytes/token",
+                f"{cost['kv_bytes_per_token']:,.0f} at {spec.data.seq_len} tokens ({spec.parallel.precision})",
+            ),
             ("training tokens", f"{tokens:,} in {spec.steps:,} steps"),
             *_own_part(spec),
             *((f"  from token {at:,} on", f"{flops:,.0f} a token") for at, flops in cost["flops_per_token_stages"]),

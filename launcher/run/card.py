@@ -145,7 +145,7 @@ def _speed(spec: Spec) -> dict[str, Any]:
     device = spec.launch.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"device": device, **settled(spec.speed, device)}
+    return {"device": device, **settled(spec.speed, spec.parallel, device)}
 
 
 def _engine(spec: Spec) -> str:

@@ -15,8 +15,8 @@ _SPARSE = (
     "their keys, or gqa with attention.windows, where a query sees the last keys alone."
 )
 _RECURRENT = (
-    "Headway compares softmax attention; it has no linear attention and no state-space or recurrent layers. "
-    "Closest: gqa with attention.windows, whose cost per token is bounded too."
+    "Of linear attention, state-space and recurrent layers, Headway has the gated delta rule alone. Closest: "
+    "gated_delta, in all layers, or in some by mixed."
 )
 _LATENT = "Headway has no such factors of keys and values. Closest: mla, which computes them from a cached latent."
 _KERNEL = (
@@ -35,7 +35,9 @@ _MECHANISMS = {
     "Use block_sparse.": "moba mixture_of_block mixture_of_block_attention sparse block_sparse_attention",
     _SPARSE: "nsa native_sparse dsa deepseek_sparse infllm seer bigbird longformer_global routing reformer quest h2o "
     "top_k_attention csa hca",
-    _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet gdn gated_deltanet gated_delta_net deltanet "
+    "Use gated_delta.": "gdn gated_deltanet gated_delta_net gated_delta_rule",
+    "Use mixed, with gated_delta in most layers and gqa in the others.": "qwen3_next",
+    _RECURRENT: "mamba mamba2 mamba3 ssm s4 s6 jamba rwkv rwkv7 retnet deltanet delta_rule "
     "delta_net kda kimi_delta kimi_linear linear linear_attention gla gated_linear lightning based "
     "performer hyena xlstm ttt titans griffin rglru",
     "Use mla.": "latent multi_head_latent latent_attention multi_head_latent_attention deepseek deepseek_v2 "

@@ -85,6 +85,9 @@ def _why_not_block(spec: Sections) -> str | None:
             "speed.compile: block has no form of relative scores, which model.positions relative_xl adds; "
             f"{other}, or model.positions rope"
         )
+    reasons = (config.no_compiled_blocks for config in _layers(spec))
+    if (reason := next((reason for reason in reasons if reason is not None), None)) is not None:
+        return f"speed.compile: block has no form of {reason}; {other}, or another attention.type"
     if (config := _reads_routing(spec)) is not None:
         what, instead = "attention.projections grouped", "attention.projections dense"
         if config.model_copy(update={"projections": "dense"}).reads_routing:

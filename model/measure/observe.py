@@ -46,8 +46,8 @@ class Layer:
 
     heads: Number of query heads; a shared head that is computed apart is the last one. Heads of unequal groups or
         windows are numbered in the order in which the layer computes them, others group by group.
-    maps: For each call of the core its attention [B, H, S, S], rows of queries; empty if not asked for, or if positions
-        are relative.
+    maps: For each call of the core its attention [B, H, S, S], rows of queries; empty if not asked for, if positions
+        are relative, or if heads keep a state.
     rows: For each call, the query head of each row [B, S, H].
     routings: Router -> its choice; indices [B, S, G, k] are within the group. experts: Router -> experts of a group.
     """
@@ -74,6 +74,9 @@ class _Observed(Context):
     def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, blocks: Blocks) -> Tensor:
         seen = blocks.seen(chosen) if self.report.maps else None
         return self.report.core(self, q, k, super().attend_blocks(q, k, v, chosen, blocks), None, seen)
+
+    def head_outputs(self, o: Tensor) -> Tensor:
+        return self.report.without_map(o)
 
 
 class _Report:
@@ -103,6 +106,14 @@ class _Report:
             self.layer.maps.append(segment_map(q, k, segments, rows, self._segments))
         if self._off is not None:
             o = o.masked_fill((segments.head == self._off).unsqueeze(1), 0)
+        return o
+
+    def without_map(self, o: Tensor) -> Tensor:
+        """Heads that keep a state and attend to no single token: outputs o [B, S, H, E]."""
+        first, self.layer.heads = self.layer.heads, self.layer.heads + o.shape[2]
+        if self._off is not None:
+            of_head = torch.arange(first, self.layer.heads, device=o.device) == self._off
+            o = o.masked_fill(of_head.unsqueeze(1), 0)
         return o
 
     def _rows(self, q: Tensor) -> Tensor:

@@ -62,6 +62,11 @@ class SequenceCache:
         """Elements of the cached keys and values, over layers and batch."""
         return sum(layer.numbers for layer in (*self.layers, *self.across))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached keys and values, over layers and batch."""
+        return sum(layer.nbytes for layer in (*self.layers, *self.across))
+
     def select(self, rows: Tensor) -> None:
         """Continue with these rows of the batch, as `KVCache.select`.
 

@@ -13,6 +13,7 @@ from headway.kernels.fp8 import E4M3, E5M2, check_fp8, emulated_product, fp8_lin
 from headway.kernels.levers import LeverError
 from headway.kernels.operations import Operations, make_operations
 from headway.model.attention.block_sparse import BlockSparseConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -40,6 +41,7 @@ TAKEN = {
     "moh": MohConfig(**POOL, shared_heads=2, top_k=2),
     "namoh": NamohConfig(heads=8, head_dim=16, top_k=2, shared_heads=2),
     "block-sparse": BlockSparseConfig(**POOL, block=8, blocks=1),
+    "gated_delta": GatedDeltaConfig(heads=2, value_heads=4, head_dim=16),
 }
 
 
@@ -152,7 +154,7 @@ def one_pass(made):
 
 
 def is_small(name):
-    """Matrices of routers and gates, with a row per head or expert, stay in bf16."""
+    """Matrices of routers, gates and decays, with a row per head or expert, stay in bf16, and taps of convolutions."""
     return (
         "router" in name
         or name.split(".")[1] in ("source", "destination", "w_shared", "w_stage")
@@ -160,7 +162,10 @@ def is_small(name):
         in (
             "attn.w_gate",
             "attn.w_always_on",
+            "attn.w_a",
+            "attn.w_b",
         )
+        or name.startswith("attn.conv_")
     )
 
 

@@ -21,6 +21,7 @@ from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import variant_spec
 from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.dynamic import DynamicGqaConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig, MqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -101,6 +102,8 @@ MECHANISMS: dict[str, AttentionConfig] = {
         heads=6, kv_heads=2, head_dim=6, top_k=2, value_experts=3, value_top_k=2, projections="routed"
     ),
     "gqe-grouped": GqeConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, projections="grouped"),
+    "gated-delta": GatedDeltaConfig(heads=2, value_heads=4, head_dim=6, value_dim=5, chunk=4),
+    "gated-delta-wide": GatedDeltaConfig(heads=2, head_dim=5, conv=3),
 }
 
 
@@ -163,6 +166,12 @@ def cut_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
 @pytest.fixture(params=[name for name, config in MECHANISMS.items() if config.no_context_parallel is None])
 def shared_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
     """One whose sequences context-parallel ranks can share."""
+    return MECHANISMS[request.param]
+
+
+@pytest.fixture(params=[name for name, config in MECHANISMS.items() if config.no_compiled_blocks is None])
+def compilable_mechanism(request: pytest.FixtureRequest) -> AttentionConfig:
+    """One whose blocks the spec check lets `speed.compile: block` compile."""
     return MECHANISMS[request.param]
 
 

@@ -123,11 +123,12 @@ def test_the_operator_is_registered_as_pytorch_asks():
 
 
 @pytest.mark.slow  # of all mechanisms together
-def test_every_mechanism_is_one_graph_and_is_not_compiled_again(mechanism, traced):
+def test_every_mechanism_is_one_graph_and_is_not_compiled_again(compilable_mechanism, traced):
     """Two graphs of a routed layer: its meter counts the first micro-batch of a step, and adds up the later ones.
 
     Layers with windows or sizes of their own have graphs of their own.
     """
+    mechanism = compilable_mechanism
     plain, blocks = pairs(mechanism)
     if mechanism.reads_routing:  # sizes are read on the host, which breaks the graph
         with pytest.raises(LeverError, match=r"speed\.compile: block does not compile a block of .*; use speed"):

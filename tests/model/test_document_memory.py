@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from headway.kernels.documents import BLOCK
 from headway.model.attention.block_sparse import BlockSparseConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.namoh import NamohConfig
@@ -39,6 +40,7 @@ ATTENTIONS = {
     "gqe": GqeConfig(heads=4, kv_heads=2, head_dim=4, top_k=1),
     "namoh": NamohConfig(heads=4, head_dim=4, top_k=2, shared_heads=1, window=200),
     "block-sparse": BlockSparseConfig(heads=4, kv_heads=2, head_dim=4, block=64, blocks=3),
+    "gated-delta": GatedDeltaConfig(heads=2, head_dim=4),
 }
 
 

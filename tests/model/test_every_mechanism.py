@@ -1,5 +1,7 @@
 """Properties of every mechanism: causality, independence of sequences and documents, exact costs, sharding."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,8 +17,10 @@ from headway.model.cost import account
 from headway.model.router import Router
 from headway.model.shard import is_cut
 
-# Torch does not look into operations of ours; shapes of what they multiply, which on a CPU is dense.
-ROUTED = {
+# Torch does not look into operations of ours; shapes of what they multiply, which on a CPU is dense. It does not count
+# triangular systems either: n (n - 1) / 2 multiplications and additions for each column, as the diagonal is 1.
+COUNTED = {
+    torch.ops.aten.linalg_solve_triangular: lambda a, b, *_, out_shape, **__: math.prod(b) * (b[-2] - 1),
     torch.ops.headway.routed_project: lambda x, w, *_, out_shape: 2 * x[0] * x[1] * w[0],
     torch.ops.headway.routed_combine: lambda slots, w, *_, out_shape: 2 * slots[0] * w[0] * w[1],
 }
@@ -94,14 +98,14 @@ def test_params_are_those_of_the_module(mechanism, decoder, tied):
 
 
 def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens, monkeypatch):
-    """Torch counts matrix products: the core as a full square, and no gating products."""
+    """Torch counts matrix products: the core as a full square, unless it has no scores, and no gating products."""
     model = decoder(mechanism)
     if isinstance(mechanism, BlockSparseConfig):  # `test_blocks.py` counts the scores of its core
         monkeypatch.setattr(base, "blocks_core", lambda q, k, v, chosen, blocks: torch.zeros_like(q))
     with (
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False, custom_mapping=ROUTED) as counter,
+        FlopCounterMode(display=False, custom_mapping=COUNTED) as counter,
     ):
         model.logits(tokens)
     per_token = counter.get_total_flops() / tokens.numel()
@@ -114,7 +118,8 @@ def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens, 
         maps = 0
     square = 2 * 4 * channels * maps * 11
     gating = 2 * mechanism.gating_flops_per_token()  # in two layers
-    executed = cost.flops_per_token.executed - cost.attention_core_flops.executed - gating + square
+    core = cost.attention_core_flops.executed if mechanism.score_maps else 0  # without a softmax, counted as it is
+    executed = cost.flops_per_token.executed - core - gating + square
     assert executed == pytest.approx(per_token, rel=1e-12)  # a window's keys per token are a fraction
     assert cost.flops_per_token.useful <= cost.flops_per_token.executed
 
@@ -126,6 +131,7 @@ def test_kv_bytes_are_those_that_decoding_keeps(mechanism, decoder, tokens):
         model.logits(part, cache=cache)
     cost = account(_config(True), mechanism, vocab_size=37, seq_len=11, bytes_per_element=8)
     assert cache.numbers * 8 == pytest.approx(cost.kv_bytes_per_token * tokens.numel(), rel=1e-12)
+    assert cache.nbytes == cache.numbers * 8
 
 
 @pytest.mark.parametrize("chunks", [(11,), (5, 6), (4, 5, 1, 1), (1,) * 11])

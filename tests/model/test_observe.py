@@ -57,6 +57,7 @@ CASES = {
     "moh": (Off(0, 4), "w_o", None, slice(24, 30)),
     "namoh": (Off(0, 2), "w_o", None, slice(12, 18)),
     "namoh-shared": (Off(0, 7), "w_o_shared", None, slice(6, 12)),
+    "gated-delta": (Off(0, 3), "w_o", None, slice(15, 20)),
     "hybrid": (Off(0, 1, "value_router", 1), "w_v", slice(24, 30), None),
     "switchhead": (Off(0, 2, "source", 1), "w_v", slice(50, 60), None),
     "switchhead-grouped": (Off(0, 0, "destination", 1), "w_o", None, slice(18, 24)),

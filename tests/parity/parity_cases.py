@@ -10,6 +10,7 @@ import torch
 
 from headway.data.loader import MicroBatch, split
 from headway.model.attention.block_sparse import BlockSparseConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
@@ -44,7 +45,10 @@ TABLE: dict[str, AttentionConfig] = {
 TWO_STACKS = ("t5-wgqa", "t5-dropout", "two-rope")
 ENCODER_TOKENS = 8
 
-DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS}
+GATED = GatedDeltaConfig(heads=4, value_heads=8, head_dim=8, value_dim=6, chunk=7)
+HYBRIDS = ("gated", "gated-mixed")
+
+DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS, *HYBRIDS}
 DENSE |= {"value-residual", "shared-kv"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
@@ -70,6 +74,11 @@ MECHANISMS: dict[str, AttentionSection] = {
     "blocks": BlockSparseConfig(heads=8, kv_heads=4, head_dim=8, block=4, blocks=1),
     "mla": MlaConfig(heads=4, head_dim=8, latent=12, query_latent=10, rope_dim=4),
     "gla": MlaConfig(heads=8, head_dim=8, latent=12, latents=4, rope_dim=4),
+    "gated": GATED,
+    "gated-mixed": MixedConfig(
+        kinds={"linear": GATED, "full": GqaConfig(heads=8, kv_heads=4, head_dim=8)},
+        pattern=["linear", "linear", "linear", "full"],
+    ),
     "mixed": MixedConfig(
         kinds={
             "local": GqaConfig(heads=8, kv_heads=4, head_dim=8, windows=7),
@@ -298,6 +307,8 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="moh", layout=x, zero=z) for x, z in (("tp2", 1), ("cp2", 2), ("pp2", 1), ("sp2", 3))]
     cases += [Case(mechanism="namoh", layout=x) for x in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="namoh", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
+    cases += [Case(mechanism=x, layout=y) for x in HYBRIDS for y in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
+    cases += [Case(mechanism="gated", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]

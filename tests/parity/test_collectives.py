@@ -28,6 +28,7 @@ SUMS_OF_GQE = {
 WHOLE_GRADIENTS = {
     "gqa-qk-norm": 2,  # the gains of queries and keys
     "namoh": 3,  # the router's rows, and the gains of queries and keys
+    "gated": 1,  # the gain of the norm of outputs
     "moh": 3,  # the router's rows, those of the shared heads and of the two stages: every rank chooses among all heads
 }
 

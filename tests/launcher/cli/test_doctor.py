@@ -106,8 +106,10 @@ def test_optional_accelerators_say_what_is_used_instead(monkeypatch: pytest.Monk
     assert (
         "PyTorch are used" in module._triton().use and "scaled_dot_product_attention" in module._flash_attention().use
     )
-    pretend_modules(monkeypatch, "flash_attn", "flash_attn_interface")
+    assert module._linear_attention().use == "Headway's own form of the gated delta rule is used"
+    pretend_modules(monkeypatch, "flash_attn", "flash_attn_interface", "fla")
     assert module._flash_attention().found == "FlashAttention-3, for speed.attention: fa3"
+    assert module._linear_attention().state == "ok" and "for speed.delta" in module._linear_attention().found
 
 
 def test_no_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

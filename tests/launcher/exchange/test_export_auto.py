@@ -28,6 +28,7 @@ RGQA: dict[str, Any] = {"type": "rgqa", "heads": 6, "kv_heads": 2, "head_dim": 6
 OF_TYPE: dict[str, dict[str, Any]] = {
     "block_sparse": {"heads": 4, "kv_heads": 2, "head_dim": 6, "block": 4, "blocks": 2},
     "dynamic_gqa": {"heads": 7, "kv_heads": 3, "head_dim": 6, "freeze_after_tokens": 0},
+    "gated_delta": {"heads": 2, "value_heads": 4, "head_dim": 6, "value_dim": 5, "conv": 3, "chunk": 5},
     "gqa": {"heads": 4, "kv_heads": 2, "head_dim": 6, "windows": [None, 5], "gate": "headwise"},
     "gqe": {"heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2},
     "hybrid": {"heads": 6, "kv_heads": 2, "head_dim": 6, "top_k": 2, "value_experts": 3, "value_top_k": 2},

@@ -244,6 +244,7 @@ LEGAL: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None]] 
     "gqa": ({"heads": 8, "kv_heads": 4}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "sqa": ({"heads": 8, "kv_heads": 4, "kept": 1}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "dynamic_gqa": ({"heads": 8, "kv_heads": 4, "freeze_after_tokens": 0}, [1], [1, 2, 4, 8], None),
+    "gated_delta": ({"heads": 4, "value_heads": 8}, [1, 2, 4], [1], [1]),
     "gqe": ({"heads": 8, "kv_heads": 4, "top_k": 1}, [1, 2, 4], [1, 2, 4], [1, 2]),
     "hybrid": (
         {"heads": 8, "kv_heads": 4, "top_k": 1, "value_experts": 2, "value_top_k": 1},

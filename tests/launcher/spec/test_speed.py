@@ -27,7 +27,7 @@ def spec(speed: dict[str, str] | None = None, **sections: dict[str, Any]) -> Spe
 
 def test_without_the_section_nothing_is_changed():
     defaults = {"compile": "auto", "attention": "auto", "norm": "torch", "loss": "chunked", "matmul": "none"}
-    assert spec().speed.model_dump() == defaults
+    assert spec().speed.model_dump() == defaults | {"delta": "auto"}
 
 
 def test_fp8_products_need_bf16_and_whole_matrices():
@@ -103,6 +103,20 @@ def test_compiled_blocks_are_refused_where_a_block_is_no_graph_of_its_own(sectio
     assert spec(**sections).speed.compile == "auto"
     with pytest.raises(ValueError, match=rf"speed\.compile: block .*use speed\.compile none or auto, or {use}"):
         spec({"compile": "block"}, **sections)
+
+
+STATE = {"type": "gated_delta", "heads": 4, "head_dim": 8}
+HYBRID = {"type": "mixed", "kinds": {"linear": STATE, "full": SPEC["attention"]}, "pattern": ["linear", "full"]}
+
+
+@pytest.mark.parametrize("attention", [STATE, HYBRID])
+def test_a_layer_with_a_state_is_neither_compiled_nor_shared_by_context_ranks(attention):
+    legal = {**SPEC, "attention": attention}
+    assert Spec.model_validate(legal | {"speed": {"delta": "torch"}}).speed.delta == "torch"
+    with pytest.raises(ValueError, match=r"speed\.compile: block has no form of attention\.type gated_delta.*another"):
+        Spec.model_validate(legal | {"speed": {"compile": "block"}})
+    with pytest.raises(ValueError, match=r"parallel\.context: attention\.type gated_delta passes a state .*context 1"):
+        Spec.model_validate(legal | {"parallel": {"context": 2}, "launch": {"processes": 2}})
 
 
 def test_compiled_blocks_take_routed_layers_and_data_parallel_ranks():
