@@ -46,9 +46,9 @@ TWO_STACKS = ("t5-wgqa", "t5-dropout", "two-rope")
 ENCODER_TOKENS = 8
 
 GATED = GatedDeltaConfig(heads=4, value_heads=8, head_dim=8, value_dim=6, chunk=7)
-HYBRIDS = ("gated", "gated-mixed")
+WITH_STATE = ("gated", "gated-mixed")
 
-DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS, *HYBRIDS}
+DENSE = {"gqa", "wgqa", "mla", "gla", "windows", "gpt2-block", "xl-block", "dropout", *TWO_STACKS, *WITH_STATE}
 DENSE |= {"value-residual", "shared-kv"}
 """Mechanisms without routers: rounding changes their results slightly, and cannot change a selection of experts."""
 
@@ -307,7 +307,7 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="moh", layout=x, zero=z) for x, z in (("tp2", 1), ("cp2", 2), ("pp2", 1), ("sp2", 3))]
     cases += [Case(mechanism="namoh", layout=x) for x in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="namoh", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
-    cases += [Case(mechanism=x, layout=y) for x in HYBRIDS for y in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
+    cases += [Case(mechanism=x, layout=y) for x in WITH_STATE for y in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="gated", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from parity_cases import DENSE, HYBRIDS, OPTIMIZER, Case
+from parity_cases import DENSE, OPTIMIZER, WITH_STATE, Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ is allowed for, and four times for the validation, which comes last.
 
 def tolerance_of(case: Case) -> Tolerance:
     if case.precision == "fp32":
-        return FP32_STATE if case.mechanism in HYBRIDS else FP32
+        return FP32_STATE if case.mechanism in WITH_STATE else FP32
     return BF16_DENSE if case.mechanism in DENSE else BF16_ROUTED
 
 
