@@ -284,11 +284,14 @@ def test_layers_of_a_mixed_model(decoder, tokens) -> None:
 def test_observed_maps_are_the_attention_and_a_head_can_be_switched_off(form, decoder, tokens, packed) -> None:
     model, segments = decoder(form).eval(), SEGMENTS.expand(3, 11) if packed else None
     plain, outputs, values = model.logits(tokens, segments), [], []
+
+    def keep_values(made: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(made, module.BlockSparseAttention)
+        values.append(made.heads_of(given[0], made.w_v))
+
     for block in model.blocks:
         block.attn.register_forward_hook(lambda made, given, out: outputs.append(out.y))
-        block.attn.register_forward_pre_hook(
-            lambda made, given: values.append(made.heads_of(given[0], made.w_v))  # pyright: ignore[reportArgumentType]
-        )
+        block.attn.register_forward_pre_hook(keep_values)
     with observed(model, segments) as layers:
         assert torch.equal(model.logits(tokens, segments), plain)
     for block, layer, v, y in zip(model.blocks, layers, values, outputs, strict=True):
