@@ -57,6 +57,7 @@ function outline(mark, x, y, r) {
   if (mark === "s") return `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`;
   const wide = 1.35 * r;
   if (mark === "D") return `M${x} ${y - wide}l${wide} ${wide}l${-wide} ${wide}l${-wide} ${-wide}z`;
+  if (mark === "v") return `M${x} ${y + 1.2 * r}l${1.3 * r} ${-2.2 * r}h${-2.6 * r}z`;
   if (mark === "^") return `M${x} ${y - 1.2 * r}l${1.3 * r} ${2.2 * r}h${-2.6 * r}z`;
   return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`;
 }

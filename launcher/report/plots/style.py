@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 # Palette of Okabe and Ito, distinguishable for colour-blind readers and in greyscale; the baseline is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-DASHES = ("-", "--", "-.", ":")
-"""With `COLOURS`, 28 styles beside the baseline's."""
-MARKERS = {"-": "o", "--": "s", "-.": "D", ":": "^"}
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+"""With `COLOURS`, 35 styles beside the baseline's. The last one is a dash and two dots."""
+MARKERS: dict[Any, str] = dict(zip(DASHES, ("o", "s", "D", "^", "v"), strict=True))
 """Points of variants of one colour differ as their dashes do."""
 GREY = "#777777"
 WIDTH_IN = 10.0
@@ -56,8 +56,7 @@ def styles_of(baseline: str, others: Sequence[str]) -> dict[str, dict[str, Any]]
 
 def marker(look: Mapping[str, Any]) -> str:
     """Mark of the points of a variant, from its style."""
-    style = look.get("linestyle", "-")
-    return MARKERS.get(style, "o") if isinstance(style, str) else "o"
+    return MARKERS.get(look.get("linestyle", "-"), "o")
 
 
 def variant_gid(name: str) -> str:

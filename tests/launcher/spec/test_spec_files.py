@@ -51,7 +51,7 @@ def refusal(*overrides: str) -> str:
     [
         (
             ["attention.type=rqga"],
-            "attention.type: 'rqga' is not a known type. Did you mean rgqa? Legal: dynamic_gqa, gqa, ",
+            "attention.type: 'rqga' is not a known type. Did you mean rgqa? Legal: block_sparse, dynamic_gqa, ",
         ),
         (
             ["attention.topk=1"],
