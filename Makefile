@@ -43,7 +43,7 @@ results: study mechanisms probes checkpoint-cost
 	$(BENCH) data yaml/base/quickstart.yaml --out $(RESULTS)/bench/data.json
 	$(BENCH) documents yaml/base/quickstart.yaml launch.threads=1 --out $(RESULTS)/bench/documents.json
 
-# Trains every mechanism with its controls (50 minutes on one core), and times each over sequence lengths.
+# Trains every mechanism with its controls (about an hour and a half on one core, estimated), and times each over sequence lengths.
 mechanisms: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/studies/all-mechanisms.yaml
