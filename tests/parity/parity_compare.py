@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parity_cases import DENSE, OPTIMIZER, WITH_STATE, Case
@@ -34,15 +34,7 @@ FP32 = Tolerance(
 )
 """Sums in another order. Figures of routers are rounded to five decimals."""
 
-FP32_STATE = Tolerance(
-    first_loss=1e-5,
-    first_grad_norm=1e-4,
-    loss=3e-5,
-    grad_norm=3e-3,
-    validation_loss=1e-4,
-    accuracy=1e-9,
-    figures=1e-4,
-)
+FP32_STATE = replace(FP32, loss=3e-5, grad_norm=3e-3, validation_loss=1e-4)
 """Of layers with a state (`gated_delta`). Measured in one process: the same training in fp32 differs from float64 by up
 to 1.0e-5 in loss and 1.2e-3 in norm after step 1 (1.2e-7 and 2e-7 in step 1), with chunks of 1, 7 or 24 alike; in
 float64, chunks of 7 and 24 agree to 3e-12. Step 1 is not loosened: a wrong gradient differs there.
