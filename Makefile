@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Prevents Python from importing the repository's folders under their bare names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help study test test-all test-gpu results mechanisms uptrain wgqa-small wgqa-base probes plans parity soak chaos checkpoint-cost lint types format clean
+.PHONY: help study test test-all test-gpu results mechanisms uptrain wgqa wgqa-small wgqa-base probes plans parity soak chaos checkpoint-cost lint types format clean
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
@@ -56,7 +56,8 @@ uptrain: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/studies/uptrain.yaml
 
-# Fine-tunes learned merges of heads from a multi-head model, and judges summaries; one command for each of two sizes.
+# Fine-tunes learned merges of heads from a multi-head model of two sizes, and judges summaries (within an hour).
+wgqa: wgqa-small wgqa-base
 wgqa-small: SPEC = summarise
 wgqa-small: STUDY = wgqa-summaries
 wgqa-base: SPEC = summarise-base
