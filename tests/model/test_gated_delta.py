@@ -284,9 +284,9 @@ def test_the_backward_pass_executes_more_than_twice_the_forward_pass() -> None:
     triangular = {torch.ops.aten.linalg_solve_triangular: lambda a, b, *_, out_shape, **__: math.prod(b) * (b[-2] - 1)}
     config = GatedDeltaConfig(heads=2, value_heads=4, head_dim=16, value_dim=12, chunk=64)
     shapes = [(2, 16), (2, 16), (4, 12), (4,), (4,)]
-    inputs = [torch.rand(1, 128, *shape, requires_grad=True) for shape in shapes]
+    q, k, v, decay, beta = (torch.rand(1, 128, *shape, requires_grad=True) for shape in shapes)
     with FlopCounterMode(display=False, custom_mapping=triangular) as counter:
-        o, _ = chunked_delta(*inputs[:3], -inputs[3], inputs[4], chunk=64)
+        o, _ = chunked_delta(q, k, v, -decay, beta, chunk=64)
         forward = counter.get_total_flops()
         o.sum().backward()
     assert forward == config.core_flops_per_token(seq_len=128) * 128
