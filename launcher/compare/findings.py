@@ -259,8 +259,8 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
 
 def measured_speed_holds_for(result: StudyResult) -> str:
     """What a measured speed holds for: machine, implementation, size, sequence length, layout, other load."""
-    machine, versions, attempts = (result.card(key) for key in ("machine", "versions", "attempts"))
-    machine, versions = machine or {}, versions or {}
+    timed, attempts = result.speeds.card, result.card("attempts")
+    machine, versions = (timed.get(key) or result.card(key) or {} for key in ("machine", "versions"))
     code = ", ".join(f"{name} {versions[name]}" for name in ("headway", "torch", "deepspeed") if versions.get(name))
     layout = attempts[-1].get("layout") if isinstance(attempts, list) and attempts else None
     seq_len = next((c.planned.get("data", {}).get("seq_len") for c in result.cells), None)
