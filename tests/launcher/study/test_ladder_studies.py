@@ -120,6 +120,12 @@ def test_a_trial_that_diverged_with_another_spec_stays_in_the_plan_and_is_refuse
     assert without_diverged(plan).cells == (gqa, routed), "it is gone, so it is trained"
 
 
+def test_a_question_about_two_variants_is_asked_at_the_sizes_that_have_both(folder):
+    folder.rewrite("variants:\n  gqa:\n", "asks: [gqa varies more over seeds than routed]\nvariants:\n  gqa:\n")
+    ladder = plan_ladder(load_study(folder.study))
+    assert [len(ladder.main(size, {}).config.asks) for size in ladder.sizes] == [1, 1, 0]  # l has gqa alone
+
+
 def test_a_study_without_sizes_can_be_tuned(folder):
     text = folder.study.read_text()
     head, _, rest = text.partition("tokens_per_param")
