@@ -140,10 +140,11 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 
 
 def _setting(result: StudyResult) -> str:
-    seeds = sorted({c.seed for c in result.cells if c.done})
+    counts = sorted({v.difference.n for v in result.others if v.difference is not None})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return (
-        f"{result.when[0].upper()}{result.when[1:]}, {matched_words(result)}, over {len(seeds)} "
-        f"{'seed' if len(seeds) == 1 else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
+        f"{result.when[0].upper()}{result.when[1:]}, {matched_words(result)}, over {seeds} "
+        f"{'seed' if seeds == '1' else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
     )
 
 
