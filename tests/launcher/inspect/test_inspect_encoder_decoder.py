@@ -21,11 +21,11 @@ from headway.launcher.evaluate.texts import evaluate_text, own_sources
 from headway.launcher.exchange.export import export
 from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.inspect.crossing import CrossHead, _place_in_document, _Sums, cross_heads
-from headway.launcher.inspect.patterns import HeadScores, _scores, cross_places, encoder_places, places
-from headway.launcher.inspect.places import places_of
+from headway.launcher.inspect.patterns import HeadScores, _scores, cross_places, encoder_places, pair_scores, places
+from headway.launcher.inspect.places import Place, places_of
 from headway.launcher.inspect.sample import Sample, own_sample
 from headway.launcher.inspect.switched import worths
-from headway.model.measure.observe import Layer
+from headway.model.measure.observe import Layer, observed
 from headway.model.seq2seq.model import EncoderDecoder
 
 SOURCE, SEQ_LEN = 10, 42
@@ -177,6 +177,29 @@ def test_a_head_that_attends_to_one_place_has_its_class_and_no_other_score(of: A
         found = _scores(layer, of(length))
         assert found is not None and found.scores[kind].item() == 1 and found.name(0) == kind
         assert all(values.item() < 0.2 for name, values in found.scores.items() if name != kind)
+
+
+def test_scores_of_each_stack_are_of_its_own_random_tokens(model: Opened) -> None:
+    assert isinstance(model.model, EncoderDecoder)
+    source, tokens, copied = (torch.randint(280, (3, size)) for size in (10, 8, 6))
+    found = dict(zip(places_of(model.model), pair_scores(model.model, source, tokens, copied), strict=True))
+    maps = []
+    for read in ((source, tokens), (copied, copied)):
+        with torch.no_grad(), observed(model.model) as layers:
+            model.model.hidden(*read)
+        maps.append([layer.maps[0] for layer in layers])
+    expected = {  # of the second layer of each stack
+        ("encoder", "next"): maps[0][1].diagonal(1, 2, 3).mean((0, 2)),
+        ("encoder", "first"): maps[0][1][:, :, 1:, 0].mean((0, 2)),
+        ("decoder", "previous"): maps[0][4].diagonal(-1, 2, 3)[:, :, 3:].mean((0, 2)),
+        ("decoder", "induction"): maps[0][4].diagonal(-3, 2, 3)[:, :, 1:-1].mean((0, 2)),
+        ("cross", "next"): maps[1][5].diagonal(1, 2, 3)[:, :, :-1].mean((0, 2)),
+        ("cross", "last"): maps[1][5][:, :, :-2, -1].mean((0, 2)),
+    }
+    for (stack, kind), values in expected.items():
+        scores = found[Place(stack, 1)]
+        assert scores is not None
+        torch.testing.assert_close(torch.from_numpy(scores.scores[kind]), values)
 
 
 def test_a_class_without_places_is_not_a_name() -> None:
