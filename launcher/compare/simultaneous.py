@@ -3,9 +3,10 @@
 Paired runs. The loss of variant v with seed s is modelled as mu_v + seed_s + e_vs. The errors e_vs are independent and
 have a common variance. A seed sets the data order and the initial values of all variants, so it is a block. The spread
 is estimated from the residuals of all variants together, with (V - 1)(S - 1) degrees of freedom if every variant has
-every seed. The intervals are those of Dunnett (1955): the critical value is the quantile of the largest |t| over all
-comparisons with the same baseline. The probability that any interval misses its true difference is therefore at most
-1 - confidence.
+every seed. With missing runs, a difference is the mean over the seeds that the variant shares with the baseline, and
+its standard error is that of this mean. The intervals are those of Dunnett (1955): the critical value is the quantile
+of the largest |t| over all comparisons with the same baseline. The probability that any interval misses its true
+difference is therefore at most 1 - confidence.
 
 A variant or baseline whose residuals are too large for the common variance is removed from the pool. Its intervals are
 computed from its own differences, at the Sidak level for the number of comparisons, and are never narrower than the
@@ -246,7 +247,9 @@ def _pooled(
 ) -> tuple[float | None, int, dict[str, dict[str, float]]]:
     """(residual sd, its degrees of freedom, covariance of the differences in units of the residual variance).
 
-    Estimates variant and seed effects by least squares, or by means if every variant has every seed.
+    Estimates variant and seed effects by least squares, or by means if every variant has every seed. The covariance is
+    that of means over the seeds of each variant, which the baseline has all of. Least squares would estimate a
+    difference with missing runs from those of other variants too, with a smaller error that those means do not have.
     """
     names = [baseline, *(v for v in table if v != baseline)]
     seeds = sorted({s for by_seed in table.values() for s in by_seed})
@@ -269,12 +272,11 @@ def _pooled(
     if df < 1:
         return None, 0, {}
     residual = y - design @ solution
-    inverse = np.linalg.pinv(design.T @ design)
-    contrasts = np.zeros((len(names) - 1, design.shape[1]))
-    for i in range(1, len(names)):
-        contrasts[i - 1, i], contrasts[i - 1, 0] = 1.0, -1.0
-    covariance = contrasts @ inverse @ contrasts.T
-    found = {a: {b: float(covariance[i, j]) for j, b in enumerate(names[1:])} for i, a in enumerate(names[1:])}
+    shared = {a: {b: len(table[a].keys() & table[b].keys()) for b in names[1:]} for a in names[1:]}
+    found = {
+        a: {b: (2.0 if a == b else 1.0) * n / (len(table[a]) * len(table[b])) for b, n in by.items()}
+        for a, by in shared.items()
+    }
     return math.sqrt(float(residual @ residual) / df), df, found
 
 

@@ -131,6 +131,22 @@ def test_missing_cells_widen_their_own_interval_alone():
     assert full["v1"].mean == less["v1"].mean
 
 
+def test_the_error_of_a_difference_with_missing_cells_is_that_of_its_own_mean():
+    rng, deviations, cut = np.random.default_rng(16), [], {"v1": (1, 2), "v2": (0,)}
+    for _ in range(1500):
+        losses = simulated(rng, 12, 3)
+        for name, seeds in cut.items():
+            losses[name] = {s: loss for s, loss in losses[name].items() if s not in seeds}
+        found = compare_paired(losses, "v0")
+        assert found.spread is not None
+        for name, d in found.differences.items():
+            assert d.standard_error == pytest.approx(found.spread * math.sqrt(2 / (3 - len(cut.get(name, ())))))
+        d = found.differences["v1"]
+        deviations.append(d.mean / (d.standard_error or 0.0))
+    # Student's t with 20 degrees of freedom has this standard deviation; with the error of least squares it is 1.26.
+    assert np.std(deviations) == pytest.approx(math.sqrt(20 / 18), rel=0.06)
+
+
 def test_missing_cells_do_not_break_the_joint_error():
     rng, repeats, claims = np.random.default_rng(14), 400, 0
     for _ in range(repeats):
