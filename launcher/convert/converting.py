@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from headway.data.config import DataConfig, DataError, datasets_of
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
-from headway.launcher.convert.measure import calibration, judgement, mean_loss
+from headway.launcher.convert.measure import Batches, calibration, judgement, mean_loss
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
@@ -44,6 +45,7 @@ def convert(
     by_layer: bool = False,
     tokens: int,
     data: DataConfig | None,
+    seq_len: int,
     seed: int,
     source: str,
     why_no_data: str = "no dataset was named",
@@ -53,9 +55,10 @@ def convert(
     by: what heads are compared by. unequal: choose the sizes of the groups (`with_unequal_groups`).
     by_layer: choose the number of KV heads of each layer (`with_numbers_by_layer`).
     tokens: of the training split for calibration, and of the validation split for the losses. data: None: losses are
-    not measured (`why_no_data`). source: what is converted, for people. Raises SpecError for what cannot be converted,
-    and if a method needs data.
+    not measured (`why_no_data`). seq_len: tokens of the sequences that the target is for. source: what is converted,
+    for people. Raises SpecError for what cannot be converted, and if a method needs data.
     """
+    _check_blocks(target, seq_len)
     inputs, calibrated, judged = None, None, None
     if data is not None:
         try:
@@ -82,7 +85,7 @@ def convert(
     except ValueError as e:
         raise SpecError(f"convert: {e}") from None
     after = None if judged is None else mean_loss(found.decoder, judged, "loss after")
-    old = decoder.attention
+    old, complete = decoder.attention, found.complete_tokens
     card = {
         "format": FORMAT,
         "source": source,
@@ -91,7 +94,9 @@ def convert(
         "from": old.model_dump(mode="json"),
         "to": target.model_dump(mode="json"),
         "kv_heads": [_kv_heads(old, model.layers), _kv_heads(target, model.layers)],
-        "same_function": found.same_function,
+        "same_function": found.same_function and (complete is None or seq_len <= complete),
+        "complete_tokens": complete,
+        "not_exact": None if complete is None else _not_exact(complete, seq_len, judged),
         "seed": seed,
         "data": None if data is None else [str(Path(part.path)) for part in datasets_of(data.source)] or ["synthetic"],
         "calibration": None if calibrated is None else {"split": calibrated.split, "tokens": calibrated.tokens},
@@ -102,6 +107,29 @@ def convert(
         "layers": [asdict(layer) for layer in found.layers],
     }
     return Change(found.decoder, card)
+
+
+def _check_blocks(target: AttentionSection, seq_len: int) -> None:
+    """Raise SpecError for blocks that leave none to choose, which no spec with these sequences could train."""
+    for prefix, kind in target.mechanisms():
+        if isinstance(kind, BlockSparseConfig) and kind.block >= seq_len:
+            raise SpecError(
+                f"attention.{prefix}block: a block of {kind.block} tokens leaves no earlier block to choose in "
+                f"sequences of {seq_len}, those of the source; use attention.{prefix}block {max(1, seq_len // 4)}"
+            )
+
+
+def _not_exact(complete: int, seq_len: int, judged: Batches | None) -> str | None:
+    """Why the target does not start with the function of the GQA layers; None if it does, in sequences of seq_len."""
+    if seq_len <= complete:
+        return None
+    text = (
+        f"not exact: in sequences of {seq_len:,} tokens, tokens do not attend to the blocks that they do not choose; "
+        f"in sequences of up to {complete:,} tokens all blocks are chosen, and the function is that of gqa"
+    )
+    if judged is None or (longest := judged.longest_document) > complete:
+        return text
+    return f"{text}, as in those of the losses (documents of up to {longest:,} tokens)"
 
 
 def _unequal(decoder: Decoder, model: ModelConfig, target: AttentionSection, **options: Any) -> GqaConfig:
@@ -127,6 +155,11 @@ def _kv_heads(attention: AttentionSection, layers: int) -> int | list[int]:
     return numbers if len(set(numbers)) > 1 else numbers[0]
 
 
+def _limit(card: dict[str, Any]) -> str:
+    complete = card["complete_tokens"]
+    return "" if complete is None else f" in sequences of up to {complete:,} tokens"
+
+
 def card_lines(card: dict[str, Any]) -> list[str]:
     """The card as text for the console: one line of facts each, then one line a layer."""
     old, new = (sum(n) / len(n) if isinstance(n, list) else n for n in card["kv_heads"])
@@ -135,7 +168,11 @@ def card_lines(card: dict[str, Any]) -> list[str]:
     what += f" of {card['by']}" if card["by"] else ""
     lines = [f"converted  {card['source']}: {what}"]
     if card["same_function"]:
-        lines.append("function   nothing was pooled: the result computes the function of the source")
+        lines.append("function   nothing was pooled: the result computes the function of the source" + _limit(card))
+    elif card["not_exact"]:
+        lines.append(f"function   {card['not_exact']}")
+    elif card["complete_tokens"] is not None:
+        lines.append("function   all blocks are chosen: the result computes the function of gqa" + _limit(card))
     used = card["calibration"]
     if used is None:
         lines.append("tokens     no calibration tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from headway.data.config import DataConfig
 from headway.data.loader import Loader, MicroBatch, validation_batches
@@ -26,6 +27,17 @@ class Batches:
     def tokens(self) -> int:
         """Of sequences with a target: others fill the last batch."""
         return sum(int((b.labels >= 0).any(1).sum()) * b.tokens.shape[1] for b in self.micro)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document; without boundaries, of a sequence."""
+        found = [b.tokens.shape[1] if b.segments is None else _longest_run(b.segments) for b in self.micro]
+        return max(found)
+
+
+def _longest_run(segments: Tensor) -> int:
+    """The most equal numbers in a row, of segments [B, S]."""
+    return max(int(row.unique_consecutive(return_counts=True)[1].max()) for row in segments)
 
 
 def calibration(data: DataConfig, tokens: int) -> Batches:

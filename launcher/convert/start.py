@@ -40,6 +40,7 @@ def prepare_start(run: RunDir, spec: Spec) -> dict[str, Any] | None:
             by=options.by,
             tokens=options.tokens,
             data=spec.data,
+            seq_len=spec.data.seq_len,
             seed=spec.seed,
             source=where,
         )

@@ -91,6 +91,7 @@ def convert_folder(path: Path, out: Path, asked: Asked) -> int:
         by_layer=asked.by_layer,
         tokens=asked.tokens,
         data=source.data,
+        seq_len=source.exported.seq_len,
         seed=asked.seed,
         source=printable(str(path), 300),
         why_no_data="no dataset was named (--data DATASET)",
@@ -225,6 +226,11 @@ def _target(source: AttentionSection, asked: Asked) -> AttentionConfig:
         if first["type"] == "extra_forbidden":
             legal = ", ".join(name for name in MECHANISMS[asked.to].model_fields if name != "type")
             raise SpecError(f"attention.{key}: {asked.to} has no such key; use one of {legal}") from None
+        if first["type"] == "missing" and key in MECHANISMS[asked.to].model_fields:
+            meaning = MECHANISMS[asked.to].model_fields[key].description
+            raise SpecError(
+                f"attention.{key}: --to {asked.to} needs it ({meaning}); add attention.{key}=VALUE"
+            ) from None
         text = first["msg"].removeprefix("Value error, ")
         raise SpecError(f"--to {asked.to}: {f'attention.{key}: ' if key else ''}{text}") from None
 

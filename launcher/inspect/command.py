@@ -29,7 +29,6 @@ def inspect(
 ) -> int:
     """Inspect a run or weights, and write the folder `out`; RUN/inspection by default."""
     model = open_model(path, step)
-    model.decoder_for("headway inspect")
     if out is None and not RunDir(path).spec.is_file():
         raise SpecError(f"--out: {path} is no run folder, which would get the page; name a folder for it")
     folder = out or path / "inspection"

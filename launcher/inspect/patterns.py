@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headway.launcher.exchange.opened import Opened
+from headway.launcher.inspect.places import places_of
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from headway.model.measure.observe import Layer
+    from headway.model.seq2seq.model import EncoderDecoder
 
 CLASSES = {
     "previous": "the token before",
@@ -24,7 +28,24 @@ CLASSES = {
     "duplicate": "the same token earlier",
     "induction": "the token after the same token earlier",
 }
-"""Score -> what is attended to."""
+"""Score -> what is attended to, in a decoder."""
+ENCODER_CLASSES = {
+    "previous": "the token before",
+    "next": "the token after",
+    "first": "the first token of the source",
+    "self": "the token itself",
+    "duplicate": "the same token at its other place",
+}
+"""In an encoder, whose tokens see each other."""
+CROSS_CLASSES = {
+    "first": "the first token of the source",
+    "last": "its last token",
+    "same": "the token of the source that the decoder reads",
+    "next": "the one after it, which the decoder is to predict",
+}
+"""In cross attention, where the target repeats the source."""
+CLASSES_OF = {"": CLASSES, "encoder": ENCODER_CLASSES, "decoder": CLASSES, "cross": CROSS_CLASSES}
+"""Of each stack (`headway.launcher.inspect.places`)."""
 LEAST = 0.4
 """Score from which a head is called by it."""
 HALF = 32
@@ -46,7 +67,7 @@ class HeadScores:
         found = {kind: float(values[head]) for kind, values in self.scores.items()}
         if not self.share[head]:
             return "unused"
-        best = max(found, key=lambda kind: found[kind])
+        best = max(found, key=lambda kind: -1 if found[kind] != found[kind] else found[kind])  # nan: no such place
         return best if found[best] >= LEAST else "mixed"
 
 
@@ -66,6 +87,33 @@ def places(length: int) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def encoder_places(length: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """As `places`, of an encoder."""
+    import torch
+
+    every, half = torch.arange(length), length // 2
+    return {
+        "previous": (every[1:], every[:-1]),
+        "next": (every[:-1], every[1:]),
+        "first": (every[1:], torch.zeros_like(every[1:])),
+        "self": (every, every),
+        "duplicate": (every, (every + half) % length),
+    }
+
+
+def cross_places(length: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Score -> (queries, keys) of a target of `length` tokens that are those of the source."""
+    import torch
+
+    every = torch.arange(length)
+    return {  # without queries at which two of them are the same place
+        "first": (every[1:], torch.zeros_like(every[1:])),
+        "last": (every[:-2], torch.full_like(every[:-2], length - 1)),
+        "same": (every[1:-1], every[1:-1]),
+        "next": (every[:-2], every[1:-1]),
+    }
+
+
 def head_scores(model: Opened, tokens: Tensor) -> list[HeadScores | None]:
     """Scores of all heads of each layer; None for layers without known attention (relative positions, states).
 
@@ -78,18 +126,42 @@ def head_scores(model: Opened, tokens: Tensor) -> list[HeadScores | None]:
     decoder, device = model.decoder, model.decoder.embedding.device
     with torch.no_grad(), observed(decoder) as layers:
         decoder.hidden(tokens.to(device))
-    found: list[HeadScores | None] = []
-    for layer in layers:
-        if not layer.maps:
-            found.append(None)
-            continue
-        attention = torch.cat([m.double() for m in layer.maps], 1).cpu()  # [N, rows, S, S]
-        rows = torch.cat(layer.rows, -1).cpu()  # [N, S, rows]
-        scores = {kind: _mean(attention, rows, at, layer.heads) for kind, at in places(tokens.shape[1]).items()}
-        counts = torch.bincount(rows.flatten(), minlength=layer.heads)
-        share = counts.double() / rows.shape[:2].numel()
-        found.append(HeadScores(share=share.numpy(), scores=scores))
-    return found
+    return [_scores(layer, places(tokens.shape[1])) for layer in layers]
+
+
+def pair_scores(model: EncoderDecoder, source: Tensor, tokens: Tensor, copied: Tensor) -> list[HeadScores | None]:
+    """Scores of all heads of each attention of an encoder-decoder.
+
+    source [N, s], tokens [N, S]: random tokens that come twice, of which the scores of the encoder and of the decoder's
+    self-attention are. copied [N, C]: random tokens, which encoder and decoder read for the scores of cross attention.
+    """
+    import torch
+
+    from headway.model.measure.observe import observed
+
+    device = model.embedding.device
+    with torch.no_grad():
+        with observed(model) as layers:
+            model.hidden(source.to(device), tokens.to(device))
+        with observed(model) as copying:
+            model.hidden(copied.to(device), copied.to(device))
+    at = {"encoder": encoder_places(source.shape[1]), "decoder": places(tokens.shape[1])}
+    at["cross"] = cross_places(copied.shape[1])
+    read = zip(places_of(model), layers, copying, strict=True)
+    return [_scores(copy if place.stack == "cross" else layer, at[place.stack]) for place, layer, copy in read]
+
+
+def _scores(layer: Layer, at: Mapping[str, tuple[Tensor, Tensor]]) -> HeadScores | None:
+    import torch
+
+    if not layer.maps:
+        return None
+    attention = torch.cat([m.double() for m in layer.maps], 1).cpu()  # [N, rows, S, K]
+    rows = torch.cat(layer.rows, -1).cpu()  # [N, S, rows]
+    scores = {kind: _mean(attention, rows, pair, layer.heads) for kind, pair in at.items()}
+    counts = torch.bincount(rows.flatten(), minlength=layer.heads)
+    share = counts.double() / rows.shape[:2].numel()
+    return HeadScores(share=share.numpy(), scores=scores)
 
 
 def _mean(attention: Tensor, rows: Tensor, at: tuple[Tensor, Tensor], heads: int) -> np.ndarray:

@@ -44,11 +44,10 @@ def experts_of(model: Opened, sample: Sample) -> list[Expert]:
 
     from headway.model.measure.observe import observed
 
-    decoder, device = model.decoder, model.decoder.embedding.device
     seen: dict[tuple[int, str, int], list[tuple[Tensor, Tensor]]] = {}
     for part in sample.passes():
-        with torch.no_grad(), observed(decoder, part.segments, maps=False) as layers:
-            decoder.hidden(part.tokens.to(device), part.segments)
+        with torch.no_grad(), observed(model.model, part.segments, maps=False) as layers:
+            part.read(model.model)
         for number, layer in enumerate(layers):
             for name, routing in layer.routings.items():
                 key = number, name, layer.experts[name]
@@ -68,7 +67,7 @@ def _expert(
     """idx, gate [N, S, k] of a group."""
     import torch
 
-    real = _real(sample)
+    real = sample.real
     chosen = (idx == expert) & real[..., None]
     uses, weight = chosen.any(-1), torch.where(chosen, gate, 0).sum(-1)  # [N, S]
     vocabulary = int(sample.tokens.max()) + 1
@@ -98,9 +97,3 @@ def _expert(
         tokens=tuple((model.codec.decode([token]), float(lift[token]), int(counts[token])) for token in best),
         contexts=tuple(contexts),
     )
-
-
-def _real(sample: Sample) -> Tensor:
-    """Places that hold a token of the sequence [N, S]: those up to the last one with a target."""
-    has = (sample.labels >= 0).flip(1).cummax(1).values.flip(1)
-    return has.bool()

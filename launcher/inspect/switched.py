@@ -65,11 +65,11 @@ def switches(model: Opened, sample: Sample) -> list[Off]:
     from headway.model.attention.rgqa import RoutedGroupedQueryAttention
     from headway.model.measure.observe import Off, observed
 
-    decoder, segments = model.decoder, None if sample.segments is None else sample.segments[:1]
-    with torch.no_grad(), observed(decoder, segments, maps=False) as layers:
-        decoder.hidden(sample.tokens[:1].to(decoder.embedding.device), segments)
+    first = sample.rows(0, 1)
+    with torch.no_grad(), observed(model.model, first.segments, maps=False) as layers:
+        first.read(model.model)
     found = []
-    for number, (layer, module) in enumerate(zip(layers, decoder.attention_layers(), strict=True)):
+    for number, (layer, module) in enumerate(zip(layers, model.model.attention_layers(), strict=True)):
         found += [Off(number, head) for head in range(layer.heads)]
         of_heads = isinstance(module, RoutedGroupedQueryAttention | GroupedQueryExperts | MixtureOfHeads | Namoh)
         for name, routing in layer.routings.items():
@@ -86,10 +86,10 @@ def _losses(model: Opened, sample: Sample, off: Off | None) -> Tensor:
 
     from headway.model.measure.observe import observed
 
-    decoder, device = model.decoder, model.decoder.embedding.device
     sums = []
     for part in sample.passes():
-        with torch.no_grad(), observed(decoder, part.segments, maps=False, off=off):
-            out = decoder(part.tokens.to(device), part.labels.to(device), part.segments)
+        with torch.no_grad(), observed(model.model, part.segments, maps=False, off=off):
+            out = part.read(model.model)
+        assert out.by_token is not None
         sums.append(out.by_token.losses.double().sum(1).cpu())
     return torch.cat(sums)

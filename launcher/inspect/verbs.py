@@ -17,7 +17,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a text, a .jsonl or .parquet file, or a dataset (default: the validation of the run)",
     )
-    parser.add_argument("--documents", type=whole(1, 100_000), default=32, help="documents to read (default: 32)")
+    parser.add_argument(
+        "--documents", type=whole(1, 100_000), default=32, help="documents, or pairs, to read (default: 32)"
+    )
     parser.add_argument("--tokens", type=whole(4, 1 << 16), default=128, help="first tokens of each (default: 128)")
     parser.add_argument(
         "--step", type=whole(0), default=None, metavar="N", help="step of the checkpoint (default: the newest)"

@@ -73,6 +73,11 @@ class BlockSparseConfig(GroupedConfig):
     def reads_routing(self) -> bool:
         return True
 
+    @property
+    def complete_tokens(self) -> int:
+        """(n + 1)P, tokens of the longest sequence in which each token chooses all its earlier blocks."""
+        return (self.blocks + 1) * self.block
+
     def build(self, *, width: int, layers: int, init_std: float, norm_eps: float) -> Attention:
         return BlockSparseAttention(self, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
 

@@ -8,6 +8,7 @@ First the KV heads are pooled (`headway.model.convert.methods.How`). The result 
 of the source if nothing is pooled. It then becomes a layer of the target with exactly the function of the GQA layer:
 
     gqa, mqa      the same layer
+    block_sparse  the same parameters; the function is that of the GQA layer in sequences in which all blocks are chosen
     wgqa          all KV heads are kept; the weights of their sums are those of pooling, so that folding gives the GQA
                   layer (random: standard normal weights)
     rgqa, moh     all heads are selected (k_schedule may anneal it) and the router is 0; W_O is divided by the gates,
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import DenseConfig, GqaConfig
 from headway.model.attention.grouped import GroupedConfig
 from headway.model.attention.moh import MixtureOfHeads
@@ -53,11 +55,16 @@ _PROBES = 5
 
 
 class Converted(NamedTuple):
-    """A converted decoder in evaluation mode. `same_function`: whether nothing was pooled."""
+    """A converted decoder in evaluation mode.
+
+    `same_function`: whether nothing was pooled. `complete_tokens`: tokens of the longest sequence in which all blocks
+    are chosen in all layers, so that the function is that of the pooled GQA; None: in sequences of any length.
+    """
 
     decoder: Decoder
     layers: tuple[LayerChange, ...]
     same_function: bool
+    complete_tokens: int | None = None
 
 
 # ---------------------------------------------------------------- what can be converted
@@ -203,12 +210,14 @@ def convert_decoder(
     new = Decoder(model, target, vocab_size=vocab_size or len(decoder.embedding), seed=seed).to(decoder.embedding)
     new.eval()
     state, changes, same = decoder.state_dict(), [], True
+    complete: list[int] = []
     fresh = new.state_dict()
     layers = zip(decoder.attention_layers(), new.attention_layers(), strict=True)
     for i, (old_layer, new_layer) in enumerate(layers):
         new_layer.before_step(0)
         own, x = target.layer(i, model.layers), None if inputs is None else inputs[i]
         sizes = _pooled_sizes(source, own)
+        complete += [own.complete_tokens] if isinstance(own, BlockSparseConfig) else []
         same &= max(sizes) == 1 and (how != "random" or isinstance(own, SwitchHeadConfig))
         form = Form(source, sizes, how, by, rotated(model, source), seed)
         weights, change = regrouped(i, old_layer.state_dict(), form, x)
@@ -219,7 +228,7 @@ def convert_decoder(
     attention = {name for name in fresh if name.startswith("blocks.") and name.split(".")[2] == "attn"}
     fresh |= {name: state[name] for name in fresh if name not in attention}
     new.load_state_dict(fresh)
-    return Converted(new, tuple(changes), same)
+    return Converted(new, tuple(changes), same, min(complete, default=None))
 
 
 @torch.no_grad()
@@ -321,7 +330,10 @@ def attention_inputs(decoder: Decoder, batches: Sequence[tuple[Tensor, Tensor | 
 def _pool(
     layer: Attention, weights: Mapping[str, Tensor], source: DenseConfig, sizes: Sequence[int], how: How
 ) -> dict[str, Tensor]:
-    """The GQA layer. With `random`, keys and values are those of the untrained `layer`."""
+    """The GQA layer; the parameters of block-sparse attention are the same.
+
+    With `random`, keys and values are those of the untrained `layer`.
+    """
     if how == "random":
         new = {name: tensor for name, tensor in layer.state_dict().items() if name in ("w_k", "w_v", "b_k", "b_v")}
         return {**weights, **new}
@@ -393,6 +405,7 @@ def _split(
 _FILL = {
     "gqa": _pool,
     "mqa": _pool,
+    "block_sparse": _pool,
     "wgqa": _weighted,
     "rgqa": _routed,
     "moh": _routed,
@@ -460,7 +473,8 @@ def _constant(gates: Tensor, layer: Attention) -> Tensor:
 def target_fields(source: DenseConfig, to: str, kv_heads: int | None, how: How) -> dict[str, Any]:
     """Fields of the attention that `source` becomes, as in a spec; options that the user gives go above them.
 
-    kv_heads: G; None: as many as the source has (1 for mqa). Routed mechanisms select everything at their start.
+    kv_heads: G; None: as many as the source has (1 for mqa). Routed mechanisms select everything at their start. The
+    user states `block` and `blocks` of block_sparse.
     """
     shared = {name: getattr(source, name) for name in AttentionConfig.model_fields if name != "type"}
     groups = source.groups if kv_heads is None else kv_heads
@@ -473,6 +487,8 @@ def target_fields(source: DenseConfig, to: str, kv_heads: int | None, how: How) 
     fields |= {"heads": source.heads, "kv_heads": groups}
     if to == "wgqa":
         return {**fields, "start": "random" if how == "random" else "mean"}
+    if to == "block_sparse":
+        return fields
     if to == "rgqa":
         return {**fields, "top_k": max(1, source.heads // max(1, groups))}
     return {**fields, "shared_heads": 0, "top_k": source.heads, "form": "code"}

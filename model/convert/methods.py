@@ -36,5 +36,5 @@ def is_calibrated(how: How, by: By) -> bool:
     return how in COMPARED and by == "activations"
 
 
-TARGETS = ("gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead")
+TARGETS = ("gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead", "block_sparse")
 SOURCES = ("mha", "gqa", "mqa")

@@ -1,10 +1,10 @@
-"""Observe the heads and routers of a decoder during a pass, and switch one of them off.
+"""Observe the heads and routers of a model during a pass, and switch one of them off.
 
 Nothing here is used in training. The mechanisms are not changed: the context that a layer gets reports its calls of the
 attention core, and hooks of its routers report and edit what they choose.
 
-Legend: B batch, S sequence, H query heads in a call of the core (or slots, which hold another head at each token),
-G groups, k choices per group and token.
+Legend: B batch, S sequence, K keys (S, but in cross attention the source), H query heads in a call of the core (or
+slots, which hold another head at each token), G groups, k choices per group and token.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from headway.model.blocks import Blocks
 from headway.model.decoder import Decoder
 from headway.model.router import RoutedAttention, Router, Routing
 from headway.model.segments import Past, Segments
+from headway.model.seq2seq.model import EncoderDecoder
 
 
 class Off(NamedTuple):
     """What is switched off in `layer`: a query head (`router` empty), or an expert of a group of a router.
 
-    The output of a head is 0 before gates and W_O. The gate of an expert is 0 where the router chose it: its tokens
-    lose it and get no other one.
+    `layer` counts the modules of `attention_layers()`, of which a block of an encoder-decoder may have two. The output
+    of a head is 0 before gates and W_O. The gate of an expert is 0 where the router chose it: its tokens lose it and
+    get no other one.
     """
 
     layer: int
@@ -46,7 +48,7 @@ class Layer:
 
     heads: Number of query heads; a shared head that is computed apart is the last one. Heads of unequal groups or
         windows are numbered in the order in which the layer computes them, others group by group.
-    maps: For each call of the core its attention [B, H, S, S], rows of queries; empty if not asked for, if positions
+    maps: For each call of the core its attention [B, H, S, K], rows of queries; empty if not asked for, if positions
         are relative, or if heads keep a state.
     rows: For each call, the query head of each row [B, S, H].
     routings: Router -> its choice; indices [B, S, G, k] are within the group. experts: Router -> experts of a group.
@@ -92,7 +94,9 @@ class _Report:
         rows = self._rows(q)
         self.layer.rows.append(rows)
         if self.maps and context.relative is None:
-            self.layer.maps.append(attention_map(q, k, self._segments, window, seen))
+            known = context.core is None
+            found = attention_map(q, k, self._segments, window, seen) if known else core_map(context, q, k)
+            self.layer.maps.append(found)
         if self._off is not None:
             o = o.masked_fill((rows == self._off).unsqueeze(-1), 0)
         return o
@@ -155,6 +159,17 @@ def attention_map(
     return scores.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
+def core_map(context: Context, q: Tensor, k: Tensor) -> Tensor:
+    """Attention of the core of an encoder-decoder [B, H, S, K], fp32 or float64; q [B, S, H, D], k [B, K, G, D].
+
+    It is what the core makes of values that are the unit vectors of the keys. Queries without keys have 0.
+    """
+    assert context.core is not None
+    batch, keys, groups = k.shape[:3]
+    unit = torch.eye(keys, dtype=k.dtype, device=k.device)[:, None].expand(batch, keys, groups, keys)
+    return context.core(q, k, unit).to(torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
+
+
 def segment_map(q: Tensor, k: Tensor, segments: Segments, rows: Tensor, documents: Tensor | None) -> Tensor:
     """Attention of each slot [B, k, S, S] within the tokens of its head, 0 elsewhere.
 
@@ -180,13 +195,14 @@ def _after(change: Callable[[Routing], Routing], module: Router, inputs: tuple[A
 
 @contextlib.contextmanager
 def observed(
-    decoder: Decoder, segments: Tensor | None = None, *, maps: bool = True, off: Off | None = None
+    model: Decoder | EncoderDecoder, segments: Tensor | None = None, *, maps: bool = True, off: Off | None = None
 ) -> Iterator[list[Layer]]:
     """Observe the passes in this context: yields the layers, which hold what the last pass did.
 
-    segments: Those that the pass gets. maps: Whether attention is kept. off: What is switched off.
+    There is one for each of `attention_layers()`. segments: Those that the pass gets (of an encoder-decoder: the
+    target's). maps: Whether attention is kept. off: What is switched off.
     """
-    layers = [Layer() for _ in decoder.attention_layers()]
+    layers = [Layer() for _ in model.attention_layers()]
 
     def begin(number: int, module: Attention, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         head = off.member if off is not None and off.layer == number and not off.router else None
@@ -206,7 +222,7 @@ def observed(
         return routing
 
     with contextlib.ExitStack() as stack:
-        for number, module in enumerate(decoder.attention_layers()):
+        for number, module in enumerate(model.attention_layers()):
             stack.callback(module.register_forward_pre_hook(partial(begin, number)).remove)
             routers: dict[str, Router] = module.routers if isinstance(module, RoutedAttention) else {}
             for name, router in routers.items():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig, MhaConfig, MqaConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
@@ -26,6 +27,7 @@ from headway.model.convert.decoder import (
     with_unequal_groups,
 )
 from headway.model.convert.heads import mean_pool
+from headway.model.convert.methods import TARGETS
 from headway.model.decoder import Decoder
 from headway.model.k_schedule import KStage, LinearK
 from headway.model.mixed import MixedConfig
@@ -374,6 +376,60 @@ def test_the_router_of_a_converted_decoder_learns(decoder, tokens):
     assert not router.any() and router.grad is not None and router.grad.abs().min() > 0
 
 
+def sparse(groups, **fields):
+    return BlockSparseConfig(**SHAPE, kv_heads=groups, **fields)
+
+
+@pytest.mark.parametrize("chosen_by", ["group", "head"])
+@pytest.mark.parametrize(
+    ("block", "blocks", "how", "groups", "fields"),
+    [
+        (3, 2, "mean", 2, {}),
+        (4, 1, "first", 3, {}),
+        (1, 7, "cluster_align", 2, {}),
+        (5, 1, "random", 1, {}),
+        (3, 2, "mean", 2, {"qk_norm": True}),
+    ],
+)
+def test_block_sparse_is_gqa_up_to_the_length_at_which_all_blocks_are_chosen(
+    decoder, tokens, chosen_by, block, blocks, how, groups, fields
+):
+    """One token more, and a query leaves a block out."""
+    source = decoder(mha(**fields)).eval()
+    with torch.no_grad():
+        for tensor in source.parameters():
+            tensor += 0.1 * torch.randn_like(tensor)
+    options = {"how": how, "inputs": attention_inputs(source, [(tokens, None)]), "seed": 3}
+    plain = convert_decoder(source, MODEL, gqa(groups, **fields), **options)
+    target = sparse(groups, block=block, blocks=blocks, chosen_by=chosen_by, **fields)
+    found = convert_decoder(source, MODEL, target, **options)
+    complete = block * (blocks + 1)
+    assert found.complete_tokens == complete < tokens.shape[1] and plain.complete_tokens is None
+    same(plain.decoder, found.decoder, tokens[:, :complete])
+    differ(plain.decoder, found.decoder, tokens[:, : complete + 1])
+    assert found.layers == plain.layers and not found.same_function
+
+
+@pytest.mark.parametrize("source", [mha(), gqa(3), MqaConfig(**SHAPE)], ids=lambda config: config.type)
+def test_block_sparse_with_all_blocks_and_the_heads_of_the_source_is_the_source(decoder, tokens, source):
+    blocks = -(-(tokens.shape[1] - 1) // 2)
+    old, found = converted(decoder, source, sparse(source.groups, block=2, blocks=blocks))
+    assert found.same_function and found.complete_tokens == 2 * (blocks + 1)
+    same(old, found.decoder, tokens)
+    documents = torch.arange(tokens.shape[1]).expand_as(tokens) // 7
+    with torch.no_grad():
+        ours, theirs = (each.logits(tokens, documents) for each in (old, found.decoder))
+    torch.testing.assert_close(ours, theirs, **ONE)
+
+
+def test_the_layer_with_the_fewest_chosen_tokens_sets_the_length(decoder, tokens):
+    kinds: dict[str, AttentionConfig] = {"few": sparse(6, block=2, blocks=1), "many": sparse(6, block=2, blocks=4)}
+    old, found = converted(decoder, mha(), MixedConfig(kinds=kinds, pattern=["many", "few"]))
+    assert found.complete_tokens == 4 and found.same_function
+    same(old, found.decoder, tokens[:, :4])
+    differ(old, found.decoder, tokens[:, :5])
+
+
 def test_random_heads_are_those_of_an_untrained_decoder(decoder, tokens):
     source, found = converted(decoder, mha(), gqa(2), how="random", seed=5)
     new = Decoder(MODEL, gqa(2), vocab_size=37, seed=5).double().state_dict()
@@ -400,6 +456,9 @@ ROUTED: dict[str, Any] = {"kv_heads": 2, "top_k": 3}
         (mha(windows=[4] * 6), gqa(2, windows=[4] * 2), "mean", r"attention.windows: "),
         (mha(gate="headwise"), gqa(2), "mean", r"attention.gate: none in the target and headwise in the source"),
         (mha(biases=True), RgqaConfig(**SHAPE, **ROUTED), "mean", r"attention.biases: .*convert to gqa or mqa"),
+        (mha(windows=4), sparse(2, block=2, blocks=1), "mean", r"attention.windows: .*block_sparse has no such option"),
+        (gqa(2, group_sizes=[1, 5]), sparse(2, block=2, blocks=1), "mean", r"group_sizes.*use the same sizes, or a"),
+        (mha(qk_norm=True), sparse(2, block=2, blocks=1, qk_norm=True), "align", r"^align: .*QK-norm"),
         (mha(), SwitchHeadConfig(kv_heads=2, head_dim=D, rope_fraction=0.6, experts=2, top_k=2), "mean", r"score maps"),
         (mha(), WgqaConfig(**SHAPE, kv_heads=2, start="random"), "mean", r"attention.start: random with mean"),
     ],
@@ -440,10 +499,11 @@ def test_alignment_needs_calibration_tokens(decoder):
         with_unequal_groups(decoder(gqa(2)), MODEL, gqa(3), how="cluster", by="weights")
 
 
-@pytest.mark.parametrize("to", ["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead"])
+@pytest.mark.parametrize("to", TARGETS)
 def test_fields_of_a_target_convert(decoder, tokens, to):
     from headway.model.attention.registry import MECHANISMS
 
     fields = target_fields(mha(), to, None if to in ("mqa", "switchhead") else 3, "mean")
-    target = MECHANISMS[to].model_validate(fields)
+    own = {"block": 2, "blocks": 3} if to == "block_sparse" else {}  # which have no defaults
+    target = MECHANISMS[to].model_validate({**fields, **own})
     assert converted(decoder, mha(), target)[1].decoder.attention == target

@@ -29,7 +29,9 @@ GIVEN = ("attention.type", "attention.kv_heads", "init", "train.tokens", "train.
 class ConvertTo(StrictModel):
     """The conversion of the teacher's weights."""
 
-    to: Literal["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead"] = Field(description="the new mechanism")
+    to: Literal["gqa", "mqa", "wgqa", "rgqa", "moh", "switchhead", "block_sparse"] = Field(
+        description="the new mechanism"
+    )
     kv_heads: int | None = Field(default=None, ge=1, description="its KV heads; default: as many as the teacher has")
     how: How = Field(default="mean", description="how KV heads of a group become one")
     by: By = Field(default="activations", description="what align, cluster and cluster_align compare")

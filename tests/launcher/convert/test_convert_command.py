@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,69 @@ def test_switchhead_starts_as_the_source(run, tmp_path, capsys, more):
     assert "nothing was pooled: the result computes the function of the source" in capsys.readouterr().out
 
 
+SPARSE = ["--to", "block_sparse"]
+
+
+def sparse_card(run, out, block, *words, capsys):
+    """The card of a conversion, and what the command said of the function."""
+    convert(run, *SPARSE, f"attention.block={block}", *words, "--tokens", 480, "--out", out)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("function ")]
+    assert len(said) == 1 and said[0] in (out / "README.md").read_text()
+    return json.loads((out / "conversion.json").read_text()), said[0].removeprefix("function   ")
+
+
+def test_block_sparse_with_all_blocks_starts_as_the_source_or_as_gqa(run, tmp_path, capsys):
+    card, said = sparse_card(run, tmp_path / "a", 8, "attention.blocks=5", capsys=capsys)
+    assert card["same_function"] and (card["complete_tokens"], card["not_exact"]) == (48, None)
+    assert said == "nothing was pooled: the result computes the function of the source in sequences of up to 48 tokens"
+    assert card["loss"]["after"] == pytest.approx(card["loss"]["before"], abs=1e-6)
+    same(load_exported(tmp_path / "a"), decoder_of(run))
+    card, said = sparse_card(run, tmp_path / "b", 8, "--kv-heads", 2, "attention.blocks=5", capsys=capsys)
+    convert(run, "--to", "gqa", "--kv-heads", 2, "--tokens", 480, "--out", tmp_path / "c")
+    assert not card["same_function"] and card["not_exact"] is None
+    assert said == "all blocks are chosen: the result computes the function of gqa in sequences of up to 48 tokens"
+    plain = json.loads((tmp_path / "c" / "conversion.json").read_text())
+    assert card["loss"]["after"] == pytest.approx(plain["loss"]["after"], abs=1e-6) != card["loss"]["before"]
+    assert (plain["complete_tokens"], plain["not_exact"]) == (None, None)
+    same(load_exported(tmp_path / "b"), load_exported(tmp_path / "c"))
+
+
+def test_block_sparse_that_leaves_blocks_out_is_said_not_to_be_exact(run, tmp_path, capsys):
+    card, said = sparse_card(run, tmp_path / "a", 4, "attention.blocks=1", "attention.chosen_by=head", capsys=capsys)
+    assert not card["same_function"] and card["complete_tokens"] == 8 and said == card["not_exact"]
+    assert said == (
+        "not exact: in sequences of 48 tokens, tokens do not attend to the blocks that they do not choose; in "
+        "sequences of up to 8 tokens all blocks are chosen, and the function is that of gqa"
+    )
+    batches = judgement(stored_spec(RunDir(run)).data, 480)
+    assert card["loss"]["before"] == pytest.approx(mean_loss(decoder_of(run), batches, ""))
+    assert card["loss"]["after"] == pytest.approx(mean_loss(load_exported(tmp_path / "a"), batches, ""))
+    assert abs(card["loss"]["before"] - card["loss"]["after"]) > 1e-3
+    assert card["to"]["chosen_by"] == "head"
+
+
+def test_losses_of_documents_in_which_all_blocks_are_chosen_are_said_to_be_those(run, tmp_path, capsys):
+    """The problems of these sequences are documents of 16 tokens, so no loss shows that the start is not exact."""
+    card, _ = sparse_card(run, tmp_path / "a", 8, "attention.blocks=1", capsys=capsys)
+    assert card["loss"]["before"] == pytest.approx(card["loss"]["after"], abs=1e-6) and not card["same_function"]
+    assert card["not_exact"].endswith(
+        "function is that of gqa, as in those of the losses (documents of up to 16 tokens)"
+    )
+    export(run, tmp_path / "weights", to="safetensors")
+    card, _ = sparse_card(tmp_path / "weights", tmp_path / "b", 8, "attention.blocks=1", capsys=capsys)
+    assert card["loss"] is None and card["not_exact"].endswith("the function is that of gqa")
+
+
+def test_the_longest_document_is_that_of_any_row(run):
+    batches = judgement(stored_spec(RunDir(run)).data, 100)
+    assert batches.longest_document == 16
+    segments = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2]])
+    first, *_ = batches.micro
+    assert replace(batches, micro=[first, replace(first, segments=segments)]).longest_document == 16
+    assert replace(batches, micro=[replace(first, segments=segments)]).longest_document == 4
+    assert replace(batches, micro=[replace(first, segments=None)]).longest_document == 48
+
+
 def test_a_spec_starts_from_the_folder(run, tmp_path):
     out = tmp_path / "out"
     convert(run, "--to", "gqa", "--kv-heads", 2, "--tokens", 48, "--out", out)
@@ -166,6 +230,14 @@ BAD = [
     (["--to", "gqa", "--kv-heads", "2", "--by-layer"], 64, r"mean: makes groups of consecutive heads.*use cluster"),
     (["--to", "moh", "--how", "cluster", "--by-layer"], 64, r"--by-layer: is not possible for moh; use --to gqa"),
     (["--to", "gqa", "--unequal", "--by-layer"], 64, r"^--by-layer: chooses equal groups.*use one of them"),
+    (SPARSE, 64, r"^attention.block: --to block_sparse needs it \(P, .*add attention.block=VALUE"),
+    ([*SPARSE, "attention.block=8"], 64, r"^attention.blocks: --to block_sparse needs it .*add attention.blocks=VALUE"),
+    ([*SPARSE, "attention.block=48", "attention.blocks=1"], 64, r"in sequences of 48, .*block 12"),
+    (
+        [*SPARSE, "attention.block=8", "attention.blocks=1", "--unequal"],
+        64,
+        r"--unequal: block_sparse has groups of equal size",
+    ),
     (["--to", "gqa", "attention.top_k=1"], 64, r"^attention.top_k: gqa has no such key; use one of head_dim, "),
     (["--to", "gqa", "optimizer.lr=1"], 64, r"only attention.KEY=value can be set here"),
     (["--to", "gqa", "attention.type=moa"], 64, r"^attention.type: --to names the mechanism"),
@@ -222,10 +294,20 @@ ANNEALED = [
 ]
 
 
-@pytest.mark.parametrize("start", [START, ANNEALED], ids=["gqa", "moh"])
-def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher, start):
+CHOSEN = [
+    *["attention.type=block_sparse", "attention.kv_heads=2", "attention.block=8", "attention.blocks=1"],
+    *["init.convert.how=align", "init.convert.tokens=512"],
+]
+
+
+@pytest.mark.parametrize(
+    ("start", "by"),
+    [(START, None), (ANNEALED, "weights"), (CHOSEN, "activations")],
+    ids=["gqa", "moh", "block_sparse"],
+)
+def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher, start, by):
     """The annealed run is resumed at 1,280 tokens, where it has neither the first k nor the last."""
-    up = teacher.folder / "runs" / f"up-{len(start)}"
+    up = teacher.folder / "runs" / start[0].partition("=")[2]
     words = [f"run_dir={up}", *start, "init.weights=runs/teacher", "train.tokens=2560", "train.validate_first=true"]
     done = teacher.train(*words)
     assert done.returncode == 0, done.stderr
@@ -235,7 +317,8 @@ def test_a_run_starts_from_converted_weights_and_resumes_without_them(teacher, s
     last = records(teacher.folder / "runs" / "teacher", "validation")[-1]
     assert last["loss"] == pytest.approx(card["loss"]["before"], abs=1e-5)
     assert read_mapping(up / "run.json")["conversion"] == card
-    assert f"converted by {card['how']}" in done.stdout and card["by"] == ("weights" if start is ANNEALED else None)
+    assert bool(card["not_exact"]) is (start is CHOSEN) and (card["not_exact"] or "") in done.stdout
+    assert f"converted by {card['how']}" in done.stdout and card["by"] == by
     before = trajectory(up)
     for step in sorted((up / "checkpoints").iterdir())[1:]:
         shutil.rmtree(step)

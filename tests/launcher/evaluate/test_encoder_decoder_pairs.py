@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from pair_folders import SHAPE, pair_run
 from untrained_runs import untrained_run
 
-from headway.data.build import build
-from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import IGNORED
 from headway.data.validation import validation_data
 from headway.launcher.base.errors import SpecError
@@ -25,32 +24,16 @@ from headway.launcher.exchange.export import export
 from headway.launcher.exchange.generate import Sampling, generate
 from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.exchange.search import Search
-from headway.launcher.inspect.command import inspect
 from headway.model.seq2seq.model import EncoderDecoder
 
 FIELDS = ("prompt", "target")
 SOURCE, SEQ_LEN = 10, 42
-SHAPE = {"type": "encoder_decoder", "positions": "relative_t5", "width": 24, "layers": 2, "ffn_width": 32}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of pairs, a file of pairs, and an untrained encoder-decoder on the dataset."""
-    folder = tmp_path_factory.mktemp("encoder-decoder-pairs")
-    rows = [{"prompt": f"{n} " + "words and " * (n % 9), "target": f"Sum {n}.\nEnd."} for n in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    corpus = {"type": "pairs", "paths": [str(folder / "rows.jsonl")], "prompt": "prompt", "target": "target"}
-    settings = {
-        "name": "pairs",
-        "corpus": {**corpus, "separator": " ->"},
-        "tokenizer": {"type": "train_bpe", "vocab_size": 280},
-        "validation_fraction": 0.3,
-    }
-    build(CorpusConfig.model_validate(settings), out=folder / "pairs")
-    data = {"source": {"type": "pairs", "path": str(folder / "pairs")}, "seq_len": SEQ_LEN, "encoder_tokens": SOURCE}
-    attention = {"type": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6}
-    untrained_run(folder / "run", attention=attention, model={**SHAPE, "init_std": 0.3}, data=data)
-    return folder
+    return pair_run(tmp_path_factory.mktemp("encoder-decoder-pairs"), seq_len=SEQ_LEN, encoder_tokens=SOURCE)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +210,3 @@ def test_what_has_no_form_is_refused(place: Path, changes: dict[str, Any], said:
     common: dict[str, Any] = {"texts": None, "tasks": (), "include": None, "shots": None, "lengths": (), "recall": ()}
     with pytest.raises(SpecError, match=said):
         evaluate(place / "run", Asked(**{**common, **changes}, summaries=none, limit=None), step=None, out=None)
-
-
-def test_inspect_refuses_it(place: Path) -> None:
-    with pytest.raises(SpecError, match="headway inspect works on decoders only"):
-        inspect(place / "run", text=None, sequences=1, length=8, step=None, out=None, as_json=False)

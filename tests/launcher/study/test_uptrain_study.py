@@ -22,6 +22,7 @@ from headway.launcher.study.cluster.elements import elements_of
 from headway.launcher.study.config import load_study
 from headway.launcher.study.plan import plan_study, study_record
 from headway.launcher.study.queue import Queue, unfinished
+from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gqa import GqaConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,6 +88,16 @@ def test_heads_may_be_compared_by_weights(here):
     plan = plan_study(load_study(write(here, {"mha": VARIANTS["mha"], "gqa": {"from": origin}})))
     convert = next(cell.spec.init.convert for cell in plan.cells if cell.variant == "gqa")
     assert convert is not None and (convert.how, convert.by) == ("cluster", "weights")
+
+
+def test_a_teacher_becomes_block_sparse_with_the_blocks_of_the_variant(here):
+    origin = {"run": "mha", "convert": {"to": "block_sparse", "kv_heads": 2}, "alpha": 0.2}
+    blocks = {"attention.block": 8, "attention.blocks": 2}
+    plan = plan_study(load_study(write(here, {"mha": VARIANTS["mha"], "sparse": {"from": origin, **blocks}})))
+    found = next(cell.spec.attention for cell in plan.cells if cell.variant == "sparse")
+    assert found == BlockSparseConfig(heads=4, kv_heads=2, head_dim=8, block=8, blocks=2)
+    with pytest.raises(SpecError, match=r"attention.blocks?: is missing and has no default"):
+        plan_study(load_study(write(here, {"mha": VARIANTS["mha"], "sparse": {"from": origin}})))
 
 
 def test_the_compute_of_an_annealed_variant_counts_its_stages(here):
