@@ -56,7 +56,7 @@ uptrain: $(VENV)/.installed
 	$(BIN)/headway data build yaml/data/stdlib.yaml
 	$(BIN)/headway study run yaml/studies/uptrain.yaml
 
-# Fine-tunes learned merges of heads from a multi-head model of two sizes, and judges summaries (within an hour).
+# Fine-tunes learned merges of heads from multi-head models of two sizes, and judges summaries (50 minutes).
 wgqa: wgqa-small wgqa-base
 wgqa-small: SPEC = summarise
 wgqa-small: STUDY = wgqa-summaries

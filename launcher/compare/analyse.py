@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from headway.launcher.compare.fairness import (
     deviation,
     run_differences,
     spec_differences,
+    weights_differences,
 )
 from headway.launcher.compare.simultaneous import Comparison, Simultaneous, compare_paired, compare_unpaired
 from headway.launcher.compare.start import Start, StartStrength, start_strengths
@@ -159,7 +160,10 @@ def analyse(out: Path) -> StudyResult:
         trend=trend_of(validations, base) if paired and not own_ends else None,
         pairing=pairing,
         differences=tuple(_differences(record, cells)),
-        circumstances=tuple(run_differences({key: c.record for key, c in done.items()}, lengths=not own_ends)),
+        circumstances=(
+            *run_differences({key: c.record for key, c in done.items()}, lengths=not own_ends),
+            *weights_differences(_begins(list(done.values()))),
+        ),
         deviations=tuple(_deviations(cells)),
         leftovers=tuple(sorted(there - {c.key for c in every})),
         short_cells=tuple(short),
@@ -270,6 +274,14 @@ def _variants(
             )
         )
     return results
+
+
+def _begins(done: list[CellResult]) -> Iterator[tuple[str, str, str]]:
+    """(key, planned place, hash) of the initial weights of cells that began from some."""
+    for c in done:
+        planned, trained = (spec.get("init") or {} for spec in (c.planned, c.record.spec))
+        if planned.get("weights") and trained.get("sha256"):
+            yield c.key, str(planned["weights"]), str(trained["sha256"])
 
 
 GIVEN_START = {"init", "model.branch_start"}

@@ -73,7 +73,12 @@ class SpeedUp:
         if math.isinf(value):
             return f"> {self.highest:.2g}"
         narrow = self.low is not None and self.high is not None and self.high - self.low < 0.1
-        return f"{value:.3f}" if narrow else f"{value:.2f}"
+        return f"{value:.3f}" if narrow else ratio_text(value)
+
+
+def ratio_text(value: float) -> str:
+    """A ratio with two digits, or with three near 1, so that rounding does not hide on which side of 1 it lies."""
+    return f"{value:.3f}" if value != 1 and f"{value:.2f}" == "1.00" else f"{value:.2f}"
 
 
 @dataclass(frozen=True, kw_only=True)

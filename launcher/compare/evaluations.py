@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from headway.launcher.compare.cell_results import CellResult
-from headway.launcher.compare.simultaneous import Simultaneous, compare_paired
+from headway.launcher.compare.simultaneous import Simultaneous, compare_paired, compare_unpaired
 from headway.launcher.compare.stats import Estimate, estimate
 from headway.launcher.run.run_dir import RunDir, read_mapping
 
@@ -36,7 +36,7 @@ class Compared:
     """One measure over the variants of a study. `by_variant`: mean over seeds. `differences`: to the baseline;
     intervals are simultaneous for the variants, not for several measures.
 
-    `left_out`: cells without this measure, or that were asked other questions.
+    `left_out`: cells without this measure, or that were asked other questions or have another dataset of a set.
     """
 
     name: str
@@ -49,29 +49,37 @@ class Compared:
     left_out: tuple[str, ...]
 
 
-def compared_evaluations(cells: Iterable[CellResult], baseline: str, records: Path | None) -> list[Compared]:
-    """Every measure of the finished cells of a paired study, by name. Cells whose questions differ from those that most
-    cells were asked are left out.
+def compared_evaluations(
+    cells: Iterable[CellResult], baseline: str, records: Path | None, *, paired: bool = True
+) -> list[Compared]:
+    """Every measure of the finished cells of a study, by name. Cells whose questions differ from those that most cells
+    were asked are left out. `paired`: whether the variants read the same data; Welch's intervals otherwise.
     """
     done = [c for c in cells if c.done]
     found: dict[str, dict[str, dict[str, Any]]] = {}  # measure -> key of a cell -> its row
     for cell in done:
         for row in _rows(cell, records):
             found.setdefault(row["name"], {})[cell.key] = row
-    return [_compared(name, rows, done, baseline) for name, rows in sorted(found.items())]
+    return [_compared(name, rows, done, baseline, paired=paired) for name, rows in sorted(found.items())]
 
 
-def compared_sets(cells: Iterable[CellResult], baseline: str, tokens: int) -> list[Compared]:
-    """The loss of each validation set at `tokens` trained tokens, by name."""
+def compared_sets(cells: Iterable[CellResult], baseline: str, tokens: int, *, paired: bool = True) -> list[Compared]:
+    """The loss of each validation set at `tokens` trained tokens, by name. Cells whose dataset of a set differs from
+    that of most cells are left out. `paired`: as for `compared_evaluations`.
+    """
     done = [c for c in cells if c.done]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in done:
         at = np.flatnonzero(cell.record.validation.tokens == tokens)
         for name, losses in cell.record.sets.items() if at.size else ():
             if math.isfinite(loss := float(losses[at[-1]])):
-                row = {"value": loss, "unit": "nats per token", "better": "lower", "chance": None, "n": 0, "digest": ""}
-                found.setdefault(name, {})[cell.key] = row
-    return [_compared(name, rows, done, baseline) for name, rows in found.items()]
+                row = {"value": loss, "unit": "nats per token", "better": "lower", "chance": None, "n": 0}
+                facts = (cell.record.run.get("validation_sets") or {}).get(name) or {}
+                found.setdefault(name, {})[cell.key] = row | {"digest": str(facts.get("fingerprint") or "")}
+    return [
+        _compared(name, rows, done, baseline, paired=paired, other="has another dataset")
+        for name, rows in found.items()
+    ]
 
 
 def _rows(cell: CellResult, records: Path | None) -> list[dict[str, Any]]:
@@ -88,7 +96,15 @@ def _rows(cell: CellResult, records: Path | None) -> list[dict[str, Any]]:
     return []
 
 
-def _compared(name: str, rows: dict[str, dict[str, Any]], done: list[CellResult], baseline: str) -> Compared:
+def _compared(
+    name: str,
+    rows: dict[str, dict[str, Any]],
+    done: list[CellResult],
+    baseline: str,
+    *,
+    paired: bool,
+    other: str = "was asked other questions",
+) -> Compared:
     digests = [row["digest"] for row in rows.values()]
     asked = max(sorted(set(digests)), key=digests.count)
     values: dict[str, dict[int, float]] = {}
@@ -96,7 +112,7 @@ def _compared(name: str, rows: dict[str, dict[str, Any]], done: list[CellResult]
     for cell in done:
         row = rows.get(cell.key)
         if row is None or row["digest"] != asked:
-            left_out.append(f"{cell.key}: " + ("not measured" if row is None else "was asked other questions"))
+            left_out.append(f"{cell.key}: " + ("not measured" if row is None else other))
         else:
             values.setdefault(cell.variant, {})[cell.seed] = float(row["value"])
     first = next(row for row in rows.values() if row["digest"] == asked)
@@ -107,6 +123,12 @@ def _compared(name: str, rows: dict[str, dict[str, Any]], done: list[CellResult]
         chance=first["chance"],
         questions=first["n"],
         by_variant={variant: estimate(list(by_seed.values())) for variant, by_seed in values.items()},
-        differences=compare_paired(values, baseline).differences,
+        differences=_differences(values, baseline, paired=paired),
         left_out=tuple(left_out),
     )
+
+
+def _differences(values: dict[str, dict[int, float]], baseline: str, *, paired: bool) -> dict[str, Simultaneous]:
+    if paired:
+        return compare_paired(values, baseline).differences
+    return compare_unpaired({v: list(by_seed.values()) for v, by_seed in values.items()}, baseline).differences

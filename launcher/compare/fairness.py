@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,6 +108,23 @@ def run_differences(runs: Mapping[str, RunRecord], *, lengths: bool = True) -> l
             shown = "; ".join(f"{value} in {', '.join(cells)}" for value, cells in values.items())
             lines.append(f"{key}: {shown}")
     return lines + [line for cell, record in runs.items() for line in _changed_on_the_way(cell, record.run)]
+
+
+def weights_differences(cells: Iterable[tuple[str, str, str]]) -> list[str]:
+    """One line for each place of initial weights that did not hold the same ones for all runs of a study.
+
+    `cells`: (name, `init.weights` of the plan, `init.sha256` of the run). The place of a teacher of the study names its
+    seed.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for cell, place, sha256 in cells:
+        found.setdefault(place, {}).setdefault(sha256, []).append(cell)
+    return [
+        f"init.weights {place} held other weights when some runs began: "
+        + "; ".join(f"sha256 {sha256[:16]} in {', '.join(names)}" for sha256, names in held.items())
+        for place, held in found.items()
+        if len(held) > 1
+    ]
 
 
 def _changed_on_the_way(cell: str, run: dict[str, Any]) -> list[str]:

@@ -140,10 +140,11 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 
 
 def _setting(result: StudyResult) -> str:
-    seeds = sorted({c.seed for c in result.cells if c.done})
+    counts = sorted({v.difference.n for v in result.others if v.difference is not None})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return (
-        f"{result.when[0].upper()}{result.when[1:]}, {matched_words(result)}, over {len(seeds)} "
-        f"{'seed' if len(seeds) == 1 else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
+        f"{result.when[0].upper()}{result.when[1:]}, {matched_words(result)}, over {seeds} "
+        f"{'seed' if seeds == '1' else 'seeds'}, with 95 % intervals that hold for all comparisons at once:"
     )
 
 
@@ -259,8 +260,8 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
 
 def measured_speed_holds_for(result: StudyResult) -> str:
     """What a measured speed holds for: machine, implementation, size, sequence length, layout, other load."""
-    machine, versions, attempts = (result.card(key) for key in ("machine", "versions", "attempts"))
-    machine, versions = machine or {}, versions or {}
+    timed, attempts = result.speeds.card, result.card("attempts")
+    machine, versions = (timed.get(key) or result.card(key) or {} for key in ("machine", "versions"))
     code = ", ".join(f"{name} {versions[name]}" for name in ("headway", "torch", "deepspeed") if versions.get(name))
     layout = attempts[-1].get("layout") if isinstance(attempts, list) and attempts else None
     seq_len = next((c.planned.get("data", {}).get("seq_len") for c in result.cells), None)

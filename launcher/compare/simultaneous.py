@@ -3,14 +3,17 @@
 Paired runs. The loss of variant v with seed s is modelled as mu_v + seed_s + e_vs. The errors e_vs are independent and
 have a common variance. A seed sets the data order and the initial values of all variants, so it is a block. The spread
 is estimated from the residuals of all variants together, with (V - 1)(S - 1) degrees of freedom if every variant has
-every seed. The intervals are those of Dunnett (1955): the critical value is the quantile of the largest |t| over all
-comparisons with the same baseline. The probability that any interval misses its true difference is therefore at most
-1 - confidence.
+every seed. With missing runs, a difference is the mean over the seeds that the variant shares with the baseline, and
+its standard error is that of this mean. The intervals are those of Dunnett (1955): the critical value is the quantile
+of the largest |t| over all comparisons with the same baseline. The probability that any interval misses its true
+difference is therefore at most 1 - confidence.
 
 A variant or baseline whose residuals are too large for the common variance is removed from the pool. Its intervals are
 computed from its own differences, at the Sidak level for the number of comparisons, and are never narrower than the
 pooled intervals. The test is an F test of the residuals of that variant against those of the others, at 1 % over all
-variants with Holm's procedure (Holm 1979).
+variants, repeated without the variants that are removed. Several large spreads hide each other: each is small beside
+the others. So, as in the many-outlier test of Rosner (1983), up to a third of the variants are set aside even where the
+first of them pass, if a later one does not.
 
 Runs that did not see the same data are compared with Welch's (1947) intervals at the Sidak level.
 """
@@ -33,6 +36,9 @@ _NODES = 96
 _ODD = 0.01
 """Probability of removing any variant from the pool if all spreads are equal. At 0.05 the largest residuals are removed
 too often and the pooled spread is too small: the simulated family-wise error was up to 0.073 instead of 0.05."""
+_HIDDEN = 1 / 3
+"""Part of the variants that may be removed behind others that pass the test. With a half, the simulated family-wise
+error of 6 and 8 equal variants with 2 seeds rises by 0.008; with a third, by 0.003, the noise of the simulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +252,9 @@ def _pooled(
 ) -> tuple[float | None, int, dict[str, dict[str, float]]]:
     """(residual sd, its degrees of freedom, covariance of the differences in units of the residual variance).
 
-    Estimates variant and seed effects by least squares, or by means if every variant has every seed.
+    Estimates variant and seed effects by least squares, or by means if every variant has every seed. The covariance is
+    that of means over the seeds of each variant, which the baseline has all of. Least squares would estimate a
+    difference with missing runs from those of other variants too, with a smaller error that those means do not have.
     """
     names = [baseline, *(v for v in table if v != baseline)]
     seeds = sorted({s for by_seed in table.values() for s in by_seed})
@@ -269,12 +277,11 @@ def _pooled(
     if df < 1:
         return None, 0, {}
     residual = y - design @ solution
-    inverse = np.linalg.pinv(design.T @ design)
-    contrasts = np.zeros((len(names) - 1, design.shape[1]))
-    for i in range(1, len(names)):
-        contrasts[i - 1, i], contrasts[i - 1, 0] = 1.0, -1.0
-    covariance = contrasts @ inverse @ contrasts.T
-    found = {a: {b: float(covariance[i, j]) for j, b in enumerate(names[1:])} for i, a in enumerate(names[1:])}
+    shared = {a: {b: len(table[a].keys() & table[b].keys()) for b in names[1:]} for a in names[1:]}
+    found = {
+        a: {b: (2.0 if a == b else 1.0) * n / (len(table[a]) * len(table[b])) for b, n in by.items()}
+        for a, by in shared.items()
+    }
     return math.sqrt(float(residual @ residual) / df), df, found
 
 
@@ -290,11 +297,13 @@ def _odd_spreads(table: Mapping[str, Mapping[int, float]]) -> list[str]:
 
     Over the seeds that all variants share, the deviations of a variant from the mean of the others have the variance
     (1 + 1 / (V - 1)) sigma^2. They are independent of the residuals of the others among themselves. The ratio has an F
-    distribution with S - 1 and (V - 2)(S - 1) degrees of freedom.
+    distribution with S - 1 and (V - 2)(S - 1) degrees of freedom. The variant with the smallest p is set aside, and the
+    others are tested again.
     """
     from scipy import special
 
     odd: list[str] = []
+    rejected = 0
     while len(names := [v for v in table if v not in odd]) >= 3:
         seeds = sorted(set.intersection(*(set(table[v]) for v in names)))
         if len(seeds) < 2:
@@ -307,10 +316,12 @@ def _odd_spreads(table: Mapping[str, Mapping[int, float]]) -> list[str]:
         with np.errstate(divide="ignore", invalid="ignore"):
             p = special.fdtrc(df, rest_df, (own / df) / (rest / rest_df))
         worst = int(np.nanargmin(np.where(own > 0, p, 1.0)))
-        if p[worst] * len(table) > _ODD or not own[worst]:
+        rejects = own[worst] > 0 and p[worst] * len(table) <= _ODD
+        if not rejects and len(odd) + 1 >= max(1, int(len(table) * _HIDDEN)):
             break
         odd.append(names[worst])
-    return odd
+        rejected = len(odd) if rejects else rejected
+    return odd[:rejected]
 
 
 def _residuals(y: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +28,15 @@ class Speeds:
     """The speeds of a study. `source`: steps of cells that trained alone; the timing part; missing: neither.
 
     `beside`: most other cells beside a finished cell. `by_variant`: variant -> seed (cells) or round (timing) -> speed;
-    empty if they are missing. `why`: why they are missing.
+    empty if they are missing. `why`: why they are missing. `card`: `machine` and `versions` of the timing part, which
+    may be others than those of the cells.
     """
 
     source: Source
     beside: int
     by_variant: dict[str, dict[int, Speed]]
     why: str = ""
+    card: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> dict[str, dict[int, float]]:
@@ -61,7 +63,8 @@ def speeds_of(out: Path, record: Mapping[str, Any], cells: Sequence[CellResult],
             if c.speed is not None:
                 own.setdefault(c.variant, {})[c.seed] = c.speed
         return Speeds(source="cells", beside=0, by_variant=own)
-    stored = read_timing(out) or (read_timing(records) if records is not None else {})
+    where = records if records is not None and not read_timing(out) else out
+    stored = read_timing(where)
     if missing := untimed(record, stored):
         why = "the variants were not timed alone" if not stored else f"{', '.join(missing)} not timed alone"
         return Speeds(source="missing", beside=beside, by_variant={}, why=why)
@@ -69,6 +72,7 @@ def speeds_of(out: Path, record: Mapping[str, Any], cells: Sequence[CellResult],
         source="timing",
         beside=beside,
         by_variant={name: _rounds(stored[name]) for name in (v["name"] for v in record["variants"])},
+        card=read_mapping(where / FILE),
     )
 
 

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from headway.launcher.base.intervals import CONFIDENCE
-from headway.launcher.compare.simultaneous import Comparison, Simultaneous, dunnett_critical
-from headway.launcher.compare.stats import sd_factor
+from headway.launcher.base.intervals import CONFIDENCE, t_critical
+from headway.launcher.compare.simultaneous import Comparison, Simultaneous, dunnett_critical, sidak
+from headway.launcher.compare.stats import power_of_paired_test, sd_factor
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
@@ -60,18 +60,39 @@ class Seeds:
 def seeds_to_decide(
     comparison: Comparison, name: str, margin: float | None = None, *, power: float = 0.8
 ) -> Seeds | None:
-    """Seeds per variant that decide about one variant if its mean difference and the pooled spread are the true values.
+    """Seeds per variant that decide about one variant if its mean difference and the spread are the true values.
 
-    None if more than `MOST_SEEDS` are needed or the spread is unknown.
+    The spread is the pooled one, or that of its own differences where it is not pooled. None if more than `MOST_SEEDS`
+    are needed or the spread is unknown.
     """
     found, spread, count = comparison.differences[name], comparison.spread, len(comparison.differences)
     if spread is None:
         return None
+    if not found.pooled:
+        return _own_seeds_to_decide(found, count, margin, power)
     for n in range(2, MOST_SEEDS + 1):
         if chance_of_difference(n, count, spread, found.mean) >= power:
             return Seeds(count=n, shows="a difference")
         if margin is not None and chance_of_equivalence(n, count, spread, found.mean, margin) >= power:
             return Seeds(count=n, shows="equivalence")
+    return None
+
+
+def _own_seeds_to_decide(found: Simultaneous, count: int, margin: float | None, power: float) -> Seeds | None:
+    """`seeds_to_decide` by the differences of a variant alone, at the Sidak level for `count` comparisons."""
+    from scipy import special
+
+    if found.standard_error is None:
+        return None
+    sd, level = found.standard_error * math.sqrt(found.n), sidak(count)
+    for n in range(2, MOST_SEEDS + 1):
+        error = sd / math.sqrt(n)
+        if not error or power_of_paired_test(n, sd, found.mean, confidence=level) >= power:
+            return Seeds(count=n, shows="a difference")
+        if margin is not None:
+            room, shift = margin / error - t_critical(n - 1, 2 * level - 1), found.mean / error
+            if special.ndtr(room - shift) - special.ndtr(-room - shift) >= power:
+                return Seeds(count=n, shows="equivalence")
     return None
 
 

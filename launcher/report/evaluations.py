@@ -16,7 +16,9 @@ from headway.launcher.report.page import Block, Heading, Items, Table, Text
 def set_blocks(result: StudyResult) -> Iterator[Block]:
     """Losses of the validation sets and what was seen of a mixture; no blocks for a study without them."""
     baseline = result.baseline.name
-    sets = [] if result.tokens is None or result.own_ends else compared_sets(result.cells, baseline, result.tokens)
+    paired, sets = result.pairing.status != "UNPAIRED", list[Compared]()
+    if result.tokens is not None and not result.own_ends:
+        sets = compared_sets(result.cells, baseline, result.tokens, paired=paired)
     if sets:
         yield Heading("Loss by validation set")
         yield Text(
@@ -25,6 +27,7 @@ def set_blocks(result: StudyResult) -> Iterator[Block]:
         )
         known = result.card("validation_sets") or {}
         yield from _table(result, sets, {name: found.get("bytes_per_token") for name, found in known.items()})
+        yield from _left_out(sets)
         yield from _over_documents(result)
     if mix := next((c.record.mix for c in result.cells if c.done and c.record.mix), None):
         yield Text("Trained of each dataset of the mixture, in every cell alike:")
@@ -39,16 +42,23 @@ def set_blocks(result: StudyResult) -> Iterator[Block]:
 
 def evaluation_blocks(result: StudyResult) -> Iterator[Block]:
     """What `headway eval` measured of the cells; no blocks if it measured none."""
-    found = compared_evaluations(result.cells, result.baseline.name, records_of(result.out, result.record))
+    paired = result.pairing.status != "UNPAIRED"
+    records = records_of(result.out, result.record)
+    found = compared_evaluations(result.cells, result.baseline.name, records, paired=paired)
     if not found:
         return
     yield Heading("Evaluation")
     yield Text(
-        "Mean over seeds, and the paired difference to the baseline, as for losses. Intervals are simultaneous for the "
+        f"Mean over seeds, and the {'paired' if paired else 'UNPAIRED'} difference to the baseline, as for losses. "
+        "Intervals are simultaneous for the "
         "variants, not for the measures: with many measures some interval misses its difference. They are over seeds; "
         "the spread over documents or questions of one model is in the `evaluation.json` of its run."
     )
     yield from _table(result, found)
+    yield from _left_out(found)
+
+
+def _left_out(found: list[Compared]) -> Iterator[Block]:
     if left_out := [f"{c.name}: {cell}" for c in found for cell in c.left_out]:
         yield Text("Cells that are not in these numbers:", "warn")
         yield Items(left_out)

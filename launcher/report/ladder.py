@@ -166,9 +166,10 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
         "change relative to the reducible loss, per doubling",
     )
     rows.append(header)
+    order = sorted(result.sizes, key=lambda size: size.params[result.baseline])  # the file may list them in any order
     for v in result.others:
         line = result.lines.by_variant.get(v) if isinstance(result.lines, Lines) else None
-        ends = [_difference(study.begun(s), v) for s in (result.sizes[0], result.sizes[-1])] if result.sizes else []
+        ends = [_difference(study.begun(s), v) for s in order[:1] + order[1:][-1:]]
         relative = result.change_of_ratio(v)
         rows.append(
             (
@@ -176,7 +177,7 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
                 NOT_MEASURED if line is None else verdict_words(line),
                 NOT_MEASURED if line is None else _per_doubling(line),
                 "-" if line is None else _p(line.p_adjusted),
-                *(NOT_MEASURED if d is None else signed_interval(d) for d in ends or (None, None)),
+                *(NOT_MEASURED if d is None else signed_interval(d) for d in (*ends, None, None)[:2]),
                 NOT_MEASURED if isinstance(relative, str) else interval(_relative(relative), "+.2%"),
             )
         )

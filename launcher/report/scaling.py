@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from headway.launcher.base.text import short_number
+from headway.launcher.compare.effective import ratio_text
 from headway.launcher.compare.findings import speed_up
 from headway.launcher.compare.ladder.curve import Law, Range
 from headway.launcher.compare.ladder.noise import LackOfFit
@@ -18,12 +19,17 @@ NOT_MEASURED = "not measured"
 
 
 def interval(found: Range | None, form: str = "+.4f", unit: str = "") -> str:
-    """Text such as `-0.0123 [-0.0200, -0.0046]`, or "not measured". Infinite ends are shown as such."""
+    """Text such as `-0.0123 [-0.0200, -0.0046]`, or "not measured". Infinite ends are shown as such.
+
+    `unit`: `x` for ratios, which have two digits.
+    """
     if found is None or math.isnan(found.value):
         return NOT_MEASURED
 
     def end(value: float) -> str:
-        return ("-\u221e" if value < 0 else "\u221e") if math.isinf(value) else f"{value:{form}}"
+        if math.isinf(value):
+            return "-\u221e" if value < 0 else "\u221e"
+        return ratio_text(value) if unit == "x" else f"{value:{form}}"
 
     return f"{end(found.value)}{unit} [{end(found.low)}, {end(found.high)}]"
 
@@ -107,9 +113,9 @@ def _by_law(study: LadderStudy, law: Law | str, variant: str) -> Iterator[str]:
         if isinstance(law, Law) and {v, base} <= set(law.names):
             at = next((i for i, s in enumerate(law.means.sizes) if s.name == size.name), None)
             found = None if at is None else law.speed_up_at(v, base, at)
-        yield interval(found, ".2f", "x")
+        yield interval(found, unit="x")
     fitted = isinstance(law, Law) and {v, base} <= set(law.names)
-    yield interval(law.speed_up(v, base), ".2f", "x") if fitted and isinstance(law, Law) else NOT_MEASURED
+    yield interval(law.speed_up(v, base), unit="x") if fitted and isinstance(law, Law) else NOT_MEASURED
 
 
 # ---------------------------------------------------------------- prediction

@@ -267,6 +267,8 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
             continue
         sd = "-" if v.loss.sd is None else f"{v.loss.sd:.4f}"
         difference = "baseline" if v is result.baseline else signed_interval(v.difference)
+        if v.difference is not None and v.difference.n < v.loss.n and how == "paired":
+            difference += f" ({v.difference.n} common {'seed' if v.difference.n == 1 else 'seeds'})"
         ps = [getattr(v.difference, key, None) for key in ("p_value", "p_holm")]
         p = ["-" if value is None else f"{value:.3f}" for value in ps]
         row = [v.name, str(v.loss.n), f"{v.loss.mean:.4f}", sd, difference, *p]

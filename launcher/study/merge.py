@@ -211,8 +211,11 @@ def _joint_design(sources: Sequence[Source]) -> dict[str, Any]:
         raise refusal(wrong)
     seeds, budgets = (_union(design.get(key, [FULL]) for _, design in designs) for key in ("seeds", "budgets"))
     order = list(variants)
+    # A study without uptrained variants, to which another source adds some, becomes one that compares at own ends.
+    ends = next(({key: d[key]} for _, d in designs for key in ("compare_at",) if key in d), {})
     return {
         **{key: value for key, value in first.items() if key not in ("records", "written_at")},
+        **ends,
         "seeds": seeds,
         "budgets": sorted(budgets),
         "variants": [variant for _, variant in variants.values()],

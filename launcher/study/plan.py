@@ -135,6 +135,7 @@ def plan_study(
     plans: dict[str, VariantPlan] = {}
     for name in names:  # the baseline comes first: its cost is the target for the others
         plans[name] = _plan_variant(study, resolver, name, plans.get(names[0]), measurements)
+        _refuse_other_text(study, name, plans[name].spec, plans[names[0]].spec)
     variants = tuple(plans[name] for name in study.config.variants)
     cells = tuple(c for seed in study.config.seeds for v in variants for c in _cells(study, resolver, v, seed))
     return StudyPlan(
@@ -251,6 +252,16 @@ def _plan_variant(
         budgets=tuple(budgets),
         uptraining=resolver.uptraining.record(name, spec),
     )
+
+
+def _refuse_other_text(study: Study, name: str, spec: Spec, baseline: Spec) -> None:
+    """Raise SpecError for a variant whose validation loss is not that of the tokens of the baseline."""
+    own, other = spec.train.validation_tokens, baseline.train.validation_tokens
+    if own != other:
+        raise SpecError(
+            f"{study.place(f'variants.{name}')}: variant {name} has train.validation_tokens: {own}, and the baseline "
+            f"{study.config.baseline_name} {other}: their losses would be of different text; set it in the base spec"
+        )
 
 
 def _match(

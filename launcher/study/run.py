@@ -273,9 +273,12 @@ def print_design(plan: StudyPlan, *, commands: bool) -> None:
     say(table(matching_rows(record)))
     if plan.bounds is not None:
         say(table(bound_rows(plan.bounds, record["match"])))
+    noted: dict[str, list[str]] = {}
     for variant in plan.variants:
         for note in variant.notes:
-            say(f"note: {variant.name}: {note}")
+            noted.setdefault(note, []).append(variant.name)
+    for note, names in noted.items():
+        say(f"note: {', '.join(names)}: {note}")
     for line in budget_lines({v.name: (v.spec, v.budgets) for v in plan.variants}, len(config.seeds)):
         say(line)
     for cell in plan.cells if commands else ():

@@ -282,8 +282,9 @@ def _study_of(
 
 
 def _about(text: str, config: StudyConfig, names: Sequence[str]) -> bool:
-    """Whether the question concerns a variant that is trained at this size."""
-    return parse_question(text, baseline=config.baseline_name, variants=config.variants).variant in names
+    """Whether the question concerns variants that are trained at this size."""
+    question = parse_question(text, baseline=config.baseline_name, variants=config.variants)
+    return {question.variant, question.other} <= set(names)
 
 
 def _refuse_argument(study: Study, argument: str) -> None:

@@ -12,11 +12,12 @@ from headway.launcher.base.errors import PREEMPTED, HeadwayError
 from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import OUTCOMES, cell_state
 from headway.launcher.run.run_dir import read_mapping, write_json
+from headway.launcher.study.branches import changes
 from headway.launcher.study.config import Study
 from headway.launcher.study.keeping import keep_file
 from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, significant
 from headway.launcher.study.ladder.plan import Ladder, Size
-from headway.launcher.study.plan import StudyPlan, cell_key
+from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 
 TUNING = "tuning.json"
 """The file in the folder of a study or ladder that lists trials and chosen values."""
@@ -195,9 +196,17 @@ def _trial_loss(study: Study, variant: str, seed: int, key: str) -> float:
 
 
 def without_diverged(plan: StudyPlan) -> StudyPlan:
-    """The plan of trials without those that diverged: they would diverge again."""
+    """The plan of trials without those that diverged: they would diverge again.
+
+    A trial that diverged with another spec or other data stays in the plan, and is refused as a finished one is.
+    """
     outcomes = read_mapping(plan.study.out / OUTCOMES)
-    return replace(plan, cells=tuple(cell for cell in plan.cells if not diverged(outcomes.get(cell.key))))
+    return replace(plan, cells=tuple(c for c in plan.cells if not diverged(outcomes.get(c.key)) or _is_another(c)))
+
+
+def _is_another(cell: Cell) -> bool:
+    """Whether the run in the folder of a cell is gone, or is not the planned one."""
+    return not cell.run_dir.is_dir() or bool(changes(cell))
 
 
 def diverged(outcome: Mapping[str, Any] | None) -> bool:

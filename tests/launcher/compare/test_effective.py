@@ -255,3 +255,9 @@ def test_seconds_hold_together_with_noisy_speeds():
         seconds = [found.by_variant[f"v{v}"].seconds for v in range(1, 4)]
         wrong += any(x is not None and x.excludes(true[v] * math.exp(0.1 * v)) for v, x in enumerate(seconds, 1))
     assert wrong / REPEATS <= 0.07 + 2 * 0.013
+
+
+@pytest.mark.parametrize(("low", "shown"), [(1.003, "1.003"), (0.997, "0.997"), (0.98, "0.98")])
+def test_rounding_does_not_hide_on_which_side_of_1_an_interval_ends(low, shown):
+    found = SpeedUp(n=2, value=1.09, low=low, high=1.2, lowest=0.25, highest=4.0)
+    assert str(found) == f"1.09x [{shown}, 1.20]"

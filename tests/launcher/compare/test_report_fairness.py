@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headway.launcher.compare.fairness import changed_sections, check_pairing, spec_differences
+from headway.launcher.compare.fairness import changed_sections, check_pairing, spec_differences, weights_differences
 from headway.launcher.run.run_dir import flatten
 
 BASE = {
@@ -129,3 +129,15 @@ def test_one_data_order_for_all_seeds_is_pointed_out():
     pairing = check_pairing(hashes(a={1: ["x"], 2: ["x"]}, b={1: ["x"], 2: ["x"]}), "a")
     assert pairing.status == "PAIRED"
     assert "every seed read the same first batch" in pairing.lines[-1]
+
+
+def test_one_place_of_weights_that_held_two_models_is_pointed_out():
+    begins = [
+        ("a/seed-1", "runs/t", "1" * 64),
+        ("b/seed-1", "runs/t", "1" * 64),
+        ("b/seed-2", "cells/mha/seed-2", "3" * 64),
+    ]
+    assert weights_differences(begins) == []
+    (line,) = weights_differences([*begins, ("a/seed-2", "runs/t", "2" * 64)])
+    assert line.startswith("init.weights runs/t held other weights when some runs began: sha256 1111")
+    assert "in a/seed-1, b/seed-1; sha256 2222" in line and line.endswith("in a/seed-2")

@@ -113,6 +113,37 @@ def test_a_variant_with_a_spread_of_its_own_keeps_its_wider_interval():
     assert compare_paired(calm, "v0").own_spread == ()
 
 
+def test_two_variants_with_large_spreads_do_not_hide_each_other():
+    # Without the second look, 0.63 of them were found in a study, and the median half width of the others was 0.19.
+    rng, repeats = np.random.default_rng(13), 300
+    found, widths = 0, []
+    for _ in range(repeats):
+        table = simulated(rng, 8, 2, odd=20.0)
+        table["v6"] = {s: 20 * SPREAD * rng.normal() for s in table["v6"]}
+        result = compare_paired(table, "v0")
+        found += len({"v6", "v7"} & set(result.own_spread))
+        widths.append(np.median([result.differences[f"v{i}"].half_width for i in range(1, 6)]))
+    assert found / repeats > 1.2
+    assert np.median(widths) < 5 * SPREAD
+
+
+def test_random_merges_do_not_widen_the_intervals_of_learned_ones():
+    # Losses of yaml/studies/wgqa-summaries-base.yaml: merges that start as the mean train almost alike.
+    losses = {
+        "gqa": (3.64421, 3.65966),
+        "mha": (3.58602, 3.5965),
+        "mqa": (3.9817, 3.98457),
+        "wgqa": (3.64236, 3.65766),
+        "rowwgqa": (3.64355, 3.65856),
+        "colwgqa": (3.64326, 3.65831),
+        "randwgqa": (3.90236, 4.00571),
+        "randcolwmqa": (5.02311, 4.85301),
+    }
+    found = compare_paired({v: {1: a, 2: b} for v, (a, b) in losses.items()}, "gqa")
+    assert set(found.own_spread) == {"randwgqa", "randcolwmqa"}
+    assert (found.differences["wgqa"].half_width or 1) < 0.02
+
+
 def test_a_baseline_with_a_spread_of_its_own_is_pooled_with_nobody():
     rng = np.random.default_rng(12)
     table = simulated(rng, 6, 5)
@@ -133,6 +164,22 @@ def test_missing_cells_widen_their_own_interval_alone():
     assert errors["v2"] > 1.1 * errors["v1"] > 0
     assert less["v2"].mean == pytest.approx(np.mean([cut["v2"][s] - cut["v0"][s] for s in (0, 2)]))
     assert full["v1"].mean == less["v1"].mean
+
+
+def test_the_error_of_a_difference_with_missing_cells_is_that_of_its_own_mean():
+    rng, deviations, cut = np.random.default_rng(16), [], {"v1": (1, 2), "v2": (0,)}
+    for _ in range(1500):
+        losses = simulated(rng, 12, 3)
+        for name, seeds in cut.items():
+            losses[name] = {s: loss for s, loss in losses[name].items() if s not in seeds}
+        found = compare_paired(losses, "v0")
+        assert found.spread is not None
+        for name, d in found.differences.items():
+            assert d.standard_error == pytest.approx(found.spread * math.sqrt(2 / (3 - len(cut.get(name, ())))))
+        d = found.differences["v1"]
+        deviations.append(d.mean / (d.standard_error or 0.0))
+    # Student's t with 20 degrees of freedom has this standard deviation; with the error of least squares it is 1.26.
+    assert np.std(deviations) == pytest.approx(math.sqrt(20 / 18), rel=0.06)
 
 
 def test_missing_cells_do_not_break_the_joint_error():

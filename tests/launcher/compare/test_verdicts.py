@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from headway.launcher.compare.simultaneous import Simultaneous, compare_paired
+from headway.launcher.compare.simultaneous import Simultaneous, compare_paired, sidak
+from headway.launcher.compare.stats import power_of_paired_test
 from headway.launcher.compare.verdicts import (
+    Seeds,
     cautious_spread,
     chance_of_difference,
     chance_of_equivalence,
@@ -99,3 +101,24 @@ def test_a_pilot_s_spread_is_used_with_its_uncertainty():
     pilot = compare_paired(table(np.random.default_rng(10), 5, 3, 0.0), "v0")
     cautious = cautious_spread(pilot)
     assert cautious is not None and pilot.spread is not None and cautious > 1.3 * pilot.spread
+
+
+def test_the_seeds_that_decide_about_a_loud_variant_follow_from_its_own_spread():
+    losses = table(np.random.default_rng(11), 6, 5, 0.0)
+    for seed, step in enumerate([1, -1, 2, -2, 0.5]):
+        losses["v1"][seed] += step
+    pilot = compare_paired(losses, "v0")
+    assert pilot.own_spread == ("v1",) and pilot.spread is not None
+    d, need = pilot.differences["v1"], seeds_to_decide(pilot, "v1")
+    assert verdict(d) == "undecided" and d.half_width is not None and d.half_width > abs(d.mean)
+    # The pooled spread of the others is a hundredth of it, and says that two seeds decide what five did not.
+    assert chance_of_difference(2, 5, pilot.spread, d.mean) >= 0.8
+    assert need is None or need.count > d.n
+    sd = np.std([losses["v1"][s] - losses["v0"][s] for s in range(5)], ddof=1)
+    assert need == seeds_of_t_test(float(sd), d.mean, sidak(5))
+
+
+def seeds_of_t_test(sd, mean, level):
+    enough = (n for n in range(2, 1001) if power_of_paired_test(n, sd, mean, confidence=level) >= 0.8)
+    count = next(enough, None)
+    return None if count is None else Seeds(count=count, shows="a difference")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from study_folders import GAIN, StudyFolder, change_record, first_table, lead, text, with_start
+from study_folders import GAIN, StudyFolder, change_record, first_table, lead, table, text, with_start
 
 from headway.launcher.compare import findings
 from headway.launcher.compare.analyse import analyse
@@ -28,6 +30,21 @@ def test_the_first_table_has_a_verdict_for_each_variant(full):
     assert rows["rgqa-k2"][1].startswith("-0.0240 \\[-0.0")
     assert rows["rgqa-k1"][2:] == ["not measured", "not measured", "1.25x", "512", "not recorded", "not recorded"]
     assert page.index("| variant | verdict |") < page.index("What these numbers cannot say")
+
+
+def test_missing_cells_show_in_the_number_of_seeds(small):
+    small.write()
+    for name in ("gqa", "rgqa-k2"):
+        small.write_run(name, 3)
+    small.seeds.append(3)
+    small.write_study()
+    assert "over 3 seeds, with" in lead(text(small.out))
+    shutil.rmtree(small.run_dir("gqa", 3))
+    page = text(small.out)
+    assert "over 2 seeds, with" in lead(page)  # those that variant and baseline share
+    n, *_, difference, _, _, _ = table(page, "Loss at equal tokens")["rgqa-k2"]
+    assert n == "3" and difference.endswith("(2 common seeds)")
+    assert "common" not in table(page, "Loss at equal tokens")["gqa"][3]
 
 
 @pytest.mark.parametrize(("ratio", "marked"), [(0.30, False), (0.328, False), (0.335, True), (0.27, True), (0.0, True)])

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------- the answer
+
+
+def test_the_smallest_and_the_largest_size_are_those_by_parameters(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (3, 2, 2))
+    before = verdicts(page_of(folder.write()))
+    record = json.loads((folder.out / "ladder.json").read_text())
+    (folder.out / "ladder.json").write_text(json.dumps(record | {"sizes": record["sizes"][::-1]}))
+    after = verdicts(page_of(folder.out))
+    assert {v: row[3:5] for v, row in after.items()} == {v: row[3:5] for v, row in before.items()}
+    for size in ("small", "medium"):
+        shutil.rmtree(folder.folder(size))
+    for v, row in verdicts(page_of(folder.out)).items():
+        assert row[3] == before[v][3] and row[4] == "not measured"
 
 
 def falling(variant: str, params: float) -> float:

@@ -9,6 +9,7 @@ import pytest
 from study_folders import STEP_S, TOKENS_PER_STEP, StudyFolder, spec_of, table, text
 
 from headway.launcher.compare.analyse import analyse
+from headway.launcher.compare.findings import measured_speed_holds_for
 from headway.launcher.compare.timing import speed_key
 from headway.launcher.report.plots.effective import points_of
 
@@ -72,6 +73,22 @@ def test_beside_other_cells_the_speeds_are_those_of_the_timing_part(folder):
     row = table(page, "Training speed")["rgqa-k1"]
     assert row[0] == "10,000" and row[2].startswith("2.000")
     assert "Variants took turns step by step" in page and "Runs ran one after another" not in page
+
+
+def test_the_machine_of_the_timing_part_is_named_and_not_that_of_the_cells(folder):
+    time(folder, VARIANTS)
+    beside(folder, 1, 1, 1, 1)
+    path = folder.out / "timing.json"
+    timed = json.loads(path.read_text())
+    timed |= {"machine": {"cpu": "Another CPU", "cores": 96}, "versions": {"headway": "0.2.0", "torch": "9.1"}}
+    path.write_text(json.dumps(timed))
+    for run in folder.out.glob("cells/*/*/run.json"):
+        card = json.loads(run.read_text())
+        run.write_text(json.dumps(card | {"machine": {"cpu": "The CPU of the cells", "cores": 2}}))
+    said = measured_speed_holds_for(analyse(folder.out))
+    assert said.startswith("measured on Another CPU with 96 cores, by this implementation (headway 0.2.0, torch 9.1)")
+    beside(folder, 0, 0, 0, 0)  # then the steps of the cells count
+    assert measured_speed_holds_for(analyse(folder.out)).startswith("measured on The CPU of the cells with 2 cores")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from played_study import BASE, Folder, play
@@ -12,7 +13,9 @@ from headway.launcher.cli.main import main
 from headway.launcher.study.config import load_study
 from headway.launcher.study.ladder.plan import plan_ladder
 from headway.launcher.study.ladder.run import report_file, run_file, status_file
+from headway.launcher.study.ladder.trials import without_diverged
 from headway.launcher.study.plan import plan_study
+from headway.launcher.study.run import refuse_changed
 
 
 @pytest.fixture
@@ -100,6 +103,31 @@ def test_a_diverged_trial_counts_as_a_loss_that_is_never_chosen(folder):
     folder.trained()
     assert run_file(folder.study) == 0
     assert folder.trained() == [], "a trial that diverged is not trained again"
+
+
+def test_a_trial_that_diverged_with_another_spec_stays_in_the_plan_and_is_refused(folder):
+    ladder = plan_ladder(load_study(folder.study))
+    plan = plan_study(ladder.trial(ladder.sizes[0], "optimizer.lr", 4e-3, {}))
+    gqa, routed = plan.cells
+    end = {"exit_code": 70, "last_lines": ["error: step 5: 20 steps in a row had no finite loss (guard.max_skipped)"]}
+    gqa.run_dir.mkdir(parents=True)
+    (plan.study.out / "outcomes.json").write_text(json.dumps({gqa.key: end}))
+    spec = gqa.resolved()
+    (gqa.run_dir / "spec.json").write_text(json.dumps(spec))
+    assert without_diverged(plan).cells == (routed,)
+    spec["optimizer"]["clip_norm"] = 0.123
+    (gqa.run_dir / "spec.json").write_text(json.dumps(spec))
+    assert without_diverged(plan).cells == (gqa, routed)
+    with pytest.raises(SpecError, match=r"gqa/seed-101: optimizer.clip_norm: 0.123 in the folder"):
+        refuse_changed(without_diverged(plan))
+    shutil.rmtree(gqa.run_dir)
+    assert without_diverged(plan).cells == (gqa, routed), "it is gone, so it is trained"
+
+
+def test_a_question_about_two_variants_is_asked_at_the_sizes_that_have_both(folder):
+    folder.rewrite("variants:\n  gqa:\n", "asks: [gqa varies more over seeds than routed]\nvariants:\n  gqa:\n")
+    ladder = plan_ladder(load_study(folder.study))
+    assert [len(ladder.main(size, {}).config.asks) for size in ladder.sizes] == [1, 1, 0]  # l has gqa alone
 
 
 def without_sizes(folder: Folder) -> None:

@@ -290,3 +290,13 @@ def test_a_failed_copy_leaves_nothing(made, capsys, monkeypatch):
 
     monkeypatch.setattr("headway.launcher.study.merge.shutil.copyfile", full)
     assert "No space left on device" in refused(capsys, a.out, status=74)
+
+
+def test_a_source_that_compares_runs_at_their_own_ends_makes_the_joint_study_do_so(made, capsys):
+    a, b = made("a", [1]), made("b", [2])
+    edit(b.out / "study.json", compare_at="ends")
+    for to, sources in (("joint", (a.out, b.out)), ("again", (b.out, a.out))):
+        merged(capsys, *sources, to=to)
+        assert json.loads(Path(to, "study.json").read_text())["compare_at"] == "ends"
+    merged(capsys, a.out, to="alone")
+    assert "compare_at" not in json.loads(Path("alone/study.json").read_text())

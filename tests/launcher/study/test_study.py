@@ -116,6 +116,12 @@ def test_every_variant_starts_alike_unless_a_spec_says_otherwise(folder):
     assert starts == {"gqa": 0.7, "routed": "as_drawn"}
 
 
+def test_a_variant_that_is_validated_on_other_tokens_is_refused(folder):
+    folder.rewrite("attention.top_k: 1}", "attention.top_k: 1, train.validation_tokens: 512}")
+    with pytest.raises(SpecError, match=r"variant routed has train.validation_tokens: 512, and the baseline gqa 256"):
+        folder.plan()
+
+
 def test_a_question_about_what_is_not_compared_is_refused(folder):
     folder.rewrite("seeds: [1, 2]", "seeds: [1, 2]\nasks: [moa is better than gqa]")
     with pytest.raises(SpecError, match="moa is not a variant"):
