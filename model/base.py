@@ -456,10 +456,11 @@ class Attention(nn.Module):
     `init_stds` gives the initial standard deviation of each matrix (and fixed random buffer) that belongs to the module
     itself, `init_means` the mean where it is not 0. Vectors in neither start at 1 (see `headway.model.init`). `ranks`
     is set where tensor parallelism shards the layer. `output_matrices` names the parameters on which y depends
-    linearly: scaling all of them by a factor scales y by it.
+    linearly: scaling all of them by a factor scales y by it. `gate_matrices`: own matrices that are no projections.
     """
 
     output_matrices: tuple[str, ...] = ("w_o",)
+    gate_matrices: tuple[str, ...] = ()
     init_stds: dict[str, float]
     init_means: dict[str, float]
     ranks: Ranks = Ranks()

@@ -45,6 +45,7 @@ from headway.model.layers import (
     use_operations,
 )
 from headway.model.recompute import recomputed
+from headway.model.router import Router
 from headway.model.selective import SelectiveRecompute
 from headway.model.shard import cut, cut_attention
 
@@ -82,10 +83,6 @@ class Placement:
     sequence: SequenceRanks = field(default_factory=SequenceRanks)
     recompute: Recompute = "none"
     operations: Operations = field(default_factory=Operations)
-
-
-_INPUTS = {"attn": ("w_q", "w_k", "w_v", "w_q_shared", "w_k_shared", "w_v_shared"), "mlp": ("w_gate", "w_up")}
-"""Names of the matrices that read the input of a branch."""
 
 
 class BranchScale(NamedTuple):
@@ -150,11 +147,17 @@ class Block(nn.Module):
             cut(self.attn_positions, self.attn_positions.shards, placement.ranks)
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The matrices of the MLP and of attention's projections, with names. Not those of routers and gates."""
-        for part, module in (("attn", self.attn), ("mlp", self.mlp)):
-            for name in [*_INPUTS[part], *module.output_matrices]:
-                if (matrix := module._parameters.get(name)) is not None and matrix.dim() == 2:
-                    yield f"{part}.{name}", matrix
+        """The matrices of the MLP and of attention's projections, with names. Not those of routers and gates.
+
+        A matrix of attention that is not declared as one of the latter is a projection, whatever its name.
+        """
+        routers = tuple(f"{name}." for name, child in self.attn.named_modules() if isinstance(child, Router))
+        for name, matrix in self.attn.named_parameters():
+            if matrix.dim() == 2 and name not in self.attn.gate_matrices and not name.startswith(routers):
+                yield f"attn.{name}", matrix
+        for name, matrix in self.mlp.named_parameters():
+            if matrix.dim() == 2:
+                yield f"mlp.{name}", matrix
 
     def with_positions(self, context: Context) -> Context:
         """The context of this layer's attention: with its position keys, if scores depend on distances."""

@@ -191,6 +191,8 @@ class GatedDelta(Attention):
     w_o [d, V E].
     """
 
+    gate_matrices = ("w_gate", "w_a", "w_b", "conv_q", "conv_k", "conv_v")
+
     def __init__(self, config: GatedDeltaConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__()
         self.config = config

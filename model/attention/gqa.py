@@ -258,6 +258,7 @@ class DenseAttention(GroupedQueryAttention):
     because its groups are whole repetitions of the pattern.
     """
 
+    gate_matrices = ("w_gate",)
     mix_first: nn.Parameter | None
     mix_own: nn.Parameter | None
 

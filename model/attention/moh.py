@@ -180,6 +180,8 @@ class MixtureOfHeads(GroupedQueryAttention):
     `ranks` is set where tensor parallelism shards the heads.
     """
 
+    gate_matrices = ("w_shared", "w_stage")
+
     def __init__(self, config: MohConfig, *, width: int, layers: int, init_std: float, norm_eps: float) -> None:
         super().__init__(config, width=width, layers=layers, init_std=init_std, norm_eps=norm_eps)
         self.config, self.top_k = config, config.k

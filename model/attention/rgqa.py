@@ -239,6 +239,8 @@ class RgqaConfig(RoutedGroupedConfig):
 class RoutedGroupedQueryAttention(GroupedQueryAttention):
     """The R-GQA layer: parameters of GQA, a `router` and, with `always_on_gate`, `w_always_on` [G always_on, d]."""
 
+    gate_matrices = ("w_always_on",)
+
     def __init__(
         self, config: RoutedGroupedConfig, *, width: int, layers: int, init_std: float, norm_eps: float
     ) -> None:

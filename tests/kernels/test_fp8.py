@@ -17,6 +17,7 @@ from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
 from headway.model.attention.namoh import NamohConfig
@@ -42,6 +43,7 @@ TAKEN = {
     "namoh": NamohConfig(heads=8, head_dim=16, top_k=2, shared_heads=2),
     "block-sparse": BlockSparseConfig(**POOL, block=8, blocks=1),
     "gated_delta": GatedDeltaConfig(heads=2, value_heads=4, head_dim=16),
+    "mla": MlaConfig(heads=4, head_dim=16, latent=48, query_latent=32, rope_dim=16),
 }
 
 
@@ -186,7 +188,8 @@ def test_every_mechanism_has_its_projections_and_its_mlp_in_fp8_and_nothing_else
     for block in range(2):
         inside = {n.split(".", 2)[2] for n in used if n.startswith(f"blocks.{block}.")}
         every = {n for n, p in made.blocks[block].named_parameters() if p.dim() == 2 and not is_small(n)}
-        assert inside == every and {"mlp.w_gate", "mlp.w_down", "attn.w_q", "attn.w_v", "attn.w_o"} <= inside
+        inputs = {"attn.w_dq", "attn.w_kr", "attn.w_uk"} if name == "mla" else {"attn.w_q", "attn.w_v"}
+        assert inside == every and {"mlp.w_gate", "mlp.w_down", "attn.w_o"} | inputs <= inside
     assert all(n.startswith("blocks.") for n in used)  # never the embedding or the head
     assert 0 < abs(found - expected) < 0.05
     for (parameter_name, a), b in zip(made.named_parameters(), plain.parameters(), strict=True):
@@ -195,11 +198,21 @@ def test_every_mechanism_has_its_projections_and_its_mlp_in_fp8_and_nothing_else
 
 
 def test_a_product_without_a_form_in_fp8_is_refused_not_left_out():
-    for config in (WgqaConfig(**POOL), RgqaConfig(**POOL, top_k=1, projections="grouped")):
+    grouped_latents = MlaConfig(heads=4, head_dim=16, latent=32, latents=2, rope_dim=16)
+    for config in (WgqaConfig(**POOL), RgqaConfig(**POOL, top_k=1, projections="grouped"), grouped_latents):
         with pytest.raises(LeverError, match=r"speed\.matmul: fp8 has no form of the products with attn\.w_"):
             one_pass(model(config))
     with pytest.raises(LeverError, match=r"mlp\.w_gate is 72 x 64; change the sizes of the model"):
         one_pass(model(TAKEN["gqa"], ffn_width=72))
+
+
+def test_matrices_of_other_names_are_projections_too():
+    """Those of a mechanism of a package, in modules of its own too: in fp8, or the run ends."""
+    made = model(GqaConfig(**POOL))
+    for layer in made.attention_layers():
+        layer.mixer = torch.nn.Linear(64, 32, bias=False, dtype=BF16)
+    with pytest.raises(LeverError, match=r"no form of the products with attn\.mixer\.weight in this mechanism"):
+        one_pass(made)
 
 
 def test_checkpoints_have_plain_tensors():

@@ -279,6 +279,20 @@ def test_executed_flops_are_those_of_the_chunks(length: int, chunks: list[int]) 
     assert one.core_flops_per_token(seq_len=length) == 6 * 6 * 5 * 4 + 4 * 6 * 2 + 2 * 5 * 4
 
 
+def test_the_backward_pass_executes_more_than_twice_the_forward_pass() -> None:
+    """As the page says: states of all chunks but the last are computed again, then every chunk, then gradients."""
+    triangular = {torch.ops.aten.linalg_solve_triangular: lambda a, b, *_, out_shape, **__: math.prod(b) * (b[-2] - 1)}
+    config = GatedDeltaConfig(heads=2, value_heads=4, head_dim=16, value_dim=12, chunk=64)
+    shapes = [(2, 16), (2, 16), (4, 12), (4,), (4,)]
+    q, k, v, decay, beta = (torch.rand(1, 128, *shape, requires_grad=True) for shape in shapes)
+    with FlopCounterMode(display=False, custom_mapping=triangular) as counter:
+        o, _ = chunked_delta(q, k, v, -decay, beta, chunk=64)
+        forward = counter.get_total_flops()
+        o.sum().backward()
+    assert forward == config.core_flops_per_token(seq_len=128) * 128
+    assert counter.get_total_flops() / forward == pytest.approx(4.64, abs=0.005)
+
+
 def test_parameters_are_the_six_squares_of_the_width_that_the_authors_state() -> None:
     """Heads of 256 that have 0.75 d channels together, and values twice as wide (fla/layers/gated_deltanet.py)."""
     width = 2048

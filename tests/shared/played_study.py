@@ -129,6 +129,8 @@ import math
 lr = spec["optimizer"]["lr"]
 best = (2.5e-3 if spec["attention"]["type"] == "gqa" else 1e-3) * 32 / spec["model"]["width"]
 offset = 0.2 * math.log(lr / best) ** 2 + 0.001 * (spec["seed"] ** 2 * len(spec["attention"]["type"]) % 7)
+batch, best = spec["train"]["global_batch"], 11 if spec["attention"]["type"] == "gqa" else 30
+offset += 0.05 * (math.log(batch / best) ** 2 - math.log(8 / best) ** 2)
 if lr > 0.03:
     print("error: step 5: 20 steps in a row had a loss that is no finite number (guard.max_skipped)", file=sys.stderr)
     sys.exit(70)

@@ -8,12 +8,13 @@ The rule is the same for all variants, and all are tried with the same values:
 3. The chosen value is the minimum of the parabola in log(value) through the lowest point and its neighbours.
 
 A trial that diverged counts as an infinite loss: its value is never chosen, but shows that the grid reaches far enough.
+A function `legal` rounds all values: to integers for an integer key, to whole micro-batches for a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from headway.launcher.study.sizes import TuneConfig
 
 Curve = Mapping[float, float]
 """Value -> mean loss over the seeds of the trials, nats per token; infinite where a trial diverged."""
+
+Legal = Callable[[float], float]
+"""The legal value of a key nearest to a number."""
 
 DIGITS = 3
 """Significant digits of a chosen value. One percent of a learning rate is far below what trials can tell apart."""
@@ -38,17 +42,36 @@ class Choice:
         return {"chosen": self.value, "how": self.how, "edge": self.edge}
 
 
-def next_values(config: TuneConfig, values: Sequence[float], curves: Mapping[str, Curve]) -> list[float]:
+def significant(value: float) -> float:
+    """`value` rounded to `DIGITS` significant digits, so that names and command lines stay short."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def multiples(unit: int) -> Legal:
+    """Rounding to multiples of `unit`, at least one."""
+    return lambda value: max(1, round(value / unit)) * unit
+
+
+def together(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The mean curve of all variants, for each of them; infinite where any diverged."""
+    values = next(iter(curves.values()))
+    mean = {value: _mean([curve[value] for curve in curves.values()]) for value in values}
+    return dict.fromkeys(curves, mean)
+
+
+def next_values(
+    config: TuneConfig, values: Sequence[float], curves: Mapping[str, Curve], legal: Legal = significant
+) -> list[float]:
     """Values to add to the grid `values`; empty if the lowest point of every curve is inside, or none may be added."""
     values = sorted(values)
     left = config.extend - (len(values) - len(config.grid))
     edges = {best_of(curve) for curve in curves.values()}
     found = []
     if values[0] in edges:
-        found.append(significant(values[0] / config.factor))
+        found.append(legal(values[0] / config.factor))
     if values[-1] in edges:
-        found.append(significant(values[-1] * config.factor))
-    return found[: max(0, left)]
+        found.append(legal(values[-1] * config.factor))
+    return [value for value in found if value not in values][: max(0, left)]
 
 
 def best_of(curve: Curve) -> float:
@@ -59,7 +82,7 @@ def best_of(curve: Curve) -> float:
     return min(sorted(finite), key=lambda value: finite[value])
 
 
-def choose(curve: Curve) -> Choice:
+def choose(curve: Curve, legal: Legal = significant) -> Choice:
     """The chosen value of a variant. Raises ValueError if no trial has a finite loss."""
     values, best = sorted(curve), best_of(curve)
     i = values.index(best)
@@ -71,7 +94,7 @@ def choose(curve: Curve) -> Choice:
     if not all(math.isfinite(loss) for loss in losses):
         return Choice(value=best, how="the best value tried; the next one diverged")
     lowest = parabola_minimum([math.log(value) for value in around], losses)
-    return Choice(value=significant(math.exp(lowest)), how="parabola through the best three")
+    return Choice(value=legal(math.exp(lowest)), how="parabola through the best three")
 
 
 def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float:
@@ -93,6 +116,7 @@ def carried(
     params: Mapping[str, float],
     widths: Mapping[str, float],
     size: str,
+    legal: Legal = significant,
 ) -> dict[str, Choice]:
     """Values at a size without trials. `chosen`: size -> variant -> value, of the sizes with trials.
 
@@ -102,7 +126,7 @@ def carried(
     order = sorted(chosen, key=lambda name: params[name])
     variants = sorted({variant for by_variant in chosen.values() for variant in by_variant})
     if rule == "fit":
-        return _fitted(chosen, params, size, variants)
+        return _fitted(chosen, params, size, variants, legal)
     found = {}
     for variant in variants:
         last = [name for name in order if variant in chosen[name]][-1]
@@ -114,12 +138,16 @@ def carried(
             )
         else:
             how = f"that of {last}"
-        found[variant] = Choice(value=significant(value), how=how)
+        found[variant] = Choice(value=legal(value), how=how)
     return found
 
 
 def _fitted(
-    chosen: Mapping[str, Mapping[str, float]], params: Mapping[str, float], size: str, variants: Sequence[str]
+    chosen: Mapping[str, Mapping[str, float]],
+    params: Mapping[str, float],
+    size: str,
+    variants: Sequence[str],
+    legal: Legal,
 ) -> dict[str, Choice]:
     """Least squares of log(value) on log(parameters): a level for each variant, one slope for all."""
     points = {
@@ -131,12 +159,7 @@ def _fitted(
     slope = along / across if across else 0.0
     how = f"fit over {', '.join(sorted(chosen, key=lambda name: params[name]))}: exponent {slope:.2f} in parameters"
     target = math.log(params[size])
-    return {v: Choice(value=significant(math.exp(y + slope * (target - x))), how=how) for v, (x, y) in centre.items()}
-
-
-def significant(value: float) -> float:
-    """`value` rounded to `DIGITS` significant digits, so that names and command lines stay short."""
-    return float(f"{value:.{DIGITS}g}")
+    return {v: Choice(value=legal(math.exp(y + slope * (target - x))), how=how) for v, (x, y) in centre.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

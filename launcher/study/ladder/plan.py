@@ -18,6 +18,7 @@ from headway.launcher.match.matching import value_at
 from headway.launcher.spec.merge import format_value
 from headway.launcher.spec.yamlio import Node, Place, value_node
 from headway.launcher.study.config import FULL, Study, StudyConfig
+from headway.launcher.study.ladder.choice import Legal, multiples, significant
 from headway.launcher.study.plan import check_arguments, study_bounds
 from headway.launcher.study.resolver import Facts, Resolver
 from headway.launcher.study.sizes import SizeConfig, overlap
@@ -79,6 +80,16 @@ class Ladder:
         search, tuned = self.config.tune[key], {size.name for size in self.tuned_sizes(key)}
         without = [size for size in self.sizes if size.name not in tuned]
         return max(without, key=lambda size: size.params) if search.check and without else None
+
+    def legal(self, size: Size, key: str) -> Legal:
+        """Rounding of a tuned or carried value of `key` at a size."""
+        if key == BATCH:
+            return multiples(size.spec.train.micro_batch)
+        try:
+            value = value_at(size.spec, key)
+        except KeyError:  # a key that the baseline does not have
+            return significant
+        return multiples(1) if isinstance(value, int) and not isinstance(value, bool) else significant
 
     def trial_tokens(self, size: Size, key: str) -> int:
         """Tokens of each trial of `key`."""

@@ -15,8 +15,8 @@ from headway.launcher.run.run_dir import read_mapping, write_json
 from headway.launcher.study.branches import changes
 from headway.launcher.study.config import Study
 from headway.launcher.study.keeping import keep_file
-from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, significant
-from headway.launcher.study.ladder.plan import Ladder, Size
+from headway.launcher.study.ladder.choice import Choice, Curve, carried, choose, next_values, together
+from headway.launcher.study.ladder.plan import BATCH, Ladder, Size
 from headway.launcher.study.plan import Cell, StudyPlan, cell_key
 
 TUNING = "tuning.json"
@@ -83,7 +83,12 @@ def _tune_key(
         if code == PREEMPTED:
             return {}, {}, code
         curves = {s.name: _curves(ladder, s, key, grids[s.name], values[s.name]) for s in sizes}
-        more = {s.name: next_values(search, grids[s.name], _checked(curves[s.name], s, key)) for s in sizes}
+        if key == BATCH:  # runs of different batches would read different data, and could not be compared by pairs
+            curves = {name: together(by_variant) for name, by_variant in curves.items()}
+        more = {
+            s.name: next_values(search, grids[s.name], _checked(curves[s.name], s, key), ladder.legal(s, key))
+            for s in sizes
+        }
         if not any(more.values()):
             break
         for size in sizes:
@@ -91,7 +96,7 @@ def _tune_key(
                 shown = ", ".join(f"{value:g}" for value in more[size.name])
                 console.say(f"tune {key} at {size.title}: the best value lies on an edge of the grid; adding {shown}")
                 grids[size.name] = sorted([*grids[size.name], *more[size.name]])
-    choices = {s.name: {v: choose(curve) for v, curve in curves[s.name].items()} for s in sizes}
+    choices = {s.name: {v: choose(curve, ladder.legal(s, key)) for v, curve in curves[s.name].items()} for s in sizes}
     chosen = {name: {v: c.value for v, c in by.items()} for name, by in choices.items()}
     for size in ladder.sizes:
         if size.name not in choices:
@@ -101,6 +106,7 @@ def _tune_key(
                 params={s.name: s.params for s in ladder.sizes},
                 widths={s.name: s.spec.model.width for s in ladder.sizes},
                 size=size.name,
+                legal=ladder.legal(size, key),
             )
             choices[size.name] = {v: every[v] for v in _variants(ladder, size) if v in every}
     records = {
@@ -125,7 +131,8 @@ def check_carried(ladder: Ladder, values: Values, train: Train) -> int:
             continue
         others = {v: {k: x for k, x in by.items() if k != key} for v, by in values[size.name].items()}
         middle = values[size.name][baseline][key]
-        around = [significant(middle / search.factor), middle, significant(middle * search.factor)]
+        legal = ladder.legal(size, key)
+        around = sorted({legal(middle / search.factor), middle, legal(middle * search.factor)})
         studies = [_only(ladder.trial(size, key, value, others), baseline) for value in around]
         code = train(studies)
         if code == PREEMPTED:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from headway.launcher.study.ladder.choice import carried, choose, next_values, parabola_minimum
+from headway.launcher.study.ladder.choice import carried, choose, multiples, next_values, parabola_minimum, together
 from headway.launcher.study.sizes import TuneConfig
 
 
@@ -63,6 +63,20 @@ def test_a_diverged_trial_is_never_chosen_but_closes_the_grid():
     assert "diverged" in choose(curve).how
     with pytest.raises(ValueError, match="finite"):
         choose(dict.fromkeys(curve, math.inf))
+
+
+def test_values_of_a_batch_are_whole_micro_batches_and_one_for_all_variants():
+    grid, legal = [8.0, 16.0, 32.0], multiples(8)
+    curves = together({"a": quadratic(11.0, grid), "b": quadratic(30.0, grid)})
+    assert curves["a"] == curves["b"] and next_values(search(grid=grid), grid, curves, legal) == []
+    assert choose(curves["a"]).value == pytest.approx(math.sqrt(330), rel=0.005)
+    assert choose(curves["a"], legal).value == 16
+    # the value below the edge is that of the edge after rounding: nothing is added
+    assert next_values(search(grid=grid), grid, {"a": quadratic(2.0, grid)}, legal) == []
+    assert next_values(search(grid=grid), grid, {"a": quadratic(90.0, grid)}, legal) == [64]
+    assert math.isinf(together({"a": {1.0: 2.0}, "b": {1.0: math.inf}})["a"][1.0])
+    got = carried("width", {"s": {"gqa": 16.0}}, params=PARAMS, widths=WIDTHS, size="m", legal=legal)
+    assert got["gqa"].value == 8
 
 
 PARAMS = {"s": 1e6, "m": 4e6, "l": 16e6}
