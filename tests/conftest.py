@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ import pytest
 import torch
 
 from headway.launcher.hosts import forked
-from headway.launcher.hosts.forked import ForkServer
+from headway.launcher.hosts.forked import Forked, ForkServer
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, whose choice launchers respect
 
 QUICK = Path(__file__).with_name("quick.py")
+SHARED = Path(__file__).with_name("shared")
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "headway-example-mechanism"
 
 TINY = """
@@ -107,9 +109,35 @@ class Headway:
 
 @pytest.fixture(scope="session")
 def fork_server():
-    """Imports everything once for all tests that start runs."""
-    with ForkServer() as server:
+    """Imports everything once for all tests that start runs. Its processes can import tests/shared."""
+    with patch.dict(os.environ, PYTHONPATH=str(SHARED)):
+        server = ForkServer()
+    with server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def run_ranks(fork_server) -> Callable[..., str]:
+    """`run_ranks(processes, script, *arguments)`: what the ranks print. They are forked, with all imports done."""
+
+    def run(processes: int, script: Path, *arguments: object) -> str:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        worker = ["rank_script", str(script), *map(str, arguments)]
+        request = {"worker": worker, "processes": processes, "env": env}
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            group = Forked(fork_server.path, request, out.fileno(), err.fileno())
+            end = time.monotonic() + 300
+            while group.poll() is None and time.monotonic() < end:
+                time.sleep(0.02)
+            if group.returncode is None:
+                os.killpg(group.pid, signal.SIGKILL)
+            out.seek(0)
+            err.seek(0)
+            said, errors = out.read().decode(), err.read().decode()
+        assert group.returncode == 0, f"{script.name} ended with {group.returncode}: {said[-2000:]}{errors[-6000:]}"
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ def newest(run: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")), default=0)
 
 
-@pytest.mark.parametrize("ranks_too", [False, True], ids=["launcher", "launcher and ranks"])
+@pytest.mark.parametrize(
+    "ranks_too", [pytest.param(False, marks=pytest.mark.slow), True], ids=["launcher", "launcher and ranks"]
+)
 def test_a_storm_of_signals_loses_no_step_and_ends_with_75(headway_alone, ranks_too):
     run = headway_alone.folder / "run"
     process = headway_alone.start(*LONG, "run_dir=run")

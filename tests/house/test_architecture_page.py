@@ -74,10 +74,11 @@ PROSE = re.findall(r"`(\w+)` in \[(.+?)\]\(", PAGE) + [
 ]
 
 
-@pytest.mark.parametrize(("file", "name"), [*NAMED, *((file, name) for name, file in PROSE)])
-def test_what_is_named_exists(file: str, name: str) -> None:
-    assert (ROOT / file).is_file(), f"{file} is not there; correct docs/architecture.md"
-    assert name in defined(file), f"{file} defines no {name}; correct docs/architecture.md"
+def test_what_is_named_exists() -> None:
+    pairs = [*NAMED, *((file, name) for name, file in PROSE)]
+    assert len(pairs) > 300
+    assert [file for file, _ in pairs if not (ROOT / file).is_file()] == [], "correct docs/architecture.md"
+    assert [pair for pair in pairs if pair[1] not in defined(pair[0])] == [], "correct docs/architecture.md"
 
 
 def test_a_name_that_does_not_exist_is_seen() -> None:

@@ -11,10 +11,15 @@ import pytest
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODULES = sorted(f"headway.kernels.triton.{path.stem}" for path in (KERNELS / "triton").glob("[!_]*.py"))
 assert len(MODULES) >= 6
+# One with tensor cores and one without; `make test-all` compiles the others too, which takes ten seconds for each.
+FAST = {f"headway.kernels.triton.{name}" for name in ("weight_grad", "lists")}
 SHARED_BYTES = 227 << 10  # of one block on compute capability 9.0
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in MODULES],
+)
 def compiled(request, tmp_path_factory):
     cache = tmp_path_factory.mktemp("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}

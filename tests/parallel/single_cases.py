@@ -1,6 +1,6 @@
 """Run by test_single_engine.py in one process: the same training with Headway's engine and with DeepSpeed's ZeRO-1.
 
-Prints one JSON object per case. Not a test module itself.
+`single_cases.py FOLDER CASE ...` prints one JSON object per case. Not a test module itself.
 """
 
 import json
@@ -28,7 +28,7 @@ from headway.parallel.config import OptimizerConfig, ParallelConfig
 from headway.parallel.engine import Engine
 from headway.parallel.layout import Layout, init_layout
 
-S, MICRO, STEPS, SAVED = 16, 2, 24, 11
+S, MICRO, STEPS, SAVED = 16, 2, 16, 9
 NOT_FINITE, REFUSED = (5, 12), 8
 ENGINES = ("deepspeed", "auto")
 HEADS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8}
@@ -176,8 +176,9 @@ def compared(name: str, case: Case, layout: Layout, root: Path) -> dict[str, Any
 def main() -> None:
     torch.set_num_threads(1)
     layout = init_layout(device="cpu", timeout_s=60)
-    for name, case in CASES.items():
-        print("CASE", json.dumps(compared(name, case, layout, Path(sys.argv[1]))), flush=True)
+    root, *names = sys.argv[1:]
+    for name in names:
+        print("CASE", json.dumps(compared(name, CASES[name], layout, Path(root))), flush=True)
     dist.destroy_process_group()
 
 

@@ -1,8 +1,8 @@
 """Run by test_layout_changes.py in 2, 4 and 1 processes: saves in some layouts, and continues each save in others.
 
-`span_cases.py FOLDER SAVERS`, with this folder on PYTHONPATH. SAVERS: the number of processes whose checkpoints are
-continued; if it is that of this group, they are saved first. Prints one JSON object per case on rank 0. Not a test
-module.
+`span_cases.py FOLDER SAVERS WHICH`, with this folder on PYTHONPATH. SAVERS: the number of processes whose checkpoints
+are continued. WHICH: "saved" saves them, if it is the number of this group; "fast" and "more" continue them in these
+layouts. Prints one JSON object per case on rank 0. Not a test module.
 
 Each state is written twice: by Headway, and in format 2, in which each file holds whole tensors, as DeepSpeed puts them
 together.
@@ -74,6 +74,18 @@ MOVES = {  # saver -> layouts that continue it
         "pp2·dp2": ("pp2·dp2", "tp2·dp2-z3", "single"),
     },
 }
+
+
+FAST = {
+    "fp32": {
+        "dp2": ("dp2", "dp2-z3", "tp2", "pp2", "single"),
+        "dp2-z3": ("dp2",),
+        "tp2": ("pp2", "single"),
+        "pp2": ("tp2",),
+    },
+    "bf16": {"dp2": ("dp2-z2", "single"), "dp2-z2": ("dp2",), "dp2-z3": ("dp2",)},
+}
+"""Part of `MOVES`: every saver of two processes, and every layout of two and one that has tensors of its own form."""
 
 
 class Traffic(TorchDispatchMode):
@@ -191,9 +203,13 @@ def continued(e: Engine, layout: Layout, root: Path) -> dict[str, Any]:
     return {"digests": digests(e, layout), "figures": train(e, layout, SAVED, STEPS)}
 
 
+def is_fast(precision: str, name: str, target: str) -> bool:
+    return target in FAST[precision].get(name, ())
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    folder, savers_size = Path(sys.argv[1]), int(sys.argv[2])
+    folder, savers_size, which = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     base = init_layout(device="cpu", timeout_s=120)
     layouts: dict[Any, Layout] = {}
 
@@ -210,7 +226,7 @@ def main() -> None:
 
     for precision, savers in SAVERS.items():
         for name in savers:
-            if not LAYOUTS[name][0] == savers_size == base.world_size:
+            if which != "saved" or not LAYOUTS[name][0] == savers_size == base.world_size:
                 continue
             layout = layout_of(name)
             e = engine_of(name, precision, layout)
@@ -224,6 +240,8 @@ def main() -> None:
         for name, targets in moves.items():
             for target in targets:
                 if (LAYOUTS[name][0], LAYOUTS[target][0]) != (savers_size, base.world_size):
+                    continue
+                if which != ("fast" if is_fast(precision, name, target) else "more"):
                     continue
                 layout = layout_of(target)
                 ways = {}

@@ -15,27 +15,9 @@ HERE = Path(__file__).parent
 KINDS = ("CASE ", "CROSS ", "SINGLE ")
 
 
-def start(processes: int, root: Path) -> dict:
-    """Run engine_cases.py and collect what it printed."""
-    script = [str(HERE / "engine_cases.py"), str(root)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if processes == 1:
-        command = [sys.executable, "-P", *script]
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    else:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-        command += script
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(KINDS)]
+def collected(said: str) -> dict:
+    """What engine_cases.py printed."""
+    lines = [line.split(" ", 1) for line in said.splitlines() if line.startswith(KINDS)]
     cases = [json.loads(body) for kind, body in lines if kind == "CASE"]
     return {
         "cases": {(c["precision"], c["zero"]): c for c in cases},
@@ -44,13 +26,13 @@ def start(processes: int, root: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="session")
-def results(tmp_path_factory) -> dict[int, dict]:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, run_ranks) -> dict[int, dict]:
     root = tmp_path_factory.mktemp("engine")
-    return {2: start(2, root), 1: start(1, root)}
+    return {processes: collected(run_ranks(processes, HERE / "engine_cases.py", root)) for processes in (2, 1)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain() -> list[tuple[float, float]]:
     """(loss, gradient norm) of a bare PyTorch loop: one batch, AdamW, clipping; no DeepSpeed."""
     spec = importlib.util.spec_from_file_location("engine_cases", HERE / "engine_cases.py")

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +11,9 @@ import torch
 from headway.parallel.engine import evaluation_of
 
 
-def test_accuracy_and_loss_are_sums_over_ranks_with_different_numbers_of_targets():
-    script = str(Path(__file__).parent / "evaluate_cases.py")
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, script], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+def test_accuracy_and_loss_are_sums_over_ranks_with_different_numbers_of_targets(run_ranks):
+    said = run_ranks(2, Path(__file__).with_name("evaluate_cases.py"))
+    lines = [line.split(" ", 1) for line in said.splitlines()]
     cases = [json.loads(body) for kind, body in lines if kind == "CASE"]
     plain = next(json.loads(body) for kind, body in lines if kind == "PLAIN")
     assert [case["zero"] for case in cases] == [1, 3]

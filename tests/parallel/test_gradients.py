@@ -1,9 +1,8 @@
 """The gradient that AdamW receives in bf16 runs: the fp32 sum of all micro-batches of all ranks, on every layout."""
 
 import importlib.util
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,17 +40,18 @@ def expected(cases):
     return {stages: cases.exact_sum(apart=stages > 1) for stages in (1, 2)}
 
 
-def gradients(folder: Path, ranks: int, stages: int, *zero: int, reduction: str = "fp32") -> dict[int, dict]:
-    """ZeRO stage -> parameter -> gradient."""
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(HERE / "gradient_cases.py"), str(folder), str(stages), reduction, *map(str, zero)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[int, dict] = {}
-    for file in folder.glob("*.pt"):
-        found.setdefault(int(file.name.split(".")[0]), {}).update(torch.load(file, weights_only=True))
-    return found
+@pytest.fixture
+def gradients(tmp_path, run_ranks) -> Callable[..., dict[int, dict]]:
+    """`gradients(ranks, stages, *zero)`: ZeRO stage -> parameter -> gradient."""
+
+    def made(ranks: int, stages: int, *zero: int, reduction: str = "fp32") -> dict[int, dict]:
+        run_ranks(ranks, HERE / "gradient_cases.py", tmp_path, stages, reduction, *zero)
+        found: dict[int, dict] = {}
+        for file in tmp_path.glob("*.pt"):
+            found.setdefault(int(file.name.split(".")[0]), {}).update(torch.load(file, weights_only=True))
+        return found
+
+    return made
 
 
 def error(gradient: dict, exact: dict) -> float:
@@ -63,14 +63,14 @@ def error(gradient: dict, exact: dict) -> float:
 @pytest.mark.parametrize(
     ("ranks", "stages"), [pytest.param(*key, marks=[pytest.mark.slow] if key[0] == 8 else []) for key in LAYOUTS]
 )
-def test_gradients_are_summed_in_fp32(tmp_path, expected, ranks, stages):
-    found = gradients(tmp_path, ranks, stages, *LAYOUTS[ranks, stages])
+def test_gradients_are_summed_in_fp32(gradients, expected, ranks, stages):
+    found = gradients(ranks, stages, *LAYOUTS[ranks, stages])
     assert found.keys() == set(LAYOUTS[ranks, stages])
     for zero, gradient in found.items():
         assert error(gradient, expected[stages]) < EXACT, f"ZeRO-{zero}"
 
 
-def test_bf16_reduction_has_its_stated_error(tmp_path, expected):
-    found = gradients(tmp_path, 2, 1, 1, 2, 3, reduction="bf16")
+def test_bf16_reduction_has_its_stated_error(gradients, expected):
+    found = gradients(2, 1, 1, 2, 3, reduction="bf16")
     for zero, gradient in found.items():
         assert 5e-4 < error(gradient, expected[1]) < 5e-3, f"ZeRO-{zero}"

@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,8 +37,9 @@ def size(layout: str) -> int:
 
 
 def case(*key: str):
-    """A case that needs 4 processes is slow."""
-    return pytest.param(*key, marks=[pytest.mark.slow] if max(map(size, key[1:])) > 2 else [])
+    """A case that needs 4 processes is slow, and so are some of those that need 2."""
+    fast = max(map(size, key[1:])) <= 2 and (len(key) == 2 or cases.is_fast(*key))
+    return pytest.param(*key, marks=[] if fast else [pytest.mark.slow])
 
 
 SAVED = [case(precision, name) for precision, names in cases.SAVERS.items() for name in names]
@@ -58,34 +58,32 @@ class Results(dict[tuple[str, ...], dict]):
     Workers are started on demand.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run_ranks: Callable[..., str]) -> None:
         super().__init__()
-        self.folder = folder
-        self._started: set[tuple[int, int]] = set()
+        self.folder, self._run_ranks = folder, run_ranks
+        self._started: set[tuple[int, int, str]] = set()
 
     def __missing__(self, key: tuple[str, ...]) -> dict:
         savers = size(key[1])
-        for processes in dict.fromkeys((savers, size(key[-1]))):
-            if (processes, savers) not in self._started:
-                self._started.add((processes, savers))
-                self._start(processes, savers)
+        starts = [(savers, savers, "saved")]
+        if len(key) == 3:
+            starts.append((size(key[2]), savers, "fast" if cases.is_fast(*key) else "more"))
+        for start in starts:
+            if start not in self._started:
+                self._started.add(start)
+                self._start(*start)
         return dict(self)[key]
 
-    def _start(self, processes: int, savers: int) -> None:
-        command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(processes), str(HERE / "span_cases.py"), str(self.folder), str(savers)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        for line in done.stdout.splitlines():
+    def _start(self, processes: int, savers: int, which: str) -> None:
+        for line in self._run_ranks(processes, HERE / "span_cases.py", self.folder, savers, which).splitlines():
             if line.startswith("CASE "):
                 found = json.loads(line.removeprefix("CASE "))
                 self[found["precision"], found["name"], *([found["target"]] if "target" in found else [])] = found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Results:
-    return Results(tmp_path_factory.mktemp("layouts"))
+def results(tmp_path_factory, run_ranks) -> Results:
+    return Results(tmp_path_factory.mktemp("layouts"), run_ranks)
 
 
 def checkpoints(results: Results, precision: str, name: str) -> Path:

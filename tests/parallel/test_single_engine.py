@@ -3,9 +3,8 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,20 +21,32 @@ assert _SPEC is not None and _SPEC.loader is not None
 cases = sys.modules["single_cases"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cases)
 RESUMES = ("deepspeed from auto", "auto from deepspeed", "auto from auto")
+# Each precision, sizes of every kind, tied matrices, routers, recomputation. The others are in `make test-all`.
+FAST = ["norms in blocks", "tied bf16", "odd sizes", "odd sizes bf16", "rgqa", "rgqa bf16"]
+NAMES = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in cases.CASES]
+
+
+class Results(dict[str, dict]):
+    """What the process printed, by case. All cases of a group run in one process, on demand."""
+
+    def __init__(self, folder: Path, run_ranks: Callable[..., str]) -> None:
+        super().__init__()
+        self._folder, self._run_ranks = folder, run_ranks
+
+    def __missing__(self, name: str) -> dict:
+        group = [other for other in cases.CASES if (other in FAST) == (name in FAST)]
+        said = self._run_ranks(1, HERE / "single_cases.py", self._folder, *group)
+        lines = [line.removeprefix("CASE ") for line in said.splitlines() if line.startswith("CASE ")]
+        self.update({case["name"]: case for case in map(json.loads, lines)})
+        return dict(self)[name]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, "-P", str(HERE / "single_cases.py"), str(tmp_path_factory.mktemp("single"))]
-    env = {**os.environ, **ranks, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("CASE ") for line in done.stdout.splitlines() if line.startswith("CASE ")]
-    return {case["name"]: case for case in map(json.loads, lines)}
+def results(tmp_path_factory, run_ranks) -> Results:
+    return Results(tmp_path_factory.mktemp("single"), run_ranks)
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_norms_skipped_steps_and_routers_equal_those_of_zero_1(results, name):
     found = results[name]
     assert found["classes"] == ["ZeroEngine", "SingleEngine"]
@@ -49,19 +60,19 @@ def test_losses_norms_skipped_steps_and_routers_equal_those_of_zero_1(results, n
     assert found["adam_steps"] == [[cases.STEPS - 3], [cases.STEPS - 3]]
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_moments_and_buffers_equal_those_of_zero_1(results, name):
     assert results[name]["tensors"] > 40
     assert results[name]["differ"] == []
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_of_a_checkpoint_equal_those_of_zero_1(results, name):
     theirs, ours = results[name]["checkpoints"]
     assert ours and ours == theirs
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_engine_continues_a_checkpoint_of_the_other_bit_for_bit(results, name):
     assert results[name]["resumed"] == {
         "deepspeed from auto": True,

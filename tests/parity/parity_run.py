@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from parity_cases import Case, every_case, groups, with_references
 from parity_compare import Verdict, check_reference, compare
+
+from headway.launcher.hosts.forked import Forked, ForkServer
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "parity_worker.py"
@@ -42,13 +44,17 @@ class Outcome:
         return self.verdict.equal
 
 
-def run(cases: list[Case], folder: Path, *, say: Callable[[str], None] = print) -> dict[Case, Outcome]:
-    """Train every case and its reference, and compare them. `folder`: an empty one, for what workers write."""
+def run(
+    cases: list[Case], folder: Path, *, server: ForkServer | None = None, say: Callable[[str], None] = print
+) -> dict[Case, Outcome]:
+    """Train every case and its reference, and compare them. `folder`: an empty one, for what workers write. `server`:
+    forks the workers; it can import tests/shared/rank_script.py. Without it they start as torchrun starts them.
+    """
     cases = with_references(cases)
     outcomes: dict[Case, Outcome] = {}
     results: dict[Case, dict[str, Any]] = {}
     for number, (size, todo) in enumerate(groups(cases)):
-        for case, result in _trained(todo, size, folder, name=f"group-{number}"):
+        for case, result in _trained(todo, size, folder, server, name=f"group-{number}"):
             if "error" not in result:
                 results[case] = result
             outcomes[case] = outcome = _judged(case, result, results)
@@ -75,7 +81,9 @@ def _judged(case: Case, result: dict[str, Any], results: dict[Case, dict[str, An
     return Outcome(case=case, result=result, verdict=verdict)
 
 
-def _trained(cases: list[Case], size: int, folder: Path, *, name: str) -> Iterator[tuple[Case, dict[str, Any]]]:
+def _trained(
+    cases: list[Case], size: int, folder: Path, server: ForkServer | None, *, name: str
+) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Yield (case, result of its workers, or {"error": text})."""
     attempt = 0
     while cases:
@@ -83,23 +91,19 @@ def _trained(cases: list[Case], size: int, folder: Path, *, name: str) -> Iterat
         place = folder / f"{name}-{attempt}"
         place.mkdir()
         done = 0
-        for result in _group(cases[:PER_START], size, place, shared=folder):
+        for result in _group(cases[:PER_START], size, place, server, shared=folder):
             yield cases[done], result
             done += 1
         cases = cases[done:]
 
 
-def _group(cases: list[Case], size: int, place: Path, *, shared: Path) -> Iterator[dict[str, Any]]:
+def _group(
+    cases: list[Case], size: int, place: Path, server: ForkServer | None, *, shared: Path
+) -> Iterator[dict[str, Any]]:
     """Results in the order of the cases, up to the first that fails."""
     (place / "cases.json").write_text(json.dumps([case.to_json() for case in cases]))
     with (place / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            [*_launcher(size), str(WORKER), str(place), str(shared)],
-            env=_environment(size),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = _started([str(WORKER), str(place), str(shared)], size, server, log)
         try:
             yield from _followed(process, place, len(cases))
         finally:
@@ -108,7 +112,20 @@ def _group(cases: list[Case], size: int, place: Path, *, shared: Path) -> Iterat
             process.wait()
 
 
-def _followed(process: subprocess.Popen[bytes], place: Path, count: int) -> Iterator[dict[str, Any]]:
+def _started(
+    script: list[str], size: int, server: ForkServer | None, log: IO[bytes]
+) -> subprocess.Popen[bytes] | Forked:
+    """A group of processes, the leader of its session."""
+    if server is not None:
+        request = {"worker": ["rank_script", *script], "processes": size, "env": _environment(size)}
+        return Forked(server.path, request, log.fileno(), log.fileno())
+    command = [*_launcher(size), *script]
+    return subprocess.Popen(
+        command, env=_environment(size), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _followed(process: subprocess.Popen[bytes] | Forked, place: Path, count: int) -> Iterator[dict[str, Any]]:
     path, seen, limit = place / "results.jsonl", 0, time.monotonic() + START_S
     while seen < count:
         ended = process.poll() is not None
@@ -120,8 +137,9 @@ def _followed(process: subprocess.Popen[bytes], place: Path, count: int) -> Iter
             yield {"error": _error(place) if ended else f"no result within its time; {_error(place)}"}
             return
         time.sleep(0.05)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)
+    limit = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
 
 
 def _error(place: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("launcher", "model", "data", "parallel", "kernels")
-SOURCES = {path: ast.parse(path.read_text()) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 NEVER = {
     *("eval", "exec", "compile", "__import__", "execfile", "input"),
@@ -74,9 +74,10 @@ def _is_constant(node: ast.expr, value: bool | None) -> bool:
     return value is not None and isinstance(node, ast.Constant) and node.value is value
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_that_runs_data_as_code_is_called(path):
-    assert unsafe(SOURCES[path]) == []
+def test_nothing_that_runs_data_as_code_is_called():
+    assert len(SOURCES) > 400
+    found = {str(path.relative_to(ROOT)): unsafe(ast.parse(path.read_text())) for path in SOURCES}
+    assert {path: calls for path, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_the_processes_of_one_host_meet_at_the_loopback_address(headway, port):
     assert f"--rdzv-endpoint 127.0.0.1:{0 if port == 'null' else port}" in words
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_host_without_loopback_interface_says_so_before_it_starts_anything(headway_alone, processes):
     began = time.monotonic()
     words = ("train", str(headway_alone.spec), *SHORT, f"launch.processes={processes}", "run_dir=run")

@@ -15,6 +15,7 @@ from played_study import BASE, Folder
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.cli.main import main
+from headway.launcher.hosts.forked import VARIABLE
 from headway.launcher.study import run as study_module
 from headway.launcher.study.config import load_study
 from headway.launcher.study.run import run_study
@@ -30,6 +31,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study_module, "cell_command", lambda plan, cell: [sys.executable, "trainer.py", *cell.overrides]
     )
+    monkeypatch.setenv(VARIABLE, "not-used")  # no fork server, which the playing trainer would not use
     monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])  # drawn in test_report.py
     return made
 

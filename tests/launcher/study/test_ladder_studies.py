@@ -25,11 +25,14 @@ def folder(tmp_path, monkeypatch):
     made.become_ladder()
     (tmp_path / "base.yaml").write_text(BASE + "schedule: {type: wsd, warmup_tokens: 512}\n")
     play(monkeypatch)
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])  # drawn in test_ladder_trains.py
     return made
 
 
-def tuning(folder: Folder, size: str) -> dict:
-    return json.loads((folder.out / "sizes" / size / "tuning.json").read_text())["keys"]["optimizer.lr"]
+def tuning(folder: Folder, size: str = "") -> dict:
+    """What was found at a size, or in a study without sizes."""
+    place = folder.out / "sizes" / size if size else folder.out
+    return json.loads((place / "tuning.json").read_text())["keys"]["optimizer.lr"]
 
 
 def test_a_tuned_batch_is_one_for_all_variants_and_keeps_their_pairs(folder):
@@ -104,9 +107,10 @@ def test_a_stopped_ladder_goes_on_and_a_failed_trial_is_tried_again(folder, caps
 
 
 def test_a_diverged_trial_counts_as_a_loss_that_is_never_chosen(folder):
+    without_sizes(folder)
     folder.rewrite("[1e-3, 2e-3, 4e-3]", "[5e-4, 1e-3, 2e-3, 6e-3, 4e-2]")
     assert run_file(folder.study) == 0
-    found = tuning(folder, "s")["variants"]["gqa"]
+    found = tuning(folder)["variants"]["gqa"]
     lost = [t for t in found["trials"] if t["value"] == 4e-2]
     assert [(t["loss"], t["done"]) for t in lost] == [(None, False)]
     assert found["chosen"] == pytest.approx(2.5e-3, rel=0.01)
@@ -140,11 +144,16 @@ def test_a_question_about_two_variants_is_asked_at_the_sizes_that_have_both(fold
     assert [len(ladder.main(size, {}).config.asks) for size in ladder.sizes] == [1, 1, 0]  # l has gqa alone
 
 
-def test_a_study_without_sizes_can_be_tuned(folder):
+def without_sizes(folder: Folder) -> None:
+    """Leave a tuned study of one size."""
     text = folder.study.read_text()
     head, _, rest = text.partition("tokens_per_param")
     tail = rest[rest.index("tune:") :].replace("sizes: [s, m], carry: fit, ", "")
     folder.study.write_text(head + tail)
+
+
+def test_a_study_without_sizes_can_be_tuned(folder):
+    without_sizes(folder)
     assert run_file(folder.study) == 0
     study = json.loads((folder.out / "study.json").read_text())
     assert {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}["gqa"] == pytest.approx(
@@ -156,6 +165,7 @@ def test_a_study_without_sizes_can_be_tuned(folder):
 
 
 def test_a_changed_grid_after_training_is_refused_as_another_definition(folder):
+    without_sizes(folder)
     assert run_file(folder.study) == 0
     folder.rewrite("[1e-3, 2e-3, 4e-3]", "[1.5e-3, 2.5e-3, 6e-3], extend: 0")
     with pytest.raises(SpecError, match=r"begun with another definition[\s\S]*optimizer\.lr"):

@@ -1,4 +1,4 @@
-"""A tuned ladder of three sizes and three variants from a corpus to its report, with real runs, by the command line."""
+"""A tuned ladder of three sizes and two variants from a corpus to its report, with real runs, by the command line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ tune:
 variants:
   gqa: {attention.type: gqa}
   routed: {attention.type: rgqa, attention.top_k: 1}
-  sqa: {attention.type: sqa, attention.kept: 1}
 """
 
 
@@ -64,11 +63,11 @@ def test_a_tuned_ladder_runs_from_a_corpus_to_its_report(headway):
     assert all(loss < 5.7 for curve in losses.values() for loss in curve.values()), "ln 300 = 5.70: trials learned"
     for size, seeds in (("s", 2), ("m", 2), ("l", 1)):
         study = json.loads((out / "sizes" / size / "study.json").read_text())
-        assert len(study["cells"]) == 3 * seeds
+        assert len(study["cells"]) == 2 * seeds
         rows = list(csv.DictReader((out / "sizes" / size / "report.csv").open()))
-        assert len(rows) == 3 * seeds and all(row["state"] == "done" for row in rows)
+        assert len(rows) == 2 * seeds and all(row["state"] == "done" for row in rows)
     report = (out / "report.md").read_text()
-    for words in ("Does the advantage over gqa fall off with size?", "routed", "sqa", "## Tuning", "per doubling"):
+    for words in ("Does the advantage over gqa fall off with size?", "routed", "## Tuning", "per doubling"):
         assert words in report, words
     # nothing is trained again, and what is kept in records gives the report without any run folder
     again = headway.run("study", "run", "ladder.yaml")

@@ -46,7 +46,11 @@ def test_a_killed_run_continues_bit_for_bit(headway, whole):
     assert trajectory(run) == trajectory(whole)
 
 
-@pytest.mark.parametrize("overrides", [("parallel.zero=2",), ("parallel.tensor=2",)], ids=["dp2", "tp2"])
+@pytest.mark.parametrize(
+    "overrides",
+    [("parallel.zero=2",), pytest.param(("parallel.tensor=2",), marks=pytest.mark.slow)],  # tests/parity has both
+    ids=["dp2", "tp2"],
+)
 def test_two_ranks_have_the_losses_of_one(headway, whole, overrides):
     done = headway.train(*COMMON, "launch.processes=2", *overrides, "run_dir=two")
     assert done.returncode == 0, done.stderr

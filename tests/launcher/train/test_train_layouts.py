@@ -66,6 +66,7 @@ def test_router_records_and_head_records_are_of_all_layers_and_groups(runs, layo
             assert other[key] == pytest.approx(measures[key], rel=1e-5), key
 
 
+@pytest.mark.slow  # without a router: tests/faults/test_resume.py; with one, from step to step: tests/parity
 def test_a_stopped_run_goes_on_in_another_layout(headway):
     whole = headway.train("run_dir=whole")
     assert whole.returncode == 0, whole.stderr
