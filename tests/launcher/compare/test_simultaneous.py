@@ -122,7 +122,7 @@ def test_two_variants_with_large_spreads_do_not_hide_each_other():
         table["v6"] = {s: 20 * SPREAD * rng.normal() for s in table["v6"]}
         result = compare_paired(table, "v0")
         found += len({"v6", "v7"} & set(result.own_spread))
-        widths.append(np.median([result.differences[f"v{i}"].half_width for i in range(1, 6)]))
+        widths.append(np.median([result.differences[f"v{i}"].half_width or 0.0 for i in range(1, 6)]))
     assert found / repeats > 1.2
     assert np.median(widths) < 5 * SPREAD
 
