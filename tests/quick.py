@@ -1,6 +1,8 @@
 """`headway` with all imports done: asks a fork server for it, and is to the caller what the command would be.
 
 python -S quick.py SOCKET ARGUMENTS ...
+
+Where the first argument is a file of Python, that is run instead, with the arguments after it.
 """
 
 import json
@@ -13,7 +15,10 @@ import sys
 server, *arguments = sys.argv[1:]
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(server)
-body = json.dumps({"arguments": arguments, "env": dict(os.environ), "cwd": str(pathlib.Path.cwd())}).encode()
+what = {"arguments": arguments}
+if arguments[0].endswith(".py"):
+    what = {"worker": ["rank_script", *arguments], "processes": 1}
+body = json.dumps({**what, "env": dict(os.environ), "cwd": str(pathlib.Path.cwd())}).encode()
 socket.send_fds(connection, [len(body).to_bytes(8, "little")], [1, 2])
 connection.sendall(body)
 answers = connection.makefile("r")

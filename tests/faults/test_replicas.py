@@ -1,9 +1,6 @@
 """A flipped bit on one rank is found at the next comparison and named. Equal ranks raise no false alarm."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,22 +17,9 @@ SCRIPT = Path(__file__).with_name("replica_cases.py")
 
 
 @pytest.fixture(scope="module")
-def cases():
+def cases(run_ranks):
     """Results of replica_cases.py, from one start of 4 ranks."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        str(SCRIPT),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")]
+    return [json.loads(line[5:]) for line in run_ranks(4, SCRIPT).splitlines() if line.startswith("CASE ")]
 
 
 def test_no_layout_raises_a_false_alarm(cases):

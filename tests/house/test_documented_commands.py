@@ -237,11 +237,10 @@ DOCUMENTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("documented", "words"), DOCUMENTED, ids=[f"{d.place} {shlex.join(words)}" for d, words in DOCUMENTED]
-)
-def test_a_documented_command_parses(documented: Documented, words: list[str]) -> None:
-    assert why_not(filled_in(words), inline=documented.inline) is None, f"{documented.place}: {words}"
+def test_every_documented_command_parses() -> None:
+    assert len(DOCUMENTED) > 250
+    found = {f"{d.place}: {shlex.join(words)}": why_not(filled_in(words), inline=d.inline) for d, words in DOCUMENTED}
+    assert {command: why for command, why in found.items() if why is not None} == {}
 
 
 def test_commands_are_found_in_every_form() -> None:

@@ -72,6 +72,13 @@ def slurm(headway, monkeypatch):
     return headway
 
 
+@pytest.fixture
+def submits(slurm, fork_server):
+    """The same with commands of the fork server, where jobs are only submitted."""
+    slurm.server = fork_server
+    return slurm
+
+
 def script(headway, *overrides: str, folder: Path | None = None) -> str:
     spec = load_spec(headway.spec, ["launch.method=slurm", *overrides]).spec
     return job_script(spec, RunDir.of(spec), ["tiny.yaml", *overrides], folder or headway.folder)
@@ -269,34 +276,34 @@ def test_a_job_saves_before_its_time_limit_and_continues_when_requeued(slurm):
     assert (slurm.folder / "requeued").read_text() == "4242\n"
 
 
-def test_a_second_job_is_refused_while_the_first_is_queued(slurm):
-    squeue = slurm.folder / "bin" / "squeue"
+def test_a_second_job_is_refused_while_the_first_is_queued(submits):
+    squeue = submits.folder / "bin" / "squeue"
     squeue.write_text("#!/bin/bash\n[[ \" $* \" == *' --jobs=4242 '* ]] && cat state\n")
     squeue.chmod(0o755)
-    assert slurm.train(*JOB).returncode == 0
+    assert submits.train(*JOB).returncode == 0
     for state in ("PENDING", "RUNNING", "COMPLETING"):
-        (slurm.folder / "submitted").unlink(missing_ok=True)
-        (slurm.folder / "state").write_text(state + "\n")
-        done = slurm.train(*JOB)
+        (submits.folder / "submitted").unlink(missing_ok=True)
+        (submits.folder / "state").write_text(state + "\n")
+        done = submits.train(*JOB)
         assert done.returncode != 0 and f"job 4242 of this run is {state}" in done.stderr, done.stderr
-        assert "scancel 4242" in done.stderr and not (slurm.folder / "submitted").exists()
-    (slurm.folder / "state").write_text("TIMEOUT\n")
-    assert slurm.train(*JOB).returncode == 0 and (slurm.folder / "submitted").exists()
+        assert "scancel 4242" in done.stderr and not (submits.folder / "submitted").exists()
+    (submits.folder / "state").write_text("TIMEOUT\n")
+    assert submits.train(*JOB).returncode == 0 and (submits.folder / "submitted").exists()
     squeue.write_text("#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
-    assert slurm.train(*JOB).returncode == 0
+    assert submits.train(*JOB).returncode == 0
     squeue.write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    done = slurm.train(*JOB)
+    done = submits.train(*JOB)
     assert done.returncode != 0 and "cannot tell the state of its job 4242" in done.stderr
 
 
-def test_a_dataset_that_does_not_exist_is_refused_before_the_queue(slurm):
-    done = slurm.train(*JOB, "data.source={type: mds, path: nowhere}")
+def test_a_dataset_that_does_not_exist_is_refused_before_the_queue(submits):
+    done = submits.train(*JOB, "data.source={type: mds, path: nowhere}")
     assert done.returncode == 65 and "no dataset here" in done.stderr, done.stderr
-    assert not (slurm.folder / "submitted").exists() and not (slurm.folder / "job").exists()
+    assert not (submits.folder / "submitted").exists() and not (submits.folder / "job").exists()
 
 
-def test_a_login_node_without_gpus_submits_a_run_for_cuda(slurm):
-    done = slurm.train(*JOB, "launch.device=cuda")
+def test_a_login_node_without_gpus_submits_a_run_for_cuda(submits):
+    done = submits.train(*JOB, "launch.device=cuda")
     assert done.returncode == 0 and "submitted job 4242" in done.stdout, done.stderr
 
 
@@ -304,15 +311,15 @@ def test_a_login_node_without_gpus_submits_a_run_for_cuda(slurm):
     ("gpus", "processes", "device", "right"),
     [(2, 2, "cuda", True), (8, 2, "cuda", True), (1, 2, "cpu", True), (1, 2, "cuda", False), (3, 4, "auto", False)],
 )
-def test_a_job_with_fewer_gpus_than_processes_is_refused_before_the_queue(slurm, gpus, processes, device, right):
-    done = slurm.train(
+def test_a_job_with_fewer_gpus_than_processes_is_refused_before_the_queue(submits, gpus, processes, device, right):
+    done = submits.train(
         *JOB, f"launch.slurm.gpus_per_node={gpus}", f"launch.processes={processes}", f"launch.device={device}"
     )
-    assert (done.returncode == 0) == right == (slurm.folder / "submitted").exists(), done.stderr
+    assert (done.returncode == 0) == right == (submits.folder / "submitted").exists(), done.stderr
     if not right:
         assert done.returncode == 64 and "launch.slurm.gpus_per_node: " in done.stderr, done.stderr
         assert f"use {processes}, or processes {gpus}" in done.stderr
-        assert not (slurm.folder / "job").exists()
+        assert not (submits.folder / "job").exists()
 
 
 def test_ranks_inherit_proxies_and_certificates(headway, monkeypatch):

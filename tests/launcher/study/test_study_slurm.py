@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from played_study import BASE, Folder, play
@@ -16,25 +17,32 @@ from headway.launcher.study.cluster.cell import train_part
 from headway.launcher.study.cluster.submit import Arrays
 from headway.launcher.study.ladder.run import run_file, status_file
 
+QUICK = Path(__file__).parents[2] / "quick.py"
+
 PLAYED = """
-import sys
+import os, sys
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]  # it is forked like a rank
+from headway.launcher.report import study
 from headway.launcher.study.cluster import cell
 cell.train_command = lambda arguments: [sys.executable, "trainer.py", *arguments]
+study.draw_all = lambda *_: []  # drawn in test_report.py
 from headway.launcher.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, fork_server):
     made = Folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     play(monkeypatch)
+    monkeypatch.setattr("headway.launcher.report.study.draw_all", lambda *_: [])
     (tmp_path / "played.py").write_text(PLAYED)
     python = tmp_path / "python-of-the-nodes"
     python.write_text(
         '#!/bin/bash\n[ "$1 $2 $3" = "-P -m headway.launcher" ] || exit 99\n'
-        f'exec {sys.executable} played.py "${{@:4}}"\n'
+        f'exec {sys.executable} -S -E {QUICK} {fork_server.path} played.py "${{@:4}}"\n'
     )
     python.chmod(0o755)
     return made
