@@ -32,7 +32,7 @@ from headway.launcher.report.scaling import (
     predictions,
     speed_up_blocks,
 )
-from headway.launcher.report.tables import write_csv, write_text
+from headway.launcher.report.tables import p_text, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
 
 DOUBLING = math.log(2)
@@ -176,7 +176,7 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
                 v,
                 NOT_MEASURED if line is None else verdict_words(line),
                 NOT_MEASURED if line is None else _per_doubling(line),
-                "-" if line is None else _p(line.p_adjusted),
+                "-" if line is None else p_text(line.p_adjusted),
                 *(NOT_MEASURED if d is None else signed_interval(d) for d in (*ends, None, None)[:2]),
                 NOT_MEASURED if isinstance(relative, str) else interval(_relative(relative), "+.2%"),
             )
@@ -196,10 +196,6 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
 
 def _relative(change: Range) -> Range:
     return Range(value=-change.value * DOUBLING, low=-change.high * DOUBLING, high=-change.low * DOUBLING)
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _difference(size: SizeStudy, variant: str) -> Simultaneous | None:

@@ -32,7 +32,7 @@ from headway.launcher.report.heads import head_rows, router_and_head_blocks, rou
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
-from headway.launcher.report.tables import cell_rows, curve_rows, write_csv, write_text
+from headway.launcher.report.tables import cell_rows, curve_rows, p_text, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
 from headway.launcher.report.uptraining import uptraining_blocks
 from headway.launcher.run.record_check import UNCHECKED
@@ -270,7 +270,7 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
         if v.difference is not None and v.difference.n < v.loss.n and how == "paired":
             difference += f" ({v.difference.n} common {'seed' if v.difference.n == 1 else 'seeds'})"
         ps = [getattr(v.difference, key, None) for key in ("p_value", "p_holm")]
-        p = ["-" if value is None else f"{value:.3f}" for value in ps]
+        p = ["-" if value is None else p_text(value) for value in ps]
         row = [v.name, str(v.loss.n), f"{v.loss.mean:.4f}", sd, difference, *p]
         rows.append(row + ([f"{bits_per_byte(v.loss.mean, per_byte):.4f}"] if per_byte else []))
     yield Table(rows)

@@ -96,6 +96,11 @@ def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
                 }
 
 
+def p_text(value: float) -> str:
+    """A p-value with three digits; never 0."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def write_csv(path: Path, found: Iterator[dict[str, Any]]) -> None:
     """Write the rows to a CSV file. Writes no file without rows."""
     rows = list(found)

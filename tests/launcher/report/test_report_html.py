@@ -9,6 +9,7 @@ import pytest
 
 from headway.launcher.report.page import Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, inline_svg
+from headway.launcher.report.tables import p_text
 
 SVG = """<?xml version="1.0"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
@@ -95,3 +96,7 @@ def test_markdown_shows_figures_and_warnings(plot):
     page = to_markdown([Text("look out", "warn"), Image(plot)])
     assert page.startswith("> **look out**")
     assert "](p.png)" in page and "*what it shows*" in page
+
+
+def test_no_p_value_is_shown_as_zero():
+    assert [p_text(value) for value in (0.0, 0.0004, 0.001, 0.2)] == ["< 0.001", "< 0.001", "0.001", "0.200"]
