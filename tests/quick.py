@@ -16,7 +16,7 @@ server, *arguments = sys.argv[1:]
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(server)
 what = {"arguments": arguments}
-if arguments[0].endswith(".py"):
+if arguments and arguments[0].endswith(".py"):
     what = {"worker": ["rank_script", *arguments], "processes": 1}
 body = json.dumps({**what, "env": dict(os.environ), "cwd": str(pathlib.Path.cwd())}).encode()
 socket.send_fds(connection, [len(body).to_bytes(8, "little")], [1, 2])

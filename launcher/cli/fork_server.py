@@ -99,8 +99,8 @@ class _Server:
                     for key, _ in selector.select(0.02):
                         if key.fileobj is self._door:
                             connection = self._door.accept()[0]
-                            self._start(connection)
-                            selector.register(connection, selectors.EVENT_READ)
+                            if self._start(connection):
+                                selector.register(connection, selectors.EVENT_READ)
                         else:  # clients send nothing after the request: this one has disconnected
                             selector.unregister(key.fileobj)
                             self._end(key.fileobj)
@@ -113,12 +113,14 @@ class _Server:
             for pid in self._clients:
                 _kill_group(pid)
 
-    def _start(self, connection: socket.socket) -> None:
-        size, descriptors, *_ = socket.recv_fds(connection, 8, 2)
-        body, want = b"", int.from_bytes(size, "little")
-        while len(body) < want:
-            body += connection.recv(want - len(body))
-        request = json.loads(body)
+    def _start(self, connection: socket.socket) -> bool:
+        """Start what the client asks for; False if the client ended before it had asked."""
+        request, descriptors = _received(connection)
+        if request is None:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            connection.close()
+            return False
         server, pid = os.getpid(), _fork()
         if pid == 0:
             self._door.close()
@@ -133,6 +135,7 @@ class _Server:
             self._hangup[pid] = request["at_hangup"]
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        return True
 
     def _end(self, connection: Any) -> None:
         for pid, other in self._clients.items():
@@ -153,6 +156,19 @@ class _Server:
                     connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
                 closed.append(connection)
         return closed
+
+
+def _received(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """(the request, its descriptors); None for the request if the client has ended before all of it was sent."""
+    descriptors: list[int] = []
+    with contextlib.suppress(ConnectionError):
+        size, descriptors, *_ = socket.recv_fds(connection, 8, 2)
+        body, want = b"", int.from_bytes(size, "little") if len(size) == 8 else -1
+        while len(body) < want and (part := connection.recv(want - len(body))):
+            body += part
+        if len(body) == want:
+            return json.loads(body), descriptors
+    return None, descriptors
 
 
 def _kill_group(pid: int) -> None:
