@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -18,7 +19,8 @@ def ask(server: ForkServer, body: bytes) -> None:
         if body:
             with Path(os.devnull).open("wb") as nowhere:
                 socket.send_fds(connection, [body[:8]], [nowhere.fileno()] * 2)
-            connection.sendall(body[8:])
+            with contextlib.suppress(BrokenPipeError):  # it may have given up already
+                connection.sendall(body[8:])
 
 
 WHOLE = json.dumps({"arguments": ["--version"], "env": {}, "cwd": "/"}).encode()

@@ -100,7 +100,6 @@ def test_training_starts_from_imported_weights(headway, tmp_path):
     [
         ("export", "RUN", "out", "--to", "hf"),
         ("eval", "RUN", "--recall", "8"),
-        ("inspect", "RUN"),
         ("plan", "SPEC", *COMMON, "--gpus", "8"),
         ("bench", "documents", "SPEC", *COMMON),
     ],
