@@ -35,6 +35,7 @@ FAST = [
     Case(mechanism="gated", layout="sp2", zero=3),
     Case(mechanism="gated-mixed", layout="pp2"),
     Case(mechanism="namoh", layout="tp2"),
+    Case(mechanism="blocks", layout="tp2"),
     Case(mechanism="mla", layout="sp2"),
     Case(mechanism="mixed", layout="sp2"),
     Case(mechanism="value-residual", layout="tp2"),
@@ -53,7 +54,6 @@ parameters that all ranks hold, values of other layers, two stacks. More cases a
 
 MORE = [
     *(Case(mechanism="rgqa", layout=x, zero=z) for x, z in (("sp2", 3), ("cp2", 2))),
-    Case(mechanism="blocks", layout="tp2"),
     Case(mechanism="mixed", layout="pp2"),
     Case(mechanism="value-residual", layout="cp2"),
     Case(mechanism="dropout", layout="dp2"),
