@@ -295,6 +295,14 @@ def test_a_dry_run_shows_sizes_and_commands_and_writes_nothing(folder, capsys):
     assert not folder.out.exists()
 
 
+def test_a_note_on_several_variants_is_shown_once_with_their_names(folder, capsys):
+    more = "".join(f"  mla-{n}: {{attention: {{type: mla, latent: {n}, rope_dim: 4}}}}\n" for n in (8, 12))
+    folder.study.write_text(folder.study.read_text() + more)
+    assert run_study(folder.study, dry_run=True) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "attention.kv_heads" in line]
+    assert len(notes) == 1 and notes[0].startswith("note: mla-8, mla-12: attention.kv_heads")
+
+
 def test_a_second_run_of_a_live_study_is_refused(folder):
     from headway.launcher.run.run_dir import RunDir
 
