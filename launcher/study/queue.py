@@ -54,12 +54,13 @@ def unfinished(
 ) -> list[Task]:
     """The cells that are not complete, in the order in which they start.
 
-    Seed by seed, and the variants of a plan one after the other within a seed, so that a machine whose speed drifts
-    affects all variants alike. Of several plans, the one with most FLOPs comes first within a seed: long cells that
-    start last would leave workers without work at the end. `current`: the plans with the cells as they would be
-    trained now. `in_order`: plan by plan instead.
+    Full runs before smaller budgets, whose runs are short and most of which continue a full run: a study that is
+    stopped early has as many full runs as possible. Then seed by seed, and the variants of a plan one after the other
+    within a seed, so that a machine whose speed drifts affects all variants alike. Of several plans, the one with most
+    FLOPs comes first within a seed: long cells that start last would leave workers without work at the end.
+    `current`: the plans with the cells as they would be trained now. `in_order`: plan by plan instead.
     """
-    found: list[tuple[tuple[int, int, float, int, int], Task]] = []
+    found: list[tuple[tuple[int, bool, int, float, int, int], Task]] = []
     for number, (plan, now) in enumerate(zip(plans, current or plans, strict=True)):
         cost = {v.name: 3.0 * v.cost.flops_per_token.executed for v in plan.variants}
         weight = max((cost[c.variant] * c.spec.train.tokens for c in plan.cells), default=0.0)
@@ -69,7 +70,7 @@ def unfinished(
             if not needs_no_training(cell):
                 task = Task(number=number, cell=changed, label=prefix + cell.key, flops=cost[cell.variant])
                 first = (number, 0.0) if in_order else (0, -weight)
-                found.append(((first[0], seeds[cell.seed], first[1], number, place), task))
+                found.append(((first[0], cell.budget != FULL, seeds[cell.seed], first[1], number, place), task))
     return [task for _, task in sorted(found, key=lambda one: one[0])]
 
 

@@ -20,6 +20,7 @@ from headway.launcher.spec.tracking import MlflowConfig
 _MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # of one request; characters of a parameter
 _LOCK_S = 120
 _LAST = "train/tokens"
+_RUN_ID = "headway.run_id"
 _ILLEGAL = re.compile(r"[^\w\-. /:]")
 
 
@@ -47,8 +48,17 @@ class Mlflow:
         if isinstance(found, str) and self._continued(found):
             self._id: str = found
             return
-        self._id = self._create(run, config, spec)
+        self._id = self._begun(run, config) or self._create(run, config, spec)
+        self._log_params(spec)
         write_json(file, {"run_id": self._id, "uri": config.uri, "experiment": config.experiment})
+
+    def _begun(self, run: RunDir, config: MlflowConfig) -> str | None:
+        """A run of this run folder that is not in `mlflow.json`: its process ended before it wrote the file."""
+        own, experiment = run.run_id(), self._client.get_experiment_by_name(config.experiment)
+        if own is None or experiment is None:
+            return None
+        found = self._client.search_runs([experiment.experiment_id], f"tags.`{_RUN_ID}` = '{own}'", max_results=1)
+        return found[0].info.run_id if found and self._continued(found[0].info.run_id) else None
 
     def _continued(self, run_id: str) -> bool:
         """Whether there is such a run, which then goes on. A step that is repeated keeps its first point."""
@@ -66,15 +76,19 @@ class Mlflow:
 
     def _create(self, run: RunDir, config: MlflowConfig, spec: dict[str, Any]) -> str:
         experiment_id = self._experiment(config.experiment)
-        tags = {"headway.run_id": run.run_id() or "", "headway.group": config.group or ""}
+        tags = {_RUN_ID: run.run_id() or "", "headway.group": config.group or ""}
         made = self._client.create_run(
             experiment_id, run_name=str(spec.get("name", run.path.name)), tags={k: v for k, v in tags.items() if v}
         )
-        values = public_values(spec).items()
-        params = [self._entities.Param(_legal(key), format_value(value)[:_LONGEST]) for key, value in values]
-        for first in range(0, len(params), _MOST_PARAMS):
-            self._client.log_batch(made.info.run_id, params=params[first : first + _MOST_PARAMS])
         return made.info.run_id
+
+    def _log_params(self, spec: dict[str, Any]) -> None:
+        """Log the values of the spec that the run does not have yet. MLflow refuses to change a parameter."""
+        known = self._client.get_run(self._id).data.params
+        values = {_legal(key): format_value(value)[:_LONGEST] for key, value in public_values(spec).items()}
+        params = [self._entities.Param(key, value) for key, value in values.items() if key not in known]
+        for first in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(self._id, params=params[first : first + _MOST_PARAMS])
 
     def _experiment(self, name: str) -> str:
         """The id of an experiment, which is made if it is missing; another run may do so at the same time."""

@@ -189,6 +189,29 @@ def test_mlflow_takes_every_scalar_of_every_record(tmp_path):
     assert "launch.env.NCCL_DEBUG" not in found.data.params and found.data.params["train.global_batch"] == "2"
 
 
+def test_mlflow_continues_a_run_whose_process_ended_before_it_kept_the_id(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    from headway.launcher.board.trackers import mlflow as tracker
+
+    run, config = made_run(tmp_path), MlflowConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(tracking_uri=config.uri)
+    client.create_run(client.create_experiment(config.experiment))  # of another run folder
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_log_params", "write_json"):  # the two steps after the run was made
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tracker.Mlflow if name == "_log_params" else tracker, name, end)
+            tracker.Mlflow(run, config, per_layer=False)
+        assert not (run.path / "mlflow.json").exists()
+    tracker.Mlflow(run, config, per_layer=False).close()
+    found = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+    (own,) = [one for one in found if one.data.tags.get("headway.run_id") == run.run_id()]
+    assert len(found) == 2 and own.info.run_id == read_mapping(run.path / "mlflow.json")["run_id"]
+    assert own.data.params["train.global_batch"] == "2"
+
+
 def test_wandb_takes_every_scalar_of_every_record(tmp_path):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     from headway.launcher.board.trackers.wandb import Wandb
@@ -225,6 +248,7 @@ def test_runs_that_start_at_once_share_a_new_file_of_mlflow(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         runs.append(made_run(tmp_path / name))
+        write_json(runs[-1].id, f"0123456789abcde{name}")
     started = [subprocess.Popen([sys.executable, "-P", "-c", code, str(run.path), uri]) for run in runs]
     assert [process.wait(timeout=200) for process in started] == [0, 0]
     client = mlflow.MlflowClient(tracking_uri=uri)

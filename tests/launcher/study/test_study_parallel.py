@@ -159,6 +159,14 @@ def test_a_branch_trains_beside_another_full_run(folder):
     assert folder.trained()[2:] == ["gqa/seed-1.budget-0.5", "routed/seed-1.budget-0.5"]
 
 
+def test_full_runs_of_all_seeds_come_before_smaller_budgets(folder):
+    budgets(folder)
+    folder.rewrite("seeds: [1]", "seeds: [1, 2]")
+    full = [f"{variant}/seed-{seed}" for seed in (1, 2) for variant in ("gqa", "routed")]
+    labels = [task.label for task in unfinished([folder.plan()])]
+    assert labels == [*full, *(f"{label}.budget-0.5" for label in full)]
+
+
 def test_cells_of_several_plans_are_seed_major_and_the_largest_plan_comes_first(folder):
     plans = [plan_study(load_study(folder.study), [f"train.tokens={tokens}"]) for tokens in (2560, 5120)]
     labels = [(task.number, task.cell.key) for task in unfinished(plans)]
