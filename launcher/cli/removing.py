@@ -30,9 +30,12 @@ LOCKS = {
 }
 _LOCK_FILES = dict.fromkeys((name for names in LOCKS.values() for name in names), 2)
 _LAST = {**_LOCK_FILES, **dict.fromkeys((*RECORDS, "run_id.json"), 1)}
-_RUN_FOLDERS = ("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped", "traces", "wandb")
+_RUN_FOLDERS = (
+    *("checkpoints", "tensorboard", ".tensorboard.tmp", "logs", "slurm", "skipped", "traces", "wandb"),
+    *("converted", ".converted.staging", "inspection"),
+)
 _RUN_FILES = re.compile(r"hostfile|\.?[a-z_]+(\.[a-z_]+)*\.(json|jsonl|lock|tmp)")
-_RECORD_FILES = re.compile(r"seed-\d+(\.budget-[0-9.e-]+)?\.json")
+_RECORD_FILES = re.compile(r"\.?[\w-]+(\.[\w-]+)*\.(json|tmp)")
 _STUDY_FILES = re.compile(r"\.?[\w-]+(\.[\w-]+)*\.(json|lock|tmp|md|html|csv|png|svg)")
 _CHECKPOINTS = "checkpoints"
 
@@ -143,11 +146,15 @@ def _checked(path: Path, kind: Kind) -> Iterator[tuple[Path, Kind]]:
         elif entry.name == "cells":
             yield from _checked_cells(entry)
         elif entry.name == "records":
-            for variant in _entries(entry, None):
-                for folder in _entries(variant, _RECORD_FILES):
-                    raise _foreign(folder)
+            _check_records(entry)
         elif entry.name != "logs":
             raise _foreign(entry)
+
+
+def _check_records(folder: Path) -> None:
+    """Raise SpecError if records of cells, evaluations, sizes and trials contain anything but folders and JSON."""
+    for inner in _entries(folder, _RECORD_FILES):
+        _check_records(inner)
 
 
 def _checked_study(folder: Path) -> Iterator[tuple[Path, Kind]]:

@@ -56,6 +56,26 @@ def test_traces_and_files_of_trackers_belong_to_a_run(place):
     assert not run.exists()
 
 
+@pytest.mark.parametrize("name", ["inspection", "converted", ".converted.staging"])
+def test_folders_that_other_commands_write_belong_to_a_run(place, name):
+    (place / "runs/one" / name).mkdir()
+    (place / "runs/one" / name / "page.html").write_text("page")
+    assert main(["rm", "runs/one", "--yes"]) == 0
+    assert not (place / "runs/one").exists()
+
+
+def test_all_records_below_a_study_are_deleted_with_it(place, capsys):
+    records = place / "studies/s/records"
+    for name in ("study.json", "timing.json", "a/seed-1.json", "evaluations/a/seed-1.json", "tune/k/1/a/seed-7.json"):
+        (records / name).parent.mkdir(parents=True, exist_ok=True)
+        (records / name).write_text("{}")
+    (records / "a/notes.txt").write_text("mine")
+    assert "notes.txt" in refused(capsys, "studies/s", "--yes")
+    (records / "a/notes.txt").unlink()
+    assert main(["rm", "studies/s", "--yes"]) == 0
+    assert not (place / "studies/s").exists()
+
+
 def test_a_study_is_deleted_with_its_runs(place):
     assert main(["rm", "studies/s", "studies/s/cells/a/seed-1", "studies/s", "--yes"]) == 0
     assert not (place / "studies/s").exists() and (place / "studies").is_dir()
