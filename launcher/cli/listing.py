@@ -16,6 +16,8 @@ from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.run.state import State, held_by_live_process, run_state
 
 DEFAULT = ("runs", "studies")
+LOCKS = ("study.lock", "ladder.lock")
+"""Locks of studies and probe tasks, and of what has sizes or trials of its own."""
 _DEEPEST = 4  # maximum number of folders between a named folder and a run
 
 
@@ -97,7 +99,7 @@ def _row(path: Path) -> Row:
     studies = [path] if kind == "study" else tasks_of(path)
     cells = [cell for study in studies for cell in _cells(study)]
     states = [state for _, state, _ in cells]
-    running = held_by_live_process(path, "study.lock") or "running" in states
+    running = any(held_by_live_process(path, lock) for lock in LOCKS) or "running" in states
     done = states.count("done")
     state: State = "damaged" if "damaged" in states else "failed" if "failed" in states else "partial"
     return Row(

@@ -7,6 +7,7 @@ not import torch.
 from __future__ import annotations
 
 import calendar
+import contextlib
 import json
 import os
 import socket
@@ -66,12 +67,26 @@ def held_by_live_process(run_dir: Path, lock: str = "run.lock") -> bool:
         pid, _, host = (run_dir / lock).read_text().partition(" on ")
         if host not in ("", socket.gethostname()[:64]):
             return False  # processes of another host are not visible here
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
+        return _has_open(int(pid), run_dir / lock)
     except (OSError, ValueError):
         return False
-    return True
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    """Whether a process has a file open. After a kill, the lock still names a process, and another one may have its id.
+
+    Of a process of another user, whose files are not visible, its command line is read instead. Raises OSError.
+    """
+    wanted = file.stat()
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as descriptors:
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(descriptor.stat(), wanted):
+                        return True
+        return False
+    except PermissionError:
+        return b"headway" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _steps(spec: dict[str, Any]) -> int | None:

@@ -49,8 +49,9 @@ def test_a_study_that_is_named_is_followed_by_its_runs(place, rows):
 def test_the_state_of_a_study_is_that_of_its_cells(place, rows):
     (place / "studies/s/outcomes.json").write_text(json.dumps({"b/seed-1": {"exit_code": 70}}))
     assert rows("studies/s")["studies/s"]["state"] == "failed"
-    with RunDir(place / "studies/s").locked("study.lock"):
-        assert rows("studies/s")["studies/s"]["state"] == "running"
+    for lock in ("study.lock", "ladder.lock"):
+        with RunDir(place / "studies/s").locked(lock):
+            assert rows("studies/s")["studies/s"]["state"] == "running"
     (place / "studies/s/outcomes.json").write_text(json.dumps({"b/seed-1": {"exit_code": 75}}))
     assert rows("studies/s")["studies/s"]["state"] == "partial"
     record = json.loads((place / "studies/s/study.json").read_text())

@@ -28,6 +28,8 @@ def test_a_run_is_running_while_the_process_in_its_lock_lives(tmp_path, make_run
     assert run_state(run).state == "partial"
     (run.path / "run.lock").write_text(f"{2**22 + 1} on {socket.gethostname()[:64]}")  # beyond pid_max: nobody
     assert run_state(run).state == "partial"
+    (run.path / "run.lock").write_text(f"{os.getpid()} on {socket.gethostname()[:64]}")  # killed; its number is ours
+    assert run_state(run).state == "partial"
     (run.path / "run.lock").write_text(f"{os.getpid()} on another-host")
     assert run_state(run).state == "partial"
 

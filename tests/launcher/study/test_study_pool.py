@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from headway.launcher.compare.cells import cell_state, failure
+from headway.launcher.run.run_dir import RunDir
 from headway.launcher.study.pool import Child, Pool
 
 
@@ -25,8 +26,8 @@ def run(pool: Pool, *command: str, log: Path, show=print) -> Child:
 
 
 def test_status_shows_a_cell_that_a_live_process_holds_as_running(tmp_path):
-    (tmp_path / "run.lock").write_text(str(os.getpid()))
-    assert cell_state(tmp_path, None).state == "running"
+    with RunDir(tmp_path).locked():
+        assert cell_state(tmp_path, None).state == "running"
 
 
 def test_a_second_ctrl_c_kills_a_cell_that_does_not_stop(tmp_path, capfd):
@@ -55,7 +56,8 @@ def test_the_running_cell_dies_with_the_study(tmp_path):
     child = f"import os, time, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
     script = textwrap.dedent(f"""
         import pathlib, sys
-        from headway.launcher.study.pool import Pool
+        from headway.launcher.run.run_dir import RunDir
+from headway.launcher.study.pool import Pool
         with Pool() as pool:
             pool.start(None, [sys.executable, "-c", {child!r}], log=pathlib.Path({str(tmp_path / "log")!r}), show=print)
             pool.wait()
