@@ -65,6 +65,18 @@ def this_host(spec: Spec, node_rank: int | None, environment: Mapping[str, str])
     return node_rank
 
 
+def check_address(spec: Spec) -> None:
+    """Raise SpecError if several hosts have no address to meet at. Under Slurm, only a job of Headway sets it."""
+    launch = spec.launch
+    if launch.hosts > 1 and launch.address is None:
+        raise SpecError(
+            f"launch.address: {launch.hosts} hosts need the address of the first one, which the job script of `headway "
+            "train` sets, and this command was not started by it; start it without --node-rank, outside of a job step, "
+            "to submit that job, or within a job of your own add launch.address=NAME, the first line of `scontrol show "
+            'hostnames "$SLURM_JOB_NODELIST"`'
+        )
+
+
 def rendezvous_port(spec: Spec) -> int:
     """Port of torch's rendezvous between several hosts; their launchers use the next port."""
     return spec.launch.port or PORT

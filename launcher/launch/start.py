@@ -33,6 +33,7 @@ from headway.launcher.hosts.device import check_device
 from headway.launcher.hosts.faults import Ended, Fault, quoted, tail
 from headway.launcher.hosts.place import (
     Place,
+    check_address,
     check_ssh,
     hostfile_text,
     read_hostfile,
@@ -75,6 +76,7 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     names = read_hostfile(spec)
     if spec.launch.method == "slurm" and node_rank is None and "SLURM_STEP_ID" not in os.environ:
         return _as_job(spec, run, arguments, dry_run=dry_run)
+    check_address(spec)
     if dry_run:
         if auto:
             console.result("# train.micro_batch: auto is measured before this is started")

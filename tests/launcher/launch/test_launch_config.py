@@ -164,6 +164,19 @@ def test_which_host_this_is_comes_from_the_command_or_from_slurm(load, node_rank
         this_host(spec, node_rank, environment)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("step", [False, True])
+def test_hosts_without_an_address_are_told_how_a_slurm_job_gives_it(load, headway, monkeypatch, dry_run, step):
+    rank = None if step else 1
+    if step:  # in a shell that srun started
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        monkeypatch.setenv("SLURM_NODEID", "0")
+    overrides = ["launch.method=slurm", "launch.hosts=2", "launch.processes=2"]
+    with pytest.raises(SpecError, match=r"launch\.address: 2 hosts .*without --node-rank.* launch\.address=NAME"):
+        train(headway.spec, overrides, node_rank=rank, dry_run=dry_run)
+    assert not RunDir.of(load()).path.exists()
+
+
 # ---------------------------------------------------------------- commands and environments
 
 
