@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 """Address at which the processes of a single host meet."""
 
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
 # Variables that locate programs, the user, libraries, caches, devices and the way to the network of a host. All other
 # variables of the ranks must be in the spec (launch.env), so that a run does not depend on the shell of each host.
 INHERITED = (
@@ -68,8 +70,8 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
     threads = launch.threads or max(1, cores // launch.processes)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # By default torch caches compiled code in /tmp, under a name that another user can create first.
-    if "HOME" in os.environ:
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ["HOME"]) / ".cache" / "headway" / "inductor")
+    if "HOME" in os.environ and _INDUCTOR not in launch.env:
+        env[_INDUCTOR] = str(Path(os.environ["HOME"]) / ".cache" / "headway" / "inductor")
     interface = launch.interface or interface
     if interface is not None:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -80,8 +82,11 @@ def worker_environment(spec: Spec, *, interface: str | None = None) -> dict[str,
 
 
 def check_caches(environment: Mapping[str, str]) -> None:
-    """Raises SpecError if other users can write to a folder from which ranks load compiled code."""
-    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"):
+    """Raises SpecError if other users can write to a folder from which ranks load compiled code.
+
+    `environment`: variables that the ranks get from this host and from launch.env.
+    """
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", _INDUCTOR):
         folder = environment.get(name)
         if folder is None or not (path := Path(folder)).is_dir():
             continue
@@ -89,7 +94,7 @@ def check_caches(environment: Mapping[str, str]) -> None:
         if found.st_mode & 0o022 or found.st_uid not in (0, os.getuid()):
             raise SpecError(
                 f"{name}: ranks run code from {printable(folder, 300)}, and other users can write to it; make it your "
-                f"own folder and run `chmod go-w` on it, or unset {name}"
+                f"own folder and run `chmod go-w` on it, or unset {name} (in the environment or in launch.env)"
             )
 
 

@@ -27,6 +27,7 @@ from headway.launcher.hosts.commands import (
     forwarded,
     full_environment,
     hostfile,
+    inherited,
     torchrun_folder,
 )
 from headway.launcher.hosts.device import check_device
@@ -181,7 +182,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
     spec, info = resolve(spec)
     check_port(spec)
     env = forwarded(spec, os.environ)
-    check_caches(os.environ)
+    check_caches({name: os.environ[name] for name in inherited(spec)} | env)
     run.refuse_foreign()
     with run.locked():
         check_same_data(run, info)

@@ -22,6 +22,7 @@ from headway.launcher.hosts.commands import (
 )
 from headway.launcher.hosts.place import check_ssh, read_hostfile, remote_command, start_others
 from headway.launcher.hosts.slurm import job_script, submit
+from headway.launcher.launch.start import train
 from headway.launcher.run.run_dir import RunDir
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import MAX_BYTES
@@ -175,7 +176,7 @@ def test_ranks_get_only_variables_of_the_list_and_the_spec(here):  # vector 10
     assert not any(name.startswith("PYTHON") for name in INHERITED)
 
 
-@pytest.mark.parametrize("name", ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"])
+@pytest.mark.parametrize("name", ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
 def test_a_cache_folder_that_others_can_write_is_refused(name, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o700)
     check_caches({name: str(tmp_path / "cache")})
@@ -185,6 +186,14 @@ def test_a_cache_folder_that_others_can_write_is_refused(name, tmp_path):
         (tmp_path / "cache").chmod(mode)
         with pytest.raises(SpecError, match=f"^{name}: .*other users can write.*chmod go-w.*unset {name}"):
             check_caches({name: str(tmp_path / "cache")})
+
+
+def test_a_cache_folder_of_the_spec_is_checked_as_one_of_the_environment(here, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o1777)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with pytest.raises(SpecError, match=r"^TRITON_CACHE_DIR: .*or in launch\.env"):
+        train(here / "tiny.yaml", [f"launch.env.TRITON_CACHE_DIR={tmp_path / 'cache'}"])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "large", "bytes"])

@@ -211,6 +211,14 @@ def test_ranks_see_what_headway_and_the_spec_set_and_little_else(load, monkeypat
         forwarded(spec, {})
 
 
+def test_the_cache_of_compiled_code_is_that_of_the_spec(load):
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    assert full_environment(load(), {})[name].endswith(".cache/headway/inductor")
+    spec = load(f"launch.env={{{name}: /scratch/compiled}}")
+    assert full_environment(spec, forwarded(spec, {}))[name] == "/scratch/compiled"
+    assert f"{name}=/scratch/compiled" in dry_run_text(spec, RunDir.of(spec))
+
+
 def test_a_dry_run_shows_every_host_in_lines_that_a_shell_reads_back(load, monkeypatch):
     monkeypatch.setenv("TOKEN_OF_HUB", "secret")
     spec = load(
