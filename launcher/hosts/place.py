@@ -111,9 +111,11 @@ def read_hostfile(spec: Spec) -> list[str] | None:
             )
         names.append(found[1])
     if len(names) != spec.launch.hosts:
+        fewer = f"use launch.hosts={len(names)}, or a file with {spec.launch.hosts} hosts"
+        none = f"write a line `name slots={spec.launch.processes}` for each host, or remove launch.hostfile"
         raise SpecError(
-            f"launch.hostfile: {path} names {len(names)} hosts, but launch.hosts is {spec.launch.hosts}; use "
-            f"launch.hosts={max(1, len(names))}, or a file with {spec.launch.hosts} hosts"
+            f"launch.hostfile: {path} names {len(names)} hosts, but launch.hosts is {spec.launch.hosts}; "
+            f"{fewer if names else none}"
         )
     return names
 

@@ -124,7 +124,8 @@ def test_a_name_that_a_shell_or_program_could_misread_is_refused(load, key, valu
     [
         ("a slots=2\nb slots=2\n", None),
         ("a slots=2  # rack 1\n\nb slots=2", None),
-        ("a slots=2\n", "names 1 hosts, but launch.hosts is 2"),
+        ("a slots=2\n", "names 1 hosts, but launch.hosts is 2; use launch.hosts=1, or a file with 2 hosts"),
+        ("# none yet\n", "names 0 hosts, but launch.hosts is 2; write a line `name slots=2` for each host"),
         ("a slots=2\na slots=2\n", "repeats a host"),
         ("a slots=2\nb slots=4\n", "4 slots, but launch.processes is 2"),
         ("h$(id) slots=2\nb slots=2\n", "not `name slots=N`"),
