@@ -106,7 +106,7 @@ class MixedConfig(AttentionSection):
             found = self.kinds[name].layer(index, layers)
             if isinstance(found, AcrossConfig) and found.across is not None:
                 names = itertools.islice(itertools.cycle(self.pattern), layers)
-                found = found.among(index, [i for i, other in enumerate(names) if other == name])
+                found = found.among(index, [i for i, other in enumerate(names) if other == name], kind=name)
             return found
         except ValueError as error:
             raise ValueError(_of_kind(name, error)) from error

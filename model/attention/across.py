@@ -71,25 +71,27 @@ class AcrossConfig(GroupedConfig):
     def layer(self, index: int, layers: int) -> Self:
         return self.among(index, range(layers))
 
-    def among(self, index: int, own: Sequence[int]) -> Self:
-        """The config of layer `index`; `own` are the layers of its kind, in order.
+    def among(self, index: int, own: Sequence[int], *, kind: str | None = None) -> Self:
+        """The config of layer `index`; `own` are the layers of its kind, in order. `kind`: its name in a pattern.
 
         Raises ValueError if they are too few for the option.
         """
+        of, where = ("", "") if kind is None else (f" of kind {kind}", f" of kind {kind} in the pattern")
         if self.across is None:
             return self
         if self.value_residual != "none":
             if len(own) < 2:
                 raise ValueError(
                     "attention.value_residual: mixes values of later layers with those of the first, and there is one "
-                    "layer; use value_residual none, or two or more layers"
+                    f"layer{of}; use value_residual none, or two or more layers{where}"
                 )
             first = own[0]
         else:
             if self.share_kv > len(own):
                 raise ValueError(
-                    f"attention.share_kv: {self.share_kv} layers cannot share keys and values, as there are "
-                    f"{len(own)}; use share_kv {len(own)} at most, or {self.share_kv} layers"
+                    f"attention.share_kv: {self.share_kv} layers cannot share keys and values, as there "
+                    f"{'is' if len(own) == 1 else 'are'} {len(own)}{of}; use share_kv {len(own)} at most, or "
+                    f"{self.share_kv} layers{where}"
                 )
             position = own.index(index)
             first = own[position - position % self.share_kv]

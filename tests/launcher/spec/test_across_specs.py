@@ -105,6 +105,19 @@ def test_errors_of_kinds_name_their_keys() -> None:
         load_spec(TINY, ["attention.type=mixed", f"attention.{kinds}", "attention.pattern=[a, b]"])
 
 
+def test_an_option_of_a_kind_with_too_few_layers_says_that_they_are_those_of_the_kind() -> None:
+    for option, words in (
+        ("share_kv: 2", "as there is 1 of kind a; use share_kv 1 at most, or 2 layers of kind a in the pattern"),
+        (
+            "value_residual: fixed",
+            "there is one layer of kind a; use value_residual none, or two or more layers of kind",
+        ),
+    ):
+        kinds = f"kinds={{a: {GQA[:-1]}, {option}}}, b: {GQA}}}"
+        with pytest.raises(SpecError, match=words):
+            load_spec(TINY, ["attention.type=mixed", f"attention.{kinds}", "attention.pattern=[a, b]"])
+
+
 def test_older_records_are_the_same_runs(tmp_path: Path) -> None:
     """A record without the new keys is that of plain attention, also in kinds of mixed layers."""
     mixed = load_spec(
