@@ -33,12 +33,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.extend:
         from headway.launcher.base import console
-        from headway.launcher.run.extending import extension
+        from headway.launcher.run.extending import extension, with_overrides
         from headway.launcher.spec.load import load_spec
 
         overrides, what = extension(load_spec(args.spec, args.overrides, no_auto=None).spec)
-        others = [word for word in args.overrides if word.partition("=")[0].strip() != "run_dir"]
-        args.overrides = [*others, *overrides]
+        args.overrides = with_overrides(args.overrides, overrides)
         console.note(what)
     if args.print_config:
         from headway.launcher.base import console

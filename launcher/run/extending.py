@@ -7,6 +7,7 @@ learning rates of both are equal up to there. The run itself is not changed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from headway.launcher.base.errors import NoInputError, SpecError
@@ -39,18 +40,27 @@ def extension(spec: Spec) -> tuple[list[str], str]:
     branch = RunDir(run.path.with_name(f"{run.path.name}-{spec.train.tokens}"))
     written = flatten(read_mapping(branch.spec)).get("init.run")
     if isinstance(written, str):  # the same command again
-        return _overrides(branch.path, written), f"goes on with {branch.path}, a branch of {written}"
+        return _overrides(spec, branch.path, written), f"goes on with {branch.path}, a branch of {written}"
     same = common_steps(before, spec)
     steps = sorted(step_of(path) for path in steps_on_disk(run.checkpoints))
     if not (usable := [step for step in steps if 0 < step <= same]):
         raise SpecError(_reason(run, before, same, steps))
     parent = f"{run.path}@{usable[-1]}"
     what = f"extends {run.path} from step {usable[-1]} in {branch.path}"
-    return _overrides(branch.path, parent), f"{what} (its learning rates are those of the longer run up to step {same})"
+    what += f" (its learning rates are those of the longer run up to step {same})"
+    return _overrides(spec, branch.path, parent), what
 
 
-def _overrides(folder: Path, parent: str) -> list[str]:
-    return [f"run_dir={json.dumps(str(folder))}", f"init.run={json.dumps(parent)}"]
+def _overrides(spec: Spec, folder: Path, parent: str) -> list[str]:
+    """The branch has its parent's state, so it does not start from the weights that the parent started from."""
+    begin = [f"init.{key}=null" for key in ("weights", "convert", "sha256") if getattr(spec.init, key) is not None]
+    return [f"run_dir={json.dumps(str(folder))}", *begin, f"init.run={json.dumps(parent)}"]
+
+
+def with_overrides(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments `a.b=c` of a command with `overrides` in place of those that set the same keys, or keys below."""
+    keys = tuple(f"{word.partition('=')[0]}." for word in overrides)
+    return [*(word for word in arguments if not f"{word.partition('=')[0].strip()}.".startswith(keys)), *overrides]
 
 
 def _reason(run: RunDir, before: Spec, same: int, steps: list[int]) -> str:

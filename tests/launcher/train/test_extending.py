@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from run_folders import records, trajectory
 
 from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.cli.main import main
 from headway.launcher.run.extending import extension
 from headway.launcher.spec.load import load_spec
 
@@ -60,6 +62,18 @@ def test_what_cannot_be_extended_is_refused(folder, spec_of):
         extension(spec_of(*LONG, "run_dir=none"))
     with pytest.raises(SpecError, match=r"leave out --extend, or init.run"):
         extension(spec_of(*LONG, "run_dir=short", "init.run=short@5"))
+
+
+def test_a_run_from_given_weights_is_extended_without_reading_them_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = Path(__file__).parents[3] / "yaml" / "base" / "tiny.yaml"
+    begin = ["init.weights=weights", "init.convert.how=mean", f"init.sha256={'a' * 64}"]
+    (tmp_path / "runs/tiny/checkpoints/step-0000000005").mkdir(parents=True)
+    (tmp_path / "runs/tiny/spec.json").write_text(load_spec(tiny, begin).spec.model_dump_json())
+    assert main(["train", str(tiny), *begin, "train.tokens=400000", "--extend", "--print-config", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["init"]["run"] == "runs/tiny@5" and shown["run_dir"] == "runs/tiny-400000"
+    assert {shown["init"][key] for key in ("weights", "convert", "sha256")} == {None}
 
 
 def test_rates_that_depend_on_the_length_from_the_start_are_named(folder, spec_of):
