@@ -17,7 +17,15 @@ from headway.launcher.match.bounds import BoundsConfig
 from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
 from headway.launcher.spec.yamlio import Node
-from headway.launcher.study.sizes import SizeConfig, TuneConfig, check_sizes, check_tune, flat_keys, written_keys
+from headway.launcher.study.sizes import (
+    SizeConfig,
+    TuneConfig,
+    check_seeds,
+    check_sizes,
+    check_tune,
+    flat_keys,
+    written_keys,
+)
 from headway.launcher.study.uptrain.origins import OWN, check_origins, expanded
 from headway.model.config import BranchStart
 
@@ -121,11 +129,7 @@ class StudyConfig(StrictModel):
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value):
-            raise ValueError("a seed is given twice; a repeated seed is the same run, not another sample")
-        if min(value) < 0 or max(value) >= 1 << 63:
-            raise ValueError("seeds are integers from 0 to 2^63 - 1")
-        return value
+        return check_seeds(value)
 
     @field_validator("budgets")
     @classmethod

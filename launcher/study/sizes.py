@@ -43,6 +43,15 @@ def overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
+def check_seeds(value: list[int]) -> list[int]:
+    """The seeds. Raises ValueError for a repeated one, and for numbers that are no seeds."""
+    if len(set(value)) != len(value):
+        raise ValueError("a seed is given twice; a repeated seed is the same run, not another sample")
+    if min(value) < 0 or max(value) >= 1 << 63:
+        raise ValueError("seeds are integers from 0 to 2^63 - 1")
+    return value
+
+
 class SizeConfig(StrictModel):
     """One size of a ladder: a study of its own, with the variants and seeds of the file unless it names its own."""
 
@@ -56,6 +65,11 @@ class SizeConfig(StrictModel):
     variants: list[str] | None = Field(
         default=None, min_length=1, description="names of the variants at this size, with the baseline; default: all"
     )
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, value: list[int] | None) -> list[int] | None:
+        return value if value is None else check_seeds(value)
 
 
 class TuneConfig(StrictModel):
@@ -92,9 +106,7 @@ class TuneConfig(StrictModel):
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value) or min(value) < 0:
-            raise ValueError("seeds are different integers from 0")
-        return value
+        return check_seeds(value)
 
 
 def check_sizes(

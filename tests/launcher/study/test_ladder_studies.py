@@ -206,6 +206,7 @@ BAD = [
     ("variants: [gqa]", "variants: [gqa, router]", "'router' is not a variant"),
     ("model.width: 48,", "model.width: 48, train.tokens: 512,", "sets train.tokens"),
     ("seeds: [101]", "seeds: [1]", "seed 1 is a seed of the study too"),
+    ("seeds: [1], variants: [gqa]", "seeds: [1, 1], variants: [gqa]", "sizes.l.seeds: a seed is given twice"),
     ("grid: [1e-3, 2e-3, 4e-3]", "grid: [1e-3]", "at least 3"),
     ("sizes: [s, m]", "sizes: [s, xl]", "'xl' is not a size"),
     ("sizes: [s, m], carry: fit", "sizes: [l]", "size s has all variants, and the sizes with trials have gqa alone"),
