@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from headway.launcher.board.pages import public_values
-from headway.launcher.board.scalars import scalars_of
+from headway.launcher.board.scalars import KINDS, scalars_of
 from headway.launcher.board.trackers.sink import Record
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 from headway.launcher.spec.merge import format_value
@@ -20,6 +20,13 @@ from headway.launcher.spec.tracking import MlflowConfig
 _MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 6000  # of one request; characters of a parameter
 _LOCK_S = 120
 _LAST = "train/tokens"
+_RARE = {
+    "validation": "val/loss",
+    "heads": "heads/mean/c_w",
+    "checkpoint": "checkpoint/write_s",
+    "skipped": "guard/skipped_steps",
+}
+"""Kind of a record that follows that of its step, perhaps much later -> a scalar that each of them has."""
 _RUN_ID = "headway.run_id"
 _ILLEGAL = re.compile(r"[^\w\-. /:]")
 
@@ -40,7 +47,8 @@ class Mlflow:
     def _open(self, run: RunDir, config: MlflowConfig, per_layer: bool) -> None:
         self._entities: Any = import_module("mlflow.entities")  # of an extra, so type checkers may not find it
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=config.uri)
-        self._per_layer, self._complete, self.shown = per_layer, False, -1
+        self._per_layer, self._complete = per_layer, False
+        self._last = dict.fromkeys(("train", *_RARE), -1)  # kind -> last step that the run has
         spec, file = read_mapping(run.spec), run.path / "mlflow.json"
         self._tokens_per_step = spec["train"]["global_batch"] * spec["data"]["seq_len"]
         stored = read_mapping(file)
@@ -61,7 +69,7 @@ class Mlflow:
         return found[0].info.run_id if found and self._continued(found[0].info.run_id) else None
 
     def _continued(self, run_id: str) -> bool:
-        """Whether there is such a run, which then goes on. A step that is repeated keeps its first point."""
+        """Whether there is such a run, which then goes on. A step that is repeated keeps its first points."""
         try:
             found = self._client.get_run(run_id)
         except Exception as e:
@@ -70,7 +78,11 @@ class Mlflow:
             raise
         if found.info.lifecycle_stage != "active":
             return False
-        self.shown = round(found.data.metrics.get(_LAST, 0) / self._tokens_per_step)
+        there = found.data.metrics
+        if _LAST in there:
+            self._last["train"] = round(there[_LAST] / self._tokens_per_step)
+        for kind in (kind for kind, key in _RARE.items() if key in there):
+            self._last[kind] = max(point.step for point in self._client.get_metric_history(run_id, _RARE[kind]))
         self._client.update_run(run_id, status="RUNNING")
         return True
 
@@ -101,15 +113,20 @@ class Mlflow:
                 raise
             return self._client.get_experiment_by_name(name).experiment_id
 
+    @property
+    def shown(self) -> int:
+        """The step up to which it has every record."""
+        return min(self._last.values())
+
     def write(self, records: Iterable[Record]) -> None:
         now, metrics = import_module("mlflow.utils.time").get_current_time_millis(), []
         for record in records:
-            scalars = scalars_of(record, per_layer=self._per_layer)
-            if scalars and record["step"] > self.shown:
-                metrics += [
-                    self._entities.Metric(_legal(key), float(value), now, record["step"])
-                    for key, value in scalars.items()
-                ]
+            if record["kind"] not in KINDS or record["step"] <= self._last.get(record["kind"], self._last["train"]):
+                continue
+            metrics += [
+                self._entities.Metric(_legal(key), float(value), now, record["step"])
+                for key, value in scalars_of(record, per_layer=self._per_layer).items()
+            ]
         for first in range(0, len(metrics), _MOST_METRICS):
             self._client.log_batch(self._id, metrics=metrics[first : first + _MOST_METRICS])
 

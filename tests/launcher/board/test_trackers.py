@@ -3,16 +3,20 @@
 import importlib.util
 import threading
 import time
+from collections import defaultdict
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from memory_sink import MemorySink
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.board.trackers import background
+from headway.launcher.board.trackers import background, mlflow
 from headway.launcher.board.trackers.background import Background
+from headway.launcher.board.trackers.mlflow import Mlflow
 from headway.launcher.board.trackers.opening import _without_secrets, check_installed, earlier_records
-from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.spec.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from headway.launcher.train.tracking import Tracker
 
@@ -198,3 +202,77 @@ def test_a_resume_first_sends_what_earlier_starts_did_not(tmp_path, quick, shown
         [step for step in sent if step <= 6], 9.0
     )
     assert not any("NOT COMPLETE" in text for text in said)
+
+
+class MlflowServer:
+    """A server of MLflow in memory, with one run, and the client for it."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, dict[int, float]] = defaultdict(dict)
+        self.runs = 0
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="0")
+
+    def search_runs(self, *_: Any, **__: Any) -> list[Any]:
+        return [self.get_run("1")] if self.runs else []
+
+    def create_run(self, *_: Any, **__: Any) -> Any:
+        self.runs += 1
+        return self.get_run("1")
+
+    def get_run(self, run_id: str) -> Any:
+        latest = {key: points[max(points)] for key, points in self.points.items()}
+        info = SimpleNamespace(run_id=run_id, lifecycle_stage="active")
+        return SimpleNamespace(info=info, data=SimpleNamespace(metrics=latest, params={}))
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        return [SimpleNamespace(step=step) for step in self.points[key]]
+
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+        for metric in metrics:
+            self.points[metric.key].setdefault(metric.step, metric.value)
+
+    def update_run(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Opens the tracker of one run on a server, as each start of the run does."""
+    run, found = RunDir(tmp_path / "run"), MlflowServer()
+    run.path.mkdir()
+    write_json(run.spec, {"train": {"global_batch": 2}, "data": {"seq_len": 4}})
+    write_json(run.id, "0123456789abcdef")
+    parts = {
+        "mlflow": SimpleNamespace(MlflowClient=lambda tracking_uri: found),
+        "mlflow.entities": SimpleNamespace(
+            Metric=lambda key, value, time_ms, step: SimpleNamespace(key=key, value=value, step=step),
+            Param=lambda key, value: (key, value),
+        ),
+        "mlflow.utils.time": SimpleNamespace(get_current_time_millis=lambda: 0),
+    }
+    monkeypatch.setattr(mlflow, "import_module", parts.__getitem__)
+    return SimpleNamespace(
+        points=found.points, open=lambda: Mlflow(run, MlflowConfig(uri="https://mlflow.example"), per_layer=False)
+    )
+
+
+def test_mlflow_gets_a_validation_whose_step_it_has_after_a_kill_in_between(server):
+    validation = {"kind": "validation", "step": 3, "loss": 2.0, "accuracy": 0.5}
+    server.open().write([record(step) for step in (1, 2, 3)])  # and is killed while it validates
+    again = server.open()
+    again.write([record(3, loss=9.0), validation, record(4)])
+    assert list(server.points["train/loss"].items()) == [(1, 2.5), (2, 2.5), (3, 2.5), (4, 2.5)]
+    assert dict(server.points["val/loss"]) == {3: 2.0}
+    once_more = server.open()
+    once_more.write([{**validation, "loss": 9.0}, {**validation, "step": 4}])
+    assert dict(server.points["val/loss"]) == {3: 2.0, 4: 2.0} and once_more.shown == -1  # it has no checkpoints
+
+
+def test_mlflow_gets_step_0_if_its_run_was_made_by_a_start_that_sent_nothing(server):
+    server.open()
+    again = server.open()
+    assert again.shown == -1
+    again.write([{"kind": "validation", "step": 0, "loss": 4.0, "accuracy": 0.0}])
+    assert dict(server.points["val/loss"]) == {0: 4.0}
