@@ -94,7 +94,8 @@ for step in range(int(begin) + 1, steps + 1):
     if step % 5 == 0 or step == total:
         write({"kind": "validation", **common, "loss": common["loss"] - 0.1})
     if step == 3 and behaviour in ("hang", "deaf"):
-        (run_dir / "run.lock").write_text(str(os.getpid()))
+        held = (run_dir / "run.lock").open("w")
+        print(os.getpid(), end="", file=held, flush=True)
         time.sleep(60)
 if behaviour == "half":
     sys.exit(0)

@@ -247,9 +247,10 @@ def test_a_cell_waits_for_the_process_that_its_killed_study_left_behind(folder):
     """After kill -9 of a study, a cell saves for a moment and holds its folder. Another cell starts meanwhile."""
     lock = folder.out / "cells/gqa/seed-1/run.lock"
     lock.parent.mkdir(parents=True)
-    lock.write_text(str(os.getpid()))
-    when(lambda: outcomes(folder).get("routed/seed-1", {}).get("exit_code") == 0, lambda: lock.write_text(""))
-    assert run(folder, jobs=1) == 0
+    with lock.open("w") as held:
+        print(os.getpid(), end="", file=held, flush=True)
+        when(lambda: outcomes(folder).get("routed/seed-1", {}).get("exit_code") == 0, held.close)
+        assert run(folder, jobs=1) == 0
     found = folder.trained()
     assert found[0] == "routed/seed-1" and sorted(found) == sorted(ALL)
 
