@@ -40,9 +40,13 @@ def chaos(
     """Inject the named faults (default: all) into both sides. Prints a line per trial, then the table.
 
     Every fault is tried at least once, even if that takes longer than `seconds`. Returns 0 if Headway resumed after
-    each fault, else 70. `server`: a running fork server; None starts one. Raises SpecError for an unknown fault.
+    each fault, else 70. `server`: a running fork server; None starts one. Raises SpecError for an unknown fault, and if
+    `out` cannot be a file of JSON beside its table.
     """
     chosen = _chosen(faults)
+    if out is not None and (out.suffix == ".md" or out.is_dir()):
+        what = "is a folder" if out.is_dir() else "is the name of the table, which is written beside the file"
+        raise SpecError(f"--json: {out} {what}; name a file of JSON, such as {out.with_suffix('.json')}")
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     command = f"headway chaos --faults {','.join(f.key for f in chosen)} --seconds {seconds:g} --seed {seed}"
     if out is not None:

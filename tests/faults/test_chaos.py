@@ -69,6 +69,14 @@ def test_an_unknown_fault_is_refused(capsys):
     assert "'F99' is not one of F1, F2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "words"), [("table.md", "name of the table"), ("folder", "is a folder")])
+def test_a_file_that_the_table_would_replace_is_refused_before_anything_starts(tmp_path, capsys, name, words):
+    (tmp_path / "folder").mkdir()
+    assert main(["chaos", "--json", str(tmp_path / name)]) == 64
+    assert words in (said := capsys.readouterr().err) and f"such as {tmp_path}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_headway_resumes_and_nothing_is_left_behind(fork_server, tmp_path, monkeypatch, capsys):
     # F2, F7, F10
     temporary, out = tmp_path / "tmp", tmp_path / "chaos.json"
