@@ -117,6 +117,11 @@ class StudyResult:
         """Margin of the study, in the `unit` of losses: smaller differences do not matter."""
         return self.record.get("margin_nats")
 
+    @property
+    def tuned(self) -> set[str]:
+        """Keys whose values a search of the study chose for each variant."""
+        return set(self.record.get("tuned", ()))
+
     def differences_at(self, budget: float) -> dict[str, Simultaneous]:
         """Variant -> difference to the baseline at the end of a budget, simultaneous for all variants of it."""
         done = [c for c in (*self.cells, *self.short_cells) if c.done and c.budget == budget]
