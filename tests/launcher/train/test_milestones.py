@@ -16,8 +16,10 @@ PER_STEP = 100
 class FakeSaver:
     """Keeps the state of each save; those of the steps in `failing` fail."""
 
+    pending_step: Any
+
     def __init__(self, failing: set[int]) -> None:
-        self.failing, self.pending_step, self.states = failing, cast(Any, None), dict[int, Any]()
+        self.failing, self.pending_step, self.states = failing, None, dict[int, Any]()
 
     def start(self, step: int, state: Any) -> None:
         self.pending_step, self.states[step] = step, state
