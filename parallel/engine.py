@@ -242,7 +242,7 @@ class Engine(ABC):
 
     def not_finite(self) -> list[str]:
         """Names of parameters with NaN or Inf in this rank's part."""
-        return [p.name for p in self._logical if not bool(torch.isfinite(p.parameter.detach()).all())]
+        return [p.name for p in self._logical if not bool(torch.isfinite(p.own_values).all())]
 
     def _passes(self, micro: Sequence[MicroBatch], per_target: float) -> bool:
         """Run forward, backward and optimizer step. Returns whether the clock has the times of each phase."""

@@ -33,6 +33,15 @@ class LogicalParameter(NamedTuple):
         """The sharded dimension, or None."""
         return None if self.shard is None else self.shard.dim
 
+    @property
+    def own_values(self) -> Tensor:
+        """This rank's values. Under ZeRO-3, the parameter is an empty placeholder outside of the passes, and its
+        `ds_tensor` holds this rank's part.
+        """
+        parameter: Any = self.parameter
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return (parameter if parameter.shape == shape else parameter.ds_tensor).detach()
+
     def whole_shape(self, tp_size: int) -> tuple[int, ...]:
         # Under ZeRO-3, the parameter is an empty placeholder with its shape in `ds_shape`.
         shape = list(getattr(self.parameter, "ds_shape", self.parameter.shape))

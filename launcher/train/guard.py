@@ -90,9 +90,10 @@ class Guard:
             self.in_a_row = 0
             return
         self.skipped += 1
-        self.in_a_row += 1
         if finite:  # a spike that was not applied and is already reported
+            self.in_a_row = 0
             return
+        self.in_a_row += 1
         record = {"kind": "skipped", "step": step, "in_a_row": self.in_a_row, "total": self.skipped}
         tracker.event(
             record,

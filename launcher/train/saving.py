@@ -25,7 +25,7 @@ class Saving:
         self._config, self._layout, self._tokens_per_step = spec.checkpoint, layout, spec.tokens_per_step
         self._saver = Saver(run.checkpoints, engine, layout, spec.checkpoint, about=_about(run, spec))
         self.saved_step, self.failures = 0, 0
-        self._tokens, self._begun_s = 0, time.monotonic()
+        self._tokens, self._begun_s = 0, time.monotonic()  # tokens of the newest complete checkpoint
 
     def resumed(self, step: int, tokens: int) -> None:
         """Record that the run resumed from the checkpoint of `step`."""
@@ -51,7 +51,7 @@ class Saving:
         milestone = every is not None and tokens // every > self._tokens // every
         milestone = milestone or self._config.marked(before=tokens - self._tokens_per_step, tokens=tokens)
         self._saver.start(step, {**state, "milestone": milestone})
-        self._tokens, self._begun_s = tokens, time.monotonic()
+        self._begun_s = time.monotonic()
 
     def settle(self, tracker: Tracker, *, last: bool = False) -> None:
         """Commit the pending checkpoint, if there is one, and report the outcome. Collective.
@@ -66,7 +66,7 @@ class Saving:
         heartbeat.beat("save", step)
         outcome = self._saver.commit(last=last)
         if outcome.error is None:
-            self.saved_step, self.failures = step, 0
+            self.saved_step, self.failures, self._tokens = step, 0, step * self._tokens_per_step
             record = {"kind": "checkpoint", "step": step, "stall_s": outcome.stall_s, "write_s": outcome.write_s}
             seconds = f"written in {outcome.write_s:.2f} s, training waited {outcome.stall_s:.2f} s"
             return tracker.event(record, f"checkpoint of step {step} {seconds}")

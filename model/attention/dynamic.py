@@ -9,7 +9,8 @@ tokens and ranks, and it changes only between optimizer steps.
 Legend: B batch, S sequence, H query heads, G KV heads (= groups), D head size. With a_g >= 1 query heads in group g,
 consecutive, and a_1 + .. + a_G = H, the layer is GQA with those group sizes. In training, per layer and step:
 
-    n_g = mean over the tokens of the global batch of |W_K[g] x|^2       before QK-norm, which would equalize the norms
+    n_g = mean over the tokens of the global batch of |K_g|^2            before QK-norm, which would equalize the norms;
+                                                                         K_g = W_K[g] x, plus b_K[g] with `biases`
     e_g = beta e_g + (1 - beta) n_g                                      EMA; e_g = n_g at the first step
     a   = largest-remainder rounding of H e_g / sum e, each at least 1   every `update_every_steps` steps
 
@@ -109,10 +110,10 @@ class DynamicGroupedQueryAttention(FixedBuffers, DenseAttention):
         self._sums: dict[str, Tensor] = {}
 
     def attend(self, q: Tensor, x: Tensor, context: Context) -> Tensor:
-        k = self.heads_of(x, self.w_k)  # [B, S, G, D]
+        k = self.heads_of(x, self.w_k, self.b_k)  # [B, S, G, D]
         if self.training and not self.frozen and context.counts:
             self._count(k.detach())
-        k, v = self.k_rope(k, context.rope), self.heads_of(x, self.w_v)
+        k, v = self.k_rope(k, context.rope), self.heads_of(x, self.w_v, self.b_v)
         k, v = context.keys_and_values(k, v, window=self.windows[0])
         group_of = group_of_head(self.allocation, q.shape[2])
         return context.attend(q, k[:, :, group_of], v[:, :, group_of], window=self.windows[0])

@@ -219,6 +219,17 @@ def test_the_state_of_the_guard_is_saved_in_a_checkpoint():
     assert fresh.skipped == 0
 
 
+def test_a_spike_that_is_not_applied_is_no_step_without_a_finite_number():
+    guard, tracker = Guard(GuardConfig(window=4, spike="skip", max_skipped=2)), Silent()
+    for step in range(4):
+        guard.after_step(step, stats(2.0), tracker, saved_step=0)
+    for step, loss in enumerate((math.nan, 4.0, math.nan), start=4):  # one in a row each
+        guard.after_step(step, stats(loss, skipped=True), tracker, saved_step=0)
+    assert tracker.said == ["skipped", "spike", "skipped"] and (guard.skipped, guard.in_a_row) == (3, 1)
+    with pytest.raises(HeadwayError, match="2 steps in a row"):
+        guard.after_step(7, stats(math.nan, skipped=True), tracker, saved_step=0)
+
+
 def test_an_applied_nan_or_inf_step_ends_the_run():
     with pytest.raises(HeadwayError, match="was applied"):
         Guard(GuardConfig()).after_step(7, stats(math.nan), Silent(), saved_step=5)

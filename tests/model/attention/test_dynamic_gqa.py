@@ -54,7 +54,10 @@ def test_allocation_holds_for_any_weights():
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 2], [6, 1, 1], [1, 2, 5]])
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "gate": "headwise", "windows": 4, "orthogonality": 0.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"biases": True}, {"qk_norm": True, "gate": "headwise", "windows": 4, "orthogonality": 0.5}],
+)
 def test_equals_gqa_with_the_group_sizes_of_its_allocation(layer, context, x, sizes, fields):
     config = DynamicGqaConfig(**SHAPE, freeze_after_tokens=0, **fields)
     fixed = GqaConfig(**SHAPE, group_sizes=sizes, **fields)
@@ -63,6 +66,9 @@ def test_equals_gqa_with_the_group_sizes_of_its_allocation(layer, context, x, si
     x.requires_grad_()
     results = []
     for each in (module, gqa):
+        for name in ("b_q", "b_k", "b_v") if config.biases else ():
+            bias = each.get_parameter(name).detach()
+            bias.copy_(torch.linspace(-1, 1, len(bias)))
         y, aux_loss, _ = each(x, context(config))
         loss = y.square().sum() + (0 if aux_loss is None else aux_loss)
         results.append([y, loss, *torch.autograd.grad(loss, [x, *each.parameters()])])
