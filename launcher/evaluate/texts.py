@@ -146,7 +146,6 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
     from headway.data.mds import MdsSplit
 
     begin, manifest = _begin(model, root), read_manifest(root)
-    assert model.codec.tokenizer is not None
     check_tokenizer(model, root, manifest)
     if manifest.pairs is None:
         model.decoder_for(f"the loss of a text, such as {root},")
@@ -155,7 +154,7 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
         ids = split.tokens(number).tolist()
         first = 0 if split.prompts is None else int(split.prompts[number])
         text = ids[first:-1]  # without the end of the document
-        size = len(model.codec.tokenizer.decode(text).encode("utf-8", errors="surrogatepass"))
+        size = model.codec.text_bytes(text)
         if manifest.pairs is not None:
             separator, limit = len(manifest.pairs.separator_ids), Scorer(model).limit
             yield pair_row(model, ids[:first], ids[first:], separator, limit), size
