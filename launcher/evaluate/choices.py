@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio, share
 from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.evaluate.texts import NO_BYTES
 from headway.launcher.exchange.opened import Opened
 from headway.launcher.run.codec import Codec
 
@@ -103,10 +105,13 @@ def encode_pair(codec: Codec, context: str, continuation: str) -> Row:
 def evaluate_choices(
     model: Opened, name: str, questions: Sequence[Question], *, done: Callable[[int], None]
 ) -> list[Measure]:
-    """acc, acc_norm, and bits per byte of the right choice (the most likely one where several are right)."""
-    if model.codec.tokenizer is None:
+    """acc, acc_norm, and bits per byte of the right choice (the most likely one where several are right), unless the
+    tokenizer loses text of it.
+    """
+    codec = model.codec
+    if codec.tokenizer is None:
         raise SpecError(f"--tasks {name}: this model knows token ids, not text; train it on text, or use --recall")
-    rows = [encode_pair(model.codec, q.query, choice) for q in questions for choice in q.choices]
+    rows = [encode_pair(codec, q.query, choice) for q in questions for choice in q.choices]
     scorer = Scorer(model)
     log_p = iter([predicted.total for predicted in scorer.score(rows, done)])
     right: list[bool] = []
@@ -122,12 +127,13 @@ def evaluate_choices(
         loss.append(-of_choices[best])
         size.append(len(question.choices[best].encode()))
     chance = math.fsum(len(q.gold) / len(q.choices) for q in questions) / len(questions)
-    gold = ratio(f"{name}/gold_bits_per_byte", loss, size, unit="nats per byte")
-    measures = [
-        share(f"{name}/acc", right, chance=chance),
-        share(f"{name}/acc_norm", right_norm, chance=chance),
-        gold.scaled(gold.name, 1 / math.log(2), "bits per byte"),
-    ]
+    measures = [share(f"{name}/acc", right, chance=chance), share(f"{name}/acc_norm", right_norm, chance=chance)]
+    texts = [question.query + question.choices[i] for question in questions for i in question.gold]
+    if any(codec.loses(text, ids) for text, ids in zip(texts, codec.tokenizer.encode(texts), strict=True)):
+        console.note(f"note: {name}: {NO_BYTES}")
+    else:
+        gold = ratio(f"{name}/gold_bits_per_byte", loss, size, unit="nats per byte")
+        measures.append(gold.scaled(gold.name, 1 / math.log(2), "bits per byte"))
     return [replace(measure, digest=scorer.digest) for measure in measures]
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from headway.data.config import DataConfig, DataError, MixSource, SyntheticSource, datasets_of
 from headway.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from headway.data.packed_pairs import shortened
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio
 from headway.launcher.evaluate.scorer import Row, Scorer
 from headway.launcher.exchange.opened import Opened
+
+NO_BYTES = "the tokenizer loses text; bits per byte, which would count text that the model never sees, are left out"
 
 _AT_ONCE = 64
 """Documents that are scored together."""
@@ -59,7 +62,8 @@ def evaluate_text(
     limit: int | None,
     done: Callable[[int], None],
 ) -> list[Measure]:
-    """Nats per token and bits per byte of the first `limit` documents, with intervals over documents.
+    """Nats per token and bits per byte of the first `limit` documents, with intervals over documents. No bits per byte
+    if the tokenizer loses text of them.
 
     Raises DataError if a dataset has another tokenizer than the model or there is no document, NoInputError if there
     is no such file.
@@ -67,7 +71,7 @@ def evaluate_text(
     scorer = Scorer(model)
     losses: list[float] = []
     tokens: list[float] = []
-    size: list[float] = []
+    size: list[float | None] = []
     rows: list[Row] = []
 
     def flush() -> None:
@@ -84,14 +88,21 @@ def evaluate_text(
     flush()
     if not losses:
         raise DataError(f"{source.path}: has no document with text; name another file or folder")
-    per_token = ratio(f"{source.name}/loss", losses, tokens, unit="nats per token")
-    per_byte = ratio(f"{source.name}/bits_per_byte", losses, size, unit="nats per byte")
-    measures = [per_token, per_byte.scaled(per_byte.name, 1 / math.log(2), "bits per byte")]
+    measures = [ratio(f"{source.name}/loss", losses, tokens, unit="nats per token")]
+    known = [each for each in size if each is not None]
+    if len(known) == len(size):
+        per_byte = ratio(f"{source.name}/bits_per_byte", losses, known, unit="nats per byte")
+        measures.append(per_byte.scaled(per_byte.name, 1 / math.log(2), "bits per byte"))
+    else:
+        console.note(f"note: {source.name}: {NO_BYTES}")
     return [replace(measure, digest=scorer.digest) for measure in measures]
 
 
-def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int]]:
-    """(tokens of a document and those that are predicted, bytes of their text) of the documents that have text."""
+def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int | None]]:
+    """(tokens of a document and those that are predicted, bytes of their text) of the documents that have text.
+
+    The bytes are None if the tokenizer loses text.
+    """
     found = _of_dataset if (source.path / MANIFEST_NAME).is_file() else _of_files
     return found(model, source.path)
 
@@ -142,7 +153,7 @@ def check_tokenizer(model: Opened, root: Path, manifest: Manifest) -> None:
         )
 
 
-def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
+def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int | None]]:
     from headway.data.mds import MdsSplit
 
     begin, manifest = _begin(model, root), read_manifest(root)
@@ -154,7 +165,7 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
         ids = split.tokens(number).tolist()
         first = 0 if split.prompts is None else int(split.prompts[number])
         text = ids[first:-1]  # without the end of the document
-        size = model.codec.text_bytes(text)
+        size = None if manifest.lossy is not None else model.codec.text_bytes(text)
         if manifest.pairs is not None:
             separator, limit = len(manifest.pairs.separator_ids), Scorer(model).limit
             yield pair_row(model, ids[:first], ids[first:], separator, limit), size
@@ -162,7 +173,7 @@ def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int]]:
             yield Row([begin, *text], 1), size
 
 
-def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int]]:
+def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int | None]]:
     from headway.data.corpus.config import JsonlCorpus, ParquetCorpus, TextCorpus
     from headway.data.corpus.read import documents
 
@@ -184,6 +195,7 @@ def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int]]:
             continue
         if document.problem is not None:
             raise DataError(f"{document.origin}: is no text ({document.problem}); remove it from {path}")
-        ids = model.codec.tokenizer.encode([document.text.decode("utf-8")])[0]
+        text = document.text.decode("utf-8")
+        ids = model.codec.tokenizer.encode([text])[0]
         if len(ids):
-            yield Row([begin, *ids], 1), len(document.text)
+            yield Row([begin, *ids], 1), None if model.codec.loses(text, ids) else len(document.text)

@@ -130,6 +130,11 @@ class Codec:
             text = text[1:]
         return len(text.encode("utf-8", errors="surrogatepass"))
 
+    def loses(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the ids of a text do not give it back. A space that the tokenizer puts before it is no loss."""
+        assert self.tokenizer is not None, "the model knows text"
+        return any(back != f" {text}" for _, back in self.tokenizer.lost([text], [ids]))
+
 
 def token_of(file: Path, token_id: int) -> str:
     """The text of a token of a tokenizer.json. Raises DataError if the token or the file does not exist."""

@@ -13,6 +13,7 @@ from untrained_runs import untrained_run
 from headway.data.build import build
 from headway.data.corpus.config import CorpusConfig
 from headway.data.mds import MdsSplit
+from headway.launcher.evaluate.choices import Question, evaluate_choices
 from headway.launcher.evaluate.measure import Measure
 from headway.launcher.evaluate.texts import TextSource, evaluate_text
 from headway.launcher.exchange.opened import Opened, open_model
@@ -77,3 +78,19 @@ def test_a_space_of_the_text_itself_is_a_byte_unless_it_has_the_ids_of_the_text_
         assert codec.text_bytes(codec.encode("größer")) == 8
         assert codec.text_bytes(codec.encode(" größer")) == (8 if add_prefix_space else 9)
         assert codec.text_bytes(codec.encode("  größer")) == 10
+
+
+def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False))
+    model, dataset, held = made(tmp_path, trained_tokenizer(tmp_path, *steps) | {"lossy": "allow"})
+    assert model.codec.decode([*model.codec.encode("a b")]) == "ab"
+    for path in (dataset, held):
+        capsys.readouterr()
+        assert set(measured(model, path)) == {"t/loss"}
+        assert "note: t: the tokenizer loses text; bits per byte" in capsys.readouterr().err
+    kept = write(tmp_path / "kept.jsonl", ["one", "größer"])
+    assert set(measured(model, kept)) == {"t/loss", "t/bits_per_byte"}
+    asked = {(" b", " c"): {"q/acc", "q/acc_norm"}, ("b", "c"): {"q/acc", "q/acc_norm", "q/gold_bits_per_byte"}}
+    for choices, names in asked.items():
+        found = evaluate_choices(model, "q", [Question("a", choices, (0,))], done=lambda tokens: None)
+        assert {measure.name for measure in found} == names
