@@ -30,10 +30,15 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """A text to evaluate: a dataset (its validation split), or files (.jsonl, .parquet, others are plain text)."""
+    """A text to evaluate: a dataset (its validation split), or files (.jsonl, .parquet, others are plain text).
+
+    `remote`, `cache_bytes`: of a dataset whose shards `path` caches.
+    """
 
     name: str
     path: Path
+    remote: str | None = None
+    cache_bytes: int | None = None
 
     @classmethod
     def parse(cls, text: str, option: str = "--text") -> TextSource:
@@ -51,8 +56,11 @@ def own_sources(data: DataConfig) -> list[TextSource]:
         return []
     parts = datasets_of(data.source)
     names = [part.title() for part in data.source.sources] if isinstance(data.source, MixSource) else ["validation"]
-    sources = [TextSource(name=n, path=Path(part.path)) for n, part in zip(names, parts, strict=True)]
-    return sources + [TextSource(name=name, path=Path(path)) for name, path in data.validation.items()]
+    sources = [
+        TextSource(name=n, path=Path(part.path).expanduser(), remote=part.remote, cache_bytes=part.cache_bytes)
+        for n, part in zip(names, parts, strict=True)
+    ]
+    return sources + [TextSource(name=name, path=Path(path).expanduser()) for name, path in data.validation.items()]
 
 
 def evaluate_text(
@@ -103,8 +111,8 @@ def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int |
 
     The bytes are None if the tokenizer loses text.
     """
-    found = _of_dataset if (source.path / MANIFEST_NAME).is_file() else _of_files
-    return found(model, source.path)
+    is_dataset = (source.path / MANIFEST_NAME).is_file()
+    return _of_dataset(model, source) if is_dataset else _of_files(model, source.path)
 
 
 def pair_row(model: Opened, prompt: Sequence[int], target: Sequence[int], separator: int, limit: int) -> Row:
@@ -153,14 +161,15 @@ def check_tokenizer(model: Opened, root: Path, manifest: Manifest) -> None:
         )
 
 
-def _of_dataset(model: Opened, root: Path) -> Iterator[tuple[Row, int | None]]:
+def _of_dataset(model: Opened, source: TextSource) -> Iterator[tuple[Row, int | None]]:
     from headway.data.mds import MdsSplit
 
+    root = source.path
     begin, manifest = _begin(model, root), read_manifest(root)
     check_tokenizer(model, root, manifest)
     if manifest.pairs is None:
         model.decoder_for(f"the loss of a text, such as {root},")
-    split = MdsSplit(root, "validation")
+    split = MdsSplit(root, "validation", remote=source.remote, cache_bytes=source.cache_bytes)
     for number in range(len(split)):
         ids = split.tokens(number).tolist()
         first = 0 if split.prompts is None else int(split.prompts[number])
