@@ -8,12 +8,14 @@ in training.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from headway.data.config import DataConfig, DataError, MixSource, SyntheticSource, datasets_of
+from headway.data.corpus.folders import Found
 from headway.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from headway.data.packed_pairs import shortened
 from headway.launcher.base import console
@@ -183,23 +185,30 @@ def _of_dataset(model: Opened, source: TextSource) -> Iterator[tuple[Row, int | 
 
 
 def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int | None]]:
+    from headway.data.corpus import folders
     from headway.data.corpus.config import JsonlCorpus, ParquetCorpus, TextCorpus
-    from headway.data.corpus.read import documents
+    from headway.data.corpus.read import documents, find_files
 
     begin = _begin(model, path)
     assert model.codec.tokenizer is not None
     model.decoder_for(f"the loss of a text, such as {path},")
     if not path.exists():
         raise NoInputError(f"{path}: no such file or folder; name a text, a .jsonl or .parquet file, or a dataset")
-    files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    endings = {ending.lower() for file in files for ending in file.suffixes}
-    if endings & {".jsonl", ".ndjson"}:
+    there = folders.find([str(path)], "text").taken
+    names = [file.name for file in there]
+
+    def has(kind: str) -> bool:
+        return any(re.fullmatch(folders.ENDINGS[kind], name, re.IGNORECASE | re.DOTALL) for name in names)
+
+    if has("jsonl"):
         corpus = JsonlCorpus(type="jsonl", paths=[str(path)])
-    elif ".parquet" in endings:
+    elif has("parquet"):
         corpus = ParquetCorpus(type="parquet", paths=[str(path)])
     else:
         corpus = TextCorpus(type="text", paths=[str(path)])
-    for document in documents(corpus):
+    files = find_files(corpus)
+    note_left_out(path, corpus.type, files)
+    for document in documents(corpus, files):
         if document.problem == "empty":
             continue
         if document.problem is not None:
@@ -208,3 +217,13 @@ def _of_files(model: Opened, path: Path) -> Iterator[tuple[Row, int | None]]:
         ids = model.codec.tokenizer.encode([text])[0]
         if len(ids):
             yield Row([begin, *ids], 1), None if model.codec.loses(text, ids) else len(document.text)
+
+
+def note_left_out(path: Path, kind: str, files: Found) -> None:
+    """Name the files of a folder that are not read, because others have an ending of `kind`."""
+    if count := files.left_out.total():
+        names = [str(file) for examples in files.examples.values() for file in examples]
+        console.note(
+            f"note: {path}: {len(files.taken):,} files of the type {kind} are read, {count:,} others left out: "
+            f"{', '.join(names)}{', ...' if count > len(names) else ''}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -78,3 +79,32 @@ def test_the_path_of_a_dataset_may_begin_with_the_home_folder(
     monkeypatch.setenv("HOME", str(place))
     at_home = run_on(tmp_path, "run", path="~/data")
     assert measured(at_home, own(at_home)) == measured(model, own(model))
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(
+    model: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / ".cache").mkdir(parents=True)
+    write(folder / "rows.jsonl", ["The square of 2 is 4.", "The square of 3 is 9."])
+    write(folder / ".cache" / "hidden.jsonl", ["hidden"])
+    (folder / "more.txt").write_text("A text beside the rows.")
+    assert measured(model, TextSource(name="t", path=folder))[0].n == 2
+    said = capsys.readouterr().err
+    assert f"note: {folder}: 1 files of the type jsonl are read, 1 others left out: {folder / 'more.txt'}" in said
+    (folder / "rows.jsonl").unlink()
+    assert measured(model, TextSource(name="t", path=folder))[0].n == 1 and "left out" not in capsys.readouterr().err
+
+
+def test_rows_are_rows_in_every_ending_that_a_build_knows(model: Opened, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"The square of {n} is {n * n}." for n in range(6)]
+    plain = write(tmp_path / "rows.jsonl", texts)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.pq")
+    expected = measured(model, TextSource(name="t", path=plain))
+    assert expected[0].n == 6
+    for name in ("rows.json.gz", "rows.pq"):
+        assert measured(model, TextSource(name="t", path=tmp_path / name)) == expected
