@@ -8,6 +8,7 @@ is the answer (`acc`), or the one with the largest log-likelihood per character 
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -40,14 +41,14 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a file. Raises NoInputError without the file, SpecError for a wrong line."""
     try:
         with path.open("rb") as stream:
-            lines = [line for line in _lines(stream, path) if line.strip()]
+            lines = [(number, line) for number, line in enumerate(_lines(stream, path), 1) if line.strip()]
     except FileNotFoundError:
         raise NoInputError(f"{path}: no such file; name a file of lines such as {_LINE}") from None
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read ({error.strerror}); name a file of lines such as {_LINE}") from None
     if not lines:
         raise SpecError(f"{path}: has no question; write lines such as {_LINE}")
-    return [_question(line, f"{path}:{number}") for number, line in enumerate(lines[:limit], 1)]
+    return [_question(line, f"{path}:{number}") for number, line in lines[:limit]]
 
 
 def _lines(stream: Any, path: Path) -> list[bytes]:
@@ -55,7 +56,7 @@ def _lines(stream: Any, path: Path) -> list[bytes]:
     while line := stream.readline(_MAX_LINE + 1):
         if len(line) > _MAX_LINE:
             raise SpecError(f"{path}:{len(lines) + 1}: a line of more than {_MAX_LINE >> 20} MiB; shorten the query")
-        lines.append(line)
+        lines.append(line if lines else line.removeprefix(codecs.BOM_UTF8))
     return lines
 
 
