@@ -111,6 +111,11 @@ class StudyResult:
         """Margin of the study, in nats per token: smaller differences do not matter."""
         return self.record.get("margin_nats")
 
+    @property
+    def tuned(self) -> set[str]:
+        """Keys whose values a search of the study chose for each variant."""
+        return set(self.record.get("tuned", ()))
+
     def verdict(self, variant: VariantResult) -> Verdict:
         """Verdict on a variant against the baseline; undecided if no difference was computed."""
         return "undecided" if variant.difference is None else verdict(variant.difference, self.margin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,9 +78,12 @@ def spec_differences(
     return found
 
 
-def changed_sections(differences: list[Difference]) -> list[str]:
-    """Top-level sections that the intervention changes. With several sections, the cause of a difference is unknown."""
-    return sorted({d.key.split(".")[0] for d in differences if d.kind == "intervention"})
+def changed_sections(differences: list[Difference], *, tuned: Collection[str] = ()) -> list[str]:
+    """Top-level sections that the intervention changes. With several sections, the cause of a difference is unknown.
+
+    Keys of `tuned` do not count: each variant has the value that is best for it.
+    """
+    return sorted({d.key.split(".")[0] for d in differences if d.kind == "intervention" and d.key not in tuned})
 
 
 def deviation(planned: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:

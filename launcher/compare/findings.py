@@ -238,8 +238,15 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
     fingerprint = result.card("data_fingerprint")
     corpus = f"one corpus (fingerprint {str(fingerprint)[:16]})" if fingerprint else "one source of data"
     yield "data", f"{corpus}; on other text the order of the variants can be another one"
-    if any(d.key.split(".")[0] in ("optimizer", "schedule") for d in result.differences):
+    differing = {d.key for d in result.differences if d.key.split(".")[0] in ("optimizer", "schedule")}
+    if differing - result.tuned:
         yield "optimizer", "settings differ between variants: part of a difference may be theirs"
+    elif differing:
+        yield (
+            "optimizer",
+            f"{', '.join(sorted(differing))} was tuned for each variant: the error of the search is part of a "
+            "difference. All other settings are the same for all, and may suit some better than others",
+        )
     else:
         yield "optimizer", "one set of settings for all variants, which may suit some of them better than others"
     if not result.tokens_are_final and result.tokens is not None:

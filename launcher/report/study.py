@@ -150,7 +150,8 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
     confounds = [d for d in result.differences if d.kind == "CONFOUND"]
     found = len(confounds) + len(result.circumstances) + len(result.deviations)
     if found:
-        yield Text(f"{found} confounds: see \u201cIs the comparison fair?\u201d below.", "warn")
+        what = "1 confound" if found == 1 else f"{found} confounds"
+        yield Text(f"{what}: see \u201cIs the comparison fair?\u201d below.", "warn")
 
 
 def _start_words(result: StudyResult) -> str:
@@ -325,7 +326,7 @@ def _fairness(result: StudyResult) -> Iterator[Block]:
     if result.differences:
         yield from _spec_differences(result)
     for v in result.others:
-        sections = changed_sections([d for d in result.differences if d.variant == v.name])
+        sections = changed_sections([d for d in result.differences if d.variant == v.name], tuned=result.tuned)
         if len(sections) > 1:
             yield Text(
                 f"{v.name} changes {' and '.join(sections)} at once: a difference cannot be put down to one of them "

@@ -46,14 +46,15 @@ def machine() -> dict[str, Any]:
 def git_commit() -> str | None:
     """Commit of the source tree, followed by `+` if it has uncommitted changes; None outside a checkout.
 
-    It is read once in a process: sources that change later are not those that run.
+    Files in docs/results do not count: studies write their own records there. The state is read once in a process:
+    sources that change later are not those that run.
     """
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
         if commit.returncode:
             return None
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results"]
         dirty = subprocess.run(status, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -206,6 +206,7 @@ class Study:
 
     `base`: path of the base spec. `out`: folder of the runs and the report. `records`: folder of the records of
     finished cells; None: none are written or read. `variants`: each variant as written, with its positions in the file.
+    `tuned`: keys whose values a search chose for each variant, or for all of them.
     """
 
     config: StudyConfig
@@ -215,6 +216,7 @@ class Study:
     variants: dict[str, Node]
     tree: Node
     records: Path | None = None
+    tuned: tuple[str, ...] = ()
 
     def place(self, key: str) -> str:
         """Position of `key` (dotted) in the file, such as `study.yaml:3:9`; the file alone if the key is not in it."""

@@ -182,6 +182,7 @@ def study_record(plan: StudyPlan) -> dict[str, Any]:
         "branch_start": config.branch_start,
         "margin_nats": config.margin_nats,
         "asks": list(config.asks),
+        **({"tuned": list(plan.study.tuned)} if plan.study.tuned else {}),
         **({} if plan.bounds is None else {"bounds": plan.bounds}),
         **({"compare_at": "ends"} if any(v.uptraining for v in plan.variants) else {}),
         **_records(plan.study),

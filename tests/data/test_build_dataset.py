@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from small_corpora import corpus_config, make_texts, write_jsonl
 
 from headway.data import build as build_module
 from headway.data.build import build
@@ -22,8 +23,6 @@ from headway.data.mds import MdsSplit
 from headway.data.streaming_import import import_streaming
 from headway.data.tokenizer import load
 from headway.data.verify import verify
-
-from .conftest import corpus_config, make_texts, write_jsonl
 
 
 def all_texts(root: Path) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_corpora import corpus_config, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from headway.data.build import build
@@ -20,8 +21,6 @@ from headway.data.manifest import SPLITS, read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.tokenizer import EOS_TOKEN, load
 from headway.data.verify import verify
-
-from .conftest import corpus_config, write_jsonl
 
 INPUTS = 60  # of each kind
 WORDS = ["the", "of", "heat", "Word", "x", "e", "ÜNÏ", "漢字", "🙂", "</s>", "[UNK]", "7"]

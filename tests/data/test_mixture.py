@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from small_corpora import corpus_config, make_texts, write_jsonl
 
 from headway.data.build import build
 from headway.data.config import DataConfig, DataError, MixSource
@@ -18,8 +19,6 @@ from headway.data.loader import Loader, open_source
 from headway.data.mixture import BLOCK, MixedText, Mixture, validation_shares
 from headway.data.validation import ValidationData, validation_data
 from headway.data.verify import verify_source
-
-from .conftest import corpus_config, make_texts, write_jsonl
 
 WEIGHTS = (3.0, 1.0, 0.01)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_corpora import corpus_config, make_texts, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from headway.data.build import build
@@ -16,8 +17,6 @@ from headway.data.manifest import SPLITS, Manifest, read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.tokenizer import EOS_TOKEN, load
 from headway.data.verify import MdsSource, verify
-
-from .conftest import corpus_config, make_texts, write_jsonl
 
 TEXTS = make_texts(12)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_corpora import corpus_config, make_texts, write_jsonl
 
 from headway.data.build import build
 from headway.data.config import DataError
@@ -13,8 +14,6 @@ from headway.data.corpus.config import TrainTokenizer
 from headway.data.manifest import read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.tokenizer import EOS_TOKEN, load, train, vocab_size_of
-
-from .conftest import corpus_config, make_texts, write_jsonl
 
 
 def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:

@@ -288,8 +288,15 @@ def _study_of(
         bounds=None if name or trial is not None else config.bounds,
         variants=changes,
     )
-    records = records_below(study, out)
-    return replace(study, config=part, base=study.path.parent / base, out=out, records=records, variants=nodes)
+    return replace(
+        study,
+        config=part,
+        base=study.path.parent / base,
+        out=out,
+        records=records_below(study, out),
+        variants=nodes,
+        tuned=tuple(dict.fromkeys(key for chosen in values.values() for key in chosen)),
+    )
 
 
 def _about(text: str, config: StudyConfig, names: Sequence[str]) -> bool:

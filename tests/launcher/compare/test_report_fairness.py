@@ -96,6 +96,7 @@ def test_more_than_one_changed_section_is_found():
         "v", variant, BASE, declared={"attention.heads", "optimizer.lr"}, written=set(), free="model.ffn_width"
     )
     assert changed_sections(differences) == ["attention", "optimizer"]
+    assert changed_sections(differences, tuned={"optimizer.lr"}) == ["attention"]
 
 
 def hashes(**runs: dict[int, list[str]]) -> dict[str, dict[int, dict[int, str]]]:

@@ -159,8 +159,10 @@ def test_a_study_without_sizes_can_be_tuned(folder):
     assert {c["variant"]: c["spec"]["optimizer"]["lr"] for c in study["cells"]}["gqa"] == pytest.approx(
         2.5e-3, rel=0.01
     )
+    assert study["tuned"] == ["optimizer.lr"]
     report = (folder.out / "report.md").read_text()
     assert "## Tuning" in report and "parabola through the best three" in report
+    assert "| optimizer | optimizer.lr was tuned for each variant" in report and "at once: a diff" not in report
     assert status_file(folder.study) == 0
 
 

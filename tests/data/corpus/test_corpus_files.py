@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_corpora import corpus_config, make_texts, write_jsonl
 
 from headway.data.build import build
 from headway.data.config import DataError
@@ -16,8 +17,6 @@ from headway.data.corpus.config import JsonlCorpus, ParquetCorpus, TextCorpus
 from headway.data.corpus.folders import summary
 from headway.data.corpus.read import corpus_files, documents, find_files
 from headway.data.manifest import read_manifest
-
-from .conftest import corpus_config, make_texts, write_jsonl
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 

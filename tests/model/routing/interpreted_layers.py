@@ -1,6 +1,6 @@
 """Layers with routed products beside their dense references, in fp32 on the CPU, in Triton's interpreter.
 
-    python -P tests/model/interpreted_layers.py [MECHANISM=MODULE.FUNCTION ...]
+    python -P tests/model/routing/interpreted_layers.py [MECHANISM=MODULE.FUNCTION ...]
 
 Prints one JSON object a line for each mechanism, once by the kernels and once by their twins, or for each of those
 named, by kernels of which the launch function writes a wrong last number: relative errors of y and of every gradient

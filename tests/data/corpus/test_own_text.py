@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from small_corpora import make_texts, write_jsonl
 
 from headway.data.build import build
 from headway.data.config import DataError
@@ -16,8 +17,6 @@ from headway.data.corpus.cut import cut
 from headway.data.manifest import Manifest, read_manifest
 from headway.data.mds import MdsSplit
 from headway.data.tokenizer import open_file
-
-from .conftest import make_texts, write_jsonl
 
 TEXT = "one\r\ntwo  \n\n \t\nthree\rfour\n\n\n\nfünf\n"
 LINES = ["one", "two  ", "three", "four", "fünf"]

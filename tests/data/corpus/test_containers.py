@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import zstandard
+from small_corpora import corpus_config
 
 from headway.data.build import build
 from headway.data.config import DataError
 from headway.data.corpus import containers
 from headway.data.corpus.config import JsonlCorpus, TextCorpus
 from headway.data.corpus.read import documents
-
-from .conftest import corpus_config
 
 
 def zst(data: bytes) -> bytes:

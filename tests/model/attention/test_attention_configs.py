@@ -23,7 +23,7 @@ def test_the_type_names_the_config(fields):
 def test_every_config_with_a_name_is_in_the_registry_under_it():
     """Read from the sources: each `type: Literal["name"] = "name"` of a class in model/attention."""
     written = {}
-    for file in (Path(__file__).parents[2] / "model" / "attention").glob("*.py"):
+    for file in (Path(__file__).parents[3] / "model" / "attention").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef):
                 fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
