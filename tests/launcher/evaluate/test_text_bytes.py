@@ -29,9 +29,9 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 def trained_tokenizer(folder: Path, *steps: Any) -> dict[str, Any]:
-    """A byte-level tokenizer with these pre-tokenizers before its own last one, as a section of a corpus spec."""
+    """A byte-level BPE with these pre-tokenizers, as a section of a corpus spec."""
     tokenizer: Any = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps]) if len(steps) > 1 else steps[0]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps])
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=300,
