@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from headway.launcher.base.loss_unit import loss_unit
 from headway.launcher.base.text import duration
 from headway.launcher.board.summaries import HParam
 from headway.launcher.run.run_dir import RunDir, flatten, read_mapping
@@ -26,7 +27,7 @@ def spec_text(run: RunDir) -> str:
 
 def report_text(run: RunDir, summary: Mapping[str, Any]) -> str:
     """The result of a complete run, in Markdown. `summary`: of summary.json."""
-    return "\n".join(_table([*_result(summary), *_start(read_mapping(run.card))]))
+    return "\n".join(_table([*_result(summary, loss_unit(read_mapping(run.spec))), *_start(read_mapping(run.card))]))
 
 
 def hparams(spec: Mapping[str, Any]) -> dict[str, HParam]:
@@ -69,9 +70,9 @@ def started_s(run: RunDir) -> float:
         return 0.0
 
 
-def _result(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _result(summary: Mapping[str, Any], unit: str) -> Iterator[tuple[str, str]]:
     loss, speed = summary.get("final_validation_loss"), summary.get("tokens_per_s_median")
-    yield "validation loss, nats per token", "-" if loss is None else f"{loss:.4f}"
+    yield f"validation loss, {unit}", "-" if loss is None else f"{loss:.4f}"
     yield "tokens", f"{summary.get('tokens', 0):,} in {summary.get('steps', 0):,} steps"
     yield "training time", duration(summary.get("train_s"))
     if speed is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.base.loss_unit import PER_TOKEN, loss_unit
 from headway.launcher.compare.batch_hashes import Hashes
 from headway.launcher.compare.cell_results import FULL, CellResult, common_end, read_cells
 from headway.launcher.compare.cells import cells_there, records_of
@@ -38,10 +39,10 @@ from headway.launcher.run.run_dir import flatten, read_mapping
 class VariantResult:
     """One variant over its finished seeds. Fields are None without data to compute them from.
 
-    `loss`, `difference` (to the baseline): in nats per token. Intervals of differences are simultaneous for all
-    variants. `effective`: how much less of a cost reaches the same loss. `speeds`: by seed, or by round of the timing
-    part (`StudyResult.speeds`). `speed_ratio`: tokens/s relative to the baseline. `planned`: the entry of the variant
-    in study.json. `routers`: means over seeds. `heads`: one value for each seed that recorded them.
+    `loss`, `difference` (to the baseline): in the `unit` of the study. Intervals of differences are simultaneous for
+    all variants. `effective`: how much less of a cost reaches the same loss. `speeds`: by seed, or by round of the
+    timing part (`StudyResult.speeds`). `speed_ratio`: tokens/s relative to the baseline. `planned`: the entry of the
+    variant in study.json. `routers`: means over seeds. `heads`: one value for each seed that recorded them.
     """
 
     name: str
@@ -96,6 +97,11 @@ class StudyResult:
         return next(v for v in self.variants if v.name == self.record["baseline"])
 
     @property
+    def unit(self) -> str:
+        """Unit of the losses: nats per token, or per target token where only targets are predicted."""
+        return next((loss_unit(c.planned) for c in self.cells), PER_TOKEN)
+
+    @property
     def when(self) -> str:
         """Where losses are compared, for a sentence."""
         return "at the end of each run" if self.own_ends else f"after {self.tokens or 0:,} training tokens"
@@ -108,13 +114,20 @@ class StudyResult:
 
     @property
     def margin(self) -> float | None:
-        """Margin of the study, in nats per token: smaller differences do not matter."""
+        """Margin of the study, in the `unit` of losses: smaller differences do not matter."""
         return self.record.get("margin_nats")
 
     @property
     def tuned(self) -> set[str]:
         """Keys whose values a search of the study chose for each variant."""
         return set(self.record.get("tuned", ()))
+
+    def differences_at(self, budget: float) -> dict[str, Simultaneous]:
+        """Variant -> difference to the baseline at the end of a budget, simultaneous for all variants of it."""
+        done = [c for c in (*self.cells, *self.short_cells) if c.done and c.budget == budget]
+        pairing = self.short_pairing.get(budget, self.pairing)
+        paired = pairing.status != "UNPAIRED"
+        return _compare(done, self.record["baseline"], lambda c: c.loss, paired=paired).differences
 
     def verdict(self, variant: VariantResult) -> Verdict:
         """Verdict on a variant against the baseline; undecided if no difference was computed."""

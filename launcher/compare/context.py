@@ -54,6 +54,7 @@ class Context:
     """`epochs`: tokens of one run over the training tokens of the dataset; None for synthetic or unrecorded data.
 
     `baseline_sd`: standard deviation of the loss of the baseline over its `baseline_seeds`; None with one seed.
+    `paired_sd`: that of a paired difference of one seed, by the spread that is pooled over variants; None without it.
     """
 
     trained_tokens: int | None
@@ -61,6 +62,7 @@ class Context:
     synthetic: bool
     baseline_seeds: int
     baseline_sd: float | None
+    paired_sd: float | None
     steadiness: dict[str, Steadiness]
     validation: ValidationNoise | None
 
@@ -87,10 +89,11 @@ def context_of(result: StudyResult) -> Context:
         synthetic=sources == {"synthetic"},
         baseline_seeds=0 if loss is None else loss.n,
         baseline_sd=None if loss is None else loss.sd,
+        paired_sd=math.sqrt(2) * spread if (spread := result.comparison.spread) is not None else None,
         steadiness={
             v.name: _steadiness(mine) for v in result.variants if (mine := [c for c in done if c.variant == v.name])
         },
-        validation=_validation_noise(done, result.comparison.spread),
+        validation=validation_noise(result),
     )
 
 
@@ -108,7 +111,9 @@ def _steadiness(cells: Sequence[CellResult]) -> Steadiness:
     )
 
 
-def _validation_noise(cells: Sequence[CellResult], spread: float | None) -> ValidationNoise | None:
+def validation_noise(result: StudyResult) -> ValidationNoise | None:
+    """Of the finished full runs of a study; None where none of them recorded it."""
+    spread, cells = result.comparison.spread, [c for c in result.cells if c.done]
     last = [c.record for c in cells if c.record.standard_error.size and np.isfinite(c.record.standard_error[-1])]
     if not last:
         return None

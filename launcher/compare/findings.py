@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.analyse import StudyResult, VariantResult
+from headway.launcher.compare.context import validation_noise
 from headway.launcher.compare.effective import SpeedUp
 from headway.launcher.compare.simultaneous import Simultaneous
-from headway.launcher.compare.stats import sd_factor
+from headway.launcher.compare.stats import paired_difference, sd_factor
 from headway.launcher.compare.verdicts import Verdict, chance_of_difference, seeds_to_decide
 from headway.launcher.match.matching import quantity_words
 
@@ -18,6 +19,9 @@ RESOLUTION_NATS = 0.01
 
 LISTED = 4
 """Most undecided variants that the headline lists with their numbers."""
+
+OWN_SEEDS = 3
+"""Least seeds of a difference whose own standard error is shown: that of two seeds says too little."""
 
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter of compute-optimal dense decoders (Hoffmann et al. 2022)."""
@@ -38,7 +42,7 @@ def headline(result: StudyResult) -> list[str]:
             *sentences,
             f"{warn}with one seed there is no interval, so the loss differences to {name} ("
             + ", ".join(f"{v.name} {v.difference.mean:+.4f}" for v in compared if v.difference is not None)
-            + " nats per token) may be noise.",
+            + f" {result.unit}) may be noise.",
         ]
     by_verdict: dict[Verdict, list[VariantResult]] = {}
     for v in compared:
@@ -46,7 +50,7 @@ def headline(result: StudyResult) -> list[str]:
     words_of: dict[Verdict, str] = {
         "better": f"a lower validation loss than {name}",
         "worse": f"a higher validation loss than {name}",
-        "equivalent": f"the validation loss of {name} within {result.margin} nats per token",
+        "equivalent": f"the validation loss of {name} within {result.margin} {result.unit}",
     }
     for verdict, words in words_of.items():
         if found := by_verdict.get(verdict):
@@ -198,7 +202,7 @@ def _seed_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
         df = comparison.degrees_of_freedom
         yield (
             "spread of a run",
-            f"{comparison.spread:.4f} nats per token, pooled over variants with {df} degrees of freedom; the true one "
+            f"{comparison.spread:.4f} {result.unit}, pooled over variants with {df} degrees of freedom; the true one "
             f"can be up to {sd_factor(df):.1f} times as large (95 % interval)",
         )
     if comparison.own_spread:
@@ -206,15 +210,40 @@ def _seed_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
             "spreads that differ",
             f"{', '.join(comparison.own_spread)}: too large to be pooled, so intervals rest on own seeds alone",
         )
+    if (errors := _own_errors(result)) is not None:
+        yield "errors of differences", errors
     widths = sorted(v.difference.half_width for v in result.others if v.difference and v.difference.half_width)
     if widths:
         span = f"{widths[0]:.4f}" if widths[-1] - widths[0] < 5e-5 else f"{widths[0]:.4f} to {widths[-1]:.4f}"
-        yield "smallest visible difference", f"about {span} nats per token with {n} seeds"
+        yield "smallest visible difference", f"about {span} {result.unit} with {n} seeds"
     if comparison.spread:
         yield f"a difference of {RESOLUTION_NATS}", _seeds_for_resolution(result)
     undecided = [v.name for v in result.others if v.difference is not None and result.verdict(v) == "undecided"]
     if undecided and comparison.spread:
-        yield "seeds that would decide", "; ".join(_seeds_for(result, name) for name in undecided)
+        found = "; ".join(_seeds_for(result, name) for name in undecided)
+        yield "seeds that would decide", f"{found}; if the means and the spread seen here are the true ones"
+
+
+def _own_errors(result: StudyResult) -> str | None:
+    """Standard errors by the seeds of each pooled difference alone, beside the pooled one; None with few seeds."""
+    own, pooled = list[float](), list[float]()
+    for v in result.others:
+        alone = paired_difference(v.losses, result.baseline.losses)
+        d = v.difference
+        if d is not None and d.pooled and d.standard_error and alone is not None and alone.sd and d.n >= OWN_SEEDS:
+            own.append(alone.sd / math.sqrt(d.n))
+            pooled.append(d.standard_error)
+    if not own:
+        return None
+    text = f"{_span(own)} by the seeds of each difference alone, {_span(pooled)} by the pooled spread"
+    if min(a / b for a, b in zip(own, pooled, strict=True)) > 1:
+        text += ". All of the first are larger: the pooled intervals may be too narrow"
+    return text
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.4f}", f"{max(values):.4f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _seeds_for_resolution(result: StudyResult) -> str:
@@ -238,6 +267,12 @@ def _other_limits(result: StudyResult) -> Iterator[tuple[str, str]]:
     fingerprint = result.card("data_fingerprint")
     corpus = f"one corpus (fingerprint {str(fingerprint)[:16]})" if fingerprint else "one source of data"
     yield "data", f"{corpus}; on other text the order of the variants can be another one"
+    if (noise := validation_noise(result)) is not None:
+        yield (
+            "validation text",
+            f"{noise.tokens:,} predicted tokens ({noise.groups}), the same in all runs: intervals are over seeds, and "
+            "do not contain the sampling of this text",
+        )
     differing = {d.key for d in result.differences if d.key.split(".")[0] in ("optimizer", "schedule")}
     if differing - result.tuned:
         yield "optimizer", "settings differ between variants: part of a difference may be theirs"
@@ -309,14 +344,34 @@ def _load(result: StudyResult) -> str:
     return f"Runs {how}, so other load on the machine shows in them"
 
 
+def shape_words(result: StudyResult) -> str:
+    """Sequence length, the share of the attention core there, and vocabulary, as far as the runs recorded them."""
+    base = result.baseline.name
+    first = next((c for c in result.cells if c.variant == base and c.record.run), None)
+    if first is None:
+        return ""
+    found = []
+    seq_len, vocabulary = (first.planned.get("data") or {}).get("seq_len"), first.record.run.get("vocab_size")
+    cost = first.record.run.get("cost") or {}
+    core, useful = cost.get("flops_per_token_attention_core"), cost.get("flops_per_token_useful")
+    if seq_len is not None:
+        share = f", where the attention core has {core / useful:.0%} of {base}'s FLOPs" if core and useful else ""
+        found.append(f"sequences of {seq_len:,} tokens{share}")
+    if vocabulary is not None:
+        found.append(f"a vocabulary of {vocabulary:,}")
+    return "; ".join(found)
+
+
 def _scale(result: StudyResult) -> str | None:
     params, tokens = result.baseline.cost["num_params"], result.tokens_of(result.baseline.name)
     if tokens is None:
         return None
     per_param = tokens / params
     line = f"{short_number(params)} parameters, {short_number(tokens)} tokens, {per_param:.2g} tokens per parameter"
-    if per_param < COMPUTE_OPTIMAL / 2:
+    if per_param < 0.9 * COMPUTE_OPTIMAL:
         line += f" (compute-optimal training uses about {COMPUTE_OPTIMAL})"
+    if words := shape_words(result):
+        line += f"; {words}"
     if params < 1e9:
         line += "; an order of the variants at this size is no evidence about larger ones"
     return line

@@ -27,6 +27,7 @@ from headway.data.manifest import MANIFEST_NAME, read_manifest
 from headway.data.packed_pairs import shortened
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.base.loss_unit import PER_TARGET
 from headway.launcher.evaluate.measure import Measure, bootstrapped, ratio, share
 from headway.launcher.evaluate.scorer import Scorer
 from headway.launcher.evaluate.texts import TextSource, check_tokenizer, note_left_out, pair_row, start_and_source
@@ -191,11 +192,11 @@ def _prompts(
 
 
 def _loss(model: Opened, source: TextSource, pairs: Sequence[Pair], separator: int) -> Measure:
-    """Nats per token of the given targets, their end included, as in training."""
+    """Nats per target token of the given targets, their end included, as in training."""
     scorer = Scorer(model)
     predicted = scorer.score([pair_row(model, pair.prompt, pair.target, separator, scorer.limit) for pair in pairs])
     losses = ratio(
-        f"{source.name}/loss", [-p.total for p in predicted], [len(p.log_p) for p in predicted], unit="nats per token"
+        f"{source.name}/loss", [-p.total for p in predicted], [len(p.log_p) for p in predicted], unit=PER_TARGET
     )
     return replace(losses, digest=scorer.digest)
 

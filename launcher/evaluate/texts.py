@@ -20,6 +20,7 @@ from headway.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from headway.data.packed_pairs import shortened
 from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.base.loss_unit import PER_TARGET, PER_TOKEN
 from headway.launcher.evaluate.measure import Measure, ratio
 from headway.launcher.evaluate.scorer import Row, Scorer
 from headway.launcher.exchange.opened import Opened
@@ -72,8 +73,8 @@ def evaluate_text(
     limit: int | None,
     done: Callable[[int], None],
 ) -> list[Measure]:
-    """Nats per token and bits per byte of the first `limit` documents, with intervals over documents. No bits per byte
-    if the tokenizer loses text of them.
+    """Nats per token (of pairs: per target token) and bits per byte of the first `limit` documents, with intervals. No
+    bits per byte if the tokenizer loses text of them.
 
     Raises DataError if a dataset has another tokenizer than the model or there is no document, NoInputError if there
     is no such file.
@@ -98,7 +99,7 @@ def evaluate_text(
     flush()
     if not losses:
         raise DataError(f"{source.path}: has no document with text; name another file or folder")
-    measures = [ratio(f"{source.name}/loss", losses, tokens, unit="nats per token")]
+    measures = [ratio(f"{source.name}/loss", losses, tokens, unit=_unit(source.path))]
     known = [each for each in size if each is not None]
     if len(known) == len(size):
         per_byte = ratio(f"{source.name}/bits_per_byte", losses, known, unit="nats per byte")
@@ -106,6 +107,12 @@ def evaluate_text(
     else:
         console.note(f"note: {source.name}: {NO_BYTES}")
     return [replace(measure, digest=scorer.digest) for measure in measures]
+
+
+def _unit(path: Path) -> str:
+    """Unit of the loss of a text or dataset: of pairs, targets alone are predicted."""
+    is_dataset = (path / MANIFEST_NAME).is_file()
+    return PER_TARGET if is_dataset and read_manifest(path).pairs is not None else PER_TOKEN
 
 
 def documents_of(model: Opened, source: TextSource) -> Iterator[tuple[Row, int | None]]:

@@ -9,6 +9,7 @@ from typing import Any
 from headway.data.config import SyntheticSource, datasets_of
 from headway.launcher.base import console
 from headway.launcher.base.errors import HeadwayError, printable
+from headway.launcher.base.loss_unit import PER_TOKEN, loss_unit
 from headway.launcher.compare.findings import bits_per_byte, signed_interval
 from headway.launcher.compare.stats import Estimate
 from headway.launcher.run.folders import cells_of, kind_of
@@ -101,7 +102,7 @@ def _facts(run: RunDir, spec: Spec, found: Checkpoint) -> Iterable[tuple[str, st
     yield "forward FLOPs per token", f"{flops.useful:,.0f} useful, {flops.executed:,.0f} executed here"
     yield "KV cache", f"{cost.kv_bytes_per_token:,.0f} bytes per token in bf16 at {spec.data.seq_len} tokens"
     yield "training tokens", f"{found.state['tokens']:,} of {spec.train.tokens:,}, sequences of {spec.data.seq_len}"
-    yield from _losses(run, card, found.step)
+    yield from _losses(run, card, spec, found.step)
     yield "data", _data(spec)
     if isinstance(card.get("data_fingerprint"), str):
         yield "fingerprint of the data", card["data_fingerprint"]
@@ -113,7 +114,7 @@ def _facts(run: RunDir, spec: Spec, found: Checkpoint) -> Iterable[tuple[str, st
     yield "licence", LICENCE
 
 
-def _losses(run: RunDir, card: dict[str, Any], step: int) -> Iterable[tuple[str, str]]:
+def _losses(run: RunDir, card: dict[str, Any], spec: Spec, step: int) -> Iterable[tuple[str, str]]:
     """Losses of the newest validation up to the checkpoint, over all tokens and for each set. None of a damaged run."""
     if (damage := check_records(run.path).damage) is not None:
         console.warn(f"warning: README.md lacks the losses of the run: {damage}; restore {run.path} from a copy")
@@ -125,21 +126,22 @@ def _losses(run: RunDir, card: dict[str, Any], step: int) -> Iterable[tuple[str,
     if newest is None:
         return
     when = "" if newest["step"] == step else f", at step {newest['step']}"
-    yield "validation loss", _loss(newest, card.get("validation_bytes_per_token")) + when
+    unit = loss_unit(spec.model_dump(mode="json", include={"data"}))
+    yield "validation loss", _loss(newest, card.get("validation_bytes_per_token"), unit) + when
     facts, sets = card.get("validation_sets"), newest.get("sets")
     for name, found in (sets if isinstance(sets, dict) else {}).items():
         of_set = facts.get(name) if isinstance(facts, dict) else None
         per_byte = of_set.get("bytes_per_token") if isinstance(of_set, dict) else None
-        yield f"validation loss, {name}", _loss(found, per_byte) + when
+        yield f"validation loss, {name}", _loss(found, per_byte, PER_TOKEN if unit == PER_TOKEN else "nats") + when
 
 
-def _loss(record: dict[str, Any], bytes_per_token: Any) -> str:
-    text = f"{record['loss']:.4f} nats per token"
+def _loss(record: dict[str, Any], bytes_per_token: Any, unit: str) -> str:
+    text = f"{record['loss']:.4f} {unit}"
     if isinstance(bytes_per_token, float | int) and bytes_per_token > 0:
         text += f", {bits_per_byte(record['loss'], bytes_per_token):.4f} bits per byte"
     low, high, documents = (record.get(key) for key in ("loss_low", "loss_high", "documents"))
     if isinstance(low, float) and isinstance(high, float) and isinstance(documents, int):
-        text += f" (95 % interval over {documents:,} documents: {low:.4f} to {high:.4f} nats per token)"
+        text += f" (95 % interval over {documents:,} documents: {low:.4f} to {high:.4f} {unit})"
     return text
 
 
@@ -199,7 +201,7 @@ def _study(run: RunDir) -> Iterable[str]:
     tokens = "no finished cells" if result.tokens is None else result.when
     yield (
         f"## In the study {result.record['study']}\n\n"
-        f"Variant {cell.variant}, seed {cell.seed}. Losses are validation losses in nats per token, {tokens}; "
+        f"Variant {cell.variant}, seed {cell.seed}. Losses are validation losses in {result.unit}, {tokens}; "
         f"intervals are of 95 %, those of differences for all variants at once; pairing {result.pairing.status}"
         f"{margin}.\n\n"
     ) + _table(("variant", "verdict", "seeds", "loss", f"difference to {result.baseline.name}"), rows)

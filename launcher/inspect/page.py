@@ -31,8 +31,8 @@ def blocks_of(found: Inspection, plot: Plot) -> Iterator[Block]:
     yield Text(_lead(found), "lead")
     yield Text(
         f"Loss of the whole model on {found.targets:,} tokens of {found.sequences} {found.unit}: {found.loss:.4f} "
-        "nats per token. Rises of the loss are of this model with one part switched off and nothing trained again; "
-        f"intervals are over {found.unit}, for each part alone: of many parts some interval misses its value."
+        "nats per predicted token. Rises of the loss are of this model with one part switched off and nothing trained "
+        f"again; intervals are over {found.unit}, for each part alone: of many parts some interval misses its value."
     )
     yield Image(plot)
     for stack in _stacks(found):
@@ -200,7 +200,7 @@ def draw(found: Inspection, folder: Path) -> Plot:
             axis.set_yticks(range(len(values)))
             axis.grid(visible=False)
         assert image is not None
-        figure.colorbar(image, ax=axes[:, 0].tolist(), label="rise of the loss (nats per token)")
+        figure.colorbar(image, ax=axes[:, 0].tolist(), label="rise of the loss (nats per predicted token)")
         title = "What each head is worth, and what it attends to"
         caption = (
             "Colour: rise of the loss on text without the head. Words: its class on repeated random tokens, if it "

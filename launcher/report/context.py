@@ -15,7 +15,7 @@ def context_blocks(result: StudyResult) -> Iterator[Block]:
     if not context.steadiness:
         return
     yield Heading("Context")
-    yield Table([("quantity", "here"), *_scale_rows(context, result.baseline.name)], frozenset({0, 1}))
+    yield Table([("quantity", "here"), *_scale_rows(context, result)], frozenset({0, 1}))
     yield Text(
         "Steps of all seeds of a variant. Clipped: gradient norm above `optimizer.clip_norm`. Loss spikes: by the rule "
         "of `guard.spike`. Skipped: the update was not applied. A variant that is clipped more often has in effect "
@@ -24,19 +24,21 @@ def context_blocks(result: StudyResult) -> Iterator[Block]:
     yield Table(list(_step_rows(context)))
 
 
-def _scale_rows(context: Context, baseline: str) -> Iterator[tuple[str, str]]:
+def _scale_rows(context: Context, result: StudyResult) -> Iterator[tuple[str, str]]:
+    baseline = result.baseline.name
     yield "training data", _epochs(context)
     if context.baseline_sd is None or context.pair_sd is None:
         seeds = "one seed" if context.baseline_seeds == 1 else "no finished seed"
         yield f"noise of {baseline} repeated", f"not measured: {seeds}"
     else:
-        yield (
-            f"noise of {baseline} repeated",
-            f"standard deviation {context.baseline_sd:.4f} nats per token over {context.baseline_seeds} seeds; two of "
-            f"its runs with different seeds differ by a standard deviation of {context.pair_sd:.4f}. Paired "
-            "differences have less noise: variants share the seeds",
+        text = (
+            f"standard deviation {context.baseline_sd:.4f} {result.unit} over {context.baseline_seeds} seeds; two of "
+            f"its runs with different seeds differ by a standard deviation of {context.pair_sd:.4f}"
         )
-    yield "noise of validation", _validation(context.validation)
+        if context.paired_sd is not None:
+            text += f". That of a paired difference of one seed, pooled over variants: {context.paired_sd:.4f}"
+        yield f"noise of {baseline} repeated", text
+    yield "noise of validation", _validation(context.validation, result.unit)
 
 
 def _epochs(context: Context) -> str:
@@ -48,11 +50,11 @@ def _epochs(context: Context) -> str:
     return f"{tokens} of synthetic data, which has no epochs" if context.synthetic else f"{tokens}; size not recorded"
 
 
-def _validation(noise: ValidationNoise | None) -> str:
+def _validation(noise: ValidationNoise | None, unit: str) -> str:
     if noise is None:
         return "not recorded"
     text = (
-        f"standard error {noise.standard_error:.4f} nats per token from {noise.tokens:,} validation tokens "
+        f"standard error {noise.standard_error:.4f} {unit} from {noise.tokens:,} validation tokens "
         f"({noise.groups}). All runs are validated on the same tokens, so it cancels partly in "
         "differences; what is left of it is the same for every seed and is in no interval"
     )
@@ -60,7 +62,7 @@ def _validation(noise: ValidationNoise | None) -> str:
         return text
     return (
         f"{text}. {noise.needed_tokens:,} validation tokens would make it {SMALL:.0%} of the spread of a run "
-        f"({noise.spread:.4f})"
+        f"({noise.spread:.4f}); a difference needs fewer"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from headway.launcher.compare.analyse import StudyResult
-from headway.launcher.compare.findings import speed_up, why_not_measured
+from headway.launcher.compare.findings import signed_interval, speed_up, why_not_measured
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text
 from headway.launcher.report.plots.study import Plot
 
@@ -22,6 +22,11 @@ def effective_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterator
             yield Text("CONFOUND: cells of smaller budgets that are not what the study planned:", "warn")
             yield Items(result.short_deviations)
         yield Table(list(_curve_rows(result)))
+        yield Text(
+            f"Differences in loss to {base} at the same ends. Intervals (95 %) hold for all variants of one budget, "
+            "but not for all budgets at once."
+        )
+        yield Table(list(_difference_rows(result)))
         yield Table(list(_speed_up_rows(result)), frozenset({0, 1}))
         if reasons := why_not_measured(result):
             yield Text("Not measured:")
@@ -69,6 +74,14 @@ def _curve_rows(result: StudyResult) -> Iterator[list[str]]:
     for v in result.variants:
         curve = costs.curves.get(v.name)
         yield [v.name, *(["-"] * len(costs.tokens) if curve is None else [f"{loss:.4f}" for loss in curve])]
+
+
+def _difference_rows(result: StudyResult) -> Iterator[list[str]]:
+    tokens = result.effective.tokens
+    yield ["difference after", *(f"{count:,} tokens" for count in tokens.values())]
+    found = [result.differences_at(budget) for budget in tokens]
+    for v in result.others:
+        yield [v.name, *(signed_interval(by_variant.get(v.name)) for by_variant in found)]
 
 
 def _speed_up_rows(result: StudyResult) -> Iterator[list[str]]:

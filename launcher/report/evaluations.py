@@ -22,8 +22,9 @@ def set_blocks(result: StudyResult) -> Iterator[Block]:
     if sets:
         yield Heading("Loss by validation set")
         yield Text(
-            f"Nats per token after {result.tokens:,} training tokens, mean over seeds. Intervals are simultaneous for "
-            "the variants, not for the sets: with many sets some interval misses its difference."
+            f"Nats per token, of pairs per target token, after {result.tokens:,} training tokens, mean over "
+            "seeds. Intervals are simultaneous for the variants, not for the sets: with many sets some interval misses "
+            "its difference."
         )
         known = result.card("validation_sets") or {}
         yield from _table(result, sets, {name: found.get("bytes_per_token") for name, found in known.items()})

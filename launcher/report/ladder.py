@@ -10,7 +10,7 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.text import short_number
-from headway.launcher.compare.findings import signed_interval
+from headway.launcher.compare.findings import shape_words, signed_interval
 from headway.launcher.compare.ladder.curve import Law, Range
 from headway.launcher.compare.ladder.noise import Means
 from headway.launcher.compare.ladder.read import LadderStudy, SizeStudy, read_ladder
@@ -97,7 +97,11 @@ def _not_done(study: LadderStudy) -> Iterator[Block]:
             shown = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
             rows.append((size.name, f"{len(cells) - len(states)} of {len(cells)}", shown))
     if rows:
-        yield Text("The ladder is not finished; what is missing is in no number below:", "warn")
+        yield Text(
+            "The ladder is not finished; what is missing is in no number below. Intervals are for one look at the "
+            "data: whoever stops at a state because of what it shows errs more often:",
+            "warn",
+        )
         yield Table([("size", "finished cells", "others"), *rows], frozenset({0, 2}))
 
 
@@ -235,7 +239,39 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
             "tuning",
             "nothing was tuned: one set of settings may suit some variants better than others, at some sizes",
         )
+    for key in dict.fromkeys(s.key for s in study.tuning.searches):
+        yield "tuning", _tuning_limit(study, key)
+    yield (
+        "several statements",
+        "intervals of one size, of slopes, or of one column of speed-ups hold for all variants at once, but not for "
+        "all sizes, tables and questions at once",
+    )
+    shape = next((words for s in study.sizes if s.study is not None and (words := shape_words(s.study))), "")
+    if shape:
+        yield "scale", f"{shape}; mechanisms that save work in the attention core can fare better with longer sequences"
     yield "data", "one corpus and one rule of tokens; on other text or with more tokens the trend can be another one"
+
+
+def _tuning_limit(study: LadderStudy, key: str) -> str:
+    """How values of a tuned key were found, and what was not tried."""
+    searches = [s for s in study.tuning.searches if s.key == key]
+    tried = [s for s in searches if s.trials]
+    at = list(dict.fromkeys(s.size for s in tried))
+    seeds = max((len({seed for _, seed, _ in s.trials}) for s in tried), default=0)
+    budget = max((s.budget for s in tried), default=1.0)
+    text = (
+        f"`{key}`: chosen at {', '.join(at) or 'no size'} from trials of {seeds} {'seed' if seeds == 1 else 'seeds'} "
+        f"and {budget:.0%} of the tokens, on the validation text of the losses above. Values have the noise of the "
+        "trials and no interval"
+    )
+    carried = [size for size in dict.fromkeys(s.size for s in searches) if size not in at]
+    if not carried:
+        return text
+    checked = ", ".join(f"that of {c.variant} at {c.size}" for c in study.tuning.checks if c.key == key)
+    return (
+        f"{text}. Carried to {', '.join(carried)} by a rule; checked: {checked or 'none yet'}. A rule that suits one "
+        "variant less looks like a trend"
+    )
 
 
 # ---------------------------------------------------------------- tables of sizes
@@ -244,7 +280,7 @@ def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
 def _losses(study: LadderStudy) -> Iterator[Block]:
     yield Heading("Loss at each size")
     yield Text(
-        "Mean validation loss in nats per token over the finished seeds (their number), at the last token count at "
+        f"Mean validation loss in {study.unit} over the finished seeds (their number), at the last token count at "
         "which all finished runs of a size were validated. Lower is better."
     )
     rows = [["variant", *(s.name for s in study.sizes)]]
@@ -266,8 +302,8 @@ def _loss(size: SizeStudy, variant: str) -> str:
 def _differences(study: LadderStudy) -> Iterator[Block]:
     yield Heading(f"Difference to {study.result.baseline} at each size")
     yield Text(
-        "Paired difference in loss with its 95 % interval, which holds for all variants of a size at once and rests on "
-        "the runs of this size alone. Below 0 is better."
+        "Paired difference in loss with its 95 % interval, which holds for all variants of a size at once, but not "
+        "for all sizes at once, and rests on the runs of this size alone. Below 0 is better."
     )
     rows = [["variant", *(s.name for s in study.sizes)]]
     for v in study.result.others:

@@ -155,7 +155,7 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
 
 
 def _start_words(result: StudyResult) -> str:
-    equivalent = "" if result.margin is None else f"equivalent where it is within {result.margin} nats per token, "
+    equivalent = "" if result.margin is None else f"equivalent where it is within {result.margin} {result.unit}, "
     return (
         f"Verdict: {equivalent}better or worse where the interval excludes 0, undecided elsewhere. Start: rms of what "
         "attention or MLP adds over rms of the stream that it is added to, before the first step, geometric mean over "
@@ -253,7 +253,7 @@ def _equal_tokens(result: StudyResult) -> Iterator[Block]:
         yield Text("No token count at which every finished run was validated.")
         return
     per_byte, unigram = result.card("validation_bytes_per_token"), result.card("unigram_entropy_nats")
-    text = f"Validation loss in nats per token {result.when}. Lower is better."
+    text = f"Validation loss in {result.unit} {result.when}. Lower is better."
     if unigram is not None:
         text += (
             f" A model that knows only token frequencies has {unigram:.4f} (unigram entropy of the validation text)."

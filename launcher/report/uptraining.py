@@ -20,7 +20,7 @@ def uptraining_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterato
     yield Text(
         "Alpha: tokens of the uptraining over those of the teacher; at alpha 0, the converted model without training. "
         "FLOPs are those of training, over those of the teacher's whole training: of the uptraining alone, for a "
-        "teacher that is there anyway, and with the teacher's. Losses: validation loss in nats per token, mean over "
+        f"teacher that is there anyway, and with the teacher's. Losses: validation loss in {result.unit}, mean over "
         "seeds with a 95 % interval of its own. Differences to the teacher are paired, with intervals that hold for "
         "all rows at once. The uptraining reads the data in the order of its seed from the beginning: a teacher of the "
         "study has read these batches before."

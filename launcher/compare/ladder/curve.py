@@ -23,6 +23,7 @@ Legend: M means, V variants, G exponents on the grid, P = V + 1 linear parameter
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -311,6 +312,12 @@ class Law:
                 f"a factor of {math.exp(high - low):.1f}; a prediction may reach {reach:.0f} times: train a larger "
                 "size, or name a smaller one"
             )
+
+
+def reach(params: Iterable[float]) -> float:
+    """The largest size, in parameters, that a ladder of these sizes predicts."""
+    found = sorted(params)
+    return found[-1] * (found[-1] / found[0]) ** FARTHEST
 
 
 def law_of(means: Means, x: Any, *, confidence: float = CONFIDENCE) -> Law:

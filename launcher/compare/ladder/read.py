@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.base.loss_unit import PER_TOKEN
 from headway.launcher.compare.analyse import StudyResult, analyse
 from headway.launcher.compare.ladder.result import LadderResult, ladder_result
 from headway.launcher.compare.ladder.table import Size
@@ -37,7 +38,8 @@ class SizeStudy:
 class Search:
     """The trials of one tuned key for one variant at one size: (value, seed, loss); a diverged trial has no loss.
 
-    `extended`: values that were added to the grid. `how`: how the chosen value was found.
+    `extended`: values that were added to the grid. `how`: how the chosen value was found. `budget`: the share of the
+    tokens of a full run that a trial trains.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Search:
     chosen: float | None
     how: str
     extended: int
+    budget: float = 1.0
 
     def curve(self) -> list[tuple[float, float]]:
         """(value, mean loss over seeds) in order, of values without a diverged trial."""
@@ -93,6 +96,11 @@ class LadderStudy:
     @property
     def name(self) -> str:
         return str(self.record.get("name") or self.record.get("study") or self.out.name)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the losses, as in `StudyResult.unit`."""
+        return next((s.study.unit for s in self.sizes if s.study is not None), PER_TOKEN)
 
     def begun(self, size: Size) -> SizeStudy:
         return next(s for s in self.sizes if s.name == size.name)
@@ -151,7 +159,7 @@ def _searches(keys: Mapping[str, dict[str, Any]]) -> Iterator[Search]:
     for size, by_key in keys.items():
         for key, found in by_key.items():
             for variant, choice in found.get("variants", {}).items():
-                yield _search(key, size, variant, choice, found.get("extended", 0))
+                yield _search(key, size, variant, choice, found.get("extended", 0), found.get("budget", 1.0))
 
 
 def _checks(keys: Mapping[str, dict[str, Any]]) -> Iterator[Check]:
@@ -162,7 +170,7 @@ def _checks(keys: Mapping[str, dict[str, Any]]) -> Iterator[Check]:
                 yield Check(key=key, size=size, variant=variant, holds=holds, best=best)
 
 
-def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended: int) -> Search:
+def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended: int, budget: float) -> Search:
     trials = tuple(
         (float(t["value"]), int(t["seed"]), float(t["loss"]) if t.get("done") and t.get("loss") is not None else None)
         for t in choice.get("trials", [])
@@ -175,4 +183,5 @@ def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended:
         chosen=choice.get("chosen"),
         how=choice.get("how", ""),
         extended=int(extended),
+        budget=float(budget),
     )

@@ -30,7 +30,7 @@ EARLY = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """The mean over the finished seeds of one variant and budget. `loss` in nats per token."""
+    """The mean over the finished seeds of one variant and budget. `loss` in the unit of the study."""
 
     budget: float
     tokens: int
@@ -89,10 +89,10 @@ def draw_pareto(result: StudyResult) -> Drawing | None:
     timed = {name: [(p.seconds, p) for p in found if p.seconds is not None] for name, found in points.items()}
     counted = {name: [(p.flops, p) for p in found] for name, found in points.items()}
     stored = {name: [(kv[name], p) for p in found if p.budget == FULL] for name, found in points.items()}
-    panels = [_cost_panel("training seconds", timed)] if result.speeds.source != "missing" else []
+    panels = [_cost_panel("training seconds", timed, result.unit)] if result.speeds.source != "missing" else []
     panels += [
-        _cost_panel("useful training FLOPs", counted),
-        _cost_panel("KV bytes per token", stored),
+        _cost_panel("useful training FLOPs", counted, result.unit),
+        _cost_panel("KV bytes per token", stored, result.unit),
     ]
     chart = Chart(styles=styles(result), panels=panels)
     several = len(result.effective.tokens) > 1
@@ -105,7 +105,7 @@ def draw_pareto(result: StudyResult) -> Drawing | None:
     return Drawing(draw(chart, height_in=3.7, share_y=True), "Loss against cost", caption, chart)
 
 
-def _cost_panel(label: str, costs: dict[str, list[tuple[float, Point]]]) -> Panel:
+def _cost_panel(label: str, costs: dict[str, list[tuple[float, Point]]], unit: str) -> Panel:
     series = [_steps(pareto_front([(x, p.loss) for found in costs.values() for x, p in found]))]
     for name, found in costs.items():
         x, y = [x for x, _ in found], [p.loss for _, p in found]
@@ -114,7 +114,7 @@ def _cost_panel(label: str, costs: dict[str, list[tuple[float, Point]]]) -> Pane
             series.append(Series(variant=name, name="budgets", x=x, y=y, mark="thin"))
         if found:
             series.append(Series(variant=name, name="mean over seeds", x=x, y=y, mark="dot", texts=texts))
-    return Panel(x=Axis(label=label, low=0), y=Axis(label="validation loss (nats per token)"), series=series)
+    return Panel(x=Axis(label=label, low=0), y=Axis(label=f"validation loss ({unit})"), series=series)
 
 
 def _steps(front: Sequence[tuple[float, float]]) -> Series:
@@ -148,7 +148,7 @@ def draw_trend(result: StudyResult) -> Drawing | None:
         series.append(Series(variant=name, name="mean over seeds", x=tokens, y=means, low=low, high=high))
     low, high = _range(series)
     x = Axis(label="training tokens", low=0)
-    y = Axis(label=f"validation loss minus {result.baseline.name}'s\n(nats per token)", low=low, high=high)
+    y = Axis(label=f"validation loss minus {result.baseline.name}'s\n({result.unit})", low=low, high=high)
     panel = Panel(x=x, y=y, series=series, rules=[Rule(axis="y", at=0.0)])
     chart = Chart(styles=styles(result), panels=[panel])
     one = len(series) <= MOST_IN_ONE

@@ -36,7 +36,7 @@ def draw_ladder(study: LadderStudy) -> dict[str, Plot]:
     drawn = {}
     with plt.rc_context({**STYLE, "svg.hashsalt": study.name}):
         made = {"loss": _loss(study, looks), "difference": _difference(study, looks)}
-        made |= draw_tuning(study.tuning, looks)
+        made |= draw_tuning(study.tuning, looks, study.unit)
         for name, drawing in made.items():
             if drawing is not None:
                 figure, title, caption, chart = drawing
@@ -53,14 +53,14 @@ def _loss(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
         return None
     law = result.by_params if isinstance(result.by_params, Law) else None
     x_axis = _params_axis(study)
-    panels = [Panel(x=x_axis, y=Axis(label="validation loss (nats per token)"), series=_losses(study, law, 0.0))]
+    panels = [Panel(x=x_axis, y=Axis(label=f"validation loss ({study.unit})"), series=_losses(study, law, 0.0))]
     caption = "Filled: mean over seeds; hollow: single seeds."
     if law is not None:
         caption += " Lines: the joint law."
         if study.record.get("extrapolate"):
             caption += " Bars: 95 % prediction intervals of the expected loss at the named size."
         offset = float(law.linear[0])
-        axis = Axis(label=f"loss minus E = {offset:.3f} (nats per token)", log=True)
+        axis = Axis(label=f"loss minus E = {offset:.3f} ({study.unit})", log=True)
         panels.append(Panel(x=x_axis, y=axis, series=_losses(study, law, offset)))
         caption += " Right: the reducible part, on logarithmic axes; a power law is a straight line."
     chart = Chart(styles=looks, panels=panels)
@@ -140,7 +140,7 @@ def _difference(study: LadderStudy, looks: Mapping[str, Any]) -> Drawing | None:
     if not series:
         return None
     base = result.baseline
-    y_axis = Axis(label=f"loss minus {base}'s (nats per token)\n\u2190 better          worse \u2192")
+    y_axis = Axis(label=f"loss minus {base}'s ({study.unit})\n\u2190 better          worse \u2192")
     chart = Chart(
         styles=looks,
         panels=[Panel(x=_params_axis(study, named=False), y=y_axis, series=series, rules=[Rule(axis="y", at=0.0)])],

@@ -68,7 +68,7 @@ def draw_all(result: StudyResult, tuning: Tuning) -> list[Plot]:
                 continue
             figure, title, caption, chart = made if isinstance(made, Drawing) else Drawing(*made)
             drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
-        for name, made in draw_tuning(tuning, styles(result)).items():
+        for name, made in draw_tuning(tuning, styles(result), result.unit).items():
             if made is not None:
                 figure, title, caption, chart = made
                 drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
@@ -131,7 +131,7 @@ def _loss(result: StudyResult) -> Drawing | None:
     ]
     if (seconds_of := _seconds_of(result)) is not None:
         panels.append(("training seconds", seconds_of))
-    y_axis, rules, note = _loss_axis(by_variant, result.card("unigram_entropy_nats"))
+    y_axis, rules, note = _loss_axis(by_variant, result.card("unigram_entropy_nats"), result.unit)
     chart = Chart(
         styles=styles(result),
         panels=[
@@ -167,7 +167,7 @@ def _loss_series(
     return series
 
 
-def _loss_axis(by_variant: dict[str, list[Curve]], unigram: float | None) -> tuple[Axis, list[Rule], str]:
+def _loss_axis(by_variant: dict[str, list[Curve]], unigram: float | None, unit: str) -> tuple[Axis, list[Rule], str]:
     """(axis without the initial drop, unigram entropy if it is in the axis, what the caption says of both)."""
     found = [c for group in by_variant.values() for c in group if len(c)]
     lows = [float(np.nanmin(c.loss)) for c in found]
@@ -184,7 +184,7 @@ def _loss_axis(by_variant: dict[str, list[Curve]], unigram: float | None) -> tup
             notes.append(
                 f"The unigram entropy of the validation text, {unigram:.2f} nats per token, is above the axis."
             )
-    return Axis(label="loss (nats per token)", low=low - pad, high=top + pad), rules, " ".join(notes)
+    return Axis(label=f"loss ({unit})", low=low - pad, high=top + pad), rules, " ".join(notes)
 
 
 # ---------------------------------------------------------------- differences to the baseline
@@ -208,7 +208,7 @@ def _effects(result: StudyResult) -> Drawing | None:
         speeds.append(Series(variant=v.name, name=name, x=[flop_ratio(v, base)], y=[y - 0.24], mark="triangle"))
     low, high, cut = _ratio_range(rows, base)
     variants = Axis(label="", low=len(rows) - 0.5, high=-0.5, ticks=[(float(y), v.name) for y, v in enumerate(rows)])
-    loss_axis = Axis(label=f"validation loss minus {base.name}'s (nats per token)\n\u2190 better          worse \u2192")
+    loss_axis = Axis(label=f"validation loss minus {base.name}'s ({result.unit})\n\u2190 better          worse \u2192")
     speed_label = f"tokens per second over {base.name}'s\n\u2190 slower          faster \u2192"
     speed_axis = Axis(label=speed_label, low=low, high=high)
     chart = Chart(

@@ -11,14 +11,14 @@ from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.style import WIDTH_IN
 
 
-def draw_tuning(tuning: Tuning, looks: Mapping[str, Any]) -> dict[str, Drawing | None]:
-    """Name -> figure of every tuned key."""
+def draw_tuning(tuning: Tuning, looks: Mapping[str, Any], unit: str) -> dict[str, Drawing | None]:
+    """Name -> figure of every tuned key. `unit`: of the losses."""
     keys = list(dict.fromkeys(s.key for s in tuning.searches))
     tried = {key: [s for s in tuning.searches if s.key == key and s.trials] for key in keys}
-    return {f"tuning-{key}": _tuning(key, found, looks) for key, found in tried.items()}
+    return {f"tuning-{key}": _tuning(key, found, looks, unit) for key, found in tried.items()}
 
 
-def _tuning(key: str, searches: Sequence[Search], looks: Mapping[str, Any]) -> Drawing | None:
+def _tuning(key: str, searches: Sequence[Search], looks: Mapping[str, Any], unit: str) -> Drawing | None:
     sizes = list(dict.fromkeys(s.size for s in searches))
     if not sizes:
         return None
@@ -26,7 +26,7 @@ def _tuning(key: str, searches: Sequence[Search], looks: Mapping[str, Any]) -> D
     panels = []
     for size in sizes:
         series = [one for s in searches if s.size == size for one in _tuned(s)]
-        label = "mean loss of trials (nats per token)" if size == sizes[0] else ""
+        label = f"mean loss of trials ({unit})" if size == sizes[0] else ""
         values = sorted({value for s in searches if s.size == size for value, _, _ in s.trials})
         x_axis = Axis(label=key, log=positive, ticks=[(value, f"{value:g}") for value in values])
         panels.append(Panel(title=size, x=x_axis, y=Axis(label=label), series=series))

@@ -32,7 +32,7 @@ def draw_uptraining(result: StudyResult) -> Drawing | None:
         high=1.03 * alphas[-1],
         ticks=[(alpha, f"{alpha:g}") for alpha in alphas],
     )
-    panel = Panel(x=x, y=Axis(label="validation loss (nats per token)"), series=series, rules=rules)
+    panel = Panel(x=x, y=Axis(label=f"validation loss ({result.unit})"), series=series, rules=rules)
     chart = Chart(styles=styles_of("", [method.name for method in found.methods]), panels=[panel])
     caption = (
         "Validation loss at the end of the uptraining, mean over seeds; bars: 95 % intervals, each of its own. At "

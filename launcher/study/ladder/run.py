@@ -13,6 +13,7 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.errors import PREEMPTED, SpecError
+from headway.launcher.base.text import short_number
 from headway.launcher.match.bounds import bound_rows
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
@@ -252,8 +253,23 @@ def _print_ladder(ladder: Ladder, plans: Sequence[StudyPlan], held: Values, *, c
         name = f"size {size.name}: " if size.name else ""
         say(f"{name}{size.params:,} parameters, {size.tokens:,} tokens ({size.tokens / size.params:.3g} a parameter)")
         print_design(plan, commands=commands and tuned[size.name])
+    if note := _beyond_reach(ladder):
+        say(note)
     if ladder.bounds is not None:
         say(table(bound_rows(ladder.bounds, match and match.model_dump())))
+
+
+def _beyond_reach(ladder: Ladder) -> str:
+    """Why the report will not predict the size that `extrapolate` names; empty if it will."""
+    from headway.launcher.compare.ladder.curve import reach
+
+    named = ladder.config.extrapolate
+    if not named or not ladder.config.sizes or named <= (most := reach([size.params for size in ladder.sizes])):
+        return ""
+    return (
+        f"note: extrapolate: {short_number(named)} parameters are farther away than the report predicts from these "
+        f"sizes (up to {short_number(most)}); add a larger size, or name a smaller one"
+    )
 
 
 def _tuned_keys(held: Values, size: Size) -> set[str]:

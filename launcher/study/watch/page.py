@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base.loss_unit import PER_TOKEN, loss_unit
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.cell_record import record_file
 from headway.launcher.compare.cells import cell_state
@@ -17,7 +18,7 @@ from headway.launcher.report.charts import Axis, Chart, Panel, Series
 from headway.launcher.report.page import Block, Heading, Live, Table, Text, to_html
 from headway.launcher.report.plots.style import styles_of
 from headway.launcher.run.records import Curve, read_run
-from headway.launcher.run.run_dir import RunDir
+from headway.launcher.run.run_dir import RunDir, read_mapping
 from headway.launcher.study.config import FULL, Study
 from headway.launcher.study.status import status_record, status_rows
 
@@ -88,7 +89,7 @@ class Pages:
             mark = "line" if len(config.seeds) == 1 else "thin"
             series.append(Series(variant=variant, name=f"seed {seed}", x=curve.tokens, y=curve.loss, mark=mark))
         what = "validation loss" if validated else "training loss (running mean)"
-        axis = Axis(label=f"{what} (nats per token)")
+        axis = Axis(label=f"{what} ({_unit(study)})")
         panel = Panel(x=Axis(label="training tokens", low=0), y=axis, series=series)
         chart = Chart(styles=styles_of(config.baseline_name, others), panels=[panel])
         yield Live(chart, "Loss so far", f"{what.capitalize()} of every cell that has begun. No test is made of it.")
@@ -106,6 +107,12 @@ class Pages:
             run = read_run(run_dir)
             known = self._curves[run_dir] = (mark, run.validation, running_mean(run.train)[1])
         return known[1], known[2]
+
+
+def _unit(study: Study) -> str:
+    """Unit of the losses of a study, by its design."""
+    cells = read_mapping(study.out / "study.json").get("cells")
+    return loss_unit(cells[0].get("spec") or {}) if isinstance(cells, list) and cells else PER_TOKEN
 
 
 def _mark(run_dir: Path) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ladder_losses import PARAMS, Ladder
 
-from headway.launcher.compare.ladder.curve import Law, law_of
+from headway.launcher.compare.ladder.curve import Law, law_of, reach
 from headway.launcher.compare.ladder.noise import Means, means_of
 from headway.launcher.compare.ladder.result import LadderResult, ladder_result
 from headway.launcher.compare.ladder.slope import Lines, lines_of
@@ -182,6 +182,15 @@ def test_a_prediction_far_beyond_the_ladder_is_refused():
     law.loss(0, math.log(PARAMS[2] * 20))
     with pytest.raises(Refusal, match=r"28M? is|a prediction may reach 27 times"):
         law.loss(0, math.log(PARAMS[2] * 40))
+
+
+def test_the_reach_of_a_ladder_is_the_largest_size_that_is_predicted():
+    law = law_over(refusal((2, 2, 2)))
+    most = reach([PARAMS[1], PARAMS[2], PARAMS[0]])
+    assert most == pytest.approx(PARAMS[2] * (PARAMS[2] / PARAMS[0]) ** 2)
+    law.loss(0, math.log(most * 0.999))
+    with pytest.raises(Refusal, match="times the largest size"):
+        law.loss(0, math.log(most * 1.001))
 
 
 def test_no_finished_run_says_so():

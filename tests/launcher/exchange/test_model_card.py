@@ -61,7 +61,8 @@ def test_the_card_has_the_facts_of_the_run(study: StudyFolder, tmp_path: Path) -
     validations = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss = [record for record in validations if record["kind"] == "validation"][-1]["loss"]
     per_byte = bits_per_byte(loss, 3.0)
-    assert found["validation loss"] == f"{loss:.4f} nats per token, {per_byte:.4f} bits per byte"
+    # a synthetic task predicts its answers alone
+    assert found["validation loss"] == f"{loss:.4f} nats per target token, {per_byte:.4f} bits per byte"
     assert found["attention"] == "rgqa (head_dim 6, heads 8, kv_heads 2, top_k 1)"
     assert found["training tokens"].startswith("40,000 of ") and found["data"] == "synthetic, mqar"
     assert found["fingerprint of the data"] == "f" * 64 and found["trained with"] == "headway 0.1.0, torch 2"
@@ -84,11 +85,11 @@ def test_an_older_validation_is_marked_and_sets_have_their_own(tmp_path: Path) -
     (run / "run.json").write_text(json.dumps({"validation_sets": facts}))
     page = card(run, tmp_path / "out", "safetensors")
     found = {name: cells[0] for name, cells in rows(page).items()}
-    assert found["validation loss"] == "1.5000 nats per token, at step 30"
-    books = f"2.0000 nats per token, {bits_per_byte(2.0, 4.0):.4f} bits per byte"
-    interval = "(95 % interval over 1,200 documents: 1.7500 to 2.2500 nats per token)"
+    assert found["validation loss"] == "1.5000 nats per target token, at step 30"
+    books = f"2.0000 nats, {bits_per_byte(2.0, 4.0):.4f} bits per byte"
+    interval = "(95 % interval over 1,200 documents: 1.7500 to 2.2500 nats)"
     assert found["validation loss, books"] == f"{books} {interval}, at step 30"
-    assert found["validation loss, code"] == "1.0000 nats per token, at step 30"
+    assert found["validation loss, code"] == "1.0000 nats, at step 30"
     assert "## In the study" not in page and "load_exported" in page
 
 

@@ -50,6 +50,10 @@ def test_noise_of_the_repeated_baseline_is_its_spread_and_that_of_a_pair(small):
     (row,) = table(page, "Context")["noise of gqa repeated"]
     assert f"standard deviation {sd:.4f} nats per token over 2 seeds" in row
     assert f"differ by a standard deviation of {math.sqrt(2) * sd:.4f}" in row
+    losses = {v: {s: loss_at(v, s, 1.0) for s in (1, 2)} for v in small.variants}
+    pooled = compare_paired(losses, "gqa").spread
+    assert pooled is not None
+    assert f"paired difference of one seed, pooled over variants: {math.sqrt(2) * pooled:.4f}" in row
     small.seeds = [1]
     small.write_study()
     assert "not measured: one seed" in text(small.out)
@@ -83,6 +87,7 @@ def test_validation_noise_and_the_tokens_that_make_it_small(small):
     (row,) = table(page, "Context")["noise of validation"]
     assert "standard error 0.0200 nats per token from 5,000 validation tokens (8 documents)" in row
     assert f"{noise.needed_tokens:,} validation tokens would make it 10% of the spread of a run ({spread:.4f})" in row
+    assert row.endswith("; a difference needs fewer")
 
 
 def test_older_records_are_shown_as_not_recorded(small):

@@ -23,6 +23,7 @@ from study_folders import (
 )
 
 from headway.launcher.compare.analyse import StudyResult, analyse
+from headway.launcher.compare.simultaneous import compare_paired
 
 BUDGETS = (0.25, 0.5, 1.0)
 
@@ -201,3 +202,17 @@ def test_a_budget_cell_that_is_not_what_was_planned_is_named(budgets):
     file.write_text(json.dumps(spec))
     page = text(budgets.out)
     assert "rgqa-k1/seed-1.budget-0.25: optimizer.lr: planned 0.003, trained 0.001" in page
+
+
+def test_differences_at_the_end_of_each_budget_are_paired_there(budgets):
+    page, result = text(budgets.out).replace("\\", ""), analyse(budgets.out)
+    rows = [line.strip("|").split("|") for line in page.split("| difference after |")[1].splitlines()[2:4]]
+    for name, *shown in ([cell.strip() for cell in row] for row in rows):
+        for budget, cell in zip(BUDGETS, shown, strict=True):
+            losses = {v: {s: end_loss(v, s, budget) for s in (1, 2, 3)} for v in budgets.variants}
+            found = compare_paired(losses, "gqa").differences[name]
+            assert cell == f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    full = {v.name: v.difference for v in result.others}
+    for name, found in result.differences_at(1.0).items():
+        expected = full[name]
+        assert expected is not None and (found.mean, found.low) == (expected.mean, expected.low)

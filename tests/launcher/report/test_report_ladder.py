@@ -270,3 +270,43 @@ def test_a_figure_of_a_ladder_without_a_law_has_losses_only(tmp_path):
     ladder_report(out)
     page = (out / "report.html").read_text()
     assert "Lines: the joint law" not in page and page.count("<figure") == 2
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_limits_say_how_values_were_tuned_and_what_was_not_tried(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    folder.write()
+    found = tuning({"gqa": 0.002, "rgqa-k1": 0.003})
+    found["keys"]["optimizer.lr"]["budget"] = 0.5
+    (folder.folder("tiny") / "tuning.json").write_text(json.dumps(found))
+    carried = {"chosen": 0.001, "how": "that of tiny x width 64/96", "edge": False, "trials": []}
+    key: dict[str, Any] = {"grid": [], "extended": 0, "variants": {"gqa": carried, "rgqa-k1": carried}}
+    (folder.folder("small") / "tuning.json").write_text(json.dumps({"format": 1, "keys": {"optimizer.lr": key}}))
+    limits = table(page_of(folder.out), "What these numbers cannot say")
+    assert limits["tuning"][0].startswith("`optimizer.lr`: chosen at tiny from trials of 2 seeds and 50% of the tokens")
+    assert "Carried to small by a rule; checked: none yet." in limits["tuning"][0]
+    key["check"] = {"variant": "gqa", "holds": True, "best": 0.001}
+    (folder.folder("small") / "tuning.json").write_text(json.dumps({"format": 1, "keys": {"optimizer.lr": key}}))
+    limits = table(page_of(folder.out), "What these numbers cannot say")
+    assert "checked: that of gqa at small." in limits["tuning"][0]
+    assert "not for all sizes, tables and questions at once" in limits["several statements"][0]
+    assert limits["scale"][0].startswith("sequences of 100 tokens; a vocabulary of 512")
+
+
+def test_an_unfinished_ladder_says_that_intervals_are_for_one_look(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    assert "for one look" not in page_of(folder.write())
+    shutil.rmtree(folder.run_dir("medium", "rgqa-k1", 2))
+    assert "Intervals are for one look at the data" in page_of(folder.out)
+
+
+def test_losses_of_a_ladder_of_pairs_are_per_target_token(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    assert "loss in nats per token" in page_of(folder.write())
+    for name in folder.names:
+        file = folder.folder(name) / "study.json"
+        file.write_text(file.read_text().replace('"data": {', '"data": {"source": {"type": "pairs"}, '))
+    page = page_of(folder.out)
+    assert "loss in nats per target token" in page and "nats per token" not in page

@@ -9,6 +9,7 @@ import pytest
 from played_study import BASE, Folder, play
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.base.text import short_number
 from headway.launcher.cli.main import main
 from headway.launcher.study.config import load_study
 from headway.launcher.study.ladder.plan import plan_ladder
@@ -181,6 +182,17 @@ def test_dry_run_trains_nothing_and_names_the_trials(folder, capsys):
     assert "size l:" in out
     assert folder.trained() == []
     assert not folder.out.exists()
+
+
+def test_a_size_beyond_the_reach_of_the_ladder_is_named_before_training(folder, capsys):
+    sizes = [size.params for size in plan_ladder(load_study(folder.study)).sizes]
+    most, text = sizes[-1] * (sizes[-1] / sizes[0]) ** 2, folder.study.read_text()
+    for named, said in ((1.1 * most, True), (0.9 * most, False)):
+        folder.study.write_text(f"{text}extrapolate: {named:.6g}\n")
+        assert run_file(folder.study, dry_run=True) == 0
+        out = capsys.readouterr().out
+        assert ("farther away than the report predicts" in out) == said
+        assert (f"(up to {short_number(most)})" in out) == said
 
 
 def test_seeds_are_planned_for_each_size(folder, capsys):
