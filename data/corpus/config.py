@@ -191,7 +191,9 @@ class CorpusConfig(StrictModel):
     bad_documents: Literal["error", "skip"] = Field(
         default="error", description="reaction to documents that are empty or not UTF-8; skip: skip and count them"
     )
-    shard_bytes: int = Field(default=16 << 20, ge=4096, description="size limit of one shard, uncompressed")
+    shard_bytes: int = Field(
+        default=16 << 20, ge=4096, lt=1 << 32, description="size limit of one shard, uncompressed; below 4 GiB"
+    )  # offsets in a shard are uint32
     compression: Literal["zstd"] | None = Field(default=None, description="shards are compressed with zstd when set")
 
     @model_validator(mode="after")

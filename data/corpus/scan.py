@@ -224,11 +224,12 @@ def _places(digests: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 def _by_hash(digests: list[bytes], validation_fraction: float) -> np.ndarray:
     place, _ = _places(digests)
     validation = place < validation_fraction
-    # In a small corpus a split may be empty by chance. It then gets the document closest to the threshold.
+    # In a small corpus a split may be empty by chance. It then gets the document closest to the threshold; of pairs all
+    # that have its prompt, and thus its place.
     if not validation.any():
-        validation[place.argmin()] = True
+        validation = place == place.min()
     elif validation.all():
-        validation[place.argmax()] = False
+        validation = place < place.max()
     return validation
 
 

@@ -8,6 +8,7 @@ is the answer (`acc`), or the one with the largest log-likelihood per character 
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.evaluate.measure import Measure, ratio, share
 from headway.launcher.evaluate.scorer import Row, Scorer
+from headway.launcher.evaluate.texts import NO_BYTES
 from headway.launcher.exchange.opened import Opened
 from headway.launcher.run.codec import Codec
 
@@ -38,14 +41,14 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a file. Raises NoInputError without the file, SpecError for a wrong line."""
     try:
         with path.open("rb") as stream:
-            lines = [line for line in _lines(stream, path) if line.strip()]
+            lines = [(number, line) for number, line in enumerate(_lines(stream, path), 1) if line.strip()]
     except FileNotFoundError:
         raise NoInputError(f"{path}: no such file; name a file of lines such as {_LINE}") from None
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read ({error.strerror}); name a file of lines such as {_LINE}") from None
     if not lines:
         raise SpecError(f"{path}: has no question; write lines such as {_LINE}")
-    return [_question(line, f"{path}:{number}") for number, line in enumerate(lines[:limit], 1)]
+    return [_question(line, f"{path}:{number}") for number, line in lines[:limit]]
 
 
 def _lines(stream: Any, path: Path) -> list[bytes]:
@@ -53,7 +56,7 @@ def _lines(stream: Any, path: Path) -> list[bytes]:
     while line := stream.readline(_MAX_LINE + 1):
         if len(line) > _MAX_LINE:
             raise SpecError(f"{path}:{len(lines) + 1}: a line of more than {_MAX_LINE >> 20} MiB; shorten the query")
-        lines.append(line)
+        lines.append(line if lines else line.removeprefix(codecs.BOM_UTF8))
     return lines
 
 
@@ -103,10 +106,13 @@ def encode_pair(codec: Codec, context: str, continuation: str) -> Row:
 def evaluate_choices(
     model: Opened, name: str, questions: Sequence[Question], *, done: Callable[[int], None]
 ) -> list[Measure]:
-    """acc, acc_norm, and bits per byte of the right choice (the most likely one where several are right)."""
-    if model.codec.tokenizer is None:
+    """acc, acc_norm, and bits per byte of the right choice (the most likely one where several are right), unless the
+    tokenizer loses text of it.
+    """
+    codec = model.codec
+    if codec.tokenizer is None:
         raise SpecError(f"--tasks {name}: this model knows token ids, not text; train it on text, or use --recall")
-    rows = [encode_pair(model.codec, q.query, choice) for q in questions for choice in q.choices]
+    rows = [encode_pair(codec, q.query, choice) for q in questions for choice in q.choices]
     scorer = Scorer(model)
     log_p = iter([predicted.total for predicted in scorer.score(rows, done)])
     right: list[bool] = []
@@ -122,12 +128,13 @@ def evaluate_choices(
         loss.append(-of_choices[best])
         size.append(len(question.choices[best].encode()))
     chance = math.fsum(len(q.gold) / len(q.choices) for q in questions) / len(questions)
-    gold = ratio(f"{name}/gold_bits_per_byte", loss, size, unit="nats per byte")
-    measures = [
-        share(f"{name}/acc", right, chance=chance),
-        share(f"{name}/acc_norm", right_norm, chance=chance),
-        gold.scaled(gold.name, 1 / math.log(2), "bits per byte"),
-    ]
+    measures = [share(f"{name}/acc", right, chance=chance), share(f"{name}/acc_norm", right_norm, chance=chance)]
+    texts = [question.query + question.choices[i] for question in questions for i in question.gold]
+    if any(codec.loses(text, ids) for text, ids in zip(texts, codec.tokenizer.encode(texts), strict=True)):
+        console.note(f"note: {name}: {NO_BYTES}")
+    else:
+        gold = ratio(f"{name}/gold_bits_per_byte", loss, size, unit="nats per byte")
+        measures.append(gold.scaled(gold.name, 1 / math.log(2), "bits per byte"))
     return [replace(measure, digest=scorer.digest) for measure in measures]
 
 

@@ -163,7 +163,13 @@ def _language_model(model: Opened, scorer: Scorer, done: Callable[[int], None]) 
             if settings.get("do_sample") and settings.get("temperature", 0) > 0:
                 raise SpecError("--tasks: a task samples its answers (do_sample); only greedy generation is supported")
             count = int(settings.get("max_gen_toks", _NEW_TOKENS))
-            ids = codec.encode(context)[-max(1, scorer.limit - count) :]
+            if count >= scorer.limit:
+                raise SpecError(
+                    f"--tasks: a task generates up to {count} new tokens, which leave no room for its question in the "
+                    f"{scorer.limit} positions of a training sequence; set generation_kwargs.max_gen_toks of the task "
+                    f"to a number well below (--include), or train with a larger data.seq_len"
+                )
+            ids = codec.encode(context)[-(scorer.limit - count) :]
             sampling = Sampling(tokens=count, temperature=0.0, top_p=1.0, seed=1)
             new: list[int] = []
             text = ""

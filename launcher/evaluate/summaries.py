@@ -30,7 +30,7 @@ from headway.launcher.base.errors import NoInputError, SpecError
 from headway.launcher.base.loss_unit import PER_TARGET
 from headway.launcher.evaluate.measure import Measure, bootstrapped, ratio, share
 from headway.launcher.evaluate.scorer import Scorer
-from headway.launcher.evaluate.texts import TextSource, check_tokenizer, pair_row, start_and_source
+from headway.launcher.evaluate.texts import TextSource, check_tokenizer, note_left_out, pair_row, start_and_source
 from headway.launcher.exchange.opened import Opened
 from headway.launcher.exchange.search import Search, search
 
@@ -150,9 +150,11 @@ def _of_files(model: Opened, path: Path, fields: tuple[str, str]) -> tuple[Itera
         text = SEPARATOR if known is None else known.separator
     corpus = PairsCorpus(type="pairs", paths=[str(path)], prompt=fields[0], target=fields[1], separator=text)
     (separator,), encode, eos_id = codec.tokenizer.encode([text]), codec.tokenizer.encode, codec.eos_id
+    files = find_files(corpus)
+    note_left_out(path, "pairs", files)
 
     def pairs() -> Iterator[Pair]:
-        for row in row_pairs(corpus, find_files(corpus), keys=("--fields", "--fields")):
+        for row in row_pairs(corpus, files, keys=("--fields", "--fields")):
             if row.problem is not None or row.prompt_bytes is None:
                 raise DataError(f"{row.origin}: is no pair ({row.problem}); remove it from {path}")
             prompt, target = row.text[: row.prompt_bytes], row.text[row.prompt_bytes + len(text.encode()) :]

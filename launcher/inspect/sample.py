@@ -6,7 +6,6 @@ the encoder reads the first tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -156,22 +155,23 @@ def _pairs(model: Opened, text: TextSource, *, sequences: int, length: int) -> S
 
 
 def _documents(model: Opened, source: TextSource, *, sequences: int, length: int) -> Sample:
+    """The first `length` tokens of each document. Of pairs, only tokens of targets are predicted, as in training."""
     import torch
 
-    rows: list[Sequence[int]] = []
-    for document, _ in documents_of(model, source):
-        if len(document.ids) > 2:
-            rows.append(document.ids[: length + 1])
-        if len(rows) == sequences:
-            break
+    fit = (row for row, _ in documents_of(model, source) if len(row.ids) > 2 and row.first <= length)
+    rows = [*islice(fit, sequences)]
     if not rows:
-        raise NoInputError(f"{source.path}: has no document of two tokens; name another --text")
-    size = max(map(len, rows)) - 1
+        raise NoInputError(
+            f"{source.path}: has no document of two tokens, or no pair with tokens of its target within {length}; use "
+            "more --tokens, or name another --text"
+        )
+    size = max(min(length, len(row.ids) - 1) for row in rows)
     tokens, labels = torch.zeros(len(rows), size, dtype=torch.int64), torch.full((len(rows), size), IGNORED)
-    for row, ids in enumerate(rows):
-        known = torch.tensor(ids)
-        tokens[row, : len(ids) - 1], labels[row, : len(ids) - 1] = known[:-1], known[1:]
-    return Sample(tokens=tokens, labels=labels)
+    for number, row in enumerate(rows):
+        known = torch.tensor(row.ids[: length + 1])
+        tokens[number, : len(known) - 1] = known[:-1]
+        labels[number, row.first - 1 : len(known) - 1] = known[row.first :]
+    return Sample(tokens=tokens, labels=labels, unit="pairs" if any(row.first > 1 for row in rows) else "documents")
 
 
 def repeated(model: Opened, *, sequences: int, half: int, seed: int = 0) -> Tensor:

@@ -120,6 +120,21 @@ class Codec:
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
 
+    def text_bytes(self, ids: list[int]) -> int:
+        """Bytes of the text of these ids, without a space that the tokenizer puts before a text (`add_prefix_space`).
+
+        One byte too few for a text that begins with a space itself: with and without it, the ids are the same.
+        """
+        text = self.decode(ids)
+        if text.startswith(" ") and self.tokenizer is not None and [*self.tokenizer.encode([text[1:]])[0]] == ids:
+            text = text[1:]
+        return len(text.encode("utf-8", errors="surrogatepass"))
+
+    def loses(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the ids of a text do not give it back. A space that the tokenizer puts before it is no loss."""
+        assert self.tokenizer is not None, "the model knows text"
+        return any(back != f" {text}" for _, back in self.tokenizer.lost([text], [ids]))
+
 
 def token_of(file: Path, token_id: int) -> str:
     """The text of a token of a tokenizer.json. Raises DataError if the token or the file does not exist."""

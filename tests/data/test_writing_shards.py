@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from headway.data.corpus.config import CorpusConfig
+from headway.data.mds import _shard_info
 from headway.data.shard import ShardWriter
 from headway.data.streaming_import import import_streaming
 
@@ -67,6 +70,22 @@ assert main(["data", "build", sys.argv[1]]) == 0
 slow = {"torch", "streaming", "torchvision", "boto3", "deepspeed", "transformers", "matplotlib", "scipy", "pyarrow"}
 print("imported:", sorted(slow & set(sys.modules)))
 """
+
+
+@pytest.mark.parametrize("size", [1 << 32, 5_000_000_000])
+def test_a_shard_is_never_larger_than_its_offsets_can_count(size: int) -> None:
+    """They are uint32. The reader refuses a larger shard, after a build of hours."""
+    index = {"version": 2, "format": "mds", "column_names": ["id", "tokens"], "column_sizes": [None, None]}
+    raw = {"basename": "shard.00000.mds", "bytes": size, "hashes": {"xxh64": ""}}
+    entry = {**index, "column_encodings": ["str", "ndarray:uint16"], "compression": None, "raw_data": raw, "samples": 1}
+    with pytest.raises(ValueError, match=f"1 samples in {size} bytes"):
+        _shard_info(entry, ["str", "ndarray:uint16"])
+    settings = {"name": "large", "corpus": {"type": "stdlib"}, "tokenizer": {"type": "train_bpe", "vocab_size": 300}}
+    with pytest.raises(ValidationError, match=r"shard_bytes\n.* less than 4294967296"):
+        CorpusConfig.model_validate({**settings, "shard_bytes": size})
+    most = CorpusConfig.model_validate({**settings, "shard_bytes": (1 << 32) - 1}).shard_bytes
+    raw["bytes"] = most
+    assert _shard_info(entry, ["str", "ndarray:uint16"]).raw_bytes == most
 
 
 def test_data_build_imports_nothing_slow(tmp_path: Path) -> None:

@@ -157,6 +157,20 @@ def test_a_prompt_is_in_one_split_only(tmp_path: Path) -> None:
     assert made.train.documents + made.validation.documents == 120 and made.left_out.duplicate == 1
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_a_prompt_is_in_one_split_only_where_a_split_would_be_empty(fraction: float, tmp_path: Path) -> None:
+    """The split that gets no prompt by its hash takes one, with all of its targets."""
+    pairs = [(f"Question {n}", f"Answer {m}.") for n in range(3) for m in range(4)]
+    corpus = {**FIELDS, "paths": [str(written(tmp_path / "pairs.jsonl", pairs))]}
+    build(config(corpus, validation_fraction=fraction), out=tmp_path / "out")
+    prompts = {split: [prompt for prompt, _, _ in found] for split, found in pairs_of(tmp_path / "out").items()}
+    assert not set(prompts["train"]) & set(prompts["validation"])
+    assert sorted(map(len, prompts.values())) == [4, 8]
+    alone = {**FIELDS, "paths": [str(written(tmp_path / "alone.jsonl", pairs[:4]))]}
+    with pytest.raises(DataError, match="4 usable documents"):
+        build(config(alone, validation_fraction=fraction), out=tmp_path / "alone")
+
+
 def test_the_end_of_the_corpus_is_cut_separatorpairs(tmp_path: Path) -> None:
     long = [("short\nprompt", "one."), ("line\n" * 2000, "two."), ("line\n" * 30, "three.")]
     for pairs, counts in ((long, (2, 1)), (long[:2], (1, 1))):

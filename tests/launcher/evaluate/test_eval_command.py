@@ -14,6 +14,8 @@ import torch
 from eval_texts import ANIMALS, SOUNDS, eval_questions, eval_texts, random_questions
 
 from headway.launcher.api import load_run
+from headway.launcher.base.errors import SpecError
+from headway.launcher.evaluate.choices import read_questions
 
 SPEC = """
 name: animals
@@ -215,3 +217,12 @@ def test_questions_have_one_right_choice_each() -> None:
     numbers = random.Random(0)
     for question in eval_questions(20, seed=numbers.random()):
         assert len(set(question["choices"])) == len(SOUNDS) and len(ANIMALS) == len(SOUNDS)
+
+
+def test_questions_of_a_file_saved_on_windows_and_the_line_of_a_mistake(tmp_path: Path) -> None:
+    line = b'{"query": "2 + 2 =", "choices": [" 4", " 5"], "gold": 0}\r\n'
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line)
+    assert [question.choices for question in read_questions(tmp_path / "q.jsonl")] == [(" 4", " 5")] * 2
+    (tmp_path / "q.jsonl").write_bytes(b"\n" + line + b'\n{"query": "a"}\n')
+    with pytest.raises(SpecError, match=r"q\.jsonl:4: needs the keys"):
+        read_questions(tmp_path / "q.jsonl")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,6 +147,33 @@ def test_a_mistyped_task_is_told_the_right_one(model: Opened, tasks: Path) -> No
     (tasks / "d.yaml").write_text(CHOICE.format(path=tasks / "gone.jsonl").replace("animals", "gone"))
     with pytest.raises(NoInputError, match="the harness failed"):
         values(model, "gone", tasks)
+
+
+def test_a_question_is_continued_whole_or_refused(model: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for it, a model would continue the last token of the question alone."""
+    from headway.launcher.base.errors import SpecError
+    from headway.launcher.evaluate.harness import _language_model
+    from headway.launcher.evaluate.scorer import Scorer
+
+    base = ModuleType("lm_eval.api.model")
+    base.__dict__["LM"] = object
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", base)
+    asked: list[list[int]] = []
+
+    def continued(decoder: Any, ids: list[int], sampling: Any, **_: Any) -> list[int]:
+        asked.append(ids)
+        return []
+
+    monkeypatch.setattr("headway.launcher.exchange.generate.continuation", continued)
+    question, ids = "The cat says " * 9, model.codec.encode("The cat says " * 9)
+    assert len(ids) > 24
+    theirs = _language_model(model, Scorer(model), lambda tokens: None)
+    for count, kept in ((6, 18), (23, 1)):
+        assert theirs.generate_until([SimpleNamespace(args=(question, {"max_gen_toks": count}))]) == [""]
+        assert asked[-1] == ids[-kept:]
+    for settings in ({"max_gen_toks": 24}, {}):
+        with pytest.raises(SpecError, match="no room for its question in the 24 positions"):
+            theirs.generate_until([SimpleNamespace(args=(question, settings))])
 
 
 def test_without_the_package_the_error_says_how_to_install_it(model: Opened, monkeypatch: Any) -> None:

@@ -128,6 +128,15 @@ def test_a_pair_without_a_target_names_its_line(place: Path, model: Opened, tmp_
         read_pairs(model, TextSource(name="empty", path=tmp_path / "empty.jsonl"), FIELDS, None)
 
 
+def test_files_beside_the_pairs_of_a_folder_are_named(
+    model: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
+    (tmp_path / "rows.json").write_text('{"prompt": "c", "target": "d"}\n')
+    assert len(read_pairs(model, TextSource(name="two", path=tmp_path), FIELDS, None)[0]) == 1
+    assert f"1 files of the type pairs are read, 1 others left out: {tmp_path / 'rows.json'}" in capsys.readouterr().err
+
+
 def test_a_missing_package_and_texts_without_pairs_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match="there is nothing to generate"):
         Summaries(sources=(), how=Search(tokens=1), fields=FIELDS, texts=Path("x")).check()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from eval_texts import eval_texts
+from pair_folders import pair_run
 
 from headway.launcher.api import load_run
+from headway.launcher.base.errors import NoInputError
+from headway.launcher.evaluate.texts import evaluate_text, own_sources
 from headway.launcher.exchange.opened import open_model
 from headway.launcher.inspect.patterns import CLASSES, HeadScores, _mean, places
-from headway.launcher.inspect.sample import Sample
+from headway.launcher.inspect.sample import Sample, own_sample
 from headway.launcher.inspect.specialise import experts_of
 from headway.launcher.inspect.switched import switches, worths
 
@@ -96,6 +100,22 @@ def test_value_and_output_experts_of_synthetic_data(workspace: Any) -> None:
     # two layers, two heads, three experts of each side
     assert kinds.count(("", 0)) == 4 and kinds.count(("source", 1)) == kinds.count(("destination", 0)) == 6
     assert {len(one["tokens"]) > 0 for one in found["experts"] if one["share"] > 0.3} == {True}
+
+
+def test_of_pairs_the_targets_are_predicted(tmp_path: Path) -> None:
+    """As in the training of a decoder on pairs, and in its evaluation."""
+    data = {"source": {"type": "pairs", "path": str(tmp_path / "pairs")}, "seq_len": 42}
+    model = open_model(pair_run(tmp_path, seq_len=42, encoder_tokens=1, model={}, data=data) / "run")
+    assert model.data is not None
+    (own,) = own_sources(model.data)
+    expected = evaluate_text(model, own, limit=None, done=lambda tokens: None)[0]
+    sample = own_sample(model, None, sequences=100, length=128)
+    assert sample.unit == "pairs" and len(sample.tokens) == expected.n > 4
+    assert worths(model, sample)[0] == pytest.approx(expected.value, rel=1e-6)
+    few = own_sample(model, None, sequences=100, length=12)  # prompts that are longer have no target here
+    assert 0 < len(few.tokens) < expected.n and (few.labels >= 0).any(1).all()
+    with pytest.raises(NoInputError, match="no pair with tokens of its target within 1; use more --tokens"):
+        own_sample(model, None, sequences=5, length=1)
 
 
 @pytest.mark.parametrize(
