@@ -13,6 +13,7 @@ reads and writes the files of tensors, and this module finds and loads checkpoin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,12 +79,15 @@ def newest_valid(
 
     `run`: id of the run that must have written it. Raises CheckpointError if there are checkpoints but none is valid.
     """
-    candidates = _seen_by_any(root, layout)
+    candidates, foreign = _seen_by_any(root, layout), set[Path]()
     for path in candidates:
         error, manifest = None, None
         try:
             manifest = read_manifest(path, run=run)
             verify_hashes(path, manifest, rank=layout.rank, size=layout.world_size)
+        except ForeignCheckpointError as e:
+            error = str(e)
+            foreign.add(path)
         except CheckpointError as e:
             error = str(e)
         except OSError as e:
@@ -96,7 +100,7 @@ def newest_valid(
         if error is None:
             assert manifest is not None
             point("load:after_verify")
-            _set_aside(candidates[: candidates.index(path)], layout)
+            _set_aside(candidates[: candidates.index(path)], foreign, layout)
             return Checkpoint(path=path, step=manifest.step, manifest=manifest)
         warn(f"checkpoint skipped: {error}")
     if candidates:
@@ -149,11 +153,18 @@ def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
             tensor.copy_(tensors[key])
 
 
-def _set_aside(damaged: list[Path], layout: Layout) -> None:
-    """Rename damaged checkpoints to `bad-*`, so that they are not loaded if they become readable again."""
+def _set_aside(skipped: list[Path], foreign: set[Path], layout: Layout) -> None:
+    """Rename damaged checkpoints to `bad-*`, so that they are not loaded if they become readable again.
+
+    Those in `foreign`, which another run wrote, become `foreign-*`, which no save deletes.
+    """
     if layout.is_main:
-        for path in damaged:
+        for path in skipped:
             with contextlib.suppress(OSError):
+                if path in foreign:
+                    names = (path.with_name(f"foreign-{path.name}" + (f".{n}" if n else "")) for n in itertools.count())
+                    path.rename(next(name for name in names if not name.exists()))
+                    continue
                 aside = path.with_name(f"bad-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)

@@ -150,15 +150,25 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_run_or_with_an_unknown_file_is_skipped(tmp_path):
     # F9
-    for step, run in ((1, "mine"), (2, "other"), (3, "mine")):
+
+    def save(step: int, run: str) -> None:
         saving = saver.Saver(tmp_path, Model(), ALONE, CheckpointConfig(keep=9), about={"run": run})
         saving.start(step, {"applied_steps": step})
         assert saving.commit().error is None
+
+    for step, run in ((1, "mine"), (2, "other"), (3, "mine")):
+        save(step, run)
     (tmp_path / "step-0000000003" / "notes.txt").write_text("?")
     said: list[str] = []
     found = checkpoint.newest_valid(tmp_path, ALONE, warn=said.append, run="mine")
     assert found is not None and found.step == 1
     assert "notes.txt" in said[0] and "another run ('other'" in said[1]
+    save(2, "other")
+    assert checkpoint.newest_valid(tmp_path, ALONE, warn=said.append, run="mine") is not None
+    save(2, "mine")  # deletes the damaged one, and none of another run
+    kept = ["foreign-step-0000000002", "foreign-step-0000000002.1", "step-0000000001", "step-0000000002"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert all((tmp_path / name / "MANIFEST.json").exists() for name in kept)
 
 
 @pytest.mark.parametrize("foreign", ["tensors", "manifest"])
