@@ -56,8 +56,7 @@ def test_the_running_cell_dies_with_the_study(tmp_path):
     child = f"import os, time, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
     script = textwrap.dedent(f"""
         import pathlib, sys
-        from headway.launcher.run.run_dir import RunDir
-from headway.launcher.study.pool import Pool
+        from headway.launcher.study.pool import Pool
         with Pool() as pool:
             pool.start(None, [sys.executable, "-c", {child!r}], log=pathlib.Path({str(tmp_path / "log")!r}), show=print)
             pool.wait()

@@ -108,7 +108,7 @@ def test_the_fit_has_one_exponent_and_uses_a_variant_with_one_point():
         ({"grid": [0.0, 1e-3, 2e-3]}, "above 0"),
         ({"factor": 1}, "greater than 1"),
         ({"budget": 0}, "greater than 0"),
-        ({"seeds": [1, 1]}, "different"),
+        ({"seeds": [1, 1]}, "given twice"),
     ],
 )
 def test_a_search_that_is_not_possible_is_refused(more, words):
