@@ -66,6 +66,30 @@ def test_the_table_is_that_of_the_committed_study():
         assert kv == f"{float(variant[0]['kv_bytes_per_token']):,.0f}"
 
 
+def test_the_table_of_the_flagship_is_that_of_the_committed_ladder():
+    with (RESULTS / "answer" / "report.csv").open() as f:
+        found = {(row["size"], row["variant"]): row for row in csv.DictReader(f)}
+    rows = table("<!-- results: docs/results/answer")
+    assert [name for name, *_ in rows] == list(dict.fromkeys(name for _, name in found))
+
+    def shown(size: str, name: str) -> list[str]:
+        row = found[size, name]
+        if not row["mean_loss_nats"]:
+            return ["not trained yet", "not measured"]
+        loss = f"{float(row['mean_loss_nats']):.3f} ({row['seeds']})"
+        if name == "gqa":
+            return [loss, "baseline"]
+        low, high, gap = (row[f"difference_{key}"] for key in ("low", "high", "nats"))
+        return [
+            loss,
+            f"{float(gap):+.3f} [{float(low):+.3f}, {float(high):+.3f}]" if low else f"{float(gap):+.3f}, one seed",
+        ]
+
+    for name, *cells_of_row, flops in rows:
+        assert cells_of_row == [*shown("0.5m", name), *shown("1.2m", name)]
+        assert flops == f"{float(found['1.2m', name]['flops_per_token_useful']) / 1e6:.2f} M"
+
+
 def test_the_table_of_starts_compares_two_committed_studies():
     drawn, equal = cells("quickstart-as-drawn"), cells("quickstart-equal-starts")
     rows = table("<!-- results: docs/results/quickstart-as-drawn")
