@@ -90,6 +90,27 @@ def test_the_table_of_the_flagship_is_that_of_the_committed_ladder():
         assert flops == f"{float(found['1.2m', name]['flops_per_token_useful']) / 1e6:.2f} M"
 
 
+def test_the_sentences_on_the_flagship_are_those_of_its_reports():
+    with (RESULTS / "answer" / "report.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    shown = README.replace("\n", " ")
+    gaps = [row for row in rows if row["difference_low"]]
+    assert all(float(row["difference_low"]) < 0 < float(row["difference_high"]) for row in gaps)  # none is shown
+    half = {r["size"]: (float(r["difference_high"]) - float(r["difference_low"])) / 2 for r in gaps}
+    assert f"±{half['0.5m']:.3f} nats at 0.5M and ±{half['1.2m']:.3f} at" in " ".join(shown.split())
+    flops = {row["variant"]: float(row["flops_per_token_useful"]) for row in rows if row["size"] == "1.2m"}
+    less = [f"{1 - flops[name] / flops['gqa']:.0%}".replace("%", " %") for name in ("rgqa-k1", "switchhead")]
+    assert f"does {less[0]} less useful work per token than gqa at 1.2M, SwitchHead {less[1]}." in " ".join(
+        shown.split()
+    )
+    report = (RESULTS / "answer" / "sizes" / "0.5m" / "report.md").read_text().replace("\\", "")
+    table = report[report.index("| difference after | 1,216,512 tokens | 2,433,024 tokens |") :]
+    (row,) = re.findall(r"^\| rgqa-k1 \| (.*?) \|$", table.split("\n\n")[0], re.MULTILINE)
+    quarter, half_way = (re.findall(r"[\d.]+", cell) for cell in row.split(" | ")[:2])
+    numbers = [f"{a} [{b}, {c}]" for a, b, c in (quarter, half_way)]
+    assert f"by {numbers[0]} nats after a quarter" in shown and f"{numbers[1]} after half" in shown
+
+
 def test_the_table_of_starts_compares_two_committed_studies():
     drawn, equal = cells("quickstart-as-drawn"), cells("quickstart-equal-starts")
     rows = table("<!-- results: docs/results/quickstart-as-drawn")
