@@ -108,6 +108,18 @@ def dunnett_critical(
     return cast(float, found)
 
 
+def dunnett_p(t: float, comparisons: int, degrees_of_freedom: float, *, correlation: float = 0.5) -> float:
+    """Two-sided p of Dunnett's test: the probability that the largest |t_i| exceeds |t| if nothing differs.
+
+    It is below 1 - confidence where |t| is above `dunnett_critical`.
+    """
+    from scipy import special
+
+    if comparisons == 1:
+        return float(2 * special.stdtr(degrees_of_freedom, -abs(t)))
+    return min(1.0, max(0.0, 1 - _all_within(abs(t), comparisons, degrees_of_freedom, correlation)))
+
+
 def sidak(comparisons: int, confidence: float = CONFIDENCE) -> float:
     """Confidence level of each interval, for a joint confidence of at least `confidence` (Sidak correction)."""
     return confidence ** (1 / comparisons)

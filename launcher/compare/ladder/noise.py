@@ -30,7 +30,7 @@ import numpy as np
 
 from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.ladder.table import Refusal, Size
-from headway.launcher.compare.simultaneous import dunnett_critical
+from headway.launcher.compare.simultaneous import dunnett_critical, dunnett_p
 
 UPPER = 0.9
 """Confidence of the upper limit of the lack of fit. With the estimate alone, predicted differences hold too seldom
@@ -259,7 +259,14 @@ def freedom(noise: Noise, lack: LackOfFit, run: Any, seed: Any, fit: Any) -> Any
 
 def critical(comparisons: int, df: float, *, correlation: float = 0.5, confidence: float = CONFIDENCE) -> float:
     """Dunnett's critical value; Student's for one comparison. `df` is rounded down to two digits: values are cached."""
+    return dunnett_critical(max(1, comparisons), _two_digits(df), correlation=correlation, confidence=confidence)
+
+
+def adjusted_p(t: float, comparisons: int, df: float, *, correlation: float = 0.5) -> float:
+    """p of an estimate of `t` standard errors for all comparisons at once: below 5 % where the interval excludes 0."""
+    return dunnett_p(t, max(1, comparisons), _two_digits(df), correlation=correlation)
+
+
+def _two_digits(df: float) -> float:
     step = 10.0 ** (math.floor(math.log10(df)) - 1)
-    return dunnett_critical(
-        max(1, comparisons), math.floor(df / step) * step, correlation=correlation, confidence=confidence
-    )
+    return math.floor(df / step) * step

@@ -16,17 +16,20 @@ Legend: M means, I sizes, V variants, K = V - 1 slopes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from headway.launcher.base.intervals import CONFIDENCE
-from headway.launcher.compare.ladder.noise import LackOfFit, Means, critical, freedom, lack_of_fit
+from headway.launcher.compare.ladder.noise import LackOfFit, Means, adjusted_p, critical, freedom, lack_of_fit
 from headway.launcher.compare.ladder.table import Refusal
 
 Direction = Literal["grows", "shrinks", "undecided"]
 LEAST_SIZES = 3
+DOUBLING = math.log(2)
+"""Of parameters, in ln N."""
 OWN_SPREAD = 4
 """Least degrees of freedom of lack of fit with which the residuals of the lines alone give their spread."""
 
@@ -37,7 +40,7 @@ class Line:
 
     `low`, `high`: interval of the slope, simultaneous for all variants, in nats per unit of ln N. `covariance` [2, 2]:
     of (middle, slope), with lack of fit. `critical`: the factor of standard errors in simultaneous intervals.
-    `p_value`: of this variant alone; `p_adjusted`: for all variants at once.
+    `p_value`: of this variant alone; `p_adjusted`: for all variants at once, by the same test as the interval.
     """
 
     center: float
@@ -111,7 +114,6 @@ def lines_of(means: Means, x: Any, baseline: str, *, confidence: float = CONFIDE
     for j, v in enumerate(names):
         nu, slope, se = float(df[k + j]), float(found[k + j]), float(error[j])
         factor = critical(k, nu, correlation=correlation, confidence=confidence)
-        p = _p_value(slope, se, nu)
         by_variant[means.variants[v]] = Line(
             center=center,
             middle=float(found[j]),
@@ -120,8 +122,8 @@ def lines_of(means: Means, x: Any, baseline: str, *, confidence: float = CONFIDE
             degrees_of_freedom=nu,
             low=slope - factor * se,
             high=slope + factor * se,
-            p_value=p,
-            p_adjusted=1 - (1 - p) ** k,
+            p_value=_p_value(slope, se, nu),
+            p_adjusted=adjusted_p(slope / se, k, nu, correlation=correlation),
             covariance=covariance[np.ix_([j, k + j], [j, k + j])],
             critical=factor,
         )

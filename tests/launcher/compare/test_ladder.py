@@ -125,6 +125,26 @@ def test_a_variant_of_one_size_is_in_the_law_and_has_no_line():
     }
 
 
+@pytest.mark.parametrize("seeds", [(3, 3, 3), (2, 2, 2, 2)])
+def test_p_of_a_slope_is_below_5_percent_where_its_interval_excludes_0(seeds):
+    """With lack of fit of few and of many degrees of freedom."""
+    ladder = Ladder(seeds=seeds, gain=FIVE[: 3 if len(seeds) == 3 else 5])
+    x, sizes = np.log(ladder.params), ladder.run(np.random.default_rng(12))
+    line = lines_of(means_of(sizes, ladder.names), x, "v0").by_variant["v1"]
+    for factor in (1.002, 0.998):
+        tilt = factor * line.critical * line.standard_error - line.slope
+        tilted = [
+            dataclasses.replace(
+                s, losses=dict(s.losses) | {"v1": {k: y + tilt * x[i] for k, y in s.losses["v1"].items()}}
+            )
+            for i, s in enumerate(sizes)
+        ]
+        found = lines_of(means_of(tilted, ladder.names), x, "v0").by_variant["v1"]
+        assert found.standard_error == pytest.approx(line.standard_error)
+        assert (found.low > 0) == (factor > 1) == (found.p_adjusted < 0.05)
+        assert found.p_adjusted == pytest.approx(0.05, abs=1e-3)
+
+
 def test_the_same_losses_give_the_same_numbers():
     ladder = Ladder(seeds=(2, 2, 2), gain=FIVE)
     found = [lines_over(analysed(ladder, np.random.default_rng(6))).by_variant["v1"] for _ in range(2)]
