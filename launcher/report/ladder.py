@@ -405,12 +405,15 @@ def fit_rows(study: LadderStudy) -> Iterator[dict[str, Any]]:
         yield row("lack of fit, nats", over, "", Range(value=law.lack.sd, low=0.0, high=law.lack.upper))
         for v in law.names:
             name = result.variants[v]
-            yield row(f"reducible loss at {math.exp(law.center):.6g}, nats", over, name, law.coefficient(v))
             base = result.index(result.baseline)
-            if v != base and base in law.names:
+            if v in law.covered:
+                yield row(f"reducible loss at {math.exp(law.center):.6g}, nats", over, name, law.coefficient(v))
+            if v != base and {v, base} <= law.covered:
                 yield row("effective speed-up", over, name, law.speed_up(v, base))
-                for i, size in enumerate(law.means.sizes):
-                    yield row(f"effective speed-up at {size.name}", over, name, law.speed_up_at(v, base, i))
+            if v != base and base in law.names:
+                for size in law.means.sizes:
+                    found = result.speed_up_at(law, name, size.name)
+                    yield row(f"effective speed-up at {size.name}", over, name, found)
     target, law = study.record.get("extrapolate"), result.by_params
     if not target or isinstance(law, str):
         return

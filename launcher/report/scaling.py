@@ -8,20 +8,26 @@ from collections.abc import Callable, Iterator
 from headway.launcher.base.text import short_number
 from headway.launcher.compare.effective import ratio_text
 from headway.launcher.compare.findings import speed_up
-from headway.launcher.compare.ladder.curve import Law, Range
+from headway.launcher.compare.ladder.curve import LEAST_SIZES, Law, Range
 from headway.launcher.compare.ladder.noise import LackOfFit
-from headway.launcher.compare.ladder.read import LadderStudy
+from headway.launcher.compare.ladder.read import LadderStudy, SizeStudy
 from headway.launcher.compare.ladder.slope import Lines
 from headway.launcher.compare.ladder.table import Refusal
 from headway.launcher.report.page import Block, Heading, Table, Text
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOT_PLANNED = "not measured", "not planned"
+
+
+def missing_words(size: SizeStudy, variant: str) -> str:
+    """In place of a number: whether the study trains this variant at this size at all."""
+    planned = None if size.study is None else {v.name for v in size.study.variants}
+    return NOT_MEASURED if planned is None or variant in planned else NOT_PLANNED
 
 
 def interval(found: Range | None, form: str = "+.4f", unit: str = "") -> str:
     """Text such as `-0.0123 [-0.0200, -0.0046]`, or "not measured". Infinite ends are shown as such.
 
-    `unit`: `x` for ratios, which have two digits.
+    A ratio between 0 and infinity has no interval, and the text says so. `unit`: `x` for ratios, which have two digits.
     """
     if found is None or math.isnan(found.value):
         return NOT_MEASURED
@@ -31,6 +37,8 @@ def interval(found: Range | None, form: str = "+.4f", unit: str = "") -> str:
             return "-\u221e" if value < 0 else "\u221e"
         return ratio_text(value) if unit == "x" else f"{value:{form}}"
 
+    if unit == "x" and found.low == 0 and math.isinf(found.high):
+        return f"{end(found.value)}{unit} (no interval)"
     return f"{end(found.value)}{unit} [{end(found.low)}, {end(found.high)}]"
 
 
@@ -55,7 +63,7 @@ def law_blocks(study: LadderStudy) -> Iterator[Block]:
     rows.append(["exponent a", *(interval(law.a, ".3f") for law in fitted.values())])
     rows.append(["irreducible loss E", *(interval(law.e, ".3f") for law in fitted.values())])
     for v in result.variants:
-        at = [law for law in fitted.values() if result.index(v) in law.names]
+        at = [law for law in fitted.values() if result.index(v) in law.covered]
         if at:
             shown = [interval(law.coefficient(result.index(v)), ".4f") for law in at]
             rows.append([f"{v}: reducible loss in the middle", *shown])
@@ -66,11 +74,22 @@ def law_blocks(study: LadderStudy) -> Iterator[Block]:
         f"Middle: {middle}. Lack of fit: standard deviation of a mean around the law beyond the noise of seeds, and p "
         "of the test that there is none."
     )
+    if few := _few_sizes(study, next(iter(fitted.values()))):
+        yield Text(
+            f"No numbers by the law for {', '.join(few)}: with finished runs at fewer than {LEAST_SIZES} sizes, they "
+            "would be the shape of the other variants' curves, and not measured."
+        )
     if any(math.isinf(law.e.low) for law in fitted.values()):
         yield Text(
             "E has no lower bound where losses that fall on a straight line over ln N are possible. Predictions do not "
             "depend on that bound; a wider range of sizes or more seeds would set it."
         )
+
+
+def _few_sizes(study: LadderStudy, law: Law) -> list[str]:
+    """Variants with finished runs at too few sizes for numbers by the law."""
+    result = study.result
+    return [v for v in result.variants if result.index(v) in set(law.names) - law.covered]
 
 
 def lack_words(lack: LackOfFit) -> str:
@@ -87,8 +106,9 @@ def speed_up_blocks(study: LadderStudy) -> Iterator[Block]:
     yield Text(
         f"How many times more {result.baseline} needs for the loss of the variant; above 1, the variant is better. In "
         "tokens: at one size, from its runs of several `budgets`. In parameters and FLOPs: from the joint law, at one "
-        "size by its paired difference there, and over all sizes by the law itself, whose shared exponent makes it the "
-        "same at every size. Intervals (95 %) hold for all variants of a column at once."
+        "size by its paired difference there and the interval of that (none with one seed), and over all sizes by the "
+        "law itself, whose shared exponent makes it the same at every size. Intervals (95 %) hold for all variants of "
+        "a column at once."
     )
     header = ["variant", "speed-up in", *(s.name for s in study.sizes), "all sizes, by the law"]
     rows = [header]
@@ -102,7 +122,8 @@ def speed_up_blocks(study: LadderStudy) -> Iterator[Block]:
 def _measured(study: LadderStudy, variant: str) -> Iterator[str]:
     for size in study.sizes:
         found = None if size.study is None else next((v for v in size.study.variants if v.name == variant), None)
-        yield speed_up(found and found.effective and found.effective.tokens)
+        tokens = found and found.effective and found.effective.tokens
+        yield speed_up(tokens) if tokens else missing_words(size, variant)
 
 
 def _by_law(study: LadderStudy, law: Law | str, variant: str) -> Iterator[str]:
@@ -111,11 +132,10 @@ def _by_law(study: LadderStudy, law: Law | str, variant: str) -> Iterator[str]:
     for size in study.sizes:
         found = None
         if isinstance(law, Law) and {v, base} <= set(law.names):
-            at = next((i for i, s in enumerate(law.means.sizes) if s.name == size.name), None)
-            found = None if at is None else law.speed_up_at(v, base, at)
-        yield interval(found, unit="x")
-    fitted = isinstance(law, Law) and {v, base} <= set(law.names)
-    yield interval(law.speed_up(v, base), unit="x") if fitted and isinstance(law, Law) else NOT_MEASURED
+            found = result.speed_up_at(law, variant, size.name)
+        yield missing_words(size, variant) if found is None else interval(found, unit="x")
+    known = isinstance(law, Law) and {v, base} <= law.covered
+    yield interval(law.speed_up(v, base), unit="x") if known and isinstance(law, Law) else NOT_MEASURED
 
 
 # ---------------------------------------------------------------- prediction
@@ -168,13 +188,13 @@ def predictions(study: LadderStudy, law: Law, variant: str, target: float) -> di
     """Name -> the prediction, computed when it is called."""
     result, x = study.result, math.log(target)
     v, base = result.index(variant), result.index(result.baseline)
-    if v not in law.names:
+    if v not in law.covered:
         return {"loss": lambda: None, "loss_one_seed": lambda: None}
     found: dict[str, Callable[[], Range | None]] = {
         "loss": lambda: law.loss(v, x),
         "loss_one_seed": lambda: law.loss(v, x, seeds=1),
     }
-    if variant != result.baseline and base in law.names:
+    if variant != result.baseline and base in law.covered:
         found["difference"] = lambda: law.difference(v, base, x)
         found["difference_one_seed"] = lambda: law.difference(v, base, x, seeds=1)
         found["difference_by_line"] = lambda: _on_line(study, variant, x)

@@ -35,6 +35,7 @@ from headway.launcher.base.text import short_number
 from headway.launcher.compare.ladder.noise import LackOfFit, Means, critical, freedom, lack_of_fit
 from headway.launcher.compare.ladder.slope import Line
 from headway.launcher.compare.ladder.table import Refusal
+from headway.launcher.compare.simultaneous import Simultaneous
 
 LOWEST, HIGHEST = 0.02, 2.0
 """Exponents that are tried. The lowest is a straight line in ln N for any ladder; the highest halves the reducible loss
@@ -131,7 +132,7 @@ class Law:
     ) -> Range:
         """Loss of a variant at x minus that of the baseline (at `at_base`, default x), paired; as `loss`.
 
-        Simultaneous for all variants.
+        Simultaneous for all `covered` variants.
         """
         self._within(x)
         rows = self._rows(variant, x) - self._rows(base, x if at_base is None else at_base)
@@ -141,7 +142,8 @@ class Law:
     def speed_up(self, variant: int, base: int) -> Range:
         """How many times more N the baseline needs for the loss of the variant, by the law: (A_base / A_v)^(1/a).
 
-        N is what x counts. The shared exponent makes it the same at all losses. Simultaneous for all variants.
+        N is what x counts. The shared exponent makes it the same at all losses. Simultaneous for all
+        `covered` variants.
         """
         columns = [1 + self.names.index(v) for v in (base, variant)]
         ours, theirs = (self.solution[:, c] for c in columns)
@@ -182,25 +184,18 @@ class Law:
             high=float((values + half)[inside].max()),
         )
 
-    def speed_up_at(self, variant: int, base: int, size: int) -> Range | None:
+    def speed_up_at(self, variant: int, base: int, size: int, difference: Simultaneous) -> Range | None:
         """How many times more N the baseline needs for the loss that the variant has at a measured size, simultaneous.
 
         The paired difference there is read from the baseline's curve, without lack of fit: it is a fact of this size.
-        None if one of both has no finished run there.
+        `difference`: as the size alone gives it, so that no other size tells the noise there. The ends are 0 and
+        infinite if it has no interval (one seed). None if one of both has no finished run there.
         """
         means = self.means
         pair = means.at(variant, size), means.at(base, size)
         if pair[0] is None or pair[1] is None:
             return None
-        contrast = np.zeros(len(means.mean))
-        contrast[pair[0]], contrast[pair[1]] = 1.0, -1.0
-        difference = float(contrast @ means.mean)
         reducible = self.solution[:, 1 + self.names.index(base)] * np.exp(-self.grid * (self.x[pair[1]] - self.center))
-        parts = [float(contrast @ part @ contrast) for part in (means.run_part, means.seed_part)]
-        df = freedom(means.noise, self.lack, parts[0], parts[1], 0.0)
-        factor = critical(len(self.names) - 1, float(df), confidence=self.confidence)
-        inside = factor**2 >= self.excess
-        spread = np.sqrt(np.maximum(factor**2 - self.excess, 0.0) * (contrast @ means.covariance @ contrast))
         # at equal sizes of both; with other parameters than the baseline's, N itself differs
         shift = float(self.x[pair[1]] - self.x[pair[0]])
 
@@ -209,9 +204,15 @@ class Law:
                 left = 1 + loss / reducible
                 return np.where(left > 0, -np.log(np.maximum(left, 1e-300)), np.inf) / self.grid + shift
 
-        found = log_ratio(difference)[self._best], log_ratio(difference + spread), log_ratio(difference - spread)
-        low, high = float(found[1][inside].min()), float(found[2][inside].max())
-        return Range(value=float(found[0]), low=low, high=high).exp()
+        value = float(log_ratio(difference.mean)[self._best])
+        half, error = difference.half_width, difference.standard_error
+        if half is None or error is None:
+            return Range(value=value, low=-math.inf, high=math.inf).exp()
+        factor = half / error if error else 0.0
+        inside = factor**2 >= self.excess
+        spread = np.sqrt(np.maximum(factor**2 - self.excess, 0.0)) * error
+        ends = log_ratio(difference.mean + spread), log_ratio(difference.mean - spread)
+        return Range(value=value, low=float(ends[0][inside].min()), high=float(ends[1][inside].max())).exp()
 
     def curve(self, variant: int, x: Any) -> Any:
         """Fitted losses at x [N]."""
@@ -221,6 +222,14 @@ class Law:
         return self.linear[1 + self.names.index(variant)] * np.exp(-self.exponent * (np.asarray(x) - self.center))
 
     # ------------------------------------------------------------ how
+
+    @cached_property
+    def covered(self) -> frozenset[int]:
+        """Variants with finished runs at `LEAST_SIZES` sizes.
+
+        What the law says of any other variant away from its sizes is the shape of the others, and no measurement.
+        """
+        return frozenset(v for v in self.names if np.count_nonzero(self.means.variant == v) >= LEAST_SIZES)
 
     @cached_property
     def _best(self) -> int:
@@ -300,7 +309,7 @@ class Law:
         # The lack of fit of a new size is an upper limit already: it counts with the noise of runs.
         of_run = parts[0] + run + added / noise.sigma**2
         df = freedom(noise, self.lack, of_run, parts[1] + seed, parts[2])
-        return critical(len(self.names) - 1 if joint else 1, float(df), confidence=self.confidence)
+        return critical(len(self.covered) - 1 if joint else 1, float(df), confidence=self.confidence)
 
     def _within(self, x: float) -> None:
         low, high = float(self.x.min()), float(self.x.max())

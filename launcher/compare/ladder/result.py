@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from headway.launcher.compare.ladder.curve import Law, Range, law_of
 from headway.launcher.compare.ladder.noise import Means, means_of
 from headway.launcher.compare.ladder.slope import Lines, lines_of
 from headway.launcher.compare.ladder.table import Refusal, Size
+from headway.launcher.compare.simultaneous import Simultaneous, compare_paired
 
 Quantity = Literal["params", "flops"]
 
@@ -42,6 +44,19 @@ class LadderResult:
         """[I]: ln of the parameters of the baseline at each size that has finished runs."""
         assert not isinstance(self.means, str)
         return np.log([s.params[self.baseline] for s in self.means.sizes])
+
+    @cached_property
+    def differences(self) -> dict[str, Mapping[str, Simultaneous]]:
+        """Size -> variant -> difference to the baseline, as the runs of this size alone give it."""
+        return {s.name: compare_paired(s.losses, self.baseline).differences for s in self.sizes}
+
+    def speed_up_at(self, law: Law, variant: str, size: str) -> Range | None:
+        """By the law, at one size; None without finished runs there. The ends are 0 and infinite with one seed."""
+        at = next((i for i, s in enumerate(law.means.sizes) if s.name == size), None)
+        difference = self.differences.get(size, {}).get(variant)
+        if at is None or difference is None:
+            return None
+        return law.speed_up_at(self.index(variant), self.index(self.baseline), at, difference)
 
     def change_of_ratio(self, variant: str) -> Range | str:
         """How the difference relative to the baseline's reducible loss changes per unit of ln N, or why not."""

@@ -87,7 +87,7 @@ def _losses(study: LadderStudy, law: Law | None, offset: float) -> list[Series]:
 
 def _fitted(study: LadderStudy, law: Law, variant: str, offset: float) -> list[Series]:
     v, target = study.result.index(variant), study.record.get("extrapolate")
-    if v not in law.names:
+    if v not in law.covered:
         return []
     end = max(float(law.x.max()), math.log(target) if target else -math.inf)
     predicted = []

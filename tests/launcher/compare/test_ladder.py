@@ -125,6 +125,29 @@ def test_a_variant_of_one_size_is_in_the_law_and_has_no_line():
     }
 
 
+def test_a_speed_up_at_one_size_rests_on_the_difference_there():
+    sides = set()
+    for seed in range(8):
+        result = analysed(Ladder(seeds=(3, 2, 2, 1), gain=(0.0, 0.02, 0.04, -0.04)), np.random.default_rng(seed))
+        law = law_over(result)
+        for size in ("s0", "s1", "s2"):
+            for v in ("v1", "v2", "v3"):
+                difference, found = result.differences[size][v], result.speed_up_at(law, v, size)
+                assert found is not None and found.excludes(1.0) == difference.excludes(0.0)
+                assert (found.value < 1) == (difference.mean > 0)
+                sides.add(found.excludes(1.0))
+                half, at = (
+                    difference.half_width,
+                    float(law.reducible(0, math.log(law.means.sizes[int(size[1])].params[v]))),
+                )
+                assert half is not None  # the ends at the fitted exponent are inside, those of others can be farther
+                for end in (difference.mean - half, difference.mean + half):
+                    assert found.low * (1 - 1e-9) <= (1 + end / at) ** (-1 / law.exponent) <= found.high * (1 + 1e-9)
+        one = result.speed_up_at(law, "v1", "s3")
+        assert one is not None and (one.low, one.high) == (0.0, math.inf)
+    assert sides == {True, False}
+
+
 @pytest.mark.parametrize("seeds", [(3, 3, 3), (2, 2, 2, 2)])
 def test_p_of_a_slope_is_below_5_percent_where_its_interval_excludes_0(seeds):
     """With lack of fit of few and of many degrees of freedom."""

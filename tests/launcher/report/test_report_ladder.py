@@ -226,6 +226,20 @@ def test_a_variant_that_is_not_at_every_size_has_no_line(tmp_path, without_figur
     assert verdicts(page)["rgqa-k1"][0] == "not measured" and verdicts(page)["rgqa-k1"][4] == "not measured"
 
 
+def test_a_variant_of_one_size_has_no_numbers_by_the_law_but_those_of_its_size(tmp_path, without_figures):
+    others = {size: ["gqa", "rgqa-k2"] for size in ("small", "medium")}
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2), variants_at=others)
+    page = page_of(folder.write(extrapolate=3e6))
+    assert "gqa: reducible loss in the middle" in page and "rgqa-k1: reducible loss in the middle" not in page
+    assert "No numbers by the law for rgqa-k1: with finished runs at fewer than 3 sizes" in page
+    rows = [row.split("|")[3:7] for row in page.splitlines() if row.startswith("| rgqa-k1 | parameters |")]
+    ((at_tiny, *missing, over_all),) = [[cell.strip() for cell in row] for row in rows]
+    assert re.fullmatch(r"\d\.\d+x \[.*\]", at_tiny) and missing == ["not planned"] * 2 and over_all == "not measured"
+    assert table(page, "Prediction at a larger size")["rgqa-k1"] == ["not measured"] * 5
+    found = {row["quantity"] for row in rows_of(folder.out / "fit.csv") if row["variant"] == "rgqa-k1" and row["value"]}
+    assert found == {"effective speed-up at tiny"}
+
+
 def test_a_size_whose_variants_read_other_data_is_left_out(tmp_path, without_figures):
     folder = LadderFolder(tmp_path / "out", (2, 2, 2, 2))
     folder.write()
