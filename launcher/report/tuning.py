@@ -18,12 +18,19 @@ def tuning_blocks(tuning: Tuning, plots: Mapping[str, Plot]) -> Iterator[Block]:
     yield Text(
         "Trials have seeds of their own, so the losses above do not choose the value. Cost of a neighbour: how much "
         "higher the mean loss of trials is at the worse of the two values of the grid beside the best one. Where it is "
-        f"small, the choice matters little. Shift: the chosen value over that of {baseline}."
+        "small, the choice matters little; with a neighbour on one side alone, the other side is not known. Shift: the "
+        f"chosen value over that of {baseline}."
     )
     for key in dict.fromkeys(s.key for s in searches):
         yield Table(
             [_HEADER, *(_row(s, searches, baseline) for s in searches if s.key == key)], frozenset({0, 1, 2, 7})
         )
+        if edges := tuning.on_edge(key):
+            yield Text(
+                f"The best `{key}` lies on an edge of the values tried: {', '.join(edges)}. A better value may lie "
+                "beyond it, so losses with this value, and with values carried from it, may be too high.",
+                "warn",
+            )
         if (plot := plots.get(f"tuning-{key}")) is not None:
             yield Image(plot)
     for check in tuning.checks:
@@ -61,8 +68,12 @@ def _row(search: Search, searches: Sequence[Search], baseline: str) -> list[str]
 
 def _flatness(search: Search) -> str:
     """How much the worse neighbour of the best value on the grid costs, nats per token."""
-    curve = [loss for _, loss in search.curve()]
+    curve, values = dict(search.curve()), sorted({value for value, _, _ in search.trials})
     if len(curve) < 2:
         return "not measured"
-    best = curve.index(min(curve))
-    return f"{max(curve[max(best - 1, 0) : best + 2]) - curve[best]:+.4f}"
+    best = values.index(min(curve, key=lambda value: curve[value]))
+    beside = [values[i] for i in (best - 1, best + 1) if 0 <= i < len(values)]
+    if not all(value in curve for value in beside):
+        return "a neighbour diverged"
+    cost = f"{max(curve[value] for value in beside) - curve[values[best]]:+.4f}"
+    return cost if len(beside) == 2 else f"{cost} (one side)"

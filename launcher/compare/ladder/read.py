@@ -39,7 +39,8 @@ class Search:
     """The trials of one tuned key for one variant at one size: (value, seed, loss); a diverged trial has no loss.
 
     `extended`: values that were added to the grid. `how`: how the chosen value was found. `budget`: the share of the
-    tokens of a full run that a trial trains.
+    tokens of a full run that a trial trains. `edge`: whether the best value is the lowest or the highest that was
+    tried, at this size or at the one that it was carried from.
     """
 
     key: str
@@ -50,6 +51,7 @@ class Search:
     how: str
     extended: int
     budget: float = 1.0
+    edge: bool = False
 
     def curve(self) -> list[tuple[float, float]]:
         """(value, mean loss over seeds) in order, of values without a diverged trial."""
@@ -81,6 +83,11 @@ class Tuning:
     baseline: str
     searches: tuple[Search, ...]
     checks: tuple[Check, ...]
+
+    def on_edge(self, key: str) -> list[str]:
+        """Such as `sqa at 0.5m`: searches with trials whose best value is the lowest or highest that was tried."""
+        found = [s for s in self.searches if s.key == key and s.trials and s.edge]
+        return [s.variant + (f" at {s.size}" if s.size else "") for s in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +147,10 @@ def _size(out: Path, entry: dict[str, Any]) -> SizeStudy:
     why = ""
     if study.pairing.status == "UNPAIRED":
         why = "its variants did not read the same data, so seeds are no blocks"
+    elif not any(c.done for c in study.cells):
+        why = "no run has finished there"
     elif study.tokens is None:
-        why = "no finished run has a validation loss at a token count that all of them share"
+        why = "its finished runs were not validated at a common number of tokens"
     return SizeStudy(name=name, folder=folder, study=study, left_out=why)
 
 
@@ -184,4 +193,5 @@ def _search(key: str, size: str, variant: str, choice: dict[str, Any], extended:
         how=choice.get("how", ""),
         extended=int(extended),
         budget=float(budget),
+        edge=bool(choice.get("edge", False)),
     )

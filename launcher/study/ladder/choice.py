@@ -14,7 +14,7 @@ A function `legal` rounds all values: to integers for an integer key, to whole m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,10 @@ DIGITS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The value of one variant at one size. `how`: the rule that gave it. `edge`: the optimum lies outside the grid."""
+    """The value of one variant at one size. `how`: the rule that gave it.
+
+    `edge`: the optimum may lie outside the grid, also that of the size that a value is carried from.
+    """
 
     value: float
     how: str
@@ -117,16 +120,18 @@ def carried(
     widths: Mapping[str, float],
     size: str,
     legal: Legal = significant,
+    edges: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Choice]:
     """Values at a size without trials. `chosen`: size -> variant -> value, of the sizes with trials.
 
+    `edges`: size -> variants whose best value there lies on an edge of the grid; what is carried from it says so.
     `params`, `widths`: parameters and model.width of the baseline at every size. A variant that has no trial at any
     size gets no value.
     """
     order = sorted(chosen, key=lambda name: params[name])
     variants = sorted({variant for by_variant in chosen.values() for variant in by_variant})
     if rule == "fit":
-        return _fitted(chosen, params, size, variants, legal)
+        return _fitted(chosen, params, size, variants, legal, edges or {})
     found = {}
     for variant in variants:
         last = [name for name in order if variant in chosen[name]][-1]
@@ -138,8 +143,13 @@ def carried(
             )
         else:
             how = f"that of {last}"
-        found[variant] = Choice(value=legal(value), how=how)
+        found[variant] = _carry(legal(value), how, edge=variant in (edges or {}).get(last, ()))
     return found
+
+
+def _carry(value: float, how: str, *, edge: bool) -> Choice:
+    beyond = "; the optimum there may lie beyond the values tried" if edge else ""
+    return Choice(value=value, how=how + beyond, edge=edge)
 
 
 def _fitted(
@@ -148,6 +158,7 @@ def _fitted(
     size: str,
     variants: Sequence[str],
     legal: Legal,
+    edges: Mapping[str, Collection[str]],
 ) -> dict[str, Choice]:
     """Least squares of log(value) on log(parameters): a level for each variant, one slope for all."""
     points = {
@@ -159,7 +170,10 @@ def _fitted(
     slope = along / across if across else 0.0
     how = f"fit over {', '.join(sorted(chosen, key=lambda name: params[name]))}: exponent {slope:.2f} in parameters"
     target = math.log(params[size])
-    return {v: Choice(value=legal(math.exp(y + slope * (target - x))), how=how) for v, (x, y) in centre.items()}
+    return {
+        v: _carry(legal(math.exp(y + slope * (target - x))), how, edge=any(v in at for at in edges.values()))
+        for v, (x, y) in centre.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

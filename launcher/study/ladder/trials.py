@@ -98,6 +98,7 @@ def _tune_key(
                 grids[size.name] = sorted([*grids[size.name], *more[size.name]])
     choices = {s.name: {v: choose(curve, ladder.legal(s, key)) for v, curve in curves[s.name].items()} for s in sizes}
     chosen = {name: {v: c.value for v, c in by.items()} for name, by in choices.items()}
+    edges = {name: {v for v, c in by.items() if c.edge} for name, by in choices.items()}
     for size in ladder.sizes:
         if size.name not in choices:
             every = carried(
@@ -107,6 +108,7 @@ def _tune_key(
                 widths={s.name: s.spec.model.width for s in ladder.sizes},
                 size=size.name,
                 legal=ladder.legal(size, key),
+                edges=edges,
             )
             choices[size.name] = {v: every[v] for v in _variants(ladder, size) if v in every}
     records = {

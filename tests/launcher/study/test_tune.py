@@ -114,3 +114,13 @@ def test_the_fit_has_one_exponent_and_uses_a_variant_with_one_point():
 def test_a_search_that_is_not_possible_is_refused(more, words):
     with pytest.raises(ValueError, match=words):
         search(**more)
+
+
+def test_a_value_carried_from_an_edge_says_so():
+    chosen, edges = {"s": {"gqa": 1.0, "sqa": 2.0}, "m": {"gqa": 1.0, "sqa": 2.0}}, {"m": {"sqa"}}
+    for rule in ("same", "width", "fit"):
+        got = carried(rule, chosen, params=PARAMS, widths=WIDTHS, size="l", edges=edges)
+        assert {v: c.edge for v, c in got.items()} == {"gqa": False, "sqa": True}, rule
+        assert got["sqa"].how == f"{got['gqa'].how}; the optimum there may lie beyond the values tried"
+    elsewhere = carried("width", chosen, params=PARAMS, widths=WIDTHS, size="l", edges={"s": {"sqa"}})
+    assert not elsewhere["sqa"].edge  # the value is that of m alone
