@@ -113,6 +113,12 @@ class StudyResult:
         return next((c.record.tokens for c in self.cells if c.variant == variant and c.done), None)
 
     @property
+    def confounds(self) -> int:
+        """Number of differences between runs that the study did not name, which the section on fairness lists."""
+        named = sum(d.kind == "CONFOUND" for d in self.differences)
+        return named + len(self.circumstances) + len(self.deviations)
+
+    @property
     def margin(self) -> float | None:
         """Margin of the study, in the `unit` of losses: smaller differences do not matter."""
         return self.record.get("margin_nats")

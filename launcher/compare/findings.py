@@ -58,7 +58,7 @@ def headline(result: StudyResult) -> list[str]:
     if found := by_verdict.get("undecided"):
         listed = _listed(found) if len(found) <= LISTED else f"{len(found)} variants, which the table lists"
         sentences.append(f"{warn}Undecided against {name}: {listed}.")
-    return [*sentences, *_confounded_starts(result)]
+    return [*sentences, *confounded_starts(result)]
 
 
 def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
@@ -169,7 +169,8 @@ def _interval(d: Simultaneous | None) -> str:
     return f"{d.mean:+.4f} \u00b1 {d.half_width:.4f}"
 
 
-def _confounded_starts(result: StudyResult) -> Iterator[str]:
+def confounded_starts(result: StudyResult) -> Iterator[str]:
+    """A sentence on variants whose attention starts more weakly or more strongly than the baseline's, if any does."""
     found = [v for v in result.others if v.difference is not None and v.start.confounded]
     if found:
         shown = ", ".join(f"{v.name} ({_start(v)})" for v in found)

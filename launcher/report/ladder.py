@@ -10,15 +10,14 @@ from typing import Any
 
 from headway.launcher.base import console
 from headway.launcher.base.text import short_number
-from headway.launcher.compare.findings import shape_words, signed_interval
+from headway.launcher.compare.findings import confounded_starts, signed_interval
 from headway.launcher.compare.ladder.curve import Law, Range
-from headway.launcher.compare.ladder.noise import Means
 from headway.launcher.compare.ladder.read import LadderStudy, SizeStudy, read_ladder
-from headway.launcher.compare.ladder.slope import Line, Lines
+from headway.launcher.compare.ladder.slope import DOUBLING, LEAST_SIZES, Line, Lines
 from headway.launcher.compare.ladder.table import Refusal
-from headway.launcher.compare.simultaneous import Simultaneous
-from headway.launcher.compare.stats import sd_factor
+from headway.launcher.report.answers import ladder_answers
 from headway.launcher.report.bounds import bound_blocks
+from headway.launcher.report.limits import ladder_limits
 from headway.launcher.report.page import Block, Heading, Image, Items, Links, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.ladder import draw_ladder
 from headway.launcher.report.plots.study import Plot
@@ -26,16 +25,14 @@ from headway.launcher.report.plots.style import styles_of
 from headway.launcher.report.scaling import (
     NOT_MEASURED,
     interval,
-    lack_words,
     law_blocks,
+    missing_words,
     prediction_blocks,
     predictions,
     speed_up_blocks,
 )
 from headway.launcher.report.tables import p_text, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
-
-DOUBLING = math.log(2)
 
 
 def ladder_report(out: Path) -> Path:
@@ -63,11 +60,13 @@ def ladder_report(out: Path) -> Path:
 def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterator[Block]:
     yield Heading(f"Ladder {study.name}", 1)
     yield from _not_done(study)
+    yield from _confounds(study)
     yield Text(" ".join(headline(study)), "lead")
     yield from _verdicts(study)
+    yield from ladder_answers(study)
     yield from (Image(plots[name]) for name in ("difference", "loss") if name in plots)
     yield Heading("What these numbers cannot say", 3)
-    yield Table([("limit", "here"), *_limits(study)], frozenset({0, 1}))
+    yield Table([("limit", "here"), *ladder_limits(study)], frozenset({0, 1}))
     yield from _losses(study)
     yield from _differences(study)
     yield from speed_up_blocks(study)
@@ -98,11 +97,24 @@ def _not_done(study: LadderStudy) -> Iterator[Block]:
             rows.append((size.name, f"{len(cells) - len(states)} of {len(cells)}", shown))
     if rows:
         yield Text(
-            "The ladder is not finished; what is missing is in no number below. Intervals are for one look at the "
-            "data: whoever stops at a state because of what it shows errs more often:",
+            "The ladder is not finished. No number below has a cell that is missing. Intervals are right for one look "
+            "at the data: to stop a study because of what its report shows now raises the chance of a wrong statement.",
             "warn",
         )
         yield Table([("size", "finished cells", "others"), *rows], frozenset({0, 2}))
+
+
+def _confounds(study: LadderStudy) -> Iterator[Block]:
+    """What the reports of the sizes warn of."""
+    begun = [(s.name, s.study) for s in study.sizes if s.study is not None]
+    if found := [f"{found.confounds} at {name}" for name, found in begun if found.confounds]:
+        yield Text(
+            f"Confounds: {', '.join(found)}; the reports of these sizes list them under \u201cIs the comparison "
+            "fair?\u201d.",
+            "warn",
+        )
+    for name, size in begun:
+        yield from (Text(f"Size {name}: {sentence}", "warn") for sentence in confounded_starts(size))
 
 
 def headline(study: LadderStudy) -> list[str]:
@@ -112,8 +124,7 @@ def headline(study: LadderStudy) -> list[str]:
     if isinstance(result.lines, str):
         return [question, f"No answer yet: {result.lines}."]
     params = [s.params[base] for s in result.sizes]
-    per_param = study.record.get("tokens_per_param")
-    at = f" at {per_param:g} tokens per parameter" if per_param else ""
+    at = f" at {per_param} tokens per parameter" if (per_param := _tokens_per_param(study)) else ""
     opening = (
         f"Over {len(params)} sizes from {short_number(min(params))} to {short_number(max(params))} parameters{at}, "
         "in nats per doubling of parameters, with 95 % intervals that hold for all variants at once:"
@@ -124,8 +135,21 @@ def headline(study: LadderStudy) -> list[str]:
     found = [f"{words}: {', '.join(listed)}." for words, listed in groups.items() if listed]
     later = [f"{text[0].upper()}{text[1:]}" for text in found[1:]]
     refused = list(result.lines.refused)
-    no_line = [f"No answer yet for {', '.join(refused)}."] if refused else []
+    few = f"finished runs at fewer than {LEAST_SIZES} sizes"
+    no_line = [f"No trend is measured for {', '.join(refused)}, with {few}."] if refused else []
     return [question, opening, *found[:1], *later, *no_line]
+
+
+def _tokens_per_param(study: LadderStudy) -> str:
+    """Such as `10`, or `6.1 to 10` where losses are not compared at the ratio of the rule; empty without a rule."""
+    rule = study.record.get("tokens_per_param")
+    used = [s for s in study.sizes if s.study is not None and not s.left_out]
+    ratios = sorted((s.study.tokens or 0) / s.params for s in used if s.study is not None and s.params)
+    if not rule or not ratios:
+        return ""
+    if ratios[0] > 0.95 * rule and ratios[-1] < 1.05 * rule:
+        return f"{rule:g}"
+    return " to ".join(dict.fromkeys(f"{ratio:.2g}" for ratio in (ratios[0], ratios[-1])))
 
 
 VERDICTS = {
@@ -160,20 +184,20 @@ def _advantage(line: Line) -> Range:
 def _verdicts(study: LadderStudy) -> Iterator[Block]:
     result = study.result
     rows: list[tuple[str, ...]] = []
+    order = sorted(result.sizes, key=lambda size: size.params[result.baseline])  # the file may list them in any order
     header = (
         "variant",
         "advantage with size",
         "change of the advantage per doubling, in nats [95 %, all at once]",
         "p, all at once",
-        "difference at the smallest size",
-        "at the largest size",
+        f"difference at {order[0].name if order else 'the smallest size'}",
+        f"at {order[-1].name if order[1:] else 'the largest size'}",
         "change relative to the reducible loss, per doubling",
     )
     rows.append(header)
-    order = sorted(result.sizes, key=lambda size: size.params[result.baseline])  # the file may list them in any order
     for v in result.others:
         line = result.lines.by_variant.get(v) if isinstance(result.lines, Lines) else None
-        ends = [_difference(study.begun(s), v) for s in order[:1] + order[1:][-1:]]
+        ends = [_difference_text(study.begun(s), v) for s in order[:1] + order[1:][-1:]]
         relative = result.change_of_ratio(v)
         rows.append(
             (
@@ -181,7 +205,7 @@ def _verdicts(study: LadderStudy) -> Iterator[Block]:
                 NOT_MEASURED if line is None else verdict_words(line),
                 NOT_MEASURED if line is None else _per_doubling(line),
                 "-" if line is None else p_text(line.p_adjusted),
-                *(NOT_MEASURED if d is None else signed_interval(d) for d in (*ends, None, None)[:2]),
+                *(*ends, NOT_MEASURED, NOT_MEASURED)[:2],
                 NOT_MEASURED if isinstance(relative, str) else interval(_relative(relative), "+.2%"),
             )
         )
@@ -202,76 +226,9 @@ def _relative(change: Range) -> Range:
     return Range(value=-change.value * DOUBLING, low=-change.high * DOUBLING, high=-change.low * DOUBLING)
 
 
-def _difference(size: SizeStudy, variant: str) -> Simultaneous | None:
-    return None if size.study is None else size.study.comparison.differences.get(variant)
-
-
-def _limits(study: LadderStudy) -> Iterator[tuple[str, str]]:
-    result = study.result
-    if isinstance(result.means, Means):
-        noise = result.means.noise
-        factor = sd_factor(noise.sigma_df)
-        yield (
-            "noise of a run",
-            f"{noise.sigma:.4f} nats (standard deviation given its variant and seed), from {noise.sigma_df} degrees "
-            f"of freedom over all sizes; the true one can be up to {factor:.1f} times as large. It is taken to be the "
-            "same at all sizes and for all variants",
-        )
-        yield (
-            "effect of a seed",
-            f"{noise.omega:.4f} nats on all variants of a size, from {noise.seed_df} degrees of freedom",
-        )
-    if isinstance(result.lines, Lines):
-        widths = [line.critical * line.standard_error * DOUBLING for line in result.lines.by_variant.values()]
-        low, high = f"{min(widths):.4f}", f"{max(widths):.4f}"
-        span = low if low == high else f"{low} to {high}"
-        yield "smallest visible trend", f"about {span} nats per doubling of parameters"
-        yield "lack of fit of the lines", lack_words(result.lines.lack)
-    odd = [f"{s.name}: {', '.join(own)}" for s in study.sizes if s.study and (own := s.study.comparison.own_spread)]
-    if odd:
-        yield (
-            "spreads that differ",
-            f"{'; '.join(odd)}: their noise is larger than that of the others, but is pooled here; their intervals are "
-            "too narrow",
-        )
-    if not study.tuning.searches:
-        yield (
-            "tuning",
-            "nothing was tuned: one set of settings may suit some variants better than others, at some sizes",
-        )
-    for key in dict.fromkeys(s.key for s in study.tuning.searches):
-        yield "tuning", _tuning_limit(study, key)
-    yield (
-        "several statements",
-        "intervals of one size, of slopes, or of one column of speed-ups hold for all variants at once, but not for "
-        "all sizes, tables and questions at once",
-    )
-    shape = next((words for s in study.sizes if s.study is not None and (words := shape_words(s.study))), "")
-    if shape:
-        yield "scale", f"{shape}; mechanisms that save work in the attention core can fare better with longer sequences"
-    yield "data", "one corpus and one rule of tokens; on other text or with more tokens the trend can be another one"
-
-
-def _tuning_limit(study: LadderStudy, key: str) -> str:
-    """How values of a tuned key were found, and what was not tried."""
-    searches = [s for s in study.tuning.searches if s.key == key]
-    tried = [s for s in searches if s.trials]
-    at = list(dict.fromkeys(s.size for s in tried))
-    seeds = max((len({seed for _, seed, _ in s.trials}) for s in tried), default=0)
-    budget = max((s.budget for s in tried), default=1.0)
-    text = (
-        f"`{key}`: chosen at {', '.join(at) or 'no size'} from trials of {seeds} {'seed' if seeds == 1 else 'seeds'} "
-        f"and {budget:.0%} of the tokens, on the validation text of the losses above. Values have the noise of the "
-        "trials and no interval"
-    )
-    carried = [size for size in dict.fromkeys(s.size for s in searches) if size not in at]
-    if not carried:
-        return text
-    checked = ", ".join(f"that of {c.variant} at {c.size}" for c in study.tuning.checks if c.key == key)
-    return (
-        f"{text}. Carried to {', '.join(carried)} by a rule; checked: {checked or 'none yet'}. A rule that suits one "
-        "variant less looks like a trend"
-    )
+def _difference_text(size: SizeStudy, variant: str) -> str:
+    found = None if size.study is None else size.study.comparison.differences.get(variant)
+    return missing_words(size, variant) if found is None else signed_interval(found)
 
 
 # ---------------------------------------------------------------- tables of sizes
@@ -295,7 +252,7 @@ def _losses(study: LadderStudy) -> Iterator[Block]:
 def _loss(size: SizeStudy, variant: str) -> str:
     found = None if size.study is None else next((v for v in size.study.variants if v.name == variant), None)
     if found is None or found.loss is None:
-        return NOT_MEASURED
+        return missing_words(size, variant)
     return f"{found.loss.mean:.4f} ({found.loss.n})"
 
 
@@ -307,8 +264,7 @@ def _differences(study: LadderStudy) -> Iterator[Block]:
     )
     rows = [["variant", *(s.name for s in study.sizes)]]
     for v in study.result.others:
-        found = [_difference(s, v) for s in study.sizes]
-        rows.append([v, *(NOT_MEASURED if d is None else signed_interval(d) for d in found)])
+        rows.append([v, *(_difference_text(s, v) for s in study.sizes)])
     yield Table(rows)
 
 

@@ -20,10 +20,10 @@ from headway.launcher.compare.findings import (
     verdict_rows,
 )
 from headway.launcher.compare.ladder.read import Tuning, read_tuning
-from headway.launcher.compare.questions import answer, answer_spread, parse_question
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
+from headway.launcher.report.answers import answer_of
 from headway.launcher.report.bounds import bound_blocks
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
@@ -147,9 +147,7 @@ def _warnings(result: StudyResult) -> Iterator[Block]:
             f"{len(unchecked)} of {len(every)} cells are of an earlier version, whose records are without chained "
             "checksums: only their last step and last validation were compared with their summaries."
         )
-    confounds = [d for d in result.differences if d.kind == "CONFOUND"]
-    found = len(confounds) + len(result.circumstances) + len(result.deviations)
-    if found:
+    if found := result.confounds:
         what = "1 confound" if found == 1 else f"{found} confounds"
         yield Text(f"{what}: see \u201cIs the comparison fair?\u201d below.", "warn")
 
@@ -169,18 +167,10 @@ def _answers(result: StudyResult) -> Iterator[Block]:
     asks = result.record.get("asks") or []
     if not asks:
         return
-    names = [v.name for v in result.variants]
     shows = "difference in loss [95 %, all at once]"
     shows += ", or ratio of sds" if any(" varies more " in text for text in asks) else ""
     rows = [("question, stated before the first run", "answer", shows)]
-    for text in asks:
-        question = parse_question(text, baseline=result.baseline.name, variants=names)
-        difference = result.comparison.differences.get(question.variant)
-        if question.kind == "varies":
-            losses = {v.name: v.losses for v in result.variants}
-            rows.append((text, *answer_spread(losses[question.variant], losses[question.other])))
-        else:
-            rows.append((text, answer(question, difference), signed_interval(difference)))
+    rows += [(text, *answer_of(result, text)) for text in asks]
     yield Table(rows, frozenset({0, 1}))
 
 

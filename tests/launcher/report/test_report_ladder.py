@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ladder_folders import GAIN, PARAMS, LadderFolder, law, noise, tuning
-from study_folders import lead, table
+from study_folders import StudyFolder, change_summary, lead, table, with_start
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.compare.ladder.curve import Law
@@ -183,10 +183,14 @@ def test_tuning_shows_what_was_tried_and_chosen(whole):
 def test_the_check_of_a_carried_value_is_told(tmp_path, without_figures, holds):
     folder = LadderFolder(tmp_path / "out")
     folder.write()
-    found = tuning({"gqa": 0.002})
-    found["keys"]["optimizer.lr"]["check"] = {"variant": "gqa", "holds": holds, "best": 0.004, "trials": []}
+    (folder.folder("tiny") / "tuning.json").write_text(json.dumps(tuning({"gqa": 0.002})))
+    carried = {"gqa": {"chosen": 0.002, "how": "that of tiny", "edge": False, "trials": []}}
+    check = {"variant": "gqa", "holds": holds, "best": 0.004, "trials": []}
+    found = {"format": 1, "keys": {"optimizer.lr": {"grid": [], "extended": 0, "variants": carried, "check": check}}}
     (folder.folder("medium") / "tuning.json").write_text(json.dumps(found))
     page = page_of(folder.out)
+    limit = table(page, "What these numbers cannot say")["tuning"][0]
+    assert f"checked: that of gqa at medium{'' if holds else ' (no: 0.004 is better)'}." in limit
     assert "At medium, the carried `optimizer.lr` of gqa was tried with both neighbours" in page
     assert ("0.004 is better" in page) is not holds
 
@@ -221,9 +225,9 @@ def test_a_size_that_was_not_begun_and_unfinished_cells_are_named(tmp_path, with
 def test_a_variant_that_is_not_at_every_size_has_no_line(tmp_path, without_figures):
     folder = LadderFolder(tmp_path / "out", (2, 2, 2), variants_at={"medium": ["gqa", "rgqa-k2"]})
     page = page_of(folder.write())
-    assert "No answer yet for rgqa-k1." in lead(page)
+    assert "No trend is measured for rgqa-k1, with finished runs at fewer than 3 sizes." in lead(page)
     assert "- rgqa-k1: it has finished runs at 2 of the sizes of gqa; a trend needs 3" in page
-    assert verdicts(page)["rgqa-k1"][0] == "not measured" and verdicts(page)["rgqa-k1"][4] == "not measured"
+    assert verdicts(page)["rgqa-k1"][0] == "not measured" and verdicts(page)["rgqa-k1"][4] == "not planned"
 
 
 def test_a_variant_of_one_size_has_no_numbers_by_the_law_but_those_of_its_size(tmp_path, without_figures):
@@ -238,6 +242,19 @@ def test_a_variant_of_one_size_has_no_numbers_by_the_law_but_those_of_its_size(t
     assert table(page, "Prediction at a larger size")["rgqa-k1"] == ["not measured"] * 5
     found = {row["quantity"] for row in rows_of(folder.out / "fit.csv") if row["variant"] == "rgqa-k1" and row["value"]}
     assert found == {"effective speed-up at tiny"}
+
+
+def test_a_size_of_one_seed_has_no_interval_in_any_table(tmp_path, without_figures):
+    page = page_of(LadderFolder(tmp_path / "out", (3, 2, 1)).write())
+    for heading, cell in (("Difference to gqa at each size", 2), ("Effective speed-up", 4)):
+        rows = [r.split("|")[1:-1] for r in page.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()]
+        shown = [r[-1 if cell == 2 else cell].strip() for r in rows if r and r[0].strip() in ("rgqa-k1", "rgqa-k2")]
+        assert [text for text in shown if text != "not measured"], heading
+        assert all(text == "not measured" or text.endswith("(no interval)") for text in shown), heading
+    limit = table(page, "What these numbers cannot say")["noise of a run"][0]
+    assert limit.endswith("; medium has no second seed to estimate it from, and has that of the others")
+    study = read_ladder(tmp_path / "out").sizes[0].study
+    assert study is not None and f"tiny {study.comparison.spread:.4f} (4), small " in limit
 
 
 def test_a_size_whose_variants_read_other_data_is_left_out(tmp_path, without_figures):
@@ -313,7 +330,7 @@ def test_an_unfinished_ladder_says_that_intervals_are_for_one_look(tmp_path, wit
     folder = LadderFolder(tmp_path / "out", (2, 2, 2))
     assert "for one look" not in page_of(folder.write())
     shutil.rmtree(folder.run_dir("medium", "rgqa-k1", 2))
-    assert "Intervals are for one look at the data" in page_of(folder.out)
+    assert "Intervals are right for one look at the data" in page_of(folder.out)
 
 
 def test_losses_of_a_ladder_of_pairs_are_per_target_token(tmp_path, without_figures):
@@ -324,3 +341,109 @@ def test_losses_of_a_ladder_of_pairs_are_per_target_token(tmp_path, without_figu
         file.write_text(file.read_text().replace('"data": {', '"data": {"source": {"type": "pairs"}, '))
     page = page_of(folder.out)
     assert "loss in nats per target token" in page and "nats per token" not in page
+
+
+def test_tokens_per_parameter_are_those_at_which_losses_are_compared(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    assert "900k parameters at 0.044 to 0.4 tokens per parameter, in nats" in lead(page_of(folder.write()))
+    for i, name in enumerate(folder.names):  # 40,000 tokens at every size
+        file = folder.folder(name) / "study.json"
+        file.write_text(file.read_text().replace(f'"num_params": {PARAMS[i]}', f'"num_params": {4000 + 50 * i}'))
+    assert "4.1k parameters at 10 tokens per parameter, in nats" in lead(page_of(folder.out))
+
+
+def test_a_size_whose_runs_do_not_all_end_where_losses_are_compared_says_so(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    assert "end of training" not in page_of(folder.write())
+    run = folder.run_dir("small", "rgqa-k1", 1)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 36))
+    change_summary(run, steps=36, tokens=36_000)
+    folder.change_loss(run, 3.0)
+    limits = table(page_of(folder.out), "What these numbers cannot say")
+    assert limits["end of training"][0].startswith("small: not all runs end where losses are compared")
+
+
+def test_limits_have_the_matching_and_the_validation_text(tmp_path, without_figures):
+    limits = table(page_of(LadderFolder(tmp_path / "out", (2, 2, 2)).write()), "What these numbers cannot say")
+    each = "; ".join(f"{name}: parameters matched within 0.25%" for name in ("tiny", "small", "medium"))
+    assert limits["matching"][0] == f"{each}. What is left of a difference in parameters is in no interval"
+    assert limits["validation text"][0].startswith(
+        "5,000 predicted tokens at tiny (8 documents), the same in all its runs: the standard error of a loss is 0.0200"
+    )
+
+
+def test_confounds_of_the_sizes_are_on_the_first_screen(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    assert "onfound" not in page_of(folder.write()).split("###")[0]
+    card = folder.run_dir("small", "rgqa-k1", 1) / "run.json"
+    card.write_text(card.read_text().replace("abc123", "def456"))
+    tiny = StudyFolder(folder.folder("tiny"), folder.variants, [1, 2])
+    for variant, ratio in (("gqa", 0.3), ("rgqa-k2", 0.5)):
+        with_start(tiny, variant, ratio)
+    first = page_of(folder.out).split("**Does the advantage")[0]
+    assert "Confounds: 1 at small; the reports of these sizes list them" in first
+    assert "Size tiny: CONFOUNDED by how strongly attention starts: rgqa-k2 (attention of layer" in first
+
+
+def test_questions_are_answered_at_every_size_that_asks_them(tmp_path, without_figures):
+    def better(variant: str, params: float) -> float:
+        return law("gqa", params) - (0.1 if variant == "rgqa-k2" else 0.0)
+
+    folder = LadderFolder(tmp_path / "out", (3, 2, 1, 2), loss=better)
+    assert "stated before the first run" not in page_of(folder.write())
+    for name in ("tiny", "small", "medium", "large"):
+        file = folder.folder(name) / "study.json"
+        asks = ["rgqa-k2 is better than gqa", *(["rgqa-k1 is better than gqa"] if name in ("tiny", "small") else [])]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"asks": asks}))
+    for seed in (1, 2):
+        (folder.run_dir("small", "rgqa-k1", seed) / "summary.json").unlink()
+    shutil.rmtree(folder.folder("large"))
+    page = page_of(folder.out)
+    rows = page.split("| question, stated before the first run |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = {row[0]: row[1:] for row in ([c.strip() for c in r.strip("|").split("|")] for r in rows)}
+    shown = table(page, "Difference to gqa at each size")["rgqa-k2"]
+    assert cells["rgqa-k2 is better than gqa"] == [
+        f"yes: {shown[0]}",
+        f"yes: {shown[1]}",
+        f"undecided: {shown[2]}",
+        "not begun",
+    ]
+    assert shown[2].endswith("(no interval)")
+    assert cells["rgqa-k1 is better than gqa"][1:] == ["no finished runs", "not asked", "not begun"]
+    assert "if nothing differs at any of 4 sizes, the chance that one of them claims a difference is up to 19%" in page
+
+
+def test_values_on_an_edge_are_named_also_where_they_were_carried(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    folder.write()
+    found = tuning({"gqa": 0.002, "rgqa-k1": 0.004})
+    (folder.folder("tiny") / "tuning.json").write_text(json.dumps(found))
+    assert "an edge" not in page_of(folder.out)
+    at = found["keys"]["optimizer.lr"]["variants"]["rgqa-k1"]
+    at |= {"edge": True, "how": "the highest value tried; the optimum may lie beyond it"}
+    (folder.folder("tiny") / "tuning.json").write_text(json.dumps(found))
+    carried = {
+        v: {"chosen": 0.001, "how": "that of tiny", "edge": v != "gqa", "trials": []} for v in ("gqa", "rgqa-k1")
+    }
+    key = {"grid": [], "extended": 0, "variants": carried}
+    (folder.folder("small") / "tuning.json").write_text(json.dumps({"format": 1, "keys": {"optimizer.lr": key}}))
+    page = page_of(folder.out)
+    assert "**The best `optimizer.lr` lies on an edge of the values tried: rgqa-k1 at tiny." in page
+    limit = table(page, "What these numbers cannot say")["tuning"][0]
+    assert (
+        "On an edge of the values tried, beyond which a better one may lie: rgqa-k1 at tiny. Carried to small" in limit
+    )
+    costs = {r.split("|")[1].strip(): r.split("|")[9].strip() for r in page.splitlines() if "| tiny | `opt" in r}
+    cost = 0.05 * math.log(2) ** 2
+    assert costs == {"gqa": "a neighbour diverged", "rgqa-k1": f"{cost:+.4f} (one side)"}
+
+
+def test_a_size_without_a_finished_run_is_called_that(tmp_path, without_figures):
+    folder = LadderFolder(tmp_path / "out", (2, 2, 2))
+    folder.write()
+    for file in folder.folder("medium").glob("cells/*/*/summary.json"):
+        file.unlink()
+    page = page_of(folder.out)
+    assert "Size medium is not in the statistics of the ladder: no run has finished there." in page
+    assert "| difference at tiny | at small |" in page

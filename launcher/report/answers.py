@@ -1,0 +1,50 @@
+"""Answers to the questions of a study (`asks`), for its report and for that of a ladder of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headway.launcher.base.intervals import CONFIDENCE
+from headway.launcher.compare.analyse import StudyResult
+from headway.launcher.compare.findings import signed_interval
+from headway.launcher.compare.ladder.read import LadderStudy
+from headway.launcher.compare.questions import answer, answer_spread, parse_question
+from headway.launcher.report.page import Block, Table, Text
+
+NO_RUNS = "no finished runs"
+
+
+def answer_of(result: StudyResult, text: str) -> tuple[str, str]:
+    """(answer, the interval that gives it) of a question of the study."""
+    question = parse_question(text, baseline=result.baseline.name, variants=[v.name for v in result.variants])
+    if question.kind == "varies":
+        losses = {v.name: v.losses for v in result.variants}
+        return answer_spread(losses[question.variant], losses[question.other])
+    difference = result.comparison.differences.get(question.variant)
+    if difference is None:
+        return NO_RUNS, "-"
+    return answer(question, difference), signed_interval(difference)
+
+
+def ladder_answers(study: LadderStudy) -> Iterator[Block]:
+    """A table of the questions by size. No blocks without questions."""
+    asked = {s.name: s.study.record.get("asks") or [] for s in study.sizes if s.study is not None}
+    texts = dict.fromkeys(text for asks in asked.values() for text in asks)
+    if not texts:
+        return
+    rows = [("question, stated before the first run", *(s.name for s in study.sizes))]
+    for text in texts:
+        answers = []
+        for s in study.sizes:
+            if s.study is None or text not in asked[s.name]:
+                answers.append("not begun" if s.study is None else "not asked")
+                continue
+            said, shown = answer_of(s.study, text)
+            answers.append(said if shown == "-" else f"{said}: {shown}")
+        rows.append((text, *answers))
+    yield Table(rows, frozenset(range(len(rows[0]))))
+    yield Text(
+        "Each size answers by its own intervals, which hold for all its variants at once, but not for all sizes at "
+        f"once: if nothing differs at any of {len(study.sizes)} sizes, the chance that one of them claims a difference "
+        f"is up to {1 - CONFIDENCE ** len(study.sizes):.0%}. Not asked: a variant of the question is not trained there."
+    )
