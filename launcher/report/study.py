@@ -24,7 +24,7 @@ from headway.launcher.compare.questions import answer, answer_spread, parse_ques
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
-from headway.launcher.report.bounds import bound_blocks
+from headway.launcher.report.bounds import bound_blocks, recomputation
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.evaluations import evaluation_blocks, set_blocks
@@ -203,12 +203,13 @@ def _compared(result: StudyResult) -> Iterator[Block]:
             f"`{match['free']}` was solved in multiples of {match['multiple']} so that every variant has the "
             f"{quantity_words(match)} of {baseline}; residuals beyond {match['tolerance']:.2%} are refused. FLOPs are "
             "forward, per token; training costs three times as much. Useful: what the mathematics needs; executed: "
-            "what this implementation computes."
+            f"what this implementation computes.{recomputation(result.record)}"
         )
     else:
         yield Text(
             "Sizes are as written; nothing was matched. FLOPs are forward, per token; training costs "
             "three times as much. Useful: what the mathematics needs; executed: what this implementation computes."
+            f"{recomputation(result.record)}"
         )
     yield Table(list(matching_rows(result.record)))
     keys = [

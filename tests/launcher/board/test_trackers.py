@@ -4,6 +4,7 @@ import importlib.util
 import threading
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -302,3 +303,22 @@ def test_what_a_complete_run_did_not_send_is_sent_later(tmp_path, monkeypatch, c
     sink.failures = [OSError("https://me:hunter2-and-more@host refused")]
     with pytest.raises(HeadwayError, match=r"MLflow fails: https://me:\.\.\.@host refused; the records stay"):
         sending.send_all([run])
+
+
+@pytest.mark.parametrize(
+    ("uri", "error", "says"),
+    [
+        ("sqlite:///a/m.db", "table `metrics` already exists", "a/m.db: its tables are half made .*Delete a/m.db if"),
+        ("sqlite:////m.db?x=1", "no such column: runs.name", "^/m.db: its tables are half made"),
+        ("sqlite:///m.db", "database is locked", "^.sqlite3.OperationalError. database is locked"),
+        ("https://host", "no such table: runs", "^.sqlite3.OperationalError. no such table"),
+    ],
+)
+def test_a_database_of_mlflow_that_is_half_made_says_what_to_do(tmp_path, monkeypatch, uri, error, says):
+    def fails(*_: Any) -> None:
+        raise ValueError(f"(sqlite3.OperationalError) {error}\n[SQL: ...]")
+
+    monkeypatch.setattr(Mlflow, "_open", fails)
+    monkeypatch.setattr(mlflow, "FileLock", lambda path, timeout: nullcontext())
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        Mlflow(RunDir(tmp_path), MlflowConfig(uri=uri), per_layer=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ def test_an_alert_names_the_sets_that_other_datasets_train_on(
 
     monkeypatch.setattr(overlap, "overlap", shared)
     parts = [{"path": "a", "weight": 1}, {"path": "b", "weight": 1}, {"path": "c", "weight": 1, "remote": "/far/c"}]
-    source = MixSource.model_validate({"type": "mix", "sources": parts})
+    source = MixSource.model_validate_json(json.dumps({"type": "mix", "sources": parts}))
     datasets = [info("a"), info("b"), info("c")]
     sets = {"a": datasets[0], "b": datasets[1], "c": datasets[2], "news": info("news")}
     assert _overlaps(source, sets, datasets) == [{"set": "news", "dataset": "b", "compared": 40, "shared": 3}]
