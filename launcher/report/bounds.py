@@ -1,4 +1,4 @@
-"""Report section on the FLOPs of a larger model (`bounds` of a study)."""
+"""Report section on the FLOPs of a larger model (`bounds` of a study), and on its goal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from headway.launcher.base.text import short_number
+from headway.launcher.compare.findings import signed_interval
+from headway.launcher.compare.goal import AtSize, goal_words, largest_known
+from headway.launcher.compare.simultaneous import Simultaneous
 from headway.launcher.match.bounds import bound_rows
 from headway.launcher.match.matching import WORDS
-from headway.launcher.report.page import Block, Heading, Table, Text
+from headway.launcher.report.page import Block, Heading, Image, Table, Text
+from headway.launcher.report.plots.study import Plot
+from headway.launcher.report.recomputed import recomputation
 
 
-def bound_blocks(record: Mapping[str, Any], studies: Sequence[Mapping[str, Any]] = ()) -> Iterator[Block]:
-    """`record`: study.json or ladder.json; `studies`: study.json of each size. No blocks without `bounds`."""
+def bound_blocks(
+    record: Mapping[str, Any],
+    sizes: Sequence[tuple[str, Mapping[str, Simultaneous]]],
+    plot: Plot | None,
+    *,
+    studies: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[Block]:
+    """`record`: study.json or ladder.json. `sizes`: (name, variant -> difference) by increasing size. `studies`:
+    study.json of each size of a ladder. No blocks without `bounds`.
+    """
     bounds, match = record.get("bounds"), record.get("match")
     if not bounds:
         return
@@ -26,21 +39,26 @@ def bound_blocks(record: Mapping[str, Any], studies: Sequence[Mapping[str, Any]]
         f"per token of a sequence of {bounds['seq_len'][-1]:,}.{recomputation([record, *studies])}"
     )
     yield Table(list(bound_rows(bounds, match)))
+    if bounds.get("goal"):
+        yield from _goal(bounds, base, largest_known(sizes))
+    if plot is not None:
+        yield Image(plot)
 
 
-def recomputation(value: Any) -> str:
-    """A sentence, after a space, if a spec in `value` has layers whose backward pass is more than twice the forward."""
-    if not _has_delta(value):
-        return ""
-    return (
-        " Layers of `gated_delta` compute their states again in the backward pass: in training, their core executes up "
-        "to five times its forward FLOPs, not three times, which no number here counts."
+def _goal(bounds: Mapping[str, Any], base: str, found: Mapping[str, AtSize]) -> Iterator[Block]:
+    speeds = " and ".join(f"{ratio:g} times as fast at {int(n):,} tokens" for n, ratio in bounds["goal"].items())
+    yield Heading("The goal", 3)
+    yield Text(
+        f"A better loss than {base}, and {speeds}. Losses are those of the largest size at which the variant has an "
+        "interval. That a loss is not worse at these sizes does not mean that it is not worse at a larger one."
     )
-
-
-def _has_delta(value: Any, key: str = "") -> bool:
-    if isinstance(value, Mapping):
-        return any(_has_delta(item, str(name)) for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return any(_has_delta(item, key) for item in value)
-    return value == "gated_delta" and key.rpartition(".")[2] == "type"
+    several = len({at.size for at in found.values()}) > 1 or any(at.size for at in found.values())
+    rows = [("variant", *(["size"] if several else []), f"difference to {base}", "goal")]
+    for variant in bounds["variants"]:
+        if variant == base:
+            continue
+        at = found.get(variant)
+        size = [at.size if at else "-"] if several else []
+        difference = "not measured" if at is None else signed_interval(at.difference)
+        rows.append((variant, *size, difference, goal_words(bounds, variant, at)))
+    yield Table(rows, frozenset({0, len(rows[0]) - 1}))

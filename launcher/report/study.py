@@ -24,7 +24,7 @@ from headway.launcher.compare.questions import answer, answer_spread, parse_ques
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
-from headway.launcher.report.bounds import bound_blocks, recomputation
+from headway.launcher.report.bounds import bound_blocks
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
 from headway.launcher.report.evaluations import evaluation_blocks, set_blocks
@@ -32,6 +32,7 @@ from headway.launcher.report.heads import head_rows, router_and_head_blocks, rou
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
+from headway.launcher.report.recomputed import recomputation
 from headway.launcher.report.tables import cell_rows, curve_rows, p_text, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
 from headway.launcher.report.uptraining import uptraining_blocks
@@ -96,7 +97,7 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield from evaluation_blocks(result)
     yield from _speed(result)
     yield from effective_blocks(result, plots)
-    yield from bound_blocks(result.record)
+    yield from bound_blocks(result.record, [("", result.comparison.differences)], plots.get("bounds"))
     yield from tuning_blocks(tuning, plots)
     yield from router_and_head_blocks(result, plots)
     yield from context_blocks(result)
