@@ -206,19 +206,24 @@ class StudyConfig(StrictModel):
     def _check_names(self) -> None:
         """Raise ValueError if the name of a run would be longer than that of a spec may be, also of a trial."""
         budget = max(0 if budget == FULL else len(f".budget-{budget!r}") for budget in self.budgets)
-        for size, own in (self.sizes or {"": SizeConfig()}).items():
-            # What follows the study and the size, and the characters that follow the variant.
-            parts = [("", budget + _longest_seed(own.seeds or self.seeds))]
-            parts += [(f".{key}-{_A_VALUE}", _longest_seed(search.seeds)) for key, search in self.tune.items()]
-            for variant in own.variants or self.variants:
-                for trial, end in parts:
-                    name = f"{self.study}{size and f'.{size}'}{trial}.{variant}"
+        for part, variants, seeds in self._parts():
+            # What follows the study and the part, and the characters that follow the variant.
+            runs = [("", budget + _longest_seed(seeds))]
+            runs += [(f".{key}-{_A_VALUE}", _longest_seed(search.seeds)) for key, search in self.tune.items()]
+            for variant in variants:
+                for trial, end in runs:
+                    name = f"{self.study}{part and f'.{part}'}{trial}.{variant}"
                     if len(name) + end > LONGEST_NAME:
                         raise ValueError(
                             f"variants: {variant}: a run would have the name {name}.seed-..., of {len(name) + end} "
                             f"characters, and {LONGEST_NAME} are the most; use a shorter name of the study"
-                            f"{', of the size' if size else ''} or of the variant"
+                            f"{part and f', of {part}'} or of the variant"
                         )
+
+    def _parts(self) -> list[tuple[str, list[str], list[int]]]:
+        """(name, variants, seeds) of each study of which this one consists; the name of a single one is empty."""
+        sizes = self.sizes or {"": SizeConfig()}
+        return [(name, own.variants or [*self.variants], own.seeds or self.seeds) for name, own in sizes.items()]
 
     @property
     def is_ladder(self) -> bool:

@@ -6,6 +6,7 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import records
@@ -201,7 +202,8 @@ def test_a_dump_that_finds_no_space_is_reported_and_the_run_goes_on(tmp_path, mo
     def full(*_args, **_named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder, of_run = tmp_path / "skipped", (OneRank(), OneRank(), OneRank())
+    one: Any = OneRank()
+    folder, of_run = tmp_path / "skipped", (one, one, one)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "mkdir", full)
         dump(folder, 3, "hash", *of_run)
