@@ -446,10 +446,7 @@ class AttentionConfig(AttentionSection):
 
     @abstractmethod
     def shards(self) -> dict[str, Shard]:
-        """Sharding declaration: name of a parameter or buffer (as in the module) -> shard. Others are replicated.
-
-        Buffers of routers are sharded with the router's parameters and are not named.
-        """
+        """Sharding declaration: name of a parameter or buffer, as in the module -> shard. Others are replicated."""
         raise NotImplementedError
 
 

@@ -99,7 +99,8 @@ class Background:
             unfinished = self._thread.is_alive()
         if lost or unfinished:
             what = f"{lost} records were not written" if lost else "its end was not written"
-            self._say(f"{self.name.upper()} IS NOT COMPLETE: {what}; {self.mend}{self._later}")
+            later = "" if self._lost else self._later  # what was dropped is before records that the service has
+            self._say(f"{self.name.upper()} IS NOT COMPLETE: {what}; {self.mend}{later}")
 
     def _run(self) -> None:
         sink: Shown | None = None
