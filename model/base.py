@@ -446,7 +446,7 @@ class AttentionConfig(AttentionSection):
 
     @abstractmethod
     def shards(self) -> dict[str, Shard]:
-        """Sharding declaration: parameter name (as in the module) -> shard. Other parameters are replicated."""
+        """Sharding declaration: name of a parameter or buffer, as in the module -> shard. Others are replicated."""
         raise NotImplementedError
 
 

@@ -13,19 +13,26 @@ from headway.model.router import Router
 
 @torch.no_grad()
 def cut(module: nn.Module, shards: Mapping[str, Shard], ranks: Ranks) -> None:
-    """Replace each parameter named in `shards` by this rank's shard. The full parameter is freed."""
+    """Replace each parameter or buffer named in `shards` by this rank's shard. The full tensor is freed."""
     if ranks.count == 1:
         return
     for name, shard in shards.items():
         owner, _, own_name = name.rpartition(".")
-        whole = module.get_parameter(name)
+        holder = module.get_submodule(owner)
+        whole = getattr(holder, own_name)
         assert shard.units % ranks.count == 0 and whole.shape[shard.dim] % shard.units == 0, (name, shard)
         part = whole.chunk(ranks.count, shard.dim)[ranks.index].clone(memory_format=torch.contiguous_format)
-        module.get_submodule(owner).register_parameter(own_name, nn.Parameter(part))
+        if isinstance(whole, nn.Parameter):
+            holder.register_parameter(own_name, nn.Parameter(part))
+        else:
+            setattr(holder, own_name, part)  # stays a buffer, persistent or not
 
 
 def cut_attention(attention: Attention, shards: Mapping[str, Shard], ranks: Ranks) -> None:
-    """Shard an attention module: its parameters (`cut`) and the buffers of its routers. Sets `ranks` on all of them."""
+    """Shard an attention module: what `shards` names (`cut`), and the buffers of its routers, which it need not name.
+
+    Sets `ranks` on the module and on these routers. Every other buffer is replicated.
+    """
     if ranks.count == 1:
         return
     cut(attention, shards, ranks)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.loss import IGNORED
-from headway.model.base import Attention, Ranks
+from headway.model.base import Attention
 from headway.model.decoder import Block, ByToken
 from headway.model.dropout import Dropout
+from headway.model.router import Router
 from headway.model.seq2seq.build import Model
 from headway.parallel.fault_points import passing, watch
 from headway.parallel.layout import Layout
@@ -364,15 +365,21 @@ class Engine(ABC):
         """Set parameters, fp32 master weights, moments (keys as in `read_spans`) and Adam's step counters."""
 
     def buffers(self) -> dict[str, LogicalBuffer]:
-        """Persistent buffers (router biases) of this rank's layers, by single-device name."""
+        """Persistent buffers (router biases) of this rank's layers, by single-device name.
+
+        Those of routers are sharded with the router, others as the mechanism declares.
+        """
         found: dict[str, LogicalBuffer] = {}
-        for index, layer in self.attention_layers.items():
+        for index, block in self.blocks.items():
+            layer = block.attn
             names = set(layer.state_dict(keep_vars=True))
             for name, buffer in layer.named_buffers():
                 if name in names:
                     owner = layer.get_submodule(name.rpartition(".")[0])
-                    is_cut = getattr(owner, "ranks", Ranks()).count > 1
-                    found[f"blocks.{index}.attn.{name}"] = LogicalBuffer(buffer, 0 if is_cut else None)
+                    shard = block.shards.get(f"attn.{name}") if layer.ranks.count > 1 else None
+                    in_router = isinstance(owner, Router) and owner.ranks.count > 1
+                    dim = 0 if in_router else None if shard is None else shard.dim
+                    found[f"blocks.{index}.attn.{name}"] = LogicalBuffer(buffer, dim)
         return found
 
     def adam_steps(self) -> set[int]:

@@ -30,13 +30,15 @@ def board(
     rebuild_files: bool,
     serve: bool,
     per_layer: bool | None = None,
+    send: bool = False,
 ) -> int:
     """Serve TensorBoard for the runs at or below each of `paths` until a signal arrives. Returns 0.
 
     `port`: None selects 6006 or the next free port, 0 any free port. A `host` other than this machine requires
     `expose`. `rebuild_files`: first rebuild the event files of each run from metrics.jsonl; `per_layer`: with the
-    scalars of each layer (None: as the spec of the run says). `serve` False starts no server. Raises NoInputError if
-    there is no run, SpecError for an invalid address or a run that is being trained.
+    scalars of each layer (None: as the spec of the run says). `send`: send W&B and MLflow what they lack of complete
+    runs. `serve` False starts no server. Raises NoInputError if there is no run, SpecError for an invalid address or a
+    run that is being trained.
     """
     address = _address(host, expose)
     if port is not None and not 0 <= port <= 65535:
@@ -57,6 +59,10 @@ def board(
             "with tracking.tensorboard=false, `--rebuild` creates the files from metrics.jsonl",
             flush=True,
         )
+    if send:
+        from headway.launcher.board.trackers.sending import send_all
+
+        send_all(runs)
     if serve:
         with log_folder(paths) as folder:
             _serve(folder, address, port)

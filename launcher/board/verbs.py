@@ -15,6 +15,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-layer", action="store_true", help="with --rebuild: show routers and heads of each layer too"
     )
+    parser.add_argument(
+        "--send", action="store_true", help="send W&B and MLflow the records that they lack of complete runs, and exit"
+    )
     parser.add_argument("--no-server", action="store_true", help="exit after --rebuild; do not start the server")
     parser.add_argument(
         "--port",
@@ -40,7 +43,8 @@ def _board(args: argparse.Namespace) -> int:
         **options,
         rebuild_files=args.rebuild,
         per_layer=args.per_layer or None,
-        serve=not args.no_server,
+        serve=not (args.no_server or args.send),
+        send=args.send,
     )
 
 
@@ -48,7 +52,11 @@ VERBS = (
     Verb(
         name="board",
         help="serve TensorBoard for runs and studies, on this machine only",
-        examples=("headway board runs/quickstart", "headway board runs/quickstart --rebuild --no-server"),
+        examples=(
+            "headway board runs/quickstart",
+            "headway board runs/quickstart --rebuild --no-server",
+            "headway board runs/quickstart --send",
+        ),
         arguments=_arguments,
         run=_board,
         order=75,

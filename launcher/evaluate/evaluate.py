@@ -21,6 +21,9 @@ from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.run.machine import machine, versions
 from headway.launcher.run.run_dir import RunDir, read_mapping, write_json
 
+_OF_BYTES = {"/loss": "/bits_per_byte", "/acc": "/gold_bits_per_byte"}
+"""Measure -> the one beside it that is left out if the tokenizer loses text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -159,9 +162,14 @@ def _name(task: str) -> str:
 
 
 def _keep(file: Path, result: dict[str, Any]) -> None:
-    """Write a result; measures of other names that the file has of the same model stay."""
+    """Write a result; measures of other names that the file has of the same model stay.
+
+    Bits per byte do not stay if what they were measured with is measured again without them.
+    """
     before = read_mapping(file)
     names = {measure["name"] for measure in result["measures"]}
+    for measure, of_bytes in _OF_BYTES.items():
+        names |= {name.removesuffix(measure) + of_bytes for name in names if name.endswith(measure)}
     if before.get("format") == FORMAT and before.get("model") == result["model"]:
         others = [measure for measure in before["measures"] if measure["name"] not in names]
         result = {**result, "measures": sorted([*others, *result["measures"]], key=lambda m: m["name"])}

@@ -49,12 +49,16 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Summaries:
-    """What to continue and how. `fields`: those of prompt and target in files. `texts`: file for what was generated."""
+    """What to continue and how. `fields`: those of prompt and target in files. `texts`: file for what was generated.
+
+    `separator`: text between prompt and target of files; None: that of the model's own pairs.
+    """
 
     sources: tuple[TextSource, ...]
     how: Search
     fields: tuple[str, str]
     texts: Path | None = None
+    separator: str | None = None
 
     def check(self) -> None:
         """Raises SpecError if the package or pairs are missing, NoInputError without the file."""
@@ -62,6 +66,8 @@ class Summaries:
             raise SpecError("--texts-out: there is nothing to generate; name pairs with --summaries, or leave it out")
         if self.sources and importlib.util.find_spec("rouge_score") is None:
             raise SpecError(f"--summaries: needs the package rouge-score; {INSTALL}")
+        if self.separator is not None and all(_is_dataset(source.path) for source in self.sources):
+            raise SpecError("--separator: is for files of --summaries; a dataset of pairs has its own, so leave it out")
         for source in self.sources:
             if not source.path.exists():
                 raise NoInputError(
@@ -78,7 +84,7 @@ def evaluate_summaries(
     Raises SpecError if the model knows no text or the new tokens do not fit it, DataError if a dataset has texts
     instead of pairs or another tokenizer.
     """
-    pairs, separator = read_pairs(model, source, asked.fields, limit)
+    pairs, separator = read_pairs(model, source, asked.fields, limit, text=asked.separator)
     prompts, sources = _prompts(model, pairs, separator, asked.how)
     room = (
         f"the encoder reads at most {model.source_limit} tokens, as in training"
@@ -101,20 +107,45 @@ def evaluate_summaries(
     return [*(replace(m, digest=digest.hexdigest()) for m in measures), _loss(model, source, pairs, separator)]
 
 
-def read_pairs(model: Opened, source: TextSource, fields: tuple[str, str], limit: int | None) -> tuple[list[Pair], int]:
-    """(the first `limit` pairs of a source, tokens of the separator). Raises as `evaluate_summaries` does."""
+def read_pairs(
+    model: Opened, source: TextSource, fields: tuple[str, str], limit: int | None, *, text: str | None = None
+) -> tuple[list[Pair], int]:
+    """(the first `limit` pairs of a source, tokens of the separator). Raises as `evaluate_summaries` does.
+
+    `text`: the separator of files.
+    """
     codec = model.codec
     if codec.tokenizer is None or codec.eos_id is None:
         raise SpecError(
             f"--summaries {source.path}: this model knows token ids, not text (synthetic data, or weights without a "
             "tokenizer); train it on text"
         )
-    is_dataset = (source.path / MANIFEST_NAME).is_file()
-    found, separator = _of_dataset(model, source.path) if is_dataset else _of_files(model, source.path, fields)
+    if _is_dataset(source.path):
+        found, separator = _of_dataset(model, source.path)
+    else:
+        found, separator = _of_files(model, source.path, fields, _separator(model, source) if text is None else text)
     pairs = [*islice(found, limit)]
     if not pairs:
         raise DataError(f"{source.path}: has no pair; name another file or dataset")
     return pairs, separator
+
+
+def _is_dataset(path: Path) -> bool:
+    return (path / MANIFEST_NAME).is_file()
+
+
+def _separator(model: Opened, source: TextSource) -> str:
+    """That of the model's own pairs, or the default one, with a note if nothing says which one training had."""
+    own = model.data
+    if own is not None and isinstance(own.source, PairsSource):
+        known = read_manifest(Path(own.source.path).expanduser()).pairs
+        return SEPARATOR if known is None else known.separator
+    if own is None and not model.is_encoder_decoder:
+        console.note(
+            f"note: {source.name}: weights do not say which separator their prompts had in training, so prompts end "
+            f"with the default one, {SEPARATOR!r}; if training had another one, give it with --separator"
+        )
+    return SEPARATOR
 
 
 def _of_dataset(model: Opened, root: Path) -> tuple[Iterator[Pair], int]:
@@ -138,16 +169,12 @@ def _of_dataset(model: Opened, root: Path) -> tuple[Iterator[Pair], int]:
     return pairs(), len(manifest.pairs.separator_ids)
 
 
-def _of_files(model: Opened, path: Path, fields: tuple[str, str]) -> tuple[Iterator[Pair], int]:
+def _of_files(model: Opened, path: Path, fields: tuple[str, str], text: str) -> tuple[Iterator[Pair], int]:
     from headway.data.corpus.pairs import row_pairs
     from headway.data.corpus.read import find_files
 
-    codec, own = model.codec, model.data
+    codec = model.codec
     assert codec.tokenizer is not None and codec.eos_id is not None
-    text = SEPARATOR
-    if own is not None and isinstance(own.source, PairsSource):
-        known = read_manifest(Path(own.source.path).expanduser()).pairs
-        text = SEPARATOR if known is None else known.separator
     corpus = PairsCorpus(type="pairs", paths=[str(path)], prompt=fields[0], target=fields[1], separator=text)
     (separator,), encode, eos_id = codec.tokenizer.encode([text]), codec.tokenizer.encode, codec.eos_id
     files = find_files(corpus)

@@ -22,6 +22,12 @@ def _fields(text: str) -> tuple[str, str]:
     return words[0], words[1]
 
 
+def _separator(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a text, such as $'\\n\\nSummary:\\n' in bash")
+    return text
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", type=Path, metavar="RUN|EXPORT|STUDY", help="folder of a run, of weights, or of a study"
@@ -69,6 +75,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=("prompt", "target"),
         metavar="PROMPT,TARGET",
         help="fields of a file of --summaries (default: prompt,target)",
+    )
+    parser.add_argument(
+        "--separator",
+        type=_separator,
+        default=None,
+        metavar="TEXT",
+        help="text between prompt and target of a file of --summaries (default: that of the pairs of the run)",
     )
     parser.add_argument(
         "--new-tokens",
@@ -120,6 +133,7 @@ def _eval(args: argparse.Namespace) -> int:
             how=Search(tokens=args.new_tokens, beams=args.beams, length_penalty=args.length_penalty),
             fields=args.fields,
             texts=args.texts_out,
+            separator=args.separator,
         ),
         limit=args.limit,
     )

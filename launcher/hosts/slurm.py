@@ -149,9 +149,19 @@ def follow_up_script(
 def header(
     launch: LaunchConfig, *, name: str, log: Path, folder: Path, more: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Options of sbatch for a job on the hosts of a run. Raises SpecError for a path that sbatch would misread."""
+    """Options of sbatch for a job on the hosts of a run.
+
+    Raises SpecError for a path that sbatch would misread, and for a warning that is too late to stop.
+    """
     _refuse_paths(log, folder)
     slurm = launch.slurm
+    if slurm.warn_s <= launch.stop_s:
+        raise SpecError(
+            f"launch.slurm.warn_s: {slurm.warn_s} s before its time limit the job is told to stop, and its ranks have "
+            f"{launch.stop_s} s to finish their step and save (launch.stop_s), so Slurm would kill it before it has "
+            f"saved and is requeued; use a launch.slurm.warn_s above {launch.stop_s}, such as {launch.stop_s + 60}, or "
+            f"a launch.stop_s below {slurm.warn_s}"
+        )
     options = {
         "job-name": name,
         "nodes": launch.hosts,

@@ -6,16 +6,20 @@ the encoder reads the first tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from headway.data.config import DataConfig, PairsSource, SyntheticSource
+from headway.data.config import DataConfig, MixSource, PairsSource, SyntheticSource
 from headway.data.loader import IGNORED
 from headway.data.manifest import MANIFEST_NAME, read_manifest
+from headway.data.mixture import validation_shares
+from headway.launcher.base import console
 from headway.launcher.base.errors import NoInputError, SpecError
+from headway.launcher.evaluate.scorer import Row
 from headway.launcher.evaluate.texts import TextSource, documents_of, own_sources
 from headway.launcher.exchange.opened import Opened
 from headway.launcher.exchange.steps import padded
@@ -84,7 +88,10 @@ class Sample:
 
 
 def own_sample(model: Opened, text: TextSource | None, *, sequences: int, length: int) -> Sample:
-    """The beginnings of documents of `text`, or of the run's own validation. Raises NoInputError without either."""
+    """The beginnings of documents of `text`, or of the run's own validation. Raises NoInputError without either.
+
+    The validation of a mixture has documents of every dataset, by the weights of its first stage, and at least one.
+    """
     if model.is_encoder_decoder:
         return _of_encoder_decoder(model, text, sequences=sequences, length=min(length, model.target_limit))
     data = model.data
@@ -93,7 +100,14 @@ def own_sample(model: Opened, text: TextSource | None, *, sequences: int, length
     own = own_sources(data) if text is None and data is not None else []
     if text is None and not own:
         raise NoInputError("--text: weights name no data; name a text, a .jsonl or .parquet file, or a dataset")
-    return _documents(model, text or own[0], sequences=sequences, length=min(length, model.seq_len))
+    parts = [(text or own[0], sequences)]
+    if text is None and data is not None and isinstance(data.source, MixSource):
+        weights = data.source.weights
+        shares = validation_shares([sequences] * len(weights), weights, wanted=sequences)
+        parts = [*zip(own[: len(weights)], shares, strict=True)]
+        told = ", ".join(f"{share} of {source.name}" for source, share in parts)
+        console.note(f"note: inspected are the first validation documents of the mixture: {told}")
+    return _documents(model, parts, length=min(length, model.seq_len))
 
 
 def _sequences(data: DataConfig, sequences: int) -> Sample:
@@ -154,16 +168,21 @@ def _pairs(model: Opened, text: TextSource, *, sequences: int, length: int) -> S
     return Sample(tokens=tokens, labels=labels, source=source, source_segments=segments, unit="pairs")
 
 
-def _documents(model: Opened, source: TextSource, *, sequences: int, length: int) -> Sample:
-    """The first `length` tokens of each document. Of pairs, only tokens of targets are predicted, as in training."""
+def _documents(model: Opened, parts: Sequence[tuple[TextSource, int]], *, length: int) -> Sample:
+    """The first `length` tokens of each document. Of pairs, only tokens of targets are predicted, as in training.
+
+    `parts`: sources, and how many of their documents are read at most.
+    """
     import torch
 
-    fit = (row for row, _ in documents_of(model, source) if len(row.ids) > 2 and row.first <= length)
-    rows = [*islice(fit, sequences)]
+    rows: list[Row] = []
+    for source, most in parts:
+        fit = (row for row, _ in documents_of(model, source) if len(row.ids) > 2 and row.first <= length)
+        rows += islice(fit, most)
     if not rows:
         raise NoInputError(
-            f"{source.path}: has no document of two tokens, or no pair with tokens of its target within {length}; use "
-            "more --tokens, or name another --text"
+            f"{parts[0][0].path}: has no document of two tokens, or no pair with tokens of its target within {length}; "
+            "use more --tokens, or name another --text"
         )
     size = max(min(length, len(row.ids) - 1) for row in rows)
     tokens, labels = torch.zeros(len(rows), size, dtype=torch.int64), torch.full((len(rows), size), IGNORED)

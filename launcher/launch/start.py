@@ -101,6 +101,12 @@ def train(path: Path, overrides: Sequence[str], *, node_rank: int | None = None,
     return code
 
 
+def _say_complete(run: RunDir, spec: Spec) -> None:
+    print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+    if names := " and ".join(service.name for service in spec.tracking.services):
+        print(f"`headway board {run.path} --send` sends {names} what it lacks of the run")
+
+
 def _say_refusals(spec: Spec, *, device: bool = True) -> None:
     """Say in a dry run what a start on this machine would refuse: a plan for another machine is still printed."""
     for check in (check_device, _find_data) if device else (_find_data,):
@@ -169,7 +175,7 @@ def _as_job(spec: Spec, run: RunDir, arguments: Sequence[str], *, dry_run: bool)
     forwarded(spec, os.environ)
     run.refuse_foreign()
     if run.is_complete():
-        print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+        _say_complete(run, spec)
         return 0
     _, info = resolve(spec)  # a job that cannot start would be noticed only after its time in the queue
     check_same_data(run, info)
@@ -189,7 +195,7 @@ def _on_first_host(spec: Spec, run: RunDir, names: Sequence[str] | None, *, auto
         spec = settle(run, spec) if auto else spec
         run.adopt(spec)
         if run.is_complete():
-            print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+            _say_complete(run, spec)
             return 0
         begin = spec.init.start_step
         newest = next(map(step_of, steps_on_disk(run.checkpoints)), begin)
@@ -242,7 +248,7 @@ def _until_done(run: RunDir, spec: Spec, start: Callable[[Restarts], int]) -> in
 def _on_another_host(spec: Spec, run: RunDir, host: int) -> int:
     """Train together with the first host, which holds the locks of the run folder."""
     if run.is_complete():
-        print(f"{run.path}: already complete; nothing to do (delete the folder to train anew)")
+        _say_complete(run, spec)
         return 0
     spec, info = resolve(spec)
     return _until_done(run, spec, lambda budget: _with_others(spec, run, host, info, {}, budget))

@@ -13,13 +13,18 @@ from headway.launcher.match.bounds import bound_rows
 from headway.launcher.match.matching import WORDS
 from headway.launcher.report.page import Block, Heading, Image, Table, Text
 from headway.launcher.report.plots.study import Plot
+from headway.launcher.report.recomputed import recomputation
 
 
 def bound_blocks(
-    record: Mapping[str, Any], sizes: Sequence[tuple[str, Mapping[str, Simultaneous]]], plot: Plot | None
+    record: Mapping[str, Any],
+    sizes: Sequence[tuple[str, Mapping[str, Simultaneous]]],
+    plot: Plot | None,
+    *,
+    studies: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Block]:
-    """`record`: study.json or ladder.json. `sizes`: (name, variant -> difference) by increasing size. No blocks without
-    `bounds`.
+    """`record`: study.json or ladder.json. `sizes`: (name, variant -> difference) by increasing size. `studies`:
+    study.json of each size of a ladder. No blocks without `bounds`.
     """
     bounds, match = record.get("bounds"), record.get("match")
     if not bounds:
@@ -31,7 +36,7 @@ def bound_blocks(
         f"Counted, not measured: FLOPs per token of {base} over those of the variant, in the model of "
         f"`{bounds['spec']}`, {equal}. A variant trains that many times as fast if every FLOP takes the same time. "
         "Kernels that reach a smaller share of the machine's peak than the baseline's are slower than that. KV bytes: "
-        f"per token of a sequence of {bounds['seq_len'][-1]:,}."
+        f"per token of a sequence of {bounds['seq_len'][-1]:,}.{recomputation([record, *studies])}"
     )
     yield Table(list(bound_rows(bounds, match)))
     if bounds.get("goal"):

@@ -72,7 +72,8 @@ def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterato
     yield from speed_up_blocks(study)
     yield from law_blocks(study)
     yield from prediction_blocks(study)
-    yield from bound_blocks(study.record, study.differences(), plots.get("bounds"))
+    studies = [size.study.record for size in study.sizes if size.study is not None]
+    yield from bound_blocks(study.record, study.differences(), plots.get("bounds"), studies=studies)
     yield from tuning_blocks(study.tuning, plots)
     yield from _sizes(study, page)
     yield from _provenance(study)

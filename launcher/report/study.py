@@ -32,6 +32,7 @@ from headway.launcher.report.heads import head_rows, router_and_head_blocks, rou
 from headway.launcher.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from headway.launcher.report.plots.study import Plot, draw_all, flop_ratio
 from headway.launcher.report.plots.style import styles
+from headway.launcher.report.recomputed import recomputation
 from headway.launcher.report.tables import cell_rows, curve_rows, p_text, write_csv, write_text
 from headway.launcher.report.tuning import tuning_blocks
 from headway.launcher.report.uptraining import uptraining_blocks
@@ -193,12 +194,13 @@ def _compared(result: StudyResult) -> Iterator[Block]:
             f"`{match['free']}` was solved in multiples of {match['multiple']} so that every variant has the "
             f"{quantity_words(match)} of {baseline}; residuals beyond {match['tolerance']:.2%} are refused. FLOPs are "
             "forward, per token; training costs three times as much. Useful: what the mathematics needs; executed: "
-            "what this implementation computes."
+            f"what this implementation computes.{recomputation(result.record)}"
         )
     else:
         yield Text(
             "Sizes are as written; nothing was matched. FLOPs are forward, per token; training costs "
             "three times as much. Useful: what the mathematics needs; executed: what this implementation computes."
+            f"{recomputation(result.record)}"
         )
     yield Table(list(matching_rows(result.record)))
     keys = [

@@ -45,6 +45,7 @@ def run_card(spec: Spec, info: dict[str, Any]) -> dict[str, Any]:
         "lossy_documents": info.get("lossy_documents", 0),
         **({"pairs": pairs} if (pairs := info.get("pairs")) else {}),
         **({"validation_sets": sets} if (sets := info.get("validation_sets")) else {}),
+        **({"validation_overlap": shared} if (shared := info.get("validation_overlap")) else {}),
         "cost": {
             "num_params": cost.num_params,
             "params_by_part": cost.params_by_part,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from headway.data.config import DataError, MdsSource, MixSource, PairsSource, SyntheticSource
+from headway.data.config import DataError, Datasets, MdsSource, MixSource, PairsSource, SyntheticSource, datasets_of
 from headway.launcher.base import console
 from headway.launcher.base.errors import SpecError
 from headway.launcher.run.run_dir import RunDir, read_mapping
@@ -41,8 +41,13 @@ def resolve(spec: Spec) -> tuple[Spec, dict[str, Any]]:
             "unigram_entropy_nats": found.unigram_entropy_nats,
             "validation_bytes_per_token": found.validation_bytes_per_token,
             "lossy_documents": found.lossy_documents,
-            "validation_sets": _validation_sets(spec, datasets),
         }
+        sets = _validation_sets(spec, datasets)
+        info["validation_sets"] = {
+            name: {"fingerprint": one.fingerprint, "bytes_per_token": one.validation_bytes_per_token}
+            for name, one in sets.items()
+        }
+        info["validation_overlap"] = _overlaps(source, sets, datasets)
         if isinstance(source, PairsSource):
             info |= _pairs(spec)
     size = spec.model.vocab_size
@@ -92,8 +97,8 @@ def _pairs(spec: Spec) -> dict[str, Any]:
     return {"pairs": found, "train_tokens": found["train"]["sequences"] * spec.data.seq_len}
 
 
-def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, dict[str, Any]]:
-    """Name -> facts of the dataset of each validation set: those of a mixture, and those of `data.validation`."""
+def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, DatasetInfo]:
+    """Name -> the dataset of each validation set: those of a mixture, and those of `data.validation`."""
     from headway.data.verify import check_same_tokenizer, verify
 
     source = spec.data.source
@@ -109,10 +114,32 @@ def _validation_sets(spec: Spec, datasets: Sequence[DatasetInfo]) -> dict[str, d
         if "pairs" in info.manifest and not spec.data.document_mask:
             raise DataError(f"data.validation.{name}: {path} is a dataset of pairs; it needs data.document_mask: true")
         found[name] = info
-    return {
-        name: {"fingerprint": info.fingerprint, "bytes_per_token": info.validation_bytes_per_token}
-        for name, info in found.items()
-    }
+    return found
+
+
+def _overlaps(source: Datasets, sets: dict[str, DatasetInfo], datasets: Sequence[DatasetInfo]) -> list[dict[str, Any]]:
+    """Validation sets with documents that another dataset of the run trains on, which an alert names."""
+    from headway.data.overlap import overlap
+
+    parts = zip(datasets_of(source), datasets, strict=True)
+    remote = [info for part, info in parts if part.remote is not None]
+    told: list[dict[str, Any]] = []
+    for name, info in sets.items():
+        for other in datasets:
+            if info in remote or other in remote:
+                continue
+            if info.fingerprint == other.fingerprint:  # a build holds its own splits apart
+                continue
+            found = overlap(info.path, other.path)
+            if not found.shared:
+                continue
+            told.append({"set": name, "dataset": str(other.path), "compared": found.compared, "shared": found.shared})
+            console.alert(
+                f"VALIDATION IS TRAINED ON: {found.shared:,} of {found.compared:,} compared validation documents of "
+                f"{name} ({info.path}) are also in the training split of {other.path}, so its loss counts what is "
+                "learned by heart. Build one of them without these documents (docs/data.md, Validation sets)"
+            )
+    return told
 
 
 def check_same_data(run: RunDir, info: dict[str, Any]) -> None:

@@ -118,10 +118,14 @@ class TrainConfig(StrictModel):
     validation_tokens: int = Field(default=65_536, gt=0, description="tokens of each validation; always the same ones")
 
 
+LONGEST_NAME = 128
+"""Characters of the name of a run."""
+
+
 class Sections(StrictModel):
     """All sections of one run. `headway.launcher.spec.spec.Spec` adds the rules between them."""
 
-    name: str = Field(default="run", max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", max_length=LONGEST_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str | None = Field(default=None, description="folder of the run; default runs/NAME")
     seed: int = Field(default=1, ge=0, lt=1 << 63, description="initial parameters (data.seed orders the data)")
     model: ModelConfig

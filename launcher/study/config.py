@@ -16,6 +16,7 @@ from headway.launcher.compare.questions import parse_question
 from headway.launcher.match.bounds import BoundsConfig
 from headway.launcher.match.matching import MatchConfig
 from headway.launcher.spec.load import load_spec
+from headway.launcher.spec.sections import LONGEST_NAME
 from headway.launcher.spec.yamlio import Node
 from headway.launcher.study.sizes import (
     SizeConfig,
@@ -44,6 +45,14 @@ SET_BY_STUDY = {
     "data.seed": "use `seeds` of the study instead: pairing needs the same data order in every variant",
 }
 """Spec keys that the study sets for every cell -> advice for a user who wants to set one."""
+
+
+_A_VALUE = "1.23457e-05"
+"""A tuned value as long as any is in the name of a trial."""
+
+
+def _longest_seed(seeds: list[int]) -> int:
+    return max(len(f".seed-{seed}") for seed in seeds)
 
 
 def _flat_changes(value: Any) -> Any:
@@ -190,9 +199,31 @@ class StudyConfig(StrictModel):
         elsewhere |= {"train.tokens": "`tokens_per_param`"} if self.tokens_per_param is not None else {}
         elsewhere |= {self.match.free: "`match`"} if self.match else {}
         check_tune(self.tune, sizes=self.sizes, seeds=self.seeds, set_elsewhere=elsewhere)
-
+        self._check_names()
         if self.bounds is not None and self.match is not None and self.match.quantity == "wall_clock":
             raise ValueError("bounds: sizes of a larger model cannot be matched by time here; match params or flops")
+
+    def _check_names(self) -> None:
+        """Raise ValueError if the name of a run would be longer than that of a spec may be, also of a trial."""
+        budget = max(0 if budget == FULL else len(f".budget-{budget!r}") for budget in self.budgets)
+        for part, variants, seeds in self._parts():
+            # What follows the study and the part, and the characters that follow the variant.
+            runs = [("", budget + _longest_seed(seeds))]
+            runs += [(f".{key}-{_A_VALUE}", _longest_seed(search.seeds)) for key, search in self.tune.items()]
+            for variant in variants:
+                for trial, end in runs:
+                    name = f"{self.study}{part and f'.{part}'}{trial}.{variant}"
+                    if len(name) + end > LONGEST_NAME:
+                        raise ValueError(
+                            f"variants: {variant}: a run would have the name {name}.seed-..., of {len(name) + end} "
+                            f"characters, and {LONGEST_NAME} are the most; use a shorter name of the study"
+                            f"{part and f', of {part}'} or of the variant"
+                        )
+
+    def _parts(self) -> list[tuple[str, list[str], list[int]]]:
+        """(name, variants, seeds) of each study of which this one consists; the name of a single one is empty."""
+        sizes = self.sizes or {"": SizeConfig()}
+        return [(name, own.variants or [*self.variants], own.seeds or self.seeds) for name, own in sizes.items()]
 
     @property
     def is_ladder(self) -> bool:

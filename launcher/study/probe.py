@@ -1,4 +1,4 @@
-"""`headway probe run | report`: train the same variants on several synthetic tasks, with one table of all results.
+"""`headway probe run | status | report`: train the same variants on several synthetic tasks, with one table of all.
 
 Every task is a study in its own folder (`OUT/TASK`), with all features of a study: matched sizes, paired seeds,
 resuming, a report. `probe.json` in `OUT` lists the tasks.
@@ -16,6 +16,7 @@ from headway.launcher.base.errors import PREEMPTED, SpecError
 from headway.launcher.match.measured import Measurements
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.study.cluster.submit import Arrays, Cluster, QueuedError, say_queued, with_method
+from headway.launcher.study.cluster.submitted import cells_in_queue
 from headway.launcher.study.plan import StudyPlan, check_arguments, plan_study, variant_spec
 from headway.launcher.study.probe_config import Probe, load_probe
 from headway.launcher.study.run import (
@@ -28,6 +29,7 @@ from headway.launcher.study.run import (
     refuse_changed,
     refuse_foreign,
     refuse_queued,
+    status_text,
     train_plans,
 )
 from headway.launcher.study.sizes import overlap
@@ -94,6 +96,21 @@ def run_probe(
         return code
     _conclude(probe, out)
     return code
+
+
+def status_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:
+    """Print one line for each cell of every task. Arguments and exit status as for `study.run.status_study`."""
+    probe = load_probe(Path(path))
+    queue, note = cells_in_queue(probe.whole.out)
+    if console.wants_json():
+        tasks = {task: status_record(study, queue) for task, study in probe.tasks.items()}
+        console.emit({"out": str(probe.whole.out), "tasks": tasks, **({"note": note} if note else {})})
+        return 0
+    for task, study in probe.tasks.items():
+        console.result(f"task {task}\n{status_text(study, queue)}")
+    if note:
+        console.result(f"note: {note}")
+    return 0
 
 
 def report_probe(path: Path | str, overrides: Sequence[str] = ()) -> int:

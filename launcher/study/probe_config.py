@@ -35,6 +35,9 @@ class ProbeConfig(StudyConfig):
                 self._check_key(name, key)
         return self
 
+    def _parts(self) -> list[tuple[str, list[str], list[int]]]:
+        return [(task, [*self.variants], self.seeds) for task in self.tasks]
+
     def _check_key(self, task: str, key: str) -> None:
         if self.match and overlap(key, self.match.free):
             raise ValueError(

@@ -139,7 +139,7 @@ def status_study(path: Path | str, overrides: Sequence[str] = ()) -> int:
     if console.wants_json():
         console.emit(status_record(study, *cells_in_queue(study.out)))
     else:
-        console.result(_status_text(study, *cells_in_queue(study.out)))
+        console.result(status_text(study, *cells_in_queue(study.out)))
     return 0
 
 
@@ -292,10 +292,11 @@ def design_record(plan: StudyPlan) -> dict[str, Any]:
 
 def _say_status(study: Study) -> None:
     if not console.quiet():
-        console.say(_status_text(study))
+        console.say(status_text(study))
 
 
-def _status_text(study: Study, queue: Queue | None = None, note: str = "") -> str:
+def status_text(study: Study, queue: Queue | None = None, note: str = "") -> str:
+    """The status as a table, with notes below it."""
     text = coloured(table(status_rows(study, queue)), sys.stdout)
     text += f"\nnote: {note}" if note else ""
     if gone := left(study):

@@ -152,6 +152,12 @@ def _run_probe(args: argparse.Namespace) -> int:
     return run_probe(args.spec, args.overrides, **_run_options(args))
 
 
+def _status_probe(args: argparse.Namespace) -> int:
+    from headway.launcher.study.probe import status_probe
+
+    return status_probe(args.spec, args.overrides)
+
+
 def _report_probe(args: argparse.Namespace) -> int:
     from headway.launcher.study.probe import report_probe
 
@@ -275,6 +281,13 @@ VERBS = (
                 examples=("headway probe run yaml/probes.yaml --dry-run",),
                 arguments=_probe_run_arguments,
                 run=_run_probe,
+            ),
+            Verb(
+                name="status",
+                help="show the state of every run of every task",
+                examples=("headway probe status yaml/probes.yaml",),
+                arguments=_probe_arguments,
+                run=_status_probe,
             ),
             Verb(
                 name="report",

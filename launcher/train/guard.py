@@ -7,7 +7,6 @@ the standard deviation for normally distributed losses. No loss is checked for s
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from typing import Any, Protocol
 
 from headway.data.loader import Loader
 from headway.launcher.base.errors import HeadwayError
+from headway.launcher.run.run_dir import write_json
+from headway.launcher.train.tracking import say
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import Engine, StepStats
 from headway.parallel.layout import Layout
@@ -103,8 +104,9 @@ class Guard:
         if self.in_a_row >= self._config.max_skipped:
             raise NumericError(
                 f"step {step}: {self.in_a_row} steps in a row had a loss or a gradient that is no finite number "
-                f"(guard.max_skipped); what they read is in the run's folder `skipped`. The last checkpoint is of step "
-                f"{saved_step}; lower optimizer.lr or use parallel.precision=fp32, in another run_dir"
+                "(guard.max_skipped); what they read is in the run's folder `skipped`, unless a line above says that "
+                f"there is no dump. The last checkpoint is of step {saved_step}; lower optimizer.lr or use "
+                "parallel.precision=fp32, in another run_dir"
             )
 
     def _report_spike(self, step: int, stats: StepStats, tracker: Tells, limit: float, saved_step: int) -> None:
@@ -120,7 +122,8 @@ def dump(folder: Path, step: int, digest: str, loader: Loader, engine: Engine, l
     """Write the inputs of a skipped step to `folder`/step-N.json. Collective.
 
     The file contains the hash of the batch and, for each rank, the numbers of its sequences in order, the loss sums of
-    its micro-batches (if it computes them), and its parameters that contain NaN or infinity.
+    its micro-batches (if it computes them), and its parameters that contain NaN or infinity. If it cannot be written
+    (a full disk), a line says so and training continues: no result depends on it.
     """
     mine = {
         "rank": layout.rank,
@@ -132,10 +135,13 @@ def dump(folder: Path, step: int, digest: str, loader: Loader, engine: Engine, l
     parts = layout.gather_json(mine)
     if not layout.is_main:
         return
-    folder.mkdir(exist_ok=True)
-    if len(list(folder.iterdir())) < _DUMPS:
-        value = {"step": step, "batch_hash": digest, "ranks": parts}
-        (folder / f"step-{step:010d}.json").write_text(json.dumps(value, indent=1) + "\n")
+    try:
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.glob("step-*.json"))) < _DUMPS:
+            value = {"step": step, "batch_hash": digest, "ranks": parts}
+            write_json(folder / f"step-{step:010d}.json", value)
+    except OSError as e:
+        say(f"NO DUMP of the skipped step {step} in {folder}: {e}; training goes on")
 
 
 def _median(values: list[float]) -> float:

@@ -17,6 +17,7 @@ from headway.data.config import DataConfig, DataError, MixSource
 from headway.data.corpus.config import CorpusConfig
 from headway.data.loader import Loader, open_source
 from headway.data.mixture import BLOCK, MixedText, Mixture, validation_shares
+from headway.data.overlap import Overlap, overlap
 from headway.data.validation import ValidationData, validation_data
 from headway.data.verify import verify_source
 
@@ -185,3 +186,24 @@ def test_two_datasets_of_one_name_need_names(folders: list[Path]) -> None:
     sources = [{"path": str(folders[0]), "weight": 1.0}] * 2
     with pytest.raises(ValidationError, match="two datasets are called wiki; give one of them a `name`"):
         DataConfig.model_validate_json(json.dumps({"source": {"type": "mix", "sources": sources}, "seq_len": 32}))
+
+
+def test_validation_documents_that_another_dataset_trains_on_are_found(folders: list[Path], tmp_path: Path) -> None:
+    texts, others = make_texts(60), [f"other {text}" for text in make_texts(60)]
+    held = build_last(tmp_path / "held", folders[0], [*others, *texts[:20]], "last 20%")
+    apart = build_last(tmp_path / "apart", folders[0], others, "last 20%")
+    trained = build_last(tmp_path / "trained", folders[0], [*texts, "the end of it " * 60], "last 5%")
+    found, none = overlap(held, trained), overlap(apart, trained)
+    assert 3 < found.compared <= found.shared + 1  # the first one may be the second half of a document
+    assert none == Overlap(compared=none.compared, shared=0) and none.compared > 3
+
+
+def build_last(out: Path, tokenizer: Path, texts: list[str], validation: str) -> Path:
+    settings = {
+        "name": out.name,
+        "corpus": {"type": "jsonl", "paths": [str(write_jsonl(out.with_suffix(".jsonl"), texts))]},
+        "tokenizer": {"type": "file", "path": str(tokenizer / "tokenizer.json")},
+        "validation": validation,
+    }
+    build(CorpusConfig.model_validate(settings), out=out, progress=False)
+    return out

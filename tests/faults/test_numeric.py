@@ -1,9 +1,12 @@
 """A NaN or Inf loss changes nothing on any rank and is counted. A loss spike is detected."""
 
+import errno
 import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import records
@@ -11,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from headway.launcher.base.errors import HeadwayError
-from headway.launcher.train.guard import Guard
+from headway.launcher.train.guard import Guard, dump
 from headway.parallel.config import GuardConfig
 from headway.parallel.engine import StepStats
 from headway.parallel.manifest import Checkpoint, file_hash, own_hash, read_manifest
@@ -175,6 +178,44 @@ def test_a_spike_is_reported_or_ends_the_run(headway, policy, status, said):
 
 
 # ---------------------------------------------------------------- detection of spikes
+
+
+class OneRank:
+    """What a dump asks of layout, loader and engine."""
+
+    rank, dp_rank, is_main = 0, 0, True
+
+    def gather_json(self, value):
+        return [value]
+
+    def sequences(self, step):
+        return [step]
+
+    def last_losses(self):
+        return [math.nan]
+
+    def not_finite(self):
+        return []
+
+
+def test_a_dump_that_finds_no_space_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def full(*_args, **_named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one: Any = OneRank()
+    folder, of_run = tmp_path / "skipped", (one, one, one)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", full)
+        dump(folder, 3, "hash", *of_run)
+    assert not folder.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        dump(folder, 4, "hash", *of_run)
+    assert list(folder.glob("step-*")) == []  # no half of a file
+    dump(folder, 5, "hash", *of_run)
+    said = [line.partition(" in ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["NO DUMP of the skipped step 3", "NO DUMP of the skipped step 4"]
+    assert json.loads((folder / "step-0000000005.json").read_text())["ranks"][0]["sequences"] == [4]
 
 
 class Silent:

@@ -44,7 +44,8 @@ class Background:
 
     `connect`: opens the sink; called in the thread, and again after a failure. `say`: prints a message. `hide`: takes
     secrets out of one. `earlier`: the records of earlier starts of the run after a step, which are written first: those
-    that the service did not get before a kill or a failure.
+    that the service did not get before a kill or a failure. `later`: how what is missing in the end can be sent, for a
+    message.
     """
 
     mend = "metrics.jsonl has every record"
@@ -59,9 +60,10 @@ class Background:
         earlier: Callable[[int], Iterable[Record]] = lambda shown: (),
         most: int = MOST_RECORDS,
         close_s: float = CLOSE_S,
+        later: str = "",
     ) -> None:
         self.name, self._connect, self._say, self._hide = name, connect, say, hide
-        self._earlier, self._most, self._close_s = earlier, most, close_s
+        self._earlier, self._most, self._close_s, self._later = earlier, most, close_s, later
         self._waiting: deque[Record] = deque()
         self._batch: list[Record] = []  # being written
         self._summary: Record | None = None
@@ -97,7 +99,8 @@ class Background:
             unfinished = self._thread.is_alive()
         if lost or unfinished:
             what = f"{lost} records were not written" if lost else "its end was not written"
-            self._say(f"{self.name.upper()} IS NOT COMPLETE: {what}; {self.mend}")
+            later = "" if self._lost else self._later  # what was dropped is before records that the service has
+            self._say(f"{self.name.upper()} IS NOT COMPLETE: {what}; {self.mend}{later}")
 
     def _run(self) -> None:
         sink: Shown | None = None
@@ -106,7 +109,7 @@ class Background:
             try:
                 if sink is None:
                     sink = self._connect()
-                    older = _in_batches(self._earlier(sink.shown))
+                    older = in_batches(self._earlier(sink.shown))
                 if not self._batch:
                     self._batch = next(older, None) or self._next()
                 if not self._batch:
@@ -169,7 +172,8 @@ class Background:
             self._say(self._hide(" ".join(text.split())))
 
 
-def _in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+def in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Lists of at most `MOST_AT_ONCE` records, in order."""
     left = iter(records)
     while batch := list(islice(left, MOST_AT_ONCE)):
         yield batch

@@ -28,13 +28,15 @@ _RARE = {
 }
 """Kind of a record that follows that of its step, perhaps much later -> a scalar that each of them has."""
 _RUN_ID = "headway.run_id"
+_HALF_MADE = re.compile(r"table \S+ already exists|no such (table|column): \S+|duplicate column name: \S+")
+"""What SQLite says if MLflow finds some of its tables, or its note of the version of their layout is behind them."""
 _ILLEGAL = re.compile(r"[^\w\-. /:]")
 
 
 class Mlflow:
     """A run of MLflow. Its id is in `mlflow.json` of the run folder, so that a resume continues it.
 
-    Raises exceptions of `mlflow`.
+    Raises exceptions of `mlflow`, and RuntimeError for a local file whose tables are half made.
     """
 
     name = MlflowConfig.name
@@ -42,7 +44,16 @@ class Mlflow:
 
     def __init__(self, run: RunDir, config: MlflowConfig, *, per_layer: bool) -> None:
         with _alone(config.uri):
-            self._open(run, config, per_layer)
+            try:
+                self._open(run, config, per_layer)
+            except Exception as e:
+                file, found = _sqlite_file(config.uri), _HALF_MADE.search(str(e))
+                if file is None or found is None:
+                    raise
+                raise RuntimeError(
+                    f"{file}: its tables are half made ({found[0]}), as after the kill of a process that was making "
+                    f"them. Delete {file} if no run is in it yet, and it is made anew; else restore a copy of it"
+                ) from e
 
     def _open(self, run: RunDir, config: MlflowConfig, per_layer: bool) -> None:
         self._entities: Any = import_module("mlflow.entities")  # of an extra, so type checkers may not find it
@@ -143,12 +154,18 @@ class Mlflow:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Only one process at a time opens a local file: MLflow makes its tables without a lock."""
-    path = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
-    if path is None:
+    file = _sqlite_file(uri)
+    if file is None:
         yield
         return
-    with FileLock(f"{path[1]}.lock", timeout=_LOCK_S):
+    with FileLock(f"{file}.lock", timeout=_LOCK_S):
         yield
+
+
+def _sqlite_file(uri: str) -> str | None:
+    """The path of a local database; None for a server."""
+    path = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return None if path is None else path[1]
 
 
 def _legal(name: str) -> str:

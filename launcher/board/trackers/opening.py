@@ -45,10 +45,18 @@ def open_trackers(
         except Exception as e:
             say(f"{service.name.upper()} IS NOT WRITTEN: {e}; training goes on. {Background.mend}")
             continue
-        connect = partial(_connect, run, service, per_layer=tracking.per_layer)
+        opens = partial(connect, run, service, per_layer=tracking.per_layer)
         earlier = partial(earlier_records, run, start_step)
         opened.append(
-            Background(service.name, connect, say=say, hide=_without_secrets, earlier=earlier, close_s=close_s)
+            Background(
+                service.name,
+                opens,
+                say=say,
+                hide=without_secrets,
+                earlier=earlier,
+                close_s=close_s,
+                later=f", and the next start sends it; of a complete run, `headway board {run.path} --send` does",
+            )
         )
     return opened
 
@@ -65,7 +73,8 @@ def earlier_records(run: RunDir, start_step: int, shown: int) -> Iterator[Record
             yield record
 
 
-def _connect(run: RunDir, service: WandbConfig | MlflowConfig, *, per_layer: bool) -> Shown:
+def connect(run: RunDir, service: WandbConfig | MlflowConfig, *, per_layer: bool) -> Shown:
+    """Open the run at a service. Raises exceptions of its package."""
     match service:
         case WandbConfig():
             from headway.launcher.board.trackers.wandb import Wandb
@@ -79,7 +88,7 @@ def _connect(run: RunDir, service: WandbConfig | MlflowConfig, *, per_layer: boo
             assert_never(service)
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """A message without the values of variables that have the name of a secret."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= 8:

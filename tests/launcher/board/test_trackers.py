@@ -4,6 +4,7 @@ import importlib.util
 import threading
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 from memory_sink import MemorySink
 
-from headway.launcher.base.errors import SpecError
-from headway.launcher.board.trackers import background, mlflow
+from headway.launcher.base.errors import HeadwayError, SpecError
+from headway.launcher.board.trackers import background, mlflow, sending
 from headway.launcher.board.trackers.background import Background
 from headway.launcher.board.trackers.mlflow import Mlflow
-from headway.launcher.board.trackers.opening import _without_secrets, check_installed, earlier_records
+from headway.launcher.board.trackers.opening import check_installed, earlier_records, without_secrets
 from headway.launcher.run.run_dir import RunDir, write_json
 from headway.launcher.spec.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from headway.launcher.train.tracking import Tracker
@@ -160,7 +161,7 @@ def test_no_message_has_a_value_of_a_secret_variable(quick, monkeypatch):
         failed.set()
         raise ConnectionError("https://me:hunter2-and-more@host refused")
 
-    board = Background("MLflow", connect, say=said, hide=_without_secrets)
+    board = Background("MLflow", connect, say=said, hide=without_secrets)
     board.write([record(1)])
     assert failed.wait(60)
     board.close()
@@ -276,3 +277,48 @@ def test_mlflow_gets_step_0_if_its_run_was_made_by_a_start_that_sent_nothing(ser
     assert again.shown == -1
     again.write([{"kind": "validation", "step": 0, "loss": 4.0, "accuracy": 0.0}])
     assert dict(server.points["val/loss"]) == {0: 4.0}
+
+
+def test_what_a_complete_run_did_not_send_is_sent_later(tmp_path, monkeypatch, capsys):
+    run, other, sink = RunDir(tmp_path / "run"), RunDir(tmp_path / "other"), MemorySink(shown=3)
+    for one in (run, other):
+        written = tracker(one)
+        for step in range(1, 401):
+            written.train(record(step), seconds_left=None)
+        written.close()
+    write_json(run.summary, {"complete": True, "steps": 400})
+    tracking = TrackingConfig(mlflow=MlflowConfig(uri="https://mlflow.example"))
+    monkeypatch.setattr(sending, "stored_spec", lambda run: SimpleNamespace(tracking=tracking))
+    monkeypatch.setattr(sending, "check_installed", lambda tracking: None)
+    monkeypatch.setattr(sending, "connect", lambda run, service, per_layer: sink)
+    sending.send_all([run, other])
+    assert list(sink.points["train/loss"]) == list(range(4, 401))
+    assert sink.summary["steps"] == 400 and sink.closed == 1
+    said = capsys.readouterr().out
+    assert "MLflow had the records up to step 3, and now has all" in said
+    assert f"1 of 2 runs are not complete, for example {other.path}" in said
+    with pytest.raises(SpecError, match="--send: none of these runs is complete"):
+        sending.send_all([other])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-and-more")
+    sink.failures = [OSError("https://me:hunter2-and-more@host refused")]
+    with pytest.raises(HeadwayError, match=r"MLflow fails: https://me:\.\.\.@host refused; the records stay"):
+        sending.send_all([run])
+
+
+@pytest.mark.parametrize(
+    ("uri", "error", "says"),
+    [
+        ("sqlite:///a/m.db", "table `metrics` already exists", "a/m.db: its tables are half made .*Delete a/m.db if"),
+        ("sqlite:////m.db?x=1", "no such column: runs.name", "^/m.db: its tables are half made"),
+        ("sqlite:///m.db", "database is locked", "^.sqlite3.OperationalError. database is locked"),
+        ("https://host", "no such table: runs", "^.sqlite3.OperationalError. no such table"),
+    ],
+)
+def test_a_database_of_mlflow_that_is_half_made_says_what_to_do(tmp_path, monkeypatch, uri, error, says):
+    def fails(*_: Any) -> None:
+        raise ValueError(f"(sqlite3.OperationalError) {error}\n[SQL: ...]")
+
+    monkeypatch.setattr(Mlflow, "_open", fails)
+    monkeypatch.setattr(mlflow, "FileLock", lambda path, timeout: nullcontext())
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        Mlflow(RunDir(tmp_path), MlflowConfig(uri=uri), per_layer=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def test_a_file_gives_the_pairs_of_the_dataset(place: Path, model: Opened) -> No
     assert all(known[tuple(pair.prompt)] == (pair.target, pair.text) for pair in of_dataset)
     assert of_dataset[0].text.startswith("Sum ") and of_dataset[0].target[-1] == model.codec.eos_id
     assert model.codec.decode(of_dataset[0].prompt).endswith(" ->")
+
+
+def test_weights_that_do_not_say_their_separator_get_the_given_one_or_a_note(
+    place: Path, model: Opened, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, rows = replace(model, data=None), TextSource(name="b", path=place / "rows.jsonl")
+    of_run, _ = read_pairs(model, rows, FIELDS, 3)
+    assert "note" not in capsys.readouterr().err
+    assert read_pairs(export, rows, FIELDS, 3, text=" ->")[0] == of_run
+    assert "note" not in capsys.readouterr().err
+    by_default, _ = read_pairs(export, rows, FIELDS, 3)
+    assert model.codec.decode(by_default[0].prompt).endswith("\n\nSummary:\n")
+    assert "give it with --separator" in capsys.readouterr().err
+    with pytest.raises(SpecError, match="--separator: is for files"):
+        replace(asked(place), separator=" ->").check()
 
 
 def test_the_measures_are_those_of_prompts_continued_one_by_one(

@@ -13,6 +13,7 @@ from untrained_runs import untrained_run
 from headway.data.build import build
 from headway.data.corpus.config import CorpusConfig
 from headway.data.mds import MdsSplit
+from headway.launcher.evaluate import evaluate
 from headway.launcher.evaluate.choices import Question, evaluate_choices
 from headway.launcher.evaluate.measure import Measure
 from headway.launcher.evaluate.texts import TextSource, evaluate_text
@@ -94,3 +95,15 @@ def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(tmp_path: Path, caps
     for choices, names in asked.items():
         found = evaluate_choices(model, "q", [Question("a", choices, (0,))], done=lambda tokens: None)
         assert {measure.name for measure in found} == names
+
+
+def test_bits_per_byte_do_not_outlive_the_measure_they_were_taken_with(tmp_path: Path) -> None:
+    def keep(*names: str) -> list[str]:
+        measures = [{"name": name} for name in names]
+        evaluate._keep(tmp_path / "evaluation.json", {"format": evaluate.FORMAT, "model": {}, "measures": measures})
+        return [row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())["measures"]]
+
+    before = ["a/bits_per_byte", "a/loss", "a/loss@32", "b/bits_per_byte", "b/loss", "q/acc", "q/gold_bits_per_byte"]
+    assert keep(*before) == before
+    assert keep("a/loss") == [name for name in before if name != "a/bits_per_byte"]
+    assert keep("q/acc") == ["a/loss", "a/loss@32", "b/bits_per_byte", "b/loss", "q/acc"]

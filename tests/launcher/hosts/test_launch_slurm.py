@@ -101,6 +101,14 @@ def test_the_script_requests_the_settings_of_the_spec(headway):
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_a_warning_that_comes_too_late_to_save_is_refused(headway):
+    with pytest.raises(SpecError, match=r"launch\.slurm\.warn_s: 120 s before .* such as 180, or a launch\.stop"):
+        script(headway, "launch.slurm.warn_s=120")
+    with pytest.raises(SpecError, match=r"launch\.slurm\.warn_s: 300 s before"):
+        script(headway, "launch.stop_s=400")
+    assert "--signal=B:TERM@121" in script(headway, "launch.slurm.warn_s=121")
+
+
 def sbatch_lines(text: str) -> list[str]:
     """Options that sbatch reads: it stops at the first command."""
     head = text.split("\n\n", 1)[0]

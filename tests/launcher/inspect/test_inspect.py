@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ import torch
 from eval_texts import eval_texts
 from pair_folders import pair_run
 
+from headway.data.config import MixSource
 from headway.launcher.api import load_run
 from headway.launcher.base.errors import NoInputError
-from headway.launcher.evaluate.texts import evaluate_text, own_sources
-from headway.launcher.exchange.opened import open_model
+from headway.launcher.evaluate.scorer import Row
+from headway.launcher.evaluate.texts import TextSource, evaluate_text, own_sources
+from headway.launcher.exchange.opened import Opened, open_model
 from headway.launcher.inspect.patterns import CLASSES, HeadScores, _mean, places
 from headway.launcher.inspect.sample import Sample, own_sample
 from headway.launcher.inspect.specialise import experts_of
@@ -116,6 +121,22 @@ def test_of_pairs_the_targets_are_predicted(tmp_path: Path) -> None:
     assert 0 < len(few.tokens) < expected.n and (few.labels >= 0).any(1).all()
     with pytest.raises(NoInputError, match="no pair with tokens of its target within 1; use more --tokens"):
         own_sample(model, None, sequences=5, length=1)
+
+
+def test_a_mixture_is_read_by_the_weights_of_its_datasets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def documents(model: Opened, source: TextSource) -> Iterator[tuple[Row, int]]:
+        yield from ((Row([ord(source.name), 1, 2, 3], 1), 4) for _ in range(50))
+
+    monkeypatch.setattr("headway.launcher.inspect.sample.documents_of", documents)
+    parts = [{"path": name, "weight": weight} for name, weight in (("a", 6), ("b", 3), ("c", 0.1))]
+    source = MixSource.model_validate_json(json.dumps({"type": "mix", "sources": parts}))
+    data = SimpleNamespace(source=source, validation={"d": "d"})
+    model = cast(Opened, SimpleNamespace(is_encoder_decoder=False, data=data, seq_len=64))
+    found = own_sample(model, None, sequences=9, length=16)
+    assert Counter(map(chr, found.tokens[:, 0].tolist())) == {"a": 6, "b": 3, "c": 1}
+    assert "the mixture: 6 of a, 3 of b, 1 of c" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from played_study import BASE, Folder, play
+from played_study import BASE, STUDY, Folder, play
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.base.text import short_number
@@ -65,6 +65,20 @@ def test_a_size_sets_keys_tokens_and_scaled_values_of_all_variants(folder):
         assert f"train.tokens={size.tokens}" in plan.cells[-1].overrides
     assert [c.key for c in plan_study(ladder.main(large, {})).cells] == ["gqa/seed-1"]
     assert middle.out.resolve() == folder.out / "sizes" / "m"
+
+
+def test_names_that_no_run_may_have_are_refused_before_training(folder):
+    text = folder.study.read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("study: "))
+    end = len(".s.optimizer.lr-1.23457e-05.routed.seed-101")
+    folder.study.write_text(text.replace(line, f"study: {'x' * (128 - end)}"))
+    plan_ladder(load_study(folder.study))
+    folder.study.write_text(text.replace(line, f"study: {'x' * (129 - end)}"))
+    with pytest.raises(SpecError, match=r"variants: routed: a run would have the name x+\.s\.optimizer.* of 129 char"):
+        load_study(folder.study)
+    folder.study.write_text(STUDY.replace("routed:", f"{'y' * 120}:"))
+    with pytest.raises(SpecError, match=r"variants: y+: a run would have the name small\.y+\.seed-\.\.\., of 133"):
+        load_study(folder.study)
 
 
 def test_trials_choose_a_value_for_each_variant_and_the_study_uses_it(folder, capsys):

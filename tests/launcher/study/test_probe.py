@@ -15,6 +15,7 @@ import pytest
 from played_study import play
 
 from headway.launcher.base.errors import SpecError
+from headway.launcher.cli.main import main
 from headway.launcher.report.probe import probe_report
 from headway.launcher.spec.load import load_spec
 from headway.launcher.study.probe import plan_probe, report_probe, run_probe
@@ -230,6 +231,28 @@ def test_every_task_is_trained_once_and_a_second_run_trains_nothing(folder, no_d
     assert "task 2/3: recall-8" in capsys.readouterr().out
     assert run_probe(folder.file) == 0
     assert folder.trained() == []
+
+
+def test_the_status_has_every_run_of_every_task(folder, no_drawing, capsys):
+    folder.play({"copy/gqa/2": 70})
+    assert main(["probe", "status", str(folder.file)]) == 0
+    before = capsys.readouterr().out
+    assert before.count(" missing ") == 12 and [line for line in before.splitlines() if line.startswith("task ")] == [
+        *("task recall-2", "task recall-8", "task copy")
+    ]
+    assert run_probe(folder.file) == 1
+    capsys.readouterr()
+    assert main(["probe", "status", str(folder.file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    states = {(task, cell["cell"]): cell["state"] for task, part in found.items() for cell in part["cells"]}
+    assert len(states) == 12 and {key for key, state in states.items() if state != "done"} == {("copy", "gqa/seed-2")}
+    assert states["copy", "gqa/seed-2"] == "failed"
+
+
+def test_a_task_whose_runs_would_have_too_long_names_is_refused(folder):
+    folder.rewrite("recall-2:", f"{'r' * 120}:")
+    with pytest.raises(SpecError, match=r"variants: gqa: a run would have the name small\.r+\.gqa\.seed-"):
+        load_probe(folder.file)
 
 
 def test_runs_of_a_task_are_kept_as_records_of_their_own(folder, no_drawing):
