@@ -7,11 +7,12 @@ the larger model too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from headway.data.config import StrictModel
 from headway.launcher.base.errors import SpecError, printable
@@ -34,12 +35,27 @@ class BoundsConfig(StrictModel):
         description="variant -> keys that differ in the larger model, such as attention.top_k where it has more heads",
     )
 
+    goal: list[float] = Field(
+        default=[],
+        description="how many times as fast as the baseline a variant has to be, for each of seq_len: [1.33, 1.9]",
+    )
+
     @field_validator("seq_len")
     @classmethod
     def _lengths(cls, value: list[int]) -> list[int]:
         if min(value) < 1 or len(set(value)) != len(value):
             raise ValueError("lengths are positive and different")
-        return sorted(value)
+        return value
+
+    @model_validator(mode="after")
+    def _goals(self) -> BoundsConfig:
+        if self.goal and len(self.goal) != len(self.seq_len):
+            raise ValueError(
+                f"goal: write {len(self.seq_len)} ratios, one for each of seq_len, and not {len(self.goal)}"
+            )
+        if any(not (math.isfinite(value) and value > 0) for value in self.goal):
+            raise ValueError("goal: ratios are positive numbers, such as 1.33")
+        return self
 
 
 def count_bounds(
@@ -66,17 +82,19 @@ def count_bounds(
     if vocab_size is None:
         raise SpecError(f"bounds.spec: {printable(config.spec)} has no model.vocab_size; add it, to count without data")
     target = None if match is None else quantity_of(spec_cost(base, vocab_size, match.seq_len), match.quantity)
-    rows: dict[str, Any] = {}
+    rows, lengths = dict[str, Any](), sorted(config.seq_len)
     for name, spec in specs.items():
         solved = spec
         if match is not None and target is not None and name != baseline:
             matched = match_variant(f"{name} at {base.name}", spec, match, target=target, vocab_size=vocab_size)
             solved = spec_with(spec, matched.free, matched.value)
-        rows[name] = _row(solved, vocab_size, config.seq_len, match)
+        rows[name] = _row(solved, vocab_size, lengths, match)
     flops = rows[baseline]["flops_per_token"]
     for row in rows.values():
         row["speed_up"] = {n: flops[n] / own for n, own in row["flops_per_token"].items()}
-    return {"spec": config.spec, "name": base.name, "seq_len": config.seq_len, "variants": rows}
+    ratios = {str(n): ratio for n, ratio in sorted(zip(config.seq_len, config.goal, strict=False))}
+    goal = {"goal": ratios} if ratios else {}
+    return {"spec": config.spec, "name": base.name, "seq_len": lengths, **goal, "variants": rows}
 
 
 def _row(spec: Spec, vocab_size: int, lengths: list[int], match: MatchConfig | None) -> dict[str, Any]:

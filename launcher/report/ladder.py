@@ -73,7 +73,7 @@ def _blocks(study: LadderStudy, plots: Mapping[str, Plot], page: str) -> Iterato
     yield from speed_up_blocks(study)
     yield from law_blocks(study)
     yield from prediction_blocks(study)
-    yield from bound_blocks(study.record)
+    yield from bound_blocks(study.record, study.differences(), plots.get("bounds"))
     yield from tuning_blocks(study.tuning, plots)
     yield from _sizes(study, page)
     yield from _provenance(study)

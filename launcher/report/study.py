@@ -96,7 +96,7 @@ def _blocks(result: StudyResult, tuning: Tuning, plots: dict[str, Plot]) -> Iter
     yield from evaluation_blocks(result)
     yield from _speed(result)
     yield from effective_blocks(result, plots)
-    yield from bound_blocks(result.record)
+    yield from bound_blocks(result.record, [("", result.comparison.differences)], plots.get("bounds"))
     yield from tuning_blocks(tuning, plots)
     yield from router_and_head_blocks(result, plots)
     yield from context_blocks(result)

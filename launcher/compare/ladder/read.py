@@ -13,6 +13,7 @@ from headway.launcher.base.loss_unit import PER_TOKEN
 from headway.launcher.compare.analyse import StudyResult, analyse
 from headway.launcher.compare.ladder.result import LadderResult, ladder_result
 from headway.launcher.compare.ladder.table import Size
+from headway.launcher.compare.simultaneous import Simultaneous
 from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.run.run_dir import read_mapping
 
@@ -101,6 +102,12 @@ class LadderStudy:
     def unit(self) -> str:
         """Unit of the losses, as in `StudyResult.unit`."""
         return next((s.study.unit for s in self.sizes if s.study is not None), PER_TOKEN)
+
+    def differences(self) -> list[tuple[str, Mapping[str, Simultaneous]]]:
+        """(name, variant -> difference to the baseline) of the sizes in the statistics, by increasing parameters."""
+        order = sorted(self.result.sizes, key=lambda size: size.params[self.result.baseline])
+        studies = [(size.name, self.begun(size).study) for size in order]
+        return [(name, study.comparison.differences) for name, study in studies if study is not None]
 
     def begun(self, size: Size) -> SizeStudy:
         return next(s for s in self.sizes if s.name == size.name)

@@ -17,6 +17,7 @@ from headway.launcher.compare.ladder.read import LadderStudy
 from headway.launcher.compare.ladder.slope import Lines
 from headway.launcher.compare.ladder.table import Refusal
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
+from headway.launcher.report.plots.bounds import draw_bounds
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.study import Plot, save
 from headway.launcher.report.plots.style import STYLE, styles_of
@@ -37,6 +38,7 @@ def draw_ladder(study: LadderStudy) -> dict[str, Plot]:
     with plt.rc_context({**STYLE, "svg.hashsalt": study.name}):
         made = {"loss": _loss(study, looks), "difference": _difference(study, looks)}
         made |= draw_tuning(study.tuning, looks, study.unit)
+        made["bounds"] = draw_bounds(study.record, study.differences(), looks, study.unit)
         for name, drawing in made.items():
             if drawing is not None:
                 figure, title, caption, chart = drawing

@@ -15,6 +15,7 @@ from headway.launcher.compare.analyse import StudyResult, VariantResult
 from headway.launcher.compare.ladder.read import Tuning
 from headway.launcher.compare.training_flops import training_flops
 from headway.launcher.report.charts import Axis, Chart, Drawing, Panel, Rule, Series
+from headway.launcher.report.plots.bounds import draw_bounds
 from headway.launcher.report.plots.chart import draw
 from headway.launcher.report.plots.effective import draw_pareto, draw_trend
 from headway.launcher.report.plots.heads import draw_heads, draw_routers, seed_series
@@ -68,7 +69,10 @@ def draw_all(result: StudyResult, tuning: Tuning) -> list[Plot]:
                 continue
             figure, title, caption, chart = made if isinstance(made, Drawing) else Drawing(*made)
             drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))
-        for name, made in draw_tuning(tuning, styles(result), result.unit).items():
+        several = draw_tuning(tuning, styles(result), result.unit)
+        differences = [("", result.comparison.differences)]
+        several["bounds"] = draw_bounds(result.record, differences, styles(result), result.unit)
+        for name, made in several.items():
             if made is not None:
                 figure, title, caption, chart = made
                 drawn.append(save(figure, result.out, name, title=title, caption=caption, chart=chart))

@@ -80,6 +80,13 @@ def test_ratios_are_those_of_the_larger_model_with_its_own_matched_sizes(study):
     assert rows["rgqa"]["speed_up"]["4096"] > rows["rgqa"]["speed_up"]["256"] > 1
 
 
+def test_the_goal_is_recorded_by_increasing_length(study):
+    assert "goal" not in (study_bounds(load_study(study)) or {})
+    changed(study, "  keys: {moh:", "  goal: [1.9, 1.1]\n  keys: {moh:")
+    found = study_bounds(load_study(study))
+    assert found is not None and list(found["goal"].items()) == [("256", 1.1), ("4096", 1.9)]
+
+
 def test_without_matching_sizes_are_those_of_the_file(study):
     changed(study, "match: {quantity: params, free: model.ffn_width, multiple: 4, tolerance: 5%}\n", "")
     found = study_bounds(load_study(study))
@@ -97,6 +104,8 @@ def test_without_matching_sizes_are_those_of_the_file(study):
         ("{attention: {top_k: 3}}", "{attention: {topk: 3}}", "bounds.keys of moh: attention.topk: unknown key"),
         ("tolerance: 5%", "tolerance: 0", "variant rgqa at large: match.free model.ffn_width"),
         ("[4096, 256]", "[256, 256]", "lengths are positive and different"),
+        ("  keys: {moh:", "  goal: [1.3]\n  keys: {moh:", "goal: write 2 ratios, one for each of seq_len, and not 1"),
+        ("  keys: {moh:", "  goal: [1.3, 0]\n  keys: {moh:", "goal: ratios are positive numbers"),
         ("quantity: params", "quantity: wall_clock", "match params or flops"),
     ],
 )
