@@ -287,7 +287,6 @@ class AttentionSection(StrictConfig):
 
         `seq_len`: tokens per training sequence. `tokens`: training tokens, a multiple of `tokens_per_step`.
         """
-        return None
 
     @abstractmethod
     def mechanisms(self) -> Iterator[tuple[str, AttentionConfig]]:
@@ -378,6 +377,11 @@ class AttentionConfig(AttentionSection):
         """Number of channels of a head that RoPE rotates (even)."""
         return int(self.head_dim * self.rope_fraction)
 
+    @property
+    def core_channels(self) -> int:
+        """Channels of each query, key and value in the attention core."""
+        return self.head_dim
+
     def layer(self, index: int, layers: int) -> Self:
         return self
 
@@ -410,7 +414,7 @@ class AttentionConfig(AttentionSection):
 
     def core_flops_per_token(self, *, seq_len: int) -> float:
         """Q K^T and P V of one layer as executed: 2 x 2 D per visible key and score map."""
-        return 4 * self.head_dim * self.score_maps * visible_keys(seq_len)
+        return 4 * self.core_channels * self.score_maps * visible_keys(seq_len)
 
     def useful_core_flops_per_token(self, *, seq_len: int) -> float:
         """The same, for the useful score maps only (see `Flops`)."""
@@ -483,17 +487,14 @@ class Attention(nn.Module):
 
     def watch_routers(self, *, closely: bool) -> None:
         """Turn the collection of `RouterDetail` on (the default) or off. Loads alone cost less."""
-        return None
 
     def reset_router_stats(self) -> None:
         return None
 
     def before_step(self, tokens: int) -> None:
         """Update schedules. Called before each optimizer step, and after loading, with the tokens trained so far."""
-        return None
 
     def after_step(self, global_load: dict[str, Tensor]) -> None:
         """Called after each optimizer step with the sums over all ranks, by name: the load [G, N] of each router, which
         updates its loss-free bias, and `step_sums`.
         """
-        return None

@@ -145,7 +145,8 @@ def choose_blocks(q: Tensor, means: Tensor, blocks: Blocks, *, count: int, choos
     for begin in range(0, queries, rows):
         end = min(begin + rows, queries)
         legal = blocks.candidates(begin, end).unsqueeze(1).expand(-1, choosers, -1, -1)  # [B, C, rows, N]
-        scores = (query[:, :, begin:end] @ keys).masked_fill(~legal, float("-inf"))
+        with torch.autocast(q.device.type, enabled=False):  # which would round the products to bf16
+            scores = (query[:, :, begin:end] @ keys).masked_fill(~legal, float("-inf"))
         idx = top_k_twin(scores, min(count, blocks.count))
         found.append((idx + 1).where(legal.gather(3, idx), 0))
     chosen = torch.cat(found, 2).transpose(1, 2)

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from headway.kernels.documents import Documents
 
@@ -56,14 +57,15 @@ def recurrent_delta(
     numbers = None if documents is None else documents.numbers(q.device)
     memory = _zeros(q, v) if state is None else state.to(wide)
     outs = []
-    for t in range(q.shape[1]):
-        if numbers is not None and t:
-            memory = memory * (numbers[:, t] == numbers[:, t - 1])[:, None, None, None]
-        memory = memory * decay[:, t, :, None, None]
-        read = torch.einsum("bvde,bvd->bve", memory, keys[:, t])
-        new = strength[:, t].unsqueeze(-1) * (values[:, t] - read)
-        memory = memory + keys[:, t].unsqueeze(-1) * new.unsqueeze(-2)
-        outs.append(torch.einsum("bvde,bvd->bve", memory, queries[:, t]))
+    with _without_autocast(q):
+        for t in range(q.shape[1]):
+            if numbers is not None and t:
+                memory = memory * (numbers[:, t] == numbers[:, t - 1])[:, None, None, None]
+            memory = memory * decay[:, t, :, None, None]
+            read = torch.einsum("bvde,bvd->bve", memory, keys[:, t])
+            new = strength[:, t].unsqueeze(-1) * (values[:, t] - read)
+            memory = memory + keys[:, t].unsqueeze(-1) * new.unsqueeze(-2)
+            outs.append(torch.einsum("bvde,bvd->bve", memory, queries[:, t]))
     return torch.stack(outs, 1).to(v.dtype), None if state is None else memory
 
 
@@ -96,6 +98,11 @@ def chunked_delta(
 def unit(x: Tensor) -> Tensor:
     """x [..., D] divided by its Euclidean norm."""
     return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
+
+
+def _without_autocast(like: Tensor) -> torch.autocast:
+    """Under `torch.autocast`, products of tensors in fp32 would be rounded to bf16."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _zeros(q: Tensor, v: Tensor) -> Tensor:
@@ -161,33 +168,42 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         memory = _zeros(q, v) if state is None else state
         inputs, outs = (q, k, v, log_decay, beta), []
-        for begin in range(0, q.shape[1], chunk):
-            end = min(begin + chunk, q.shape[1])
-            parts = [t[:, begin:end] for t in inputs]
-            o, memory = _advance(memory, _part(numbers, begin, end), *parts)
-            outs.append(o.to(v.dtype))
+        with _without_autocast(q):
+            for begin in range(0, q.shape[1], chunk):
+                end = min(begin + chunk, q.shape[1])
+                parts = [t[:, begin:end] for t in inputs]
+                o, memory = _advance(memory, _part(numbers, begin, end), *parts)
+                outs.append(o.to(v.dtype))
         ctx.save_for_backward(*inputs, state, numbers)
         ctx.chunk = chunk
         return torch.cat(outs, 1), memory
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, state, numbers = ctx.saved_tensors
-        grad_o, grad_memory = grad_outputs
-        memory, length = _zeros(inputs[0], inputs[2]) if state is None else state, inputs[0].shape[1]
-        bounds = [(begin, min(begin + ctx.chunk, length)) for begin in range(0, length, ctx.chunk)]
-        before = [memory]
-        for begin, end in bounds[:-1]:
-            parts = [t[:, begin:end] for t in inputs]
-            before.append(_advance(before[-1], _part(numbers, begin, end), *parts)[1])
-        grads = [torch.empty_like(t) for t in inputs]
-        while bounds:
-            begin, end = bounds.pop()
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (*(t[:, begin:end] for t in inputs), before.pop())]
-                o, after = _advance(leaves[5], _part(numbers, begin, end), *leaves[:5])
-            found = torch.autograd.grad((o, after), leaves, (grad_o[:, begin:end].to(o.dtype), grad_memory))
-            for grad, part in zip(grads, found[:5], strict=True):
-                grad[:, begin:end] = part
-            grad_memory = found[5]
-        return *grads, grad_memory if ctx.needs_input_grad[5] else None, None, None
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (as the decorator is typed)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        with _without_autocast(grad_outputs[0]):
+            return _chunk_gradients(ctx, *grad_outputs)
+
+
+def _chunk_gradients(ctx: Any, grad_o: Tensor, grad_memory: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of `_Chunked`."""
+    *inputs, state, numbers = ctx.saved_tensors
+    memory, length = _zeros(inputs[0], inputs[2]) if state is None else state, inputs[0].shape[1]
+    bounds = [(begin, min(begin + ctx.chunk, length)) for begin in range(0, length, ctx.chunk)]
+    before = [memory]
+    for begin, end in bounds[:-1]:
+        parts = [t[:, begin:end] for t in inputs]
+        before.append(_advance(before[-1], _part(numbers, begin, end), *parts)[1])
+    grads = [torch.empty_like(t) for t in inputs]
+    while bounds:
+        begin, end = bounds.pop()
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (*(t[:, begin:end] for t in inputs), before.pop())]
+            o, after = _advance(leaves[5], _part(numbers, begin, end), *leaves[:5])
+        found = torch.autograd.grad((o, after), leaves, (grad_o[:, begin:end].to(o.dtype), grad_memory))
+        for grad, part in zip(grads, found[:5], strict=True):
+            grad[:, begin:end] = part
+        grad_memory = found[5]
+    return *grads, grad_memory if ctx.needs_input_grad[5] else None, None, None

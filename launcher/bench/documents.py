@@ -115,7 +115,7 @@ def _measure(spec: Spec, length: int, *, rounds: int, tokens: int) -> dict[str, 
     layer = spec.attention.layer(0, spec.model.layers)
     heads, kv_heads = layer.score_maps, layer.attended_heads()[0]
     generator = torch.Generator().manual_seed(1)
-    shapes = [(sequences, length, n, layer.head_dim) for n in (heads, kv_heads, kv_heads)]
+    shapes = [(sequences, length, n, layer.core_channels) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
     upstream = torch.randn(q.shape, generator=generator)
 
@@ -144,7 +144,7 @@ def _measure(spec: Spec, length: int, *, rounds: int, tokens: int) -> dict[str, 
         "sequences": sequences,
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": layer.head_dim,
+        "head_dim": layer.core_channels,
         "document_tokens": [list(row) for row in Documents.of(segments).lengths],
         "mask_bytes": 4 * sequences * length**2,
         "dense_s": spread(seconds["dense"]),

@@ -86,7 +86,7 @@ def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: flo
 
 def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
     """Low and high assumptions for the spec's shape."""
-    head_dim = min(mechanism.head_dim for _, mechanism in spec.attention.mechanisms())
+    head_dim = min(mechanism.core_channels for _, mechanism in spec.attention.mechanisms())
     return assumptions(gpu, width=spec.model.width, head_dim=head_dim, seq_len=spec.data.seq_len)
 
 

@@ -73,6 +73,11 @@ class MlaConfig(AttentionConfig):
         return self.rope_dim
 
     @property
+    def core_channels(self) -> int:
+        """D + R. Values are padded to them, as kernels take keys and values of one size."""
+        return self.head_dim + self.rope_dim
+
+    @property
     def score_maps(self) -> int:
         return self.heads
 
@@ -84,10 +89,6 @@ class MlaConfig(AttentionConfig):
     def cached(self) -> int:
         """Numbers in the cache per token."""
         return self.latents * self.latent + self.rope_dim
-
-    def core_flops_per_token(self, *, seq_len: int) -> float:
-        """Values are padded to D + R channels, as kernels take keys and values of one size."""
-        return 4 * (self.head_dim + self.rope_dim) * self.heads * visible_keys(seq_len)
 
     def useful_core_flops_per_token(self, *, seq_len: int) -> float:
         """2 (D + R) for scores and 2 D for values, per head and visible key."""

@@ -177,6 +177,30 @@ def test_in_bf16_sums_are_in_fp32() -> None:
         assert (found.double() - expected).norm() <= 2**-8 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("form", "backward"), [(recurrent_delta, False), (chunked_delta, False), (chunked_delta, True)]
+)
+def test_autocast_does_not_round_what_is_computed_in_fp32(form: Any, backward: bool) -> None:
+    """In the backward pass of chunks neither."""
+    found = []
+    for enabled in (False, True):
+        given = problem(length=40, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, _ = form(*given, chunk=16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and backward):
+            found.append([o, *torch.autograd.grad(o.square().sum(), given)])
+    for expected, mine in zip(*found, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, expected)
+
+
+def test_second_derivatives_are_refused_as_the_chunks_are_computed_again_apart() -> None:
+    q, *others = problem()
+    o, _ = chunked_delta(q, *others, chunk=4)
+    (first,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (first + q).square().sum().backward()
+
+
 def test_the_backward_pass_keeps_the_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No state of a chunk and no square of it is kept, so memory does not depend on the chunk."""
     inputs = problem(length=64)

@@ -25,6 +25,7 @@ from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig, MqaConfig
 from headway.model.attention.gqe import GqeConfig
 from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.moa import MoaConfig
 from headway.model.attention.moh import MohConfig
 from headway.model.attention.namoh import NamohConfig
@@ -102,6 +103,8 @@ MECHANISMS: dict[str, AttentionConfig] = {
         heads=6, kv_heads=2, head_dim=6, top_k=2, value_experts=3, value_top_k=2, projections="routed"
     ),
     "gqe-grouped": GqeConfig(heads=8, kv_heads=2, head_dim=6, top_k=1, projections="grouped"),
+    "mla": MlaConfig(heads=4, head_dim=6, latent=7, rope_dim=4),
+    "gla": MlaConfig(heads=6, head_dim=5, latent=4, latents=2, query_latent=9, rope_dim=2),
     "gated-delta": GatedDeltaConfig(heads=2, value_heads=4, head_dim=6, value_dim=5, chunk=4),
     "gated-delta-wide": GatedDeltaConfig(heads=2, head_dim=5, conv=3),
 }

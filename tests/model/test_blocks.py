@@ -141,6 +141,15 @@ def test_equal_products_choose_the_earlier_blocks() -> None:
     assert chosen[1, :, 0].tolist() == [[0, 0]] * 4 + [[1, 0]] * 4 + [[0, 0]] * 4 + [[3, 0]] * 4 + [[3, 4]] * 4
 
 
+def test_autocast_does_not_round_the_products_that_are_compared() -> None:
+    """The second block is larger by 2^-10, which bf16 rounds away."""
+    blocks, means = Blocks.of(Documents(((12,),)), 4, CPU), torch.ones(1, 3, 1, 4)
+    means[0, 1] += 2**-10
+    with torch.autocast("cpu", torch.bfloat16):
+        chosen = choose_blocks(torch.ones(1, 12, 1, 4), means, blocks, count=1, choosers=1)
+    assert chosen[0, 8:, 0].tolist() == [[2]] * 4
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_query_that_is_no_number_does_not_choose_a_block_that_is_none_of_its_candidates(value: float) -> None:
     blocks = Blocks.of(Documents(((20,),)), 4, CPU)

@@ -10,6 +10,7 @@ from headway.model.attention.block_sparse import BlockSparseConfig
 from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.gqe import GqeConfig
+from headway.model.attention.mla import MlaConfig
 from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
@@ -39,6 +40,7 @@ ATTENTIONS = {
     "switchhead": SwitchHeadConfig(kv_heads=2, head_dim=4, experts=2, top_k=1),
     "gqe": GqeConfig(heads=4, kv_heads=2, head_dim=4, top_k=1),
     "namoh": NamohConfig(heads=4, head_dim=4, top_k=2, shared_heads=1, window=200),
+    "mla": MlaConfig(heads=2, head_dim=4, latent=6, rope_dim=2),
     "block-sparse": BlockSparseConfig(heads=4, kv_heads=2, head_dim=4, block=64, blocks=3),
     "gated-delta": GatedDeltaConfig(heads=2, head_dim=4),
 }

@@ -12,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from layer_chains import FORMS, made
 
 from headway.launcher.exchange.generate import Sampling, continuation
 from headway.launcher.exchange.search import Found, Search, search
+from headway.model.attention.block_sparse import BlockSparseConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
+from headway.model.attention.mla import MlaConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.base import AttentionConfig
 from headway.model.config import ModelConfig
 from headway.model.decoder import Decoder
+from headway.model.mixed import MixedConfig
 from headway.model.seq2seq.build import Model
 from headway.model.seq2seq.model import EncoderDecoder, SequenceCache
 
@@ -78,9 +84,30 @@ def check_same(found: Found, expected: Found) -> None:
     assert found.log_p == pytest.approx(expected.log_p, rel=1e-12)
 
 
+MIXED = MixedConfig(
+    kinds={
+        "state": GatedDeltaConfig(heads=2, head_dim=6, chunk=4),
+        "blocks": BlockSparseConfig(heads=4, kv_heads=2, head_dim=6, block=3, blocks=1),
+        "routed": NamohConfig(heads=4, head_dim=6, top_k=2),
+        "latent": MlaConfig(heads=4, head_dim=6, latent=7, rope_dim=4),
+    },
+    pattern=["state", "blocks", "routed", "latent"],
+)
+"""With a cache of its own form in each layer."""
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_batch_of_different_prompts_gives_what_each_gives_alone(mechanism, decoder, beams):
-    model, how = decoder(mechanism).eval(), Search(tokens=6, beams=beams)
+    check_batch(decoder(mechanism).eval(), beams)
+
+
+@pytest.mark.parametrize("config", [FORMS["learned"], FORMS["shared, windows"], MIXED], ids=["values", "kv", "mixed"])
+def test_so_does_one_where_layers_share_or_differ(config):
+    check_batch(made(config).eval(), beams=3)
+
+
+def check_batch(model: Decoder, beams: int) -> None:
+    how = Search(tokens=6, beams=beams)
     together = search(model, PROMPTS, how, eos_id=0, batch_rows=100)
     for prompt, found in zip(PROMPTS, together, strict=True):
         (alone,) = search(model, [prompt], how, eos_id=0)

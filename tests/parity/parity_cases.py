@@ -294,8 +294,8 @@ def move_cases() -> list[Case]:
 
 
 def other_cases() -> list[Case]:
-    """What the table leaves out: recomputation, untied matrices, no masks, routers that are not cut, fixed routers,
-    layouts of three kinds of ranks.
+    """What the table leaves out: other mechanisms, recomputation, untied matrices, no masks, routers that are not cut,
+    fixed routers, layouts of three kinds of ranks.
     """
     rgqa = Case(mechanism="rgqa")
     cases = [replace(rgqa, layout=x, zero=z, recompute=True) for x, z in (("single", 1), ("tp2", 1), ("pp2", 1))]
@@ -309,6 +309,12 @@ def other_cases() -> list[Case]:
     cases += [Case(mechanism="namoh", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
     cases += [Case(mechanism=x, layout=y) for x in WITH_STATE for y in ("tp2", "tp4", "pp2", "dp2", "sp2", "tp2·pp2")]
     cases += [Case(mechanism="gated", layout=x, zero=3, recompute=True) for x in ("single", "dp2", "sp2")]
+    cases += [Case(mechanism="blocks", layout=x, zero=z) for x, z in (("tp2", 1), ("sp2", 3))]
+    cases += [Case(mechanism="mla", layout=x) for x in ("tp2", "sp2", "cp2")]
+    cases += [Case(mechanism="mla", layout="pp2", precision="bf16")]
+    cases += [Case(mechanism="gla", layout=x) for x in ("tp2", "tp2·pp2")]
+    cases += [Case(mechanism="mixed", layout=x, zero=z) for x, z in (("sp2", 1), ("pp2", 1), ("cp2", 1), ("dp2", 3))]
+    cases += [Case(mechanism="mixed", layout="tp2·pp2", recompute=True)]
     cases += [Case(mechanism="hash", layout=x) for x in ("tp2", "pp2", "cp2", "dp2", "tp2·pp2")]
     cases += [Case(mechanism="cv2", layout=x) for x in ("tp2", "cp2", "sp2", "pp2·dp2")]
     cases += [Case(mechanism="windows", layout=x) for x in ("tp2", "cp2", "sp2", "pp2")]

@@ -12,6 +12,7 @@ import pytest
 from parity_cases import (
     COLUMNS,
     LAYOUTS,
+    MECHANISMS,
     TABLE,
     XL,
     Case,
@@ -27,6 +28,8 @@ from parity_compare import compare
 from parity_faults import FAULTS
 from parity_run import run
 from parity_table import write
+
+from headway.model.attention.registry import MECHANISMS as TYPES
 
 FAST = [
     *(Case(mechanism="rgqa", layout=x) for x in ("tp2", "cp2", "tp2·pp2")),
@@ -256,6 +259,13 @@ def test_the_table_is_every_mechanism_on_every_layout_under_every_legal_zero_sta
         found = {(case.mechanism, case.layout, case.zero) for case in table_cases(precision)}
         assert found == {(m, x, z) for m in TABLE for x in COLUMNS for z in legal_zero(x)}
     assert [x for x in COLUMNS if legal_zero(x) == (1,)] == [x for x in COLUMNS if "pp" in x]
+
+
+def test_make_parity_runs_every_mechanism_and_all_built_in_types_that_differ_in_a_layout():
+    assert {case.mechanism for case in every_case()} == set(MECHANISMS)
+    kinds = {kind.type for section in MECHANISMS.values() for _, kind in section.mechanisms()}
+    # Their layers are those of gqa and rgqa. Sums of dynamic_gqa over ranks: tests/launcher/train/test_step_sums.py.
+    assert TYPES.keys() - kinds == {"mha", "mqa", "sqa", "moa", "dynamic_gqa"}
 
 
 def test_every_case_has_its_reference_and_every_loaded_checkpoint_its_saver():

@@ -2,6 +2,17 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from headway.kernels import attention
+from headway.launcher.bench.documents import _measure
+from headway.launcher.spec.load import load_spec
+
+TINY = Path(__file__).parents[3] / "yaml/base/tiny.yaml"
 
 
 def test_both_forms_are_timed_with_the_documents_of_the_data(headway):
@@ -28,3 +39,17 @@ def test_heads_with_tokens_of_their_own_have_no_core_over_whole_sequences(headwa
     namoh = "attention={type: namoh, heads: 4, head_dim: 8, top_k: 2}"
     done = headway.run("bench", "documents", str(headway.spec), namoh, "--lengths", "32,64")
     assert done.returncode == 64 and "namoh has none; use type gqa" in done.stderr, done.stderr
+
+
+def test_the_core_of_latent_attention_has_the_channels_of_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: set[tuple[int, ...]] = set()
+    core = attention.core
+
+    def spy(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+        sizes.add((*q.shape[2:], *k.shape[2:]))
+        return core(q, k, *others)
+
+    monkeypatch.setattr(attention, "core", spy)
+    mla = "attention={type: mla, heads: 4, head_dim: 8, latent: 6, rope_dim: 4}"
+    row = _measure(load_spec(TINY, [mla]).spec, 32, rounds=2, tokens=32)
+    assert sizes == {(4, 12, 4, 12)} and row["head_dim"] == 12

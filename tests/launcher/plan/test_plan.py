@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from headway.launcher.base.errors import SpecError
-from headway.launcher.plan.hardware import ASSUMPTIONS, GPUS, NETWORKS, find_gpu, find_network
+from headway.launcher.plan import speed
+from headway.launcher.plan.hardware import ASSUMPTIONS, GPUS, NETWORKS, Assumptions, Gpu, find_gpu, find_network
 from headway.launcher.plan.layouts import Layout, Search, plan_layout, search
 from headway.launcher.plan.planner import cost_of, plan, with_vocabulary
 from headway.launcher.plan.speed import bubble
@@ -251,3 +252,20 @@ def test_the_committed_plans_are_what_the_code_computes() -> None:
     committed = json.loads((folder / "plans.json").read_text())
     assert {name: committed[name] for name in fresh} == json.loads(json.dumps(fresh))
     assert (folder / "plans.md").read_text() == markdown(fresh)
+
+
+def test_the_rate_of_the_core_is_that_of_the_channels_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention has those of positions besides `head_dim`."""
+    asked: list[int] = []
+
+    def noted(gpu: Gpu, *, width: int, head_dim: int, seq_len: int) -> tuple[Assumptions, Assumptions]:
+        asked.append(head_dim)
+        return ASSUMPTIONS
+
+    monkeypatch.setattr(speed, "assumptions", noted)
+    for attention in (
+        "{type: mla, heads: 4, head_dim: 8, latent: 6, rope_dim: 4}",
+        "{type: mha, heads: 4, head_dim: 8}",
+    ):
+        speed.assumptions_of(load_spec(TINY, [f"attention={attention}"]).spec, find_gpu("h100"))
+    assert asked == [12, 8]

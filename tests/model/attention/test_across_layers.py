@@ -26,11 +26,14 @@ from layer_chains import (
 )
 from torch import Tensor
 
+from headway.kernels.attention import core
 from headway.kernels.rope import apply_rope, rope_tables
 from headway.model.attention.gqa import DenseAttention, GqaConfig
-from headway.model.base import AttentionSection
+from headway.model.base import AttentionSection, SequenceRanks
 from headway.model.cost import layer_configs
 from headway.model.decoder import Block, Decoder
+from headway.model.measure.diversity import measured
+from headway.model.measure.observe import Off, observed
 from headway.parallel.engine import parameter_groups
 
 # ---------------------------------------------------------------- the equations
@@ -241,3 +244,42 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated() -> None:
     torch.testing.assert_close(found, decoder.logits(ids[rows])[:, 7:], rtol=0, atol=1e-12)
     several = one.repeated(2, 4)
     torch.testing.assert_close(decoder.logits(ids[rows, 7:], cache=several)[1], found[1], rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- observation
+
+
+@each_form
+@torch.no_grad()
+def test_heads_are_observed_switched_off_and_compared_as_in_plain_attention(config: AttentionSection) -> None:
+    decoder, ids = made(config).eval(), tokens()
+    plain = decoder.logits(ids, SEGMENTS)
+    with observed(decoder, SEGMENTS) as layers:
+        assert torch.equal(decoder.logits(ids, SEGMENTS), plain)
+    for layer in layers:
+        assert all(torch.allclose(one.sum(-1), torch.ones((), dtype=one.dtype)) for one in layer.maps) and layer.maps
+    with observed(decoder, SEGMENTS, maps=False, off=Off(MODEL.layers - 1, 0)):
+        off = decoder.logits(ids, SEGMENTS)
+
+    calls: list[Tensor] = []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append(core(*args, **options))
+        return calls[-1]
+
+    decoder._contexts._sequence = SequenceRanks(attend=spy)
+    decoder.logits(ids, SEGMENTS)
+    once, modules = list(calls), decoder.attention_layers()
+    calls.clear()
+    with measured(dict(enumerate(modules))) as found:
+        assert torch.equal(decoder.logits(ids, SEGMENTS), plain)
+    expected: list[Tensor] = []
+    for index, layer in enumerate(layers):  # a pool attends to what the layer attends to
+        own = [once.pop(0) for _ in layer.rows]
+        expected += own * (1 + (index in found))
+    assert not once and all(torch.equal(a, b) for a, b in zip(calls, expected, strict=True))
+
+    last = layer_configs(MODEL, config, vocab_size=VOCAB)[-1]
+    modules[-1].get_parameter("w_o")[:, : last.head_dim] = 0
+    torch.testing.assert_close(decoder.logits(ids, SEGMENTS), off, rtol=0, atol=1e-12)
+    assert not torch.allclose(off, plain)

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headway.model import base
 from headway.model.attention.block_sparse import BlockSparseConfig
-from headway.model.attention.mla import MlaConfig
 from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.registry import MECHANISMS
 from headway.model.config import ModelConfig
@@ -110,13 +109,12 @@ def test_executed_flops_are_those_that_torch_counts(mechanism, decoder, tokens, 
         model.logits(tokens)
     per_token = counter.get_total_flops() / tokens.numel()
     cost = account(_config(True), mechanism, vocab_size=37, seq_len=11)
-    channels = mechanism.head_dim + (mechanism.rope_dim if isinstance(mechanism, MlaConfig) else 0)
     maps = mechanism.score_maps
     if isinstance(mechanism, NamohConfig):  # torch has no count for packed pairs: `test_namoh.py` counts their scores
         maps = mechanism.shared_heads
     if isinstance(mechanism, BlockSparseConfig):
         maps = 0
-    square = 2 * 4 * channels * maps * 11
+    square = 2 * 4 * mechanism.core_channels * maps * 11
     gating = 2 * mechanism.gating_flops_per_token()  # in two layers
     core = cost.attention_core_flops.executed if mechanism.score_maps else 0  # without a softmax, counted as it is
     executed = cost.flops_per_token.executed - core - gating + square

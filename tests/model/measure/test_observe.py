@@ -57,6 +57,8 @@ CASES = {
     "moh": (Off(0, 4), "w_o", None, slice(24, 30)),
     "namoh": (Off(0, 2), "w_o", None, slice(12, 18)),
     "namoh-shared": (Off(0, 7), "w_o_shared", None, slice(6, 12)),
+    "mla": (Off(0, 2), "w_o", None, slice(12, 18)),
+    "gla": (Off(0, 4), "w_o", None, slice(20, 25)),
     "gated-delta": (Off(0, 3), "w_o", None, slice(15, 20)),
     "hybrid": (Off(0, 1, "value_router", 1), "w_v", slice(24, 30), None),
     "switchhead": (Off(0, 2, "source", 1), "w_v", slice(50, 60), None),
