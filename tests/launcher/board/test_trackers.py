@@ -300,7 +300,7 @@ def test_what_a_complete_run_did_not_send_is_sent_later(tmp_path, monkeypatch, c
     with pytest.raises(SpecError, match="--send: none of these runs is complete"):
         sending.send_all([other])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-and-more")
-    sink.failures = [OSError("https://me:hunter2-and-more@host refused")]
+    sink.failures.append(OSError("https://me:hunter2-and-more@host refused"))
     with pytest.raises(HeadwayError, match=r"MLflow fails: https://me:\.\.\.@host refused; the records stay"):
         sending.send_all([run])
 
