@@ -270,6 +270,10 @@ MOVES: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
 """(layout, ZeRO stage) that saves -> one that goes on; with a loss-free bias and tied embeddings."""
 
 
+MOVED = ("t5-dropout", "namoh", "gated", "mla", "gla", "blocks", "mixed", "value-residual", "shared-kv")
+"""Mechanisms that go on under ZeRO-3 from what tensor parallel ranks saved: their parameters are cut in other ways."""
+
+
 def saved_name(layout: str, zero: int, precision: str = "fp32") -> str:
     return f"rgqa-{layout.replace('·', '-')}-z{zero}-{precision}"
 
@@ -279,10 +283,10 @@ def move_cases() -> list[Case]:
     savers, loaders = {}, []
     for layout in ("dp2", "pp2"):
         savers[f"dropout-{layout}"] = Case(mechanism="dropout", layout=layout, save=f"dropout-{layout}")
-    savers["value-residual"] = Case(mechanism="value-residual", layout="tp2", save="value-residual")
-    loaders.append(Case(mechanism="value-residual", layout="dp2", zero=3, load="value-residual"))
-    savers["t5-tp2"] = Case(mechanism="t5-dropout", layout="tp2", save="t5-tp2")
-    loaders.append(Case(mechanism="t5-dropout", layout="dp2", zero=3, load="t5-tp2"))
+    for mechanism in MOVED:
+        name = f"{mechanism}-tp2"
+        savers[name] = Case(mechanism=mechanism, layout="tp2", save=name)
+        loaders.append(Case(mechanism=mechanism, layout="dp2", zero=3, load=name))
     for (layout, zero), (to, to_zero) in MOVES:
         name = saved_name(layout, zero)
         savers[name] = Case(mechanism="rgqa", layout=layout, zero=zero, save=name)

@@ -13,6 +13,7 @@ from parity_cases import (
     COLUMNS,
     LAYOUTS,
     MECHANISMS,
+    MOVED,
     TABLE,
     XL,
     Case,
@@ -126,7 +127,11 @@ SABOTAGED = [
 LOADED = [case for case in move_cases() if case.load]
 SAVER_SIZES = {case.save: case.world_size for case in move_cases() if case.save}
 # Moves to fewer processes would need a second group of these; test_layout_changes.py has some.
-FAST_LOADED = [case for case in LOADED if SAVER_SIZES[case.load] <= case.world_size and case.load != "value-residual"]
+FAST_LOADED = [
+    case
+    for case in LOADED
+    if SAVER_SIZES[case.load] <= case.world_size and case.mechanism not in set(MOVED) - {"t5-dropout", "namoh"}
+]
 FAST_SAVED = [case for case in with_references(FAST_LOADED) if case.save]
 FAST_SAVED += [case for case in move_cases() if case.save and case.precision == "bf16" and case.layout == "single"]
 FAST_SAVED += [case for case in move_cases() if case.save and case.mechanism in ("dropout", "value-residual")]
