@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from headway.launcher.base.intervals import CONFIDENCE
 from headway.launcher.compare.analyse import StudyResult
@@ -12,6 +12,18 @@ from headway.launcher.compare.questions import answer, answer_spread, parse_ques
 from headway.launcher.report.page import Block, Table, Text
 
 NO_RUNS = "no finished runs"
+
+
+def question_heading(later: Mapping[str, int]) -> str:
+    """Of the column of questions. `later`: as `headway.launcher.study.asked.asked_later`."""
+    return "question" if later else "question, stated before the first run"
+
+
+def question_words(text: str, later: Mapping[str, int]) -> str:
+    """The question, with when it was stated if it was stated late."""
+    if text not in later:
+        return f"{text} (stated before the first run)" if later else text
+    return f"{text} (stated late: {later[text]} {'run' if later[text] == 1 else 'runs'} had finished)"
 
 
 def answer_of(result: StudyResult, text: str) -> tuple[str, str]:
@@ -32,7 +44,11 @@ def ladder_answers(study: LadderStudy) -> Iterator[Block]:
     texts = dict.fromkeys(text for asks in asked.values() for text in asks)
     if not texts:
         return
-    rows = [("question, stated before the first run", *(s.name for s in study.sizes))]
+    later: dict[str, int] = {}
+    for s in study.sizes:
+        for text, finished in (s.study.record.get("asked_later") or {}).items() if s.study is not None else ():
+            later[text] = later.get(text, 0) + finished
+    rows = [(question_heading(later), *(s.name for s in study.sizes))]
     for text in texts:
         answers = []
         for s in study.sizes:
@@ -41,7 +57,7 @@ def ladder_answers(study: LadderStudy) -> Iterator[Block]:
                 continue
             said, shown = answer_of(s.study, text)
             answers.append(said if shown == "-" else f"{said}: {shown}")
-        rows.append((text, *answers))
+        rows.append((question_words(text, later), *answers))
     yield Table(rows, frozenset(range(len(rows[0]))))
     yield Text(
         "Each size answers by its own intervals, which hold for all its variants at once, but not for all sizes at "

@@ -23,7 +23,7 @@ from headway.launcher.compare.ladder.read import Tuning, read_tuning
 from headway.launcher.compare.trend import sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
-from headway.launcher.report.answers import answer_of
+from headway.launcher.report.answers import answer_of, question_heading, question_words
 from headway.launcher.report.bounds import bound_blocks
 from headway.launcher.report.context import context_blocks
 from headway.launcher.report.effective import effective_blocks
@@ -170,8 +170,9 @@ def _answers(result: StudyResult) -> Iterator[Block]:
         return
     shows = "difference in loss [95 %, all at once]"
     shows += ", or ratio of sds" if any(" varies more " in text for text in asks) else ""
-    rows = [("question, stated before the first run", "answer", shows)]
-    rows += [(text, *answer_of(result, text)) for text in asks]
+    later = result.record.get("asked_later") or {}
+    rows = [(question_heading(later), "answer", shows)]
+    rows += [(question_words(text, later), *answer_of(result, text)) for text in asks]
     yield Table(rows, frozenset({0, 1}))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,6 +102,23 @@ def keep_design(study: Study, record: dict[str, Any]) -> None:
     if not file.exists() or file.read_text(encoding="utf-8", errors="replace") != text:
         study.records.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
+
+
+def asked_later(study: Study, cells: Sequence[Kept]) -> dict[str, int]:
+    """Question (`asks`) -> finished runs of the study when it was first recorded, if there were any.
+
+    `cells`: all of the study. The last recorded design is that of the folder, or that of the records where the study
+    was not started in this folder. A question that was left out for a while counts as a new one.
+    """
+    folders = [study.out] if study.records is None else [study.out, study.records]
+    earlier = next((found for folder in folders if (found := read_mapping(folder / STUDY))), {})
+    known, later = earlier.get("asks"), earlier.get("asked_later", {})
+    if not isinstance(known, list):
+        return {}
+    new = [text for text in study.config.asks if text not in known]
+    finished = sum(map(needs_no_training, cells)) if new else 0
+    found = {text: later[text] for text in study.config.asks if text in known and text in later}
+    return found | (dict.fromkeys(new, finished) if finished else {})
 
 
 def keep_file(out: Path, records: Path | None, name: str) -> None:

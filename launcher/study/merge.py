@@ -213,8 +213,13 @@ def _joint_design(sources: Sequence[Source]) -> dict[str, Any]:
     order = list(variants)
     # A study without uptrained variants, to which another source adds some, becomes one that compares at own ends.
     ends = next(({key: d[key]} for _, d in designs for key in ("compare_at",) if key in d), {})
+    later: dict[str, int] = {}  # a question that was late in one source is late
+    for _, design in designs:
+        for text, finished in design.get("asked_later", {}).items():
+            later[text] = max(later.get(text, 0), finished)
     return {
-        **{key: value for key, value in first.items() if key not in ("records", "written_at")},
+        **{key: value for key, value in first.items() if key not in ("records", "written_at", "asked_later")},
+        **({"asked_later": later} if later else {}),
         **ends,
         "seeds": seeds,
         "budgets": sorted(budgets),

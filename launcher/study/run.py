@@ -25,7 +25,7 @@ from headway.launcher.study.cluster.submit import Cluster, QueuedError, refuse_i
 from headway.launcher.study.cluster.submitted import cells_in_queue
 from headway.launcher.study.config import Study, StudyConfig, load_study
 from headway.launcher.study.jobs import Jobs, jobs_for
-from headway.launcher.study.keeping import keep_design, needs_no_training, restore_design
+from headway.launcher.study.keeping import asked_later, keep_design, needs_no_training, restore_design
 from headway.launcher.study.plan import Cell, StudyPlan, plan_study, study_record
 from headway.launcher.study.status import Queue, coloured, left, report_record, status_record, status_rows, table
 from headway.launcher.study.training import Book, train_cells
@@ -123,7 +123,7 @@ def train_plans(
             refuse_changed(plan)
         books = [Book.open(plan, partial(_record, command=command)) for plan in plans]
         for plan, measured in zip(plans, measurements, strict=True):
-            keep_design(plan.study, study_record(plan))
+            keep_design(plan.study, _design(plan))
             measured.write(plan.study.out)
         if cluster is not None:
             return cluster.submit(books)
@@ -214,7 +214,13 @@ def cell_command(plan: StudyPlan, cell: Cell) -> list[str]:
 
 def _record(plan: StudyPlan, *, command: str) -> None:
     """Write study.json."""
-    write_json(plan.study.out / RECORD, {**study_record(plan), "command": command, "written_at": now()})
+    write_json(plan.study.out / RECORD, {**_design(plan), "command": command, "written_at": now()})
+
+
+def _design(plan: StudyPlan) -> dict[str, Any]:
+    """The design, with the questions that were stated after the first run."""
+    later = asked_later(plan.study, plan.cells)
+    return {**study_record(plan), **({"asked_later": later} if later else {})}
 
 
 def refuse_foreign(out: Path, record: str, *, own: Collection[str] = (), what: str) -> None:

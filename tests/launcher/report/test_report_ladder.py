@@ -412,6 +412,14 @@ def test_questions_are_answered_at_every_size_that_asks_them(tmp_path, without_f
     assert shown[2].endswith("(no interval)")
     assert cells["rgqa-k1 is better than gqa"][1:] == ["no finished runs", "not asked", "not begun"]
     assert "if nothing differs at any of 4 sizes, the chance that one of them claims a difference is up to 19%" in page
+    for name, finished in (("tiny", 5), ("small", 1)):
+        file = folder.folder(name) / "study.json"
+        late = {"asked_later": {"rgqa-k1 is better than gqa": finished}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | late))
+    page = page_of(folder.out)
+    assert "question, stated before" not in page
+    assert "| rgqa-k1 is better than gqa (stated late: 6 runs had finished) |" in page
+    assert "| rgqa-k2 is better than gqa (stated before the first run) |" in page
 
 
 def test_values_on_an_edge_are_named_also_where_they_were_carried(tmp_path, without_figures):

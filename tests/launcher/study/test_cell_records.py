@@ -238,3 +238,48 @@ def test_budgets_of_a_full_run_of_which_only_the_record_is_left_are_trained_from
     assert run_study(folder.study) == 0
     assert folder.trained() == []  # done by records of their own
     assert "CONFOUND: runs that are not" not in (folder.out / "report.md").read_text()
+
+
+# ---------------------------------------------------------------- questions that were stated late
+
+
+FIRST, LATE = "routed is better than gqa", "routed is not worse than gqa by more than 0.5"
+
+
+def asked(folder: Folder) -> tuple[list[str], dict[str, int]]:
+    record = json.loads((folder.out / "study.json").read_text())
+    kept = json.loads((folder.path / "kept" / "cells" / "study.json").read_text())
+    assert (kept["asks"], kept.get("asked_later")) == (record["asks"], record.get("asked_later"))
+    return record["asks"], record.get("asked_later", {})
+
+
+def test_a_question_that_is_added_after_runs_is_recorded_and_shown_as_late(folder, capsys):
+    folder.rewrite("seeds: [1, 2]", f"seeds: [1, 2]\nasks: [{FIRST}]")
+    folder.behave({"routed/seed-2": "fail"})
+    assert run_study(folder.study) == 1
+    assert asked(folder) == ([FIRST], {})
+    assert "| question, stated before the first run |" in (folder.out / "report.md").read_text()
+    folder.rewrite(f"[{FIRST}]", f"[{FIRST}, {LATE}]")
+    folder.behave({})
+    assert run_study(folder.study) == 0
+    assert asked(folder) == ([FIRST, LATE], {LATE: 3})
+    page = (folder.out / "report.md").read_text()
+    assert "stated before the first run |" not in page and f"{FIRST} (stated before the first run)" in page
+    assert f"{LATE} (stated late: 3 runs had finished)" in page
+    shutil.rmtree(folder.out)  # the records know it too
+    assert run_study(folder.study) == 0
+    assert asked(folder) == ([FIRST, LATE], {LATE: 3})
+    folder.rewrite(f"[{FIRST}, {LATE}]", f"[{LATE}]")
+    assert run_study(folder.study) == 0
+    folder.rewrite(f"[{LATE}]", f"[{LATE}, {FIRST}]")  # left out for a while: all four have finished meanwhile
+    assert run_study(folder.study) == 0
+    assert asked(folder) == ([LATE, FIRST], {LATE: 3, FIRST: 4})
+
+
+def test_a_question_is_not_late_if_nothing_has_finished(folder):
+    folder.behave(dict.fromkeys(ALL, "fail"))
+    assert run_study(folder.study) == 1
+    folder.rewrite("seeds: [1, 2]", f"seeds: [1, 2]\nasks: [{FIRST}]")
+    folder.behave({})
+    assert run_study(folder.study) == 0
+    assert asked(folder) == ([FIRST], {})

@@ -292,6 +292,16 @@ def test_a_failed_copy_leaves_nothing(made, capsys, monkeypatch):
     assert "No space left on device" in refused(capsys, a.out, status=74)
 
 
+def test_a_question_that_was_late_in_one_source_is_late_in_the_joint_study(made, capsys):
+    a, b = made("a", [1]), made("b", [2])
+    asks = ["rgqa-k1 is better than gqa", "rgqa-k2 is better than gqa"]
+    edit(a.out / "study.json", asks=asks, asked_later={asks[0]: 2})
+    edit(b.out / "study.json", asks=asks, asked_later={asks[0]: 1, asks[1]: 3})
+    for to, sources in (("joint", (a.out, b.out)), ("again", (b.out, a.out))):
+        merged(capsys, *sources, to=to)
+        assert json.loads(Path(to, "study.json").read_text())["asked_later"] == {asks[0]: 2, asks[1]: 3}
+
+
 def test_a_source_that_compares_runs_at_their_own_ends_makes_the_joint_study_do_so(made, capsys):
     a, b = made("a", [1]), made("b", [2])
     edit(b.out / "study.json", compare_at="ends")
