@@ -211,7 +211,7 @@ def test_lost_records_are_counted_and_named(tmp_path):
     lost = "1 line is damaged and no record of step 3 to 5"
     assert str(read_run(run.path).lost) == lost
     cells = [SimpleNamespace(key="gqa/seed-1", record=read_run(run.path), damaged=False, done=False)]
-    facts = SimpleNamespace(pairing=SimpleNamespace(status="PAIRED"), differences=[], circumstances=[], deviations=[])
+    facts = SimpleNamespace(pairing=SimpleNamespace(status="PAIRED"), confounds=0)
     page = to_markdown(list(_warnings(cast(StudyResult, SimpleNamespace(cells=cells, short_cells=[], **vars(facts))))))
     assert f"gqa/seed-1: {lost}" in page
     assert str(run.cut_metrics(last_step=11).lost) == "1 line is damaged and no record of step 3 to 5, 10 to 11"
