@@ -90,6 +90,7 @@ NOT_EXECUTED = {
     "compare": "needs two trained runs; tests/launcher/study/test_compare_runs.py",
     "study plan": "needs a trained pilot; tests/launcher/study/test_seeds_plan.py",
     "eval STUDY": "needs trained cells; tests/launcher/evaluate/test_eval_command.py",
+    "eval studies/frontier/sizes/0.5m": "needs trained cells; tests/launcher/evaluate/test_eval_command.py",
     "study report": "needs trained cells; tests/launcher/study/test_study.py",
     "study watch": "serves until a signal; tests/launcher/study/test_study_watch.py",
     "init": "writes into the working folder; tests/launcher/cli/test_first_project.py",

@@ -1,0 +1,79 @@
+"""The numbers of docs/frontier.md are those of docs/results/frontier."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from headway.launcher.compare.goal import short_of
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "frontier.md").read_text()
+RESULTS = ROOT / "docs" / "results" / "frontier"
+
+
+def bounds() -> dict:
+    return json.loads((RESULTS / "ladder.json").read_text())["bounds"]
+
+
+def signed(row: dict[str, str]) -> str:
+    mean, low, high = (float(row[f"difference_{key}"]) for key in ("nats", "low", "high"))
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def test_the_table_has_every_variant_with_its_measured_difference_and_counted_bounds():
+    rows = [re.match(r"\| `([\w-]+)`[^|]*\|(.*)\|$", line) for line in PAGE.splitlines()]
+    shown = {row[1]: [cell.strip() for cell in row[2].split("|")] for row in rows if row}
+    with (RESULTS / "report.csv").open() as f:
+        measured = {row["variant"]: row for row in csv.DictReader(f) if row["size"] == "0.5m"}
+    counted = bounds()["variants"]
+    assert set(shown) == set(counted) - {"gqa"} == set(measured) - {"gqa"}
+    for name, cells in shown.items():
+        own = counted[name]
+        ratios = [f"{own['speed_up'][n]:.2f}x" for n in ("8192", "32768")]
+        assert cells == [signed(measured[name]), *ratios, f"{own['kv_bytes_per_token']['32768']:,.0f}"], name
+
+
+def test_the_candidates_that_are_named_are_those_that_are_better_and_within_reach():
+    with (RESULTS / "report.csv").open() as f:
+        rows = [row for row in csv.DictReader(f) if row["size"] == "0.5m" and row["variant"] != "gqa"]
+    found = [
+        row["variant"] for row in rows if float(row["difference_high"]) < 0 and not short_of(bounds(), row["variant"])
+    ]
+    assert found == ["delta-rgqa", "delta-namoh"]
+    assert "allow the goal: `delta-rgqa` and `delta-namoh`" in PAGE
+
+
+def test_shares_that_kernels_may_lose_are_those_of_the_bounds():
+    goal, counted = bounds()["goal"], bounds()["variants"]
+    text = PAGE.split("may lose this share")[1].split("The gated delta rule")[0]
+    named = re.findall(r"`([\w-]+)` ([\d.]+) %\s+and ([\d.]+) %", text)
+    assert len(named) == 6
+    for name, *shares in named:
+        for n, share in zip(("8192", "32768"), shares, strict=True):
+            left = 100 * (1 - goal[n] / counted[name]["speed_up"][n])
+            assert share == (f"{left:.0f}" if left >= 1 else f"{left:.1f}"), (name, n)
+
+
+def test_differences_by_place_are_those_of_the_evaluations():
+    page = (RESULTS / "sizes" / "0.5m" / "report.md").read_text().replace("\\", "")
+    text = " ".join(PAGE.split("Not the use of long contexts")[1].split("- **Not a look")[0].split())
+    for measure, variant in ((16, "delta-hybrid"), (256, "delta-hybrid"), (16, "namoh"), (256, "namoh")):
+        rows = page.split(f"| held-out/loss@{measure} | gqa |")[1].split("| held-out/loss@")[0]
+        row = next(line for line in rows.splitlines() if f"| {variant} |" in line)
+        value, *ends = map(float, re.findall(r"[+-]\d\.\d{4}", row))
+        low, high = sorted(map(abs, ends))
+        assert f"{abs(value):.3f} [{low:.3f}, {high:.3f}]" in text, (measure, variant)
+
+
+def test_the_readme_has_the_same_numbers():
+    text = " ".join((ROOT / "README.md").read_text().split("### A screening")[1].split("###")[0].split())
+    with (RESULTS / "report.csv").open() as f:
+        measured = {row["variant"]: row for row in csv.DictReader(f) if row["size"] == "0.5m"}
+    for name in ("delta-rgqa", "rgqa-k1"):
+        mean, *ends = (abs(float(measured[name][f"difference_{key}"])) for key in ("nats", "low", "high"))
+        low, high = sorted(ends)
+        assert f"by {mean:.4f} [{low:.4f}, {high:.4f}]" in text
+    ratios = bounds()["variants"]["delta-rgqa"]["speed_up"]
+    assert f"{ratios['8192']:.2f} times gqa's speed at 8,192 tokens and {ratios['32768']:.2f} times at 32,768" in text
+    assert f"compares {len(measured)} variants" in text
