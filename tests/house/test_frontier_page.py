@@ -80,3 +80,20 @@ def test_the_readme_has_the_same_numbers():
     ratios = bounds()["variants"]["delta-rgqa"]["speed_up"]
     assert f"{ratios['8192']:.2f} times gqa's speed at 8,192 tokens and {ratios['32768']:.2f} times at 32,768" in text
     assert f"compares {len(measured)} variants" in text
+
+
+def test_single_checks_are_those_of_their_file():
+    checks, text = json.loads((RESULTS / "checks.json").read_text()), " ".join(PAGE.split())
+    assert max(checks["no_look_ahead"]["largest_logit_difference"].values()) < 2e-14
+    assert "same logits in one pass and token by token from their caches, to 2e-14 in float64" in text
+    runs = checks["norms_and_gates"]
+    qk, gate = (run["validation_loss"] for run in runs["runs"])
+    assert f"with `qk_norm: true` has a loss of {qk:.4f}" in text
+    assert f"(`model.ffn_width` {runs['runs'][1]['keys']['model.ffn_width']}), {gate:.4f};" in text
+    assert f"gqa has {runs['beside']['gqa']:.4f} and `delta-hybrid` {runs['beside']['delta-hybrid']:.4f}" in text
+    with (RESULTS / "cells.csv").open() as f:
+        cells = {row["variant"]: row for row in csv.DictReader(f) if (row["size"], row["seed"]) == ("0.5m", "1")}
+    assert all(float(cells[name]["validation_loss_nats"]) == loss for name, loss in runs["beside"].items())
+    left = {name: int(100 * own["8192"]) / 100 for name, own in checks["chunks"]["speed_up"].items()}
+    assert left == {"delta-rgqa": 1.33, "delta-namoh": 1.4}
+    assert "`delta-rgqa` has 1.33x at 8,192 tokens, which is the goal itself, and `delta-namoh` 1.40x" in text
