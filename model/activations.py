@@ -173,7 +173,7 @@ class _Probe:
             parts = sharing.tensor if sharing.sequence_parallel else 1
             ranks = Ranks(
                 count=sharing.tensor,
-                enter=partial(_Resized.apply, parts, 1),
+                enter=partial(_Resized.apply, parts, 1) if sharing.sequence_parallel else _Same.apply,
                 leave=partial(_Resized.apply, 1, parts),
                 sum=self._sum,
             )
@@ -304,6 +304,14 @@ class _Resized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grow: int, shrink: int, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], x.shape[1] * grow // shrink, *x.shape[2:])
+
+
+class _Same(torch.autograd.Function):
+    """The tensor itself, as `headway.parallel.collectives` passes it to each rank: nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
 
 
 def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -22,6 +22,7 @@ With one micro-batch per step, the gradients of the single engine exist only fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from headway.kernels.documents import BLOCK, MERGED
@@ -66,10 +67,10 @@ class Memory:
     late_gradients: float  # part of `gradients` that does not exist during the forward pass
     bucket: float
     gathered: float
-    activations: float  # of all blocks for the micro-batches in flight; sent between stages; norm before the head
+    activations: float  # of all blocks for the micro-batches in flight; sent between stages
     routing: float  # choices of the routers, kept under recomputation
     mask: float  # document masks: one [S, S] per short sequence; small ones for neighbouring short documents
-    logits: float  # chunk of logits, gradients of head and hidden states
+    logits: float  # norm before the head, chunk of logits, gradients of head and hidden states
     recomputed: float  # recomputed activations of one block, or of its norms and SwiGLU product
     backward: float  # gradients inside the block whose backward pass runs
     exchange: float
@@ -153,15 +154,15 @@ def memory(grid: Grid, stage: Stage) -> Memory:
     routing = largest = 0.0
     if spec.parallel.recompute == "block":
         handed = grid.tokens * sum(footprint.handed_per_token for footprint in prints)
-        blocks, largest = between * len(prints) + handed, max(kept)
+        blocks, largest = between * len(prints) + handed, max(kept) - between  # its input is kept in any case
+        held_by = [between] * len(kept)
         routing = grid.in_flight(stage) * grid.tokens * sum(footprint.routing_per_token for footprint in prints)
     else:
         blocks, largest = sum(kept), max(grid.dropped(block) for block in stage.heaviest)
+        held_by = kept
     if spec.parallel.pipeline > 1:
         blocks += between  # the tensor sent to the next stage is kept until its gradient arrives
     activations = grid.in_flight(stage) * blocks
-    if stage.last:
-        activations += between + grid.tokens * row  # the norm's input and its output
     activations += grid.in_flight(stage) * _masks_of_dropout(grid, stage)
     return Memory(
         parameters=held.parameters,
@@ -174,15 +175,15 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         activations=activations,
         routing=routing,
         mask=_mask(grid),
-        logits=_logits(grid) if stage.last else 0.0,
+        # With the input and the output of the norm before the head. All are released before the last block's backward.
+        logits=_logits(grid) + between + grid.tokens * row if stage.last else 0.0,
         recomputed=largest,
         # Each kept tensor's gradient is computed once, and at most half of them exist at the same time. Under sequence
         # parallelism, gathered tensors are in the order of the ranks and are copied into the order of the tokens.
         backward=max(
-            max(kept) / 2
+            max(max(kept) / 2, _cores(grid, stage, kept, held_by))
             + 2 * grid.tokens * row * spec.parallel.sequence_parallel
-            + _scores(grid)
-            + _states(grid, stage),
+            + _scores(grid),
             _numbers(grid),
         ),
         exchange=held.exchange,
@@ -201,11 +202,16 @@ def _scores(grid: Grid) -> float:
     return 32.0 * spec.train.micro_batch * heads / spec.parallel.tensor * min(ROWS, length) * length
 
 
-def _states(grid: Grid, stage: Stage) -> float:
-    """States of chunks in a layer that keeps a state, not keys and values. Tensor-parallel ranks share its heads."""
-    spec = grid.spec
-    largest = max(block.recomputed_core_bytes(seq_len=spec.data.seq_len) for block in stage.heaviest)
-    return spec.train.micro_batch * largest / spec.parallel.tensor
+def _cores(grid: Grid, stage: Stage, kept: Sequence[float], held: Sequence[float]) -> float:
+    """The most that the backward pass of a block's core computes again, beyond what is released by then: about half of
+    the block's own tensors `kept`, and the tensors `held` of the blocks behind it. Tensor-parallel ranks share heads.
+    """
+    spec, most, released = grid.spec, 0.0, 0.0
+    for block, own, after in zip(reversed(stage.heaviest), reversed(kept), reversed(held), strict=True):
+        core = block.recomputed_core_bytes(seq_len=spec.data.seq_len) * spec.train.micro_batch / spec.parallel.tensor
+        most = max(most, core - own / 2 - released)
+        released += after
+    return most
 
 
 def _masks_of_dropout(grid: Grid, stage: Stage) -> float:

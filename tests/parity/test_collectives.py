@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 LAYERS = 4
 SUM, GATHER, SCATTER, EXCHANGE = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
 
-CUT_AS_DENSE = ["rgqa", "rgqa-no-loss", "switchhead", "wgqa", "hybrid", "hash", "cv2", "windows"]
+CUT_AS_DENSE = ["rgqa", "rgqa-no-loss", "switchhead", "wgqa", "hybrid", "hash", "cv2", "windows", "blocks", "mixed"]
 
 SUMS_OF_GQE = {
     # in a layer's forward pass: sums of chosen p; K and V of the shared head. Backward: theirs; W_O of the mix; W_Q of
@@ -30,6 +30,9 @@ WHOLE_GRADIENTS = {
     "namoh": 3,  # the router's rows, and the gains of queries and keys
     "gated": 1,  # the gain of the norm of outputs
     "moh": 3,  # the router's rows, those of the shared heads and of the two stages: every rank chooses among all heads
+    "mla": 5,  # W_DQ, W_DKV, W_KR, and the gains of both latents
+    "gla": 2,  # W_KR and the gain of the latents, which belong to ranks
+    "gated-mixed": 3 / 4,  # as `gated`, in three of four layers
 }
 
 
@@ -73,7 +76,7 @@ def test_gqe_adds_the_sums_that_mix_groups_and_no_more(counts, layout, mechanism
 @pytest.mark.parametrize(("mechanism", "whole"), WHOLE_GRADIENTS.items())
 def test_replicated_parameters_cost_one_all_reduce_of_their_gradient(counts, layout, mechanism, whole):
     forward, backward = counts[layout]["gqa"]
-    assert counts[layout][mechanism] == (forward, backward + Counter({SUM: whole * LAYERS}))
+    assert counts[layout][mechanism] == (forward, backward + Counter({SUM: int(whole * LAYERS)}))
 
 
 def test_sequence_parallel_gathers_and_scatters_where_tensor_parallel_sums(counts):
@@ -85,7 +88,8 @@ def test_sequence_parallel_gathers_and_scatters_where_tensor_parallel_sums(count
 
 
 @pytest.mark.parametrize(
-    "mechanism", ["gqa", "gqa-qk-norm", "wgqa", "rgqa-no-loss", "gqe-alone", "value-residual", "shared-kv"]
+    "mechanism",
+    ["gqa", "gqa-qk-norm", "wgqa", "rgqa-no-loss", "gqe-alone", "value-residual", "shared-kv", "mla", "gla"],
 )
 def test_context_parallel_exchanges_queries_keys_values_and_outputs_once_per_layer(counts, mechanism):
     assert counts["cp2"][mechanism] == ({EXCHANGE: 4 * LAYERS}, {EXCHANGE: 4 * LAYERS})
@@ -103,8 +107,9 @@ def test_under_context_parallel_a_single_shared_head_is_gathered(counts):
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "routers"), [("rgqa", 1), ("cv2", 1), ("moh", 1), ("switchhead", 2), ("hybrid", 2)]
+    ("mechanism", "routers"),
+    [("rgqa", 1), ("cv2", 1), ("moh", 1), ("switchhead", 2), ("hybrid", 2), ("mixed", 2 / 4)],  # in two of four layers
 )
 def test_under_context_parallel_a_balancing_loss_takes_one_mean_per_router(counts, mechanism, routers):
     forward, backward = counts["cp2"][mechanism]
-    assert forward == backward == {EXCHANGE: 4 * LAYERS, SUM: routers * LAYERS}
+    assert forward == backward == {EXCHANGE: 4 * LAYERS, SUM: int(routers * LAYERS)}

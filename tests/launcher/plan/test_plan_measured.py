@@ -26,8 +26,20 @@ WIDE = "model.width=256 model.ffn_width=704 train.micro_batch=1"
 ROUTED = "attention.type=rgqa attention.top_k=1"
 EXPERTS = "attention.type=switchhead attention.experts=4 attention.top_k=2"
 HYBRID = "attention.type=hybrid attention.top_k=1 attention.value_experts=4 attention.value_top_k=2"
+NAMOH = 'attention={"type":"namoh","heads":8,"head_dim":16,"top_k":2,"shared_heads":2,"window":16}'
+DELTA = 'attention={"type":"gated_delta","heads":8,"head_dim":16}'
+LATENT = 'attention={"type":"mla","heads":8,"head_dim":16,"latent":32,"query_latent":48,"rope_dim":8}'
+BLOCKS = 'attention={"type":"block_sparse","heads":8,"kv_heads":2,"head_dim":16,"block":16,"blocks":1}'
+KINDS = {"delta": DELTA, "namoh": NAMOH, "blocks": BLOCKS}
+# Layers with the delta rule come first and are the largest: the rest is released when their core is computed again.
+MIXED = (
+    'attention={"type":"mixed","pattern":["delta","namoh","blocks"],"kinds":{'
+    + ",".join(f'"{kind}":{words.removeprefix("attention=")}' for kind, words in KINDS.items())
+    + "}}"
+)
 TENSOR = "parallel.tensor=2 train.micro_batch=4"
 BF16 = "parallel.precision=bf16"
+LONG = "data.seq_len=256 data.document_mask=false"
 DROPPED = "model.dropout=0.1 model.dropout_places=[embedding,branches,hidden,head]"
 REDUCED = "parallel.gradient_reduction=bf16"
 # Under ZeRO-3, DeepSpeed's allocations for exchanges differ between runs. In bf16 the plan counts the largest one that
@@ -44,6 +56,21 @@ CASES = [
     f"{TENSOR} attention.type=gqe attention.top_k=1 attention.qk_norm=true",
     f"parallel.context=2 train.micro_batch=8 {HYBRID}",
     "parallel.pipeline=2 train.micro_batch=1 attention.type=wgqa",
+    f"{TENSOR} {MIXED}",
+    f"{TENSOR} {MIXED} {BF16} parallel.recompute=selective",
+    f"{TENSOR} {NAMOH} {BF16} parallel.recompute=selective",
+    f"{TENSOR} {LATENT} {BF16} parallel.recompute=selective",
+    f"{TENSOR} {DELTA}",
+    f"{TENSOR} {DELTA} parallel.recompute=block",
+    f"parallel.zero=1 {DELTA} data.seq_len=256 train.micro_batch=4",
+    f"parallel.zero=1 {BLOCKS}",
+    f"{TENSOR} attention.share_kv=3",
+    f"{TENSOR} attention.value_residual=learned",
+    # Activations are the largest part.
+    f"{TENSOR} {LONG}",
+    f"{TENSOR} {LONG} parallel.recompute=selective",
+    f"{TENSOR} {LONG} {BF16} parallel.recompute=block",
+    f"parallel.zero=1 train.micro_batch=4 {LONG} parallel.recompute=block",
     f"parallel.pipeline=2 {BF16} parallel.recompute=block",
     f"parallel.zero=2 {BF16} {WIDE}",
     f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
@@ -65,6 +92,8 @@ FAST = {
     f"{TENSOR} {ROUTED} parallel.sequence_parallel=true parallel.recompute=block",
     f"parallel.context=2 train.micro_batch=8 {HYBRID}",
     f"parallel.pipeline=2 {BF16} parallel.recompute=block",
+    f"{TENSOR} {MIXED} {BF16} parallel.recompute=selective",
+    f"{TENSOR} {LONG} parallel.recompute=selective",
     f"parallel.zero=2 {BF16} {WIDE} {REDUCED}",
     f"{DROPPED} {TENSOR} {BF16} parallel.recompute=selective parallel.sequence_parallel=true",
     VARIES[0],
@@ -77,6 +106,7 @@ SINGLE = [
     f"{ONE} train.micro_batch=8",
     f"{ONE} {BF16}",
     f"{ONE} {BF16} train.micro_batch=8",
+    f"{ONE} {MIXED} train.micro_batch=4",
     f"{ONE} {ROUTED} parallel.recompute=block parallel.zero=3",
     f"{ONE} parallel.engine=deepspeed",
 ]
