@@ -14,14 +14,19 @@ import torch
 import torch.distributed as dist
 
 from headway.launcher.train.router import RouterMonitor
+from headway.model.attention.block_sparse import BlockSparseConfig
+from headway.model.attention.gated_delta import GatedDeltaConfig
 from headway.model.attention.gqa import GqaConfig
 from headway.model.attention.hybrid import HybridConfig
+from headway.model.attention.mla import MlaConfig
+from headway.model.attention.namoh import NamohConfig
 from headway.model.attention.rgqa import RgqaConfig
 from headway.model.attention.switchhead import SwitchHeadConfig
 from headway.model.attention.wgqa import WgqaConfig
 from headway.model.balance import BalanceConfig
-from headway.model.base import AttentionConfig
+from headway.model.base import AttentionSection
 from headway.model.config import ModelConfig
+from headway.model.mixed import MixedConfig
 from headway.parallel import checkpoint, single_engine
 from headway.parallel.build import make_engine
 from headway.parallel.config import OptimizerConfig, ParallelConfig
@@ -36,7 +41,7 @@ HEADS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    attention: AttentionConfig
+    attention: AttentionSection
     precision: str = "fp32"
     zero: int = 1
     accumulation: int = 3
@@ -47,6 +52,10 @@ class Case:
 
 
 ROUTED = RgqaConfig(**HEADS, top_k=1, qk_norm=True, balance=BalanceConfig(f_p=0.05, loss_free_rate=1e-3))
+NAMOH = NamohConfig(heads=8, head_dim=8, top_k=2, shared_heads=2, window=7, balance=ROUTED.balance)
+DELTA = GatedDeltaConfig(heads=4, head_dim=8, chunk=7)
+LATENT = MlaConfig(heads=8, head_dim=8, latent=24, query_latent=20, rope_dim=4)
+BLOCKS = BlockSparseConfig(**HEADS, block=4, blocks=1)
 ODD: dict[str, Any] = {"width": 36, "ffn_width": 301}  # sizes that fill no whole vectors
 CASES = {
     "gqa": Case(attention=GqaConfig(**HEADS)),
@@ -64,6 +73,15 @@ CASES = {
         precision="bf16",
     ),
     "hybrid": Case(attention=HybridConfig(**HEADS, top_k=1, value_experts=3, value_top_k=2)),
+    "mixed": Case(attention=MixedConfig(kinds={"linear": DELTA, "routed": NAMOH}, pattern=["linear", "routed"])),
+    "mixed bf16": Case(
+        attention=MixedConfig(kinds={"blocks": BLOCKS, "latent": LATENT}, pattern=["blocks", "latent"]),
+        precision="bf16",
+    ),
+    "gated_delta bf16": Case(attention=DELTA, precision="bf16", recompute="selective"),
+    "namoh bf16": Case(attention=NAMOH, precision="bf16", recompute="block"),
+    "value residual": Case(attention=GqaConfig(**HEADS, value_residual="learned")),
+    "shared bf16": Case(attention=GqaConfig(**HEADS, share_kv=2, qk_norm=True), precision="bf16"),
 }
 
 

@@ -22,7 +22,7 @@ cases = sys.modules["single_cases"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cases)
 RESUMES = ("deepspeed from auto", "auto from deepspeed", "auto from auto")
 # Each precision, sizes of every kind, tied matrices, routers, recomputation. The others are in `make test-all`.
-FAST = ["norms in blocks", "tied bf16", "odd sizes", "odd sizes bf16", "rgqa", "rgqa bf16"]
+FAST = ["norms in blocks", "tied bf16", "odd sizes", "odd sizes bf16", "rgqa", "rgqa bf16", "mixed"]
 NAMES = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in cases.CASES]
 
 
