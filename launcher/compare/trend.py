@@ -60,6 +60,21 @@ def trend_of(curves: Mapping[str, Mapping[int, Curve]], baseline: str) -> Trend 
     return Trend(tokens=tuple(tokens), comparisons=comparisons, middle=middle, change=compare_paired(change, baseline))
 
 
+def not_pooled(trend: Trend, baseline: str) -> str | None:
+    """Which changes since the middle have a spread that is not pooled, and what that means; None if all are pooled.
+
+    A change that is "shown" by a pool without them may not be shown by a pool with them.
+    """
+    if trend.change is None or not (names := trend.change.own_spread):
+        return None
+    whose = "all intervals" if baseline in names else "intervals of such variants"
+    others = "" if baseline in names else ", and those of the others do not contain it"
+    return (
+        f"The spread of the changes since {trend.middle:,} tokens is too large to be pooled for {', '.join(names)}: "
+        f"{whose} rest on own seeds alone{others}."
+    )
+
+
 def sentence(trend: Trend, variant: str) -> str | None:
     """Text such as `-0.530 at 25,600 tokens, -0.200 at 204,800, shrinking`; None with fewer than two points."""
     points = trend.of(variant)

@@ -20,7 +20,7 @@ from headway.launcher.compare.findings import (
     verdict_rows,
 )
 from headway.launcher.compare.ladder.read import Tuning, read_tuning
-from headway.launcher.compare.trend import sentence
+from headway.launcher.compare.trend import not_pooled, sentence
 from headway.launcher.match.matching import quantity_words
 from headway.launcher.match.table import matching_rows
 from headway.launcher.report.answers import answer_of, question_heading, question_words
@@ -182,6 +182,8 @@ def _trend(result: StudyResult) -> Iterator[Block]:
     if rows:
         yield Heading("How differences develop", 3)
         yield Table([("variant", "difference in validation loss over training"), *rows], frozenset({0, 1}))
+        if result.trend is not None and (text := not_pooled(result.trend, result.baseline.name)) is not None:
+            yield Text(text)
 
 
 # ---------------------------------------------------------------- sections

@@ -9,7 +9,16 @@ from headway.launcher.compare.goal import short_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "frontier.md").read_text()
+TEXT = " ".join(PAGE.split())
 RESULTS = ROOT / "docs" / "results" / "frontier"
+
+
+def record(size: str, cell: str, folder: Path = RESULTS) -> dict:
+    return json.loads((folder / "sizes" / size / f"{cell}.json").read_text())
+
+
+def final(run: dict) -> float:
+    return run["summary"]["final_validation_loss"]
 
 
 def bounds() -> dict:
@@ -43,8 +52,8 @@ def test_the_candidates_that_are_named_are_those_that_are_better_and_within_reac
     better = [(row["size"], row["variant"]) for row in rows if float(row["difference_high"]) < 0]
     both = ["delta-rgqa", "delta-namoh"]
     assert better == [("0.5m", name) for name in both] + [("1.2m", name) for name in ("switchhead", *both)]
-    assert "better than gqa at both sizes and have FLOPs that allow the goal: `delta-rgqa` and `delta-namoh`" in PAGE
-    assert "At 1.2M `switchhead` is better, `namoh-shared` undecided, and `rgqa-k1` still worse." in PAGE
+    assert "better than gqa at both sizes and have FLOPs that allow the goal: `delta-rgqa` and `delta-namoh`" in TEXT
+    assert "At 1.2M `switchhead` is better, `namoh-shared` undecided, and `rgqa-k1` still worse." in TEXT
     worse = [(row["size"], row["variant"]) for row in rows if float(row["difference_low"]) > 0]
     assert worse == [("0.5m", "rgqa-k1"), ("0.5m", "hybrid"), ("0.5m", "namoh"), ("1.2m", "rgqa-k1")]
 
@@ -53,7 +62,7 @@ def test_what_is_visible_at_the_larger_size_is_the_half_width_there():
     with (RESULTS / "report.csv").open() as f:
         rows = [row for row in csv.DictReader(f) if row["size"] == "1.2m" and row["difference_high"]]
     halves = {f"{(float(row['difference_high']) - float(row['difference_low'])) / 2:.3f}" for row in rows}
-    assert len(halves) == 1 and f"below {halves.pop()} are not visible there" in " ".join(PAGE.split())
+    assert len(halves) == 1 and f"below {halves.pop()} are not visible there" in TEXT
 
 
 def test_shares_that_kernels_may_lose_are_those_of_the_bounds():
@@ -69,13 +78,80 @@ def test_shares_that_kernels_may_lose_are_those_of_the_bounds():
 
 def test_differences_by_place_are_those_of_the_evaluations():
     page = (RESULTS / "sizes" / "0.5m" / "report.md").read_text().replace("\\", "")
-    text = " ".join(PAGE.split("Not the use of long contexts")[1].split("- **Not a look")[0].split())
-    for measure, variant in ((16, "delta-hybrid"), (256, "delta-hybrid"), (16, "namoh"), (256, "namoh")):
+    kinds = ((16, "delta-hybrid"), (64, "delta-hybrid"), (256, "delta-hybrid"), (16, "namoh"), (256, "namoh"))
+    for measure, variant in (*kinds, (256, "namoh-shared")):
         rows = page.split(f"| held-out/loss@{measure} | gqa |")[1].split("| held-out/loss@")[0]
         row = next(line for line in rows.splitlines() if f"| {variant} |" in line)
         value, *ends = map(float, re.findall(r"[+-]\d\.\d{4}", row))
         low, high = sorted(map(abs, ends))
-        assert f"{abs(value):.3f} [{low:.3f}, {high:.3f}]" in text, (measure, variant)
+        digits = 4 if variant == "namoh-shared" else 3
+        assert f"{abs(value):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" in TEXT, (measure, variant)
+
+
+def test_the_course_of_the_advantage_at_the_larger_size_is_that_of_its_records():
+    def gap(name: str, tokens: int) -> float:
+        runs = [(record("1.2m", f"{name}/seed-{seed}"), record("1.2m", f"gqa/seed-{seed}")) for seed in (1, 2)]
+        at = [[run["validation"]["loss"][run["validation"]["tokens"].index(tokens)] for run in pair] for pair in runs]
+        return sum(base - own for own, base in at) / 2
+
+    first, last = ([f"{gap(name, n):.3f}" for name in ("delta-rgqa", "delta-namoh")] for n in (1_277_952, 3_096_576))
+    assert f"from {first[0]} (`delta-rgqa`) and {first[1]} nats (`delta-namoh`) at 1.3M tokens to {last[0]}" in TEXT
+    assert f"to {last[0]} and {last[1]} at the end." in TEXT
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"it shrinks from {first[0]} at 1.3M tokens to {last[0]} at the end of 3.1M" in readme
+
+
+def test_shares_of_the_parameters_are_those_of_the_records():
+    def share(size: str, name: str) -> str:
+        cost = record(size, f"{name}/seed-1")["card"]["cost"]
+        return f"{100 * cost['params_by_part']['attention'] / cost['num_params']:.0f} %"
+
+    names = ("gqa", "delta-rgqa", "delta-namoh")
+    a, b, c = (share("0.5m", name) for name in names)
+    assert f"attention has {a} of the parameters with gqa, {b} with `delta-rgqa` and {c} with `delta-namoh`" in TEXT
+    a, b, c = (share("1.2m", name) for name in names)
+    specs = [record("1.2m", f"{name}/seed-1")["spec"] for name in names]
+    widths = "{}, {} and {}".format(*(spec["model"]["ffn_width"] for spec in specs))
+    assert f"at 1.2M {a}, {b} and {c}, with a `model.ffn_width` of {widths}." in TEXT
+    assert f"moves nearly as much ({share('0.5m', 'namoh-shared')} at 0.5M)" in TEXT
+    attention = record("0.5m", "delta-rgqa/seed-1")["spec"]["attention"]
+    values = attention["kinds"]["linear"]["heads"] * 2 * attention["head_dim"]
+    assert f"has {values} channels of values, one of gqa has {attention['kv_heads'] * attention['head_dim']}." in TEXT
+
+
+def test_what_learning_rates_can_explain_is_what_the_records_show():
+    lower, excess, rates = [], [], []
+    for seed in (1, 2):
+        here, base = (record("0.5m", f"{name}/seed-{seed}") for name in ("rgqa-k1", "gqa"))
+        other = record("0.5m", f"rgqa-k1/seed-{seed}.budget-0.25", RESULTS.parent / "answer")
+        assert other["batches"] == here["batches"] and other["summary"]["tokens"] == here["summary"]["tokens"]
+        lower.append(f"{final(here) - final(other):.3f}")
+        excess.append((final(other) - final(base), final(here) - final(base)))
+        rates.append((other["spec"]["optimizer"]["lr"], here["spec"]["optimizer"]["lr"]))
+    assert f"lower by {lower[0]} and {lower[1]}, so" in TEXT
+    there, own = (sum(pair) / 2 for pair in zip(*excess, strict=True))
+    assert f"worse than gqa by {there:.3f} with that value, not by {own:.3f}" in TEXT
+    assert len(set(rates)) == 1 and "but {} instead of {}, and an older commit".format(*rates[0]) in TEXT
+
+    tuning = json.loads((RESULTS / "sizes" / "0.5m" / "tuning.json").read_text())["keys"]["optimizer.lr"]
+    trials = {trial["value"]: trial["loss"] for trial in tuning["variants"]["gqa"]["trials"]}
+    below, best, above = (trials[value] for value in (0.008, 0.016, 0.032))
+    assert best == min(trials.values())
+    factor_of_two = (below + above) / 2 - best  # x^2 coefficient of the parabola in log2
+    assert f"wrong by a factor of 2 costs {factor_of_two:.3f}: a third of the advantage" in TEXT
+    with (RESULTS / "report.csv").open() as f:
+        gains = {
+            row["variant"]: -float(row["difference_nats"])
+            for row in csv.DictReader(f)
+            if row["size"] == "1.2m" and row["difference_high"]
+        }
+    assert abs(factor_of_two / gains["delta-namoh"] - 1 / 3) < 0.02 > abs(factor_of_two / gains["switchhead"] - 3 / 4)
+
+
+def test_the_most_by_which_the_third_candidate_is_worse_is_the_end_of_its_intervals():
+    with (RESULTS / "report.csv").open() as f:
+        rows = [row for row in csv.DictReader(f) if row["variant"] == "namoh-shared" and row["difference_high"]]
+    assert f"at most {max(float(row['difference_high']) for row in rows):.3f} worse" in TEXT and len(rows) == 2
 
 
 def test_the_readme_has_the_same_numbers():
