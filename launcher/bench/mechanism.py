@@ -10,22 +10,26 @@ and the memory traffic of score maps are not FLOPs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.launcher.base import console
-from headway.launcher.base.errors import SpecError
+from headway.launcher.base.errors import SpecError, printable
 from headway.launcher.base.spread import spread
 from headway.launcher.hosts.commands import worker_environment
+from headway.launcher.match.bounds import bound_specs
+from headway.launcher.match.matching import value_at
 from headway.launcher.report.plots.style import STYLE, WIDTH_IN
 from headway.launcher.run.machine import git_commit, machine, versions
 from headway.launcher.spec.encoder_decoder import decoders_only
-from headway.launcher.study.config import FULL, load_study
+from headway.launcher.spec.load import load_spec
+from headway.launcher.study.config import FULL, StudyConfig, load_study
 from headway.launcher.study.plan import plan_study
 
 if TYPE_CHECKING:
@@ -35,7 +39,10 @@ if TYPE_CHECKING:
     from headway.model.decoder import Decoder
 
 PHASES = ("forward", "forward_backward", "prefill")
+LENGTHS = (256, 1024, 2048)
 WARMUP = 2
+ALIGNED = 128
+"""Tensor cores have their full rate where sizes are multiples of this (NVIDIA's guide to matrix multiplication)."""
 FAR = 1.5
 """A time ratio is marked if it exceeds the ratio of useful FLOPs by this factor."""
 
@@ -52,13 +59,16 @@ class Rates:
 class Variants:
     """The variants of a study at their matched sizes, and the device that they are measured on.
 
-    `specs`: variant -> (spec, vocabulary).
+    `specs`: variant -> (spec, vocabulary). `goals`: tokens per sequence -> how many times as fast as the baseline a
+    variant has to be, where the sizes are those of the study's `bounds`.
     """
 
     name: str
     baseline: str
     specs: dict[str, tuple[Spec, int]]
     device: torch.device
+    goals: dict[int, float] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
 
 
 def matched_variants(path: Path, overrides: Sequence[str]) -> Variants:
@@ -67,6 +77,31 @@ def matched_variants(path: Path, overrides: Sequence[str]) -> Variants:
     config = plan.study.config
     cells = [cell for cell in plan.cells if cell.seed == config.seeds[0] and cell.budget == FULL]
     specs = {cell.variant: (cell.spec, cell.vocab_size) for cell in cells}
+    return _on_device(config, specs)
+
+
+def larger_variants(path: Path, overrides: Sequence[str]) -> Variants:
+    """The variants at the larger model of `bounds` of the study at `path`, which needs no data and no trained run.
+
+    Solved integers are multiples of the power of two that divides the baseline's, up to `ALIGNED`: matrix units are
+    slower at odd sizes, which no FLOPs show. Raises SpecError if the study has no `bounds`.
+    """
+    study = load_study(path)
+    config = study.config
+    if config.bounds is None:
+        raise SpecError(f"--at-bounds: {path} has no `bounds`, which name the larger model; add them, or leave it out")
+    larger, match = study.path.parent / config.bounds.spec, config.match
+    if match is not None:
+        value = value_at(load_spec(larger, overrides).spec, match.free)
+        match = match.model_copy(update={"multiple": max(match.multiple, math.gcd(value, ALIGNED))})
+    specs, vocab_size = bound_specs(
+        config.bounds, larger, study.variants, baseline=config.baseline_name, match=match, arguments=overrides
+    )
+    found = _on_device(config, {name: (spec, vocab_size) for name, spec in specs.items()})
+    return replace(found, goals=config.bounds.goals, lengths=tuple(sorted(config.bounds.seq_len)))
+
+
+def _on_device(config: StudyConfig, specs: dict[str, tuple[Spec, int]]) -> Variants:
     any_spec = specs[config.baseline_name][0]
     os.environ.update(worker_environment(any_spec))
     import torch
@@ -75,6 +110,15 @@ def matched_variants(path: Path, overrides: Sequence[str]) -> Variants:
     on_gpu = any_spec.launch.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     return Variants(name=config.study, baseline=config.baseline_name, specs=specs, device=device)
+
+
+def chosen(found: Variants, names: Sequence[str]) -> Variants:
+    """The variants with these names, and the baseline; all without names. Raises SpecError for an unknown name."""
+    for name in names:
+        if name not in found.specs:
+            raise SpecError(f"--variants: {printable(name)} is not a variant; choose among {', '.join(found.specs)}")
+    kept = {name: spec for name, spec in found.specs.items() if not names or name in {*names, found.baseline}}
+    return replace(found, specs=kept)
 
 
 def write_measured(out: Path, result: dict[str, Any], text: str) -> None:
@@ -94,29 +138,39 @@ def bench_mechanism(
     path: Path,
     overrides: Sequence[str],
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     rounds: int,
     tokens: int,
     out: Path | None,
+    at_bounds: bool = False,
+    names: Sequence[str] = (),
 ) -> int:
     """Measure every variant of the study at `path` at its matched size.
 
-    `tokens`: tokens per pass; shorter sequences are batched. Raises SpecError for invalid lengths or too few rounds.
+    `lengths`: tokens per sequence; None: `LENGTHS`, or those of the bounds. `tokens`: tokens per pass; shorter
+    sequences are batched. `at_bounds`: measure the larger model of the study's `bounds`. `names`: the variants to
+    measure beside the baseline; all if there are none. Raises SpecError for invalid lengths, names or too few rounds.
     """
     if rounds < 2:
         raise SpecError(f"--rounds: {rounds} round(s) have no spread; use at least 2")
+    found = larger_variants(path, overrides) if at_bounds else None
+    lengths = (found.lengths if found is not None else LENGTHS) if lengths is None else lengths
     if not lengths or min(lengths) < 2 or len(set(lengths)) != len(lengths):
         raise SpecError(
             f"--lengths: {list(lengths)} is invalid; use different lengths of at least 2 tokens, such as 256,1024"
         )
-    study = matched_variants(path, overrides)
+    study = chosen(matched_variants(path, overrides) if found is None else found, names)
     specs, baseline, device = study.specs, study.baseline, study.device
     any_spec = specs[baseline][0]
+    from headway.parallel.operations import settled  # imports torch, whose threads are set by now
+
     result: dict[str, Any] = {
         "kind": "mechanism",
         "command": shlex.join(
             [
                 *["headway", "bench", "mechanism", str(path), *overrides],
+                *(["--at-bounds"] if at_bounds else []),
+                *(["--variants", ",".join(names)] if names else []),
                 *["--lengths", ",".join(map(str, lengths)), "--rounds", str(rounds), "--tokens", str(tokens)],
             ]
         ),
@@ -124,6 +178,8 @@ def bench_mechanism(
         "baseline": baseline,
         "device": device.type,
         "precision": any_spec.parallel.precision,
+        "speed": settled(any_spec.speed, any_spec.parallel, device.type),
+        "goals": {str(n): ratio for n, ratio in study.goals.items()},
         "rounds": rounds,
         "git_commit": git_commit(),
         "versions": versions(),
@@ -198,13 +254,21 @@ def _measure(
 
 
 def decoder_of(spec: Spec, vocab_size: int, device: torch.device) -> Decoder:
-    """An untrained decoder of the spec, with its schedules in their final state and in the precision of the spec."""
+    """An untrained decoder of the spec, with its schedules in their final state, and with precision, recomputation and
+    `speed` of the spec.
+    """
     import torch
 
-    from headway.model.decoder import Decoder
+    from headway.model.base import SequenceRanks
+    from headway.model.decoder import Decoder, Placement
+    from headway.parallel.operations import operations_of
 
     decoders_only(spec, "a measurement of mechanisms")
-    model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed)
+    operations = operations_of(spec.speed, spec.parallel, device)
+    placement = Placement(
+        sequence=SequenceRanks(attend=operations.core), recompute=spec.parallel.recompute, operations=operations
+    )
+    model = Decoder(spec.model, spec.attention, vocab_size=vocab_size, seed=spec.seed, placement=placement)
     model.before_step(spec.steps * spec.tokens_per_step)  # the final state of schedules, for which costs are stated
     return model.to(device, torch.bfloat16 if spec.parallel.precision == "bf16" else torch.float32)
 
@@ -261,13 +325,16 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['precision']}. Time cells: median of {result['rounds']} pairwise ratios (quartiles). Then follow the "
         "ratios of useful and of executed FLOPs of the whole model. The time ratio can be lower than both, because "
         "softmax and the memory traffic of score maps are not FLOPs. "
-        f"`far`: the time ratio is more than {FAR} times the ratio of useful FLOPs.",
+        f"`far`: the time ratio is more than {FAR} times the ratio of useful FLOPs. "
+        f"Options of `speed`: {', '.join(f'{key} {value}' for key, value in result.get('speed', {}).items())}.",
     ]
     lengths = list(dict.fromkeys(row["seq_len"] for row in result["rows"]))
     for length in lengths:
         rows = [row for row in result["rows"] if row["seq_len"] == length]
         lines += ["", f"## {length} tokens, {rows[0]['sequences']} sequences", ""]
         head = ["variant", "forward", "forward + backward", "prefill", "useful", "executed", "own time"]
+        goal = result.get("goals", {}).get(str(length))
+        head += [] if goal is None else [f"training speed (goal {goal:g}x)"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name in dict.fromkeys(row["variant"] for row in rows):
             of = {row["phase"]: row for row in rows if row["variant"] == name}
@@ -275,6 +342,7 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [name, *(_cell(of[phase]) for phase in PHASES)]
             cells += [f"{train['useful_flop_ratio']:.3f}", f"{train['executed_flop_ratio']:.3f}"]
             cells += [" / ".join(f"{1e3 * of[p]['seconds']['median']:.1f}" for p in PHASES) + " ms"]
+            cells += [] if goal is None else [_speed(train, goal, baseline=name == result["baseline"])]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -306,6 +374,13 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes[0][0].legend(loc="upper left")
         figure.savefig(file, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def _speed(row: dict[str, Any], goal: float, *, baseline: bool) -> str:
+    """How many times as fast as the baseline it trains: the median, and whether both quartiles reach the goal."""
+    slow, fast = 1 / row["ratio"]["q3"], 1 / row["ratio"]["q1"]
+    words = "" if baseline else " reached" if slow >= goal else " missed" if fast < goal else " undecided"
+    return f"{1 / row['ratio']['median']:.2f}x{words}"
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -37,8 +37,18 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         type=whole_list(2, 10_000_000),
-        default=[256, 1024, 2048],
-        help="tokens per sequence (default 256,1024,2048)",
+        default=None,
+        help="tokens per sequence (default 256,1024,2048; with --at-bounds those of the bounds)",
+    )
+    parser.add_argument(
+        "--at-bounds", action="store_true", help="measure the larger model that the study's bounds name, at equal sizes"
+    )
+    parser.add_argument(
+        "--variants",
+        type=_words,
+        default=[],
+        metavar="A,B",
+        help="variants to measure beside the baseline (default: all)",
     )
     parser.add_argument("--rounds", type=whole(2, 100_000), default=15, help="measured rounds, at least 2 (default 15)")
     parser.add_argument(
@@ -172,6 +182,7 @@ def _mechanism(args: argparse.Namespace) -> int:
     from headway.launcher.bench.mechanism import bench_mechanism
 
     options = {"lengths": args.lengths, "rounds": args.rounds, "tokens": args.tokens}
+    options |= {"at_bounds": args.at_bounds, "names": args.variants}
     return bench_mechanism(args.spec, args.overrides, **options, out=args.out)
 
 
@@ -236,7 +247,10 @@ VERBS = (
             Verb(
                 name="mechanism",
                 help="time every variant of a study against its baseline, over sequence lengths",
-                examples=("headway bench mechanism yaml/quickstart.yaml --lengths 256,1024 --out mechanisms.json",),
+                examples=(
+                    "headway bench mechanism yaml/quickstart.yaml --lengths 256,1024 --out mechanisms.json",
+                    "headway bench mechanism yaml/studies/frontier.yaml --at-bounds --variants delta-namoh",
+                ),
                 arguments=_mechanism_arguments,
                 run=_mechanism,
             ),

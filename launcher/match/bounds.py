@@ -8,7 +8,7 @@ the larger model too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,11 @@ class BoundsConfig(StrictModel):
         description="how many times as fast as the baseline a variant has to be, for each of seq_len: [1.33, 1.9]",
     )
 
+    @property
+    def goals(self) -> dict[int, float]:
+        """Tokens per sequence -> how many times as fast as the baseline a variant has to be there."""
+        return dict(sorted(zip(self.seq_len, self.goal, strict=False)))
+
     @field_validator("seq_len")
     @classmethod
     def _lengths(cls, value: list[int]) -> list[int]:
@@ -58,14 +63,20 @@ class BoundsConfig(StrictModel):
         return self
 
 
-def count_bounds(
-    config: BoundsConfig, path: Path, variants: Mapping[str, Node], *, baseline: str, match: MatchConfig | None
-) -> dict[str, Any]:
-    """The counts at the larger model, as JSON: its name and parameters, and a row for each variant.
+def bound_specs(
+    config: BoundsConfig,
+    path: Path,
+    variants: Mapping[str, Node],
+    *,
+    baseline: str,
+    match: MatchConfig | None,
+    arguments: Sequence[str] = (),
+) -> tuple[dict[str, Spec], int]:
+    """The spec of each variant at the larger model, with its size solved, and the vocabulary.
 
-    `path`: file of the larger spec. `variants`: the keys that each variant sets above it. FLOPs are useful forward
-    FLOPs; training costs three times as much in every variant, so ratios are those of training. Raises SpecError if the
-    file does not exist or names no vocabulary, and if a variant does not fit or cannot be matched.
+    `path`: file of the larger spec. `variants`: the keys that each variant sets above it. `arguments` (`a.b=c`): change
+    the larger spec of all variants. Raises SpecError if the file does not exist or names no vocabulary, and if a
+    variant does not fit or cannot be matched.
     """
     if not path.is_file():
         raise SpecError(f"bounds.spec: no such file: {printable(config.spec)}; the name is relative to the study file")
@@ -76,25 +87,35 @@ def count_bounds(
             hint = f" Did you mean {close[0]}?" if close else ""
             raise SpecError(f"bounds.keys: {printable(name)} is not a variant.{hint} Variants: {', '.join(layers)}")
         layers[name].append((keys, f"bounds.keys of {name}"))
-    specs = {name: load_spec(path, extra=found).spec for name, found in layers.items()}
+    specs = {name: load_spec(path, arguments, extra=found).spec for name, found in layers.items()}
     base = specs[baseline]
     vocab_size = base.model.vocab_size
     if vocab_size is None:
         raise SpecError(f"bounds.spec: {printable(config.spec)} has no model.vocab_size; add it, to count without data")
     target = None if match is None else quantity_of(spec_cost(base, vocab_size, match.seq_len), match.quantity)
-    rows, lengths = dict[str, Any](), sorted(config.seq_len)
     for name, spec in specs.items():
-        solved = spec
         if match is not None and target is not None and name != baseline:
             matched = match_variant(f"{name} at {base.name}", spec, match, target=target, vocab_size=vocab_size)
-            solved = spec_with(spec, matched.free, matched.value)
-        rows[name] = _row(solved, vocab_size, lengths, match)
+            specs[name] = spec_with(spec, matched.free, matched.value)
+    return specs, vocab_size
+
+
+def count_bounds(
+    config: BoundsConfig, path: Path, variants: Mapping[str, Node], *, baseline: str, match: MatchConfig | None
+) -> dict[str, Any]:
+    """The counts at the larger model, as JSON: its name and parameters, and a row for each variant.
+
+    FLOPs are useful forward FLOPs; training costs three times as much in every variant, so ratios are those of
+    training. Raises SpecError as `bound_specs` does.
+    """
+    specs, vocab_size = bound_specs(config, path, variants, baseline=baseline, match=match)
+    lengths = sorted(config.seq_len)
+    rows = {name: _row(spec, vocab_size, lengths, match) for name, spec in specs.items()}
     flops = rows[baseline]["flops_per_token"]
     for row in rows.values():
         row["speed_up"] = {n: flops[n] / own for n, own in row["flops_per_token"].items()}
-    ratios = {str(n): ratio for n, ratio in sorted(zip(config.seq_len, config.goal, strict=False))}
-    goal = {"goal": ratios} if ratios else {}
-    return {"spec": config.spec, "name": base.name, "seq_len": lengths, **goal, "variants": rows}
+    goal = {"goal": {str(n): ratio for n, ratio in config.goals.items()}} if config.goal else {}
+    return {"spec": config.spec, "name": specs[baseline].name, "seq_len": lengths, **goal, "variants": rows}
 
 
 def _row(spec: Spec, vocab_size: int, lengths: list[int], match: MatchConfig | None) -> dict[str, Any]:
