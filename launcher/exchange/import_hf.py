@@ -26,7 +26,7 @@ from headway.launcher.exchange.hf_check import (
 from headway.launcher.exchange.hub import Hub, is_remote, repository
 from headway.launcher.exchange.import_t5 import compare_t5, read_t5
 from headway.launcher.run.codec import token_of
-from headway.launcher.run.run_dir import flatten
+from headway.launcher.run.run_dir import brief, flatten
 from headway.launcher.spec.merge import format_value
 from headway.model.decoder import Decoder
 from headway.model.huggingface import folder as hf
@@ -260,11 +260,9 @@ def spec_text(config: hf.ExportedConfig, out: Path, folder: Path) -> str:
 
     `folder`: where the weights lie now, with their config.json.
     """
-    model = config.model.model_dump(mode="json")
-    attention = config.attention.model_dump(mode="json", exclude_defaults=True)
     sections = {
-        "model": model,
-        "attention": {"type": config.attention.type, **attention},
+        "model": config.model.model_dump(mode="json"),
+        "attention": brief(config.attention),
         # The spec is in the folder of the weights: this path leads there from the folder of the spec.
         "init": {"weights": f"../{out.resolve().name}", "sha256": hf.sha256_of(folder / hf.CONFIG)},
     }

@@ -14,7 +14,7 @@ from headway.launcher.compare.findings import bits_per_byte, signed_interval
 from headway.launcher.compare.stats import Estimate
 from headway.launcher.run.folders import cells_of, kind_of
 from headway.launcher.run.record_check import check_records
-from headway.launcher.run.run_dir import RunDir, flatten, read_mapping
+from headway.launcher.run.run_dir import RunDir, brief, flatten, read_mapping
 from headway.launcher.spec.spec import Spec
 from headway.model.cost import account
 from headway.model.huggingface import form
@@ -91,7 +91,7 @@ def _facts(run: RunDir, spec: Spec, found: Checkpoint) -> Iterable[tuple[str, st
         seq_len=spec.data.seq_len,
         encoder_tokens=spec.data.encoder_tokens,
     )
-    options = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
+    options = flatten(brief(spec.attention))
     words = ", ".join(f"{key} {value}" for key, value in options.items() if key != "type")
     yield "attention", f"{spec.attention.type} ({words})" if words else spec.attention.type
     model = spec.model

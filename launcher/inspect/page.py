@@ -89,7 +89,10 @@ def _counts(found: Inspection, stack: str) -> str:
     if not names:
         return "What heads attend to is not known: positions are relative, or heads keep a state."
     counts = ", ".join(f"{names[kind]} {kind}" for kind in (*CLASSES_OF[stack], "mixed", "unused") if names[kind])
-    return f"Of {names.total()} heads{f' of {STACKS[stack]}' if stack else ''}: {counts}."
+    text = f"Of {names.total()} heads{f' of {STACKS[stack]}' if stack else ''}: {counts}."
+    unknown = {n for n, place in enumerate(found.places) if place.stack == stack and found.heads[n] is None}
+    others = sum(worth.off.layer in unknown and not worth.off.router for worth in found.worths)
+    return f"{text} What {others} more attend to is not known, as they keep a state." if others else text
 
 
 def _stacks(found: Inspection) -> list[str]:

@@ -11,7 +11,7 @@ from headway.launcher.compare.findings import signed_interval
 from headway.launcher.compare.simultaneous import Simultaneous, compare_paired
 from headway.launcher.report.page import Block, Heading, Image, Table, Text
 from headway.launcher.report.plots.study import Plot
-from headway.launcher.run.records_heads import HEAD_KEYS, ROUTER_KEYS, Router, mean
+from headway.launcher.run.records_heads import HEAD_KEYS, ROUTER_KEYS, Heads, Router, mean
 
 
 def router_and_head_blocks(result: StudyResult, plots: Mapping[str, Plot]) -> Iterator[Block]:
@@ -88,7 +88,7 @@ def _heads(variants: Sequence[VariantResult]) -> Iterator[Block]:
     rows = [["variant", "compared", "C_W", "C_q", "C_o", "effective rank", "CKA"]]
     for v in variants:
         found = list(v.heads.values())
-        cells = [f"{found[0].members} {found[0].member}s per group"]
+        cells = [f"{found[0].members or 'unequal numbers of'} {found[0].member}s per group"]
         for key in HEAD_KEYS:
             ends = [mean(float(h.mean(key)[i]) for h in found) for i in (0, -1)]
             places = ".2f" if key == "effective_rank" else ".3f"
@@ -98,8 +98,10 @@ def _heads(variants: Sequence[VariantResult]) -> Iterator[Block]:
 
 
 def _against_baseline(variants: Sequence[VariantResult], baseline: str) -> Iterator[Block]:
-    """Differences of the last measures to the baseline's, for variants whose pools are of the same kind and size."""
-    kinds = {v.name: {(h.member, h.members) for h in v.heads.values()} for v in variants}
+    """Differences of the last measures to the baseline's, for variants whose pools are of the same kind and size, in
+    the same layers: the measures depend on the number of members, and on the depth.
+    """
+    kinds = {v.name: {_pool(h) for h in v.heads.values() if h.members} for v in variants}
     alike = [v for v in variants if len(kinds[v.name]) == 1 and kinds[v.name] == kinds.get(baseline)]
     if len(alike) < 2 or baseline not in kinds:
         return
@@ -118,6 +120,11 @@ def _against_baseline(variants: Sequence[VariantResult], baseline: str) -> Itera
         cells = [signed_interval(differences[key], 2 if key == "effective_rank" else 3) for key in HEAD_KEYS]
         rows.append([v.name, str(outputs.n), *cells, _verdict(outputs)])
     yield Table(rows, frozenset({0, 7}))
+
+
+def _pool(heads: Heads) -> tuple[str, ...]:
+    """What is compared in a run: kind and number of the members of a group, and the layers."""
+    return heads.member, str(heads.members), *sorted(heads.layers)
 
 
 def _last(variant: VariantResult, key: str) -> dict[int, float]:

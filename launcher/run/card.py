@@ -8,7 +8,7 @@ from typing import Any
 
 from headway.launcher.run.identity import code_hash, identity_hash, run_identity
 from headway.launcher.run.machine import git_commit, machine, versions
-from headway.launcher.run.run_dir import RunDir, flatten, spec_hash
+from headway.launcher.run.run_dir import RunDir, brief, flatten, spec_hash
 from headway.launcher.spec.spec import Spec
 from headway.model.attention.external import provenance
 
@@ -97,7 +97,7 @@ def banner(spec: Spec, run: RunDir, card: dict[str, Any]) -> str:
     """Summary of the training that is about to start, in terms of the spec."""
     cost = card["cost"]
     fingerprint = (card["data_fingerprint"] or f"synthetic {getattr(spec.data.source, 'task', '')}")[:24]
-    attention = flatten(spec.attention.model_dump(mode="json", exclude_defaults=True))
+    attention = flatten(brief(spec.attention))
     branch = card.get("branch") if spec.init.run is not None else None
     weights = card.get("weights") if spec.init.weights is not None else None
     return "\n".join(

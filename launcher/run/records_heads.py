@@ -57,7 +57,7 @@ class Heads:
     """Head diversity over a run, with one entry per record in order of steps.
 
     `layers`: layer -> each of `HEAD_KEYS`. `member`: kind of the compared members; `members`: number of members per
-    group in the first layer that has a pool.
+    group. Where layers differ, the kinds are joined by " or ", and `members` is 0.
     """
 
     member: str
@@ -117,10 +117,11 @@ def read_heads(records: Sequence[dict[str, Any]]) -> Heads | None:
     if not records:
         return None
     first = records[0]["layers"]
-    one = next(iter(first.values()))
+    kinds, sizes = ({str(one.get(key)): one.get(key) for one in first.values()} for key in ("member", "members"))
+    alike = len(kinds) == len(sizes) == 1
     return Heads(
-        member=str(one.get("member")),
-        members=int(one.get("members") or 0),
+        member=" or ".join(sorted(kinds)),
+        members=int(next(iter(sizes.values())) or 0) if alike else 0,
         tokens=np.array([mean(numbers(r.get("tokens"))) for r in records]),
         layers={
             layer: {

@@ -21,6 +21,8 @@ from headway.launcher.run.cut import Cut, cut_tail, rewrite
 from headway.launcher.run.lines import Damage, Lost, read_lines
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from headway.launcher.spec.spec import Spec
 
 # Keys that may differ between the spec of a run folder and the spec that continues the run: paths, records and the
@@ -265,6 +267,24 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def brief(section: BaseModel) -> dict[str, Any]:
+    """The keys of a section that are not at their defaults, nested, as JSON values; they are read as the same section.
+
+    What is nested has its `type` too, and all of its keys if all are defaults of their own: the section may have
+    another default there (`attention.balance`), and `flatten` gives nothing for an empty mapping.
+    """
+    every, named = section.model_dump(mode="json"), section.model_dump(mode="json", exclude_defaults=True)
+    return _brief(every, named)
+
+
+def _brief(every: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    found = {"type": every["type"], **named} if "type" in every else dict(named)
+    for key, value in named.items():
+        if isinstance(value, dict):
+            found[key] = _brief(every[key], value) if value else every[key]
+    return found
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -17,6 +17,7 @@ Equal groups without gates and windows are the published GQA.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -331,6 +332,15 @@ class DenseAttention(GroupedQueryAttention):
         if self.mix_first is None or self.mix_own is None:
             return 0.5 * (first + v)
         return self.mix_first * first + self.mix_own * v
+
+    def heads_of_calls(self) -> list[list[int]]:
+        """For each call of the core, one per distinct window, the query heads that it computes, in its order."""
+        ends = list(accumulate(self.sizes, initial=0))
+        heads = [list(range(begin, end)) for begin, end in pairwise(ends)]
+        return [
+            [head for own, w in zip(heads, self.windows, strict=True) if w == window for head in own]
+            for window in dict.fromkeys(self.windows)
+        ]
 
     def attend_to(self, q: Tensor, parts: Parts, context: Context) -> Tensor:
         """Attend with rotated queries q [B, S, H, D] -> o [B, S, H, D]."""

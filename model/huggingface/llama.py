@@ -149,10 +149,14 @@ def _check_model(model: ModelConfig) -> None:
             )
 
 
+_DENSE = ("mha", "mqa", "gqa", "sqa")
+"""Mechanisms whose layers may be those of a Llama. A subclass of their configs may compute something else."""
+
+
 def _checked(attention: AttentionSection, layers: int) -> DenseConfig:
     """Raise ValueError for features that a Llama does not have."""
     ways = "use the format safetensors, which supports it, or a run"
-    if not isinstance(attention, DenseConfig):
+    if not isinstance(attention, DenseConfig) or attention.type not in _DENSE:
         raise ValueError(
             f"attention.type: a Llama has no counterpart of {attention.type}; all of its query heads are used for "
             f"every token and share keys and values in equal groups; {ways} of type mha, mqa, gqa, sqa or wgqa"

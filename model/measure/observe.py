@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headway.model.attention.gqa import DenseAttention
 from headway.model.attention.gqe import GroupedQueryExperts
 from headway.model.attention.rgqa import RoutedGroupedQueryAttention
 from headway.model.base import Attention, Context
@@ -46,8 +47,8 @@ class Off(NamedTuple):
 class Layer:
     """What one layer did in a pass.
 
-    heads: Number of query heads; a shared head that is computed apart is the last one. Heads of unequal groups or
-        windows are numbered in the order in which the layer computes them, others group by group.
+    heads: Number of query heads, which are numbered group by group, as in W_Q and W_O; a shared head that is computed
+        apart is the last one.
     maps: For each call of the core its attention [B, H, S, K], rows of queries; empty if not asked for, if positions
         are relative, or if heads keep a state.
     rows: For each call, the query head of each row [B, S, H].
@@ -121,7 +122,10 @@ class _Report:
         return o
 
     def _rows(self, q: Tensor) -> Tensor:
-        """The query head of each row of a call [B, S, H]; its first call of routed heads is that of the slots."""
+        """The query head of each row of a call [B, S, H]; its first call of routed heads is that of the slots.
+
+        A layer with several windows has a call for each of them, whose heads need not be consecutive.
+        """
         batch, length, count = q.shape[:3]
         module, before = self._module, self.layer.heads
         if isinstance(module, RoutedGroupedQueryAttention | GroupedQueryExperts) and not before:
@@ -134,7 +138,12 @@ class _Report:
             self.layer.heads = groups * module.members
             return (idx + module.members * torch.arange(groups, device=idx.device)[:, None]).flatten(2)
         self.layer.heads += count
-        return torch.arange(before, before + count, device=q.device).expand(batch, length, count)
+        heads = range(before, before + count)
+        if isinstance(module, DenseAttention):
+            each, number = module.heads_of_calls(), len(self.layer.rows)
+            if [len(own) for own in each[number : number + 1]] == [count]:  # else an `attend` of its own
+                heads = each[number]
+        return torch.tensor(heads, device=q.device).expand(batch, length, count)
 
 
 def attention_map(

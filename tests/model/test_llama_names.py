@@ -46,6 +46,7 @@ def test_a_config_reads_back_as_the_same_decoder(values):
     ("key", "values"),
     [
         ("type", {"type": "rgqa", "kv_heads": 2, "top_k": 1}),
+        ("type", {"type": "dynamic_gqa", "kv_heads": 2, "freeze_after_tokens": 0}),  # equal groups before training
         ("qk_norm", {"type": "mha", "qk_norm": True}),
         ("qk_norm", {"type": "wgqa", "kv_heads": 2, "qk_norm": True}),
         ("gate", {"type": "mha", "gate": "headwise"}),

@@ -21,10 +21,18 @@ from headway.launcher.base.errors import NoInputError
 from headway.launcher.evaluate.scorer import Row
 from headway.launcher.evaluate.texts import TextSource, evaluate_text, own_sources
 from headway.launcher.exchange.opened import Opened, open_model
-from headway.launcher.inspect.patterns import CLASSES, HeadScores, _mean, places
-from headway.launcher.inspect.sample import Sample, own_sample
+from headway.launcher.inspect.inspection import Inspection
+from headway.launcher.inspect.page import _lead
+from headway.launcher.inspect.patterns import CLASSES, HeadScores, _mean, head_scores, places
+from headway.launcher.inspect.places import places_of
+from headway.launcher.inspect.sample import Sample, own_sample, repeated
 from headway.launcher.inspect.specialise import experts_of
 from headway.launcher.inspect.switched import switches, worths
+from headway.model.attention.gated_delta import GatedDeltaConfig
+from headway.model.attention.gqa import GqaConfig
+from headway.model.config import ModelConfig
+from headway.model.decoder import Decoder
+from headway.model.mixed import MixedConfig
 
 SPEC = """
 name: animals
@@ -208,3 +216,20 @@ def test_a_part_that_nothing_uses_is_worth_nothing(workspace: Any) -> None:
     rises = {(one.off.layer, one.off.member): one for one in found}
     assert rises[1, 1].rise == 0 and any(one.rise != 0 for one in found)
     assert rises[1, 0].low == pytest.approx(rises[1, 0].rise, abs=1e-6)  # equal documents have no spread
+
+
+def test_heads_that_keep_a_state_are_counted_apart() -> None:
+    """What they attend to is not known, and the first sentence does not pass over them."""
+    kinds = {"state": GatedDeltaConfig(heads=3, head_dim=4), "global": GqaConfig(heads=4, kv_heads=2, head_dim=4)}
+    attention = MixedConfig(kinds=kinds, pattern=["state", "global"])
+    decoder = Decoder(ModelConfig(width=16, layers=2, ffn_width=24), attention, vocab_size=40, seed=1).eval()
+    model = cast(Opened, SimpleNamespace(model=decoder, decoder=decoder))
+    tokens = repeated(model, sequences=2, half=8)
+    sample = Sample(tokens=tokens[:, :-1], labels=tokens[:, 1:])
+    loss, found = worths(model, sample)
+    numbers: dict[str, Any] = {"title": "", "identity": {}, "loss": loss, "targets": sample.targets, "sequences": 2}
+    rest: dict[str, Any] = {"unit": "documents", "experts": [], "cross": [], "likeness": {}}
+    rest |= {"places": places_of(decoder), "heads": head_scores(model, tokens)}
+    lead = _lead(Inspection(worths=found, **numbers, **rest))
+    assert lead.startswith("Of 4 heads: ") and len(found) == 7
+    assert " What 3 more attend to is not known, as they keep a state. Worth most: head " in lead

@@ -150,6 +150,26 @@ def test_variants_with_pools_of_the_same_kind_are_compared_with_the_baseline_ove
     assert rows["routed"]["C_o"] == f"{expected.mean:+.3f} [{expected.low:+.3f}, {expected.high:+.3f}]"
 
 
+def test_layers_that_differ_are_named_and_not_compared():
+    """Such as those of `mixed`: the measures depend on the members of a group, and on the layer."""
+
+    def of_layers(*members):
+        one = {"member": "query head", "c_w": 0.1, "c_q": 0.1, "c_o": 0.5, "effective_rank": 1.9, "cka": 0.5}
+        layers = {f"layer_{i:02d}": one | {"members": m} for i, m in enumerate(members) if m}
+        return {seed: read_heads([{"kind": "heads", "step": 5, "tokens": 50, "layers": layers}]) for seed in (1, 2)}
+
+    base = variant(found=of_layers(4, 4))
+    for members in ([4, 2], [4, None], [2, 2]):
+        likeness = [b for b in blocks(base, variant(found=of_layers(*members), name="b")) if isinstance(b, Table)]
+        assert len(likeness) == 1, members  # of heads, without differences
+        size = "unequal numbers of" if members == [4, 2] else members[0]
+        assert likeness[0].rows[2][:2] == ["b", f"{size} query heads per group"]
+    same = [b for b in blocks(base, variant(found=of_layers(4, 4), name="b")) if isinstance(b, Table)]
+    assert [row[0] for row in same[1].rows] == ["variant", "b"]
+    unequal = [variant(found=of_layers(4, 2), name=name) for name in "ab"]
+    assert sum(isinstance(block, Table) for block in blocks(*unequal)) == 1
+
+
 def seeds_of(values):
     return dict(enumerate(values.tolist()))
 

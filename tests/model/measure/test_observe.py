@@ -51,6 +51,8 @@ CASES = {
     # mechanism, what is switched off, and the weights that say the same
     "gqa": (Off(0, 4), "w_o", None, slice(40, 50)),
     "mqa-gated": (Off(0, 1), "w_o", None, slice(6, 12)),
+    "gqa-local-global": (Off(0, 2), "w_o", None, slice(12, 18)),  # of the second window, before heads of the first
+    "gqa-asymmetric": (Off(0, 1), "w_o", None, slice(6, 12)),
     "rgqa": (Off(0, 5), "w_o", None, slice(50, 60)),
     "rgqa-always-on": (Off(0, 3), "w_o", None, slice(18, 24)),  # the always-on head of the second group
     "moa": (Off(0, 2), "w_o", None, slice(12, 18)),
