@@ -11,7 +11,7 @@ Legend: B batch, S sequence, d width, H query heads (or slots), G KV heads, D he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -203,7 +203,8 @@ class _Probe:
         distances = torch.zeros(tokens, self.model.width, dtype=self.dtype) if self.model.relative else None
         attend = SequenceRanks(attend=self._attend)
         taken = self._taken(tokens)
-        context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances, handed=taken)
+        even = _Even(sharing.tensor) if getattr(self.attention, "experts_over_ranks", False) else None
+        context = Context(rope=rope, tokens=numbers, sequence=attend, distances=distances, handed=taken, memory=even)
         dropout = Dropout.of(self.model, seed=0)
         drops = None if dropout is None else dropout.of_pass(torch.zeros_like(numbers[:, 0]), numbers, start=0)
         known = [*self.block.parameters(), *self.block.buffers(), *rope, numbers]
@@ -257,11 +258,46 @@ class _Probe:
             others += [k.new_zeros(batch, tokens * sharing.context, *k.shape[2:]) for _ in range(2)]
         else:
             others += [k, v] if sharing.context == 1 else [torch.zeros_like(k), torch.zeros_like(v)]
+        if window is not None and calls:
+            others += self._mask_of_window(q, window)
         several = rows_per_call(sharing.seq_len, window) < sharing.seq_len
         several = calls and (several or (sharing.masked and sharing.seq_len > BLOCK))
         copies = int(several) + int(sharing.context > 1 and groups > 1)
         others += [torch.zeros_like(output) for _ in range(copies)]
         return _Kept.apply(q, output, *others)
+
+    def _mask_of_window(self, q: Tensor, window: int) -> list[Tensor]:
+        """The additive masks of a layer's calls with a window, which it keeps for its backward pass. q [B, n, H, D].
+
+        Without documents, all sequences share the masks of rows and the keys that they see. In short sequences with
+        documents, each has its own; in longer ones, all layers share small ones, which are not counted here.
+        """
+        length, rows = self.sharing.seq_len, rows_per_call(self.sharing.seq_len, window)
+        if self.sharing.masked and length > BLOCK:
+            return []
+        bounds = [(start, min(start + rows, length)) for start in range(0, length, rows)]
+        scores = sum((end - start) * (end - max(0, start - window + 1)) for start, end in bounds)
+        if self.sharing.masked:
+            scores = round(scores * q.shape[0] * q.shape[1] * self.sharing.context / length)
+        return [_zeros(torch.empty(scores, dtype=q.dtype, device="meta"))]
+
+
+class _Even(RoutingMemory):
+    """Chooses experts so that tensor-parallel ranks which hold equal parts of them have equally many choices.
+
+    The router of a probe, whose weights are 0, chooses the first experts, which all lie on the first rank.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def choice(self, choose: Callable[[], Tensor], experts: int) -> Tensor:
+        like = choose()  # [B, n, G, k]
+        token, slot = torch.arange(like.shape[1])[:, None], torch.arange(like.shape[3])
+        first = token % self.ranks * (experts // self.ranks) + token // self.ranks
+        chosen = (first + slot * (experts // like.shape[3])) % experts  # [n, k], all k different
+        return chosen[None, :, None].expand_as(like).contiguous()
 
 
 @contextmanager

@@ -71,19 +71,25 @@ class ParallelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _overlap_exists(self) -> ParallelConfig:
+        if (reason := self.why_no_overlap()) is not None:
+            raise ValueError(reason)
+        return self
+
+    def why_no_overlap(self) -> str | None:
+        """Why `overlap: true` has no form with the other keys; None if it has, or is not asked for."""
         if self.overlap is not True:
-            return self
+            return None
         if self.pipeline > 1:
-            raise ValueError(
+            return (
                 "overlap: with a pipeline, DeepSpeed exchanges gradients after the last backward pass of a step; use "
                 "parallel.overlap false or auto, or parallel.pipeline 1"
             )
         if self.zero == 1 and self.precision == "bf16":
-            raise ValueError(
+            return (
                 "overlap: in bf16 under zero 1, DeepSpeed adds up gradients in fp32 and exchanges the sums after the "
                 "last backward pass of a step; use parallel.overlap false or auto, or parallel.zero 2 or 3"
             )
-        return self
+        return None
 
     def overlaps(self, *, device: str, data_ranks: int) -> bool:
         """Whether exchanges overlap with the passes: `overlap`, or for auto the choice for these ranks.

@@ -146,14 +146,16 @@ def _hosts(gpus: int, gpu: Gpu) -> tuple[int, int]:
 
 
 def _candidates(spec: Spec, hosts: int, processes: int) -> Iterator[Spec]:
-    """Candidate layouts: tensor parallel ranks within a host, and sequence parallelism whenever tensor > 1."""
+    """Candidate layouts: tensor parallel ranks within a host, and sequence parallelism wherever they can share
+    sequences.
+    """
     launch = spec.launch.model_copy(update={"hosts": hosts, "processes": processes})
     world, context = hosts * processes, spec.parallel.context
     for tensor in (t for t in legal_tensor(spec) if processes % (t * context) == 0):
         ranks = world // (tensor * context)
         for pipeline in (p for p in range(1, spec.model.layers + 1) if ranks % p == 0):
             batch = spec.train.global_batch // (ranks // pipeline)
-            for zero in (1, 2, 3) if pipeline == 1 and ranks > 1 else (1,):
+            for zero in (1, 2, 3) if pipeline == 1 and ranks * context > 1 else (1,):
                 for recompute in ("none", "block"):
                     for micro_batch in _powers(batch):
                         update = {
@@ -161,7 +163,7 @@ def _candidates(spec: Spec, hosts: int, processes: int) -> Iterator[Spec]:
                             "pipeline": pipeline,
                             "zero": zero,
                             "recompute": recompute,
-                            "sequence_parallel": tensor > 1,
+                            "sequence_parallel": tensor > 1 and spec.data.seq_len % (tensor * context) == 0,
                         }
                         parallel = spec.parallel.model_copy(update=update)
                         train = spec.train.model_copy(update={"micro_batch": micro_batch})

@@ -69,7 +69,7 @@ class Memory:
     gathered: float
     activations: float  # of all blocks for the micro-batches in flight; sent between stages
     routing: float  # choices of the routers, kept under recomputation
-    mask: float  # document masks: one [S, S] per short sequence; small ones for neighbouring short documents
+    mask: float  # document masks, per micro-batch in flight: one [S, S] per short sequence, else small ones
     logits: float  # norm before the head, chunk of logits, gradients of head and hidden states
     recomputed: float  # recomputed activations of one block, or of its norms and SwiGLU product
     backward: float  # gradients inside the block whose backward pass runs
@@ -174,7 +174,7 @@ def memory(grid: Grid, stage: Stage) -> Memory:
         gathered=held.gathered,
         activations=activations,
         routing=routing,
-        mask=_mask(grid),
+        mask=_mask(grid, stage),
         # With the input and the output of the norm before the head. All are released before the last block's backward.
         logits=_logits(grid) + between + grid.tokens * row if stage.last else 0.0,
         recomputed=largest,
@@ -235,17 +235,21 @@ def _numbers(grid: Grid) -> float:
     return 8.0 * max(hidden, grid.residual_tokens * model.width)
 
 
-def _mask(grid: Grid) -> float:
-    """Masks of documents, an upper bound. None with a kernel for variable lengths (bf16 on a GPU).
+def _mask(grid: Grid, stage: Stage) -> float:
+    """Masks of documents that layers share, an upper bound. None with a kernel for variable lengths (bf16 on a GPU),
+    and none of layers that attend by a core of their own or have no softmax.
 
     Short sequences: the additive mask, and a boolean one that exists while it is built. Longer ones: the masks of calls
-    that short documents share, if all documents are short.
+    that short documents share, if all documents are short. Each micro-batch in flight has masks of its own. What a
+    window adds to them is kept by each layer, and is part of its footprint.
     """
     spec, width = grid.spec, grid.element_bytes
     if spec.model.relative or not spec.data.document_mask or (grid.sharing.device == "cuda" and grid.sharing.bf16):
         return 0.0
-    length = spec.data.seq_len
-    per_row = length * (width + 1) if length <= BLOCK else MERGED * width
+    if not any(block.attended_heads() and not block.own_core for block in stage.blocks):
+        return 0.0
+    length, passes = spec.data.seq_len, grid.in_flight(stage)
+    per_row = length * (passes * width + 1) if length <= BLOCK else passes * MERGED * width
     return float(spec.train.micro_batch * length * per_row)
 
 

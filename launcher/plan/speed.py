@@ -9,16 +9,19 @@ Legend: P stages, m micro-batches per step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from headway.launcher.plan.hardware import Assumptions, Gpu, Network
 from headway.launcher.plan.measured import assumptions
 from headway.launcher.plan.stages import Grid, Stage
 from headway.launcher.plan.traffic import Flow, flows
+from headway.model.cost import block_flops, relative_core_flops
 
 if TYPE_CHECKING:
     from headway.launcher.spec.spec import Spec
+    from headway.model.base import AttentionConfig
 
 OPTIMIZER_BYTES = 38.0
 """Memory traffic of AdamW in bf16 per parameter of a rank's partition, in bytes.
@@ -84,6 +87,32 @@ def speed(grid: Grid, gpu: Gpu, network: Network, *, useful_flops_per_token: flo
     return Speed(tokens_per_s=rates, mfu=(slow, fast), times=(low, high))
 
 
+def training_s(grid: Grid, gpu: Gpu, network: Network) -> tuple[float, float]:
+    """Seconds of a run's steps, with all assumptions high and with all low; of a branch, without those of its parent.
+
+    Each stage of a `k_schedule` has its own speed.
+    """
+    spec, seconds = grid.spec, [0.0, 0.0]
+    first, end = spec.init.start_step * spec.tokens_per_step, spec.steps * spec.tokens_per_step
+    blocks = [block for stage in grid.stages for block in stage.blocks]
+    begins = sorted({begin for block in blocks for begin, _ in block.stages()})
+    for begin, until in pairwise([*begins, end]):
+        if (tokens := min(until, end) - max(begin, first)) > 0:
+            low, high = speed(_trained_from(grid, begin), gpu, network, useful_flops_per_token=0.0).tokens_per_s
+            seconds = [seconds[0] + tokens / high, seconds[1] + tokens / low]
+    return seconds[0], seconds[1]
+
+
+def _trained_from(grid: Grid, tokens: int) -> Grid:
+    """The grid with the blocks of the stage of training that has begun after `tokens` tokens."""
+
+    def at(block: AttentionConfig) -> AttentionConfig:
+        return [config for begin, config in block.stages() if begin <= tokens][-1]
+
+    stages = tuple(replace(stage, blocks=tuple(map(at, stage.blocks))) for stage in grid.stages)
+    return replace(grid, stages=stages)
+
+
 def assumptions_of(spec: Spec, gpu: Gpu) -> tuple[Assumptions, Assumptions]:
     """Low and high assumptions for the spec's shape."""
     head_dim = min(mechanism.core_channels for _, mechanism in spec.attention.mechanisms())
@@ -130,11 +159,14 @@ def _micro_batch(
     spec, model = grid.spec, grid.spec.model
     parallel, rate = spec.parallel, matrix_rate(grid, gpu)
     again = 1 if parallel.recompute == "block" else 0
-    products = cores = kept = 0.0
+    # What every tensor-parallel rank computes in full is not shared: 2 FLOPs per token and parameter.
+    products = (3 + again) * 2.0 * stage.replicated * (parallel.tensor - 1)
+    cores = kept = 0.0
     for block in stage.blocks:
         core = block.core_flops_per_token(seq_len=spec.data.seq_len)
-        whole = block.flops_per_token(width=model.width, seq_len=spec.data.seq_len).executed
-        products += (3 + again) * (whole - core + model.mlp_flops)
+        core += relative_core_flops(model, block, seq_len=spec.data.seq_len)
+        whole = block_flops(model, block, seq_len=spec.data.seq_len).executed
+        products += (3 + again) * (whole - core)
         cores += (1 + again + CORE_BACKWARD) * core
         kept += grid.footprint(block).kept(grid.tokens) * (1 + again / 3) + grid.dropped(block) * (1 + 1 / 3)
     if stage.last:

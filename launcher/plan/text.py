@@ -7,7 +7,7 @@ from typing import Any
 from headway.launcher.plan.hardware import ASSUMPTIONS, GIB, RESERVED_BYTES, USABLE, Gpu, Network, usable_bytes
 from headway.launcher.plan.layouts import Layout, Search
 from headway.launcher.plan.measured import measured
-from headway.launcher.plan.speed import assumptions_of, bubble
+from headway.launcher.plan.speed import assumptions_of, bubble, training_s
 from headway.launcher.plan.traffic import Flow, flows
 from headway.launcher.spec.layouts import warnings
 from headway.launcher.spec.spec import Spec
@@ -96,7 +96,7 @@ def _speed_rows(layout: Layout, gpu: Gpu, network: Network) -> list[tuple[str, s
         return [("tokens/s, estimated", "none on a CPU")]
     speed = layout.speed
     low, high = speed.tokens_per_s
-    seconds = [spec_seconds(layout.spec, rate) for rate in (high, low)]
+    seconds = training_s(layout.grid, gpu, network)
     times = " ".join(
         f"{name.removesuffix('_s')} {share:.0%}" for name, share in _shares(layout).items() if share >= 0.005
     )
@@ -234,11 +234,6 @@ def in_gib(nbytes: float) -> str:
 def rounded(number: float) -> str:
     """Round to three digits; the estimates are not more precise."""
     return f"{float(f'{number:.3g}'):,.0f}"
-
-
-def spec_seconds(spec: Spec, tokens_per_s: float) -> float:
-    """Time of the steps of a run; of a branch, without those of its parent."""
-    return (spec.steps - spec.init.start_step) * spec.tokens_per_step / tokens_per_s
 
 
 def _own_part(spec: Spec) -> list[tuple[str, str]]:

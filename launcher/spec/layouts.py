@@ -41,6 +41,7 @@ def why_not(spec: Sections) -> str | None:
     """
     rules = (
         why_not_encoder_decoder,
+        _overlap,
         _stages,
         _zero,
         _tensor,
@@ -155,6 +156,12 @@ def listed(values: Iterable[int]) -> str:
 
 
 # ---------------------------------------------------------------- the rules, in the order in which they are checked
+
+
+def _overlap(spec: Sections) -> str | None:
+    """The rule of `ParallelConfig`, which does not check the copies that a search makes."""
+    reason = spec.parallel.why_no_overlap()
+    return None if reason is None else f"parallel.{reason}"
 
 
 def _stages(spec: Sections) -> str | None:

@@ -47,6 +47,7 @@ class NamohConfig(AttentionConfig):
     """NAMOH: `heads` heads with keys and values of their own tokens, of which a token is routed to `top_k`."""
 
     type: Literal["namoh"] = "namoh"
+    experts_over_ranks: ClassVar[bool] = True  # tensor-parallel ranks hold parts of the heads of one choice
     no_context_parallel: ClassVar[str | None] = (
         "attention.type namoh attends within the tokens of each head, which lie in unequal numbers on the ranks that "
         "share a sequence"

@@ -10,7 +10,7 @@ from headway.kernels.documents import BLOCK, Documents
 from headway.kernels.rope import rope_tables
 from headway.model.activations import Sharing, block_parameters, footprint, saved_storages
 from headway.model.attention.registry import MECHANISMS
-from headway.model.base import Context
+from headway.model.base import Context, Ranks
 from headway.model.config import ModelConfig
 from headway.model.decoder import Block, Placement
 
@@ -38,12 +38,20 @@ def any_config(request, study_mechanisms):
 
 
 def kept(
-    attention, *, batch: int, seq_len: int, bf16: bool, masked: bool, recompute: Any = "none", split: int | None = None
+    attention,
+    *,
+    batch: int,
+    seq_len: int,
+    bf16: bool,
+    masked: bool,
+    recompute: Any = "none",
+    split: int | None = None,
+    ranks: Ranks | None = None,
 ) -> int:
     """Bytes of the storages that autograd saves in a forward pass of the real block, its real core included."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     block = Block(MODEL, attention).to(dtype)
-    block.place(Placement(recompute=recompute))
+    block.place(Placement(recompute=recompute, ranks=ranks or Ranks()))
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(std=0.05)
@@ -91,6 +99,30 @@ def test_documents_attended_one_by_one_keep_one_more_output() -> None:
     real = kept(attention, batch=1, seq_len=1024, bf16=False, masked=True, split=300)
     sharing = Sharing(bf16=False, masked=True, device="cpu", seq_len=1024)
     assert footprint(MODEL, attention, sharing).kept(1024) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("seq_len", [64, 200, 600])  # one call, several calls, and documents one by one
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+def test_a_layer_keeps_the_masks_of_its_window(masked: bool, seq_len: int) -> None:
+    """All sequences share those without documents. In short sequences with documents, each has its own."""
+    attention = config("gqa", windows=40)
+    sharing = Sharing(bf16=False, masked=masked, device="cpu", seq_len=seq_len)
+    for batch in (1, 3):
+        real = kept(attention, batch=batch, seq_len=seq_len, bf16=False, masked=masked, split=30)
+        assert footprint(MODEL, attention, sharing).kept(batch * seq_len) == pytest.approx(real, rel=0.02)
+
+
+def test_tensor_ranks_of_namoh_share_the_pairs_of_tokens_and_heads() -> None:
+    """Whatever the routing, the pairs of all ranks are top_k for each token."""
+    attention = MECHANISMS["namoh"].model_validate({"type": "namoh", "heads": 16, "head_dim": 16, "top_k": 8})
+    sharing = Sharing(bf16=False, masked=False, device="cpu", seq_len=64, tensor=2)
+    said = footprint(MODEL, attention, sharing).kept(64)
+    real = []
+    for index in range(2):
+        torch.manual_seed(1)  # the same input and router on both
+        ranks = Ranks(index=index, count=2)
+        real.append(kept(attention, batch=1, seq_len=64, bf16=False, masked=False, ranks=ranks))
+    assert said == pytest.approx(sum(real) / 2, rel=0.02)
 
 
 def test_parameters_of_a_rank_are_its_share_and_what_all_ranks_hold(any_config) -> None:

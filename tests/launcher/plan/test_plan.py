@@ -7,17 +7,22 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+from headway.kernels.documents import Documents
 from headway.launcher.base.errors import SpecError
 from headway.launcher.plan import speed
 from headway.launcher.plan.hardware import ASSUMPTIONS, GPUS, NETWORKS, Assumptions, Gpu, find_gpu, find_network
 from headway.launcher.plan.layouts import Layout, Search, plan_layout, search
+from headway.launcher.plan.memory import memory
 from headway.launcher.plan.planner import cost_of, plan, with_vocabulary
 from headway.launcher.plan.speed import bubble
 from headway.launcher.plan.stages import grid_of
 from headway.launcher.plan.tables import markdown, tables
 from headway.launcher.plan.traffic import flows
 from headway.launcher.spec.load import load_spec
+from headway.model.activations import saved_storages
+from headway.model.decoder import Decoder
 
 ROOT = Path(__file__).parents[3]
 TINY, LARGE = ROOT / "yaml/base/tiny.yaml", ROOT / "yaml/models/940m.yaml"
@@ -207,6 +212,27 @@ def test_the_search_lists_layouts_that_fit_with_no_micro_batch() -> None:
     assert result.best and result.best[0].spec.parallel.pipeline > 1  # data parallel ranks alone do not fit
 
 
+def test_the_search_proposes_no_overlap_where_there_is_none() -> None:
+    """In bf16 under ZeRO-1, and with a pipeline, `parallel.overlap: true` is refused when a spec is loaded."""
+    asked = ["parallel.overlap=true", "train.global_batch=8"]
+    result = found(LARGE, 4, "parallel.zero=2", *asked)
+    assert result.best and result.illegal["parallel.overlap"] > 0
+    for layout in result.best:
+        assert load_spec(LARGE, [*asked, *layout.overrides]).spec.parallel.overlap is True
+
+
+def test_the_search_shards_states_over_context_parallel_ranks() -> None:
+    result = found(LARGE, 4, "launch.processes=4", "parallel.context=4", "train.global_batch=8")
+    assert {layout.spec.parallel.zero for layout in result.best if layout.grid.data_parallel == 1} == {1, 2, 3}
+
+
+def test_the_search_has_no_sequence_parallelism_where_sequences_do_not_divide() -> None:
+    result = found(LARGE, 4, "data.seq_len=2050", "train.global_batch=8")
+    layouts = {layout.spec.parallel.tensor: layout.spec.parallel.sequence_parallel for layout in result.best}
+    assert layouts == {1: False, 2: True, 4: False}
+    assert not result.illegal["parallel.sequence_parallel"]
+
+
 def test_the_search_proposes_only_legal_tensor_sizes() -> None:
     result = found(ROOT / "yaml/models/82m.yaml", 8)  # three KV heads
     assert {layout.spec.parallel.tensor for layout in result.best} == {1}
@@ -252,6 +278,72 @@ def test_the_committed_plans_are_what_the_code_computes() -> None:
     committed = json.loads((folder / "plans.json").read_text())
     assert {name: committed[name] for name in fresh} == json.loads(json.dumps(fresh))
     assert (folder / "plans.md").read_text() == markdown(fresh)
+
+
+def test_relative_positions_take_time() -> None:
+    """A product of 2 D per score besides the 4 D of queries, keys and values, and 2 d G D for the position keys."""
+    gpu, rope, relative = GPUS["h100"], planned(TINY), planned(TINY, "model.positions=relative_xl")
+    assert relative.speed.times[0].core_s == pytest.approx(1.5 * rope.speed.times[0].core_s)
+    more = 2 * 3 * 2 * 64 * 2 * 8 * relative.spec.tokens_per_step  # layers, passes
+    seconds = relative.speed.times[0].matmul_s - rope.speed.times[0].matmul_s
+    assert seconds == pytest.approx(more / (ASSUMPTIONS[0].matmul * gpu.fp32_flops))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_rank_multiplies_with_all_matrices_that_it_holds(tensor: int) -> None:
+    """Each tensor-parallel rank computes the latents of mla in full."""
+    attention = "attention={type: mla, heads: 4, head_dim: 8, latent: 32, rope_dim: 4, latent_norm: false}"
+    layout = planned(TINY, attention, f"launch.processes={tensor}", f"parallel.tensor={tensor}")
+    held = layout.grid.stages[0].parameters
+    matrices = held["attention"] + held["mlp"] + held["embedding"]  # tied: that of the head
+    seconds = 6 * matrices * layout.spec.tokens_per_step / (ASSUMPTIONS[0].matmul * GPUS["h100"].fp32_flops)
+    assert layout.speed.times[0].matmul_s == pytest.approx(seconds)
+
+
+def test_the_time_of_a_training_counts_the_stages_of_a_schedule() -> None:
+    until, kind = 2_000_000_000, "type: rgqa, heads: 32, kv_heads: 8, head_dim: 64"
+    schedule = f"k_schedule: [{{until_tokens: {until}, top_k: 4}}]"
+    of = {"plain": "top_k: 1", "dense": "top_k: 4", "both": f"top_k: 1, {schedule}"}
+    plans = {name: planned(LARGE, "model.layers=1", f"attention={{{kind}, {keys}}}") for name, keys in of.items()}
+    layout, dense, sparse = plans["both"], plans["dense"].speed.tokens_per_s, plans["plain"].speed.tokens_per_s
+    left = layout.spec.steps * layout.spec.tokens_per_step - until
+    expected = [until / dense[i] + left / sparse[i] for i in (1, 0)]
+    assert speed.training_s(layout.grid, GPUS["h100"], NETWORKS["ndr"]) == pytest.approx(expected)
+    assert dense[0] < sparse[0]
+
+
+def test_each_micro_batch_in_flight_keeps_masks_of_its_own() -> None:
+    """Of documents in sequences up to 512 tokens, in fp32. Besides, a mask of one byte exists while one is built."""
+    words = ["data.seq_len=80", "launch.processes=2", "parallel.pipeline=2", "train.micro_batch=4"]
+    layout = planned(TINY, *words)
+    spec, grid = layout.spec, layout.grid
+    decoder = Decoder(spec.model, spec.attention, vocab_size=64, seed=1)
+    tokens = torch.zeros(4, 80, dtype=torch.int64)
+    with saved_storages(besides=decoder.parameters()) as saved:
+        outputs = [decoder(tokens, tokens, torch.zeros_like(tokens)) for _ in range(2)]
+    masks = [size for size in saved.values() if size == 4 * 80 * 80 * 4]
+    assert len(outputs) == len(masks) == 2
+    planned_masks = [memory(grid, stage).mask for stage in grid.stages]
+    assert [grid.in_flight(stage) for stage in grid.stages] == [2, 1]
+    assert planned_masks == [sum(masks) + 4 * 80 * 80, masks[0] + 4 * 80 * 80]
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "{type: gated_delta, heads: 8, head_dim: 8}",
+        "{type: block_sparse, heads: 8, kv_heads: 2, head_dim: 8, block: 16, blocks: 1}",
+    ],
+)
+def test_layers_that_read_no_mask_have_none(attention: str) -> None:
+    layout = planned(TINY, f"attention={attention}")
+    decoder = Decoder(layout.spec.model, layout.spec.attention, vocab_size=64, seed=1)
+    tokens = torch.zeros(2, 48, dtype=torch.int64)
+    documents: list[Documents] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Documents, "mask", lambda own, *_: documents.append(own))
+        decoder(tokens, tokens, torch.zeros_like(tokens))
+    assert not documents and layout.memory.mask == 0 < planned(TINY).memory.mask
 
 
 def test_the_rate_of_the_core_is_that_of_the_channels_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
