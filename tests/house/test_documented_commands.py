@@ -83,7 +83,7 @@ OF_A_PAGE = "needs the files of its page, in order; tests/house/test_uptraining_
 NOT_EXECUTED = {
     "chaos": "takes three minutes, and torchrun; tests/faults/test_chaos.py runs it",
     "board RUN --send": "needs a tracker; tests/launcher/board/test_trackers.py",
-    "bench mechanism yaml/studies/frontier.yaml": "models of 940M; tests/launcher/bench/test_bench_mechanism.py runs a tiny one",
+    "bench mechanism yaml/studies/frontier.yaml": "models of 940M; tests/launcher/bench/test_bench_mechanism.py",
     "bench peers": "takes half a minute; tests/launcher/bench/test_bench_peers.py runs it",
     "bench gpu": "needs a GPU; tests/launcher/bench/test_bench_gpu.py runs parts of it on a CPU",
     "bench report": "needs the rows of a GPU, and --refit changes the planner; tests/launcher/bench/test_bench_gpu.py",
