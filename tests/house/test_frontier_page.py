@@ -21,6 +21,13 @@ def final(run: dict) -> float:
     return run["summary"]["final_validation_loss"]
 
 
+def cells_of(seed: str) -> dict[str, float]:
+    """Variant -> validation loss at 0.5M."""
+    with (RESULTS / "cells.csv").open() as f:
+        rows = [row for row in csv.DictReader(f) if (row["size"], row["seed"]) == ("0.5m", seed)]
+    return {row["variant"]: float(row["validation_loss_nats"]) for row in rows}
+
+
 def bounds() -> dict:
     return json.loads((RESULTS / "ladder.json").read_text())["bounds"]
 
@@ -113,7 +120,6 @@ def test_shares_of_the_parameters_are_those_of_the_records():
     specs = [record("1.2m", f"{name}/seed-1")["spec"] for name in names]
     widths = "{}, {} and {}".format(*(spec["model"]["ffn_width"] for spec in specs))
     assert f"at 1.2M {a}, {b} and {c}, with a `model.ffn_width` of {widths}." in TEXT
-    assert f"moves nearly as much ({share('0.5m', 'namoh-shared')} at 0.5M)" in TEXT
     attention = record("0.5m", "delta-rgqa/seed-1")["spec"]["attention"]
     values = attention["kinds"]["linear"]["heads"] * 2 * attention["head_dim"]
     assert f"has {values} channels of values, one of gqa has {attention['kv_heads'] * attention['head_dim']}." in TEXT
@@ -168,6 +174,50 @@ def test_the_readme_has_the_same_numbers():
     assert f"compares {len(measured)} variants" in text
 
 
+LONG = ROOT / "docs" / "results" / "frontier-long"
+
+
+def long_losses() -> dict[tuple[str, str], float]:
+    """(variant, seed) -> the last validation loss with 10 tokens per parameter."""
+    with (LONG / "report.csv").open() as f:
+        return {
+            (r["variant"], r["seed"]): float(r["validation_loss_nats"])
+            for r in csv.DictReader(f)
+            if r["validation_loss_nats"]
+        }
+
+
+def test_differences_with_more_tokens_are_those_of_their_report():
+    report, text = (LONG / "report.md").read_text().replace("\\", ""), " ".join(PAGE.split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    losses, short = long_losses(), {}
+    with (RESULTS / "report.csv").open() as f:
+        short = {
+            row["variant"]: float(row["difference_nats"] or 0) for row in csv.DictReader(f) if row["size"] == "0.5m"
+        }
+    for name in ("delta-rgqa", "delta-namoh"):
+        row = next(line for line in report.splitlines() if line.startswith(f"| {name} | better |"))
+        mean, low, high = map(float, re.findall(r"-\d\.\d{4}", row)[:3])
+        assert f"by {-mean:.4f} [{-high:.4f}, {-low:.4f}]" in text
+        seeds = [seed for variant, seed in losses if variant == name]
+        own = sum(losses[name, seed] - losses["gqa", seed] for seed in seeds) / len(seeds)
+        assert abs(own - mean) < 5e-5 and own > 0.51 * short[name]
+        assert seeds == ["1", "2"]  # "2 of 4 planned seeds of each"
+    assert "it is 0.0946 [0.0436, 0.1455]" in readme and "by 0.0946 [0.0436, 0.1455]" in text
+    assert "| rgqa-k1 | undecided |" in report
+
+
+def test_later_seeds_of_gqa_are_better_and_those_of_the_others_are_not():
+    losses = long_losses()
+
+    def change(name: str) -> float:
+        early, late = ([losses[name, seed] for seed in seeds] for seeds in ("12", "34"))
+        return (sum(late) - sum(early)) / 2
+
+    assert f"are lower by {-change('gqa'):.3f} on average" in " ".join(PAGE.split())
+    assert all(change(name) > 0 for name in ("rgqa-k1", "switchhead", "gqa-gated", "sqa"))
+
+
 def test_single_checks_are_those_of_their_file():
     checks, text = json.loads((RESULTS / "checks.json").read_text()), " ".join(PAGE.split())
     assert max(checks["no_look_ahead"]["largest_logit_difference"].values()) < 2e-14
@@ -177,9 +227,20 @@ def test_single_checks_are_those_of_their_file():
     assert f"with `qk_norm: true` has a loss of {qk:.4f}" in text
     assert f"(`model.ffn_width` {runs['runs'][1]['keys']['model.ffn_width']}), {gate:.4f};" in text
     assert f"gqa has {runs['beside']['gqa']:.4f} and `delta-hybrid` {runs['beside']['delta-hybrid']:.4f}" in text
-    with (RESULTS / "cells.csv").open() as f:
-        cells = {row["variant"]: row for row in csv.DictReader(f) if (row["size"], row["seed"]) == ("0.5m", "1")}
-    assert all(float(cells[name]["validation_loss_nats"]) == loss for name, loss in runs["beside"].items())
+    assert all(cells_of("1")[name] == loss for name, loss in runs["beside"].items())
+    wide = checks["wide_attention"]
+    own, gqa = wide["validation_loss"], wide["beside"]["gqa"]
+    assert all(cells_of(seed)["gqa"] == gqa[seed] for seed in ("1", "2"))
+    assert f"are {own['1']:.4f} and {own['2']:.4f} (seeds 1 and 2; gqa: {gqa['1']:.4f} and {gqa['2']:.4f})" in text
+    better = sum(gqa[seed] - own[seed] for seed in own) / 2
+    assert f"better by {better:.3f} on average, a sixth of the advantage" in text
+    with (RESULTS / "report.csv").open() as f:
+        rows = {row["variant"]: row for row in csv.DictReader(f) if row["size"] == "0.5m"}
+    assert 1 / 7 < better / -float(rows["delta-rgqa"]["difference_nats"]) < 1 / 5
+    assert (
+        f"{wide['attention_params'] / wide['num_params']:.0%}".replace("%", " %") + " of its parameters in attention"
+        in text
+    )
     again = checks["same_code"]
     assert set(again["largest_difference"].values()) == {0.0}
     assert (
