@@ -137,7 +137,7 @@ class GatedDeltaConfig(AttentionConfig):
     def recomputed_core_bytes(self, *, seq_len: int) -> float:
         """The states before all chunks, and the tensors of the one chunk whose gradients are computed, all in fp32. A
         chunk of n tokens has at most about 9 of n by n, 7 of n by E and 6 of D by E for each head of values, and 9 of n
-        by D for each head of keys: fitted to allocations of 14 shapes, which they meet within 14 %.
+        by D for each head of keys: fitted to allocations of this kernel. The test of this file compares four shapes.
         """
         size, chunks, n = self.value_size, math.ceil(seq_len / self.chunk), min(self.chunk, seq_len)
         of_values = 9 * n * n + 7 * n * size + (6 + chunks) * self.head_dim * size

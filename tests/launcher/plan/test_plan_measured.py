@@ -69,7 +69,7 @@ CASES = [
     # Activations are the largest part.
     f"{TENSOR} {LONG}",
     f"{TENSOR} {LONG} parallel.recompute=selective",
-    f"{TENSOR} {LONG} {BF16} parallel.recompute=block",
+    f"{TENSOR} {LONG} parallel.recompute=block",
     f"parallel.zero=1 train.micro_batch=4 {LONG} parallel.recompute=block",
     f"parallel.pipeline=2 {BF16} parallel.recompute=block",
     f"parallel.zero=2 {BF16} {WIDE}",
