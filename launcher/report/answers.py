@@ -15,7 +15,7 @@ NO_RUNS = "no finished runs"
 
 
 def question_heading(later: Mapping[str, int]) -> str:
-    """Of the column of questions. `later`: as `headway.launcher.study.asked.asked_later`."""
+    """Of the column of questions. `later`: as `headway.launcher.study.keeping.asked_later`."""
     return "question" if later else "question, stated before the first run"
 
 

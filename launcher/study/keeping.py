@@ -108,13 +108,12 @@ def asked_later(study: Study, cells: Sequence[Kept]) -> dict[str, int]:
     """Question (`asks`) -> finished runs of the study when it was first recorded, if there were any.
 
     `cells`: all of the study. The last recorded design is that of the folder, or that of the records where the study
-    was not started in this folder. A question that was left out for a while counts as a new one.
+    was not started in this folder. Without any, all questions are new: a new study may take records of another one.
+    A question that was left out for a while counts as a new one.
     """
     folders = [study.out] if study.records is None else [study.out, study.records]
     earlier = next((found for folder in folders if (found := read_mapping(folder / STUDY))), {})
-    known, later = earlier.get("asks"), earlier.get("asked_later", {})
-    if not isinstance(known, list):
-        return {}
+    known, later = earlier.get("asks") or [], earlier.get("asked_later") or {}
     new = [text for text in study.config.asks if text not in known]
     finished = sum(map(needs_no_training, cells)) if new else 0
     found = {text: later[text] for text in study.config.asks if text in known and text in later}

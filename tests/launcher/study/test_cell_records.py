@@ -276,6 +276,16 @@ def test_a_question_that_is_added_after_runs_is_recorded_and_shown_as_late(folde
     assert asked(folder) == ([LATE, FIRST], {LATE: 3, FIRST: 4})
 
 
+def test_questions_of_a_new_study_that_takes_finished_records_are_late(folder):
+    assert run_study(folder.study) == 0
+    shutil.rmtree(folder.out)
+    (folder.path / "kept" / "cells" / "study.json").unlink()
+    folder.rewrite("seeds: [1, 2]", f"seeds: [1, 2, 3]\nasks: [{FIRST}]")
+    assert run_study(folder.study) == 0
+    assert asked(folder) == ([FIRST], {FIRST: 4})
+    assert f"{FIRST} (stated late: 4 runs had finished)" in (folder.out / "report.md").read_text()
+
+
 def test_a_question_is_not_late_if_nothing_has_finished(folder):
     folder.behave(dict.fromkeys(ALL, "fail"))
     assert run_study(folder.study) == 1
