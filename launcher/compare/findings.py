@@ -86,7 +86,7 @@ def verdict_rows(result: StudyResult) -> list[tuple[str, ...]]:
                 "1.00x" if base else speed_up(v.effective and v.effective.flops),
                 "1.00x" if base else speed_up(v.effective and v.effective.seconds),
                 "1.00x" if base else _speed_ratio(result, v),
-                f"{v.cost['kv_bytes_per_token']:,.12g}",
+                f"{round(v.cost['kv_bytes_per_token'], 1):,.12g}",
                 _ratio(v.start.attention),
                 _ratio(v.start.mlp),
             )

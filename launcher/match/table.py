@@ -29,7 +29,7 @@ def matching_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             residual,
             f"{cost['flops_per_token_useful']:,.0f}",
             f"{cost['flops_per_token_executed']:,.0f}",
-            f"{cost['kv_bytes_per_token']:,.12g}",
+            f"{round(cost['kv_bytes_per_token'], 1):,.12g}",
         )
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from headway.launcher.base.errors import SpecError
 from headway.launcher.match.matching import MatchConfig, match_variant, spec_cost, spec_with
+from headway.launcher.match.table import matching_rows
 from headway.launcher.spec.layouts import why_not_cuttable
 from headway.launcher.spec.spec import Spec
 
@@ -221,3 +222,16 @@ def test_tolerance_is_a_percentage_or_a_share(written, want):
 def test_other_tolerances_are_refused(written):
     with pytest.raises(ValidationError):
         MatchConfig.model_validate({"tolerance": written})
+
+
+@pytest.mark.parametrize(("measured", "shown"), [(1472 / 3, "490.7"), (1_024, "1,024"), (10_616.96, "10,617")])
+def test_the_table_rounds_kv_bytes_of_layers_that_keep_a_state(measured, shown):
+    cost = {
+        "num_params": 1,
+        "flops_per_token_useful": 1,
+        "flops_per_token_executed": 1,
+        "kv_bytes_per_token": measured,
+    }
+    variant = {"name": "gqa", "free_value": None, "matched": None, "cost": cost}
+    record = {"match": {"quantity": "params", "free": "model.ffn_width"}, "baseline": "gqa", "variants": [variant]}
+    assert list(matching_rows(record))[-1][-1] == shown
